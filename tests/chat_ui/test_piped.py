@@ -41,9 +41,9 @@ def test_output_is_only_the_answers(run: Run, vl: QwenVL, tmp_path: Path) -> Non
     first = vl.generate(query, chat=True, max_new_tokens=8).text
     second = vl.generate("Sure?", chat=True, history=[(query, first)], max_new_tokens=8).text
     lines = f"/image {STREET}\n\nWhat is it?\n  Sure?  \n/save talk.json\n/quit\nWhy?\n"
-    done = run(lines)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"{without_controls(first)}\n{without_controls(second)}\n"
+    completed = run(lines)
+    assert (completed.returncode, completed.stderr) == (0, "")
+    assert completed.stdout == f"{without_controls(first)}\n{without_controls(second)}\n"
     assert {path.name for path in tmp_path.iterdir()} - {"home"} == {"talk.json"}
     assert len(json.loads((tmp_path / "talk.json").read_text("utf-8"))["turns"]) == 2
 
@@ -51,10 +51,10 @@ def test_output_is_only_the_answers(run: Run, vl: QwenVL, tmp_path: Path) -> Non
 def test_first_error_ends_the_program(run: Run, vl: QwenVL) -> None:
     query = [{"image": str(STREET)}, {"text": "Hello"}]
     first = vl.generate(query, chat=True, max_new_tokens=8).text
-    done = run("Hello\n/image nothing.png\nWhat is it?\n", "--image", str(STREET))
-    assert done.returncode == 2
-    assert done.stderr == "qwenvl: image nothing.png does not exist\n"
-    assert done.stdout == f"{without_controls(first)}\n"
+    completed = run("Hello\n/image nothing.png\nWhat is it?\n", "--image", str(STREET))
+    assert completed.returncode == 2
+    assert completed.stderr == "qwenvl: image nothing.png does not exist\n"
+    assert completed.stdout == f"{without_controls(first)}\n"
 
 
 def test_answer_is_written_before_the_next_question_is_read(tiny_exported: Path, tmp_path: Path) -> None:

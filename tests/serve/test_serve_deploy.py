@@ -83,15 +83,15 @@ def test_systemd_accepts_the_units(tmp_path: Path) -> None:
     copies = [tmp_path / path.name for path in (UNIT, UNIT.with_suffix(".socket"))]
     for copy in copies:
         copy.write_text(UNIT.with_name(copy.name).read_text("utf-8").replace(program, "/bin/true"), "utf-8")
-    done = subprocess.run(
+    completed = subprocess.run(
         ["systemd-analyze", "verify", *map(str, copies)],
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
-    problems = [line for line in done.stderr.splitlines() if UNIT.stem in line]
-    assert (done.returncode, problems) == (0, [])
+    problems = [line for line in completed.stderr.splitlines() if UNIT.stem in line]
+    assert (completed.returncode, problems) == (0, [])
 
 
 def test_unit_starts_the_server(configure: Configure, tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_image_is_built_from_existing_files(tmp_path: Path) -> None:
         else:
             shutil.copyfile(source, tmp_path / name)
     assert (tmp_path / "tools" / "release_wheel.py").is_file()
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", "out"],
         cwd=tmp_path,
         capture_output=True,
@@ -214,7 +214,7 @@ def test_image_is_built_from_existing_files(tmp_path: Path) -> None:
         timeout=120,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert completed.returncode == 0, completed.stderr
     [wheel] = (tmp_path / "out").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     # Hatchling does not complain if one of these folders is missing.

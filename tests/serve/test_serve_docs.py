@@ -125,7 +125,7 @@ def code_blocks(text: str, language: str) -> list[str]:
 def curl_response(command: str, url: str) -> dict[str, Any]:
     """Response to a curl command at this server, without the fields that vary."""
     assert "http://localhost:8000" in command
-    done = subprocess.run(
+    completed = subprocess.run(
         ["bash", "-c", command.replace("http://localhost:8000", url)],
         cwd=REPO,
         capture_output=True,
@@ -133,7 +133,7 @@ def curl_response(command: str, url: str) -> dict[str, Any]:
         timeout=120,
         check=True,
     )
-    return without_variable_fields(json.loads(done.stdout))
+    return without_variable_fields(json.loads(completed.stdout))
 
 
 def without_variable_fields(response: dict[str, Any]) -> dict[str, Any]:

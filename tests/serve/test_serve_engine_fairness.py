@@ -77,14 +77,14 @@ def test_short_prompt_does_not_wait_for_long_prompts(loop, n_long):
 
 def test_long_prompt_gets_at_least_half_of_the_tokens(loop):
     """However many short prompts are submitted between the steps."""
-    long = make_request(8000)
-    loop.submit(long)
+    long_request = make_request(8000)
+    loop.submit(long_request)
     loop.step()
 
     def long_started_while_short_ones_arrive() -> bool:
         for _ in range(20):
             loop.submit(make_request(40))
-        return bool(long.tokens)
+        return bool(long_request.tokens)
 
     assert steps_until(loop, long_started_while_short_ones_arrive) <= 2 * 8000 // STEP_TOKENS + 1
 
@@ -93,19 +93,19 @@ def test_long_prompt_gets_at_least_half_of_the_tokens(loop):
 def test_long_prompt_starts_though_more_short_requests_arrive_than_can_run(loop, n_blocks):
     """With 300 blocks the long prompt needs most of them, and must not lose each free block to a short request."""
     loop = Loop(CountingExecutor(n_blocks))
-    long = make_request(8000)
+    long_request = make_request(8000)
 
     def long_started_while_short_ones_arrive() -> bool:
         for _ in range(10):
             loop.submit(make_request(50, 20))
-        return bool(long.tokens)
+        return bool(long_request.tokens)
 
     def queue_is_long() -> bool:
         long_started_while_short_ones_arrive()
         return loop.statistics.waiting > 40
 
     steps_until(loop, queue_is_long)
-    loop.submit(long)
+    loop.submit(long_request)
     assert steps_until(loop, long_started_while_short_ones_arrive) < 400
 
 

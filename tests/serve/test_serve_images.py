@@ -57,35 +57,35 @@ class EventLoop:
 
 
 @pytest.fixture(scope="module")
-def events() -> Iterator[EventLoop]:
+def event_loop() -> Iterator[EventLoop]:
     loop = EventLoop()
     yield loop
     loop.close()
 
 
 @pytest.fixture(scope="module")
-def shared_loader(events: EventLoop) -> Iterator[WorkerImageLoader]:
+def shared_loader(event_loop: EventLoop) -> Iterator[WorkerImageLoader]:
     """Loader with the default settings, for tests that do not change its state."""
     loader = WorkerImageLoader(ServeSettings(image_timeout=60), SIZE)
-    events.run(loader.start())
+    event_loop.run(loader.start())
     yield loader
-    events.run(loader.close())
+    event_loop.run(loader.close())
 
 
 @pytest.fixture
-def start_loader(events: EventLoop) -> Iterator[Any]:
+def start_loader(event_loop: EventLoop) -> Iterator[Any]:
     """Function that starts a loader with one worker process and these settings; it is closed after the test."""
     loaders = []
 
     def start_loader(**settings: Any) -> WorkerImageLoader:
         values = {"image_workers": 1, "image_timeout": 60.0, **settings}
         loaders.append(WorkerImageLoader(ServeSettings(**values), SIZE))
-        events.run(loaders[-1].start())
+        event_loop.run(loaders[-1].start())
         return loaders[-1]
 
     yield start_loader
     for loader in loaders:
-        events.run(loader.close())
+        event_loop.run(loader.close())
 
 
 def data_url(encoded: bytes) -> str:
@@ -101,10 +101,10 @@ def encode(image: Image.Image, image_format: str = "PNG", **options: Any) -> byt
 VALID_PNG = encode(Image.new("RGB", (6, 4), "#c86432"))
 
 
-def load_error(events: EventLoop, loader: WorkerImageLoader, url: str) -> ApiError:
+def load_error(event_loop: EventLoop, loader: WorkerImageLoader, url: str) -> ApiError:
     """The error of loading an image, which must have status 400."""
     with pytest.raises(ApiError) as caught:
-        events.run(loader.load(url, PARAM))
+        event_loop.run(loader.load(url, PARAM))
     error = caught.value
     assert (error.status, error.kind, error.param) == (400, "invalid_request_error", PARAM)
     assert str(error).startswith(f"{PARAM}: ")
@@ -112,10 +112,10 @@ def load_error(events: EventLoop, loader: WorkerImageLoader, url: str) -> ApiErr
     return error
 
 
-def check_next_image(events: EventLoop, loader: WorkerImageLoader) -> None:
+def check_next_image(event_loop: EventLoop, loader: WorkerImageLoader) -> None:
     """Check that a worker decodes the next image."""
     loader._cache.clear()  # otherwise no worker would be used
-    assert events.run(loader.load(data_url(VALID_PNG), PARAM)).size == (6, 4)
+    assert event_loop.run(loader.load(data_url(VALID_PNG), PARAM)).size == (6, 4)
 
 
 def encoded_images() -> dict[str, bytes]:
@@ -147,18 +147,18 @@ def encoded_images() -> dict[str, bytes]:
         *encoded_images().values(),
     ],
 )
-def test_equal_to_preprocess(events: EventLoop, shared_loader: WorkerImageLoader, encoded: bytes) -> None:
+def test_equal_to_preprocess(event_loop: EventLoop, shared_loader: WorkerImageLoader, encoded: bytes) -> None:
     image = load_image(encoded)
-    loaded = events.run(shared_loader.load(data_url(encoded), PARAM))
+    loaded = event_loop.run(shared_loader.load(data_url(encoded), PARAM))
     assert loaded.size == image.size
     assert (loaded.pixels.dtype, loaded.pixels.shape) == (np.uint8, (SIZE, SIZE, 3))
     np.testing.assert_array_equal(normalise(loaded.pixels), preprocess(image, SIZE))
 
 
 def test_size_of_a_rotated_image_is_that_after_rotation(
-    events: EventLoop, shared_loader: WorkerImageLoader
+    event_loop: EventLoop, shared_loader: WorkerImageLoader
 ) -> None:
-    assert events.run(shared_loader.load(data_url(encoded_images()["rotated"]), PARAM)).size == (50, 70)
+    assert event_loop.run(shared_loader.load(data_url(encoded_images()["rotated"]), PARAM)).size == (50, 70)
 
 
 @pytest.mark.parametrize(
@@ -183,9 +183,9 @@ def test_size_of_a_rotated_image_is_that_after_rotation(
     ],
 )
 def test_invalid_url_or_image(
-    events: EventLoop, shared_loader: WorkerImageLoader, url: str, code: str, message: str
+    event_loop: EventLoop, shared_loader: WorkerImageLoader, url: str, code: str, message: str
 ) -> None:
-    error = load_error(events, shared_loader, url)
+    error = load_error(event_loop, shared_loader, url)
     assert error.code == code
     assert message in str(error)
 
@@ -245,26 +245,26 @@ def webp_bomb() -> bytes:
     ids=["png", "gif", "tiff", "webp", "profile"],
 )
 def test_decompression_bombs(
-    events: EventLoop, shared_loader: WorkerImageLoader, bomb: Any, codes: list[str]
+    event_loop: EventLoop, shared_loader: WorkerImageLoader, bomb: Any, codes: list[str]
 ) -> None:
     """The worker refuses the image without decoding it, and continues."""
-    check_next_image(events, shared_loader)
+    check_next_image(event_loop, shared_loader)
     pid = pid_of(shared_loader)
-    assert load_error(events, shared_loader, data_url(bomb())).code in codes
-    check_next_image(events, shared_loader)
+    assert load_error(event_loop, shared_loader, data_url(bomb())).code in codes
+    check_next_image(event_loop, shared_loader)
     assert pid_of(shared_loader) == pid
     status = Path(f"/proc/{pid}/status").read_text()
     peak_kib = int(status.partition("VmHWM:")[2].split()[0])
     assert peak_kib < 128 * 2**10  # a decoded image would take at least 256 MiB
 
 
-def test_memory_is_limited(events: EventLoop, start_loader: Any) -> None:
+def test_memory_is_limited(event_loop: EventLoop, start_loader: Any) -> None:
     """A data: URL of eight million escapes, which urllib splits into a list of half a gigabyte."""
     loader = start_loader(max_image_pixels=1_000_000, max_image_bytes=8 * 2**20)
-    error = load_error(events, loader, "data:image/png," + "%41" * (8 * 2**20))
+    error = load_error(event_loop, loader, "data:image/png," + "%41" * (8 * 2**20))
     assert error.code == "image_too_large"
     assert "out of memory" in str(error)
-    check_next_image(events, loader)
+    check_next_image(event_loop, loader)
     limits = Path(f"/proc/{loader._processes[0].pid}/limits").read_text()
     # Columns: the name, 26 characters wide, then the soft limit.
     soft = {line[:26].strip(): line[26:].split()[0] for line in limits.splitlines()[1:]}
@@ -294,61 +294,61 @@ def wait_until(condition: Any) -> None:
         time.sleep(0.01)
 
 
-def test_worker_is_killed_after_the_timeout(events: EventLoop, start_loader: Any) -> None:
+def test_worker_is_killed_after_the_timeout(event_loop: EventLoop, start_loader: Any) -> None:
     loader = start_loader(image_timeout=0.05)
     pid = pid_of(loader)
-    error = load_error(events, loader, data_url(png(7000, 7000)))
+    error = load_error(event_loop, loader, data_url(png(7000, 7000)))
     assert error.code == "image_too_large"
     assert "takes more than 0.05 seconds" in str(error)
     assert has_exited(pid)
     loader._processes[0]._timeout_seconds = 60.0
-    check_next_image(events, loader)
+    check_next_image(event_loop, loader)
 
 
-def test_killed_worker_is_replaced(events: EventLoop, start_loader: Any) -> None:
+def test_killed_worker_is_replaced(event_loop: EventLoop, start_loader: Any) -> None:
     """Killed while it decodes an image, and while it is idle."""
     loader = start_loader()
     pid = pid_of(loader)
     os.kill(pid, signal.SIGSTOP)
-    loading = events.start(loader.load(data_url(VALID_PNG), PARAM))
+    loading = event_loop.start(loader.load(data_url(VALID_PNG), PARAM))
     wait_until(lambda: loader._decoding)
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(ApiError, match="ended: damaged, or too much memory") as caught:
         loading.result(60)
     assert (caught.value.status, caught.value.code) == (400, "invalid_image")
-    check_next_image(events, loader)
+    check_next_image(event_loop, loader)
 
     os.kill(pid_of(loader), signal.SIGSEGV)
     wait_until(lambda: has_exited(pid_of(loader)))
     wait_until(lambda: loader._processes[0]._process.returncode is not None)  # the front has noticed the exit
-    check_next_image(events, loader)
+    check_next_image(event_loop, loader)
 
 
 def test_worker_is_replaced_after_the_maximum_of_images(
-    events: EventLoop, start_loader: Any, monkeypatch: pytest.MonkeyPatch
+    event_loop: EventLoop, start_loader: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(image_process, "_MAX_IMAGES", 2)
     loader = start_loader()
     pids = []
     for _ in range(5):
-        check_next_image(events, loader)
+        check_next_image(event_loop, loader)
         pids.append(pid_of(loader))
     assert len(set(pids)) == 3  # two images each for the first two workers
     assert all(map(has_exited, pids[:4]))
 
 
-def test_worker_that_does_not_start(events: EventLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_that_does_not_start(event_loop: EventLoop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     loader = WorkerImageLoader(ServeSettings(), SIZE)
     with pytest.raises(ApiError, match="does not start; try again later") as caught:
-        events.run(loader.load(data_url(VALID_PNG), PARAM))
+        event_loop.run(loader.load(data_url(VALID_PNG), PARAM))
     assert caught.value.status == 503
     monkeypatch.undo()
-    check_next_image(events, loader)
-    events.run(loader.close())
+    check_next_image(event_loop, loader)
+    event_loop.run(loader.close())
 
 
-def test_concurrent_images(events: EventLoop, shared_loader: WorkerImageLoader) -> None:
+def test_concurrent_images(event_loop: EventLoop, shared_loader: WorkerImageLoader) -> None:
     async def load_all() -> list[Any]:
         # Width and colour differ, so that an exchange of two results would be noticed.
         valid = [data_url(encode(Image.new("RGB", (i + 1, 9), (i, 0, 0)))) for i in range(40)]
@@ -356,60 +356,60 @@ def test_concurrent_images(events: EventLoop, shared_loader: WorkerImageLoader) 
         loads = (shared_loader.load(url, PARAM) for url in valid + invalid)
         return await asyncio.gather(*loads, return_exceptions=True)
 
-    results = events.run(load_all())
+    results = event_loop.run(load_all())
     for i, image in enumerate(results[:40]):
         assert (image.size, image.pixels[0, 0].tolist()) == ((i + 1, 9), [i, 0, 0])
     assert [error.code for error in results[40:]] == ["invalid_image"] * 10
 
 
-def test_cancellation_keeps_the_worker(events: EventLoop, start_loader: Any) -> None:
+def test_cancellation_keeps_the_worker(event_loop: EventLoop, start_loader: Any) -> None:
     """One load is cancelled while its image is decoded, another while it waits for the worker."""
     loader = start_loader()
     pid = pid_of(loader)
     os.kill(pid, signal.SIGSTOP)
-    decoding = events.start(loader.load(data_url(VALID_PNG), PARAM))
+    decoding = event_loop.start(loader.load(data_url(VALID_PNG), PARAM))
     wait_until(lambda: loader._decoding)
-    waiting = events.start(loader.load(data_url(encoded_images()["RGBA"]), PARAM))
+    waiting = event_loop.start(loader.load(data_url(encoded_images()["RGBA"]), PARAM))
     waiting.cancel()
     decoding.cancel()
     os.kill(pid, signal.SIGCONT)
-    check_next_image(events, loader)
+    check_next_image(event_loop, loader)
     assert not loader._decoding
     assert pid_of(loader) == pid
 
 
-def test_close_kills_a_busy_worker(events: EventLoop, start_loader: Any) -> None:
+def test_close_kills_a_busy_worker(event_loop: EventLoop, start_loader: Any) -> None:
     loader = start_loader()
     pid = pid_of(loader)
     os.kill(pid, signal.SIGSTOP)
-    loading = events.start(loader.load(data_url(VALID_PNG), PARAM))
+    loading = event_loop.start(loader.load(data_url(VALID_PNG), PARAM))
     wait_until(lambda: loader._decoding)
-    events.run(loader.close())
+    event_loop.run(loader.close())
     assert has_exited(pid)
     with pytest.raises(CancelledError):
         loading.result(60)
 
 
-def test_equal_image_is_taken_from_the_cache(events: EventLoop, start_loader: Any) -> None:
+def test_equal_image_is_taken_from_the_cache(event_loop: EventLoop, start_loader: Any) -> None:
     loader = start_loader()
-    first = events.run(loader.load(data_url(VALID_PNG), PARAM))
+    first = event_loop.run(loader.load(data_url(VALID_PNG), PARAM))
     os.kill(pid_of(loader), signal.SIGKILL)  # no worker can decode the image again
-    assert events.run(loader.load(data_url(VALID_PNG), PARAM)) is first
+    assert event_loop.run(loader.load(data_url(VALID_PNG), PARAM)) is first
     assert loader.n_cache_hits == 1
 
 
 def test_cache_evicts_the_least_recently_used_image(
-    events: EventLoop, start_loader: Any, monkeypatch: pytest.MonkeyPatch
+    event_loop: EventLoop, start_loader: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("paddlemix_qwenvl_plugin.serve.images._CACHE_BYTES", 2 * SIZE * SIZE * 3)
     loader = start_loader()
     urls = [data_url(encode(Image.new("RGB", (5, 5), (n, 0, 0)))) for n in range(3)]
     for url in [*urls[:2], urls[0], urls[2]]:
-        events.run(loader.load(url, PARAM))
+        event_loop.run(loader.load(url, PARAM))
     assert (len(loader._cache), loader._cached_bytes) == (2, 2 * SIZE * SIZE * 3)
     # urls[0] is in the cache, urls[1] was evicted.
     for url, hits in ((urls[0], 2), (urls[1], 2)):
-        events.run(loader.load(url, PARAM))
+        event_loop.run(loader.load(url, PARAM))
         assert loader.n_cache_hits == hits
 
 
@@ -451,8 +451,8 @@ def test_worker_opens_no_files(tmp_path: Path) -> None:
     ]
     worker_input = b"".join(image_worker.HEADER.pack(kind, len(body)) + body for kind, body in frames)
     command = [sys.executable, "-m", image_worker.__name__, str(SIZE), "1000000", "1000000"]
-    done = subprocess.run(command, cwd=REPO, input=worker_input, capture_output=True, timeout=60, check=True)
-    kinds, output = [], done.stdout
+    completed = subprocess.run(command, cwd=REPO, input=worker_input, capture_output=True, timeout=60, check=True)
+    kinds, output = [], completed.stdout
     while output:
         kind, length = image_worker.HEADER.unpack_from(output)
         kinds.append(kind)
@@ -463,7 +463,7 @@ def test_worker_opens_no_files(tmp_path: Path) -> None:
 def test_worker_imports_few_libraries() -> None:
     """Few libraries keep the start short and the memory of a worker small."""
     code = f"import sys, {image_worker.__name__}; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
-    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    completed = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in completed.stdout.split()}
     assert {"PIL", "numpy"} <= loaded
     assert not loaded & {"paddle", "pydantic", "fastapi", "httpx", "asyncio", "tiktoken"}

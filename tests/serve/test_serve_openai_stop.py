@@ -104,7 +104,7 @@ def test_result_is_independent_of_the_tokens(text, stop_strings, byte_tokens, si
     if expected is None:
         assert output_ids == ids
     else:
-        # The last token may contain text after the output, as it may contain the stop string; no token before it does.
+        # Only the last token may extend beyond the output: it can contain a part of the stop string.
         assert output_bytes.startswith(output.encode())
         n_last = len(TOKENIZER.token_bytes(output_ids[-1])) if output_ids else 0
         assert len(output_bytes) - n_last < len(output.encode()) or not output
