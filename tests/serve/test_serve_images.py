@@ -451,7 +451,9 @@ def test_worker_opens_no_files(tmp_path: Path) -> None:
     ]
     worker_input = b"".join(image_worker.HEADER.pack(kind, len(body)) + body for kind, body in frames)
     command = [sys.executable, "-m", image_worker.__name__, str(SIZE), "1000000", "1000000"]
-    completed = subprocess.run(command, cwd=REPO, input=worker_input, capture_output=True, timeout=60, check=True)
+    completed = subprocess.run(
+        command, cwd=REPO, input=worker_input, capture_output=True, timeout=60, check=True
+    )
     kinds, output = [], completed.stdout
     while output:
         kind, length = image_worker.HEADER.unpack_from(output)
@@ -463,7 +465,9 @@ def test_worker_opens_no_files(tmp_path: Path) -> None:
 def test_worker_imports_few_libraries() -> None:
     """Few libraries keep the start short and the memory of a worker small."""
     code = f"import sys, {image_worker.__name__}; print(*sys.modules)"
-    completed = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    completed = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True
+    )
     loaded = {name.split(".")[0] for name in completed.stdout.split()}
     assert {"PIL", "numpy"} <= loaded
     assert not loaded & {"paddle", "pydantic", "fastapi", "httpx", "asyncio", "tiktoken"}
