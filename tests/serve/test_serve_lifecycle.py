@@ -204,13 +204,11 @@ def test_engine_that_does_not_start(start: Callable[..., Process]) -> None:
 
 
 def test_port_in_use() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        message = (
-            f"^--port {port}: another program listens there; name another one, or 0 for any that is free$"
-        )
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        line = f"^--port {port}: another program listens there; name another one, or 0 for any that is free$"
         for reuse_port in (False, True):
-            with pytest.raises(QwenVLError, match=message):
+            with pytest.raises(QwenVLError, match=line):
                 run_start(ServeSettings(demo=True, port=port, reuse_port=reuse_port), (), print)
 
 

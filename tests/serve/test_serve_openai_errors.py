@@ -181,7 +181,7 @@ INVALID_CHAT_REQUESTS = [
         "invalid_value",
         "too large",
     ),
-    ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "invalid_value", "another value"),
+    ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "invalid_value", "max_completion_tokens"),
     ({"max_tokens": 3, "min_tokens": 4}, "min_tokens", "invalid_value", "4 exceeds the maximum tokens"),
     ({"presence_penalty": 2.1}, "presence_penalty", "invalid_value", "equal to 2"),
     ({"frequency_penalty": -3}, "frequency_penalty", "invalid_value", "equal to -2"),
