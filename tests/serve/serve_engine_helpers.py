@@ -74,10 +74,10 @@ class RequestCase:
     request: EngineRequest
 
     @classmethod
-    def random(cls, vl: QwenVL, rng: random.Random, n_logprobs: Optional[int] = None) -> RequestCase:
+    def make_random(cls, vl: QwenVL, rng: random.Random, n_logprobs: Optional[int] = None) -> RequestCase:
         """Random request, sometimes with an image, an earlier answer or sampling parameters.
 
-        The prompts begin with only three different tokens, so that many share a prefix.
+        A prompt begins with tokens from a vocabulary of three, so that many requests share a prefix.
         """
         vision = vl.config.visual
         ids = [rng.randrange(3) for _ in range(rng.randrange(1, 90))]

@@ -278,7 +278,7 @@ async def full_queue(server: ConfigurableServer) -> ErrorResponse:
     return await after_n_requests(server, service, 3, lambda: chat()(server))
 
 
-async def full_key(server: ConfigurableServer) -> ErrorResponse:
+async def full_quota_of_key(server: ConfigurableServer) -> ErrorResponse:
     service = server.configure(api_key_file=write_key_file(server), max_per_key=2)
     headers = {"Authorization": f"Bearer {API_KEY}"}
     body = {"model": NAME, "messages": QUESTION}
@@ -287,7 +287,7 @@ async def full_key(server: ConfigurableServer) -> ErrorResponse:
     )
 
 
-async def long_wait(server: ConfigurableServer) -> ErrorResponse:
+async def waiting_timeout(server: ConfigurableServer) -> ErrorResponse:
     service = server.configure(max_running=1, waiting_timeout=0.1)
     async with service.admission.slots(1, None):
         return await chat()(server)
@@ -310,6 +310,7 @@ async def no_image_process(server: ConfigurableServer) -> ErrorResponse:
 
 
 async def after_sigterm(server: ConfigurableServer) -> ErrorResponse:
+    """At SIGTERM the server closes its slot queue."""
     server.configure(max_running=2).admission.close()
     return await chat()(server)
 
@@ -455,8 +456,8 @@ CASES: dict[str, Case] = {
     ),
     # States
     "the queue is full": full_queue,
-    "a key has `max_per_key` requests": full_key,
-    "no slot within `waiting_timeout`": long_wait,
+    "a key has `max_per_key` requests": full_quota_of_key,
+    "no slot within `waiting_timeout`": waiting_timeout,
     "the engine is not ready": with_engine(
         chat(), submit_error=EngineUnavailable("the engine has not been started")
     ),

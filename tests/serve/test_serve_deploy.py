@@ -176,19 +176,8 @@ def copied_sources() -> Iterator[str]:
 
 
 def test_dockerfile_is_valid() -> None:
-    docker_instructions = {
-        "FROM",
-        "RUN",
-        "WORKDIR",
-        "COPY",
-        "ARG",
-        "USER",
-        "ENV",
-        "VOLUME",
-        "EXPOSE",
-        "STOPSIGNAL",
-    }
-    docker_instructions |= {"HEALTHCHECK", "ENTRYPOINT", "CMD"}
+    docker_instructions = {"FROM", "RUN", "WORKDIR", "COPY", "ARG", "USER", "ENV", "VOLUME", "EXPOSE"}
+    docker_instructions |= {"STOPSIGNAL", "HEALTHCHECK", "ENTRYPOINT", "CMD"}
     assert {instruction.name for instruction in instructions()} <= docker_instructions
     assert instructions()[0].name == "FROM"
     for name in ("ENTRYPOINT", "CMD", "VOLUME"):

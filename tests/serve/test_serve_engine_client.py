@@ -33,7 +33,7 @@ pytestmark = needs_compiler
 def test_concurrent_completions_equal_those_of_qwenvl(stages, local_model):
     """32 concurrent requests; every fifth is cancelled after its first tokens."""
     rng = random.Random(1)
-    cases = [RequestCase.random(local_model, rng) for _ in range(32)]
+    cases = [RequestCase.make_random(local_model, rng) for _ in range(32)]
     expected = [case.expected_ids(local_model) for case in cases]
     assert len({tuple(ids) for ids in expected}) > 20
     assert any(case.request.images for case in cases)

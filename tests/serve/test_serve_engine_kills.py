@@ -34,7 +34,7 @@ pytestmark = [
 def test_killed_ten_times_under_load(stages, local_model):
     """Each request ends with the expected tokens or a one-line error; a new process serves the next requests."""
     rng = random.Random(2)
-    cases = [RequestCase.random(local_model, rng) for _ in range(12)]
+    cases = [RequestCase.make_random(local_model, rng) for _ in range(12)]
     expected = [case.expected_ids(local_model) for case in cases]
     pids, messages = [], []
 

@@ -28,7 +28,7 @@ def vl(local_model: QwenVL) -> QwenVL:
 
 
 class LogitsRecorder(EngineExecutor):
-    """Executor that records the logits of each generated token: `logits` maps a generation to float32 [vocab_size]s."""
+    """Executor that records logits: `logits` maps a generation to one float32 [vocab_size] per generated token."""
 
     def __init__(self, vl: QwenVL, n_blocks: Optional[int] = None, ahead: bool = False) -> None:
         super().__init__(*vl._stages, n_blocks=n_blocks, ahead=ahead)
@@ -80,7 +80,7 @@ def test_random_requests(vl, ahead):
     rng = random.Random(3)
     executor = LogitsRecorder(vl, ahead=ahead)
     n_logprobs = [None, 0, 1, 5, 20]
-    generations = [generation_of(vl, RequestCase.random(vl, rng), n_logprobs[i % 5]) for i in range(30)]
+    generations = [generation_of(vl, RequestCase.make_random(vl, rng), n_logprobs[i % 5]) for i in range(30)]
     run(Loop(executor), generations)
     assert sum(generation.options.greedy for generation in generations) > 3
     for generation in generations:
@@ -137,7 +137,7 @@ def test_steps_ahead_change_nothing(stages):
         rng = random.Random(8)
         loop = Loop(EngineExecutor(*vl._stages, ahead=ahead, gpu_memory=0.1))
         generations = [
-            generation_of(vl, RequestCase.random(vl, rng), rng.choice([None, 0, 3])) for _ in range(20)
+            generation_of(vl, RequestCase.make_random(vl, rng), rng.choice([None, 0, 3])) for _ in range(20)
         ]
         run(loop, generations)
         for generation in generations:
