@@ -96,7 +96,7 @@ def test_tokens_are_written_as_they_are_generated(open_terminal: Open) -> None:
     terminal = open_terminal("--max_new_tokens", "400", "--min_new_tokens", "400")
     start = time.monotonic()
     terminal.start("Tell me all.")
-    # The cursor is hidden with the hint "Ctrl-C stops", and output again with the first token.
+    # The cursor is hidden with the hint "Ctrl-C stops", and shown again with the first token.
     terminal.child.expect_exact("Ctrl-C stops")
     terminal.child.expect_exact(SHOW_CURSOR)
     first_token = time.monotonic()

@@ -83,9 +83,9 @@ class Load:
         """Create the clients.
 
         Args:
-            url: of the server.
-            questions: from which the clients choose at random.
-            seed: of the random choices.
+            url: URL of the server.
+            questions: the clients choose from these at random.
+            seed: seed of the random choices.
             read_all: no client disconnects early or sends invalid requests.
             allow_errors: an error for which `is_server_error` is true does not count as a failure.
         """

@@ -20,9 +20,9 @@ class Series(NamedTuple):
     """Metric in a query.
 
     Attributes:
-        name: of the metric.
+        name: name of the metric.
         is_range: whether it is a range vector, as in `name[5m]`.
-        labels: in its selector and in the `by` of the aggregations around it.
+        labels: labels in its selector and in the `by` of the enclosing aggregations.
     """
 
     name: str

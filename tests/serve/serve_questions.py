@@ -29,8 +29,8 @@ class Question:
     """Request with its expected answer.
 
     Attributes:
-        path: of the request.
-        body: of the request, without the parameter `stream`.
+        path: path of the request.
+        body: body of the request, without the parameter `stream`.
         texts: the expected text of each choice.
         finish_reasons: the expected finish reason of each choice.
     """
@@ -47,12 +47,12 @@ def questions(local_model: QwenVL, n: int, seed: int = 1) -> list[Question]:
     return [_with_answer(local_model, *next(requests)) for _ in range(n)]
 
 
-# Path, content of a message or prompt, and the same content as parts for QwenVL.
+# Path of the request; content of its message or prompt; the same content as query parts for QwenVL.
 _Content = tuple[str, list[dict[str, Any]], list[dict[str, Any]]]
 
 
 def _random_requests(rng: random.Random) -> Iterator[tuple[_Content, dict[str, Any]]]:
-    """Endless content and parameters of requests."""
+    """Generate content and parameters of requests without end."""
     kinds = [_demo, _demo, _text, _text, _image_and_text]
     while True:
         for make_content in kinds:

@@ -58,7 +58,7 @@ class CountingEngine:
 
     Attributes:
         start_error: exception of `start`, if any.
-        streams: of all requests so far.
+        streams: the streams of all requests so far.
     """
 
     def __init__(self, pause: float = 0.0, loading: float = 0.0, print_loading: bool = False) -> None:

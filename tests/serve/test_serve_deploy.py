@@ -220,7 +220,7 @@ def device_case_statement() -> str:
 
 @pytest.mark.parametrize(("device", "extras"), [("cpu", ["serve"]), ("gpu", ["serve", "gpu-engine"])])
 def test_build_argument_device(device: str, extras: list[str], configure: Configure) -> None:
-    """It selects extras that exist; the container serves the exported stages of the volume on this device."""
+    """DEVICE selects extras that exist; the container serves the exported stages of the volume on this device."""
     device_case = device_case_statement()
     selected = subprocess.run(
         ["sh", "-c", f'{device_case}; echo "$extras"'],

@@ -118,7 +118,7 @@ def demo_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def code_blocks(text: str, language: str) -> list[str]:
-    """The fenced code code_blocks of a language in a Markdown text."""
+    """The fenced code blocks of a language in a Markdown text."""
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 

@@ -76,7 +76,7 @@ def test_short_prompt_does_not_wait_for_long_prompts(loop, n_long):
 
 
 def test_long_prompt_gets_at_least_half_of_the_tokens(loop):
-    """However many short prompts are submitted between the steps."""
+    """At least half of each step, however many short prompts are submitted between the steps."""
     long_request = make_request(8000)
     loop.submit(long_request)
     loop.step()

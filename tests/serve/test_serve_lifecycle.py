@@ -79,8 +79,8 @@ class StreamClient(threading.Thread):
     def run(self) -> None:
         body = {"stream": True, "n_tokens": self._n_tokens}
         try:
-            with httpx.stream("POST", self._url + PATH, json=body, timeout=TIMEOUT) as answer:
-                for line in answer.iter_lines():
+            with httpx.stream("POST", self._url + PATH, json=body, timeout=TIMEOUT) as response:
+                for line in response.iter_lines():
                     if line.startswith("data: "):
                         self._started_streaming.set()
                         self.events.append(line[len("data: ") :])
@@ -250,7 +250,8 @@ class Load:
     """Four clients with sequential requests: two open a connection for each request, two keep their connection.
 
     Attributes:
-        results: of all requests so far: the status, with " and an error" if the body has one, or the exception.
+        results: result of each request so far: the status, followed by " and an error" if the body has one, or the
+            exception.
     """
 
     def __init__(self, url: str) -> None:
@@ -306,7 +307,7 @@ def test_replacement_with_reuse_port_loses_no_request(
 
 
 def test_restart_with_a_socket_of_systemd_loses_no_request(start: Callable[..., Process]) -> None:
-    """Connections wait in the socket's queue wait_until the second server is ready."""
+    """Connections wait in the socket's queue until the second server is ready."""
     with socket.create_server(("127.0.0.1", 0), backlog=100) as listener:
         first = start(engine={"pause": 0.005}, **with_systemd_socket(listener))
         load = Load(first.wait_until_ready())

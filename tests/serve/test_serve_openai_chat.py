@@ -307,7 +307,7 @@ def test_concurrent_answers_equal_those_without_a_server(server, local_model):
 
     def answer_of(case):
         messages, parameters, _ = case
-        if len(messages[0]["content"]) % 2:  # an arbitrary half of the cases is not streamed
+        if len(messages[0]["content"]) % 2:  # an arbitrary part of the cases is not streamed
             return chat(server, messages, **parameters).choices[0].message.content
         return text_of(chat_chunks(server, messages, **parameters))
 

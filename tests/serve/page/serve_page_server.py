@@ -82,7 +82,7 @@ class PageServer(ThreadingHTTPServer):
         bodies: the bodies of all chat completion requests, in order.
         key: the required API key, if any.
         ready_status: status of /health/ready.
-        finish_reason: of the next answers.
+        finish_reason: finish reason of the next answers.
     """
 
     daemon_threads = True
