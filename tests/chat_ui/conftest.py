@@ -1,4 +1,4 @@
-"""The whole program around a scripted model."""
+"""Fixtures for tests of `qwenvl chat`: the tiny model, scripted answers, a pseudo-terminal."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from paddlemix_qwenvl_plugin import QwenVL
 
 @pytest.fixture(scope="session")
 def vl(tiny_exported: Path) -> QwenVL:
+    """The tiny model, opened in this process."""
     return QwenVL.from_exported(tiny_exported / "vision" / "vision", tiny_exported / "text" / "qwen")
 
 
 @pytest.fixture
 def say(vl: QwenVL, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Function that sets the text of all following answers."""
+    """Function that makes the model give this text as every answer from now on."""
 
     def say(text: str) -> None:
         executors.say(vl, monkeypatch, [*vl.tokenizer.encode(text), vl.tokenizer.im_end_id])
@@ -29,13 +30,13 @@ def say(vl: QwenVL, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 @pytest.fixture
 def open_terminal(tiny_exported: Path, tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
-    """Function that opens a chat on a pseudo-terminal, with arguments and environment variables."""
-    opened = []
+    """Function that starts `qwenvl chat` on a pseudo-terminal, with arguments and environment variables."""
+    terminals = []
 
-    def open_one(*arguments: str, **variables: str) -> Terminal:
-        opened.append(Terminal(tiny_exported, tmp_path, *arguments, **variables))
-        return opened[-1]
+    def open_terminal(*arguments: str, **variables: str) -> Terminal:
+        terminals.append(Terminal(tiny_exported, tmp_path, *arguments, **variables))
+        return terminals[-1]
 
-    yield open_one
-    for terminal in opened:
+    yield open_terminal
+    for terminal in terminals:
         terminal.child.close(force=True)

@@ -1,4 +1,4 @@
-"""The session of docs/chat.md matches the program."""
+"""The example conversation in docs/chat.md is what the program prints."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from paddlemix_qwenvl_plugin.chat_ui.session import Session
 from paddlemix_qwenvl_plugin.chat_ui.terminal import Terminal
 
 DOCUMENT = (REPO / "docs" / "chat.md").read_text("utf-8")
+# Question -> the model's answer.
 ANSWERS = {
     "What is in the picture?": "In the street there is <ref>a red house</ref><box>(73,172),(417,676)</box> with "
     "<ref>a brown dog</ref><box>(430,700),(560,830)</box> before it.",
@@ -23,7 +24,7 @@ ANSWERS = {
 }
 
 
-def test_session(
+def test_example_conversation(
     vl: QwenVL,
     say: Callable[[str], None],
     tmp_path: Path,
@@ -31,14 +32,15 @@ def test_session(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The lines typed in the document produce its output."""
+    # The code block of the conversation, without the command and the line after it.
     match = re.search(r"```console\n\$ qwenvl chat .*\n.*\n(.*?)```", DOCUMENT, re.DOTALL)
     assert match is not None
     monkeypatch.chdir(tmp_path)
     shutil.copyfile(STREET, "street.png")
     conversation = Conversation(Session(vl, "You are a helpful assistant.", GenerationOptions()), Terminal())
-    shown = ""
+    output = ""
     for line in re.findall(r"^> (.*)$", match.group(1), re.MULTILINE):
         say(ANSWERS.get(line, ""))
         conversation.run(line)
-        shown += f"> {line}\n{capsys.readouterr().out}"
-    assert shown == match.group(1)
+        output += f"> {line}\n{capsys.readouterr().out}"
+    assert output == match.group(1)

@@ -1,4 +1,4 @@
-"""Units of the chat: lines, segments, previews."""
+"""Functions of the chat: parsing of lines and paths, fragments of answers, image previews."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ QUAD = Box("quad", ((0, 0), (500, 10), (490, 1000), (5, 990)))
 
 
 @pytest.mark.parametrize(
-    ("line", "meaning"),
+    ("line", "parsed"),  # a command is (name, argument), a question is a string
     [
         ("/image a b.png ", ("image", "a b.png")),
         ("/image\ta.png", ("image", "a.png")),
@@ -32,14 +32,15 @@ QUAD = Box("quad", ((0, 0), (500, 10), (490, 1000), (5, 990)))
         ("\n", ""),
     ],
 )
-def test_lines(line: str, meaning: object) -> None:
-    assert parse(line) == meaning
+def test_parse(line: str, parsed: object) -> None:
+    assert parse(line) == parsed
 
 
-def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_path_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.chdir(tmp_path)
-    typed = {
+    # Typed argument -> path.
+    paths = {
         "a b.png": "a b.png",
         '"a b.png"': "a b.png",
         "'bob''s.png'": "bob''s.png",
@@ -51,11 +52,12 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "data:image/png;base64,AA//": "data:image/png;base64,AA//",
         '"': '"',
     }
-    assert {argument: path_of(argument) for argument in typed} == typed
-    odd = ["'quoted'", r"back\slash", "~"]
-    for name in odd:
+    assert {argument: path_of(argument) for argument in paths} == paths
+    # The name of an existing file is taken as it is.
+    existing = ["'quoted'", r"back\slash", "~"]
+    for name in existing:
         Path(name).touch()
-    assert [path_of(name) for name in odd] == odd
+    assert [path_of(name) for name in existing] == existing
 
 
 def test_fragments() -> None:
@@ -83,7 +85,7 @@ def test_fragments() -> None:
     ]
 
 
-def test_fragments_come_with_their_segments() -> None:
+def test_fragments_are_generated_without_waiting_for_later_segments() -> None:
     def endless():
         while True:
             yield Segment("word ")
@@ -98,13 +100,14 @@ def test_box_lines() -> None:
     assert box_line(4, Box("box", ((0, 0), (1, 1)), "a\n\x1b[2Jb"), None).startswith("[4] a \\x1b[2Jb: ")
 
 
+# Environments of terminals with kitty's graphics protocol, with iTerm2's, and without image support.
 KITTY = [{"TERM": "xterm-kitty"}, {"TERM": "xterm-ghostty"}, {"TERM": "xterm", "KITTY_WINDOW_ID": "1"}]
 ITERM = [
     {"TERM": "xterm-256color", "TERM_PROGRAM": "iTerm.app"},
     {"TERM_PROGRAM": "WezTerm"},
     {"LC_TERMINAL": "iTerm2"},
 ]
-NOTHING = [
+NO_IMAGES = [
     {},
     {"TERM": "xterm-256color"},
     {"TERM": "xterm-256color", "TERM_PROGRAM": "Apple_Terminal"},
@@ -119,22 +122,24 @@ def noise(width: int, height: int) -> Image.Image:
 
 
 @pytest.mark.parametrize("environment", KITTY)
-@pytest.mark.parametrize(("size", "side"), [((900, 300), "c=32"), ((300, 900), "r=8"), ((1, 1), "r=8")])
-def test_kitty(environment: dict[str, str], size: tuple[int, int], side: str) -> None:
-    """Chunks in the protocol's format; together a small PNG with the same aspect ratio."""
+# The preview is limited to 32 columns or 8 rows, whichever the aspect ratio of the image reaches first.
+@pytest.mark.parametrize(("size", "limit"), [((900, 300), "c=32"), ((300, 900), "r=8"), ((1, 1), "r=8")])
+def test_kitty(environment: dict[str, str], size: tuple[int, int], limit: str) -> None:
+    """The chunks have the protocol's format; together they are a small PNG with the image's aspect ratio."""
     text = preview(noise(*size), environment)
     commands = re.findall(r"\x1b_G([^;]*);([A-Za-z0-9+/=]*)\x1b\\", text)
     assert re.sub(r"\x1b_G[^\x1b]*\x1b\\", "", text) == "\n"
-    keys = [dict(pair.split("=") for pair in command[0].split(",")) for command in commands]
-    name, value = side.split("=")
+    keys = [dict(item.split("=") for item in key_list.split(",")) for key_list, _ in commands]
+    name, value = limit.split("=")
     assert keys[0] == {"a": "T", "f": "100", "q": "2", name: value, "m": keys[0]["m"]}
-    assert all(list(others) == ["m"] for others in keys[1:])
-    assert [others["m"] for others in keys] == ["1"] * (len(keys) - 1) + ["0"]
+    assert all(list(chunk_keys) == ["m"] for chunk_keys in keys[1:])
+    # m is 1 if another chunk follows.
+    assert [chunk_keys["m"] for chunk_keys in keys] == ["1"] * (len(keys) - 1) + ["0"]
     assert all(len(data) % 4 == 0 and len(data) <= 4096 for _, data in commands)
-    shown = Image.open(io.BytesIO(base64.b64decode("".join(data for _, data in commands))))
-    assert shown.format == "PNG"
-    assert max(shown.size) <= 512
-    assert shown.width / shown.height == pytest.approx(size[0] / size[1], rel=0.02)
+    png = Image.open(io.BytesIO(base64.b64decode("".join(data for _, data in commands))))
+    assert png.format == "PNG"
+    assert max(png.size) <= 512
+    assert png.width / png.height == pytest.approx(size[0] / size[1], rel=0.02)
     assert len(commands) > 1 or size == (1, 1)
 
 
@@ -143,11 +148,11 @@ def test_iterm(environment: dict[str, str]) -> None:
     text = preview(noise(900, 300), environment)
     match = re.fullmatch(r"\x1b\]1337;File=([^:]*):([A-Za-z0-9+/=]*)\x07\n", text)
     assert match is not None
-    keys = dict(pair.split("=") for pair in match.group(1).split(";"))
+    keys = dict(item.split("=") for item in match.group(1).split(";"))
     assert keys == {"inline": "1", "width": "32", "height": "8", "preserveAspectRatio": "1"}
     assert Image.open(io.BytesIO(base64.b64decode(match.group(2)))).size == (512, 171)
 
 
-@pytest.mark.parametrize("environment", NOTHING)
+@pytest.mark.parametrize("environment", NO_IMAGES)
 def test_no_preview(environment: dict[str, str]) -> None:
     assert preview(noise(90, 90), environment) == ""

@@ -1,4 +1,4 @@
-"""The demo model, exported once for all server tests, and its answers without a server."""
+"""Fixtures for all server tests: the exported demo model, the same model without a server, a server process."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ from paddlemix_qwenvl_plugin.serve.demo_model import DemoStages, demo_stages
 
 @pytest.fixture(scope="session")
 def demo_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Value for QWENVL_CACHE_DIR: a new folder for the exported demo model, with a link to the user's built engine."""
+    """Cache folder (QWENVL_CACHE_DIR) for the exported demo model.
+
+    A link to the user's compiled engine avoids another compilation.
+    """
     folder = tmp_path_factory.mktemp("serve-cache")
-    built = cache_folder()
-    built.mkdir(parents=True, exist_ok=True)
-    (folder / "engine").symlink_to(built, target_is_directory=True)
+    compiled_engine = cache_folder()
+    compiled_engine.mkdir(parents=True, exist_ok=True)
+    (folder / "engine").symlink_to(compiled_engine, target_is_directory=True)
     return folder
 
 
 @pytest.fixture(scope="session")
 def stages(demo_cache: Path) -> DemoStages:
-    """The demo model, exported."""
+    """The exported stages of the demo model."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QWENVL_CACHE_DIR", str(demo_cache))
         return demo_stages(print)
@@ -34,7 +37,7 @@ def stages(demo_cache: Path) -> DemoStages:
 
 @pytest.fixture(scope="session")
 def local_model(stages: DemoStages) -> QwenVL:
-    """The demo model opened in this process, as the reference for the server's completions."""
+    """The demo model, opened in this process: the reference for the completions of a server."""
     model = QwenVL.from_exported(*stages)
     model.load()
     return model
@@ -43,13 +46,13 @@ def local_model(stages: DemoStages) -> QwenVL:
 @pytest.fixture
 def serve_demo(demo_cache: Path, stages: DemoStages) -> Iterator[Callable[..., ServerProcess]]:
     """Function that starts `qwenvl serve --demo` with flags on a free port; the process is killed after the test."""
-    started: list[ServerProcess] = []
+    servers: list[ServerProcess] = []
 
     def start(*flags: object, **options: Any) -> ServerProcess:
         flags = ("--demo", "--port", 0, *flags)
-        started.append(ServerProcess(flags, environment={"QWENVL_CACHE_DIR": str(demo_cache)}, **options))
-        return started[-1]
+        servers.append(ServerProcess(flags, environment={"QWENVL_CACHE_DIR": str(demo_cache)}, **options))
+        return servers[-1]
 
     yield start
-    for server in started:
+    for server in servers:
         server.close()

@@ -1,4 +1,4 @@
-"""Cases of the server's tables in docs/errors.md: a row's `request` to the function that sends it."""
+"""Cases of the server's tables in docs/errors.md: CASES maps the column `request` to a function that sends it."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 NAME = "qwen-vl-chat"
-CHAT, TEXT, TOKENS = "/v1/chat/completions", "/v1/completions", "/tokenize"
-KEY = "a-key"
+CHAT_PATH, COMPLETIONS_PATH, TOKENIZE_PATH = "/v1/chat/completions", "/v1/completions", "/tokenize"
+API_KEY = "a-key"
 
 
-class Got(NamedTuple):
-    """Response: status, error object, headers."""
+class ErrorResponse(NamedTuple):
+    """Response with an error object, or the error event of a stream."""
 
     status: int
     error: dict[str, Any]
@@ -47,29 +47,39 @@ class Got(NamedTuple):
 
 
 class Engine:
-    """EngineClient that generates a few scripted tokens and then fails as configured."""
+    """EngineClient that generates a few scripted tokens and then fails as configured.
+
+    Attributes:
+        tokens: the ids of the tokens of each completion.
+        submit_error: exception of `submit`, if any.
+        error: exception of a stream after its tokens, if any.
+        hangs: whether a stream without an error waits after its tokens until it is cancelled.
+        finish_reason: finish reason of a stream without an error.
+    """
 
     def __init__(self) -> None:
         self.ready = True
         self.restarts = 0
         self.stats = EngineStats()
         self.tokens: list[int] = []
-        self.then: Optional[Exception] = None
-        self.refuses: Optional[Exception] = None
+        self.submit_error: Optional[Exception] = None
+        self.error: Optional[Exception] = None
         self.hangs = False
-        self.ends_with: Literal["length", "cancelled"] = "length"
+        self.finish_reason: Literal["length", "cancelled"] = "length"
 
     async def start(self) -> None: ...
 
     async def stop(self) -> None: ...
 
     def submit(self, request: EngineRequest) -> Stream:
-        if self.refuses is not None:
-            raise self.refuses
+        if self.submit_error is not None:
+            raise self.submit_error
         return Stream(self)
 
 
 class Stream:
+    """TokenStream of an `Engine`."""
+
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._cancelled = asyncio.Event()
@@ -78,61 +88,67 @@ class Stream:
     async def __aiter__(self) -> AsyncIterator[list[Token]]:
         for token in self._engine.tokens:
             yield [Token(token)]
-        if self._engine.then is not None:
-            raise self._engine.then
+        if self._engine.error is not None:
+            raise self._engine.error
         if self._engine.hangs:
             await self._cancelled.wait()
             self.ended = Ended("cancelled", 0)
         else:
-            self.ended = Ended(self._engine.ends_with, 0)
+            self.ended = Ended(self._engine.finish_reason, 0)
 
     def cancel(self) -> None:
         self._cancelled.set()
 
 
-class Bench:
-    """The real app, with image processes, queue and tokenizer, around the engine above; bound to one event loop."""
+class ConfigurableServer:
+    """The app with its image processes, slot queue and tokenizer, around an `Engine`; bound to one event loop.
+
+    It makes one app for each combination of settings. `folder` is for files such as API keys.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.engine = Engine()
         self._config = load_config(MODEL)
         self._tokenizer = QwenTokenizer.of_model(MODEL, self._config)
-        self.some_tokens = self._tokenizer.encode("a b c")
-        self._made: dict[str, tuple[Service, Any]] = {}
-        self._chosen: dict[str, Any] = {}
+        self._default_tokens = self._tokenizer.encode("a b c")
+        self._apps: dict[str, tuple[Service, Any]] = {}
+        self._settings: dict[str, Any] = {}
 
     def configure(self, is_chat: bool = True, **settings: Any) -> Service:
-        """Use a server with these settings for the next requests."""
-        self._chosen = {"is_chat": is_chat, **settings}
-        return self._server()[0]
+        """Use these settings for the next requests."""
+        self._settings = {"is_chat": is_chat, **settings}
+        return self._app()[0]
 
     def reset(self) -> None:
-        self._chosen = {}
+        """Restore the default settings and the default state of the engine."""
+        self._settings = {}
         vars(self.engine).update(vars(Engine()))
-        self.engine.tokens = self.some_tokens
+        self.engine.tokens = self._default_tokens
 
     async def close(self) -> None:
-        for service, _ in self._made.values():
+        for service, _ in self._apps.values():
             await service.images.close()
 
-    async def send(self, method: str, path: str, **request: Any) -> Got:
-        """Send a request and return the error of the response, which may be the last event of a stream."""
-        transport = httpx.ASGITransport(self._server()[1])
+    async def send(self, method: str, path: str, **request: Any) -> ErrorResponse:
+        """Send a request and return its error, which in a stream is the last event."""
+        transport = httpx.ASGITransport(self._app()[1])
         base = "http://127.0.0.1:8000"
         async with httpx.AsyncClient(transport=transport, base_url=base, timeout=60) as client:
             response = await client.request(method, path, **request)
         if response.headers["content-type"].startswith("text/event-stream"):
-            *_, last = response.text.strip().split("\n\n")
-            return Got(response.status_code, json.loads(last[len("data: ") :])["error"], response.headers)
-        return Got(response.status_code, response.json()["error"], response.headers)
+            *_, last_event = response.text.strip().split("\n\n")
+            error = json.loads(last_event[len("data: ") :])["error"]
+            return ErrorResponse(response.status_code, error, response.headers)
+        return ErrorResponse(response.status_code, response.json()["error"], response.headers)
 
-    def _server(self) -> tuple[Service, Any]:
-        chosen = dict(self._chosen)
-        key = repr(sorted(chosen.items()))
-        if key not in self._made:
-            is_chat = chosen.pop("is_chat", True)
-            settings = ServeSettings(**{"image_workers": 1, "image_timeout": 60, **chosen})
+    def _app(self) -> tuple[Service, Any]:
+        """Service and app for the current settings."""
+        values = dict(self._settings)
+        key = repr(sorted(values.items()))
+        if key not in self._apps:
+            is_chat = values.pop("is_chat", True)
+            settings = ServeSettings(**{"image_workers": 1, "image_timeout": 60, **values})
             service = Service(
                 settings=settings,
                 engine=self.engine,
@@ -145,44 +161,45 @@ class Bench:
                     settings.max_running, settings.max_waiting, settings.waiting_timeout, settings.max_per_key
                 ),
             )
-            self._made[key] = service, create_app(service)
-        return self._made[key]
+            self._apps[key] = service, create_app(service)
+        return self._apps[key]
 
 
-Case = Callable[[Bench], Awaitable[Got]]
+Case = Callable[[ConfigurableServer], Awaitable[ErrorResponse]]
 
 
-def user(*parts: Any) -> list[dict[str, Any]]:
+def user_messages(*parts: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": list(parts)}]
 
 
-def image(url: Any) -> dict[str, Any]:
+def image_part(url: Any) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-ASK = [{"role": "user", "content": "?"}]
-SAID = {"role": "assistant", "content": "a"}
-SYSTEM = {"role": "system", "content": "a"}
-PART = {"type": "text", "text": "?"}
-JSON = {"Content-Type": "application/json"}
+QUESTION = [{"role": "user", "content": "?"}]
+ASSISTANT_MESSAGE = {"role": "assistant", "content": "a"}
+SYSTEM_MESSAGE = {"role": "system", "content": "a"}
+TEXT_PART = {"type": "text", "text": "?"}
+JSON_HEADERS = {"Content-Type": "application/json"}
 
 
-def changed(path: str, good: dict[str, Any], changes: dict[str, Any]) -> Case:
-    """Valid body with these parameters; ... omits one."""
-    body = {name: value for name, value in {**good, **changes}.items() if value is not ...}
-    return lambda bench: bench.send("POST", path, json=body)
+def with_changes(path: str, valid_body: dict[str, Any], changes: dict[str, Any]) -> Case:
+    """Valid body with these parameters changed; ... in place of a value removes the parameter."""
+    changed = {**valid_body, **changes}
+    body = {name: value for name, value in changed.items() if value is not ...}
+    return lambda server: server.send("POST", path, json=body)
 
 
 def chat(**changes: Any) -> Case:
-    return changed(CHAT, {"model": NAME, "messages": ASK, "max_tokens": 4}, changes)
+    return with_changes(CHAT_PATH, {"model": NAME, "messages": QUESTION, "max_tokens": 4}, changes)
 
 
-def text(**changes: Any) -> Case:
-    return changed(TEXT, {"model": NAME, "prompt": "a", "max_tokens": 4}, changes)
+def completion(**changes: Any) -> Case:
+    return with_changes(COMPLETIONS_PATH, {"model": NAME, "prompt": "a", "max_tokens": 4}, changes)
 
 
-def look_at(url: str) -> Case:
-    return chat(messages=user(image(url), PART))
+def chat_with_image(url: str) -> Case:
+    return chat(messages=user_messages(image_part(url), TEXT_PART))
 
 
 def png(size: tuple[int, int] = (6, 4), kind: str = "PNG") -> bytes:
@@ -195,142 +212,152 @@ def data_url(encoded: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(encoded).decode()
 
 
-def within(case: Case, **settings: Any) -> Case:
-    """Case at a server with these settings."""
+def with_settings(case: Case, **settings: Any) -> Case:
+    """Case for a server with these settings."""
 
-    def send(bench: Bench) -> Awaitable[Got]:
-        bench.configure(**settings)
-        return case(bench)
-
-    return send
-
-
-def engine(case: Case, **state: Any) -> Case:
-    """Case with an engine in this state."""
-
-    def send(bench: Bench) -> Awaitable[Got]:
-        vars(bench.engine).update(state)
-        return case(bench)
+    def send(server: ConfigurableServer) -> Awaitable[ErrorResponse]:
+        server.configure(**settings)
+        return case(server)
 
     return send
 
 
-def raw(content: Any, headers: dict[str, str] = JSON, path: str = CHAT) -> Case:
-    return lambda bench: bench.send("POST", path, content=content, headers=headers)
+def with_engine(case: Case, **attributes: Any) -> Case:
+    """Case for an engine with these attributes."""
 
-
-def call(method: str, path: str, **request: Any) -> Case:
-    return lambda bench: bench.send(method, path, **request)
-
-
-def with_keys(headers: dict[str, str]) -> Case:
-    def send(bench: Bench) -> Awaitable[Got]:
-        bench.configure(api_key_file=key_file(bench))
-        return bench.send("GET", "/v1/models", headers=headers)
+    def send(server: ConfigurableServer) -> Awaitable[ErrorResponse]:
+        vars(server.engine).update(attributes)
+        return case(server)
 
     return send
 
 
-def key_file(bench: Bench) -> Path:
-    path = bench.folder / "keys"
-    path.write_text(KEY)
+def raw(content: Any, headers: dict[str, str] = JSON_HEADERS, path: str = CHAT_PATH) -> Case:
+    return lambda server: server.send("POST", path, content=content, headers=headers)
+
+
+def request(method: str, path: str, **arguments: Any) -> Case:
+    return lambda server: server.send(method, path, **arguments)
+
+
+def list_models_with_api_keys(headers: dict[str, str]) -> Case:
+    """GET /v1/models of a server that has API keys."""
+
+    def send(server: ConfigurableServer) -> Awaitable[ErrorResponse]:
+        server.configure(api_key_file=write_key_file(server))
+        return server.send("GET", "/v1/models", headers=headers)
+
+    return send
+
+
+def write_key_file(server: ConfigurableServer) -> Path:
+    path = server.folder / "keys"
+    path.write_text(API_KEY)
     path.chmod(0o600)
     return path
 
 
-async def with_others(bench: Bench, service: Service, n: int, request: Callable[[], Awaitable[Got]]) -> Got:
-    """Response to a request that arrives while n slow ones are in the server."""
-    bench.engine.hangs = True
-    others = [asyncio.ensure_future(request()) for _ in range(n)]
+async def after_n_requests(
+    server: ConfigurableServer, service: Service, n: int, send: Callable[[], Awaitable[ErrorResponse]]
+) -> ErrorResponse:
+    """Response to a request that arrives while n earlier requests run or wait."""
+    server.engine.hangs = True
+    earlier = [asyncio.ensure_future(send()) for _ in range(n)]
     while service.admission.running + service.admission.waiting < n:
         await asyncio.sleep(0.01)
     try:
-        return await request()
+        return await send()
     finally:
-        for other in others:
-            other.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        for task in earlier:
+            task.cancel()
+        await asyncio.gather(*earlier, return_exceptions=True)
 
 
-async def full_queue(bench: Bench) -> Got:
-    service = bench.configure(max_running=1, max_waiting=2)
-    return await with_others(bench, service, 3, lambda: chat()(bench))
+async def full_queue(server: ConfigurableServer) -> ErrorResponse:
+    service = server.configure(max_running=1, max_waiting=2)
+    return await after_n_requests(server, service, 3, lambda: chat()(server))
 
 
-async def full_key(bench: Bench) -> Got:
-    service = bench.configure(api_key_file=key_file(bench), max_per_key=2)
-    headers = {"Authorization": f"Bearer {KEY}"}
-    body = {"model": NAME, "messages": ASK}
-    return await with_others(bench, service, 2, lambda: bench.send("POST", CHAT, json=body, headers=headers))
+async def full_quota_of_key(server: ConfigurableServer) -> ErrorResponse:
+    service = server.configure(api_key_file=write_key_file(server), max_per_key=2)
+    headers = {"Authorization": f"Bearer {API_KEY}"}
+    body = {"model": NAME, "messages": QUESTION}
+    return await after_n_requests(
+        server, service, 2, lambda: server.send("POST", CHAT_PATH, json=body, headers=headers)
+    )
 
 
-async def long_wait(bench: Bench) -> Got:
-    service = bench.configure(max_running=1, waiting_timeout=0.1)
+async def waiting_timeout(server: ConfigurableServer) -> ErrorResponse:
+    service = server.configure(max_running=1, waiting_timeout=0.1)
     async with service.admission.slots(1, None):
-        return await chat()(bench)
+        return await chat()(server)
 
 
-async def cancelled(bench: Bench) -> Got:
-    bench.engine.ends_with = "cancelled"
-    return await chat()(bench)
+async def cancelled(server: ConfigurableServer) -> ErrorResponse:
+    server.engine.finish_reason = "cancelled"
+    return await chat()(server)
 
 
-async def no_image_process(bench: Bench) -> Got:
-    python, image_process.sys = image_process.sys, SimpleNamespace(executable="/bin/false")  # type: ignore
+async def no_image_process(server: ConfigurableServer) -> ErrorResponse:
+    """The image process runs /bin/false in place of Python."""
+    original_sys = image_process.sys
+    image_process.sys = SimpleNamespace(executable="/bin/false")  # type: ignore
     try:
-        bench.configure(max_images=3)
-        return await look_at(data_url(png()))(bench)
+        server.configure(max_images=3)
+        return await chat_with_image(data_url(png()))(server)
     finally:
-        image_process.sys = python
+        image_process.sys = original_sys
 
 
-async def ending(bench: Bench) -> Got:
-    bench.configure(max_running=2).admission.close()
-    return await chat()(bench)
+async def after_sigterm(server: ConfigurableServer) -> ErrorResponse:
+    """At SIGTERM the server closes its slot queue."""
+    server.configure(max_running=2).admission.close()
+    return await chat()(server)
 
 
-async def mistake(bench: Bench) -> Got:
-    service = bench.configure(max_running=3)
+async def internal_error(server: ConfigurableServer) -> ErrorResponse:
+    """Without its slot queue, the handler of the request raises an AttributeError."""
+    service = server.configure(max_running=3)
     service.admission = None  # type: ignore[assignment]
-    return await chat()(bench)
+    return await chat()(server)
 
 
-async def stalled(bench: Bench) -> Got:
+async def stalled_body(server: ConfigurableServer) -> ErrorResponse:
     async def chunks() -> AsyncIterator[bytes]:
         yield b"{"
         await asyncio.sleep(600)
 
-    bench.configure(body_timeout=0.1)
-    return await bench.send("POST", CHAT, content=chunks(), headers=JSON)
+    server.configure(body_timeout=0.1)
+    return await server.send("POST", CHAT_PATH, content=chunks(), headers=JSON_HEADERS)
 
 
-DIED = EngineUnavailable(
+ENGINE_KILLED = EngineUnavailable(
     "the engine process was killed (SIGKILL), as the system does when memory runs out; a new one is being started, "
     "try again in a few seconds"
 )
-DAMAGED = QwenVLError("the model gives no finite numbers; its weights are damaged or do not fit")
+NOT_FINITE = QwenVLError("the model gives no finite numbers; its weights are damaged or do not fit")
 
 CASES: dict[str, Case] = {
     # The request as such
-    "a path that is not there": call("POST", "/v1/embeddings", json={}),
-    "`GET` where only `POST` is": call("GET", CHAT),
+    "an unknown path": request("POST", "/v1/embeddings", json={}),
+    "`GET` where only `POST` is": request("GET", CHAT_PATH),
     "no `Content-Type`": raw(b"{}", {}),
     "`Content-Type: text/plain`": raw(b"{}", {"Content-Type": "text/plain"}),
-    "`Content-Encoding: gzip`": raw(zlib.compress(b"{}"), {**JSON, "Content-Encoding": "gzip"}),
-    "more than `max_body_bytes`": within(raw(b" " * 2000), max_body_bytes=1024),
-    "a body that does not come within `body_timeout`": stalled,
-    "a body that is no JSON": raw(b"{"),
+    "`Content-Encoding: gzip`": raw(zlib.compress(b"{}"), {**JSON_HEADERS, "Content-Encoding": "gzip"}),
+    "more than `max_body_bytes`": with_settings(raw(b" " * 2000), max_body_bytes=1024),
+    "a body that does not come within `body_timeout`": stalled_body,
+    "a body that is not JSON": raw(b"{"),
     "no body": raw(b""),
     "a body that is a list": raw(b"[]"),
-    "no API key": with_keys({}),
-    "an API key that is not of the file": with_keys({"Authorization": "Bearer other"}),
-    "the header `Host` of another machine": call("GET", "/v1/models", headers={"Host": "example.org"}),
-    "`POST` from another web page": raw(b"{}", {**JSON, "Origin": "https://example.org"}),
+    "no API key": list_models_with_api_keys({}),
+    "an API key that is not in the file": list_models_with_api_keys({"Authorization": "Bearer other"}),
+    "the header `Host` of another machine": request("GET", "/v1/models", headers={"Host": "example.org"}),
+    "`POST` from another web page": raw(b"{}", {**JSON_HEADERS, "Origin": "https://example.org"}),
     # The model
     "another model": chat(model="gpt-4o"),
     "no `model`": chat(model=...),
-    "`GET /v1/models/…` of another model": call("GET", "/v1/models/gpt-4o"),
-    "a chat with the base model": within(chat(), is_chat=False),
+    "`GET /v1/models/…` of another model": request("GET", "/v1/models/gpt-4o"),
+    "a chat with the base model": with_settings(chat(), is_chat=False),
     # Messages
     "no `messages`": chat(messages=...),
     "empty `messages`": chat(messages=[]),
@@ -339,42 +366,53 @@ CASES: dict[str, Case] = {
     "a message of a tool": chat(messages=[{"role": "tool", "content": "?"}]),
     "a message without content": chat(messages=[{"role": "user"}]),
     "a message whose content is null": chat(messages=[{"role": "user", "content": None}]),
-    "a part of an unknown type": chat(messages=user({"type": "input_audio"})),
-    "a part without text": chat(messages=user({"type": "text"})),
-    "an `image_url` that is text": chat(messages=user({"type": "image_url", "image_url": "data:,x"})),
-    "an image of the assistant": chat(messages=[*ASK, {**SAID, "content": [image(data_url(png()))]}, *ASK]),
-    "a system message in the middle": chat(messages=[*ASK, SAID, SYSTEM, *ASK]),
-    "the assistant begins": chat(messages=[SAID, *ASK]),
-    "the assistant has the last word": chat(messages=[*ASK, SAID]),
-    "an earlier answer with `tool_calls`": chat(messages=[*ASK, {**SAID, "tool_calls": [1]}, *ASK]),
+    "a part of an unknown type": chat(messages=user_messages({"type": "input_audio"})),
+    "a part without text": chat(messages=user_messages({"type": "text"})),
+    "an `image_url` that is text": chat(
+        messages=user_messages({"type": "image_url", "image_url": "data:,x"})
+    ),
+    "an image of the assistant": chat(
+        messages=[*QUESTION, {**ASSISTANT_MESSAGE, "content": [image_part(data_url(png()))]}, *QUESTION]
+    ),
+    "a system message in the middle": chat(
+        messages=[*QUESTION, ASSISTANT_MESSAGE, SYSTEM_MESSAGE, *QUESTION]
+    ),
+    "the first message is the assistant's": chat(messages=[ASSISTANT_MESSAGE, *QUESTION]),
+    "the last message is the assistant's": chat(messages=[*QUESTION, ASSISTANT_MESSAGE]),
+    "an earlier answer with `tool_calls`": chat(
+        messages=[*QUESTION, {**ASSISTANT_MESSAGE, "tool_calls": [1]}, *QUESTION]
+    ),
     "text with the tag of an image": chat(messages=[{"role": "user", "content": "<img>a.png</img>"}]),
     "a prompt beyond the context": chat(messages=[{"role": "user", "content": "a b c d e " * 4000}]),
-    "a prompt beyond `max_prompt_tokens`": within(
+    "a prompt beyond `max_prompt_tokens`": with_settings(
         chat(messages=[{"role": "user", "content": "a b c d e " * 20}]), max_prompt_tokens=50
     ),
     # Images
-    "more than `max_images`": within(
-        chat(messages=user(image(data_url(png())), image(data_url(png())), PART)), max_images=1
+    "more than `max_images`": with_settings(
+        chat(messages=user_messages(image_part(data_url(png())), image_part(data_url(png())), TEXT_PART)),
+        max_images=1,
     ),
-    "a path": look_at("/etc/passwd"),
-    "a `file:` URL": look_at("file:///etc/passwd"),
-    "a `data:` URL that is not ASCII": look_at("data:image/png,é"),
-    "a `data:` URL without a comma": look_at("data:image/png;base64"),
-    "base64 that is none": look_at("data:image/png;base64,!!!!"),
-    "an image without bytes": look_at("data:image/png;base64,"),
-    "bytes that are not an image": look_at("data:image/png;base64,AAAA"),
-    "an image that is cut short": look_at(data_url(png((40, 40))[:-30])),
-    "an image with more than `max_image_pixels`": within(look_at(data_url(png())), max_image_pixels=20),
-    "an image with more than `max_image_bytes`": within(
-        look_at(data_url(bytes(70_000))), max_image_bytes=2**16
+    "a path": chat_with_image("/etc/passwd"),
+    "a `file:` URL": chat_with_image("file:///etc/passwd"),
+    "a `data:` URL that is not ASCII": chat_with_image("data:image/png,é"),
+    "a `data:` URL without a comma": chat_with_image("data:image/png;base64"),
+    "invalid base64": chat_with_image("data:image/png;base64,!!!!"),
+    "an image without bytes": chat_with_image("data:image/png;base64,"),
+    "bytes that are not an image": chat_with_image("data:image/png;base64,AAAA"),
+    "an image that is cut short": chat_with_image(data_url(png((40, 40))[:-30])),
+    "an image with more than `max_image_pixels`": with_settings(
+        chat_with_image(data_url(png())), max_image_pixels=20
     ),
-    "an image of a host that is not listed": look_at("https://example.org/a.png"),
-    "a host that is not listed, beside one that is": within(
-        look_at("https://example.com/a.png"), image_hosts=["images.example.org"]
+    "an image with more than `max_image_bytes`": with_settings(
+        chat_with_image(data_url(bytes(70_000))), max_image_bytes=2**16
     ),
-    "a URL that is none": look_at("http://[::1/a.png"),
-    "a listed host at an address that is not public": within(
-        look_at("http://localhost:9/a.png"), image_hosts=["localhost"]
+    "an image of a host that is not listed": chat_with_image("https://example.org/a.png"),
+    "a host that is not listed, beside one that is": with_settings(
+        chat_with_image("https://example.com/a.png"), image_hosts=["images.example.org"]
+    ),
+    "an invalid URL": chat_with_image("http://[::1/a.png"),
+    "a listed host at an address that is not public": with_settings(
+        chat_with_image("http://localhost:9/a.png"), image_hosts=["localhost"]
     ),
     # Parameters
     "an unknown parameter": chat(temprature=1),
@@ -395,7 +433,7 @@ CASES: dict[str, Case] = {
     "`min_tokens` above `max_tokens`": chat(min_tokens=9),
     "`n` of 0": chat(n=0),
     "`n` above `max_choices`": chat(n=9),
-    "`n` above `max_running`": within(chat(n=3), max_running=2),
+    "`n` above `max_running`": with_settings(chat(n=3), max_running=2),
     "five stop strings": chat(stop=["a", "b", "c", "d", "e"]),
     "an empty stop string": chat(stop=""),
     "`stream` as text": chat(stream="yes"),
@@ -403,31 +441,35 @@ CASES: dict[str, Case] = {
     "`top_logprobs` without `logprobs`": chat(top_logprobs=3),
     "`top_logprobs` above 20": chat(logprobs=True, top_logprobs=21),
     # Completions and tokenize
-    "an empty prompt": text(prompt=""),
-    "tokens among texts": text(prompt=["a", 3]),
-    "a token that is negative": text(prompt=[1, -1]),
-    "a control token": text(prompt=[1, 681]),
-    "more prompts than `max_choices`": text(prompt=["a"] * 9),
-    "`echo`": text(echo=True),
-    "`suffix`": text(suffix="x"),
-    "`best_of` above 1": text(best_of=3),
-    "`logprobs` above 20": text(logprobs=21),
-    "`tokenize` of nothing": call("POST", TOKENS, json={}),
-    "`tokenize` of a prompt and messages": call("POST", TOKENS, json={"prompt": "a", "messages": ASK}),
+    "an empty prompt": completion(prompt=""),
+    "tokens among texts": completion(prompt=["a", 3]),
+    "a token that is negative": completion(prompt=[1, -1]),
+    "a control token": completion(prompt=[1, 681]),
+    "more prompts than `max_choices`": completion(prompt=["a"] * 9),
+    "`echo`": completion(echo=True),
+    "`suffix`": completion(suffix="x"),
+    "`best_of` above 1": completion(best_of=3),
+    "`logprobs` above 20": completion(logprobs=21),
+    "`tokenize` of nothing": request("POST", TOKENIZE_PATH, json={}),
+    "`tokenize` of a prompt and messages": request(
+        "POST", TOKENIZE_PATH, json={"prompt": "a", "messages": QUESTION}
+    ),
     # States
     "the queue is full": full_queue,
-    "a key has `max_per_key` requests": full_key,
-    "no slot within `waiting_timeout`": long_wait,
-    "the engine is not ready": engine(chat(), refuses=EngineUnavailable("the engine has not been started")),
-    "the engine dies": engine(chat(), then=DIED),
-    "the engine dies in the middle of a stream": engine(chat(stream=True), then=DIED),
-    "the engine cannot compute the request": engine(chat(), tokens=[], then=DAMAGED),
-    "longer than `running_timeout`": within(engine(chat(), hangs=True), running_timeout=0.2),
-    "longer than `running_timeout`, in a stream": within(
-        engine(chat(stream=True), hangs=True), running_timeout=0.2
+    "a key has `max_per_key` requests": full_quota_of_key,
+    "no slot within `waiting_timeout`": waiting_timeout,
+    "the engine is not ready": with_engine(
+        chat(), submit_error=EngineUnavailable("the engine has not been started")
     ),
-    "the server ends a request": cancelled,
+    "the engine dies": with_engine(chat(), error=ENGINE_KILLED),
+    "the engine dies in the middle of a stream": with_engine(chat(stream=True), error=ENGINE_KILLED),
+    "the engine cannot compute the request": with_engine(chat(), tokens=[], error=NOT_FINITE),
+    "longer than `running_timeout`": with_settings(with_engine(chat(), hangs=True), running_timeout=0.2),
+    "longer than `running_timeout`, in a stream": with_settings(
+        with_engine(chat(stream=True), hangs=True), running_timeout=0.2
+    ),
+    "the server cancels a request": cancelled,
     "an image process that does not start": no_image_process,
-    "after SIGTERM": ending,
-    "a mistake of the server": mistake,
+    "after SIGTERM": after_sigterm,
+    "an internal error": internal_error,
 }

@@ -1,6 +1,6 @@
-"""`qwenvl serve` around a counting engine: `python serve_fake_server.py ENGINE_JSON FLAG …`.
+"""Script that runs `qwenvl serve` with a CountingEngine: `python serve_fake_server.py ENGINE_JSON FLAG …`.
 
-ENGINE_JSON has the arguments of CountingEngine, and `fails`, a line with which it does not start.
+ENGINE_JSON has the arguments of CountingEngine, and optionally `start_error`, the message with which its start fails.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 if __name__ == "__main__":
     arguments = json.loads(sys.argv.pop(1))
-    fails = arguments.pop("fails", None)
+    start_error = arguments.pop("start_error", None)
     engine = CountingEngine(**arguments)
-    engine.fails = QwenVLError(fails) if fails else None
+    engine.start_error = QwenVLError(start_error) if start_error else None
 
-    def open_service(settings: Any, say: object) -> Any:
+    def open_service(settings: Any, report: object) -> Any:
         return fake_service(engine, **settings.model_dump())
 
+    # Modules that `qwenvl serve` imports, replaced by fakes without a model.
     modules: dict[str, Any] = {
         "paddlemix_qwenvl_plugin.serve.opening": SimpleNamespace(open_service=open_service),
         "paddlemix_qwenvl_plugin.serve.openai": SimpleNamespace(routes=SimpleNamespace(router=fake_router)),

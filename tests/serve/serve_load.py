@@ -1,4 +1,4 @@
-"""Load of concurrent clients: most read their answers, some disconnect, some send invalid requests."""
+"""Load test clients: most requests are read to the end, some clients disconnect, some send invalid requests."""
 
 from __future__ import annotations
 
@@ -16,51 +16,60 @@ import httpx
 from serve_invalid_requests import INVALID_REQUESTS
 from serve_questions import Question
 
-logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
+logging.getLogger("httpx").setLevel(logging.WARNING)  # at INFO, httpx logs a line for each request
 
-# Longer than an answer takes on a busy machine.
-PATIENCE = 300.0
+# Seconds; longer than a completion takes on a busy machine.
+TIMEOUT = 300.0
 
 
 @dataclass
 class Reply:
-    """Reply: texts and finish reasons of all choices, or an error object."""
+    """Response of the server, streamed or not: texts and finish reasons of all choices, or an error object.
+
+    Attributes:
+        complete: whether the response has its end, which in a stream is the usage and `[DONE]`.
+    """
 
     status: int
     texts: list[str] = field(default_factory=list)
-    reasons: list[Optional[str]] = field(default_factory=list)
+    finish_reasons: list[Optional[str]] = field(default_factory=list)
     error: Optional[dict[str, Any]] = None
-    whole: bool = False
+    complete: bool = False
 
-    def answers(self, question: Question) -> bool:
-        """Whether the reply equals QwenVL's own answer."""
-        return self.whole and (self.texts, self.reasons) == (question.texts, question.reasons)
+    def is_answer_to(self, question: Question) -> bool:
+        """Whether the reply is complete and equals the expected answer of a question."""
+        expected = (question.texts, question.finish_reasons)
+        return self.complete and (self.texts, self.finish_reasons) == expected
 
 
 @dataclass
 class Tally:
-    """Counts of the clients' results.
+    """Counts of the requests of all clients, by their result.
 
     Attributes:
-        wrong: lines about replies that are neither the answer nor an error that `forgiving` load may get.
+        answered: number of requests with the expected answer.
+        errors: number of allowed errors, by status and code.
+        disconnected: number of requests after which the client disconnected early.
+        invalid: number of invalid requests, by name.
+        failures: descriptions of unexpected responses.
     """
 
     answered: int = 0
     errors: Counter[str] = field(default_factory=Counter)
-    hung_up: int = 0
+    disconnected: int = 0
     invalid: Counter[str] = field(default_factory=Counter)
-    wrong: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
 
     @property
     def requests(self) -> int:
-        return self.answered + sum(self.errors.values()) + self.hung_up + sum(self.invalid.values())
+        return self.answered + sum(self.errors.values()) + self.disconnected + sum(self.invalid.values())
 
 
 class Load:
-    """Clients of a server.
+    """Concurrent clients of a server.
 
     Attributes:
-        tally: what they saw so far.
+        tally: the results so far.
     """
 
     def __init__(
@@ -68,33 +77,36 @@ class Load:
         url: str,
         questions: Sequence[Question],
         seed: int = 1,
-        polite: bool = False,
-        forgiving: bool = False,
+        read_all: bool = False,
+        allow_errors: bool = False,
     ) -> None:
         """Create the clients.
 
         Args:
-            polite: no client disconnects early or sends invalid requests.
-            forgiving: do not count an OpenAI error with status 503 or 504, or in a stream, as a wrong answer.
+            url: URL of the server.
+            questions: the clients choose from these at random.
+            seed: seed of the random choices.
+            read_all: no client disconnects early or sends invalid requests.
+            allow_errors: an error for which `is_server_error` is true does not count as a failure.
         """
         self.tally = Tally()
         self._url = url
         self._questions = questions
         self._rng = random.Random(seed)
-        self._polite = polite
-        self._forgiving = forgiving
+        self._read_all = read_all
+        self._allow_errors = allow_errors
 
-    async def run(self, n_clients: int, go_on: Callable[[], bool]) -> None:
-        """Run the clients, each with one request after another, while `go_on` returns true."""
-        await asyncio.gather(*(self._client(go_on) for _ in range(n_clients)))
+    async def run(self, n_clients: int, keep_running: Callable[[], bool]) -> None:
+        """Run the clients, each with sequential requests, while `keep_running` returns true."""
+        await asyncio.gather(*(self._client(keep_running) for _ in range(n_clients)))
 
-    async def _client(self, go_on: Callable[[], bool]) -> None:
-        # No certificates: reading those of the system takes longer than a request.
-        async with httpx.AsyncClient(base_url=self._url, timeout=PATIENCE, verify=False) as http:
-            while go_on():
-                chance = 1.0 if self._polite else self._rng.random()
+    async def _client(self, keep_running: Callable[[], bool]) -> None:
+        # Without verify=False httpx reads the certificates of the system, which takes longer than a request.
+        async with httpx.AsyncClient(base_url=self._url, timeout=TIMEOUT, verify=False) as http:
+            while keep_running():
+                chance = 1.0 if self._read_all else self._rng.random()
                 if chance < 0.1:
-                    await self._hang_up(http)
+                    await self._disconnect_early(http)
                 elif chance < 0.2:
                     await self._send_invalid(http)
                 else:
@@ -103,18 +115,21 @@ class Load:
     async def _ask(self, http: httpx.AsyncClient) -> None:
         question = self._rng.choice(self._questions)
         reply = await ask(http, question, stream=self._rng.random() < 0.8)
-        if reply.answers(question):
+        if reply.is_answer_to(question):
             self.tally.answered += 1
-        elif self._forgiving and is_failure(reply):
+        elif self._is_allowed_error(reply):
             assert reply.error is not None
             self.tally.errors[f"{reply.status} {reply.error['code']}"] += 1
-            await asyncio.sleep(0.05)  # as a client that tries again
+            await asyncio.sleep(0.05)  # before the client tries again
         else:
-            said = {name: question.body[name] for name in question.body if name not in ("messages", "prompt")}
-            self.tally.wrong.append(f"{said}: {reply} but alone {question.texts} {question.reasons}")
+            parameters = {
+                name: value for name, value in question.body.items() if name not in ("messages", "prompt")
+            }
+            expected = f"{question.texts} {question.finish_reasons}"
+            self.tally.failures.append(f"{parameters}: {reply}, expected {expected}")
 
-    async def _hang_up(self, http: httpx.AsyncClient) -> None:
-        """Disconnect before the answer or after some events; check the events so far."""
+    async def _disconnect_early(self, http: httpx.AsyncClient) -> None:
+        """Disconnect before the response, or after some events of a stream; check the events so far."""
         question = self._rng.choice(self._questions)
         if self._rng.random() < 0.3:
             task = asyncio.ensure_future(ask(http, question, stream=self._rng.random() < 0.5))
@@ -124,22 +139,25 @@ class Load:
         else:
             reply = await ask(http, question, stream=True, n_events=self._rng.randrange(1, 20))
             pairs = zip(question.texts, reply.texts)
-            if reply.error is not None and self._forgiving and is_failure(reply):
-                pass
-            elif reply.error is not None or not all(text.startswith(begin) for text, begin in pairs):
-                self.tally.wrong.append(f"a client that hung up: {reply} but alone {question.texts}")
-        self.tally.hung_up += 1
+            as_expected = reply.error is None and all(text.startswith(begin) for text, begin in pairs)
+            if not as_expected and not self._is_allowed_error(reply):
+                failure = f"until the client disconnected: {reply}, expected {question.texts}"
+                self.tally.failures.append(failure)
+        self.tally.disconnected += 1
 
     async def _send_invalid(self, http: httpx.AsyncClient) -> None:
         invalid = self._rng.choice(INVALID_REQUESTS)
         problem = await invalid.send(http)
-        if problem is not None and not (self._forgiving and problem.startswith("status 503")):
-            self.tally.wrong.append(f"{invalid.name}: {problem}")
+        if problem is not None and not (self._allow_errors and problem.startswith("status 503")):
+            self.tally.failures.append(f"{invalid.name}: {problem}")
         self.tally.invalid[invalid.name] += 1
 
+    def _is_allowed_error(self, reply: Reply) -> bool:
+        return self._allow_errors and is_server_error(reply)
 
-def is_failure(reply: Reply) -> bool:
-    """Whether a reply is an OpenAI error for a server that could not answer."""
+
+def is_server_error(reply: Reply) -> bool:
+    """Whether a reply is an error of type "server_error": with status 503 or 504, or in a stream (status 200)."""
     if reply.error is None or set(reply.error) != {"message", "type", "param", "code"}:
         return False
     return reply.error["type"] == "server_error" and reply.status in (200, 503, 504)
@@ -148,16 +166,19 @@ def is_failure(reply: Reply) -> bool:
 async def ask(
     http: httpx.AsyncClient, question: Question, stream: bool, n_events: Optional[int] = None
 ) -> Reply:
-    """Ask a question; with `n_events`, disconnect after that number of events."""
+    """Send the request of a question; with `n_events`, disconnect after this number of events."""
     if not stream:
         response = await http.post(question.path, json=question.body)
         body = response.json()
         if response.status_code != 200:
             return Reply(response.status_code, error=body["error"])
-        texts = [c["message"]["content"] if "message" in c else c["text"] for c in body["choices"]]
-        return Reply(200, texts, [choice["finish_reason"] for choice in body["choices"]], whole=True)
-    n = question.body.get("n", 1)
-    reply = Reply(200, [""] * n, [None] * n)
+        choices = body["choices"]
+        texts = [
+            choice["message"]["content"] if "message" in choice else choice["text"] for choice in choices
+        ]
+        return Reply(200, texts, [choice["finish_reason"] for choice in choices], complete=True)
+    n_choices = question.body.get("n", 1)
+    reply = Reply(200, [""] * n_choices, [None] * n_choices)
     body = {**question.body, "stream": True, "stream_options": {"include_usage": True}}
     async with http.stream("POST", question.path, json=body) as response:
         reply.status = response.status_code
@@ -169,9 +190,9 @@ async def ask(
             if not line:
                 continue
             assert line.startswith("data: "), line
-            assert not reply.whole, "an event after the last one"
+            assert not reply.complete, "an event after [DONE]"
             if line == "data: [DONE]":
-                reply.whole = usage is not None
+                reply.complete = usage is not None
                 continue
             event = json.loads(line[len("data: ") :])
             if "error" in event:
@@ -182,7 +203,7 @@ async def ask(
             for choice in event["choices"]:
                 text = choice["text"] if "text" in choice else choice["delta"].get("content", "")
                 reply.texts[choice["index"]] += text
-                reply.reasons[choice["index"]] = choice["finish_reason"]
+                reply.finish_reasons[choice["index"]] = choice["finish_reason"]
             if n_events is not None:
                 n_events -= 1
                 if n_events == 0:
@@ -190,33 +211,36 @@ async def ask(
     return reply
 
 
-class Pulse:
-    """Client that polls a path; `late` is the longest response time in seconds, `wrong` lists the failures."""
+class HealthPoller:
+    """Client that polls /health/live while it is open.
 
-    def __init__(self, url: str, path: str = "/health/live") -> None:
-        self.n = 0
-        self.late = 0.0
-        self.wrong: list[str] = []
-        self._url = url + path
+    Attributes:
+        max_seconds: the longest response time so far.
+        failures: descriptions of failed requests.
+    """
 
-    async def __aenter__(self) -> Pulse:
-        self._task = asyncio.ensure_future(self._beat())
+    def __init__(self, url: str) -> None:
+        self.max_seconds = 0.0
+        self.failures: list[str] = []
+        self._url = f"{url}/health/live"
+
+    async def __aenter__(self) -> HealthPoller:
+        self._task = asyncio.ensure_future(self._poll())
         return self
 
     async def __aexit__(self, *error: object) -> None:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
-    async def _beat(self) -> None:
-        async with httpx.AsyncClient(timeout=PATIENCE, verify=False) as http:
+    async def _poll(self) -> None:
+        async with httpx.AsyncClient(timeout=TIMEOUT, verify=False) as http:
             while True:
                 start = time.monotonic()
                 try:
                     status = (await http.get(self._url)).status_code
                     if status != 200:
-                        self.wrong.append(f"status {status}")
+                        self.failures.append(f"status {status}")
                 except httpx.HTTPError as error:
-                    self.wrong.append(repr(error))
-                self.late = max(self.late, time.monotonic() - start)
-                self.n += 1
+                    self.failures.append(repr(error))
+                self.max_seconds = max(self.max_seconds, time.monotonic() - start)
                 await asyncio.sleep(0.02)

@@ -1,4 +1,4 @@
-"""In-process implementations of the handlers' protocols: engine, image loader, unlimited queue."""
+"""Test doubles of the engine client, image loader and slot queue, in the process of the test."""
 
 from __future__ import annotations
 
@@ -27,34 +27,40 @@ from paddlemix_qwenvl_plugin.serve.errors import ApiError
 from paddlemix_qwenvl_plugin.serve.service import LoadedImage
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
-N_CACHED = 7  # what this engine says of each prompt
+N_CACHED = 7  # the number of cached prompt tokens that this engine reports for every request
 
 
-def logprob(token: int) -> float:
-    """Token with the log probabilities of this engine."""
+def logprob_of(token: int) -> float:
+    """Log probability that this engine reports for a token; a made-up value, different for each token."""
     return -1 - token / 1024
 
 
-def likeliest(token: int, n: int) -> tuple[tuple[int, float], ...]:
-    return tuple((token + i, logprob(token + i)) for i in range(n))
+def top_logprobs_of(token: int, n: int) -> tuple[tuple[int, float], ...]:
+    """The n most likely (token, log probability) at a position, as this engine reports them."""
+    return tuple((token + i, logprob_of(token + i)) for i in range(n))
 
 
 class Stream:
-    """A TokenStream of the engine below."""
+    """TokenStream of an `Engine`.
+
+    Attributes:
+        n_sent: number of tokens sent so far.
+        n_tokens_before_submit: number of tokens that the engine had sent to other requests before this one.
+    """
 
     def __init__(self, engine: Engine, request: EngineRequest, generation: Generation) -> None:
         self.request = request
         self.generation = generation
         self.ended: Optional[Ended] = None
         self.n_sent = 0
-        self.n_before = sum(other.n_sent for other in engine.submitted)  # tokens that had been sent by then
+        self.n_tokens_before_submit = sum(stream.n_sent for stream in engine.submitted)
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[list[Token] | QwenVLError | Ended] = asyncio.Queue()
 
     def put(self, item: list[Token] | QwenVLError | Ended) -> None:
-        """Deliver tokens; called from the engine's thread."""
-        with contextlib.suppress(RuntimeError):  # the server has gone
+        """Deliver tokens, an error or the end; called from the engine's thread."""
+        with contextlib.suppress(RuntimeError):  # the event loop of the server is closed
             self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
     async def __aiter__(self) -> AsyncIterator[list[Token]]:
@@ -73,13 +79,13 @@ class Stream:
 
 
 class Engine:
-    """An EngineClient that runs a QwenVL in a thread.
+    """EngineClient that runs a QwenVL in a thread.
 
     Attributes:
-        step_seconds: how long a step takes at least.
+        step_seconds: minimum duration of a step.
         submitted: the streams of all requests so far.
-        dead: whether requests are refused.
-        going: whether steps are run.
+        unavailable: whether `submit` raises EngineUnavailable.
+        may_step: event; the engine runs steps while it is set.
     """
 
     def __init__(self, vl: QwenVL) -> None:
@@ -87,7 +93,7 @@ class Engine:
         self.ready = True
         self.restarts = 0
         self.stats = EngineStats()
-        self.going = threading.Event()
+        self.may_step = threading.Event()
         self.wake = threading.Event()
         self.reset()
         self._active: list[Stream] = []
@@ -98,8 +104,8 @@ class Engine:
     def reset(self) -> None:
         self.step_seconds = 0.0
         self.submitted: list[Stream] = []
-        self.dead = False
-        self.going.set()
+        self.unavailable = False
+        self.may_step.set()
 
     async def start(self) -> None:
         pass
@@ -109,7 +115,7 @@ class Engine:
         self.wake.set()
 
     def submit(self, request: EngineRequest) -> TokenStream:
-        if self.dead:
+        if self.unavailable:
             raise EngineUnavailable("the engine is starting")
         size = self.vl.config.visual.image_size
         for image in request.images:
@@ -128,7 +134,7 @@ class Engine:
 
     def die(self) -> None:
         """Fail all requests as the exit of the engine process does."""
-        self.dead = True
+        self.unavailable = True
         for stream in list(self._active):
             stream.put(EngineUnavailable("the engine died; a new one is starting"))
             self.vl._loop.cancel(stream.generation)
@@ -143,28 +149,33 @@ class Engine:
                 self.wake.wait()
                 self.wake.clear()
                 continue
-            self.going.wait()
+            self.may_step.wait()
             start = time.perf_counter()
             self.vl._loop.step()
             for stream in list(self._active):
-                self._hand_out(stream)
+                self._deliver(stream)
             time.sleep(max(0.0, self.step_seconds - (time.perf_counter() - start)))
 
-    def _hand_out(self, stream: Stream) -> None:
+    def _deliver(self, stream: Stream) -> None:
+        """Send the tokens that a request has generated since the last call, and its end."""
         generation = stream.generation
         finished, error = generation.finished, generation.error
-        new = generation.tokens[stream.n_sent :]
-        stream.n_sent += len(new)
-        n = stream.request.n_logprobs
-        if new:
-            stream.put([Token(t) if n is None else Token(t, logprob(t), likeliest(t, n)) for t in new])
+        new_ids = generation.tokens[stream.n_sent :]
+        stream.n_sent += len(new_ids)
+        n_logprobs = stream.request.n_logprobs
+        if n_logprobs is None:
+            tokens = [Token(id_) for id_ in new_ids]
+        else:
+            tokens = [Token(id_, logprob_of(id_), top_logprobs_of(id_, n_logprobs)) for id_ in new_ids]
+        if tokens:
+            stream.put(tokens)
         if finished:
             self._active.remove(stream)
             stream.put(error if isinstance(error, QwenVLError) else Ended(generation.finish_reason, N_CACHED))
 
 
 class Images:
-    """An ImageLoader of data: URLs; `loaded` has those of all requests."""
+    """ImageLoader for data: URLs; `loaded` lists the URLs of all requests."""
 
     def __init__(self, image_size: int) -> None:
         self._image_size = image_size
@@ -175,7 +186,7 @@ class Images:
         await asyncio.sleep(0)
         try:
             if not url.startswith("data:"):
-                raise QwenVLError("only data: URLs here")
+                raise QwenVLError("only data: URLs are supported")
             image = load_image(url)
         except QwenVLError as error:
             raise ApiError(400, f"{param}: {error}", param=param, code="invalid_image") from error
@@ -187,21 +198,28 @@ class Images:
 
 
 class NoLimits:
-    """An Admission. `held` counts the slots in use, `most` the most of them at once; `keys` has the requests' keys."""
+    """Admission without a limit.
+
+    Attributes:
+        slots_in_use: number of slots in use.
+        max_slots_in_use: maximum of slots_in_use so far.
+        keys: the API key hashes of all requests, None without a key.
+        refuse_with: error with which requests are refused, if any.
+    """
 
     def __init__(self) -> None:
-        self.held = self.most = 0
+        self.slots_in_use = self.max_slots_in_use = 0
         self.keys: list[Optional[str]] = []
-        self.refuse: Optional[ApiError] = None
+        self.refuse_with: Optional[ApiError] = None
 
     @contextlib.asynccontextmanager
     async def slots(self, n: int, key: Optional[str]) -> AsyncIterator[None]:
-        if self.refuse is not None:
-            raise self.refuse
+        if self.refuse_with is not None:
+            raise self.refuse_with
         self.keys.append(key)
-        self.held += n
-        self.most = max(self.most, self.held)
+        self.slots_in_use += n
+        self.max_slots_in_use = max(self.max_slots_in_use, self.slots_in_use)
         try:
             yield
         finally:
-            self.held -= n
+            self.slots_in_use -= n

@@ -1,4 +1,4 @@
-"""The demo model behind OpenAI's routes, under uvicorn in a thread, and the openai client."""
+"""Fixtures for tests of OpenAI's routes: a server of the demo model under uvicorn in a thread, with clients."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 
 
 @pytest.fixture(scope="session")
-def running(stages: DemoStages) -> Iterator[Server]:
-    vl = QwenVL.from_exported(*stages)  # of its own: tests exchange its loop
+def shared_server(stages: DemoStages) -> Iterator[Server]:
+    """Server for all tests of the session; tests use the fixture `server`, which restores it."""
+    vl = QwenVL.from_exported(*stages)  # not the fixture local_model: tests replace this model's loop
     engine, images, admission = Engine(vl), Images(vl.config.visual.image_size), NoLimits()
     service = Service(
         ServeSettings(max_new_tokens=2000),
         engine,
         vl.tokenizer,
         vl.config,
-        True,
+        True,  # is_chat
         NAME,
         images,
         admission,
@@ -58,25 +59,26 @@ def running(stages: DemoStages) -> Iterator[Server]:
 
 
 @pytest.fixture
-def server(running: Server, caplog: pytest.LogCaptureFixture) -> Iterator[Server]:
-    """Restore settings and loop after each test; the test must log no error."""
-    service, loop = running.service, running.engine.vl._loop
-    before = replace(service)
-    yield running
-    vars(service).update(vars(before))
-    running.admission.refuse = None
-    running.wait_until_idle()
-    running.engine.vl._loop = loop
-    running.engine.reset()
-    running.admission.most = 0
-    running.admission.keys.clear()
-    running.images.loaded.clear()
+def server(shared_server: Server, caplog: pytest.LogCaptureFixture) -> Iterator[Server]:
+    """The server, restored to its initial state after the test; a test fails if it logs an error."""
+    service, engine, admission = shared_server.service, shared_server.engine, shared_server.admission
+    loop = engine.vl._loop
+    initial_service = replace(service)
+    yield shared_server
+    vars(service).update(vars(initial_service))
+    admission.refuse_with = None
+    shared_server.wait_until_idle()
+    engine.vl._loop = loop
+    engine.reset()
+    admission.max_slots_in_use = 0
+    admission.keys.clear()
+    shared_server.images.loaded.clear()
     assert not [record for record in caplog.get_records("call") if record.levelname == "ERROR"]
 
 
 @pytest.fixture
-def limited(server: Server) -> Callable[..., None]:
-    """Function that changes settings for this test."""
+def change_settings(server: Server) -> Callable[..., None]:
+    """Function that changes settings of the server for this test."""
 
     def change(**settings: Any) -> None:
         server.service.settings = server.service.settings.model_copy(update=settings)

@@ -1,4 +1,4 @@
-"""Helpers of the tests of OpenAI's routes."""
+"""Helpers for tests of OpenAI's routes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAME = "qwen-vl-chat"
 
 @dataclass
 class Server:
-    """A server, its parts, and clients for it."""
+    """A running server with its components, the openai client and an HTTP client."""
 
     url: str
     service: Service
@@ -33,12 +33,13 @@ class Server:
 
     def wait_until_idle(self) -> None:
         """Wait until the engine has no request and no slot is in use."""
-        wait_for(lambda: self.engine.idle and not self.admission.held)
+        wait_for(lambda: self.engine.idle and not self.admission.slots_in_use)
 
 
-def wait_for(holds: Callable[[], Any], seconds: float = 30) -> None:
+def wait_for(condition: Callable[[], Any], seconds: float = 30) -> None:
+    """Wait until a condition holds."""
     end = time.monotonic() + seconds
-    while not holds():
+    while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
 
@@ -52,9 +53,10 @@ def image_part(path: Path) -> dict[str, Any]:
 
 
 def demo_question(name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """A question of the demo: the content of a message, and the parts of a query for QwenVL.
+    """A question of the demo in two forms: content of a message of OpenAI's API, and query parts for QwenVL.
 
-    Bytes, not paths: a prompt names a path, and the server calls an image image-1.
+    The query parts have images as bytes, not as paths: a path would be part of the prompt, and the server's prompts
+    have the name image-1 instead.
     """
     (question,) = [question for question in QUESTIONS if question.name == name]
     text = question.turn.question
@@ -67,17 +69,17 @@ def chat(server: Server, messages: Any, **parameters: Any) -> Any:
     return server.openai.chat.completions.create(model=NAME, messages=messages, **parameters)
 
 
-def streamed(server: Server, messages: Any, **parameters: Any) -> list[Any]:
+def chat_chunks(server: Server, messages: Any, **parameters: Any) -> list[Any]:
     """The chunks of a streamed chat completion."""
     return list(chat(server, messages, stream=True, **parameters))
 
 
 def text_of(chunks: list[Any], index: int = 0) -> str:
-    """The text of a choice in chunks."""
+    """The text of one choice in a streamed chat completion."""
     choices = [choice for chunk in chunks for choice in chunk.choices if choice.index == index]
     return "".join(choice.delta.content or "" for choice in choices)
 
 
 def question(text: str) -> list[dict[str, str]]:
-    """Messages of a chat that consists of this question."""
+    """Messages of a chat: one user message with this text."""
     return [{"role": "user", "content": text}]

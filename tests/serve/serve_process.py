@@ -1,4 +1,4 @@
-"""`qwenvl serve` as a process: output, log, child processes, memory, metrics."""
+"""Helpers for `qwenvl serve` as a process: output, log, child processes, memory, metrics."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from prometheus_client.parser import text_string_to_metric_families
 
 REPO = Path(__file__).resolve().parents[2]
 
-# Longer than anything takes on a busy machine.
-PATIENCE = 120.0
+# Seconds; longer than any operation takes on a busy machine.
+TIMEOUT = 120.0
 
 _QWENVL = (sys.executable, "-c", "from paddlemix_qwenvl_plugin.cli.main import main; main()")
 
 
 class ServerProcess:
-    """`qwenvl serve` with flags.
+    """Running `qwenvl serve`.
 
     Attributes:
+        pid: process id.
         log: the lines on stderr so far.
     """
 
@@ -39,7 +40,14 @@ class ServerProcess:
         environment: Mapping[str, str] = {},
         **options: Any,
     ) -> None:
-        """Start the process; `options` are Popen's."""
+        """Start the process.
+
+        Args:
+            flags: arguments after the command.
+            command: command in place of `qwenvl serve`.
+            environment: additional environment variables.
+            options: arguments of Popen.
+        """
         path = os.pathsep.join(map(str, (REPO, REPO / "tests" / "serve")))
         self._process = subprocess.Popen(
             [*command, *map(str, flags)],
@@ -52,106 +60,111 @@ class ServerProcess:
         self.pid = self._process.pid
         self.log: list[str] = []
         self._lines: queue.Queue[str] = queue.Queue()
-        readers = {self._process.stdout: self._lines.put, self._process.stderr: self.log.append}
-        # A full pipe that is not read blocks the server.
-        self._readers = [threading.Thread(target=_each_line, args=reader) for reader in readers.items()]
+        # Threads read both pipes all the time: a full pipe would block the server.
+        consumers = {self._process.stdout: self._lines.put, self._process.stderr: self.log.append}
+        self._readers = [threading.Thread(target=_read_lines, args=args) for args in consumers.items()]
         for thread in self._readers:
             thread.start()
 
-    def line(self) -> str:
+    def read_line(self) -> str:
         """Read the next line of stdout."""
-        line = self._lines.get(timeout=PATIENCE)
+        line = self._lines.get(timeout=TIMEOUT)
         assert line, "".join(self.log)
         return line
 
-    def ready(self) -> str:
-        """Wait until the server is ready; return its URL."""
-        line = self.line()
+    def wait_until_ready(self) -> str:
+        """Wait until the server is ready and return its URL."""
+        line = self.read_line()
         assert line.startswith("Serving "), line
         assert " on cpu at http://" in line
         return line.split()[-1]
 
-    def send(self, number: int) -> None:
+    def send_signal(self, number: int) -> None:
         self._process.send_signal(number)
 
-    def end(self) -> tuple[int, str]:
-        """Wait for the exit; return the exit code and stderr."""
-        code = self._process.wait(PATIENCE)
+    def wait_for_exit(self) -> tuple[int, str]:
+        """Wait for the exit and return the exit code and stderr."""
+        code = self._process.wait(TIMEOUT)
         for thread in self._readers:
-            thread.join(PATIENCE)
+            thread.join(TIMEOUT)
         return code, "".join(self.log)
 
     def close(self) -> None:
+        """Kill the process."""
         self._process.kill()
-        self.end()
+        self.wait_for_exit()
 
     def children(self) -> dict[int, str]:
-        """Child processes by kind: "engine", "images" or the command."""
-        below = {self.pid}
-        found: dict[int, str] = {}
+        """Process id -> kind of all descendant processes: "engine", "images" or the command line."""
+        family = {self.pid}
+        kinds: dict[int, str] = {}
         parents = {pid: parent for pid, (parent, _) in _processes().items()}
-        for pid in sorted(parents):
-            if parents[pid] in below:
-                below.add(pid)
-                found[pid] = _what(pid)
-        return found
+        for pid in sorted(parents):  # a parent usually has a lower id than its children
+            if parents[pid] in family:
+                family.add(pid)
+                kinds[pid] = _kind_of(pid)
+        return kinds
 
-    def engine(self) -> Optional[int]:
+    def engine_pid(self) -> Optional[int]:
         """Process id of the engine process, if any."""
-        return next((pid for pid, what in self.children().items() if what == "engine"), None)
+        return next((pid for pid, kind in self.children().items() if kind == "engine"), None)
 
     def memory(self) -> dict[str, int]:
-        """Private bytes of each process, without file-mapped weights and libraries."""
-        named = {self.pid: "front", **self.children()}
+        """Private bytes of the processes of each kind, without file-mapped weights and libraries."""
+        kinds = {self.pid: "front", **self.children()}
         memory: dict[str, int] = {}
-        for pid, what in named.items():
-            memory[what] = memory.get(what, 0) + private_bytes(pid)
+        for pid, kind in kinds.items():
+            memory[kind] = memory.get(kind, 0) + private_bytes(pid)
         return memory
 
 
-def _each_line(stream: IO[str], take: Callable[[str], None]) -> None:
+def _read_lines(stream: IO[str], consume: Callable[[str], None]) -> None:
+    """Call `consume` with each line, and with an empty string at the end."""
     with stream:
         for line in stream:
-            take(line)
-    take("")
+            consume(line)
+    consume("")
 
 
 def metrics(url: str) -> dict[str, float]:
-    """Gauges and counters without labels."""
-    text = httpx.get(f"{url}/metrics", timeout=PATIENCE).text
+    """Name -> value of the gauges and counters without labels."""
+    text = httpx.get(f"{url}/metrics", timeout=TIMEOUT).text
     samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
     return {sample.name: sample.value for sample in samples if not sample.labels}
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = PATIENCE) -> None:
+def wait_until(condition: Callable[[], Any], seconds: float = TIMEOUT) -> None:
     """Wait until a condition holds."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it never became so"
+        assert time.monotonic() < end, "timeout"
         time.sleep(0.02)
 
 
-_AT_REST = ("slots_running", "queue_waiting", "engine_running", "engine_waiting", "kv_blocks_used")
+# Metrics that are 0 in an idle server.
+_IDLE_METRICS = ("slots_running", "queue_waiting", "engine_running", "engine_waiting", "kv_blocks_used")
 
 
 def wait_until_idle(url: str) -> None:
-    """Wait until no request holds or waits for a slot or a block."""
-    wait_until(lambda: not any(metrics(url)[f"qwenvl_{name}"] for name in _AT_REST))
+    """Wait until no request runs or waits, in the front and in the engine, and no block is in use."""
+    wait_until(lambda: not any(metrics(url)[f"qwenvl_{name}"] for name in _IDLE_METRICS))
 
 
 def alive(pid: int) -> bool:
     """Whether a process runs and is not a zombie."""
-    return _processes().get(pid, (0, "Z"))[1] not in "ZX"
+    _, state = _processes().get(pid, (0, "Z"))
+    return state not in "ZX"  # zombie, dead
 
 
-def sound_log(text: str) -> list[dict[str, Any]]:
-    """Records of a log: each line must be JSON, and none an exception."""
+def checked_records(text: str) -> list[dict[str, Any]]:
+    """Records of a server's log; fails if a line is not JSON or contains a traceback."""
     records = [json.loads(line) for line in text.splitlines()]
     assert [record for record in records if "traceback" in record] == []
     return records
 
 
 def private_bytes(pid: int) -> int:
+    """Anonymous memory of a process; 0 if it has exited."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("RssAnon:"):
@@ -160,20 +173,21 @@ def private_bytes(pid: int) -> int:
 
 
 def _processes() -> dict[int, tuple[int, str]]:
-    """Parent and state of each process."""
-    found = {}
+    """Process id -> parent's id and state, for all processes of the machine."""
+    processes = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
+            # The name of the process, in parentheses, may itself contain spaces and parentheses.
             state, parent = (folder / "stat").read_text().rsplit(")", 1)[1].split()[:2]
-            found[int(folder.name)] = int(parent), state
-    return found
+            processes[int(folder.name)] = int(parent), state
+    return processes
 
 
-def _what(pid: int) -> str:
+def _kind_of(pid: int) -> str:
     with contextlib.suppress(OSError):
         command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-        for word, name in (("engine_process", "engine"), ("image_worker", "images")):
-            if word in command:
-                return name
+        for module, kind in (("engine_process", "engine"), ("image_worker", "images")):
+            if module in command:
+                return kind
         return command.replace("\0", " ")
     return ""

@@ -9,25 +9,32 @@ _TOKEN = re.compile(
     r"\s*(?:(?P<number>\d+(?:\.\d+)?)|(?P<name>[a-zA-Z_:][\w:]*)|(?P<text>\"[^\"]*\")"
     r"|(?P<range>\[(?:\d+[smhd]|\$__rate_interval|\$__range)\])|(?P<sign>=~|!~|!=|[-+*/(){},=]))"
 )
-# Name -> how many arguments; a range vector is the last one of those in _OF_RANGES.
+# Function -> number of arguments.
 _FUNCTIONS = {"rate": 1, "increase": 1, "histogram_quantile": 2, "clamp_min": 2}
-_OF_RANGES = ("rate", "increase")
+# Functions whose argument is a range vector, such as `name[5m]`.
+_RANGE_FUNCTIONS = ("rate", "increase")
 _AGGREGATIONS = ("sum", "max", "min", "avg", "count")
 
 
 class Series(NamedTuple):
-    """Metric of a query, whether as a range vector, and the labels of its selectors and sums."""
+    """Metric in a query.
+
+    Attributes:
+        name: name of the metric.
+        is_range: whether it is a range vector, as in `name[5m]`.
+        labels: labels in its selector and in the `by` of the enclosing aggregations.
+    """
 
     name: str
-    ranged: bool
+    is_range: bool
     labels: tuple[str, ...]
 
 
 def series(query: str) -> list[Series]:
-    """Parsed query.
+    """The metrics of a query.
 
     Raises:
-        ValueError: it is not well-formed.
+        ValueError: the query is not well-formed.
     """
     parser = _Parser(query)
     parser.expression()
@@ -37,11 +44,13 @@ def series(query: str) -> list[Series]:
 
 
 class _Parser:
+    """Recursive-descent parser; `found` lists the metrics so far, `_by` the labels of the enclosing aggregations."""
+
     def __init__(self, query: str) -> None:
         self.found: list[Series] = []
         self._by: list[str] = []
         self._tokens: list[tuple[str, str]] = []
-        self._at = 0
+        self._next = 0  # index in _tokens
         position = 0
         while position < len(query.rstrip()):
             match = _TOKEN.match(query, position)
@@ -51,20 +60,21 @@ class _Parser:
             position = match.end()
 
     def peek(self) -> Optional[str]:
-        return self._tokens[self._at][1] if self._at < len(self._tokens) else None
+        """The text of the next token; None at the end."""
+        return self._tokens[self._next][1] if self._next < len(self._tokens) else None
 
-    def take(self, *wanted: str) -> str:
-        """Consume the next token, which must be one of these texts or kinds."""
-        kind, text = self._tokens[self._at] if self._at < len(self._tokens) else ("end", "end")
-        if kind not in wanted and text not in wanted:
-            raise ValueError(f"unexpected {text} where {' or '.join(wanted)} is wanted")
-        self._at += 1
+    def take(self, *expected: str) -> str:
+        """Consume the next token, which must have one of these texts or kinds, and return its text."""
+        kind, text = self._tokens[self._next] if self._next < len(self._tokens) else ("end", "end")
+        if kind not in expected and text not in expected:
+            raise ValueError(f"unexpected {text}, expected {' or '.join(expected)}")
+        self._next += 1
         return text
 
     def expression(self) -> None:
         self._term()
         while self.peek() in ("+", "-", "*", "/"):
-            self._at += 1
+            self._next += 1
             self._term()
 
     def _term(self) -> None:
@@ -87,15 +97,15 @@ class _Parser:
         labels: list[str] = []
         if self.peek() == "by":
             self.take("by")
-            labels = self._list()
-        before = list(self._by)
+            labels = self._label_list()
+        enclosing = list(self._by)
         self._by += labels
         self.take("(")
         self.expression()
         self.take(")")
-        self._by = before
+        self._by = enclosing
 
-    def _list(self) -> list[str]:
+    def _label_list(self) -> list[str]:
         self.take("(")
         names = [self.take("name")]
         while self.peek() == ",":
@@ -106,16 +116,17 @@ class _Parser:
 
     def _call(self, function: str) -> None:
         if function not in _FUNCTIONS:
-            raise ValueError(f"no function {function}")
+            raise ValueError(f"unknown function {function}")
         self.take("(")
         n_before = len(self.found)
-        for number in range(_FUNCTIONS[function]):
-            if number:
+        for index in range(_FUNCTIONS[function]):
+            if index > 0:
                 self.take(",")
             self.expression()
         self.take(")")
-        if function in _OF_RANGES and not all(one.ranged for one in self.found[n_before:]):
-            raise ValueError(f"{function} wants a range of time")
+        arguments = self.found[n_before:]
+        if function in _RANGE_FUNCTIONS and not all(argument.is_range for argument in arguments):
+            raise ValueError(f"{function} requires a range vector")
 
     def _selector(self, name: str) -> None:
         labels = list(self._by)
@@ -128,7 +139,7 @@ class _Parser:
                 if self.peek() == ",":
                     self.take(",")
             self.take("}")
-        ranged = self.peek() is not None and str(self.peek()).startswith("[")
-        if ranged:
+        is_range = self.peek() is not None and str(self.peek()).startswith("[")
+        if is_range:
             self.take("range")
-        self.found.append(Series(name, ranged, tuple(labels)))
+        self.found.append(Series(name, is_range, tuple(labels)))

@@ -1,10 +1,11 @@
-"""Random requests with QwenVL's own answers."""
+"""Random requests of OpenAI's API, with the answers that QwenVL generates without a server."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from serve_openai_helpers import NAME, data_url
@@ -25,33 +26,36 @@ _TEXTS = (
 
 @dataclass
 class Question:
-    """A request, and its answer.
+    """Request with its expected answer.
 
     Attributes:
-        path: of the request.
-        body: without `stream`.
-        texts: of its choices, as QwenVL generates them without a server.
-        reasons: why each ends.
+        path: path of the request.
+        body: body of the request, without the parameter `stream`.
+        texts: the expected text of each choice.
+        finish_reasons: the expected finish reason of each choice.
     """
 
     path: str
     body: dict[str, Any]
     texts: list[str] = field(default_factory=list)
-    reasons: list[str] = field(default_factory=list)
+    finish_reasons: list[str] = field(default_factory=list)
 
 
 def questions(local_model: QwenVL, n: int, seed: int = 1) -> list[Question]:
     """N questions with their answers; the same for the same seed."""
-    rng = random.Random(seed)
-    made = _made(rng)
-    return [_answered(local_model, *next(made)) for _ in range(n)]
+    requests = _random_requests(random.Random(seed))
+    return [_with_answer(local_model, *next(requests)) for _ in range(n)]
 
 
-def _made(rng: random.Random) -> Iterator[tuple[list[Any], list[Any], str, dict[str, Any]]]:
-    """Content of a request, parts for QwenVL, path, parameters."""
+# Path of the request; content of its message or prompt; the same content as query parts for QwenVL.
+_Content = tuple[str, list[dict[str, Any]], list[dict[str, Any]]]
+
+
+def _random_requests(rng: random.Random) -> Iterator[tuple[_Content, dict[str, Any]]]:
+    """Generate content and parameters of requests without end."""
     kinds = [_demo, _demo, _text, _text, _image_and_text]
     while True:
-        for make in kinds:
+        for make_content in kinds:
             parameters: dict[str, Any] = {"max_tokens": rng.randrange(1, 120)}
             if rng.random() < 0.5:
                 parameters.update(temperature=1.1, top_p=0.95, seed=rng.randrange(2**63))
@@ -63,58 +67,62 @@ def _made(rng: random.Random) -> Iterator[tuple[list[Any], list[Any], str, dict[
                 parameters["presence_penalty"] = 0.5
             if rng.random() < 0.2:
                 parameters["logprobs"] = True
-            path, content, parts = make(rng)
+            content = make_content(rng)
+            path = content[0]
             if path == COMPLETIONS and parameters.pop("logprobs", None):
-                parameters["logprobs"] = 1
-            yield content, parts, path, parameters
+                parameters["logprobs"] = 1  # a number in completions, a boolean in chats
+            yield content, parameters
 
 
-_Made = tuple[str, list[dict[str, Any]], list[dict[str, Any]]]
-
-
-def _demo(rng: random.Random) -> _Made:
+def _demo(rng: random.Random) -> _Content:
     question: DemoQuestion = rng.choice(QUESTIONS)
     path = CHAT if question.sample.form == "chat" else COMPLETIONS
-    return path, *_content(question.images, question.turn.question)
+    return path, *_image_text_parts(question.images, question.turn.question)
 
 
-def _text(rng: random.Random) -> _Made:
-    return CHAT, *_content([], rng.choice(_TEXTS))
+def _text(rng: random.Random) -> _Content:
+    return CHAT, *_image_text_parts([], rng.choice(_TEXTS))
 
 
-def _image_and_text(rng: random.Random) -> _Made:
-    return CHAT, *_content([rng.choice(sorted(IMAGES.glob("*.png")))], rng.choice(_TEXTS))
+def _image_and_text(rng: random.Random) -> _Content:
+    return CHAT, *_image_text_parts([rng.choice(sorted(IMAGES.glob("*.png")))], rng.choice(_TEXTS))
 
 
-def _content(images: Sequence[Any], text: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    asked = [{"type": "image_url", "image_url": {"url": data_url(path)}} for path in images]
-    given = [{"image": path.read_bytes()} for path in images]
-    return [*asked, {"type": "text", "text": text}], [*given, {"text": text}]
+def _image_text_parts(images: Sequence[Path], text: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Images and a text as parts of OpenAI's API, and as parts for QwenVL."""
+    api_images = [{"type": "image_url", "image_url": {"url": data_url(path)}} for path in images]
+    query_images = [{"image": path.read_bytes()} for path in images]
+    return [*api_images, {"type": "text", "text": text}], [*query_images, {"text": text}]
 
 
-def _answered(
-    local_model: QwenVL, content: list[Any], parts: list[Any], path: str, parameters: dict[str, Any]
-) -> Question:
-    asked = {"messages": [{"role": "user", "content": content}]} if path == CHAT else {"prompt": content}
-    question = Question(path, {"model": NAME, **asked, **parameters})
+def _with_answer(local_model: QwenVL, request: _Content, parameters: dict[str, Any]) -> Question:
+    path, content, parts = request
+    if path == CHAT:
+        prompt: dict[str, Any] = {"messages": [{"role": "user", "content": content}]}
+    else:
+        prompt = {"prompt": content}
+    question = Question(path, {"model": NAME, **prompt, **parameters})
     names = ("temperature", "top_p", "presence_penalty")
     options = {name: parameters[name] for name in names if name in parameters}
-    for number in range(parameters.get("n", 1)):
+    for index in range(parameters.get("n", 1)):
         if "seed" in parameters:
-            options["seed"] = (parameters["seed"] + (number << 40)) % 2**64
+            options["seed"] = (parameters["seed"] + (index << 40)) % 2**64  # the server's seed of this choice
         answer = local_model.generate(
             parts, chat=path == CHAT, max_new_tokens=parameters["max_tokens"], **options
         )
-        text, stopped = _cut(answer.text, parameters.get("stop", ()))
+        text, stopped = _text_before_stop(answer.text, parameters.get("stop", ()))
         question.texts.append(text)
-        question.reasons.append("stop" if stopped else answer.finish_reason)
+        question.finish_reasons.append("stop" if stopped else answer.finish_reason)
     return question
 
 
-def _cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    """Cut a text at its first complete stop string, the longest of several; return whether one was found."""
+def _text_before_stop(text: str, stop_strings: Sequence[str]) -> tuple[str, bool]:
+    """The text before the stop string that is complete first, and whether there is one.
+
+    Of several that are complete at the same character, the longest one counts.
+    """
     for end in range(1, len(text) + 1):
-        lengths = [len(stop) for stop in stops if text[:end].endswith(stop)]
+        lengths = [len(stop) for stop in stop_strings if text[:end].endswith(stop)]
         if lengths:
             return text[: end - max(lengths)], True
     return text, False

@@ -1,4 +1,4 @@
-"""Service without a model: counting engine, router with one path, servers of both."""
+"""Service without a model: an engine that counts, a router with one path, and a server of both."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ PATH = "/v1/chat/completions"
 
 
 class CountingStream:
-    """Stream of the tokens 0, 1, 2 …, one per list, `pause` seconds apart."""
+    """TokenStream of the ids 0, 1, 2 …, each after a pause."""
 
-    def __init__(self, engine: CountingEngine, n: int) -> None:
+    def __init__(self, engine: CountingEngine, n_tokens: int) -> None:
         self._engine = engine
-        self._n = n
+        self._n_tokens = n_tokens
         self.cancelled = False
         self.ended: Optional[Ended] = None
 
     async def __aiter__(self) -> AsyncIterator[list[Token]]:
-        for i in range(self._n):
+        for i in range(self._n_tokens):
             await asyncio.sleep(self._engine.pause)
             if self._engine.stopped:
                 raise EngineUnavailable("the engine was stopped")
@@ -54,15 +54,20 @@ class CountingStream:
 
 
 class CountingEngine:
-    """EngineClient whose completions count up their tokens."""
+    """EngineClient whose completions are the token ids 0, 1, 2 …; they have the maximum length.
 
-    def __init__(self, pause: float = 0.0, loading: float = 0.0, tell: bool = False) -> None:
+    Attributes:
+        start_error: exception of `start`, if any.
+        streams: the streams of all requests so far.
+    """
+
+    def __init__(self, pause: float = 0.0, loading: float = 0.0, print_loading: bool = False) -> None:
         """Create the engine.
 
         Args:
             pause: seconds before each token.
-            loading: duration of the start, in seconds.
-            tell: print a line at the beginning of the start.
+            loading: duration of `start` in seconds.
+            print_loading: whether `start` first prints "loading".
         """
         self.ready = False
         self.restarts = 0
@@ -71,17 +76,17 @@ class CountingEngine:
         )
         self.pause = pause
         self.loading = loading
-        self.tell = tell
+        self.print_loading = print_loading
         self.stopped = False
-        self.fails: Optional[Exception] = None
+        self.start_error: Optional[Exception] = None
         self.streams: list[CountingStream] = []
 
     async def start(self) -> None:
-        if self.tell:
+        if self.print_loading:
             print("loading", flush=True)
         await asyncio.sleep(self.loading)
-        if self.fails is not None:
-            raise self.fails
+        if self.start_error is not None:
+            raise self.start_error
         self.ready = True
 
     async def stop(self) -> None:
@@ -95,6 +100,8 @@ class CountingEngine:
 
 
 class NoImages:
+    """ImageLoader for requests without images."""
+
     async def load(self, url: str, param: str) -> Any:
         raise AssertionError
 
@@ -102,17 +109,18 @@ class NoImages:
 
 
 def fake_service(engine: Optional[CountingEngine] = None, **settings: Any) -> Service:
+    """Service with a CountingEngine and these settings."""
     values = ServeSettings(**{"port": 0, **settings})
     metrics = Metrics()
     queue = SlotQueue(
         values.max_running, values.max_waiting, values.waiting_timeout, values.max_per_key, metrics.queued
     )
-    nothing: Any = None
+    unused: Any = None
     return Service(
         values,
         engine or CountingEngine(),
-        tokenizer=nothing,
-        config=nothing,
+        tokenizer=unused,
+        config=unused,
         is_chat=True,
         model_name="counting",
         images=NoImages(),
@@ -122,13 +130,17 @@ def fake_service(engine: Optional[CountingEngine] = None, **settings: Any) -> Se
 
 
 def fake_router(service: Service) -> APIRouter:
-    """POST /v1/chat/completions with {"n_tokens", "stream", "n", "padding" (bytes an event), "raise"}."""
+    """Router with only POST /v1/chat/completions, which streams or returns the token ids of a completion.
+
+    Fields of the body, all optional: `n_tokens`, `stream`, `n` (number of slots), `padding` (spaces in each event),
+    `raise` (text of an exception).
+    """
     router = APIRouter()
 
     @router.post(PATH)
-    async def answer(request: Request, body: dict[str, Any]) -> Any:
+    async def chat_completions(request: Request, body: dict[str, Any]) -> Any:
         if body.get("raise"):
-            raise RuntimeError(f"told to: {body['raise']}")
+            raise RuntimeError(f"requested: {body['raise']}")
         info = info_of(request.scope)
         options = GenerationOptions(max_new_tokens=body.get("n_tokens", 3))
         stack = contextlib.AsyncExitStack()
@@ -136,18 +148,19 @@ def fake_router(service: Service) -> APIRouter:
 
         async def events() -> AsyncIterator[str]:
             async with stack:
-                n = 0
+                n_tokens = 0
                 try:
                     stream = service.engine.submit(EngineRequest([1], [], [], options))
                     async for tokens in stream:
-                        n += len(tokens)
-                        yield f"data: {json.dumps([t.id for t in tokens])}{' ' * body.get('padding', 0)}\n\n"
+                        n_tokens += len(tokens)
+                        ids = json.dumps([token.id for token in tokens])
+                        yield f"data: {ids}{' ' * body.get('padding', 0)}\n\n"
                     yield "data: [DONE]\n\n"
                 except EngineUnavailable as error:
                     info.error = "engine_unavailable"
                     yield f"data: {json.dumps({'error': str(error)})}\n\n"
                 finally:
-                    info.prompt_tokens, info.completion_tokens = 1, n
+                    info.prompt_tokens, info.completion_tokens = 1, n_tokens
 
         if body.get("stream"):
             return StreamingResponse(events(), media_type="text/event-stream")
@@ -162,16 +175,16 @@ def fake_app(service: Service, **arguments: Any) -> FastAPI:
 
 @contextlib.contextmanager
 def served(service: Service, **arguments: Any) -> Iterator[str]:
-    """Run a real server of a fake service in a thread; return its URL."""
+    """Serve a fake service on a free port, in a thread; the context is the URL."""
     listener = bound_socket(service.settings.host, 0, False)
     started = threading.Event()
-    made: list[Server] = []
+    servers: list[Server] = []
 
     async def serve() -> None:
         await service.engine.start()
-        made.append(Server(service, fake_app(service, **arguments), listener))
+        servers.append(Server(service, fake_app(service, **arguments), listener))
         started.set()
-        await made[0].serve(sockets=[listener.socket])
+        await servers[0].serve(sockets=[listener.socket])
 
     thread = threading.Thread(target=asyncio.run, args=[serve()], daemon=True)
     thread.start()
@@ -179,6 +192,6 @@ def served(service: Service, **arguments: Any) -> Iterator[str]:
     try:
         yield url_of(listener.socket)
     finally:
-        made[0].should_exit = True
+        servers[0].should_exit = True
         thread.join(60)
         assert not thread.is_alive()

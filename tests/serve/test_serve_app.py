@@ -1,4 +1,4 @@
-"""Middleware and operations: ids, logs, bodies, headers, errors, health, metrics."""
+"""Middleware of the app, health checks and metrics: request ids, logs, limits of bodies, headers, errors."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from serve_service_helpers import PATH, CountingEngine, fake_app, fake_service, 
 from starlette.responses import Response
 
 from paddlemix_qwenvl_plugin.serve import json_log
+from paddlemix_qwenvl_plugin.serve.metrics import Metrics
 from paddlemix_qwenvl_plugin.serve.middleware.body import BodyLimit
 from paddlemix_qwenvl_plugin.serve.service import Service
 
@@ -29,26 +30,27 @@ MIB = 2**20
 
 
 @pytest.fixture
-def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
-    """Log records of the server."""
-    lines = io.StringIO()
+def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+    """The log of the server, one JSON record per line."""
+    log = io.StringIO()
     root = logging.getLogger()
     loggers = [root, json_log.LOGGER, logging.getLogger("uvicorn"), logging.getLogger("asyncio")]
-    before = root.handlers[:], [logger.level for logger in loggers]
-    monkeypatch.setattr("sys.stderr", lines)
+    initial_state = root.handlers[:], [logger.level for logger in loggers]
+    monkeypatch.setattr("sys.stderr", log)
     json_log.start_logging("debug")
     try:
-        yield lines
+        yield log
     finally:
-        root.handlers[:], levels = before
+        root.handlers[:], levels = initial_state
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
         logging.captureWarnings(False)
 
 
-def events(logged: io.StringIO) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in logged.getvalue().splitlines()]
-    return [line for line in lines if line["logger"].startswith("paddlemix_qwenvl_plugin")]
+def plugin_records(log: io.StringIO) -> list[dict[str, Any]]:
+    """The records of this package's loggers."""
+    records = [json.loads(line) for line in log.getvalue().splitlines()]
+    return [record for record in records if record["logger"].startswith("paddlemix_qwenvl_plugin")]
 
 
 def ready_service(**settings: Any) -> Service:
@@ -57,48 +59,50 @@ def ready_service(**settings: Any) -> Service:
     return fake_service(engine, **settings)
 
 
-def ask(
+def send(
     service: Service, method: str, path: str, page: Optional[Path] = None, **request: Any
 ) -> httpx.Response:
+    """Send a request to the app of a service; `page` is the folder of the chat page, `request` are httpx arguments."""
     app = fake_app(service, **({"page": page} if page else {}))
 
-    async def go() -> httpx.Response:
+    async def request_app() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=HOST) as client:
             return await client.request(method, path, **request)
 
-    return asyncio.run(go())
+    return asyncio.run(request_app())
 
 
-def test_a_request_has_an_id_and_a_line(logged: io.StringIO, tmp_path: Path) -> None:
+def test_request_id_and_log_record(log: io.StringIO, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("some-key")
     keys.chmod(0o600)
     service = ready_service(api_key_file=keys)
     headers = {"Authorization": "Bearer some-key"}
-    answer = ask(service, "POST", f"{PATH}?secret=1", json={"n_tokens": 5, "hush": "secret"}, headers=headers)
-    assert answer.status_code == 200
-    (line,) = events(logged)
-    assert line.pop("time")
-    seconds, key = line.pop("seconds"), line.pop("key")
+    body = {"n_tokens": 5, "comment": "secret"}
+    response = send(service, "POST", f"{PATH}?secret=1", json=body, headers=headers)
+    assert response.status_code == 200
+    (record,) = plugin_records(log)
+    assert record.pop("time")
+    seconds, key = record.pop("seconds"), record.pop("key")
     assert 0 <= seconds < 60
-    assert line == {
+    assert record == {
         "level": "info",
         "logger": "paddlemix_qwenvl_plugin.serve",
         "event": "request",
-        "id": answer.headers["X-Request-Id"],
+        "id": response.headers["X-Request-Id"],
         "method": "POST",
         "path": PATH,
         "status": 200,
         "prompt_tokens": 1,
         "completion_tokens": 5,
     }
-    assert len(key) == 12
-    assert "secret" not in logged.getvalue()
-    assert "some-key" not in logged.getvalue()
+    assert len(key) == 12  # the short hash of the API key
+    assert "secret" not in log.getvalue()
+    assert "some-key" not in log.getvalue()
 
 
 @pytest.mark.parametrize(
-    ("given", "taken"),
+    ("request_id", "valid"),
     [
         ("abc-DEF_1.2:3/4+5=", True),
         ("x" * 100, True),
@@ -109,28 +113,28 @@ def test_a_request_has_an_id_and_a_line(logged: io.StringIO, tmp_path: Path) -> 
         ("", False),
     ],
 )
-def test_sane_ids_are_taken(given: str, taken: bool) -> None:
-    header = {"X-Request-Id": given.encode("latin-1")}
-    answers = [ask(ready_service(), "GET", "/health/live", headers=header) for _ in range(2)]
-    ids = [answer.headers["X-Request-Id"] for answer in answers]
-    if taken:
-        assert ids == [given, given]
-    else:
-        assert given not in ids
+def test_valid_request_id_of_a_client_is_used(request_id: str, valid: bool) -> None:
+    header = {"X-Request-Id": request_id.encode("latin-1")}
+    responses = [send(ready_service(), "GET", "/health/live", headers=header) for _ in range(2)]
+    ids = [response.headers["X-Request-Id"] for response in responses]
+    if valid:
+        assert ids == [request_id, request_id]
+    else:  # the server generates one
+        assert request_id not in ids
         assert len({*ids}) == 2
         assert all(len(id_) == 32 for id_ in ids)
 
 
-def test_an_exception_is_an_answer_and_a_traceback_in_the_log(logged: io.StringIO) -> None:
+def test_exception_is_answered_with_500_and_logged_with_a_traceback(log: io.StringIO) -> None:
     service = ready_service()
-    answer = ask(service, "POST", PATH, json={"raise": "break"})
-    assert answer.status_code == 500
-    error = answer.json()["error"]
+    response = send(service, "POST", PATH, json={"raise": "break"})
+    assert response.status_code == 500
+    error = response.json()["error"]
     assert (error["type"], error["code"]) == ("server_error", "internal_error")
-    assert "break" not in answer.text
-    exception, request = events(logged)
-    assert "RuntimeError: told to: break" in exception["traceback"]
-    assert exception["id"] == request["id"] == answer.headers["X-Request-Id"]
+    assert "break" not in response.text
+    exception, request = plugin_records(log)
+    assert "RuntimeError: requested: break" in exception["traceback"]
+    assert exception["id"] == request["id"] == response.headers["X-Request-Id"]
     assert (request["status"], request["error"]) == (500, "internal_error")
     assert 'qwenvl_errors_total{kind="internal_error"} 1.0' in service.metrics.render()[0].decode()
 
@@ -146,16 +150,16 @@ def test_an_exception_is_an_answer_and_a_traceback_in_the_log(logged: io.StringI
     ],
 )
 def test_unknown_paths_and_methods(method: str, path: str, status: int, code: str) -> None:
-    answer = ask(ready_service(), method, path, json={})
-    assert answer.status_code == status
-    assert answer.json()["error"]["code"] == code
+    response = send(ready_service(), method, path, json={})
+    assert response.status_code == status
+    assert response.json()["error"]["code"] == code
 
 
-def test_every_answer_has_the_security_headers(tmp_path: Path) -> None:
+def test_every_response_has_security_headers(tmp_path: Path) -> None:
     (tmp_path / "index.html").write_text("<p>page</p>")
     (tmp_path / "app.js").write_text("1")
     for path in ("/", "/app.js", "/health/live", "/nothing", "/metrics"):
-        headers = ask(ready_service(), "GET", path, page=tmp_path).headers
+        headers = send(ready_service(), "GET", path, page=tmp_path).headers
         assert headers["X-Content-Type-Options"] == "nosniff"
         assert headers["Referrer-Policy"] == "no-referrer"
         assert headers["X-Frame-Options"] == "DENY"
@@ -168,26 +172,28 @@ def test_every_answer_has_the_security_headers(tmp_path: Path) -> None:
             assert policy["default-src"] == "'none'"
 
 
-def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mimetypes, "_db", mimetypes.MimeTypes())
-    mimetypes.add_type("text/plain", ".js")  # as some systems have it
+    mimetypes.add_type("text/plain", ".js")  # Some systems have this wrong type; the server must not use it.
     (tmp_path / "index.html").write_text("<p>page</p>")
     (tmp_path / "app.js").write_text("1")
     types = {"/": "text/html; charset=utf-8", "/app.js": "text/javascript; charset=utf-8"}
     for path, content_type in types.items():
-        headers = ask(ready_service(), "GET", path, page=tmp_path).headers
-        # A page and modules of two versions do not go together: a browser asks whether it has the newest.
+        headers = send(ready_service(), "GET", path, page=tmp_path).headers
+        # "no-cache": the browser always checks for a new version, since page and modules must have the same version.
         assert (headers["Content-Type"], headers["Cache-Control"]) == (content_type, "no-cache")
-    assert "Cache-Control" not in ask(ready_service(), "GET", "/health/live", page=tmp_path).headers
-    answer = ask(ready_service(), "GET", "/", page=tmp_path)
-    assert (answer.status_code, answer.text) == (200, "<p>page</p>")
-    again = ask(ready_service(), "GET", "/", page=tmp_path, headers={"If-None-Match": answer.headers["ETag"]})
-    assert (again.status_code, again.headers["Cache-Control"]) == (304, "no-cache")
-    assert ask(ready_service(page=False), "GET", "/", page=tmp_path).status_code == 404
-    assert ask(ready_service(), "GET", "/", page=tmp_path / "none").status_code == 404
+    assert "Cache-Control" not in send(ready_service(), "GET", "/health/live", page=tmp_path).headers
+    response = send(ready_service(), "GET", "/", page=tmp_path)
+    assert (response.status_code, response.text) == (200, "<p>page</p>")
+    conditional = {"If-None-Match": response.headers["ETag"]}
+    unchanged = send(ready_service(), "GET", "/", page=tmp_path, headers=conditional)
+    assert (unchanged.status_code, unchanged.headers["Cache-Control"]) == (304, "no-cache")
+    assert send(ready_service(page=False), "GET", "/", page=tmp_path).status_code == 404
+    assert send(ready_service(), "GET", "/", page=tmp_path / "none").status_code == 404
 
 
 async def _chunks(sizes: list[int]) -> AsyncIterator[bytes]:
+    """A JSON body whose string consists of chunks of these sizes."""
     yield b'{"a": "'
     for size in sizes:
         yield b"x" * size
@@ -196,40 +202,41 @@ async def _chunks(sizes: list[int]) -> AsyncIterator[bytes]:
 
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize(("size", "status"), [(MIB - 100, 200), (MIB + 1, 413), (3 * MIB, 413)])
-def test_long_bodies(size: int, status: int, chunked: bool) -> None:
-    """On real connections: 413 must reach a client that is still sending."""
+def test_size_limit_of_a_body(size: int, status: int, chunked: bool) -> None:
+    """Over a TCP connection: status 413 must reach a client that is still sending."""
     with served(ready_service(max_body_bytes=MIB)) as url:
         body: Any = _chunks([size // 4] * 4) if chunked else b'{"a": "' + b"x" * size + b'"}'
 
-        async def go() -> httpx.Response:
+        async def post() -> httpx.Response:
             async with httpx.AsyncClient(base_url=url, timeout=60) as client:
                 headers = {"Content-Type": "application/json"}
                 return await client.post(PATH, content=body, headers=headers)
 
-        if size > 2 * MIB:  # more than is read: the client sees the answer, or a reset
+        if size > 2 * MIB:
+            # The server does not read the body to its end: the client receives the response or a connection reset.
             with contextlib.suppress(httpx.WriteError, httpx.ReadError, httpx.RemoteProtocolError):
-                assert asyncio.run(go()).status_code == 413
+                assert asyncio.run(post()).status_code == 413
             return
-        answer = asyncio.run(go())
-        assert answer.status_code == status
+        response = asyncio.run(post())
+        assert response.status_code == status
         if status == 413:
-            error = answer.json()["error"]
+            error = response.json()["error"]
             assert error["code"] == "request_too_large"
             assert "1048576 bytes" in error["message"]
-            assert answer.headers["Connection"] == "close"
+            assert response.headers["Connection"] == "close"
 
 
-def test_bodies_of_all_requests_are_bounded() -> None:
-    """A body counts until its request is answered, also with an error, or the client disconnects."""
-    begun, release = asyncio.Event(), asyncio.Event()
+def test_limit_of_all_bodies_in_memory() -> None:
+    """A body counts towards the limit until its request ends."""
+    started, release = asyncio.Event(), asyncio.Event()
 
     async def slow(scope: Any, receive: Any, send: Any) -> None:
         assert len((await receive())["body"]) == 600_000
-        begun.set()
+        started.set()
         await release.wait()
         await Response("done")(scope, receive, send)
 
-    async def go() -> None:
+    async def send_requests() -> None:
         limited = BodyLimit(slow, max_bytes=MIB, max_held_bytes=MIB, timeout=60)
         transport = httpx.ASGITransport(app=limited)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
@@ -239,7 +246,7 @@ def test_bodies_of_all_requests_are_bounded() -> None:
                 return await client.post("/", content=b"x" * 600_000, headers=headers)
 
             first = asyncio.create_task(post())
-            await begun.wait()
+            await started.wait()
             second = await asyncio.wait_for(post(), 10)
             assert second.status_code == 429
             assert second.headers["Retry-After"] == "1"
@@ -250,52 +257,52 @@ def test_bodies_of_all_requests_are_bounded() -> None:
             assert limited._held_bytes == 0
             assert (await post()).text == "done"
 
-    asyncio.run(go())
+    asyncio.run(send_requests())
 
 
-def test_who_asks_before_sending_is_told_before_sending() -> None:
-    """Curl asks "Expect: 100-continue" for long bodies."""
-    with served(ready_service(max_body_bytes=MIB)) as url, connected(url) as connection:
+def test_expect_100_continue() -> None:
+    """A client that sends "Expect: 100-continue", as curl does for long bodies, gets status 413 before the body."""
+    with served(ready_service(max_body_bytes=MIB)) as url, connect(url) as connection:
         head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Type: application/json"
         connection.sendall(f"{head}\r\nContent-Length: {2 * MIB}\r\n\r\n".encode())
-        assert received(connection).startswith(b"HTTP/1.1 413 ")
+        assert read_to_end(connection).startswith(b"HTTP/1.1 413 ")
 
 
-def test_a_body_that_does_not_come() -> None:
-    with served(ready_service(body_timeout=0.3)) as url, connected(url) as connection:
+def test_body_timeout() -> None:
+    with served(ready_service(body_timeout=0.3)) as url, connect(url) as connection:
         head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
         connection.sendall(f'{head}\r\nContent-Length: 100\r\n\r\n{{"a":'.encode())
-        answer = received(connection)
-        assert answer.startswith(b"HTTP/1.1 408 ")
-        assert b"body_timeout" in answer
+        response = read_to_end(connection)
+        assert response.startswith(b"HTTP/1.1 408 ")
+        assert b"body_timeout" in response
 
 
-def test_a_client_that_leaves_within_a_burst_of_events(logged: io.StringIO) -> None:
-    """Asyncio warns of the fifth write after the one that failed."""
+def test_no_warning_of_writes_after_a_disconnect(log: io.StringIO) -> None:
+    """Asyncio warns when a program writes five more times after a failed write; the log must not contain this."""
 
     async def write() -> None:
-        ours, theirs = socket.socketpair()
-        _, writer = await asyncio.open_connection(sock=ours)
-        theirs.close()
+        local, peer = socket.socketpair()
+        _, writer = await asyncio.open_connection(sock=local)
+        peer.close()
         for _ in range(10):
             writer.write(b"data: 1\n\n")
         writer.close()
 
     asyncio.run(write())
-    assert logged.getvalue() == ""
+    assert log.getvalue() == ""
 
 
-def test_a_client_that_leaves_within_its_body(logged: io.StringIO) -> None:
+def test_client_disconnects_while_sending_its_body(log: io.StringIO) -> None:
     service = ready_service()
     with served(service) as url:
-        with connected(url) as connection:
+        with connect(url) as connection:
             head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
             connection.sendall(f'{head}\r\nContent-Length: 100\r\n\r\n{{"a":'.encode())
         deadline = time.monotonic() + 60
-        while not events(logged) and time.monotonic() < deadline:
+        while not plugin_records(log) and time.monotonic() < deadline:
             time.sleep(0.01)
-    (line,) = (line for line in events(logged) if line["event"] == "request")
-    assert (line["status"], line["client_left"]) == (499, True)
+    (record,) = (record for record in plugin_records(log) if record["event"] == "request")
+    assert (record["status"], record["client_left"]) == (499, True)
 
 
 @pytest.mark.parametrize(
@@ -309,47 +316,50 @@ def test_a_client_that_leaves_within_its_body(logged: io.StringIO) -> None:
         (None, b"{}", 415, "unsupported_media_type"),
         ("application/json", b"{", 400, "invalid_json"),
         ("application/json", b"\xff", 400, "invalid_json"),
-        ("application/json", b"[" * 100_000, 400, None),
-        ("application/json", b"", 400, None),
-        ("application/json", b"[]", 400, None),
+        ("application/json", b"[" * 100_000, 400, "invalid_json"),
+        ("application/json", b"", 400, "missing_required_parameter"),
+        ("application/json", b"[]", 400, "invalid_type"),
     ],
 )
-def test_content_types(content_type: Optional[str], body: bytes, status: int, code: Optional[str]) -> None:
+def test_content_type_and_json(
+    content_type: Optional[str], body: bytes, status: int, code: Optional[str]
+) -> None:
     headers = {} if content_type is None else {"Content-Type": content_type}
-    answer = ask(ready_service(), "POST", PATH, content=body, headers=headers)
-    assert answer.status_code == status
+    response = send(ready_service(), "POST", PATH, content=body, headers=headers)
+    assert response.status_code == status
     if status != 200:
-        error = answer.json()["error"]
+        error = response.json()["error"]
         assert error["type"] == "invalid_request_error"
         assert error["message"]
-        assert code is None or error["code"] == code
+        assert error["code"] == code
 
 
 def test_compressed_bodies_are_refused() -> None:
     headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
-    assert ask(ready_service(), "POST", PATH, content=b"{}", headers=headers).status_code == 415
+    assert send(ready_service(), "POST", PATH, content=b"{}", headers=headers).status_code == 415
 
 
 def test_health() -> None:
     service = fake_service()
-    live, ready = (ask(service, "GET", f"/health/{name}") for name in ("live", "ready"))
+    live, ready = send(service, "GET", "/health/live"), send(service, "GET", "/health/ready")
     assert (live.status_code, ready.status_code) == (200, 503)
     assert (ready.json()["status"], ready.headers["Retry-After"]) == ("loading", "1")
     service.engine.ready = True
-    service.metrics = type(service.metrics)()
-    assert ask(service, "GET", "/health/ready").json() == {"status": "ready", "model": "counting"}
+    service.metrics = Metrics()  # each app of a service needs its own
+    assert send(service, "GET", "/health/ready").json() == {"status": "ready", "model": "counting"}
     service.draining = True
-    service.metrics = type(service.metrics)()
-    answer = ask(service, "GET", "/health/ready")
-    assert (answer.status_code, answer.json()["status"]) == (503, "draining")
-    assert answer.headers["Connection"] == "close"
+    service.metrics = Metrics()
+    response = send(service, "GET", "/health/ready")
+    assert (response.status_code, response.json()["status"]) == (503, "draining")
+    assert response.headers["Connection"] == "close"
 
 
 def test_metrics() -> None:
     service = ready_service(max_running=1, max_waiting=0)
     app = fake_app(service)
 
-    async def go() -> str:
+    async def send_requests() -> str:
+        """Send requests and return the metrics while one slot is in use."""
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=HOST) as client:
             await client.post(PATH, json={})
             async with service.admission.slots(1, None):
@@ -360,9 +370,10 @@ def test_metrics() -> None:
                 service.metrics.next_tokens(4, 0.2)
                 return (await client.get("/metrics")).text
 
+    # (name, (label, value), …) -> value of the sample
     values = {
         (sample.name, *sorted(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(asyncio.run(go()))
+        for family in text_string_to_metric_families(asyncio.run(send_requests()))
         for sample in family.samples
     }
 
@@ -388,14 +399,14 @@ def test_metrics() -> None:
     assert ("process_resident_memory_bytes",) in values
 
 
-def connected(url: str) -> socket.socket:
-    """A raw connection to a server."""
+def connect(url: str) -> socket.socket:
+    """Open a TCP connection to a server."""
     parts = httpx.URL(url)
     return socket.create_connection((parts.host, parts.port), timeout=60)
 
 
-def received(connection: socket.socket) -> bytes:
-    """Read until the peer closes."""
+def read_to_end(connection: socket.socket) -> bytes:
+    """Read until the peer closes the connection."""
     chunks = []
     while chunk := connection.recv(65536):
         chunks.append(chunk)

@@ -19,23 +19,24 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError
 HOST = "http://127.0.0.1:8000"
 
 
-def ask(
+def send(
     method: str,
     path: str,
     headers: Optional[dict[str, str]] = None,
     page: Optional[Path] = None,
     **settings: Any,
 ) -> httpx.Response:
+    """Send a request to an app with these settings; `page` is the folder of the chat page."""
     engine = CountingEngine()
     engine.ready = True
     app = fake_app(fake_service(engine, **settings), **({"page": page} if page else {}))
 
-    async def go() -> httpx.Response:
+    async def request_app() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=HOST) as client:
             body = {} if method == "POST" else None
             return await client.request(method, path, json=body, headers=headers)
 
-    return asyncio.run(go())
+    return asyncio.run(request_app())
 
 
 @pytest.fixture
@@ -47,9 +48,9 @@ def key_file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("key", ["key-of-ann", "key-of-bob"])
-def test_every_key_of_the_file_opens(key: str, key_file: Path) -> None:
-    answer = ask("POST", PATH, {"Authorization": f"Bearer {key}"}, api_key_file=key_file)
-    assert answer.status_code == 200
+def test_every_key_of_the_file_is_accepted(key: str, key_file: Path) -> None:
+    response = send("POST", PATH, {"Authorization": f"Bearer {key}"}, api_key_file=key_file)
+    assert response.status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -70,23 +71,23 @@ def test_every_key_of_the_file_opens(key: str, key_file: Path) -> None:
     ],
 )
 @pytest.mark.parametrize(("method", "path"), [("POST", PATH), ("GET", "/metrics"), ("GET", "/openapi.json")])
-def test_others_are_refused_in_openai_s_form(
+def test_other_authorization_is_refused_with_an_openai_error(
     authorization: Optional[str], method: str, path: str, key_file: Path
 ) -> None:
     headers = None if authorization is None else {"Authorization": authorization.encode("latin-1")}
-    answer = ask(method, path, headers, api_key_file=key_file)  # type: ignore[arg-type]
-    assert answer.status_code == 401
-    assert answer.headers["WWW-Authenticate"] == "Bearer"
-    error = answer.json()["error"]
+    response = send(method, path, headers, api_key_file=key_file)  # type: ignore[arg-type]
+    assert response.status_code == 401
+    assert response.headers["WWW-Authenticate"] == "Bearer"
+    error = response.json()["error"]
     assert (error["type"], error["code"], error["param"]) == (
         "authentication_error",
         "invalid_api_key",
         None,
     )
-    assert "key-of" not in answer.text
+    assert "key-of" not in response.text
 
 
-def test_paths_open_without_a_key(key_file: Path, tmp_path: Path) -> None:
+def test_paths_that_need_no_key(key_file: Path, tmp_path: Path) -> None:
     page = tmp_path / "page"
     (page / "parts").mkdir(parents=True)
     (page / "index.html").write_text("<p>page</p>")
@@ -102,29 +103,29 @@ def test_paths_open_without_a_key(key_file: Path, tmp_path: Path) -> None:
         ("/health", 401),
         ("/metrics", 401),
     ]:
-        assert ask("GET", path, page=page, api_key_file=key_file).status_code == status, path
+        assert send("GET", path, page=page, api_key_file=key_file).status_code == status, path
 
 
-def test_the_limit_of_a_key_is_its_own(key_file: Path) -> None:
+def test_each_key_has_its_own_request_limit(key_file: Path) -> None:
     service = fake_service(CountingEngine(), api_key_file=key_file, max_per_key=1)
     app = fake_app(service)
 
-    async def go() -> None:
+    async def send_requests() -> None:
         await service.engine.start()
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url=HOST) as client:
             ann, bob = ({"Authorization": f"Bearer key-of-{name}"} for name in ("ann", "bob"))
-            (name,) = {ApiKeys(["key-of-ann"]).short_hash(b"key-of-ann")}
-            async with service.admission.slots(1, name):
-                answers = [await client.post(PATH, json={}, headers=who) for who in (ann, bob)]
-        assert [answer.status_code for answer in answers] == [429, 200]
-        assert answers[0].json()["error"]["type"] == "rate_limit_error"
+            key_of_ann = ApiKeys(["key-of-ann"]).short_hash(b"key-of-ann")
+            async with service.admission.slots(1, key_of_ann):
+                responses = [await client.post(PATH, json={}, headers=headers) for headers in (ann, bob)]
+        assert [response.status_code for response in responses] == [429, 200]
+        assert responses[0].json()["error"]["type"] == "rate_limit_error"
 
-    asyncio.run(go())
+    asyncio.run(send_requests())
 
 
 @pytest.mark.parametrize(
-    ("content", "line"),
+    ("content", "message"),
     [
         (b"", "no key in it; write one on each line"),
         (b"# only this\n\n", "no key in it; write one on each line"),
@@ -133,20 +134,20 @@ def test_the_limit_of_a_key_is_its_own(key_file: Path) -> None:
         ("schlüssel".encode(), ":1: an API key is printable ASCII without spaces"),
     ],
 )
-def test_bad_key_files(content: bytes, line: str, tmp_path: Path) -> None:
+def test_invalid_key_file(content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_bytes(content)
-    with pytest.raises(UsageError, match=line):
+    with pytest.raises(UsageError, match=message):
         ApiKeys.of_file(path)
 
 
-def test_a_missing_key_file(tmp_path: Path) -> None:
+def test_missing_key_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"^--api_key_file .*keys: cannot be read \(No such file"):
         ApiKeys.of_file(tmp_path / "keys")
 
 
 @pytest.mark.parametrize(("mode", "warned"), [(0o600, False), (0o640, True), (0o604, True)])
-def test_a_key_file_that_others_can_read(
+def test_warning_if_other_users_can_read_the_key_file(
     mode: int, warned: bool, key_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     key_file.chmod(mode)
@@ -155,10 +156,10 @@ def test_a_key_file_that_others_can_read(
     assert ("other users can read the API keys" in caplog.text) is warned
 
 
-def test_a_key_file_of_systemd(
+def test_no_warning_for_a_credential_of_systemd(
     key_file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A credential's ACL for the service's user shows up as group permission."""
+    """Systemd gives the service's user access by an ACL, which appears as a permission of the group."""
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(key_file.parent))
     key_file.chmod(0o440)
     with caplog.at_level(logging.WARNING):
@@ -179,7 +180,9 @@ def test_a_key_file_of_systemd(
         ("0.0.0.0", {"api_key_file": "keys"}, False),
     ],
 )
-def test_other_machines_need_a_key_or_a_word(address: str, settings: dict[str, Any], refused: bool) -> None:
+def test_public_address_needs_api_keys_or_no_auth(
+    address: str, settings: dict[str, Any], refused: bool
+) -> None:
     if not refused:
         check_exposure(ServeSettings(host=address, **settings), address)
         return
@@ -203,7 +206,7 @@ def test_other_machines_need_a_key_or_a_word(address: str, settings: dict[str, A
         ("0.0.0.0", False),
     ],
 )
-def test_names_of_this_machine(name: str, loopback: bool) -> None:
+def test_is_loopback(name: str, loopback: bool) -> None:
     assert is_loopback(name) is loopback
 
 
@@ -222,14 +225,14 @@ def test_names_of_this_machine(name: str, loopback: bool) -> None:
 )
 @pytest.mark.parametrize(("method", "path"), [("POST", PATH), ("GET", "/metrics"), ("GET", "/health/ready")])
 def test_dns_rebinding(host: str, status: int, method: str, path: str, key_file: Path) -> None:
-    answer = ask(method, path, {"Host": host})
-    assert answer.status_code == status
+    response = send(method, path, {"Host": host})
+    assert response.status_code == status
     if status == 403:
-        assert answer.json()["error"]["code"] == "host_not_allowed"
+        assert response.json()["error"]["code"] == "host_not_allowed"
     # With API keys, or with no_auth, the server accepts any host name.
     bearer = {"Host": host, "Authorization": "Bearer key-of-ann"}
-    assert ask(method, path, bearer, api_key_file=key_file).status_code == 200
-    assert ask(method, path, {"Host": host}, no_auth=True).status_code == 200
+    assert send(method, path, bearer, api_key_file=key_file).status_code == 200
+    assert send(method, path, {"Host": host}, no_auth=True).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -240,41 +243,41 @@ def test_dns_rebinding(host: str, status: int, method: str, path: str, key_file:
         ("https://127.0.0.1:8000", True),
         ("http://chat.example.org", True),
         ("http://127.0.0.1:8001", False),
-        ("http://localhost:8000", False),  # another origin, though the same server
+        ("http://localhost:8000", False),  # the same server under another name is another origin
         ("http://evil.example.org", False),
         ("http://chat.example.org.evil.org", False),
         ("null", False),
     ],
 )
 @pytest.mark.parametrize("no_auth", [False, True])
-def test_pages_of_elsewhere(origin: Optional[str], allowed: bool, no_auth: bool) -> None:
+def test_requests_of_other_web_pages(origin: Optional[str], allowed: bool, no_auth: bool) -> None:
     headers = {} if origin is None else {"Origin": origin}
-    answer = ask("POST", PATH, headers, cors_origins=["http://chat.example.org"], no_auth=no_auth)
-    assert answer.status_code == (200 if allowed else 403)
+    response = send("POST", PATH, headers, cors_origins=["http://chat.example.org"], no_auth=no_auth)
+    assert response.status_code == (200 if allowed else 403)
     if not allowed:
-        assert answer.json()["error"]["code"] == "origin_not_allowed"
-    # What they get anyway they cannot read.
-    read = ask("GET", "/health/live", headers, cors_origins=["http://chat.example.org"], no_auth=no_auth)
-    assert read.status_code == 200
-    shown = read.headers.get("Access-Control-Allow-Origin")
-    assert shown == (origin if origin == "http://chat.example.org" else None)
+        assert response.json()["error"]["code"] == "origin_not_allowed"
+    # A GET request is answered, but without this header the browser does not let the page read the response.
+    health = send("GET", "/health/live", headers, cors_origins=["http://chat.example.org"], no_auth=no_auth)
+    assert health.status_code == 200
+    allowed_origin = health.headers.get("Access-Control-Allow-Origin")
+    assert allowed_origin == (origin if origin == "http://chat.example.org" else None)
 
 
-def test_cors_is_off_unless_listed(key_file: Path) -> None:
-    asked = {
+def test_cors_only_for_listed_origins(key_file: Path) -> None:
+    preflight = {
         "Origin": "http://chat.example.org",
         "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os",
     }
     for settings in ({}, {"api_key_file": key_file}):
-        answer = ask("OPTIONS", PATH, asked, **settings)
-        assert not [name for name in answer.headers if name.startswith("access-control")]
-        listed = ask("OPTIONS", PATH, asked, cors_origins=["http://chat.example.org"], **settings)
+        response = send("OPTIONS", PATH, preflight, **settings)
+        assert not [name for name in response.headers if name.startswith("access-control")]
+        listed = send("OPTIONS", PATH, preflight, cors_origins=["http://chat.example.org"], **settings)
         assert listed.status_code == 200
         assert listed.headers["Access-Control-Allow-Origin"] == "http://chat.example.org"
         assert "authorization" in listed.headers["Access-Control-Allow-Headers"].lower()
         assert "Access-Control-Allow-Credentials" not in listed.headers
-    refused = ask(
+    refused = send(
         "POST",
         PATH,
         {"Origin": "http://chat.example.org"},
@@ -282,7 +285,6 @@ def test_cors_is_off_unless_listed(key_file: Path) -> None:
         api_key_file=key_file,
     )
     assert refused.status_code == 401
-    assert (
-        refused.headers["Access-Control-Allow-Origin"] == "http://chat.example.org"
-    )  # so that the page can tell why
+    # The page may read the error.
+    assert refused.headers["Access-Control-Allow-Origin"] == "http://chat.example.org"
     assert json.loads(refused.content)["error"]["code"] == "invalid_api_key"

@@ -1,4 +1,4 @@
-"""deploy/: units, image and dashboard refer to existing names and fit the server's behaviour."""
+"""Systemd units, container image and dashboard in deploy/: all names exist, all settings fit the server."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ Configure = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def configured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Configure:
-    """Function that returns the settings of a command in an environment."""
+def configure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Configure:
+    """Function that returns the settings of a `qwenvl serve` command in an environment."""
 
-    def configured(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    def configure(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(sys, "argv", [*command, "--print_config"])
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             main()
         out, err = capsys.readouterr()
-        assert ended.value.code in (None, 0), err
+        assert exit_info.value.code in (None, 0), err
         settings: dict[str, Any] = yaml.safe_load(out)
         return settings
 
-    return configured
+    return configure
 
 
-def test_the_wheel_carries_none_of_it() -> None:
+def test_wheel_does_not_contain_deploy() -> None:
     text = (REPO / "pyproject.toml").read_text("utf-8")
     assert '"deploy' not in text
 
@@ -60,41 +60,41 @@ def test_the_wheel_carries_none_of_it() -> None:
 
 
 def unit() -> list[tuple[str, str, str]]:
-    """(section, key, value) of each line."""
-    found, section = [], ""
+    """(section, key, value) of each line of the unit."""
+    settings, section = [], ""
     for line in UNIT.read_text("utf-8").splitlines():
         if line.startswith("["):
             section = line.strip("[]")
         elif line and not line.startswith("#"):
             key, equals, value = line.partition("=")
             assert equals, line
-            found.append((section, key, value))
-    return found
+            settings.append((section, key, value))
+    return settings
 
 
 def values(key: str) -> list[str]:
     return [value for _, name, value in unit() if name == key]
 
 
-def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+def test_systemd_accepts_the_units(tmp_path: Path) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("no systemd-analyze: apt-get install systemd")
     program = values("ExecStart")[0].split()[0]
     copies = [tmp_path / path.name for path in (UNIT, UNIT.with_suffix(".socket"))]
     for copy in copies:
         copy.write_text(UNIT.with_name(copy.name).read_text("utf-8").replace(program, "/bin/true"), "utf-8")
-    done = subprocess.run(
+    completed = subprocess.run(
         ["systemd-analyze", "verify", *map(str, copies)],
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
-    about_it = [line for line in done.stderr.splitlines() if UNIT.stem in line]
-    assert (done.returncode, about_it) == (0, [])
+    problems = [line for line in completed.stderr.splitlines() if UNIT.stem in line]
+    assert (completed.returncode, problems) == (0, [])
 
 
-def test_the_unit_starts_the_server(configured: Configure, tmp_path: Path) -> None:
+def test_unit_starts_the_server(configure: Configure, tmp_path: Path) -> None:
     assert [(section, key) for section, key, _ in unit() if key == "ExecStart"] == [("Service", "ExecStart")]
     program, *arguments = shlex.split(values("ExecStart")[0])
     assert program.endswith("/bin/qwenvl")
@@ -103,19 +103,20 @@ def test_the_unit_starts_the_server(configured: Configure, tmp_path: Path) -> No
     environment = {}
     for assignment in values("Environment"):
         name, _, value = assignment.partition("=")
+        # systemd replaces %d by the folder of the credentials, %C by the cache folder.
         environment[name] = value.replace("%d", str(tmp_path)).replace("%C", "/var/cache")
-    settings = configured(["qwenvl", *arguments], environment)
+    settings = configure(["qwenvl", *arguments], environment)
     assert Path(settings["api_key_file"]).is_file()
     assert environment[env.CACHE_DIR.name] == f"/var/cache/{values('CacheDirectory')[0]}"
 
 
-def test_the_unit_lets_requests_end() -> None:
-    # All that shutdown_timeout does not cover: see Server.shutdown and run.
-    ending = 4 * server._LAST_SECONDS + server._CLEANING_SECONDS + server._HANDSHAKE_SECONDS
-    assert int(values("TimeoutStopSec")[0]) > ServeSettings().shutdown_timeout + ending
-    # The engine process ends at SIGTERM even during a computation: only the front may get it.
+def test_unit_lets_running_requests_finish() -> None:
+    # The time that a shutdown takes beyond shutdown_timeout: see Server.shutdown and run in serve/server.py.
+    cleanup_seconds = 4 * server._LAST_SECONDS + server._CLEANING_SECONDS + server._HANDSHAKE_SECONDS
+    assert int(values("TimeoutStopSec")[0]) > ServeSettings().shutdown_timeout + cleanup_seconds
+    # "mixed" sends SIGTERM to the front only: at SIGTERM the engine process would exit in the middle of its work.
     assert (values("KillSignal"), values("KillMode")) == (["SIGTERM"], ["mixed"])
-    # Else systemd would stop the front as well.
+    # If memory runs out and the engine process is killed, systemd must not stop the front.
     assert values("OOMPolicy") == ["continue"]
     assert (values("Restart"), values("RestartPreventExitStatus")) == (
         ["on-failure"],
@@ -136,7 +137,7 @@ def test_the_unit_lets_requests_end() -> None:
         ("SystemCallFilter", "@system-service"),
     ],
 )
-def test_the_unit_may_do_little(key: str, value: str) -> None:
+def test_unit_restricts_the_process(key: str, value: str) -> None:
     assert values(key) == [value]
 
 
@@ -144,45 +145,49 @@ def test_the_unit_may_do_little(key: str, value: str) -> None:
 
 
 class Instruction(NamedTuple):
+    """Instruction of the Dockerfile."""
+
     name: str
-    rest: str
+    arguments: str
 
     @property
     def words(self) -> list[str]:
-        """The words of an exec form."""
-        words: list[str] = json.loads(self.rest)
+        """The arguments in exec form, a JSON list."""
+        words: list[str] = json.loads(self.arguments)
         return words
 
 
 def instructions() -> list[Instruction]:
     lines = [line for line in DOCKERFILE.read_text("utf-8").splitlines() if not line.startswith("#")]
-    joined = "\n".join(lines).replace("\\\n", " ")
+    joined = "\n".join(lines).replace("\\\n", " ")  # a line that ends with a backslash continues on the next
     return [Instruction(*line.split(maxsplit=1)) for line in joined.splitlines() if line.strip()]
 
 
-def all_of(name: str) -> list[Instruction]:
-    return [each for each in instructions() if each.name == name]
+def instructions_named(name: str) -> list[Instruction]:
+    return [instruction for instruction in instructions() if instruction.name == name]
 
 
-def copied() -> Iterator[str]:
-    for instruction in all_of("COPY"):
-        *sources, _ = instruction.rest.split()
+def copied_sources() -> Iterator[str]:
+    """The paths in the repository that the Dockerfile copies."""
+    for instruction in instructions_named("COPY"):
+        *sources, _ = instruction.arguments.split()
         if not sources[0].startswith("--from="):
             yield from sources
 
 
-def test_instructions_are_those_of_docker() -> None:
-    known = {"FROM", "RUN", "WORKDIR", "COPY", "ARG", "USER", "ENV", "VOLUME", "EXPOSE", "STOPSIGNAL"}
-    assert {each.name for each in instructions()} <= known | {"HEALTHCHECK", "ENTRYPOINT", "CMD"}
+def test_dockerfile_is_valid() -> None:
+    docker_instructions = {"FROM", "RUN", "WORKDIR", "COPY", "ARG", "USER", "ENV", "VOLUME", "EXPOSE"}
+    docker_instructions |= {"STOPSIGNAL", "HEALTHCHECK", "ENTRYPOINT", "CMD"}
+    assert {instruction.name for instruction in instructions()} <= docker_instructions
     assert instructions()[0].name == "FROM"
     for name in ("ENTRYPOINT", "CMD", "VOLUME"):
-        assert all(isinstance(word, str) for word in all_of(name)[0].words)
+        assert all(isinstance(word, str) for word in instructions_named(name)[0].words)
 
 
-def test_the_image_is_built_from_existing_files(tmp_path: Path) -> None:
+def test_image_is_built_from_existing_files(tmp_path: Path) -> None:
     """The copied files suffice to build a wheel, and the ignore file excludes none of them."""
     ignored = DOCKERFILE.with_name("Dockerfile.dockerignore").read_text("utf-8").split()
-    for name in copied():
+    for name in copied_sources():
         assert f"!{name}" in ignored
         source = REPO / name
         if source.is_dir():
@@ -190,7 +195,7 @@ def test_the_image_is_built_from_existing_files(tmp_path: Path) -> None:
         else:
             shutil.copyfile(source, tmp_path / name)
     assert (tmp_path / "tools" / "release_wheel.py").is_file()
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", "out"],
         cwd=tmp_path,
         capture_output=True,
@@ -198,60 +203,68 @@ def test_the_image_is_built_from_existing_files(tmp_path: Path) -> None:
         timeout=120,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert completed.returncode == 0, completed.stderr
     [wheel] = (tmp_path / "out").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    # What hatchling passes over if it is not there.
+    # Hatchling does not complain if one of these folders is missing.
     for part in ("engine/csrc", "upstream/patches_data", "recipes/shipped", "serve/page", "demo/model"):
         assert any(name.startswith(f"paddlemix_qwenvl_plugin/{part}/") for name in names), part
     assert "_qwenvl_activate.py" in names
 
 
-@pytest.mark.parametrize(("device", "wanted"), [("cpu", ["serve"]), ("gpu", ["serve", "gpu-engine"])])
-def test_the_build_argument(device: str, wanted: list[str], configured: Configure) -> None:
-    """The argument chooses extras that exist, and the container serves the volume's stages on that device."""
-    [install] = [each.rest for each in all_of("RUN") if "case" in each.rest]
-    choice = install[: install.index("esac") + 4]
-    chosen = subprocess.run(
-        ["sh", "-c", f'{choice}; echo "$extras"'],
+def device_case_statement() -> str:
+    """The shell statement that selects the extras for the build argument DEVICE."""
+    [install] = [run.arguments for run in instructions_named("RUN") if "case" in run.arguments]
+    return install[: install.index("esac") + len("esac")]
+
+
+@pytest.mark.parametrize(("device", "extras"), [("cpu", ["serve"]), ("gpu", ["serve", "gpu-engine"])])
+def test_build_argument_device(device: str, extras: list[str], configure: Configure) -> None:
+    """DEVICE selects extras that exist; the container serves the exported stages of the volume on this device."""
+    device_case = device_case_statement()
+    selected = subprocess.run(
+        ["sh", "-c", f'{device_case}; echo "$extras"'],
         env={"DEVICE": device},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert chosen.stdout.strip().split(",") == wanted
+    assert selected.stdout.strip().split(",") == extras
     project = (REPO / "pyproject.toml").read_text("utf-8")
-    assert all(re.search(rf"^{extra} = \[$", project, re.MULTILINE) for extra in wanted)
+    assert all(re.search(rf"^{extra} = \[$", project, re.MULTILINE) for extra in extras)
 
-    [variables] = all_of("ENV")
+    [variables] = instructions_named("ENV")
     environment = dict(
-        word.replace("$DEVICE", device).split("=", 1) for word in shlex.split(variables.rest) if "=" in word
+        word.replace("$DEVICE", device).split("=", 1)
+        for word in shlex.split(variables.arguments)
+        if "=" in word
     )
     for name in environment:
         if name.startswith(ENVIRONMENT_PREFIX):
             assert name[len(ENVIRONMENT_PREFIX) :].lower() in ServeSettings.model_fields
-    settings = configured([*all_of("ENTRYPOINT")[0].words, *all_of("CMD")[0].words], environment)
+    settings = configure(
+        [*instructions_named("ENTRYPOINT")[0].words, *instructions_named("CMD")[0].words], environment
+    )
     assert (settings["device"], settings["host"]) == (device, "0.0.0.0")
-    volumes = all_of("VOLUME")[0].words
+    volumes = instructions_named("VOLUME")[0].words
     assert all(
         settings[name].startswith(f"{volumes[0]}/") for name in ("first_model_path", "second_model_path")
     )
     assert environment[env.CACHE_DIR.name] == volumes[1]
-    assert all_of("EXPOSE")[0].rest == str(settings["port"])
+    assert instructions_named("EXPOSE")[0].arguments == str(settings["port"])
 
 
-def test_another_build_argument_ends_the_build() -> None:
-    [install] = [each.rest for each in all_of("RUN") if "case" in each.rest]
-    choice = install[: install.index("esac") + 4]
-    assert subprocess.run(["sh", "-c", choice], env={"DEVICE": "tpu"}, check=False).returncode == 1
+def test_unknown_device_fails_the_build() -> None:
+    device_case = device_case_statement()
+    assert subprocess.run(["sh", "-c", device_case], env={"DEVICE": "tpu"}, check=False).returncode == 1
 
 
-def test_the_image_is_not_root_and_is_asked_how_it_is() -> None:
-    names = [each.name for each in instructions()]
-    assert all_of("USER")[0].rest == "qwenvl"
+def test_image_has_a_user_and_a_health_check() -> None:
+    names = [instruction.name for instruction in instructions()]
+    assert instructions_named("USER")[0].arguments == "qwenvl"
     assert names.index("USER") < names.index("ENTRYPOINT")
-    [health] = all_of("HEALTHCHECK")
-    command: list[str] = json.loads(health.rest[health.rest.index("CMD") + 4 :])
+    [health] = instructions_named("HEALTHCHECK")
+    command: list[str] = json.loads(health.arguments[health.arguments.index("CMD") + 4 :])
     assert "/health/live" in command[-1]
     compile(command[-1], "HEALTHCHECK", "exec")
     assert "/health/live" in fake_app(fake_service()).openapi()["paths"]
@@ -261,14 +274,15 @@ def test_the_image_is_not_root_and_is_asked_how_it_is() -> None:
 
 
 def families() -> dict[str, Metric]:
-    """Metric families of GET /metrics, by the names in queries."""
+    """Name of a metric in queries -> its family in GET /metrics."""
     service = fake_service()
     fake_app(service)
-    found = {}
-    for family in service.metrics.registry.collect():
-        endings = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}.get(family.type, [""])
-        found.update({family.name + ending: family for ending in endings})
-    return found
+    suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}
+    return {
+        family.name + suffix: family
+        for family in service.metrics.registry.collect()
+        for suffix in suffixes.get(family.type, [""])
+    }
 
 
 def queries() -> list[str]:
@@ -277,39 +291,41 @@ def queries() -> list[str]:
 
 
 @pytest.mark.parametrize("query", queries())
-def test_queries(query: str) -> None:
-    known = families()
+def test_queries_use_existing_metrics_and_labels(query: str) -> None:
+    existing = families()
     labels = {"path", "status", "kind", "le", "instance"}
-    for one in series(query):
-        assert one.name in known
-        assert set(one.labels) <= labels
-        # A counter says nothing, only how fast it grows.
-        assert one.ranged == (known[one.name].type in ("counter", "histogram"))
+    for metric in series(query):
+        assert metric.name in existing
+        assert set(metric.labels) <= labels
+        # Of a counter, only the rate is of interest, which needs a range vector.
+        assert metric.is_range == (existing[metric.name].type in ("counter", "histogram"))
 
 
 @pytest.mark.parametrize(
     "query", ["sum(", "rate(a_total)", "a b", "sum by (x (a)", 'a{b="c}', "nothing_such(a)", "a[5 m]", ""]
 )
-def test_the_parser_refuses(query: str) -> None:
+def test_promql_parser_refuses_invalid_queries(query: str) -> None:
     with pytest.raises(ValueError, match=r".+"):
         series(query)
 
 
 def test_every_metric_of_the_server_is_on_the_dashboard() -> None:
-    asked = {one.name for query in queries() for one in series(query)}
+    queried = {metric.name for query in queries() for metric in series(query)}
     for name, family in families().items():
         if name.startswith("qwenvl_") and not name.endswith(("_sum", "_count")):
-            assert name in asked, family.documentation
+            assert name in queried, family.documentation
 
 
 def test_panels_do_not_overlap() -> None:
     panels = json.loads(DASHBOARD.read_text("utf-8"))["panels"]
-    taken = set()
+    occupied = set()
     for panel in panels:
-        at = panel["gridPos"]
-        assert at["x"] + at["w"] <= 24
-        for x in range(at["x"], at["x"] + at["w"]):
-            for y in range(at["y"], at["y"] + at["h"]):
-                assert (x, y) not in taken
-                taken.add((x, y))
+        position = panel["gridPos"]
+        left, top = position["x"], position["y"]
+        right, bottom = left + position["w"], top + position["h"]
+        assert right <= 24  # columns of Grafana's grid
+        for x in range(left, right):
+            for y in range(top, bottom):
+                assert (x, y) not in occupied
+                occupied.add((x, y))
     assert len({panel["id"] for panel in panels}) == len(panels)

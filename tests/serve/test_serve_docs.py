@@ -1,4 +1,4 @@
-"""docs/serving.md lists all settings, metrics and parameters, and its examples and the README's run as printed."""
+"""docs/serving.md lists all settings, metrics and parameters; its examples and README.md's give the printed output."""
 
 from __future__ import annotations
 
@@ -28,15 +28,17 @@ README = (REPO / "README.md").read_text("utf-8")
 
 
 def setting_row(name: str) -> str:
-    """Table row of a setting: name, default, description."""
+    """Expected table row of a setting: name, default, description."""
     field = ServeSettings.model_fields[name]
-    shown = {"None": "", "False": "off", "True": "on", "[]": "none"}  # as text: 1 == True
-    default = shown.get(str(field.default), f"`{field.default}`")
-    return f"| `{name}` | {default} | {str(field.description).rstrip('.').replace('|', chr(92) + '|')} |"
+    # The keys are texts, since as keys the values 1 and True are equal.
+    words = {"None": "", "False": "off", "True": "on", "[]": "none"}
+    default = words.get(str(field.default), f"`{field.default}`")
+    description = str(field.description).rstrip(".").replace("|", r"\|")
+    return f"| `{name}` | {default} | {description} |"
 
 
 def metric_rows() -> list[str]:
-    """Table rows of all metrics, with their documentation."""
+    """Expected table rows of all metrics: name, type, labels, documentation."""
     service = fake_service()
     fake_app(service)
     service.metrics.request("/", 200, 1.0)
@@ -45,33 +47,32 @@ def metric_rows() -> list[str]:
     for family in service.metrics.registry.collect():
         if family.name.startswith("qwenvl_"):
             labels = sorted({label for sample in family.samples for label in sample.labels} - {"le"})
-            shown = ", ".join(f"`{label}`" for label in labels)
+            label_list = ", ".join(f"`{label}`" for label in labels)
             name = family.name + ("_total" if family.type == "counter" else "")
-            rows.append(f"| `{name}` | {family.type} | {shown} | {family.documentation.rstrip('.')} |")
+            rows.append(f"| `{name}` | {family.type} | {label_list} | {family.documentation.rstrip('.')} |")
     return rows
 
 
-def rows_after(heading: str) -> list[str]:
-    """The rows of the tables under a second-level heading, without their heads."""
-    _, _, rest = SERVING.partition(f"\n## {heading}\n")
-    assert rest, heading
-    lines = re.split(r"^## ", rest, flags=re.MULTILINE)[0].splitlines()
+def table_rows(heading: str) -> list[str]:
+    """The rows of all tables in a section of docs/serving.md, without the tables' headers."""
+    _, _, after_heading = SERVING.partition(f"\n## {heading}\n")
+    assert after_heading, heading
+    lines = re.split(r"^## ", after_heading, flags=re.MULTILINE)[0].splitlines()
     return [line for line in lines if line.startswith("| `")]
 
 
 def test_every_setting_is_documented() -> None:
-    assert rows_after("Settings") == [setting_row(name) for name in ServeSettings.model_fields]
+    assert table_rows("Settings") == [setting_row(name) for name in ServeSettings.model_fields]
 
 
 def test_every_metric_is_documented() -> None:
-    assert [
-        row for row in rows_after("Health, logs, metrics") if row.startswith("| `qwenvl_")
-    ] == metric_rows()
+    rows = [row for row in table_rows("Health, logs, metrics") if row.startswith("| `qwenvl_")]
+    assert rows == metric_rows()
 
 
 @pytest.mark.parametrize("schema", [ChatCompletionRequest, CompletionRequest])
 def test_every_parameter_is_documented(schema: Any) -> None:
-    cells = " ".join(row.split("|")[1] for row in rows_after("The interface"))
+    cells = " ".join(row.split("|")[1] for row in table_rows("The interface"))
     for name in schema.model_fields:
         assert f"`{name}`" in cells, name
     text = SERVING.partition("\n## The interface\n")[2]
@@ -79,21 +80,23 @@ def test_every_parameter_is_documented(schema: Any) -> None:
         assert f"`{name}`" in text, name
 
 
-def test_sizes_of_the_kv_cache() -> None:
-    """Keys and values of each layer and head, in the numbers that the document gives for the 7B geometry."""
+def test_kv_cache_sizes() -> None:
+    """The document's sizes of keys and values in all layers, for the geometry of the 7B model."""
     layers, heads, head_dim = 32, 32, 128
-    for n_bytes, said in ((2, "512 KiB"), (4, "1 MiB")):
-        per_token = 2 * layers * heads * head_dim * n_bytes
-        assert said == (f"{per_token >> 20} MiB" if per_token >= 1 << 20 else f"{per_token >> 10} KiB")
-        assert f"{said} a token" in SERVING
-    assert f"{8192 * 2 * layers * heads * head_dim * 2 >> 30} GiB" in SERVING
+    numbers_per_token = 2 * layers * heads * head_dim
+    assert numbers_per_token * 2 == 512 * 2**10  # bfloat16
+    assert "512 KiB a token" in SERVING
+    assert numbers_per_token * 4 == 2**20  # float32
+    assert "1 MiB a token" in SERVING
+    context_length = 8192
+    assert f"{context_length * numbers_per_token * 2 >> 30} GiB" in SERVING
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of `qwenvl serve --demo`."""
-    errors = tmp_path_factory.mktemp("serve-docs") / "stderr"
-    with errors.open("w") as stderr:
+def demo_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a running `qwenvl serve --demo`."""
+    log = tmp_path_factory.mktemp("serve-docs") / "stderr"
+    with log.open("w") as stderr:
         process = subprocess.Popen(
             [sys.executable, "-m", "paddlemix_qwenvl_plugin.cli", "serve", "--demo", "--port", "0"],
             env={**os.environ, "PYTHONPATH": str(REPO)},
@@ -104,9 +107,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     assert process.stdout is not None
     try:
         lines = iter(process.stdout.readline, "")
-        said = next((line for line in lines if line.startswith("Serving ")), "")
-        match = re.search(r"http://127\.0\.0\.1:\d+", said)
-        assert match, errors.read_text()
+        ready_line = next((line for line in lines if line.startswith("Serving ")), "")
+        match = re.search(r"http://127\.0\.0\.1:\d+", ready_line)
+        assert match, log.read_text()
         yield match.group()
     finally:
         process.send_signal(signal.SIGTERM)
@@ -114,14 +117,15 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         assert process.wait(120) == 0
 
 
-def blocks(text: str, language: str) -> list[str]:
+def code_blocks(text: str, language: str) -> list[str]:
+    """The fenced code blocks of a language in a Markdown text."""
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-def asked(command: str, url: str) -> dict[str, Any]:
-    """Response to a curl command, without its variable fields."""
+def curl_response(command: str, url: str) -> dict[str, Any]:
+    """Response to a curl command at this server, without the fields that vary."""
     assert "http://localhost:8000" in command
-    done = subprocess.run(
+    completed = subprocess.run(
         ["bash", "-c", command.replace("http://localhost:8000", url)],
         cwd=REPO,
         capture_output=True,
@@ -129,45 +133,45 @@ def asked(command: str, url: str) -> dict[str, Any]:
         timeout=120,
         check=True,
     )
-    return stable(json.loads(done.stdout))
+    return without_variable_fields(json.loads(completed.stdout))
 
 
-def stable(answer: dict[str, Any]) -> dict[str, Any]:
-    del answer["id"], answer["created"], answer["usage"]["prompt_tokens_details"]
-    return answer
+def without_variable_fields(response: dict[str, Any]) -> dict[str, Any]:
+    del response["id"], response["created"], response["usage"]["prompt_tokens_details"]
+    return response
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/serving.md"])
-def test_the_curl_gives_the_answer(document: str, demo: str) -> None:
+def test_curl_example_gives_the_printed_response(document: str, demo_url: str) -> None:
     text = (REPO / document).read_text("utf-8")
-    [command] = [block for block in blocks(text, "sh") if block.startswith("curl")]
+    [command] = [block for block in code_blocks(text, "sh") if block.startswith("curl")]
     assert "qwenvl serve --demo" in text
-    [printed] = [block for block in blocks(text, "json") if "chat.completion" in block]
-    assert asked(command, demo) == stable(json.loads(printed))
+    [printed] = [block for block in code_blocks(text, "json") if "chat.completion" in block]
+    assert curl_response(command, demo_url) == without_variable_fields(json.loads(printed))
 
 
-def test_the_python_example(demo: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The example prints the text of the comments after its `print` calls."""
+def test_python_examples(demo_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The examples print what the comments after their `print` calls say."""
     monkeypatch.chdir(REPO)
-    names: dict[str, Any] = {}
-    examples = blocks(SERVING, "python")
+    namespace: dict[str, Any] = {}  # shared: later examples use names of earlier ones
+    examples = code_blocks(SERVING, "python")
     assert len(examples) >= 2
     for code in examples:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            exec(code.replace("http://localhost:8000", demo), names)
-        assert printed.getvalue().splitlines() == re.findall(r"^\s*print\(.*\)  # (.+)$", code, re.MULTILINE)
+            exec(code.replace("http://localhost:8000", demo_url), namespace)
+        expected = re.findall(r"^\s*print\(.*\)  # (.+)$", code, re.MULTILINE)
+        assert printed.getvalue().splitlines() == expected
 
 
-def test_commands_parse(
+def test_serve_commands_have_valid_flags(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each `qwenvl serve` of the document has valid flags."""
     from paddlemix_qwenvl_plugin.cli.main import main
 
     commands = [
-        re.split("[#&]", line)[0]
-        for block in blocks(SERVING, "sh")
+        re.split("[#&]", line)[0]  # without a comment or the & of a background process
+        for block in code_blocks(SERVING, "sh")
         for line in block.splitlines()
         if line.startswith("qwenvl serve ")
     ]
@@ -177,6 +181,6 @@ def test_commands_parse(
         Path(name).write_text("demo: true\n")
     for command in commands:
         monkeypatch.setattr(sys, "argv", [*shlex.split(command), "--print_config"])
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             main()
-        assert ended.value.code in (None, 0), (command, capsys.readouterr().err)
+        assert exit_info.value.code in (None, 0), (command, capsys.readouterr().err)

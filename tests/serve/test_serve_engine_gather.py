@@ -1,4 +1,4 @@
-"""Steps wait briefly for requests that arrive together, and only then."""
+"""Short waits before a step, so that requests which arrive together are computed in the same step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from paddlemix_qwenvl_plugin.serve.engine_process import EngineProcess
 
 
 class Clock:
-    """Clock that `wait` and steps advance; the event is set at the given times."""
+    """Test double of the module `time` and of the engine process's event for new messages.
+
+    The time advances only in `wait` and in steps. The event is set at the times `arrivals`.
+    """
 
     def __init__(self, arrivals: list[float]) -> None:
         self.now, self.arrivals = 0.0, arrivals
@@ -24,10 +27,10 @@ class Clock:
 
     def wait(self, seconds: Any) -> bool:
         start, timeout = self.now, float("inf") if seconds is None else self.now + seconds
-        arrival = min((at for at in self.arrivals if at > self.now), default=float("inf"))
+        arrival = min((arrival for arrival in self.arrivals if arrival > self.now), default=float("inf"))
         self.now = min(arrival, timeout)
         if self.now == float("inf"):
-            raise EOFError  # idle for good
+            raise EOFError  # no arrival and no timeout: the end of the test
         self.waits.append((start, self.now))
         return arrival <= timeout
 
@@ -35,8 +38,8 @@ class Clock:
         pass
 
 
-class Steps:
-    """Loop whose steps take the given seconds, 0 for a call without requests."""
+class TimedLoop:
+    """Test double of the loop: each call of `step` takes the next of the given durations, 0 without requests."""
 
     def __init__(self, clock: Clock, seconds: list[float]) -> None:
         self._clock, self._seconds = clock, iter(seconds)
@@ -46,38 +49,46 @@ class Steps:
     def step(self) -> bool:
         seconds = next(self._seconds, None)
         if seconds is None:
-            raise EOFError
+            raise EOFError  # the end of the test
         if seconds:
             self.starts.append(self._clock.now)
         self._clock.now += seconds
         return seconds > 0
 
 
-def starts(monkeypatch: Any, arrivals: list[float], seconds: list[float], ended: list[bool]) -> list[float]:
-    """Start times of the steps, by arrivals of messages, step times, and whether a request ends in each step."""
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        process, clock, ends = EngineProcess(ours), Clock(arrivals), iter(ended)
+def step_starts(
+    monkeypatch: Any, arrivals: list[float], seconds: list[float], request_ends: list[bool]
+) -> list[float]:
+    """Start times of the steps.
+
+    Args:
+        arrivals: times at which messages arrive.
+        seconds: duration of each step.
+        request_ends: whether a request ends in each step; False for all steps after the last item.
+    """
+    process_end, front_end = socket.socketpair()
+    with process_end, front_end:
+        process, clock, ends = EngineProcess(process_end), Clock(arrivals), iter(request_ends)
         monkeypatch.setattr(engine_process, "time", clock)
         monkeypatch.setattr(process, "_wake", clock)
         monkeypatch.setattr(process, "_send_updates", lambda loop: next(ends, False))
         monkeypatch.setattr(process, "_report", lambda statistics: None)
-        steps = Steps(clock, seconds)
+        loop = TimedLoop(clock, seconds)
         with pytest.raises(EOFError):
-            process._run_steps(steps)
-        return steps.starts
+            process._run_steps(loop)
+        return loop.starts
 
 
-def test_steps_without_an_end_follow_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert starts(monkeypatch, [0.15], [0.1, 0.1, 0.1], []) == pytest.approx([0, 0.1, 0.2])
+def test_no_wait_after_a_step_in_which_no_request_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert step_starts(monkeypatch, [0.15], [0.1, 0.1, 0.1], []) == pytest.approx([0, 0.1, 0.2])
 
 
-def test_after_an_end_the_next_request_still_joins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wait of 3 % of the step, which arrivals do not shorten: more may follow."""
-    assert starts(monkeypatch, [0.101], [0.1, 0.1], [True]) == pytest.approx([0, 0.103])
+def test_wait_after_a_step_in_which_a_request_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """3 % of the step's duration, in which the client may send its next request; arrivals do not shorten the wait."""
+    assert step_starts(monkeypatch, [0.101], [0.1, 0.1], [True]) == pytest.approx([0, 0.103])
 
 
-def test_the_first_request_of_an_idle_engine_waits_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most 20 ms, even after a long step."""
-    assert starts(monkeypatch, [9, 9.01], [2, 0, 1], []) == pytest.approx([0, 9.02])
-    assert starts(monkeypatch, [9], [0, 1], []) == [9], "no step to measure the wait by"
+def test_wait_after_the_first_request_of_an_idle_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most 20 ms, even if the last step was long; without an earlier step there is no wait."""
+    assert step_starts(monkeypatch, [9, 9.01], [2, 0, 1], []) == pytest.approx([0, 9.02])
+    assert step_starts(monkeypatch, [9], [0, 1], []) == [9]

@@ -1,9 +1,8 @@
-"""Kills of the engine process and of the front."""
+"""Engine process and front that are killed, and an engine process that loses its GPU."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import random
 import signal
@@ -13,82 +12,93 @@ import time
 
 import pytest
 from engines import needs_compiler
-from serve_engine_helpers import PATIENCE, RequestCase, read, running, until, with_engine, words
+from serve_engine_helpers import (
+    TIMEOUT,
+    RequestCase,
+    is_running,
+    read_ids,
+    run_with_client,
+    text_request,
+    wait_until,
+)
 
 from paddlemix_qwenvl_plugin.serve import engine_client
 from paddlemix_qwenvl_plugin.serve.engine_api import EngineStats, EngineUnavailable
 
 pytestmark = [
     needs_compiler,
-    pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc, which only Linux has"),
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, which only Linux has"),
 ]
 
 
 def test_killed_ten_times_under_load(stages, local_model):
-    """Each request ends with its answer or a one-line error, and a new process answers."""
+    """Each request ends with the expected tokens or a one-line error; a new process serves the next requests."""
     rng = random.Random(2)
-    asked = [RequestCase.at_random(local_model, rng) for _ in range(12)]
-    expected = [each.expected_ids(local_model) for each in asked]
-    pids, lines = [], []
+    cases = [RequestCase.make_random(local_model, rng) for _ in range(12)]
+    expected = [case.expected_ids(local_model) for case in cases]
+    pids, messages = [], []
 
-    async def use(client):
+    async def scenario(client):
         async def ask(i):
             try:
-                assert await read(client.submit(asked[i].request)) == expected[i]
+                assert await read_ids(client.submit(cases[i].request)) == expected[i]
             except EngineUnavailable as error:
-                lines.append(str(error))
+                messages.append(str(error))
 
         for n in range(10):
             pids.append(client.pid)
-            long = client.submit(words(4000))
-            await long.__anext__()
+            long_stream = client.submit(text_request(4000))
+            await long_stream.__anext__()
             asking = [asyncio.ensure_future(ask(i)) for i in range(12)]
-            await asyncio.sleep(0.002 * n)  # at another point of their way each time
+            await asyncio.sleep(0.002 * n)  # each kill meets the requests in another state
             os.kill(client.pid, signal.SIGKILL)
             with pytest.raises(EngineUnavailable, match=r"was killed \(SIGKILL\)"):
-                await read(long)
+                await read_ids(long_stream)
             await asyncio.gather(*asking)
             assert client.stats == EngineStats()
-            await until(lambda: client.ready)
+            await wait_until(lambda: client.ready)
             assert client.restarts == n + 1
         await asyncio.gather(*(ask(i) for i in range(12)))
         pids.append(client.pid)
 
-    with_engine(stages, use)
-    assert lines
-    assert all("\n" not in line for line in lines)
+    run_with_client(stages, scenario)
+    assert messages
+    assert all("\n" not in message for message in messages)
     assert len(set(pids)) == 11
-    assert not any(map(running, pids))
+    assert not any(map(is_running, pids))
 
 
-def test_a_process_that_dies_while_it_starts_is_tried_again(stages, tmp_path, monkeypatch):
-    """Restarts with backoff; meanwhile requests are refused with the process's error."""
+def test_failed_restart_is_repeated(stages, tmp_path, monkeypatch):
+    """With backoff; until a restart succeeds, requests are refused with the error of the failed one."""
     monkeypatch.setattr(engine_client, "_FIRST_PAUSE_SECONDS", 0.01)
-    away = stages[1].parent.with_name("away")
+    moved = stages[1].parent.with_name("moved")
 
-    async def use(client):
-        stages[1].parent.rename(away)
+    async def scenario(client):
+        stages[1].parent.rename(moved)
         try:
             os.kill(client.pid, signal.SIGKILL)
-            await until(lambda: "cannot be started again" in refusal(client))
-            assert "text" in refusal(client)
+            await wait_until(lambda: "cannot be started again" in submit_error(client))
+            assert "text" in submit_error(client)  # the path of the missing stage
             assert not client.ready
         finally:
-            away.rename(stages[1].parent)
-        await until(lambda: client.ready)
-        assert len(await read(client.submit(words(5)))) == 5
+            moved.rename(stages[1].parent)
+        await wait_until(lambda: client.ready)
+        assert len(await read_ids(client.submit(text_request(5)))) == 5
 
-    with_engine(stages, use)
+    run_with_client(stages, scenario)
 
 
-def refusal(client):
+def submit_error(client):
+    """The message with which a client refuses requests; empty if it is ready."""
     if client.ready:
         return ""
     with pytest.raises(EngineUnavailable) as raised:
-        client.submit(words())
+        client.submit(text_request())
     return str(raised.value)
 
 
+# A front in place of `qwenvl serve`. It prints the id of the engine process when the engine process is in the state
+# that the third argument names: "opening" the model, "idle", or "running" requests.
 _FRONT = """
 import asyncio, sys
 from pathlib import Path
@@ -120,48 +130,45 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize("when", ["opening", "idle", "running"])
-def test_no_orphan_survives_a_front_that_is_killed(stages, when):
-    front = subprocess.Popen([sys.executable, "-c", _FRONT, *map(str, stages), when], stdout=subprocess.PIPE)
+@pytest.mark.parametrize("state", ["opening", "idle", "running"])
+def test_engine_process_exits_when_the_front_is_killed(stages, state):
+    front = subprocess.Popen([sys.executable, "-c", _FRONT, *map(str, stages), state], stdout=subprocess.PIPE)
     assert front.stdout is not None
     try:
         pid = int(front.stdout.readline())
-        assert running(pid)
+        assert is_running(pid)
     finally:
         front.kill()
         front.wait()
         front.stdout.close()
-    end = time.monotonic() + PATIENCE
-    while running(pid):
+    end = time.monotonic() + TIMEOUT
+    while is_running(pid):
         assert time.monotonic() < end
         time.sleep(0.02)
 
 
-def test_an_engine_without_a_device_ends(stages, tmp_path):
-    """After a failed step the device is checked; if it is lost, a new process is started."""
+def test_engine_process_that_loses_its_gpu_is_replaced(stages, tmp_path):
+    """After a failed step the process checks its device; if the device is lost, the process exits."""
     (tmp_path / "sitecustomize.py").write_text(_LOST_GPU)
-    client = None
-    with contextlib.ExitStack() as stack:
-        monkeypatch = stack.enter_context(pytest.MonkeyPatch.context())
+    with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
         monkeypatch.setenv("LOST_GPU", str(tmp_path / "lost"))
 
-        async def use(started):
-            nonlocal client
-            client = started
+        async def scenario(client):
             (tmp_path / "lost").touch()
             with pytest.raises(Exception, match="computing on the GPU") as raised:
-                await read(client.submit(words(5)))
+                await read_ids(client.submit(text_request(5)))
             assert not isinstance(raised.value, EngineUnavailable)
-            await until(lambda: client.restarts == 1)
+            await wait_until(lambda: client.restarts == 1)
             (tmp_path / "lost").unlink()
-            await until(lambda: client.ready)
-            assert len(await read(client.submit(words(5)))) == 5
+            await wait_until(lambda: client.ready)
+            assert len(await read_ids(client.submit(text_request(5)))) == 5
 
-        with_engine(stages, use)
+        run_with_client(stages, scenario)
 
 
-# Stands in for a GPU that is lost while a file is there.
+# sitecustomize.py of the engine process: while the file LOST_GPU exists, steps and the check of the device fail.
+# It patches EngineExecutor when the engine process imports serve/messages.py.
 _LOST_GPU = """
 import os
 if os.environ.get("LOST_GPU"):
@@ -175,12 +182,12 @@ if os.environ.get("LOST_GPU"):
             from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
             def failing(function):
-                def maybe(*arguments):
+                def replacement(*arguments):
                     if os.path.exists(os.environ["LOST_GPU"]):
                         raise QwenVLError("computing on the GPU: it is lost")
                     return function(*arguments)
 
-                return maybe
+                return replacement
 
             EngineExecutor.start = failing(EngineExecutor.start)
             EngineExecutor.check_device = failing(EngineExecutor.check_device)

@@ -8,39 +8,40 @@ from typing import NamedTuple, Optional
 
 import pytest
 from error_table import check, table_rows
-from serve_error_cases import CASES, Bench
+from serve_error_cases import CASES, ConfigurableServer
 
 
 class Row(NamedTuple):
-    """Row of the table; `…` in param and message matches any text."""
+    """Row of a table; `…` in the message matches any text."""
 
-    what: str
+    request: str
     status: int
     code: Optional[str]
     param: Optional[str]
     message: str
 
 
-def rows() -> list[Row]:
-    found = []
-    for row in table_rows():
-        if len(row) == 5 and row[1].isdigit():
-            what, status, *texts = row
+def read_rows() -> list[Row]:
+    """The rows of all tables with the columns request, status, code, param, message."""
+    rows = []
+    for cells in table_rows():
+        if len(cells) == 5 and cells[1].isdigit():
+            request, status, *texts = cells
             code, param, message = (text.strip("`").strip() or None for text in texts)
-            found.append(Row(what, int(status), code, param, message or ""))
-    return found
+            rows.append(Row(request, int(status), code, param, message or ""))
+    return rows
 
 
-def kinds() -> dict[int, tuple[str, bool]]:
-    """Status -> OpenAI's type, and whether there is a Retry-After."""
-    found = {}
-    for row in table_rows():
-        if len(row) == 4 and row[0].isdigit():
-            found[int(row[0])] = row[1].strip("`"), row[2] == "yes"
-    return found
+def read_types() -> dict[int, tuple[str, bool]]:
+    """Status -> OpenAI's error type, whether the response has a header Retry-After; from the table of the statuses."""
+    types = {}
+    for cells in table_rows():
+        if len(cells) == 4 and cells[0].isdigit():
+            types[int(cells[0])] = cells[1].strip("`"), cells[2] == "yes"
+    return types
 
 
-ROWS = rows()
+ROWS = read_rows()
 
 
 @pytest.fixture(scope="module")
@@ -51,32 +52,34 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 
 @pytest.fixture(scope="module")
-def shared(loop: asyncio.AbstractEventLoop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    bench = Bench(tmp_path_factory.mktemp("serve-errors"))
-    yield bench
-    loop.run_until_complete(bench.close())
+def shared_server(
+    loop: asyncio.AbstractEventLoop, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ConfigurableServer]:
+    server = ConfigurableServer(tmp_path_factory.mktemp("serve-errors"))
+    yield server
+    loop.run_until_complete(server.close())
 
 
 @pytest.fixture
-def bench(shared: Bench) -> Bench:
-    shared.reset()
-    return shared
+def server(shared_server: ConfigurableServer) -> ConfigurableServer:
+    shared_server.reset()
+    return shared_server
 
 
-def test_the_tables_and_the_cases_agree() -> None:
-    assert [row.what for row in ROWS] == list(CASES)
+def test_every_row_has_a_case_and_every_case_a_row() -> None:
+    assert [row.request for row in ROWS] == list(CASES)
     assert len(ROWS) >= 60
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.what.replace("`", ""))
-def test_error(row: Row, bench: Bench, loop: asyncio.AbstractEventLoop) -> None:
-    got = loop.run_until_complete(asyncio.wait_for(CASES[row.what](bench), 60))
-    assert set(got.error) == {"message", "type", "param", "code"}
-    kind = got.error["code"], got.error["param"]
-    assert (got.status, *kind) == (row.status, row.code, row.param), got.error
-    check(row.what, row.message, got.error["message"])
-    # An error event in a stream has the type of the corresponding error response.
-    types = {200: ("server_error", False), **kinds()}
-    assert (got.error["type"], "retry-after" in got.headers) == types[row.status]
-    assert got.headers["x-request-id"]
-    assert "\n" not in got.error["message"]
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.request.replace("`", ""))
+def test_error(row: Row, server: ConfigurableServer, loop: asyncio.AbstractEventLoop) -> None:
+    response = loop.run_until_complete(asyncio.wait_for(CASES[row.request](server), 60))
+    error = response.error
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (response.status, error["code"], error["param"]) == (row.status, row.code, row.param), error
+    check(row.request, row.message, error["message"])
+    # Status 200: an error event of a stream.
+    types = {200: ("server_error", False), **read_types()}
+    assert (error["type"], "retry-after" in response.headers) == types[row.status]
+    assert response.headers["x-request-id"]
+    assert "\n" not in error["message"]

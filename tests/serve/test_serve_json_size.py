@@ -1,4 +1,4 @@
-"""Bodies whose parsing would block the event loop."""
+"""Limit of JSON outside of strings: larger bodies would block the event loop while they are parsed."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from paddlemix_qwenvl_plugin.serve.errors import ApiError
 from paddlemix_qwenvl_plugin.serve.middleware import json_size
 
 MIB = 2**20
-IMAGE = json.dumps({"url": "data:image/png;base64," + "A/+a" * 5 * MIB}).encode()
+IMAGE_BODY = json.dumps({"url": "data:image/png;base64," + "A/+a" * 5 * MIB}).encode()
 
 
 @pytest.mark.parametrize(
     "body",
     [
-        IMAGE,
-        IMAGE.replace(b"/", rb"\/"),  # as PHP writes it
+        IMAGE_BODY,
+        IMAGE_BODY.replace(b"/", rb"\/"),  # PHP escapes slashes
         json.dumps({"prompt": [[151643] * 8191] * 8}).encode(),
         json.dumps({"prompt": '[],{}"\\' * 10000}, indent=100).encode(),
     ],
     ids=["image", "image with escapes", "token ids", "text"],
 )
-def test_typical_bodies_are_parsed(body: bytes) -> None:
+def test_typical_bodies_are_accepted(body: bytes) -> None:
     json_size.check_size(body)
 
 
@@ -43,9 +43,9 @@ def test_typical_bodies_are_parsed(body: bytes) -> None:
         b"[" + b",".join([b"9" * 4000] * 300) + b"]",
         b" " * 2 * MIB + b"1",
     ],
-    ids=["lists", "after an escape", "after a quotation mark", "names", "numbers", "nothing"],
+    ids=["lists", "after an escape", "after a quotation mark", "names", "numbers", "spaces"],
 )
-def test_slow_bodies_are_refused(body: bytes) -> None:
+def test_bodies_that_are_slow_to_parse_are_refused(body: bytes) -> None:
     async def post() -> httpx.Response:
         engine = CountingEngine()
         await engine.start()
@@ -53,35 +53,36 @@ def test_slow_bodies_are_refused(body: bytes) -> None:
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.post(PATH, content=body, headers={"Content-Type": "application/json"})
 
-    answer = asyncio.run(post())
-    assert answer.status_code == 413
-    error = answer.json()["error"]
+    response = asyncio.run(post())
+    assert response.status_code == 413
+    error = response.json()["error"]
     assert (error["code"], error["param"]) == ("request_too_large", None)
     assert "which no prompt needs" in error["message"]
 
 
-VALUES: Any = st.recursive(
+JSON_VALUES: Any = st.recursive(
     st.integers() | st.booleans() | st.text() | st.text('\\"a/'),
     lambda inner: st.lists(inner) | st.dictionaries(st.text('\\"a/'), inner),
 )
 
 
-@given(VALUES, st.booleans())
+@given(JSON_VALUES, st.booleans())
 def test_only_characters_outside_of_strings_count(value: Any, ascii_only: bool) -> None:
+    """The reference counts character by character; a limit at the count accepts the body, a lower limit refuses it."""
     body = json.dumps(value, ensure_ascii=ascii_only).encode()
-    outside, inside, escaped = 0, False, False
-    for byte in body.decode():
+    n_outside, in_string, escaped = 0, False, False
+    for character in body.decode():
         if escaped:
             escaped = False
-        elif inside and byte == "\\":
+        elif in_string and character == "\\":
             escaped = True
-        elif byte == '"':
-            inside = not inside
-        elif not inside:
-            outside += 1
+        elif character == '"':
+            in_string = not in_string
+        elif not in_string:
+            n_outside += 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_size, "_MAX_OUTSIDE_BYTES", outside)
+        patch.setattr(json_size, "_MAX_OUTSIDE_BYTES", n_outside)
         json_size.check_size(body)
-        patch.setattr(json_size, "_MAX_OUTSIDE_BYTES", outside - 1)
+        patch.setattr(json_size, "_MAX_OUTSIDE_BYTES", n_outside - 1)
         with pytest.raises(ApiError):
             json_size.check_size(body)

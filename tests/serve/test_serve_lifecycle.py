@@ -1,4 +1,4 @@
-"""Lifecycle of a server process: signals, handover, slow clients."""
+"""Lifecycle of a server process: start, signals, replacement by a new server, slow clients."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from typing import Any, Optional
 
 import httpx
 import pytest
-from serve_process import ServerProcess
-from serve_process import wait_until as until
+from serve_process import ServerProcess, wait_until
 from serve_service_helpers import PATH, CountingEngine, fake_service, served
 
 from paddlemix_qwenvl_plugin.serve import connection
@@ -27,11 +26,14 @@ from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 from paddlemix_qwenvl_plugin.serve.start import start as run_start
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
-LONG = 120.0
+TIMEOUT = 120.0  # seconds; longer than any operation takes on a busy machine
 
 
 class Process(ServerProcess):
-    """`qwenvl serve` around a counting engine."""
+    """`qwenvl serve` with a CountingEngine.
+
+    `engine` has the arguments of serve_fake_server.py; the command in `prefix` runs the server.
+    """
 
     def __init__(
         self,
@@ -47,6 +49,7 @@ class Process(ServerProcess):
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Process]]:
+    """Function that starts a Process, which is killed after the test."""
     processes: list[Process] = []
 
     def start(*flags: object, **arguments: Any) -> Process:
@@ -58,144 +61,149 @@ def start() -> Iterator[Callable[..., Process]]:
         process.close()
 
 
-class Streaming(threading.Thread):
-    """A client that reads a stream in a thread."""
+class StreamClient(threading.Thread):
+    """Client that reads a stream in a thread.
+
+    Attributes:
+        events: the data of all events so far, and "cut off" if the connection was closed within the stream.
+    """
 
     def __init__(self, url: str, n_tokens: int) -> None:
         super().__init__(daemon=True)
-        self.begun = threading.Event()
+        self._started_streaming = threading.Event()
         self.events: list[Any] = []
         self._url, self._n_tokens = url, n_tokens
         self.start()
-        assert self.begun.wait(LONG)
+        assert self._started_streaming.wait(TIMEOUT)
 
     def run(self) -> None:
         body = {"stream": True, "n_tokens": self._n_tokens}
         try:
-            with httpx.stream("POST", self._url + PATH, json=body, timeout=LONG) as answer:
-                for line in answer.iter_lines():
+            with httpx.stream("POST", self._url + PATH, json=body, timeout=TIMEOUT) as response:
+                for line in response.iter_lines():
                     if line.startswith("data: "):
-                        self.begun.set()
+                        self._started_streaming.set()
                         self.events.append(line[len("data: ") :])
         except httpx.TransportError:
             self.events.append("cut off")
 
-    def all(self) -> list[str]:
-        self.join(LONG)
+    def all_events(self) -> list[str]:
+        """Wait for the end of the stream and return all events."""
+        self.join(TIMEOUT)
         assert not self.is_alive()
         return self.events
 
 
-def refused(url: str) -> bool:
+def is_refused(url: str) -> bool:
+    """Whether the server refuses connections."""
     try:
-        httpx.get(f"{url}/health/live", timeout=LONG)
+        httpx.get(f"{url}/health/live", timeout=TIMEOUT)
     except httpx.TransportError:
         return True
     return False
 
 
-def test_running_requests_are_finished(start: Callable[..., Process]) -> None:
+def test_sigterm_finishes_running_requests(start: Callable[..., Process]) -> None:
     process = start("--port", 0, engine={"pause": 0.02})
-    url = process.ready()
-    with httpx.Client(base_url=url, timeout=LONG) as idle:
-        assert idle.get("/health/ready").status_code == 200
-        stream = Streaming(url, 100)
-        process.send(signal.SIGTERM)
-        until(lambda: refused(url))
-        events = stream.all()
+    url = process.wait_until_ready()
+    with httpx.Client(base_url=url, timeout=TIMEOUT) as idle_client:
+        assert idle_client.get("/health/ready").status_code == 200
+        stream = StreamClient(url, 100)
+        process.send_signal(signal.SIGTERM)
+        wait_until(lambda: is_refused(url))
+        events = stream.all_events()
     assert events == [*(f"[{i}]" for i in range(100)), "[DONE]"]
-    code, errors = process.end()
+    code, errors = process.wait_for_exit()
     assert code == 0, errors
-    said = [json.loads(line)["event"] for line in errors.splitlines()]
-    assert said == ["ending", "request"]
+    log_events = [json.loads(line)["event"] for line in errors.splitlines()]
+    assert log_events == ["ending", "request"]
 
 
-def test_who_is_connected_already_gets_503(start: Callable[..., Process]) -> None:
+def test_new_request_on_an_open_connection_gets_503_after_sigterm(start: Callable[..., Process]) -> None:
     process = start("--port", 0, engine={"pause": 0.02})
-    url = process.ready()
+    url = process.wait_until_ready()
     parts = httpx.URL(url)
-    with socket.create_connection((parts.host, parts.port), timeout=LONG) as waiting:
-        stream = Streaming(url, 100)
-        process.send(signal.SIGTERM)
-        until(lambda: refused(url))
+    with socket.create_connection((parts.host, parts.port), timeout=TIMEOUT) as connection:
+        stream = StreamClient(url, 100)
+        process.send_signal(signal.SIGTERM)
+        wait_until(lambda: is_refused(url))
         head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
-        waiting.sendall(f"{head}\r\nContent-Length: 2\r\n\r\n{{}}".encode())
-        answer = b"".join(iter(lambda: waiting.recv(65536), b""))
-    assert answer.startswith(b"HTTP/1.1 503 ")
-    assert b"connection: close" in answer.lower()
-    assert b'"shutting_down"' in answer
-    assert stream.all()[-1] == "[DONE]"
-    assert process.end()[0] == 0
+        connection.sendall(f"{head}\r\nContent-Length: 2\r\n\r\n{{}}".encode())
+        response = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert response.startswith(b"HTTP/1.1 503 ")
+    assert b"connection: close" in response.lower()
+    assert b'"shutting_down"' in response
+    assert stream.all_events()[-1] == "[DONE]"
+    assert process.wait_for_exit()[0] == 0
 
 
-def test_too_long_requests_end_with_an_error_event(start: Callable[..., Process]) -> None:
+def test_shutdown_timeout_ends_streams_with_an_error_event(start: Callable[..., Process]) -> None:
     process = start("--port", 0, "--shutdown_timeout", 0.5, engine={"pause": 0.05})
-    stream = Streaming(process.ready(), 100_000)
-    process.send(signal.SIGTERM)
-    events = stream.all()
+    stream = StreamClient(process.wait_until_ready(), 100_000)
+    process.send_signal(signal.SIGTERM)
+    events = stream.all_events()
     assert json.loads(events[-1]) == {"error": "the engine was stopped"}
-    code, errors = process.end()
+    code, errors = process.wait_for_exit()
     assert code == 0, errors
 
 
-def test_who_waits_for_a_slot_is_served_before_the_end(start: Callable[..., Process]) -> None:
+def test_waiting_request_is_served_during_the_shutdown(start: Callable[..., Process]) -> None:
     process = start("--port", 0, "--max_running", 1, engine={"pause": 0.02})
-    url = process.ready()
-    first = Streaming(url, 50)
-    answers: list[httpx.Response] = []
+    url = process.wait_until_ready()
+    first = StreamClient(url, 50)
+    responses: list[httpx.Response] = []
     body = {"n_tokens": 3}
     second = threading.Thread(
-        target=lambda: answers.append(httpx.post(url + PATH, json=body, timeout=LONG)), daemon=True
+        target=lambda: responses.append(httpx.post(url + PATH, json=body, timeout=TIMEOUT)), daemon=True
     )
     second.start()
-    until(lambda: "qwenvl_queue_waiting 1.0" in httpx.get(f"{url}/metrics", timeout=LONG).text)
-    process.send(signal.SIGINT)
-    second.join(LONG)
-    assert "[2]" in answers[0].json()["answer"]
-    assert first.all()[-1] == "[DONE]"
-    assert process.end()[0] == 0
+    wait_until(lambda: "qwenvl_queue_waiting 1.0" in httpx.get(f"{url}/metrics", timeout=TIMEOUT).text)
+    process.send_signal(signal.SIGINT)
+    second.join(TIMEOUT)
+    assert "[2]" in responses[0].json()["answer"]  # the last of its three tokens
+    assert first.all_events()[-1] == "[DONE]"
+    assert process.wait_for_exit()[0] == 0
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "word"),
+    ("signal_number", "code", "message"),
     [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")],
 )
-def test_a_second_signal_ends_it_at_once(
-    number: int, code: int, word: str, start: Callable[..., Process]
+def test_second_signal_ends_the_server_immediately(
+    signal_number: int, code: int, message: str, start: Callable[..., Process]
 ) -> None:
     process = start("--port", 0, "--shutdown_timeout", 1000, engine={"pause": 0.02})
-    url = process.ready()
-    stream = Streaming(url, 1_000_000)
-    process.send(number)
-    until(lambda: refused(url))
-    process.send(number)
-    ended, errors = process.end()
-    assert ended == code
-    assert errors.splitlines()[-1] == f"qwenvl: {word}"
-    assert stream.all()[-1] != "[DONE]"
+    url = process.wait_until_ready()
+    stream = StreamClient(url, 1_000_000)
+    process.send_signal(signal_number)
+    wait_until(lambda: is_refused(url))
+    process.send_signal(signal_number)
+    exit_code, errors = process.wait_for_exit()
+    assert exit_code == code
+    assert errors.splitlines()[-1] == f"qwenvl: {message}"
+    assert stream.all_events()[-1] != "[DONE]"
 
 
-def test_it_lives_before_it_is_ready(start: Callable[..., Process], unused_port: int) -> None:
+def test_server_answers_while_the_engine_starts(start: Callable[..., Process], unused_port: int) -> None:
     process = start("--port", unused_port, engine={"loading": 10_000})
     url = f"http://127.0.0.1:{unused_port}"
-    until(lambda: not refused(url))
+    wait_until(lambda: not is_refused(url))
     assert httpx.get(f"{url}/health/live").status_code == 200
-    answer = httpx.get(f"{url}/health/ready")
-    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
-    answer = httpx.post(url + PATH, json={}, timeout=LONG)
-    assert "not ready" in answer.text
-    process.send(signal.SIGTERM)
-    code, errors = process.end()
+    health = httpx.get(f"{url}/health/ready")
+    assert (health.status_code, health.headers["Retry-After"]) == (503, "1")
+    assert "not ready" in httpx.post(url + PATH, json={}, timeout=TIMEOUT).text
+    process.send_signal(signal.SIGTERM)
+    code, errors = process.wait_for_exit()
     assert code == 0, errors
 
 
-def test_an_engine_that_does_not_start(start: Callable[..., Process]) -> None:
-    process = start("--port", 0, engine={"fails": "text/qwen.pdiparams: missing; export again"})
-    code, errors = process.end()
+def test_engine_that_does_not_start(start: Callable[..., Process]) -> None:
+    process = start("--port", 0, engine={"start_error": "text/qwen.pdiparams: missing; export again"})
+    code, errors = process.wait_for_exit()
     assert (code, errors) == (1, "qwenvl: text/qwen.pdiparams: missing; export again\n")
 
 
-def test_a_port_in_use() -> None:
+def test_port_in_use() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         line = f"^--port {port}: another program listens on this port; choose another port, or 0 for any free port$"
@@ -205,154 +213,169 @@ def test_a_port_in_use() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "line"),
+    ("settings", "message"),
     [
         ({"host": "0.0.0.0"}, "--host 0.0.0.0: other machines could use the server without a key;"),
         ({"host": "no-such-host.invalid"}, "--host no-such-host.invalid: no such address"),
         ({"host": "192.0.2.1", "no_auth": True}, "--host 192.0.2.1: not an address of this machine"),
     ],
 )
-def test_addresses_that_are_refused(settings: dict[str, Any], line: str) -> None:
-    with pytest.raises(QwenVLError, match=f"^{re.escape(line)}"):
+def test_invalid_host(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(QwenVLError, match=f"^{re.escape(message)}"):
         run_start(ServeSettings(demo=True, port=0, **settings), (), print)
 
 
-def test_a_socket_of_systemd(start: Callable[..., Process]) -> None:
-    """A socket as systemd passes it: descriptor 3, LISTEN_PID the id of the process."""
+def with_systemd_socket(listener: socket.socket) -> dict[str, Any]:
+    """Arguments of `start` that pass a socket as systemd does: as descriptor 3, with LISTEN_PID and LISTEN_FDS."""
+    return {
+        "pass_fds": [3],
+        "preexec_fn": lambda: os.dup2(listener.fileno(), 3) and None,
+        "prefix": ["sh", "-c", 'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"', "sh"],
+    }
+
+
+def test_socket_of_systemd(start: Callable[..., Process]) -> None:
+    """Two servers after each other use the same socket."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        hand_over = {"pass_fds": [3], "preexec_fn": lambda: os.dup2(listener.fileno(), 3) and None}
-        with_number = ["sh", "-c", 'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"', "sh"]
-        for _ in range(2):  # the second finds what has come since the first ended
-            process = start("--port", 1, prefix=with_number, **hand_over)
-            assert process.ready() == url
-            assert httpx.get(f"{url}/health/ready", timeout=LONG).status_code == 200
-            process.send(signal.SIGTERM)
-            assert process.end()[0] == 0
+        for _ in range(2):
+            process = start("--port", 1, **with_systemd_socket(listener))
+            assert process.wait_until_ready() == url
+            assert httpx.get(f"{url}/health/ready", timeout=TIMEOUT).status_code == 200
+            process.send_signal(signal.SIGTERM)
+            assert process.wait_for_exit()[0] == 0
 
 
 class Load:
-    """Client with sequential requests, on one connection each or on one for all."""
+    """Four clients with sequential requests: two open a connection for each request, two keep their connection.
+
+    Attributes:
+        results: result of each request so far: the status, followed by " and an error" if the body has one, or the
+            exception.
+    """
 
     def __init__(self, url: str) -> None:
-        self.answers: list[str] = []
+        self.results: list[str] = []
         self._url = url
-        self._over = threading.Event()
+        self._stopped = threading.Event()
         self._threads = [
-            threading.Thread(target=self._ask, args=[keep], daemon=True)
-            for keep in (False, False, True, True)
+            threading.Thread(target=self._send_requests, args=[keep_alive], daemon=True)
+            for keep_alive in (False, False, True, True)
         ]
         for thread in self._threads:
             thread.start()
 
-    def _ask(self, keep_alive: bool) -> None:
+    def _send_requests(self, keep_alive: bool) -> None:
         limits = httpx.Limits(max_keepalive_connections=int(keep_alive))
-        with httpx.Client(base_url=self._url, timeout=LONG, limits=limits) as client:
-            while not self._over.is_set():
+        with httpx.Client(base_url=self._url, timeout=TIMEOUT, limits=limits) as client:
+            while not self._stopped.is_set():
                 try:
-                    answer = client.post(PATH, json={"n_tokens": 2})
-                    failed = " and an error" if "error" in answer.text else ""
-                    self.answers.append(f"{answer.status_code}{failed}")
+                    response = client.post(PATH, json={"n_tokens": 2})
+                    suffix = " and an error" if "error" in response.text else ""
+                    self.results.append(f"{response.status_code}{suffix}")
                 except httpx.TransportError as error:
-                    self.answers.append(repr(error))
+                    self.results.append(repr(error))
 
-    def more(self, n: int) -> None:
-        """Wait for n more answers."""
-        target = len(self.answers) + n
-        until(lambda: len(self.answers) >= target)
+    def wait_for_requests(self, n: int) -> None:
+        """Wait for the results of n further requests."""
+        target = len(self.results) + n
+        wait_until(lambda: len(self.results) >= target)
 
-    def end(self) -> list[str]:
-        self._over.set()
+    def stop(self) -> list[str]:
+        """Stop the clients and return all results."""
+        self._stopped.set()
         for thread in self._threads:
-            thread.join(LONG)
-        return self.answers
+            thread.join(TIMEOUT)
+        return self.results
 
 
-def test_an_upgrade_drops_no_request(start: Callable[..., Process], unused_port: int) -> None:
-    flags = ["--port", unused_port, "--reuse_port"]
-    old = start(*flags, engine={"pause": 0.005})
-    load = Load(old.ready())
-    load.more(50)
-    start(*flags, engine={"pause": 0.005}).ready()
-    load.more(50)
-    old.send(signal.SIGTERM)
-    load.more(50)
-    code, errors = old.end()
-    assert code == 0, errors
-    load.more(50)
-    assert {*load.end()} == {"200"}
-
-
-def test_a_restart_behind_a_socket_of_systemd_drops_no_request(start: Callable[..., Process]) -> None:
-    """Requests wait in the socket while the first server ends and the second one loads."""
-    with socket.create_server(("127.0.0.1", 0), backlog=100) as listener:
-        hand_over = {"pass_fds": [3], "preexec_fn": lambda: os.dup2(listener.fileno(), 3) and None}
-        with_number = ["sh", "-c", 'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"', "sh"]
-        first = start(engine={"pause": 0.005}, prefix=with_number, **hand_over)
-        load = Load(first.ready())
-        load.more(50)
-        first.send(signal.SIGTERM)
-        code, errors = first.end()
-        assert code == 0, errors
-        start(engine={"loading": 0.5}, prefix=with_number, **hand_over)
-        load.more(50)
-        assert {*load.end()} == {"200"}
-
-
-def test_a_second_server_does_not_listen_before_it_is_ready(
+def test_replacement_with_reuse_port_loses_no_request(
     start: Callable[..., Process], unused_port: int
 ) -> None:
     flags = ["--port", unused_port, "--reuse_port"]
-    url = start(*flags).ready()
-    loading = start(*flags, engine={"loading": 10_000, "tell": True})
-    assert loading.line() == "loading\n"
+    old = start(*flags, engine={"pause": 0.005})
+    load = Load(old.wait_until_ready())
+    load.wait_for_requests(50)
+    start(*flags, engine={"pause": 0.005}).wait_until_ready()
+    load.wait_for_requests(50)
+    old.send_signal(signal.SIGTERM)
+    load.wait_for_requests(50)
+    code, errors = old.wait_for_exit()
+    assert code == 0, errors
+    load.wait_for_requests(50)
+    assert {*load.stop()} == {"200"}
+
+
+def test_restart_with_a_socket_of_systemd_loses_no_request(start: Callable[..., Process]) -> None:
+    """Connections wait in the socket's queue until the second server is ready."""
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as listener:
+        first = start(engine={"pause": 0.005}, **with_systemd_socket(listener))
+        load = Load(first.wait_until_ready())
+        load.wait_for_requests(50)
+        first.send_signal(signal.SIGTERM)
+        code, errors = first.wait_for_exit()
+        assert code == 0, errors
+        start(engine={"loading": 0.5}, **with_systemd_socket(listener))
+        load.wait_for_requests(50)
+        assert {*load.stop()} == {"200"}
+
+
+def test_second_server_does_not_listen_before_it_is_ready(
+    start: Callable[..., Process], unused_port: int
+) -> None:
+    flags = ["--port", unused_port, "--reuse_port"]
+    url = start(*flags).wait_until_ready()
+    loading = start(*flags, engine={"loading": 10_000, "print_loading": True})
+    assert loading.read_line() == "loading\n"
     limits = httpx.Limits(max_keepalive_connections=0)
-    with httpx.Client(base_url=url, limits=limits, timeout=LONG) as client:
+    with httpx.Client(base_url=url, limits=limits, timeout=TIMEOUT) as client:
         assert {client.get("/health/ready").status_code for _ in range(100)} == {200}
-    loading.send(signal.SIGTERM)
-    assert loading.end()[0] == 0
+    loading.send_signal(signal.SIGTERM)
+    assert loading.wait_for_exit()[0] == 0
 
 
-def test_a_client_that_does_not_read_is_cut_off() -> None:
+def test_send_timeout_ends_the_request_of_a_client_that_does_not_read() -> None:
     engine = CountingEngine()
     service = fake_service(engine, send_timeout=0.5)
     with served(service) as url:
         parts = httpx.URL(url)
-        with socket.socket() as lazy:
-            lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            lazy.connect((parts.host, parts.port))
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect((parts.host, parts.port))
             body = json.dumps({"stream": True, "n_tokens": 10**9, "padding": 10**5})
             head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
-            lazy.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
-            until(lambda: engine.streams)
-            until(lambda: service.admission.running == 0)
-        # One that reads, however much, is not.
+            connection.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+            wait_until(lambda: engine.streams)
+            wait_until(lambda: service.admission.running == 0)
+        # A client that reads is not affected, however long the response is.
         json_body = {"stream": True, "n_tokens": 300, "padding": 10**5}
-        with httpx.stream("POST", url + PATH, json=json_body, timeout=LONG) as answer:
-            assert sum(len(chunk) for chunk in answer.iter_bytes()) > 300 * 10**5
+        with httpx.stream("POST", url + PATH, json=json_body, timeout=TIMEOUT) as response:
+            assert sum(len(chunk) for chunk in response.iter_bytes()) > 300 * 10**5
 
 
-def test_a_client_that_sends_no_request_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connection_without_a_complete_request_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "HEAD_SECONDS", 0.5)
     engine = CountingEngine()
     with served(fake_service(engine)) as url:
         parts = httpx.URL(url)
         for begin in (b"", b"GET /health/live HTTP/1.1\r\nHost: loc"):
-            with socket.create_connection((parts.host, parts.port), timeout=LONG) as slow:
+            with socket.create_connection((parts.host, parts.port), timeout=TIMEOUT) as slow:
                 slow.sendall(begin)
                 with contextlib.suppress(ConnectionResetError):
                     assert slow.recv(65536) == b""
-        with socket.create_connection((parts.host, parts.port), timeout=LONG) as slow:
+        with socket.create_connection((parts.host, parts.port), timeout=TIMEOUT) as slow:
             slow.sendall(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert slow.recv(65536).startswith(b"HTTP/1.1 200 ")
             slow.sendall(b"GET /health/live HTTP/1.1\r\n")
             with contextlib.suppress(ConnectionResetError):
                 while slow.recv(65536):
                     pass
-        # A long answer takes its time.
+        # The timeout does not apply while a response is sent.
         engine.pause = 0.1
-        with httpx.stream("POST", url + PATH, json={"stream": True, "n_tokens": 20}, timeout=LONG) as answer:
-            assert answer.read().endswith(b"[DONE]\n\n")
+        with httpx.stream(
+            "POST", url + PATH, json={"stream": True, "n_tokens": 20}, timeout=TIMEOUT
+        ) as response:
+            assert response.read().endswith(b"[DONE]\n\n")
 
 
 @pytest.fixture
@@ -362,12 +385,12 @@ def unused_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a server choose among sockets on a port")
-def test_the_older_of_two_servers_gets_no_more_connections(unused_port: int) -> None:
-    def numbers_of(n: int) -> list[int]:
-        """Indices of the listeners that get n new connections."""
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can select a socket among several on a port")
+def test_new_connections_go_to_the_newest_server(unused_port: int) -> None:
+    def counts_of_connections(n: int) -> list[int]:
+        """Open n connections and return how many of them each listener gets."""
         address = ("127.0.0.1", unused_port)
-        clients = [socket.create_connection(address, timeout=LONG) for _ in range(n)]
+        clients = [socket.create_connection(address, timeout=TIMEOUT) for _ in range(n)]
         counts = [len(accept_queued(listener)) for listener in listeners]
         for client in clients:
             client.close()
@@ -380,14 +403,15 @@ def test_the_older_of_two_servers_gets_no_more_connections(unused_port: int) -> 
         listeners = [old]
         old.listen()
         give_to_the_newer(old)
-        assert numbers_of(20) == [20]  # the others do not listen yet
+        assert counts_of_connections(20) == [20]  # the other sockets do not listen yet
         listeners.append(new)
         new.listen()
-        assert numbers_of(20) == [0, 20]
+        assert counts_of_connections(20) == [0, 20]
         listeners.remove(old)
         old.close()
-        assert numbers_of(20) == [20]
+        assert counts_of_connections(20) == [20]
+        # After give_to_all, both servers get connections.
         listeners.append(newest)
         newest.listen()
         give_to_all(newest)
-        assert all(numbers_of(100))
+        assert all(counts_of_connections(100))

@@ -19,8 +19,8 @@ pytest_plugins = ("serve_openai_fixtures",)
 
 
 @pytest.fixture
-def endless(server, monkeypatch):
-    """Let the model generate 2000 tokens, one every 10 ms: no test waits for them."""
+def slow_completion(server, monkeypatch):
+    """Make every completion 2000 tokens long, at 10 ms per token; each test ends it early."""
     tokenizer = server.service.tokenizer
     say(server.engine.vl, monkeypatch, tokenizer.encode("on and on ")[:1] * 2000)
     server.engine.step_seconds = 0.01
@@ -30,24 +30,25 @@ def endless(server, monkeypatch):
     server.wait_until_idle()
 
 
-def cancelled_soon(server, n=1):
+def check_cancelled(server, n_completions=1):
+    """Check that all completions were cancelled long before their 2000 tokens."""
     server.wait_until_idle()
-    assert len(server.engine.submitted) == n
+    assert len(server.engine.submitted) == n_completions
     for stream in server.engine.submitted:
         assert stream.generation.finish_reason == "cancelled"
         assert len(stream.generation.tokens) < 1500
 
 
-def test_closing_a_stream_frees_the_request(server, endless):
+def test_closing_a_stream_cancels_its_completion(server, slow_completion):
     stream = chat(server, question("?"), stream=True, max_tokens=2000)
-    for _, _ in zip(range(3), stream):
-        pass
-    assert server.admission.held == 1
+    for _ in range(3):
+        next(stream)
+    assert server.admission.slots_in_use == 1
     stream.close()
-    cancelled_soon(server)
+    check_cancelled(server)
 
 
-def test_closing_a_stream_frees_all_choices(server, endless):
+def test_closing_a_stream_cancels_all_choices(server, slow_completion):
     stream = chat(server, question("?"), stream=True, max_tokens=2000, n=3)
     seen = set()
     for chunk in stream:
@@ -55,85 +56,82 @@ def test_closing_a_stream_frees_all_choices(server, endless):
         if seen == {0, 1, 2}:
             break
     stream.close()
-    cancelled_soon(server, 3)
+    check_cancelled(server, 3)
 
 
-def test_a_client_that_does_not_wait_for_a_whole_answer(server, endless):
+def test_client_timeout_without_streaming_cancels_all_choices(server, slow_completion):
     with pytest.raises(httpx.ReadTimeout):
         server.http.post(
             "/v1/chat/completions",
             json={"model": NAME, "messages": question("?"), "max_tokens": 2000, "n": 2},
             timeout=0.5,
         )
-    cancelled_soon(server, 2)
+    check_cancelled(server, 2)
 
 
-def test_a_client_that_disconnects_before_the_first_token(server, monkeypatch):
-    """While its image is loaded."""
-    waiting = threading.Event()
+def test_client_disconnects_while_its_image_is_loaded(server, monkeypatch):
+    loading = threading.Event()
 
-    async def stuck(url, param):
-        waiting.set()
+    async def load_slowly(url, param):
+        loading.set()
         await asyncio.sleep(60)
 
-    monkeypatch.setattr(server.images, "load", stuck)
+    monkeypatch.setattr(server.images, "load", load_slowly)
     content, _ = demo_question("caption")
-    abandon(
-        server, {"model": NAME, "messages": [{"role": "user", "content": content}], "stream": True}, waiting
-    )
+    body = {"model": NAME, "messages": [{"role": "user", "content": content}], "stream": True}
+    send_and_disconnect(server, body, loading)
     server.wait_until_idle()
     assert not server.engine.submitted
 
 
-def abandon(server, body, when):
-    """Send a request and close the connection when `when` is set."""
+def send_and_disconnect(server, body, event):
+    """Send a request and close the connection when the event is set."""
     content = json.dumps(body).encode()
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
-        assert when.wait(30)
+        assert event.wait(30)
 
 
-def test_a_whole_answer_takes_too_long(server, endless, limited):
-    limited(running_timeout=0.3)
+def test_running_timeout_without_streaming(server, slow_completion, change_settings):
+    change_settings(running_timeout=0.3)
     with pytest.raises(openai.InternalServerError) as error:
         chat(server, question("?"), max_tokens=2000)
     assert error.value.status_code == 504
     assert error.value.code == "timeout"
     assert error.value.response.headers["x-should-retry"] == "false"
-    cancelled_soon(server)
+    check_cancelled(server)
 
 
-def test_images_take_too_long(server, limited, monkeypatch):
-    """The time for a request begins with them."""
-    limited(running_timeout=0.1)
+def test_running_timeout_includes_loading_images(server, change_settings, monkeypatch):
+    change_settings(running_timeout=0.1)
     load = server.images.load
 
-    async def slow(url, param):
+    async def load_slowly(url, param):
         await asyncio.sleep(0.5)
         return await load(url, param)
 
-    monkeypatch.setattr(server.images, "load", slow)
+    monkeypatch.setattr(server.images, "load", load_slowly)
     content, _ = demo_question("caption")
     with pytest.raises(openai.InternalServerError, match=r"timed out after 0\.1 seconds"):
         chat(server, [{"role": "user", "content": content}])
     assert not server.engine.submitted
 
 
-def test_a_stream_takes_too_long(server, endless, limited):
-    """The partial text is delivered; the error marks it as incomplete."""
-    limited(running_timeout=2)
+def test_running_timeout_in_a_stream(server, slow_completion, change_settings):
+    """The client receives the text so far, then an error and no finish reason."""
+    change_settings(running_timeout=2)
     stream = chat(server, question("?"), stream=True, max_tokens=2000)
     chunks = [next(stream)]
     with pytest.raises(openai.APIError, match="timed out after 2 seconds"):
         chunks += stream
     assert len(chunks) > 3
     assert all(chunk.choices[0].finish_reason is None for chunk in chunks)
-    cancelled_soon(server)
+    check_cancelled(server)
 
 
-def test_the_engine_dies_in_a_stream(server, endless):
+def test_engine_dies_during_a_stream(server, slow_completion):
     lines = []
     with server.http.stream(
         "POST",
@@ -141,7 +139,8 @@ def test_the_engine_dies_in_a_stream(server, endless):
         json={"model": NAME, "messages": question("?"), "stream": True, "max_tokens": 2000},
     ) as response:
         for line in response.iter_lines():
-            lines += [line] if line else []
+            if line:
+                lines.append(line)
             if len(lines) == 3:
                 server.engine.die()
     assert response.status_code == 200
@@ -153,34 +152,34 @@ def test_the_engine_dies_in_a_stream(server, endless):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_engine_dies_before_the_first_token(server, endless, stream):
-    server.engine.going.clear()
+def test_engine_dies_before_the_first_token(server, slow_completion, stream):
+    server.engine.may_step.clear()
 
-    def die():
+    def die_after_submission():
         wait_for(lambda: server.engine.submitted)
         server.engine.die()
 
-    thread = threading.Thread(target=die)
+    thread = threading.Thread(target=die_after_submission)
     thread.start()
     with pytest.raises(openai.InternalServerError) as error:
         chat(server, question("?"), max_tokens=2000, stream=stream)
     assert (error.value.status_code, error.value.code) == (503, "engine_unavailable")
     thread.join()
-    server.engine.going.set()
+    server.engine.may_step.set()
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_no_engine(server, stream):
-    server.engine.dead = True
+def test_engine_unavailable(server, stream):
+    server.engine.unavailable = True
     with pytest.raises(openai.InternalServerError) as error:
         chat(server, question("?"), stream=stream)
     assert error.value.status_code == 503
     assert error.value.code == "engine_unavailable"
     assert error.value.response.headers["retry-after"]
-    assert not server.admission.held
+    assert not server.admission.slots_in_use
 
 
-def test_one_choice_fails_and_all_end(server, endless):
+def test_failure_of_one_choice_cancels_the_others(server, slow_completion):
     stream = chat(server, question("?"), stream=True, max_tokens=2000, n=3)
     seen = set()
     while seen != {0, 1, 2}:
@@ -188,4 +187,4 @@ def test_one_choice_fails_and_all_end(server, endless):
     server.engine.submitted[1].put(QwenVLError("out of memory"))
     with pytest.raises(openai.APIError, match="out of memory"):
         list(stream)
-    cancelled_soon(server, 3)
+    check_cancelled(server, 3)

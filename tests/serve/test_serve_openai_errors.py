@@ -15,19 +15,24 @@ from paddlemix_qwenvl_plugin.serve.openai.completions import CompletionRequest
 
 pytest_plugins = ("serve_openai_fixtures",)
 
-TEXT = {"type": "text", "text": "?"}
+TEXT_PART = {"type": "text", "text": "?"}
+JSON_TYPE = "application/json"
 
 
-def user(*parts):
+def user_message(*parts):
     return [{"role": "user", "content": list(parts)}]
 
 
-def image(url, **more):
-    return {"type": "image_url", "image_url": {"url": url, **more}}
+def image_part(url, **extra_fields):
+    return {"type": "image_url", "image_url": {"url": url, **extra_fields}}
 
 
-# What is added to a good request; the parameter and the code of the error, and words of its message.
-CHAT = [
+# Columns of the following tables:
+# - changes to a valid request body; ... in place of a value removes the parameter
+# - `param` of the expected error
+# - `code` of the expected error
+# - text that the message of the error must contain; "" accepts any message
+INVALID_CHAT_REQUESTS = [
     ({"model": "gpt-4o"}, "model", "model_not_found", "`gpt-4o` does not exist"),
     ({"model": "a\n\x1b[2Jb"}, "model", "model_not_found", r"`a ?[2Jb` does not exist"),
     ({"model": 3}, "model", "invalid_type", "must be a string"),
@@ -51,37 +56,52 @@ CHAT = [
         "invalid_type",
         "string or a list",
     ),
-    ({"messages": user()}, "messages[0].content", "invalid_value", "at least 1 item"),
-    ({"messages": user("a")}, "messages[0].content[0]", "invalid_type", "must be an object"),
-    ({"messages": user({"type": "video"})}, "messages[0].content[0].type", "invalid_value", "'image_url'"),
-    ({"messages": user({"text": "a"})}, "messages[0].content[0].type", "missing_required_parameter", ""),
-    ({"messages": user({"type": "text"})}, "messages[0].content[0].text", "missing_required_parameter", ""),
+    ({"messages": user_message()}, "messages[0].content", "invalid_value", "at least 1 item"),
+    ({"messages": user_message("a")}, "messages[0].content[0]", "invalid_type", "must be an object"),
     (
-        {"messages": user(TEXT, {**TEXT, "x": 1})},
+        {"messages": user_message({"type": "video"})},
+        "messages[0].content[0].type",
+        "invalid_value",
+        "'image_url'",
+    ),
+    (
+        {"messages": user_message({"text": "a"})},
+        "messages[0].content[0].type",
+        "missing_required_parameter",
+        "",
+    ),
+    (
+        {"messages": user_message({"type": "text"})},
+        "messages[0].content[0].text",
+        "missing_required_parameter",
+        "",
+    ),
+    (
+        {"messages": user_message(TEXT_PART, {**TEXT_PART, "x": 1})},
         "messages[0].content[1].x",
         "unknown_parameter",
         "is not a parameter",
     ),
     (
-        {"messages": user(image(3))},
+        {"messages": user_message(image_part(3))},
         "messages[0].content[0].image_url.url",
         "invalid_type",
         "must be a string",
     ),
     (
-        {"messages": user(image("data:,x", a=1))},
+        {"messages": user_message(image_part("data:,x", a=1))},
         "messages[0].content[0].image_url.a",
         "unknown_parameter",
         "",
     ),
     (
-        {"messages": user(image("data:,x"))},
+        {"messages": user_message(image_part("data:,x"))},
         "messages[0].content[0].image_url.url",
         "invalid_image",
         "Pillow",
     ),
     (
-        {"messages": user(TEXT, image("data:x"))},
+        {"messages": user_message(TEXT_PART, image_part("data:x"))},
         "messages[0].content[1].image_url.url",
         "invalid_image",
         "comma",
@@ -90,19 +110,25 @@ CHAT = [
     ({"messages": question("</img>")}, "messages[0].content", "invalid_value", "</img>"),
     ({"messages": question("<imgpad>")}, "messages[0].content", "invalid_value", "<imgpad>"),
     (
-        {"messages": user({"type": "text", "text": "<im"}, {"type": "text", "text": "g>"})},
+        {"messages": user_message({"type": "text", "text": "<im"}, {"type": "text", "text": "g>"})},
         "messages[0].content",
         "invalid_value",
         "<img>",
     ),
     (
-        {"messages": [*question("a"), {"role": "assistant", "content": [image("data:,x")]}, *question("b")]},
+        {
+            "messages": [
+                *question("a"),
+                {"role": "assistant", "content": [image_part("data:,x")]},
+                *question("b"),
+            ]
+        },
         "messages[1].content[0].type",
         "invalid_value",
         "only a user message",
     ),
     (
-        {"messages": [{"role": "system", "content": [image("data:,x")]}, *question("b")]},
+        {"messages": [{"role": "system", "content": [image_part("data:,x")]}, *question("b")]},
         "messages[0].content[0].type",
         "invalid_value",
         "only a user message",
@@ -155,7 +181,7 @@ CHAT = [
         "invalid_value",
         "too large",
     ),
-    ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "invalid_value", "another value"),
+    ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "invalid_value", "max_completion_tokens"),
     ({"max_tokens": 3, "min_tokens": 4}, "min_tokens", "invalid_value", "4 exceeds the maximum tokens"),
     ({"presence_penalty": 2.1}, "presence_penalty", "invalid_value", "equal to 2"),
     ({"frequency_penalty": -3}, "frequency_penalty", "invalid_value", "equal to -2"),
@@ -197,7 +223,7 @@ CHAT = [
     ({"x" * 1000: 1}, "x" * 59 + "…", "unknown_parameter", "is not a parameter"),
 ]
 
-TEXTS = [
+INVALID_COMPLETION_REQUESTS = [
     ({"prompt": ...}, "prompt", "missing_required_parameter", "is required"),
     ({"prompt": ""}, "prompt", "invalid_value", "empty"),
     ({"prompt": []}, "prompt", "invalid_value", "at least 1 item"),
@@ -222,7 +248,7 @@ TEXTS = [
     ({"messages": question("?")}, "messages", "unknown_parameter", "is not a parameter"),
 ]
 
-TOKENS = [
+INVALID_TOKENIZE_REQUESTS = [
     ({}, "prompt", "invalid_value", "give one of them"),
     ({"prompt": "a", "messages": question("a")}, "prompt", "invalid_value", "give one of them"),
     ({"text": "a"}, "text", "unknown_parameter", "is not a parameter"),
@@ -230,127 +256,141 @@ TOKENS = [
 ]
 
 
-def refused(server, path, base, changes, param, code, words):
-    body = {key: value for key, value in {**base, **changes}.items() if value is not ...}
-    response = server.http.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
+def check_error(server, path, valid_body, changes, param, code, message):
+    changed = {**valid_body, **changes}
+    body = {name: value for name, value in changed.items() if value is not ...}
+    # Not `json=body`: some keys contain lone surrogates. json.dumps escapes them, httpx would not.
+    response = server.http.post(path, content=json.dumps(body), headers={"content-type": JSON_TYPE})
     assert response.status_code == (404 if code == "model_not_found" else 400), response.text
-    assert response.headers["content-type"] == "application/json"
+    assert response.headers["content-type"] == JSON_TYPE
     assert set(response.json()) == {"error"}
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error")
-    assert words in error["message"]
+    assert message in error["message"]
     assert len(error["message"]) < 400
-    assert not server.admission.held
+    assert not server.admission.slots_in_use
 
 
-@pytest.mark.parametrize(("changes", "param", "code", "words"), CHAT)
-def test_chat(server, changes, param, code, words):
-    base = {"model": NAME, "messages": question("?"), "max_tokens": 1}
-    refused(server, "/v1/chat/completions", base, changes, param, code, words)
+@pytest.mark.parametrize(("changes", "param", "code", "message"), INVALID_CHAT_REQUESTS)
+def test_invalid_chat_request(server, changes, param, code, message):
+    valid_body = {"model": NAME, "messages": question("?"), "max_tokens": 1}
+    check_error(server, "/v1/chat/completions", valid_body, changes, param, code, message)
 
 
-@pytest.mark.parametrize(("changes", "param", "code", "words"), TEXTS)
-def test_text(server, changes, param, code, words):
-    base = {"model": NAME, "prompt": "a", "max_tokens": 1}
-    refused(server, "/v1/completions", base, changes, param, code, words)
+@pytest.mark.parametrize(("changes", "param", "code", "message"), INVALID_COMPLETION_REQUESTS)
+def test_invalid_completion_request(server, changes, param, code, message):
+    valid_body = {"model": NAME, "prompt": "a", "max_tokens": 1}
+    check_error(server, "/v1/completions", valid_body, changes, param, code, message)
 
 
-@pytest.mark.parametrize(("changes", "param", "code", "words"), TOKENS)
-def test_tokens(server, changes, param, code, words):
-    refused(server, "/tokenize", {}, changes, param, code, words)
-
-
-JSON = "application/json"
+@pytest.mark.parametrize(("changes", "param", "code", "message"), INVALID_TOKENIZE_REQUESTS)
+def test_invalid_tokenize_request(server, changes, param, code, message):
+    check_error(server, "/tokenize", {}, changes, param, code, message)
 
 
 @pytest.mark.parametrize(
     ("content", "content_type", "status", "code"),
     [
-        (b"{", JSON, 400, "invalid_json"),
-        (b"", JSON, 400, "missing_required_parameter"),
-        (b"[]", JSON, 400, "invalid_type"),
-        (b"3", JSON, 400, "invalid_type"),
-        (b"null", JSON, 400, None),
-        (b"\xff\xfe", JSON, 400, None),
-        (b"[" * 100_000, JSON, 400, None),
-        (b'{"model": ' + b"9" * 5000 + b"}", JSON, 400, None),
-        (b'{"messages": NaN}', JSON, 400, None),
-        (b'{"model": "\\ud800", "messages": [{"role": "user", "content": "x"}]}', JSON, None, None),
+        # Not JSON: incomplete, not UTF-8, nested too deeply, a number with too many digits.
+        (b"{", JSON_TYPE, 400, "invalid_json"),
+        (b"\xff\xfe", JSON_TYPE, 400, "invalid_json"),
+        (b"[" * 100_000, JSON_TYPE, 400, "invalid_json"),
+        (b'{"model": ' + b"9" * 5000 + b"}", JSON_TYPE, 400, "invalid_json"),
+        # Not an object.
+        (b"", JSON_TYPE, 400, "missing_required_parameter"),
+        (b"[]", JSON_TYPE, 400, "invalid_type"),
+        (b"3", JSON_TYPE, 400, "invalid_type"),
+        (b"null", JSON_TYPE, 400, "invalid_type"),
+        # NaN, and a number beyond the range of float64.
+        (b'{"messages": NaN}', JSON_TYPE, 400, "missing_required_parameter"),
+        (b'{"model": "qwen-vl-chat", "seed": 1e400, "messages": []}', JSON_TYPE, 400, "invalid_type"),
+        # A lone surrogate as the model's name.
         (
-            b'{"model": "qwen-vl-chat", "messages": [{"role": "user", "content": "\\ud800"}]}',
-            JSON,
-            None,
-            None,
+            b'{"model": "\\ud800", "messages": [{"role": "user", "content": "x"}]}',
+            JSON_TYPE,
+            404,
+            "model_not_found",
         ),
-        (b'{"model": "qwen-vl-chat", "seed": 1e400, "messages": []}', JSON, 400, None),
+        # Another content type.
         (b'{"model": "qwen-vl-chat"}', "text/plain", 415, "unsupported_media_type"),
         (b'{"model": "qwen-vl-chat"}', "application/x-www-form-urlencoded", 415, "unsupported_media_type"),
     ],
 )
-def test_bodies(server, content, content_type, status, code):
-    response = server.http.post(
-        "/v1/chat/completions", content=content, headers={"content-type": content_type}
-    )
-    assert response.status_code == status or (status is None and response.status_code in (200, 400, 404))
-    if response.status_code != 200:
-        error = response.json()["error"]
-        assert error["message"]
-        assert code is None or error["code"] == code
+def test_invalid_body(server, content, content_type, status, code):
+    headers = {"content-type": content_type}
+    response = server.http.post("/v1/chat/completions", content=content, headers=headers)
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert error["message"]
+    assert error["code"] == code
 
 
-def test_many_wrong_values_are_few_errors():
-    """In a list and as parameters: a body of some megabytes must not cause gigabytes of errors."""
-    many = dict.fromkeys(map(str, range(10_000)), 1)
-    good = {"model": NAME, "messages": question("?")}
-    for bad in (
+def test_lone_surrogate_in_a_message_is_valid(server):
+    content = b'{"model": "qwen-vl-chat", "messages": [{"role": "user", "content": "\\ud800"}]}'
+    headers = {"content-type": JSON_TYPE}
+    assert server.http.post("/v1/chat/completions", content=content, headers=headers).status_code == 200
+
+
+def test_number_of_validation_errors_is_limited():
+    """Pydantic reports one error per invalid value; a body of some megabytes must not cause gigabytes of errors.
+
+    The invalid values are items of a list or unknown parameters.
+    """
+    unknown_parameters = dict.fromkeys(map(str, range(10_000)), 1)
+    valid_body = {"model": NAME, "messages": question("?")}
+    for changes in (
         {"messages": [1] * 10_000},
-        many,
+        unknown_parameters,
         {"stop": [1] * 10_000},
-        {"messages": user(*[3] * 10_000)},
-        {"messages": [{**question("?")[0], **many}]},
-        {"messages": user({**TEXT, **many})},
+        {"messages": user_message(*[3] * 10_000)},
+        {"messages": [{**question("?")[0], **unknown_parameters}]},
+        {"messages": user_message({**TEXT_PART, **unknown_parameters})},
         {"messages": [*question("?"), {"role": "assistant", "content": "", "boxes": [1] * 10_000}]},
-        {"metadata": many},
+        {"metadata": unknown_parameters},
     ):
         with pytest.raises(ValidationError) as errors:
-            ChatCompletionRequest.model_validate({**good, **bad})
+            ChatCompletionRequest.model_validate({**valid_body, **changes})
         assert errors.value.error_count() <= 10
-    for prompt in (["a", *[3] * 10_000], [1, *["a"] * 10_000], [[1, *["a"] * 10_000]] * 10, [[1] * 70_000]):
+    for prompt in (
+        ["a", *[3] * 10_000],
+        [1, *["a"] * 10_000],
+        [[1, *["a"] * 10_000]] * 10,
+        [[1] * 70_000],
+    ):
         with pytest.raises(ValidationError) as errors:
             CompletionRequest.model_validate({"model": NAME, "prompt": prompt})
         assert errors.value.error_count() <= 10
 
 
 def test_errors_do_not_repeat_client_text(server):
-    for secret in ({"temperature": "my secret"}, {"messages": "my secret"}, {"stop": ["my secret" * 100]}):
-        response = server.http.post(
-            "/v1/chat/completions", json={"model": NAME, "messages": question("?"), **secret}
-        )
+    for invalid in ({"temperature": "my secret"}, {"messages": "my secret"}, {"stop": ["my secret" * 100]}):
+        body = {"model": NAME, "messages": question("?"), **invalid}
+        response = server.http.post("/v1/chat/completions", json=body)
         assert response.status_code == 400
         assert "secret" not in response.text
 
 
-def test_the_client_raises_its_own_errors(server):
+def test_openai_client_raises_its_exception_classes(server):
     with pytest.raises(openai.NotFoundError) as not_found:
         server.openai.chat.completions.create(model="gpt-4o", messages=question("?"))
     assert not_found.value.code == "model_not_found"
-    with pytest.raises(openai.BadRequestError) as bad:
+    with pytest.raises(openai.BadRequestError) as bad_request:
         chat(server, question("?"), temperature=9, stream=True)
-    assert (bad.value.param, bad.value.type) == ("temperature", "invalid_request_error")
-    server.admission.refuse = ApiError(
+    assert (bad_request.value.param, bad_request.value.type) == ("temperature", "invalid_request_error")
+    server.admission.refuse_with = ApiError(
         429, "The queue is full.", "rate_limit_error", code="queue_full", headers={"Retry-After": "3"}
     )
     for stream in (False, True):
-        with pytest.raises(openai.RateLimitError) as full:
+        with pytest.raises(openai.RateLimitError) as rate_limit:
             chat(server, question("?"), stream=stream)
-        assert full.value.response.headers["retry-after"] == "3"
+        assert rate_limit.value.response.headers["retry-after"] == "3"
 
 
-def test_limits_are_settings(server, limited):
-    content, _ = demo_question("pair")
+def test_limits_come_from_the_settings(server, change_settings):
+    content, _ = demo_question("pair")  # two images
     messages = [{"role": "user", "content": content}]
-    limited(max_images=1, max_prompt_tokens=300, max_new_tokens=4, max_choices=1)
+    change_settings(max_images=1, max_prompt_tokens=300, max_new_tokens=4, max_choices=1)
     with pytest.raises(
         openai.BadRequestError, match="number of images: 2 is too large, this server allows 1"
     ):
@@ -365,7 +405,7 @@ def test_limits_are_settings(server, limited):
     assert not server.images.loaded
 
 
-def test_a_chat_needs_a_chat_model(server):
+def test_base_model_refuses_chat_requests(server):
     server.service.is_chat = False
     with pytest.raises(openai.BadRequestError, match="/v1/completions"):
         chat(server, question("?"))
@@ -382,8 +422,9 @@ def test_a_chat_needs_a_chat_model(server):
         ("GET", "/v1/models/x", 404, "model_not_found"),
     ],
 )
-def test_routes(server, method, path, status, code):
+def test_unknown_path_method_or_model(server, method, path, status, code):
     response = server.http.request(method, path)
     assert response.status_code == status
     assert response.json()["error"]["code"] == code
-    assert status != 405 or response.headers["allow"]
+    if status == 405:
+        assert response.headers["allow"]

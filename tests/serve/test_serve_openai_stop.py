@@ -1,4 +1,4 @@
-"""Stop strings, against cutting the whole text."""
+"""Stop strings in streamed text, compared with a search in the complete text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from executors import say
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serve_openai_helpers import NAME, chat, question, streamed, text_of, wait_for
+from serve_openai_helpers import NAME, chat, chat_chunks, question, text_of, wait_for
 
 from paddlemix_qwenvl_plugin.demo.run import MODEL
 from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
@@ -21,18 +21,22 @@ pytest_plugins = ("serve_openai_fixtures",)
 
 TOKENIZER = QwenTokenizer(MODEL / "qwen.tiktoken")
 
-strings = st.lists(st.text("ab", min_size=1, max_size=4), max_size=4)
+# With an alphabet of two letters, stop strings often occur in the text and overlap.
+ab_stop_strings = st.lists(st.text("ab", min_size=1, max_size=4), max_size=4)
 words = st.sampled_from(
     ["a", "b", "ab", "狗", "<ref>a</ref>", "<box>(1,2),(3,4)</box>", "<ref>", "</box>", "<"]
 )
-spoken = st.lists(words, max_size=12).map("".join)
-stops = st.lists(
+texts = st.lists(words, max_size=12).map("".join)
+text_stop_strings = st.lists(
     st.sampled_from(["a", "ba", "狗", "f>a", "</box>", "(1,2),(", "><", "<box>", "zz"]), max_size=4
 )
 
 
-def cut(text, stop_strings):
-    """Reference implementation, character by character: the text before the first complete stop string, or None."""
+def text_before_stop(text, stop_strings):
+    """Reference implementation: the text before the stop string that is complete first, or None without one.
+
+    Of several that are complete at the same character, the longest one counts.
+    """
     for end in range(1, len(text) + 1):
         starts = [end - len(stop) for stop in stop_strings if text[:end].endswith(stop)]
         if starts:
@@ -40,41 +44,49 @@ def cut(text, stop_strings):
     return None
 
 
-def in_bits(text, cuts):
-    edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    return [text[a:b] for a, b in zip(edges, edges[1:])]
+def split_at(text, positions):
+    edges = [0, *sorted(min(position, len(text)) for position in positions), len(text)]
+    return [text[start:end] for start, end in zip(edges, edges[1:])]
 
 
 @settings(deadline=None, max_examples=500)
-@given(text=st.text("ab", max_size=16), stop_strings=strings, cuts=st.lists(st.integers(0, 16), max_size=5))
-def test_any_bits(text, stop_strings, cuts):
-    found = StopStrings(stop_strings)
-    ready = "".join(found.add(bit) for bit in in_bits(text, cuts))
-    expected = cut(text, stop_strings)
-    assert found.found == (expected is not None)
-    assert (ready if found.found else ready + found.finish()) == (text if expected is None else expected)
+@given(
+    text=st.text("ab", max_size=16),
+    stop_strings=ab_stop_strings,
+    positions=st.lists(st.integers(0, 16), max_size=5),
+)
+def test_result_is_independent_of_the_deltas(text, stop_strings, positions):
+    search = StopStrings(stop_strings)
+    output = "".join(search.add(delta) for delta in split_at(text, positions))
+    if not search.found:
+        output += search.finish()
+    expected = text_before_stop(text, stop_strings)
+    assert search.found == (expected is not None)
+    assert output == (text if expected is None else expected)
 
 
 @settings(deadline=None)
-@given(bits=st.lists(st.text("ab", max_size=3), max_size=8), stop_strings=strings)
-def test_nothing_is_held_back_without_need(bits, stop_strings):
-    found = StopStrings(stop_strings)
-    for n in range(1, len(bits) + 1):
-        found.add(bits[n - 1])
-        text = "".join(bits[:n])
-        if found.found:
+@given(deltas=st.lists(st.text("ab", max_size=3), max_size=8), stop_strings=ab_stop_strings)
+def test_only_a_possible_beginning_of_a_stop_string_is_held_back(deltas, stop_strings):
+    search = StopStrings(stop_strings)
+    text = ""
+    for delta in deltas:
+        search.add(delta)
+        text += delta
+        if search.found:
             return
-        given_so_far = len(text) - len(found._held)
-        partial = [k for k in range(len(text)) if any(stop.startswith(text[k:]) for stop in stop_strings)]
-        assert given_so_far == min([*partial, len(text)])
+        n_sent = len(text) - len(search._held)
+        # Positions from which the text up to its end is the beginning of a stop string.
+        partial = [i for i in range(len(text)) if any(stop.startswith(text[i:]) for stop in stop_strings)]
+        assert n_sent == min([*partial, len(text)])
 
 
 @settings(deadline=None, max_examples=300)
-@given(text=spoken, stop_strings=stops, by_bytes=st.booleans(), size=st.integers(1, 4))
-def test_any_tokens(text, stop_strings, by_bytes, size):
-    """Text, boxes and tokens of a completion, for any split into tokens and lists."""
-    ids = list(text.encode()) if by_bytes else TOKENIZER.encode(text)
-    lists = [[Token(token) for token in ids[i : i + size]] for i in range(0, len(ids), size)]
+@given(text=texts, stop_strings=text_stop_strings, byte_tokens=st.booleans(), size=st.integers(1, 4))
+def test_result_is_independent_of_the_tokens(text, stop_strings, byte_tokens, size):
+    """Text, boxes and tokens of a completion, for one token per byte or for the usual tokens, in lists of any size."""
+    ids = list(text.encode()) if byte_tokens else TOKENIZER.encode(text)
+    lists = [[Token(id_) for id_ in ids[i : i + size]] for i in range(0, len(ids), size)]
     completion = CompletionText(TOKENIZER, [TOKENIZER.im_end_id], stop_strings, with_tokens=True)
     deltas = []
     for tokens in lists:
@@ -82,54 +94,55 @@ def test_any_tokens(text, stop_strings, by_bytes, size):
         if completion.stopped:
             break
     deltas.append(completion.finish())
-    expected = cut(text, stop_strings)
+    expected = text_before_stop(text, stop_strings)
     assert completion.stopped == (expected is not None)
-    handed = "".join(delta.text for delta in deltas)
-    assert handed == (text if expected is None else expected)
-    assert [box for delta in deltas for box in delta.boxes] == parse_boxes(handed).boxes
-    tokens = [placed.token.id for delta in deltas for placed in delta.tokens]
-    bytes_of_tokens = b"".join(map(TOKENIZER.token_bytes, tokens))
+    output = "".join(delta.text for delta in deltas)
+    assert output == (text if expected is None else expected)
+    assert [box for delta in deltas for box in delta.boxes] == parse_boxes(output).boxes
+    output_ids = [placed.token.id for delta in deltas for placed in delta.tokens]
+    output_bytes = b"".join(map(TOKENIZER.token_bytes, output_ids))
     if expected is None:
-        assert tokens == ids
-    else:  # the last token may go beyond
-        assert bytes_of_tokens.startswith(handed.encode())
-        last = len(TOKENIZER.token_bytes(tokens[-1])) if tokens else 0
-        assert len(bytes_of_tokens) - last < len(handed.encode()) or not handed
+        assert output_ids == ids
+    else:
+        # Only the last token may extend beyond the output: it can contain a part of the stop string.
+        assert output_bytes.startswith(output.encode())
+        n_last = len(TOKENIZER.token_bytes(output_ids[-1])) if output_ids else 0
+        assert len(output_bytes) - n_last < len(output.encode()) or not output
 
 
-def test_answers_are_cut(server, local_model):
-    """Streamed and whole, with strings of one to four characters of the answer itself."""
+def test_answer_ends_before_a_stop_string(server, local_model):
+    """Streamed or not, with stop strings of one and of four characters from the answer."""
     text = local_model.generate("Hello", chat=True, max_new_tokens=40).text
     assert len(text) > 20
     for start, length in itertools.product(range(2, len(text) - 4, 7), (1, 4)):
         stop = text[start : start + length]
         (choice,) = chat(server, question("Hello"), max_tokens=40, stop=stop).choices
-        assert choice.message.content == cut(text, [stop])
+        expected = text_before_stop(text, [stop])
+        assert choice.message.content == expected
         assert choice.finish_reason == "stop"
-        chunks = streamed(server, question("Hello"), max_tokens=40, stop=[stop, "never there"])
-        assert text_of(chunks) == cut(text, [stop])
+        chunks = chat_chunks(server, question("Hello"), max_tokens=40, stop=[stop, "never there"])
+        assert text_of(chunks) == expected
         assert chunks[-1].choices[0].finish_reason == "stop"
 
 
-def test_a_stop_string_ends_the_request(server, monkeypatch):
-    """At the step in which it is complete; its tokens are counted, and none after them."""
+def test_a_stop_string_cancels_the_completion(server, monkeypatch):
+    """The usage counts the tokens up to the stop string, the generation ends a few steps later."""
     tokenizer = server.service.tokenizer
     tokens = tokenizer.encode("well stop " + "and on " * 200)
-    n = len(tokenizer.encode("well stop"))
+    n_until_stop = len(tokenizer.encode("well stop"))
     say(server.engine.vl, monkeypatch, tokens)
     server.engine.step_seconds = 0.01
     completion = chat(server, question("?"), stop="stop", max_tokens=len(tokens), logprobs=True)
     assert completion.choices[0].message.content == "well "
-    assert n - 4 < completion.usage.completion_tokens <= n
+    assert n_until_stop - 4 < completion.usage.completion_tokens <= n_until_stop
     (stream,) = server.engine.submitted
     wait_for(lambda: stream.generation.finished)
     assert stream.generation.finish_reason == "cancelled"
-    assert len(stream.generation.tokens) < n + 20
-    assert "".join(e.token for e in completion.choices[0].logprobs.content).startswith("well ")
+    assert len(stream.generation.tokens) < n_until_stop + 20
+    assert "".join(entry.token for entry in completion.choices[0].logprobs.content).startswith("well ")
 
 
-def test_the_end_of_a_tag_as_stop_string(server, monkeypatch):
-    """A box cut by a stop string is not parsed."""
+def test_box_cut_by_a_stop_string_is_not_parsed(server, monkeypatch):
     tokenizer = server.service.tokenizer
     text = "<ref>dog</ref><box>(1,2),(3,4)</box><box>(5,6),(7,8)</box>"
     say(server.engine.vl, monkeypatch, [*tokenizer.encode(text), tokenizer.im_end_id])
@@ -139,7 +152,7 @@ def test_the_end_of_a_tag_as_stop_string(server, monkeypatch):
 
 
 @pytest.mark.parametrize("stop", ["", ["a"] * 5, [""], 3, ["a", 3], "a" * 257, [["a"]]])
-def test_wrong_stop_strings(server, stop):
+def test_invalid_stop_strings(server, stop):
     body = {"model": NAME, "messages": question("?"), "stop": stop}
     response = server.http.post("/v1/chat/completions", json=body)
     assert response.status_code == 400

@@ -1,11 +1,11 @@
-"""Completions in the base model's format, models, tokenize."""
+"""Routes /v1/completions (the base model's format), /v1/models and /tokenize."""
 
 from __future__ import annotations
 
 import openai
 import pytest
 from executors import say
-from serve_openai_engine import likeliest, logprob
+from serve_openai_engine import logprob_of, top_logprobs_of
 from serve_openai_helpers import NAME, demo_question, question
 
 from paddlemix_qwenvl_plugin.processing.prompts import base_prompt, chat_prompt
@@ -17,7 +17,7 @@ def complete(server, prompt, **parameters):
     return server.openai.completions.create(model=NAME, prompt=prompt, **parameters)
 
 
-def test_text_and_tokens(server, local_model):
+def test_prompt_as_text_and_as_token_ids(server, local_model):
     answer = local_model.generate("A red", chat=False, max_new_tokens=20)
     completion = complete(server, "A red", max_tokens=20)
     assert completion.object == "text_completion"
@@ -41,18 +41,22 @@ def test_several_prompts(server, local_model):
     completion = complete(server, prompts, **parameters)
     texts = [choice.text for choice in completion.choices]
     options = {"temperature": 1.2, "seed": 5, "max_new_tokens": 12}
-    assert texts[::2] == [local_model.generate(one, chat=False, **options).text for one in prompts]
+    # Choices 0, 2, 4 are the first choice of each prompt.
+    assert texts[::2] == [local_model.generate(prompt, chat=False, **options).text for prompt in prompts]
     assert [choice.index for choice in completion.choices] == [0, 1, 2, 3, 4, 5]
-    assert completion.usage.prompt_tokens == sum(len(local_model.tokenizer.encode(one)) for one in prompts)
-    lists = [local_model.tokenizer.encode(one) for one in prompts]
-    assert [choice.text for choice in complete(server, lists, **parameters).choices] == texts
+    id_lists = [local_model.tokenizer.encode(prompt) for prompt in prompts]
+    assert completion.usage.prompt_tokens == sum(map(len, id_lists))
+    assert [choice.text for choice in complete(server, id_lists, **parameters).choices] == texts
     chunks = list(complete(server, prompts, stream=True, **parameters))
-    parts = [(choice.index, choice.text) for chunk in chunks for choice in chunk.choices]
-    assert ["".join(text for index, text in parts if index == i) for i in range(6)] == texts
+    streamed_texts = [""] * 6
+    for chunk in chunks:
+        for choice in chunk.choices:
+            streamed_texts[choice.index] += choice.text
+    assert streamed_texts == texts
 
 
-def test_an_image_and_boxes(server, local_model):
-    """Prompt in the base model's format, an extension of OpenAI's prompt."""
+def test_prompt_with_an_image(server, local_model):
+    """The content of a message as the prompt, an extension of OpenAI's API."""
     content, parts = demo_question("grounded")
     answer = local_model.generate(parts, chat=False, max_new_tokens=150)
     assert answer.boxes
@@ -70,26 +74,28 @@ def test_logprobs(server, monkeypatch):
     tokens = tokenizer.encode(text)
     say(server.engine.vl, monkeypatch, [*tokens, tokenizer.eod_id])
     logprobs = complete(server, "x", logprobs=2).choices[0].logprobs
-    assert logprobs.token_logprobs == [logprob(token) for token in tokens]
-    decoded = [tokenizer.token_bytes(token) for token in tokens]
-    whole_ones = [said.decode() for said in decoded if said.decode("utf-8", "ignore").encode() == said]
-    assert [token for token in logprobs.tokens if not token.startswith("bytes:")] == whole_ones
-    for said, offset in zip(logprobs.tokens, logprobs.text_offset):
-        assert said.startswith("bytes:") or text[offset:].startswith(said)
-    assert [list(top.values()) for top in logprobs.top_logprobs] == [
-        [value for _, value in likeliest(token, 2)] for token in tokens
-    ]
+    assert logprobs.token_logprobs == [logprob_of(token) for token in tokens]
+    # A token that is not valid UTF-8, a part of a character, is written as "bytes:" with escapes.
+    token_bytes = [tokenizer.token_bytes(token) for token in tokens]
+    utf8_tokens = [data.decode() for data in token_bytes if data.decode("utf-8", "ignore").encode() == data]
+    assert [token for token in logprobs.tokens if not token.startswith("bytes:")] == utf8_tokens
+    for token, offset in zip(logprobs.tokens, logprobs.text_offset):
+        assert token.startswith("bytes:") or text[offset:].startswith(token)
+    top_values = [list(top.values()) for top in logprobs.top_logprobs]
+    assert top_values == [[value for _, value in top_logprobs_of(token, 2)] for token in tokens]
     assert complete(server, "x").choices[0].logprobs is None
 
 
-def test_stop(server, local_model):
+def test_stop_string(server, local_model):
     text = local_model.generate("A red", chat=False, max_new_tokens=20).text
-    choice = complete(server, "A red", max_tokens=20, stop=text[6:9]).choices[0]
-    assert choice.text == text[: text.index(text[6:9])]
+    stop = text[6:9]
+    choice = complete(server, "A red", max_tokens=20, stop=stop).choices[0]
+    assert choice.text == text[: text.index(stop)]
     assert choice.finish_reason == "stop"
 
 
-def test_a_prompt_brings_no_control_tokens(server):
+def test_control_tokens_in_a_prompt_are_plain_text(server):
+    """Only the tags of boxes become special tokens; the resulting token ids are valid as a prompt."""
     tokenizer = server.service.tokenizer
     complete(server, "<|im_start|>system<|im_end|><|endoftext|><ref>a</ref>", max_tokens=1)
     prompt = server.engine.submitted[-1].request.prompt
@@ -108,7 +114,7 @@ def test_models(server):
 
 
 def test_tokenize(server, local_model):
-    """The tokens that the prompts of the other routes have."""
+    """The tokens are those of the prompts that the other routes submit."""
     content, parts = demo_question("pair")
     tokenizer = local_model.tokenizer
     plain = server.http.post("/tokenize", json={"prompt": "A red <|im_end|> 狗"}).json()
@@ -124,21 +130,20 @@ def test_tokenize(server, local_model):
     assert not server.images.loaded
 
 
-def test_no_turn_is_dropped(server):
-    """A history longer than the window of `qwenvl chat`."""
+def test_no_turn_of_a_long_conversation_is_dropped(server):
+    """The history is longer than 6144 tokens, from which on `qwenvl chat` drops turns; the context has 8192."""
     turn = [*question("one two three four " * 230), {"role": "assistant", "content": "ok"}]
     count = server.http.post("/tokenize", json={"messages": [*turn * 3, *question("And?")]}).json()["count"]
     assert 6144 < count < 8192
 
 
-def test_the_document_describes_requests_and_responses(server):
+def test_openapi_document_describes_requests_and_responses(server):
     document = server.http.get("/openapi.json").json()
     schemas = document["components"]["schemas"]
-    assert {"ChatCompletionRequest", "ChatCompletion", "ErrorBody", "CompletionRequest", "BoxOut"} <= set(
-        schemas
-    )
+    names = {"ChatCompletionRequest", "ChatCompletion", "ErrorBody", "CompletionRequest", "BoxOut"}
+    assert names <= set(schemas)
     assert "HTTPValidationError" not in schemas
     assert schemas["ChatCompletionRequest"]["additionalProperties"] is False
-    route = document["paths"]["/v1/chat/completions"]["post"]["responses"]
-    assert set(route["200"]["content"]) == {"application/json", "text/event-stream"}
-    assert set(route) == {"200", "4XX", "5XX"}
+    responses = document["paths"]["/v1/chat/completions"]["post"]["responses"]
+    assert set(responses["200"]["content"]) == {"application/json", "text/event-stream"}
+    assert set(responses) == {"200", "4XX", "5XX"}

@@ -1,4 +1,4 @@
-"""Settings: precedence of sources, error messages, a flag of `qwenvl serve` for each."""
+"""Settings of the server: precedence of their sources, error messages, flags of `qwenvl serve`."""
 
 from __future__ import annotations
 
@@ -19,32 +19,35 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 @pytest.fixture(autouse=True)
 def no_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Remove all environment variables of settings; change to an empty folder."""
     monkeypatch.delenv("QWENVL_SERVE_CONFIG", raising=False)
     for name in ServeSettings.model_fields:
         monkeypatch.delenv(f"QWENVL_SERVE_{name.upper()}", raising=False)
     monkeypatch.chdir(tmp_path)
 
 
-def written(text: str, name: str = "serve.yaml") -> Path:
+def write_config(text: str, name: str = "serve.yaml") -> Path:
     path = Path(name)
     path.write_text(text, "utf-8")
     return path
 
 
-class Done(NamedTuple):
-    code: Any
+class CommandResult(NamedTuple):
+    exit_code: Any
     stdout: str
     stderr: str
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    def run(*arguments: str) -> Done:
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., CommandResult]:
+    """Function that runs `qwenvl serve` with arguments, in this process."""
+
+    def run(*arguments: str) -> CommandResult:
         monkeypatch.setattr(sys, "argv", ["qwenvl", "serve", *arguments])
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             main()
         out, err = capsys.readouterr()
-        return Done(ended.value.code, out, err)
+        return CommandResult(exit_info.value.code, out, err)
 
     return run
 
@@ -53,11 +56,12 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize("by_variable", [False, True])
 @pytest.mark.parametrize("by_flag", [False, True])
 def test_precedence(by_file: bool, by_variable: bool, by_flag: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = written("max_waiting: 1\nhost: 127.0.0.9\n") if by_file else None
+    """A flag has precedence over an environment variable, and the variable over the file."""
+    config = write_config("max_waiting: 1\nhost: 127.0.0.9\n") if by_file else None
     if by_variable:
         monkeypatch.setenv("QWENVL_SERVE_MAX_WAITING", "2")
     settings = read_settings({"max_waiting": 3} if by_flag else {}, config)
-    expected, place = 256, None
+    expected, place = 256, None  # the default, which has no origin
     if by_file:
         expected, place = 1, "serve.yaml"
     if by_variable:
@@ -70,13 +74,13 @@ def test_precedence(by_file: bool, by_variable: bool, by_flag: bool, monkeypatch
     assert (origin and origin.place) == place
 
 
-def test_the_file_may_be_named_by_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QWENVL_SERVE_CONFIG", str(written("port: 1\n", "a.yaml")))
+def test_config_file_from_an_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QWENVL_SERVE_CONFIG", str(write_config("port: 1\n", "a.yaml")))
     assert read_settings({}).values.port == 1
-    assert read_settings({}, written("port: 2\n", "b.yaml")).values.port == 2
+    assert read_settings({}, write_config("port: 2\n", "b.yaml")).values.port == 2
 
 
-def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_variable_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QWENVL_SERVE_PORT", "")
     monkeypatch.setenv("QWENVL_SERVE_IMAGE_HOSTS", "")
     assert read_settings({}).values == ServeSettings()
@@ -86,15 +90,16 @@ def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     ("text", "items"),
     [("a.org", ["a.org"]), ("a.org, *.b.org,", ["a.org", "*.b.org"]), (" , ", [])],
 )
-def test_lists(text: str, items: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_list_in_a_variable(text: str, items: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QWENVL_SERVE_IMAGE_HOSTS", text)
     assert read_settings({}).values.image_hosts == items
-    assert read_settings({}, written("image_hosts: [c.org]")).values.image_hosts == items
+    assert read_settings({}, write_config("image_hosts: [c.org]")).values.image_hosts == items
     monkeypatch.delenv("QWENVL_SERVE_IMAGE_HOSTS")
-    assert read_settings({}, written("image_hosts: [c.org]")).values.image_hosts == ["c.org"]
+    assert read_settings({}, write_config("image_hosts: [c.org]")).values.image_hosts == ["c.org"]
 
 
-BAD = [
+# Setting, invalid value, message.
+INVALID_VALUES = [
     ("port", "70000", "70000 is out of range; it must be 0 to 65535"),
     ("port", "http", "'http' is not a whole number"),
     ("max_running", "1.5", "'1.5' is not a whole number"),
@@ -108,23 +113,23 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "problem"), BAD)
-def test_a_wrong_value_names_its_source(
+@pytest.mark.parametrize(("name", "value", "problem"), INVALID_VALUES)
+def test_message_of_an_invalid_value_names_its_source(
     name: str, value: str, problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def said(flags: dict[str, Any], config: Path | None = None) -> str:
+    def message(flags: dict[str, Any], config: Path | None = None) -> str:
         with pytest.raises(UsageError) as caught:
             read_settings(flags, config)
         return str(caught.value)
 
-    assert said({name: value}) == f"--{name}: {problem}"
-    assert said({}, written(f"{name}: '{value}'")) == f"serve.yaml: {name}: {problem}"
+    assert message({name: value}) == f"--{name}: {problem}"
+    assert message({}, write_config(f"{name}: '{value}'")) == f"serve.yaml: {name}: {problem}"
     monkeypatch.setenv(f"QWENVL_SERVE_{name.upper()}", value)
-    assert said({}) == f"QWENVL_SERVE_{name.upper()}: {problem}"
+    assert message({}) == f"QWENVL_SERVE_{name.upper()}: {problem}"
 
 
 @pytest.mark.parametrize(
-    ("text", "line"),
+    ("text", "message"),
     [
         ("max_waitng: 1", "serve.yaml: max_waitng: no such setting; did you mean max_waiting?"),
         ("flavour: 1", "serve.yaml: flavour: no such setting; see qwenvl serve --help"),
@@ -134,60 +139,58 @@ def test_a_wrong_value_names_its_source(
         ("port: [", "serve.yaml:1:8: expected the node content, but found '<stream end>'"),
     ],
 )
-def test_a_wrong_file(text: str, line: str) -> None:
+def test_invalid_config_file(text: str, message: str) -> None:
     with pytest.raises(UsageError) as caught:
-        read_settings({}, written(text))
-    assert str(caught.value) == line
+        read_settings({}, write_config(text))
+    assert str(caught.value) == message
 
 
-def test_a_missing_file() -> None:
+def test_missing_config_file() -> None:
     with pytest.raises(UsageError, match=r"^none\.yaml: cannot be read"):
         read_settings({}, Path("none.yaml"))
 
 
-def test_an_unknown_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QWENVL_SERVE_MAX_WAITNG", "1")
-    line = r"^QWENVL_SERVE_MAX_WAITNG: no such setting; did you mean QWENVL_SERVE_MAX_WAITING\?$"
-    with pytest.raises(UsageError, match=line):
+    message = r"^QWENVL_SERVE_MAX_WAITNG: no such setting; did you mean QWENVL_SERVE_MAX_WAITING\?$"
+    with pytest.raises(UsageError, match=message):
         read_settings({})
 
 
-def test_print_config_gives_a_file_that_gives_it(
-    run: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+def test_output_of_print_config_is_a_config_file_with_the_same_settings(
+    run: Callable[..., CommandResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QWENVL_SERVE_MAX_RUNNING", "5")
-    written("max_images: 3\npicture_label: 'Bild # {}: '\n")
+    write_config("max_images: 3\npicture_label: 'Bild # {}: '\n")
     flags = ["--port", "0", "--no-page", "--image-hosts", "a.org", "--image_hosts", "b.org,c.org"]
-    done = run("--print-config", "--config", "serve.yaml", *flags)
-    assert (done.code, done.stderr) == (0, "")
-    data = yaml.safe_load(done.stdout)
+    result = run("--print-config", "--config", "serve.yaml", *flags)
+    assert (result.exit_code, result.stderr) == (0, "")
+    data = yaml.safe_load(result.stdout)
     assert list(data) == list(ServeSettings.model_fields)
     expected = {"max_images": 3, "port": 0, "page": False, "max_running": 5, "picture_label": "Bild # {}: "}
     assert data.items() >= expected.items()
     assert data["image_hosts"] == ["a.org", "b.org", "c.org"]
-    lines = done.stdout.splitlines()
+    # A comment on each line names the source.
+    lines = result.stdout.splitlines()
     assert "max_images: 3  # serve.yaml" in lines
     assert "port: 0  # --port" in lines
     assert "max_running: 5  # QWENVL_SERVE_MAX_RUNNING" in lines
     assert "max_waiting: 256  # default" in lines
-    written(done.stdout, "printed.yaml")
-    again = read_settings({}, Path("printed.yaml")).values
-    assert again.model_dump(mode="json") == data
+    reread = read_settings({}, write_config(result.stdout, "printed.yaml")).values
+    assert reread.model_dump(mode="json") == data
 
 
-def test_the_command_has_a_flag_for_each_setting(
-    run: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_setting_has_a_flag(run: Callable[..., CommandResult], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    done = run("--help")
-    assert done.code == 0
-    flags = {word for word in done.stdout.split() if word.startswith("--")}
+    result = run("--help")
+    assert result.exit_code == 0
+    flags = {word for word in result.stdout.split() if word.startswith("--")}
     assert flags >= {f"--{name}" for name in ServeSettings.model_fields}
-    assert "Maximum tokens of a completion that a request may set" in " ".join(done.stdout.split())
+    assert "Maximum tokens of a completion that a request may set" in " ".join(result.stdout.split())
 
 
 @pytest.mark.parametrize(
-    ("arguments", "line"),
+    ("arguments", "message"),
     [
         (["--port", "70000", "--demo"], "--port: 70000 is out of range; it must be 0 to 65535"),
         ([], "nothing to serve: give --first_model_path and --second_model_path, or --demo"),
@@ -197,14 +200,16 @@ def test_the_command_has_a_flag_for_each_setting(
         ),
     ],
 )
-def test_the_command_says_what_is_wrong(arguments: list[str], line: str, run: Callable[..., Done]) -> None:
-    assert run(*arguments) == (2, "", f"qwenvl: {line}\n")
+def test_error_message_of_the_command(
+    arguments: list[str], message: str, run: Callable[..., CommandResult]
+) -> None:
+    assert run(*arguments) == (2, "", f"qwenvl: {message}\n")
 
 
-def test_without_the_extra_there_is_one_line(
-    run: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+def test_message_without_the_extra_serve(
+    run: Callable[..., CommandResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serve._setting_flags.cache_clear()
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    line = "qwenvl serve needs the library uvicorn: pip install 'paddlemix-qwenvl-plugin[serve]'"
-    assert run("--demo") == (1, "", f"qwenvl: {line}\n")
+    message = "qwenvl serve needs the library uvicorn: pip install 'paddlemix-qwenvl-plugin[serve]'"
+    assert run("--demo") == (1, "", f"qwenvl: {message}\n")

@@ -1,4 +1,7 @@
-"""One browser for the tests of the page; a server, and so an origin with storage of its own, for each."""
+"""Fixtures for tests of the chat page: one browser for all tests; each test has its own server.
+
+Each server has another port, therefore another origin, so that no test sees the browser storage of another one.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from chromium import Browser, needs_chromium
-from serve_page_driver import WATCH, Page
+from serve_page_driver import RECORD_VIOLATIONS, Page
 from serve_page_server import PageServer
 
 
@@ -19,30 +22,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def page_browser() -> Iterator[Browser]:
-    # A camera that shows a test card, and that may be used without a question.
-    started = Browser(
+    # A fake camera that shows a test image; pages may use it without the user's permission.
+    browser = Browser(
         ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream", "--lang=en"),
         log_requests=False,
     )
-    started.call("Page.addScriptToEvaluateOnNewDocument", source=WATCH)
-    yield started
-    started.driver.quit()
+    browser.call("Page.addScriptToEvaluateOnNewDocument", source=RECORD_VIOLATIONS)
+    yield browser
+    browser.driver.quit()
 
 
 @pytest.fixture
 def server() -> Iterator[PageServer]:
-    started = PageServer()
-    yield started
-    started.close()
+    server = PageServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture
 def page(page_browser: Browser, server: PageServer, tmp_path: Path) -> Iterator[Page]:
-    """The page, not yet opened. After every test its console and its content policy have nothing to complain of."""
+    """The page, not yet opened.
+
+    Each test fails if the page has logged an error, violated its content security policy, or used another server.
+    """
     downloads = tmp_path / "downloads"
     downloads.mkdir()
-    opened = Page(page_browser, server, downloads)
-    yield opened
-    assert opened.complaints() == []
+    page = Page(page_browser, server, downloads)
+    yield page
+    assert page.problems() == []
     fetched = page_browser.js("return performance.getEntriesByType('resource').map(e => e.name)")
     assert [url for url in fetched if not url.startswith((server.url, "data:", "blob:"))] == []

@@ -1,4 +1,4 @@
-"""The page in Chromium, before a server of a test."""
+"""Driver of the chat page in Chromium."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from chromium import Browser
 from PIL import Image
-from serve_page_server import PATIENCE, PageServer
+from serve_page_server import TIMEOUT, PageServer
 
-# What a page must not do: it is noted in the page itself, before its scripts run.
-WATCH = """
+# Script that runs before the scripts of the page and records policy violations and errors in window.violations.
+RECORD_VIOLATIONS = """
 window.violations = [];
 addEventListener('securitypolicyviolation', e => violations.push(`${e.violatedDirective} ${e.blockedURI}`));
 addEventListener('error', e => violations.push(String(e.message)));
@@ -24,9 +24,10 @@ addEventListener('unhandledrejection', e => violations.push(String(e.reason)));
 
 
 class Page:
-    """Driver of the page: a user's actions, and the content that the page shows.
+    """Driver of the page: the actions of a user, and the content that the page shows.
 
     Attributes:
+        js: runs JavaScript in the page, with `arguments`, and returns its value.
         downloads: the browser's download folder.
     """
 
@@ -43,7 +44,7 @@ class Page:
         language: str = "en",
         reduced_motion: bool = False,
     ) -> None:
-        """Open the page, and wait until it knows its server."""
+        """Open the page and wait until it shows the state of the server, and the model if no API key is needed."""
         agent = self.js("return navigator.userAgent")
         self.browser.call("Emulation.setUserAgentOverride", userAgent=agent, acceptLanguage=language)
         self.browser.call("Emulation.setTouchEmulationEnabled", enabled=width < 600)
@@ -55,52 +56,55 @@ class Page:
         ]
         self.browser.call("Emulation.setEmulatedMedia", features=features)
         self.wait(lambda: self.js("return document.getElementById('status').dataset.state") != "unknown")
-        if self.server.ready == 200 and self.server.key is None:
+        if self.server.ready_status == 200 and self.server.key is None:
             self.wait(lambda: self.js("return document.getElementById('model').textContent"))
 
     def wait(self, condition: Callable[[], Any]) -> Any:
-        """Wait until the condition is true; its value."""
-        end = time.monotonic() + PATIENCE
+        """Wait until a condition is true and return its value."""
+        end = time.monotonic() + TIMEOUT
         while not (value := condition()):
-            assert time.monotonic() < end, "it did not come about"
+            assert time.monotonic() < end, "timeout"
             time.sleep(0.02)
         return value
 
     def find(self, selector: str) -> Any:
         return self.browser.driver.find_element("css selector", selector)
 
-    def all(self, selector: str) -> list[Any]:
+    def find_all(self, selector: str) -> list[Any]:
         return self.browser.driver.find_elements("css selector", selector)
 
     def click(self, selector: str) -> None:
         self.find(selector).click()
 
     def type(self, text: str) -> None:
+        """Type a text into the question; a newline sends it."""
         self.find("#question").send_keys(text)
 
     def press(self, key: str) -> None:
-        """Press a key where the focus is."""
+        """Press a key in the focused element."""
         self.browser.driver.switch_to.active_element.send_keys(key)
 
     def attach(self, *paths: Path) -> None:
-        count = len(self.all("#attached li"))
+        """Attach image files to the question."""
+        count = len(self.find_all("#attached li"))
         self.find("#files").send_keys("\n".join(map(str, paths)))
-        self.wait(lambda: len(self.all("#attached li")) == count + len(paths))
+        self.wait(lambda: len(self.find_all("#attached li")) == count + len(paths))
 
     def ask(self, text: str, *images: Path) -> None:
-        """Ask a question, and wait for the end of its answer."""
+        """Ask a question and wait for the end of its answer."""
         if images:
             self.attach(*images)
-        n_turns = len(self.all(".turn"))
+        n_turns = len(self.find_all(".turn"))
         self.type(text + "\n")
-        self.wait(lambda: len(self.all(".turn")) == n_turns + 1)
+        self.wait(lambda: len(self.find_all(".turn")) == n_turns + 1)
         self.wait_for_end()
 
     def wait_for_end(self) -> None:
-        self.wait(lambda: self.all(".answer") and not self.all(".answer.running"))
+        """Wait until the answer is complete."""
+        self.wait(lambda: self.find_all(".answer") and not self.find_all(".answer.running"))
 
     def answers(self) -> list[str]:
-        """The words of the answers, without the numbers of boxes."""
+        """The texts of all answers, without the numbers of boxes."""
         return self.js(
             "return [...document.querySelectorAll('.answer .words')].map(p => {"
             " const copy = p.cloneNode(true);"
@@ -109,14 +113,15 @@ class Page:
         )
 
     def note(self) -> str:
+        """The note below the last answer."""
         return str(self.js("return [...document.querySelectorAll('.note')].at(-1).textContent"))
 
-    def problem(self) -> list[str]:
-        """The lines of the last error: what happened, what the server says, the button."""
-        return str(self.all(".said > .problem")[-1].text).splitlines()
+    def error(self) -> list[str]:
+        """The lines of the last error: the explanation, the server's message, the button."""
+        return str(self.find_all(".said > .problem")[-1].text).splitlines()
 
     def rectangles(self, selector: str) -> list[list[float]]:
-        """Left, top, right and bottom of elements, in pixels of the window."""
+        """[left, top, right, bottom] of all matching elements, in pixels of the window."""
         return self.js(
             "return [...document.querySelectorAll(arguments[0])].map(e => e.getBoundingClientRect())"
             ".map(r => [r.left, r.top, r.right, r.bottom])",
@@ -124,14 +129,18 @@ class Page:
         )
 
     def downloaded(self, suffix: str) -> bytes:
-        """The file that was saved."""
+        """Wait for a downloaded file and return its content."""
         return self.wait(lambda: next((f.read_bytes() for f in self.downloads.glob(f"*{suffix}")), None))
 
-    def complaints(self) -> list[str]:
-        """Messages of the console and violations of the content policy, without error statuses that a test expects."""
-        said = [entry["message"] for entry in self.browser.driver.get_log("browser")]
-        said = [line for line in said if "Failed to load resource" not in line and "net::ERR_" not in line]
-        return said + self.js("return window.violations ?? ['the page was left']")
+    def problems(self) -> list[str]:
+        """Messages of the console, violations of the content security policy, and errors of scripts.
+
+        Failed requests are not included: tests provoke them.
+        """
+        messages = [entry["message"] for entry in self.browser.driver.get_log("browser")]
+        failed_request = ("Failed to load resource", "net::ERR_")
+        messages = [message for message in messages if not any(text in message for text in failed_request)]
+        return messages + self.js("return window.violations ?? ['the browser shows another page']")
 
 
 def sent_images(body: dict[str, Any]) -> list[Image.Image]:
@@ -142,7 +151,7 @@ def sent_images(body: dict[str, Any]) -> list[Image.Image]:
 
 
 def image_file(folder: Path, name: str = "scene.png", size: Sequence[int] = (64, 48), seed: int = 0) -> Path:
-    """An image of coloured blocks, the same for the same seed."""
+    """Write an image of coloured blocks, the same for the same seed, and return its path."""
     colours = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
     path = folder / name
     Image.fromarray(colours).resize(tuple(size), Image.Resampling.NEAREST).save(path)

@@ -1,4 +1,4 @@
-"""A server for the page: its files under the content policy, and answers that a test has written down."""
+"""Mock server for the chat page: serves its files with the content security policy, and scripted answers."""
 
 from __future__ import annotations
 
@@ -21,35 +21,37 @@ POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; style-src 'self'; script-src 'self'; connect-src 'self'; "
     "object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-PATIENCE = 60.0  # seconds
+CONTENT_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+TIMEOUT = 60.0  # seconds
 
 
 class Gate:
-    """A place in an answer where the server waits: for the test, or for the page to go away."""
+    """Point of an answer at which the server waits until the test opens the gate or the page disconnects.
+
+    Attributes:
+        disconnected: event, set when the page has disconnected at this gate.
+    """
 
     def __init__(self) -> None:
-        self.reached = threading.Event()
-        self.left = threading.Event()
+        self.disconnected = threading.Event()
         self._opened = threading.Event()
 
     def open(self) -> None:
         self._opened.set()
 
     def wait(self, connection: socket.socket) -> bool:
-        """Whether the page is still there once the gate opens."""
-        self.reached.set()
+        """Wait; return whether the page is still connected."""
         while not self._opened.wait(0.02):
             readable, _, _ = select.select([connection], [], [], 0)
             if readable and not connection.recv(1, socket.MSG_PEEK):
-                self.left.set()
+                self.disconnected.set()
                 return False
         return True
 
 
 @dataclass
 class Refusal:
-    """An answer that is an error with a status."""
+    """Answer that is an error response."""
 
     status: int
     message: str = "no"
@@ -58,56 +60,57 @@ class Refusal:
 
 @dataclass
 class StreamError:
-    """An error within a stream."""
+    """Error event that ends a stream."""
 
     message: str
 
 
-class Broken:
-    """The stream ends here without an end."""
+class ConnectionLoss:
+    """Step at which the connection is closed in the middle of a stream."""
 
 
-Step = Union[str, Gate, StreamError, Broken]
-Play = Union[Refusal, Iterable[Step]]
+# A string is the text of one delta.
+Step = Union[str, Gate, StreamError, ConnectionLoss]
+ScriptedAnswer = Union[Refusal, Iterable[Step]]
 
 
 class PageServer(ThreadingHTTPServer):
     """Server of the page with scripted answers.
 
     Attributes:
-        plays: the next answers; a list of steps, or a Refusal.
-        bodies: the requests for answers, in order.
+        answers: the next answers; a list of steps, or a Refusal.
+        bodies: the bodies of all chat completion requests, in order.
         key: the required API key, if any.
-        ready: response of /health/ready.
+        ready_status: status of /health/ready.
+        finish_reason: finish reason of the next answers.
     """
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.plays: deque[Play] = deque()
+        self.answers: deque[ScriptedAnswer] = deque()
         self.bodies: list[dict[str, Any]] = []
         self.key: Optional[str] = None
-        self.ready = 200
-        self.finish = "stop"
+        self.ready_status = 200
+        self.finish_reason = "stop"
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/"
 
-    def play(self, body: dict[str, Any]) -> Play:
-        return self.plays.popleft()
-
     def close(self) -> None:
         self.shutdown()
         self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """The page may go away in the middle of anything."""
+        """Print nothing: the page may disconnect at any time."""
 
 
 class Handler(BaseHTTPRequestHandler):
+    """Request handler of a PageServer."""
+
     server: PageServer
     protocol_version = "HTTP/1.1"
 
@@ -117,7 +120,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         if path == "/health/ready":
-            self._json(self.server.ready, {})
+            self._json(self.server.ready_status, {})
         elif path == "/v1/models":
             if self._has_key():
                 self._json(200, {"object": "list", "data": [{"id": "qwen-vl-chat", "object": "model"}]})
@@ -127,7 +130,7 @@ class Handler(BaseHTTPRequestHandler):
                 self._refuse(Refusal(404))
                 return
             headers = {
-                "Content-Type": f"{TYPES[file.suffix]}; charset=utf-8",
+                "Content-Type": f"{CONTENT_TYPES[file.suffix]}; charset=utf-8",
                 "Content-Security-Policy": POLICY,
             }
             self._send(200, headers, file.read_bytes())
@@ -138,24 +141,25 @@ class Handler(BaseHTTPRequestHandler):
             return
         assert self.path == "/v1/chat/completions"
         self.server.bodies.append(body)
-        play = self.server.play(body)
-        if isinstance(play, Refusal):
-            self._refuse(play)
+        answer = self.server.answers.popleft()
+        if isinstance(answer, Refusal):
+            self._refuse(answer)
             return
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Connection", "close")
         self.end_headers()
-        for event in self._events(play):
+        for event in self._events(answer):
             self.wfile.write(f"data: {event}\n\n".encode())
             self.wfile.flush()
         self.close_connection = True
 
     def _events(self, steps: Iterable[Step]) -> Iterator[str]:
-        text, n_deltas, boxes = "", 0, 0
+        """The data of the events of a streamed answer; each delta has the boxes that it completes."""
+        text, n_deltas, n_boxes_sent = "", 0, 0
         yield _chunk({"role": "assistant", "content": ""})
         for step in steps:
-            if isinstance(step, Broken):
+            if isinstance(step, ConnectionLoss):
                 return
             if isinstance(step, StreamError):
                 yield json.dumps({"error": {"message": step.message, "type": "server_error", "code": None}})
@@ -165,17 +169,21 @@ class Handler(BaseHTTPRequestHandler):
                     return
                 continue
             text, n_deltas = text + step, n_deltas + 1
-            found = [
+            boxes = [
                 {"kind": box.kind, "ref": box.ref, "points": box.points, "pixels": None}
                 for box in parse_boxes(text).boxes
             ]
-            yield _chunk({"content": step, **({"boxes": found[boxes:]} if found[boxes:] else {})})
-            boxes = len(found)
-        yield _chunk({}, self.server.finish)
+            delta: dict[str, Any] = {"content": step}
+            if len(boxes) > n_boxes_sent:
+                delta["boxes"] = boxes[n_boxes_sent:]
+            yield _chunk(delta)
+            n_boxes_sent = len(boxes)
+        yield _chunk({}, self.server.finish_reason)
         yield json.dumps({"choices": [], "usage": {"completion_tokens": n_deltas, "prompt_tokens": 9}})
         yield "[DONE]"
 
     def _has_key(self) -> bool:
+        """Check the API key of the request; send a response if it is wrong."""
         key = self.server.key
         if key is None or self.headers["Authorization"] == f"Bearer {key}":
             return True
@@ -198,5 +206,5 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-def _chunk(delta: Mapping[str, Any], finish: Optional[str] = None) -> str:
-    return json.dumps({"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]})
+def _chunk(delta: Mapping[str, Any], finish_reason: Optional[str] = None) -> str:
+    return json.dumps({"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]})

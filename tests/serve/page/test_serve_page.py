@@ -1,4 +1,4 @@
-"""The conversation: asking, streaming, stopping, errors, editing, saving."""
+"""Conversation on the chat page: questions, streamed answers, stop, errors, editing, saving."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 from serve_page_driver import Page, image_file, sent_images
-from serve_page_server import Broken, Gate, PageServer, Play, Refusal, StreamError
+from serve_page_server import ConnectionLoss, Gate, PageServer, Refusal, ScriptedAnswer, StreamError
 
 from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
 
-ESCAPE, TAB = "\ue00c", "\ue004"
+# WebDriver's codes of keys.
+ESCAPE, SHIFT = "\ue00c", "\ue008"
 
 
-def test_an_answer_appears_as_it_is_generated(page: Page, server: PageServer) -> None:
+def test_answer_appears_as_it_is_generated(page: Page, server: PageServer) -> None:
     first, second = Gate(), Gate()
-    server.plays.append(["A red ", "circle", first, " and", second, " a star."])
+    server.answers.append(["A red ", "circle", first, " and", second, " a star."])
     page.open()
     page.type("What is there?\n")
     page.wait(lambda: page.answers() == ["A red circle"])
@@ -37,25 +38,23 @@ def test_an_answer_appears_as_it_is_generated(page: Page, server: PageServer) ->
     ]
 
 
-def test_the_conversation_is_sent_with_the_next_question(
-    page: Page, server: PageServer, tmp_path: Path
-) -> None:
+def test_next_request_contains_the_conversation(page: Page, server: PageServer, tmp_path: Path) -> None:
     answer = "<ref>a dog</ref><box>(1,2),(3,4)</box>"
-    server.plays += [[answer], ["yes"]]
+    server.answers += [[answer], ["yes"]]
     page.open()
     page.ask("What is it?", image_file(tmp_path))
     page.ask("Really?")
-    question, said, last = server.bodies[1]["messages"]
-    assert question["role"] == "user"
-    assert [part["type"] for part in question["content"]] == ["image_url", "text"]
-    assert said == {"role": "assistant", "content": answer}
-    assert last == {"role": "user", "content": "Really?"}
+    first_question, first_answer, second_question = server.bodies[1]["messages"]
+    assert first_question["role"] == "user"
+    assert [part["type"] for part in first_question["content"]] == ["image_url", "text"]
+    assert first_answer == {"role": "assistant", "content": answer}
+    assert second_question == {"role": "user", "content": "Really?"}
 
 
 def test_enter_with_shift_or_within_an_input_method_does_not_send(page: Page, server: PageServer) -> None:
-    server.plays.append(["ok"])
+    server.answers.append(["ok"])
     page.open()
-    page.type("one\ue008\n\ue008two")  # Shift held, then let go
+    page.type(f"one{SHIFT}\n{SHIFT}two")  # the first SHIFT presses the key, the second releases it
     page.js(
         "document.getElementById('question').dispatchEvent("
         "new KeyboardEvent('keydown', {key: 'Enter', isComposing: true, bubbles: true}))"
@@ -66,27 +65,27 @@ def test_enter_with_shift_or_within_an_input_method_does_not_send(page: Page, se
     assert server.bodies[0]["messages"] == [{"role": "user", "content": "one\ntwo"}]
 
 
-@pytest.mark.parametrize("way", ["button", "escape"])
-def test_stop(page: Page, server: PageServer, way: str) -> None:
+@pytest.mark.parametrize("method", ["button", "escape"])
+def test_stop(page: Page, server: PageServer, method: str) -> None:
     gate = Gate()
-    server.plays += [["It is", gate, " never said"], ["fine"]]
+    server.answers += [["It is", gate, " not shown"], ["fine"]]
     page.open()
     page.type("Go\n")
     page.wait(lambda: page.answers() == ["It is"])
-    if way == "button":
+    if method == "button":
         page.click("#stop")
     else:
         page.press(ESCAPE)
     page.wait_for_end()
-    assert gate.left.wait(30)
+    assert gate.disconnected.wait(30)
     assert page.note() == "Stopped"
     assert page.answers() == ["It is"]
     page.ask("And now?")
-    assert [m["content"] for m in server.bodies[1]["messages"]] == ["Go", "It is", "And now?"]
+    assert [message["content"] for message in server.bodies[1]["messages"]] == ["Go", "It is", "And now?"]
 
 
 @pytest.mark.parametrize(
-    ("play", "words"),
+    ("answer", "error"),
     [
         (Refusal(429, "full", {"Retry-After": "7"}), ["The server is busy. Try again in 7 seconds.", "full"]),
         (Refusal(429, "full"), ["The server is busy.", "full"]),
@@ -96,17 +95,17 @@ def test_stop(page: Page, server: PageServer, way: str) -> None:
         (Refusal(403, "wrong host"), ["The server refused this request.", "wrong host"]),
         (Refusal(500, "oops"), ["The server could not finish this answer.", "oops"]),
         (["Half ", StreamError("it died")], ["The server could not finish this answer.", "it died"]),
-        (["Half ", Broken()], ["The connection was lost before the answer was complete."]),
+        (["Half ", ConnectionLoss()], ["The connection was lost before the answer was complete."]),
     ],
     ids=["busy-seconds", "busy", "unready-seconds", "unready", "refused", "forbidden", "failed", "stream", "cut"],
 )  # fmt: skip
-def test_an_error_is_explained_and_can_be_retried(
-    page: Page, server: PageServer, play: Play, words: list[str]
+def test_error_with_explanation_and_retry(
+    page: Page, server: PageServer, answer: ScriptedAnswer, error: list[str]
 ) -> None:
-    server.plays += [play, ["All is well."]]
+    server.answers += [answer, ["All is well."]]
     page.open()
     page.ask("How are you?")
-    assert page.problem() == [*words, "Retry"]
+    assert page.error() == [*error, "Retry"]
     page.click(".said .problem button")
     page.wait(lambda: page.answers() == ["All is well."])
     page.wait_for_end()
@@ -114,15 +113,16 @@ def test_an_error_is_explained_and_can_be_retried(
     assert server.bodies[0] == server.bodies[1]
 
 
-def test_no_network(page: Page, server: PageServer) -> None:
-    server.plays.append(["Back."])
+def test_loss_of_the_network(page: Page, server: PageServer) -> None:
+    server.answers.append(["Back."])
     page.open()
+    # -1: no limit of the throughput.
     network = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
     page.browser.call("Network.enable")
     page.browser.call("Network.emulateNetworkConditions", offline=True, **network)
     try:
         page.ask("Hello?")
-        assert page.problem() == ["No connection to the server.", "Retry"]
+        assert page.error() == ["No connection to the server.", "Retry"]
         page.wait(lambda: page.find("#state").text == "Not reachable")
     finally:
         page.browser.call("Network.emulateNetworkConditions", offline=False, **network)
@@ -132,18 +132,18 @@ def test_no_network(page: Page, server: PageServer) -> None:
     page.wait_for_end()
 
 
-def test_a_server_that_is_not_ready_yet(page: Page, server: PageServer) -> None:
-    server.ready = 503
+def test_server_that_is_not_ready_yet(page: Page, server: PageServer) -> None:
+    server.ready_status = 503
     page.open()
     assert page.find("#state").text == "Not ready yet"
-    server.ready = 200
+    server.ready_status = 200
     page.wait(lambda: page.find("#state").text == "Ready")
     page.wait(lambda: page.find("#model").text == "qwen-vl-chat")
 
 
-def test_an_api_key_is_asked_for_and_kept_in_the_tab(page: Page, server: PageServer) -> None:
+def test_api_key_dialog(page: Page, server: PageServer) -> None:
     server.key = "secret"
-    server.plays.append(["Hello."])
+    server.answers.append(["Hello."])
     page.open()
     page.wait(lambda: page.find("#key-dialog").is_displayed())
     page.press(ESCAPE)
@@ -155,18 +155,21 @@ def test_an_api_key_is_asked_for_and_kept_in_the_tab(page: Page, server: PageSer
     page.find("#key").send_keys("secret\n")
     page.wait(lambda: page.answers() == ["Hello."])
     page.wait_for_end()
-    kept, elsewhere = page.js("return [Object.values(sessionStorage), Object.values(localStorage)]")
-    assert kept == ["secret"]
-    assert "secret" not in elsewhere
+    # The key is stored for this tab only.
+    tab_storage, permanent_storage = page.js(
+        "return [Object.values(sessionStorage), Object.values(localStorage)]"
+    )
+    assert tab_storage == ["secret"]
+    assert "secret" not in permanent_storage
     assert not page.find("#key-dialog").is_displayed()
 
 
 def test_retry_asks_the_last_question_again(page: Page, server: PageServer) -> None:
-    server.plays += [["one"], ["two"], ["three"]]
+    server.answers += [["one"], ["two"], ["three"]]
     page.open()
     page.ask("First")
     page.ask("Second")
-    visible = [b for b in page.all("[data-words-label=retry]") if b.is_displayed()]
+    visible = [button for button in page.find_all("[data-words-label=retry]") if button.is_displayed()]
     assert len(visible) == 1
     visible[0].click()
     page.wait(lambda: page.answers() == ["one", "three"])
@@ -174,15 +177,18 @@ def test_retry_asks_the_last_question_again(page: Page, server: PageServer) -> N
     assert server.bodies[1] == server.bodies[2]
 
 
-def test_editing_a_question_replaces_the_later_turns(page: Page, server: PageServer, tmp_path: Path) -> None:
-    server.plays += [["one"], ["two"], ["new"]]
+def test_edited_question_replaces_all_turns_from_it_on(
+    page: Page, server: PageServer, tmp_path: Path
+) -> None:
+    """Escape leaves the editing and restores the draft of a new question."""
+    server.answers += [["one"], ["two"], ["new"]]
     page.open()
     page.ask("First", image_file(tmp_path))
     page.ask("Second")
     page.type("a draft")
     page.js("document.querySelector('[data-words-label=edit]').click()")
     assert page.find("#question").get_attribute("value") == "First"
-    assert len(page.all("#attached li")) == 1
+    assert len(page.find_all("#attached li")) == 1
     assert "Editing question 1" in page.find("#editing").text
     page.press(ESCAPE)
     assert page.find("#question").get_attribute("value") == "a draft"
@@ -196,10 +202,10 @@ def test_editing_a_question_replaces_the_later_turns(page: Page, server: PageSer
     assert sent_images(server.bodies[2])[0].size == (64, 48)
 
 
-def test_images_of_a_question_without_an_answer_go_to_the_next(
+def test_images_of_a_failed_question_are_sent_with_the_next_one(
     page: Page, server: PageServer, tmp_path: Path
 ) -> None:
-    server.plays += [Refusal(500), ["a dog"]]
+    server.answers += [Refusal(500), ["a dog"]]
     page.open()
     page.ask("What?", image_file(tmp_path))
     page.ask("What is it?")
@@ -209,7 +215,7 @@ def test_images_of_a_question_without_an_answer_go_to_the_next(
 
 
 def test_new_conversation_and_undo(page: Page, server: PageServer) -> None:
-    server.plays += [["one"], ["two"]]
+    server.answers += [["one"], ["two"]]
     page.open()
     page.ask("First")
     page.click("#new")
@@ -222,41 +228,44 @@ def test_new_conversation_and_undo(page: Page, server: PageServer) -> None:
     assert server.bodies[1]["messages"] == [{"role": "user", "content": "Second"}]
 
 
-def test_a_new_conversation_stops_the_answer(page: Page, server: PageServer) -> None:
+def test_new_conversation_stops_the_answer(page: Page, server: PageServer) -> None:
     gate = Gate()
-    server.plays += [["It", gate, " is"], ["new"]]
+    server.answers += [["It", gate, " is"], ["new"]]
     page.open()
     page.type("Go\n")
     page.wait(lambda: page.answers() == ["It"])
     page.click("#new")
-    assert gate.left.wait(30)
+    assert gate.disconnected.wait(30)
     page.ask("Other")
     assert page.answers() == ["new"]
 
 
-def test_copy_has_the_words_only(page: Page, server: PageServer) -> None:
-    server.plays.append(["See <ref>a dog</ref><box>(1,2),(3,4)</box> and\n<ref>a cat</ref>."])
+def test_copied_answer_has_no_tags(page: Page, server: PageServer) -> None:
+    server.answers.append(["See <ref>a dog</ref><box>(1,2),(3,4)</box> and\n<ref>a cat</ref>."])
     page.open()
     permissions = ["clipboardReadWrite", "clipboardSanitizedWrite"]
     page.browser.call("Browser.grantPermissions", permissions=permissions, origin=server.url)
     page.ask("What is there?")
     page.click("[data-words-label=copy]")
-    page.wait(lambda: page.all("[aria-label=Copied]"))
+    page.wait(lambda: page.find_all("[aria-label=Copied]"))
     copied = page.browser.driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
     assert copied == "See a dog and\na cat."
 
 
 def test_export_as_json(page: Page, server: PageServer, tmp_path: Path) -> None:
     answer = "<ref>狗</ref><box>(100,200),(300,450)</box><quad>(1,2),(3,4),(5,6),(7,8)</quad>"
-    server.plays += [[answer], ["yes"]]
+    server.answers += [[answer], ["yes"]]
     page.open()
     page.ask("Where?", image_file(tmp_path, size=(200, 100)))
     page.ask("Sure?")
     page.click("#export")
     exported = json.loads(page.downloaded(".json"))
     assert exported["model"] == "qwen-vl-chat"
-    asked = server.bodies[1]["messages"]
-    assert [{k: v for k, v in m.items() if k != "boxes"} for m in exported["messages"][:3]] == asked
+    without_boxes = [
+        {name: value for name, value in message.items() if name != "boxes"}
+        for message in exported["messages"]
+    ]
+    assert without_boxes[:3] == server.bodies[1]["messages"]
     boxes = [
         {
             "kind": box.kind,
@@ -270,12 +279,12 @@ def test_export_as_json(page: Page, server: PageServer, tmp_path: Path) -> None:
     assert exported["messages"][3] == {"role": "assistant", "content": "yes", "boxes": []}
 
 
-def test_a_truncated_or_empty_answer_is_labelled(page: Page, server: PageServer) -> None:
-    server.plays += [["Once upon"], []]
+def test_note_of_a_truncated_and_of_an_empty_answer(page: Page, server: PageServer) -> None:
+    server.answers += [["Once upon"], []]
     page.open()
-    server.finish = "length"
+    server.finish_reason = "length"
     page.ask("Tell a story")
     assert page.note() == "Cut off: the token limit was reached"
-    server.finish = "stop"
+    server.finish_reason = "stop"
     page.ask("Say nothing")
     assert page.note() == "The answer is empty."

@@ -1,4 +1,4 @@
-"""The page before a real server with the demo model."""
+"""The chat page with a real server of the demo model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from chromium import Browser
 from engines import needs_compiler
 from serve_page_driver import Page
-from serve_process import ServerProcess, sound_log, wait_until_idle
+from serve_process import ServerProcess, checked_records, wait_until_idle
 
 from paddlemix_qwenvl_plugin import QwenVL
 from paddlemix_qwenvl_plugin.demo.questions import QUESTIONS
@@ -22,13 +22,14 @@ from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
 
 pytestmark = [
     needs_compiler,
-    pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc, which only Linux has"),
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, which only Linux has"),
 ]
 
+# A question whose answer has one box.
 (LOCATE,) = (question for question in QUESTIONS if question.name == "locate")
 
 
-def _shown(page: Page) -> tuple[str, list[list[float]]]:
+def _shown_answer(page: Page) -> tuple[str, list[list[float]]]:
     """The words of the last answer, and its box on the image in thousandths."""
     ((left, top, right, bottom),) = page.rectangles(".turn:last-child .frame img")
     ((x1, y1, x2, y2),) = page.js(
@@ -48,17 +49,17 @@ def _check(page: Page, local_model: QwenVL) -> None:
         [{"image": str(LOCATE.images[0])}, {"text": LOCATE.turn.question}], chat=True
     )
     (box,) = answer.boxes
-    words, corners = _shown(page)
+    words, corners = _shown_answer(page)
     assert words == parse_boxes(answer.text).text
     assert corners == [pytest.approx(list(point), abs=3) for point in box.points]
 
 
-def test_a_question_a_stop_and_an_engine_that_is_killed(
+def test_answer_stop_and_retry_after_the_engine_is_killed(
     page_browser: Browser, serve_demo: Callable[..., ServerProcess], local_model: QwenVL, tmp_path: Path
 ) -> None:
     process = serve_demo()
-    url = process.ready()
-    server: Any = SimpleNamespace(url=f"{url}/", ready=200, key=None)
+    url = process.wait_until_ready()
+    server: Any = SimpleNamespace(url=f"{url}/", ready_status=200, key=None)
     page = Page(page_browser, server, tmp_path)
     page.open()
     assert page.find("#model").text == "qwen-vl-chat"
@@ -66,33 +67,33 @@ def test_a_question_a_stop_and_an_engine_that_is_killed(
     _check(page, local_model)
     assert "tokens" in page.note()
 
-    engine = process.engine()
-    assert engine is not None
-    os.kill(engine, signal.SIGSTOP)  # so that the answer does not come too soon
+    pid = process.engine_pid()
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)  # otherwise the answer could be complete before the click on #stop
     page.type("And now?\n")
     page.wait(lambda: page.find("#stop").is_displayed())
     page.click("#stop")
     page.wait_for_end()
     assert page.note() == "Stopped"
-    os.kill(engine, signal.SIGCONT)
+    os.kill(pid, signal.SIGCONT)
     wait_until_idle(url)
 
-    os.kill(engine, signal.SIGSTOP)
+    os.kill(pid, signal.SIGSTOP)
     page.attach(LOCATE.images[0])
     page.type(LOCATE.turn.question + "\n")
-    page.wait(lambda: page.all(".answer.running"))
-    os.kill(engine, signal.SIGKILL)
+    page.wait(lambda: page.find_all(".answer.running"))
+    os.kill(pid, signal.SIGKILL)
     page.wait_for_end()
-    line, detail, retry = page.problem()
-    assert line == "The server is not ready. Try again in 1 second."
-    assert detail.startswith("the engine process was killed (SIGKILL)")
-    assert retry == "Retry"
+    explanation, message, button = page.error()
+    assert explanation == "The server is not ready. Try again in 1 second."
+    assert message.startswith("the engine process was killed (SIGKILL)")
+    assert button == "Retry"
     page.wait(lambda: page.find("#state").text == "Ready")
-    page.all(".said > .problem button")[-1].click()
+    page.find_all(".said > .problem button")[-1].click()
     page.wait_for_end()
     _check(page, local_model)
-    assert page.complaints() == []
-    process.send(signal.SIGTERM)
-    code, log = process.end()
+    assert page.problems() == []
+    process.send_signal(signal.SIGTERM)
+    code, log = process.wait_for_exit()
     assert code == 0
-    sound_log(log)
+    checked_records(log)
