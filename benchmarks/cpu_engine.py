@@ -312,7 +312,7 @@ def main() -> None:
     dll.qvlt_read_bandwidth.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int]
     with small_engine(library, BFLOAT16, arguments.threads) as engine:
         description = engine.describe()
-    # The description is like "avx512, 2 threads".
+    # The description is like "cpu avx512, 2 threads".
     threads = int(description.split(", ")[1].split()[0])
     print(f"{datetime.date.today()}: {description}; ms per layer\n")
     language = [
