@@ -284,6 +284,7 @@ def patches(images: Any, conv: Any, positions: Any, ln: Any, ln_bias: Any) -> An
 
 
 def before_vision_attention(x: Any, delta: Any, ln: Any, ln_bias: Any, weight: Any, bias: Any) -> Any:
+    """First part of a block, like before_attention: returns the residual stream, and q, k and v of each head."""
     x = x + delta
     return x, f.linear(norm(x, ln, ln_bias), weight, bias)
 
@@ -300,6 +301,7 @@ def after_vision_attention(
     proj: Any,
     bias: Any,
 ) -> Any:
+    """Second part of a block, like after_attention: returns the residual stream and the MLP's output."""
     x = x + f.linear(mixed, out, out_bias)
     return x, f.linear(f.gelu(f.linear(norm(x, ln, ln_bias), fc, fc_bias)), proj, bias)
 
@@ -316,11 +318,13 @@ def before_resampler_attention(
     value: Any,
     bias: Any,
 ) -> Any:
+    """Compute the resampler's keys and values from the patches."""
     x = norm(f.linear(x + delta, kv), ln, ln_bias)
     return f.linear(x + positions, key, key_bias), f.linear(x, value, bias)
 
 
 def after_resampler_attention(mixed: Any, out: Any, out_bias: Any, ln: Any, ln_bias: Any, proj: Any) -> Any:
+    """Compute the image features from the resampler's attention."""
     return f.linear(norm(f.linear(mixed, out, out_bias), ln, ln_bias), proj)
 
 
