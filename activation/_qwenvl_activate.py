@@ -1,12 +1,12 @@
 """Activation of the hooks at interpreter start (qwenvl_activate.pth, qwenvl_activate.start from Python 3.15 on).
 
-A finder on sys.meta_path calls the plugin's hook after each module of HOOKS has loaded, and provides the stand-ins
-of STAND_INS if the real module is missing. The plugin itself is imported with the first of these modules.
+A finder on sys.meta_path calls the plugin's hook when a module of HOOKS or EARLY_HOOKS is imported, and provides the
+stand-ins of STAND_INS if the real module is missing. The plugin itself is imported for the first call of a hook.
 
 Environment: QWENVL_PLUGIN=0 switches the activation off; QWENVL_PLUGIN_DEBUG=1 logs to stderr.
 """
 
-# No `from __future__ import annotations` and no typing: each would load a file at every interpreter start.
+# `from __future__ import annotations` and typing are not used: they would load files at every interpreter start.
 import _thread
 import os
 import sys
@@ -21,33 +21,34 @@ if TYPE_CHECKING:
 
 _PLUGIN = "paddlemix_qwenvl_plugin"
 
-# Module -> "hook module:function", called with the module right after it was executed.
+# Module -> "hook module:function"; the function is called with the module right after the module's execution.
 HOOKS = {
     "paddlemix.auto.modeling": _PLUGIN + ".upstream.paddlemix:hook_auto_modeling",
     "paddlemix.processors.qwen_vl_processing": _PLUGIN + ".upstream.paddlemix:hook_qwen_vl_processing",
     "paddlenlp.experimental.transformers.qwen.modeling": _PLUGIN + ".upstream.paddlenlp:hook_qwen",
     "paddlenlp.transformers.qwen.tokenizer": _PLUGIN + ".upstream.paddlenlp:hook_qwen_tokenizer",
 }
-# The same, called right before the module is executed.
+# Module -> "hook module:function"; the function is called with the module right before the module's execution.
 EARLY_HOOKS = {
     "paddlenlp.experimental.transformers.fused_transformer_layers": (
         _PLUGIN + ".upstream.paddlenlp:before_fused_layers"
     ),
 }
-# The same for modules that may be missing: then the function fills an empty module.
+# Module that may be missing -> "hook module:function"; if it is missing, the function fills an empty module.
 STAND_INS = {"paddlenlp_ops": _PLUGIN + ".upstream.ops_stand_in:fill"}
-_NEEDS_STAND_INS = "paddlenlp.experimental."
+# Only modules of this package get stand-ins.
+_IMPORTERS_OF_STAND_INS = "paddlenlp.experimental."
 _TABLE = {**HOOKS, **EARLY_HOOKS, **STAND_INS}
 
-# The user's value before Paddle sets it to 1 on import (read by the plugin's util/threads.py).
+# The user's value, for the plugin's util/threads.py: Paddle's import sets the variable to 1.
 omp_num_threads = os.environ.get("OMP_NUM_THREADS", "")
 
-# Module -> "armed", "fired" or "failed: ERROR"; empty before init() and when switched off.
+# Module -> "armed", "fired" or "failed: ERROR"; empty before init() and if the activation is switched off.
 state: "dict[str, str]" = {}
 
 
 def init() -> None:
-    """Install the finder, once."""
+    """Install the finder. Further calls have no effect."""
     if state or os.environ.get("QWENVL_PLUGIN") == "0":
         return
     state.update(dict.fromkeys(_TABLE, "armed"))
@@ -58,28 +59,31 @@ def init() -> None:
 def debug(line: str) -> None:
     """Write a line to stderr if QWENVL_PLUGIN_DEBUG=1."""
     if os.environ.get("QWENVL_PLUGIN_DEBUG") == "1":
-        _tell(line)
+        _write(line)
 
 
-def _tell(line: str) -> None:
+def _write(line: str) -> None:
     if sys.stderr is not None:  # None under pythonw
         sys.stderr.write("qwenvl: " + line + "\n")
 
 
 def _fire(name: str, module: "ModuleType") -> bool:
-    """Call a hook. A failure causes a warning only: a hook must not break the user's import."""
+    """Call the hook of a module; return whether it succeeded.
+
+    A failure only causes a warning, at the first time: a hook must not break the user's import.
+    """
     try:
         from importlib import import_module
 
-        where, _, function = _TABLE[name].partition(":")
-        getattr(import_module(where), function)(module)
+        hook_module, _, function = _TABLE[name].partition(":")
+        getattr(import_module(hook_module), function)(module)
     except Exception as error:
-        what = type(error).__name__ + ": " + " ".join(str(error).split())
-        first = not state[name].startswith("failed")
-        state[name] = "failed: " + what
-        debug("hook " + name + " failed: " + what)
-        if first:
-            _warn(_PLUGIN + ": " + name + " is left unchanged, its hook failed (" + what + ")")
+        reason = type(error).__name__ + ": " + " ".join(str(error).split())
+        is_first_failure = not state[name].startswith("failed")
+        state[name] = "failed: " + reason
+        debug("hook " + name + " failed: " + reason)
+        if is_first_failure:
+            _warn(_PLUGIN + ": " + name + " is left unchanged, its hook failed (" + reason + ")")
         return False
     state[name] = "fired"
     debug("hook " + name + " fired")
@@ -91,13 +95,14 @@ def _warn(message: str) -> None:
 
     try:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
-    except RuntimeWarning:  # with `-W error` it would break the user's import
-        _tell(message)
+    except RuntimeWarning:  # `-W error` turns it into an exception, which would break the user's import
+        _write(message)
 
 
 def _importer() -> str:
-    """Name of the module that runs the current import."""
+    """Name of the module whose code runs the current import."""
     frame = sys._getframe(1)
+    # Skip the frames of finders, of importlib and of this module.
     while frame.f_back is not None and (
         frame.f_code.co_name == "find_spec"
         or frame.f_globals.get("__name__", "").startswith(("importlib", "_frozen_importlib", __name__))
@@ -107,10 +112,10 @@ def _importer() -> str:
 
 
 class _Finder:
-    """Meta path finder for the modules of the table, which it finds through the other finders."""
+    """Meta path finder for the modules of the table; it finds them through the other finders."""
 
     def __init__(self) -> None:
-        # (module, thread) of running searches: other finders may call all finders in turn.
+        # (module, thread) of running searches, against endless recursion: other finders may call all finders.
         self._searching: set[tuple[str, int]] = set()
 
     def find_spec(
@@ -127,12 +132,14 @@ class _Finder:
         finally:
             self._searching.discard(search)
         if name in STAND_INS:
-            # A real module is not changed, and other importers, which may only test for the module, get no stand-in.
-            if spec is not None or not _importer().startswith(_NEEDS_STAND_INS):
+            # A real module is not changed. Modules of other packages get no stand-in, since they may only check
+            # whether the module exists.
+            if spec is not None or not _importer().startswith(_IMPORTERS_OF_STAND_INS):
                 return spec
             from importlib.machinery import ModuleSpec
 
-            return ModuleSpec(name, _StandInLoader(name))  # type: ignore[arg-type]  # duck-typed, as below
+            # The loaders of this file are no subclasses of importlib's, which would need another import at start.
+            return ModuleSpec(name, _StandInLoader(name))  # type: ignore[arg-type]
         if spec is not None and hasattr(spec.loader, "exec_module"):
             spec.loader = _HookLoader(name, spec.loader)  # type: ignore[assignment, arg-type]
         return spec
@@ -149,7 +156,7 @@ class _Finder:
 
 
 class _HookLoader:
-    """Wrapper of a module's loader that runs the hook; restores the loader before the module is executed."""
+    """Wrapper of a module's loader that calls the hook; it restores the loader before the module's execution."""
 
     def __init__(self, name: str, loader: "Loader") -> None:
         self._name = name
@@ -170,7 +177,7 @@ class _HookLoader:
 
 
 class _StandInLoader:
-    """Loader of a stand-in; if filling it fails, the import raises ModuleNotFoundError."""
+    """Loader of a stand-in; the import raises ModuleNotFoundError if the hook cannot fill the module."""
 
     def __init__(self, name: str) -> None:
         self._name = name

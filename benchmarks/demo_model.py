@@ -1,7 +1,8 @@
-"""Benchmark of the demo model's eight answers by the portable graph and the engine: ms per token, prompt and image.
+"""Benchmark of the demo model on the portable graph and on the engine: milliseconds per token, prompt and image.
 
 Run: python benchmarks/demo_model.py
-Needs the plugin and a C++ compiler; a minute. Each figure is the best of five rounds of all questions.
+Needs the plugin and a C++ compiler; takes a minute. Each figure is the best of five rounds of the demo's eight
+questions.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from paddlemix_qwenvl_plugin.demo.run import MODEL
 from paddlemix_qwenvl_plugin.demo.score import request
 from paddlemix_qwenvl_plugin.runtime.loop import Loop
 
+# (QWENVL_ENGINE, dtype, quant_type); `fused` selects the engine.
 ROWS: Sequence[tuple[str, str, Optional[str]]] = (
     ("portable", "float32", None),
     ("portable", "bfloat16", None),
@@ -32,8 +34,8 @@ ROWS: Sequence[tuple[str, str, Optional[str]]] = (
 
 
 def main() -> None:
-    images = {path: Image.open(path).convert("RGB") for one in QUESTIONS for path in one.images}
-    print("| | ms per token | ms per prompt | ms an image |\n| --- | --- | --- | --- |")
+    images = {path: Image.open(path).convert("RGB") for question in QUESTIONS for path in question.images}
+    print("| | ms per token | ms per prompt | ms per image |\n| --- | --- | --- | --- |")
     for engine, dtype, quant_type in ROWS:
         os.environ["QWENVL_ENGINE"] = engine
         with tempfile.TemporaryDirectory() as name:
@@ -41,21 +43,24 @@ def main() -> None:
             export_vision(MODEL, folder / "vision", dtype)
             export_language(MODEL, folder, "qwen", dtype, quant_type=quant_type)
             model = QwenVL.from_exported(folder / "vision", folder / "qwen")
-            rounds = [answer_all(model, images) for _ in range(6)][1:]
+            answer_all(model, images)  # warm-up
+            rounds = [answer_all(model, images) for _ in range(5)]
         cells = " | ".join(f"{min(figures):.2f}" for figures in zip(*rounds))
-        print(f"| {engine} {quant_type or dtype} | {cells} |", flush=True)
+        label = {"portable": "portable", "fused": "engine"}[engine]
+        print(f"| {label} {quant_type or dtype} | {cells} |", flush=True)
 
 
 def answer_all(model: QwenVL, images: dict[Path, Image.Image]) -> tuple[float, float, float]:
+    """Answer all questions; return the milliseconds per token after the first, per prompt and per image."""
     model.load()
     model._loop = Loop(model._loop._executor)  # without caches: each round encodes the images again
     n_tokens = n_prompts = n_images = 0
     seconds = dict.fromkeys(("decode", "prefill", "encode_images"), 0.0)
     for question in QUESTIONS:
         answer = model.ask(request(question.sample, [images[path] for path in question.images])).finish()
-        for part in seconds:
-            seconds[part] += answer.timings[part]
-        n_tokens += len(answer.token_ids) - 1
+        for phase in seconds:
+            seconds[phase] += answer.timings[phase]
+        n_tokens += len(answer.token_ids) - 1  # prefill computes the first token
         n_prompts += 1
         n_images += len(question.images)
     decode, prefill, encode = seconds.values()

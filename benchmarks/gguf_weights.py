@@ -1,6 +1,7 @@
-"""Write random weights of a Qwen-1 geometry as a GGUF file for llama.cpp. Needs NumPy and gguf, not this package.
+"""Write random weights of a Qwen-1 geometry as a GGUF file for llama.cpp.
 
-Run: python benchmarks/gguf_weights.py PATH JSON, where JSON contains the other arguments of write_gguf.
+Needs NumPy and gguf, not this package.
+Run: python benchmarks/gguf_weights.py PATH JSON, where JSON is an object with the other arguments of write_gguf.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any, Optional
 
-# Random rows of a matrix; further rows repeat them.
+# Number of different rows of a matrix, which further rows repeat: random numbers take time.
 RANDOM_ROWS = 4096
+# The vocabulary begins with a token for each byte.
 N_BYTES = 256
 
 
@@ -26,14 +28,15 @@ def write_gguf(
     Args:
         kind: gguf's name of the storage type, such as Q8_0.
         sizes: as in config.json.
-        n_words: number of word tokens after the 256 byte tokens. The next token is the stop token; its logit and those
-            of all tokens that are not words are 0. None: a model without a tokenizer, all logits random.
+        n_words: number of word tokens, which follow the 256 byte tokens and precede the stop token. Only word tokens
+            have random logits; the logits of all other tokens, the stop token included, are 0. None: a model without
+            a tokenizer, whose logits are all random.
     """
     import gguf
     import numpy as np
     from gguf import quants
 
-    quant = getattr(gguf.GGMLQuantizationType, kind)
+    storage_type = getattr(gguf.GGMLQuantizationType, kind)
     hidden, mlp, vocab = sizes["hidden_size"], sizes["intermediate_size"] // 2, sizes["vocab_size"]
     writer = gguf.GGUFWriter(path, "qwen")
     writer.add_context_length(sizes["max_position_embeddings"])
@@ -50,33 +53,37 @@ def write_gguf(
     def vector(name: str, n: int) -> None:
         writer.add_tensor(name, np.ones(n, np.float32))
 
-    def matrix(name: str, rows: int, columns: int, kept: slice = slice(None)) -> None:
-        few = random.standard_normal((min(rows, RANDOM_ROWS), columns)).astype(np.float32)
-        few = quants.quantize(few * np.float32(0.02), quant)
-        values = np.zeros((rows, *few.shape[1:]), few.dtype)
-        values[kept] = np.resize(few, values[kept].shape)
-        writer.add_tensor(name, values, raw_dtype=quant)
+    def matrix(name: str, n_rows: int, n_columns: int, random_rows: slice = slice(None)) -> None:
+        """Add a matrix, of which `random_rows` are random (default: all) and the others 0."""
+        floats = random.standard_normal((min(n_rows, RANDOM_ROWS), n_columns)).astype(np.float32)
+        quantized = quants.quantize(floats * np.float32(0.02), storage_type)
+        values = np.zeros((n_rows, *quantized.shape[1:]), quantized.dtype)
+        values[random_rows] = np.resize(quantized, values[random_rows].shape)
+        writer.add_tensor(name, values, raw_dtype=storage_type)
 
     if n_words is None:
-        spoken = slice(None)
+        word_rows = slice(None)
         writer.add_tokenizer_model("no_vocab")
         writer.add_vocab_size(vocab)
     else:
         end = N_BYTES + n_words
-        spoken = slice(N_BYTES, end)
-        others = [f"<|{i}|>" for i in range(end, vocab)]
-        tokens = [*_bytes_as_gpt2(), *(f"\u0120{i:06d}" for i in range(N_BYTES, end)), *others]
+        word_rows = slice(N_BYTES, end)
+        byte_tokens = _gpt2_byte_tokens()
+        word_tokens = [
+            f"\u0120{i:06d}" for i in range(N_BYTES, end)
+        ]  # U+0120 is GPT-2's character for a space
+        control_tokens = [f"<|{i}|>" for i in range(end, vocab)]
         normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("qwen2")
-        writer.add_token_list(tokens)
-        writer.add_token_types([normal] * end + [control] * len(others))
-        writer.add_token_merges(["0 0"])  # prompts are token ids
+        writer.add_token_list([*byte_tokens, *word_tokens, *control_tokens])
+        writer.add_token_types([normal] * end + [control] * len(control_tokens))
+        writer.add_token_merges(["0 0"])  # unused, since prompts are token ids
         writer.add_eos_token_id(end)
 
     matrix("token_embd.weight", vocab, hidden)
     vector("output_norm.weight", hidden)
-    matrix("output.weight", vocab, hidden, spoken)
+    matrix("output.weight", vocab, hidden, word_rows)
     for i in range(sizes["num_hidden_layers"]):
         vector(f"blk.{i}.attn_norm.weight", hidden)
         matrix(f"blk.{i}.attn_qkv.weight", 3 * hidden, hidden)
@@ -92,11 +99,14 @@ def write_gguf(
     writer.close()
 
 
-def _bytes_as_gpt2() -> list[str]:
-    """Characters for bytes in GPT-2's vocabulary: printable bytes denote themselves."""
-    seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = sorted(set(range(256)) - seen)
-    return [chr(b) if b in seen else chr(256 + hidden.index(b)) for b in range(256)]
+def _gpt2_byte_tokens() -> list[str]:
+    """Characters of the bytes in GPT-2's vocabulary.
+
+    A byte that is printable in Latin-1 is represented by itself, the others by the characters from U+0100 on.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    unprintable = sorted(set(range(256)) - printable)
+    return [chr(b) if b in printable else chr(256 + unprintable.index(b)) for b in range(256)]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Benchmark of the loop on the demo model: overhead over the bare engine, gain of a batch, cost of a second question.
+"""Benchmark of the loop on the demo model: overhead over the engine, speed-up of a batch, cost of a second question.
 
 Run: python benchmarks/loop.py
-Needs the plugin and a C++ compiler; two minutes. Each figure is the best of several rounds. With --busy N, N processes
-compute at the same time, and one thread is measured as well as two.
+Needs the plugin and a C++ compiler; takes two minutes. Each figure is the best of several rounds. With --busy N, only
+the engine is measured, with one and with two threads, while N other processes use the CPU.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,11 +24,12 @@ from typing import Optional
 from paddlemix_qwenvl_plugin import GenerationOptions, QwenVL, Request, export_language, export_vision
 from paddlemix_qwenvl_plugin.demo.questions import QUESTIONS
 from paddlemix_qwenvl_plugin.demo.run import MODEL
-from paddlemix_qwenvl_plugin.engine import library as c
+from paddlemix_qwenvl_plugin.engine import library
 from paddlemix_qwenvl_plugin.processing.prompts import Prompt
 from paddlemix_qwenvl_plugin.runtime.engine_executor import EngineExecutor
 from paddlemix_qwenvl_plugin.runtime.loop import Loop
 
+# (dtype, quant_type) of the exports.
 STORAGE: list[tuple[str, Optional[str]]] = [
     ("float32", None),
     ("bfloat16", None),
@@ -36,14 +38,16 @@ STORAGE: list[tuple[str, Optional[str]]] = [
     ("bfloat16", "weight_only_int4"),
 ]
 
-PROMPT, TOKENS = list(range(200, 232)), 200
+# Prompt of the time per token, and decode steps over which it is measured.
+PROMPT, DECODE_STEPS = list(range(200, 232)), 200
 
+# Prompts of 4 to 63 tokens and completions of 16 to 255 tokens, in a deterministic mix.
 PROMPTS = [[200 + (7 * n + i) % 300 for i in range(4 + 5 * n % 60)] for n in range(64)]
-LENGTHS = [16 + 37 * n % 240 for n in range(64)]
+COMPLETION_TOKENS = [16 + 37 * n % 240 for n in range(64)]
 
 
 class CRequest(ctypes.Structure):
-    """The C struct qvl_request."""
+    """The C struct qvl_request up to its last member, `adapter`, which is optional."""
 
     _fields_ = [
         ("n_tokens", c_int32),
@@ -62,62 +66,60 @@ def best(measure: Callable[[], float], rounds: int = 7) -> float:
     return min(measure() for _ in range(rounds))
 
 
-def seconds(work: Callable[[], object]) -> float:
+def seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
-    work()
+    run()
     return time.perf_counter() - start
 
 
-def bare(model: QwenVL, n_new: int) -> float:
-    """Time of qvl_generate in seconds, greedy, without a callback."""
+def engine_seconds(model: QwenVL, n_new: int) -> float:
+    """Time of a call of the engine's qvl_generate for PROMPT in seconds, greedy, without a callback."""
     executor = model._loop._executor
     assert isinstance(executor, EngineExecutor)
-    generate = c.load().qvl_generate
-    generate.argtypes = [
-        c_void_p,
-        c_void_p,
-        c_int32,
-        c_void_p,
-        c_uint32,
-        c_int32,
-        c_void_p,
-        c_void_p,
-        c_void_p,
+    prompt, tokens, result = (c_int32 * len(PROMPT))(*PROMPT), (c_int32 * n_new)(), (c_int32 * 4)()
+    request = CRequest(len(PROMPT), 0, ctypes.addressof(prompt), None, n_new)
+    # The parameters of qvl_generate in csrc/include/qwenvl.h: (C type, argument).
+    parameters = [
+        (c_void_p, executor._language.handle),  # engine
+        (c_void_p, None),  # pool
+        (c_int32, 1),  # n
+        (c_void_p, ctypes.addressof(request)),  # requests
+        (c_uint32, ctypes.sizeof(request)),  # request_size
+        (c_int32, 0),  # n_end
+        (c_void_p, None),  # end_ids
+        (c_void_p, None),  # on_step
+        (c_void_p, None),  # user
+        (c_int64, n_new),  # stride
+        (c_void_p, ctypes.addressof(tokens)),  # tokens
+        (c_void_p, ctypes.addressof(result)),  # results
+        (c_void_p, None),  # stream
+        (c_void_p, None),  # error
     ]
-    generate.argtypes += [c_int64, c_void_p, c_void_p, c_void_p, c_void_p]
-    ids, tokens, result = (c_int32 * len(PROMPT))(*PROMPT), (c_int32 * n_new)(), (c_int32 * 4)()
-    request = CRequest(len(PROMPT), 0, ctypes.addressof(ids), None, n_new)
-    arguments = (
-        executor._language.handle,
-        None,
-        1,
-        ctypes.byref(request),
-        ctypes.sizeof(request),
-        0,
-        None,
-        None,
-    )
-    rest = (None, n_new, ctypes.addressof(tokens), ctypes.addressof(result), None, None)
+    generate = library.load().qvl_generate
+    generate.argtypes = [c_type for c_type, _ in parameters]
+    arguments = [argument for _, argument in parameters]
 
     def run() -> None:
-        assert generate(*arguments, *rest) == 0
+        assert generate(*arguments) == 0
 
     return seconds(run)
 
 
-def streamed(model: QwenVL, n_new: int) -> float:
-    """Time of the same generation through the loop in seconds, its text streamed."""
+def loop_seconds(model: QwenVL, n_new: int) -> float:
+    """Time of the same completion through the loop, with its text streamed, in seconds."""
     options = GenerationOptions(max_new_tokens=n_new)
     model._loop = Loop(model._loop._executor)  # without the prefix cache of the last round
     stream = model.start(Prompt(PROMPT, []), [], [], options, None)
-    taken = seconds(lambda: list(stream))
+    elapsed = seconds(lambda: list(stream))
     assert len(stream.answer.token_ids) == n_new
-    return taken
+    return elapsed
 
 
-def per_token(measure: Callable[[QwenVL, int], float], model: QwenVL) -> float:
-    """Milliseconds per decode step, without the prompt."""
-    return 1e3 * (best(lambda: measure(model, TOKENS + 1)) - best(lambda: measure(model, 1))) / TOKENS
+def ms_per_token(measure: Callable[[QwenVL, int], float], model: QwenVL) -> float:
+    """Time per decode step in milliseconds, from the difference to a completion of one token."""
+    prompt = best(lambda: measure(model, 1))
+    completion = best(lambda: measure(model, DECODE_STEPS + 1))
+    return 1e3 * (completion - prompt) / DECODE_STEPS
 
 
 def open_demo(folder: Path, dtype: str, quant_type: Optional[str]) -> QwenVL:
@@ -130,29 +132,33 @@ def open_demo(folder: Path, dtype: str, quant_type: Optional[str]) -> QwenVL:
 
 def overhead(folder: Path) -> None:
     print(
-        "| stored as | bare engine, ms per token | loop, text included | it adds |\n| --- | --- | --- | --- |"
+        "| storage type | engine only (`qvl_generate`), ms per token | loop, text included | overhead |\n"
+        "| --- | --- | --- | --- |"
     )
     for dtype, quant_type in STORAGE:
         model = open_demo(folder, dtype, quant_type)
-        engine, loop = per_token(bare, model), per_token(streamed, model)
+        engine, loop = ms_per_token(engine_seconds, model), ms_per_token(loop_seconds, model)
         print(f"| {quant_type or dtype} | {engine:.3f} | {loop:.3f} | {loop - engine:.3f} |", flush=True)
 
 
 def batch(folder: Path) -> None:
-    print("\n| stored as | one after another, tokens/s | 64 at once | times |\n| --- | --- | --- | --- |")
+    print(
+        "\n| storage type | one after another, tokens/s | 64 at once | speed-up |\n| --- | --- | --- | --- |"
+    )
+    n_tokens = sum(COMPLETION_TOKENS)
     for dtype, quant_type in STORAGE:
         model = open_demo(folder, dtype, quant_type)
-        alone, together = (best(partial(run_all, model, window), 3) for window in (1, 64))
-        rates = f"{sum(LENGTHS) / alone:.0f} | {sum(LENGTHS) / together:.0f} | {alone / together:.1f}"
+        sequential, concurrent = (best(partial(run_all, model, window), 3) for window in (1, 64))
+        rates = f"{n_tokens / sequential:.0f} | {n_tokens / concurrent:.0f} | {sequential / concurrent:.1f}"
         print(f"| {quant_type or dtype} | {rates} |", flush=True)
 
 
 def run_all(model: QwenVL, window: int) -> float:
-    """Time of 64 requests of different lengths in seconds."""
-    model._loop = Loop(model._loop._executor)
+    """Time of the 64 requests of PROMPTS in seconds, with at most `window` concurrently."""
+    model._loop = Loop(model._loop._executor)  # without the prefix cache of the last round
     streams = (
         model.start(Prompt(ids, []), [], [], GenerationOptions(max_new_tokens=n), None)
-        for ids, n in zip(PROMPTS, LENGTHS)
+        for ids, n in zip(PROMPTS, COMPLETION_TOKENS)
     )
     return seconds(lambda: list(model.finish_all(streams, window)))
 
@@ -162,53 +168,62 @@ def second_question(folder: Path) -> None:
     image = {"image": str(QUESTIONS[0].images[0])}
     options = GenerationOptions(max_new_tokens=1)
 
-    def ask(text: str) -> float:
+    def time_to_first_token(text: str) -> float:
         return seconds(lambda: model.ask(Request([image, {"text": text}], options, chat=True)).finish())
 
-    ask("What is this?")
-    firsts, seconds_ = [], []
+    time_to_first_token("What is this?")  # warm-up
+    first_times, second_times = [], []
     for n in range(9):
-        model._loop = Loop(model._loop._executor)
-        firsts.append(ask(f"What is this? {n}"))
-        seconds_.append(ask(f"How many shapes are there? {n}"))
-    first, second = 1e3 * min(firsts), 1e3 * min(seconds_)
-    print(f"\nTo the first token {first:.1f} ms; of a second question about the image {second:.1f} ms")
+        model._loop = Loop(model._loop._executor)  # without the caches of the last round
+        first_times.append(time_to_first_token(f"What is this? {n}"))
+        second_times.append(time_to_first_token(f"How many shapes are there? {n}"))
+    print(
+        f"\ntime to first token: a question about an image {1e3 * min(first_times):.1f} ms; "
+        f"a second question about the same image {1e3 * min(second_times):.1f} ms"
+    )
 
 
-def busy(folder: Path, n: int) -> None:
-    print(f"\n{n} processes compute beside it: bare engine, ms per token, with 1 and 2 threads")
-    burn = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
+def engine_on_busy_cpu(folder: Path, n_processes: int) -> None:
+    print(f"\nengine only, ms per token, while {n_processes} other processes use the CPU\n")
+    print("| storage type | 1 thread | 2 threads |\n| --- | --- | --- |")
+    load = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n_processes)]
     try:
         for dtype, quant_type in STORAGE:
             open_demo(folder, dtype, quant_type)
             figures = []
             for threads in ("1", "2"):
-                command = [sys.executable, __file__, "--one", str(folder)]
+                command = [sys.executable, __file__, "--engine_only", str(folder)]
                 environment = {**os.environ, "OMP_NUM_THREADS": threads}
-                done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-                figures.append(float(done.stdout.split()[-1]))
+                process = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+                figures.append(float(process.stdout.split()[-1]))
             print(f"| {quant_type or dtype} | {figures[0]:.3f} | {figures[1]:.3f} |", flush=True)
     finally:
-        for process in burn:
+        for process in load:
             process.kill()
+
+
+def print_engine_only(folder: Path) -> None:
+    """Print the milliseconds per token of the engine on the export in `folder`: the median of nine repetitions."""
+    model = QwenVL.from_exported(folder / "vision", folder / "qwen")
+    model.load()
+    engine_seconds(model, DECODE_STEPS)  # warm-up
+    print(1e3 * statistics.median(engine_seconds(model, DECODE_STEPS) for _ in range(9)) / DECODE_STEPS)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--busy", type=int, default=0, metavar="N")
     parser.add_argument(
-        "--one", type=Path, help=argparse.SUPPRESS
-    )  # folder of an export: bare engine, median
+        "--busy", type=int, default=0, metavar="N", help="processes that use the CPU at the same time"
+    )
+    # Internal: folder of an export, for the processes that --busy measures.
+    parser.add_argument("--engine_only", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        model = QwenVL.from_exported(arguments.one / "vision", arguments.one / "qwen")
-        model.load()
-        bare(model, TOKENS)
-        print(1e3 * sorted(bare(model, TOKENS) for _ in range(9))[4] / TOKENS)
+    if arguments.engine_only:
+        print_engine_only(arguments.engine_only)
         return
     with tempfile.TemporaryDirectory() as name:
         if arguments.busy:
-            busy(Path(name), arguments.busy)
+            engine_on_busy_cpu(Path(name), arguments.busy)
             return
         overhead(Path(name))
         batch(Path(name))

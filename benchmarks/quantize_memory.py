@@ -1,9 +1,10 @@
 """Peak memory of the phases of `qwenvl quantize` in the 7B geometry with random weights.
 
-Run: python benchmarks/quantize_memory.py embed|layer|report FOLDER; FOLDER is made at first, 7 GB, and used again.
-Each phase is a process, as memory is freed between them. `embed` loads the whole vision tower and encodes the images of
-a few default rows. `layer` holds what is in memory at a layer's last matrix, mlp.c_proj, whose Hessian is the largest,
-and quantizes it, with a chunk of random inputs. `report` compares tokens.
+Run: python benchmarks/quantize_memory.py embed|layer|report FOLDER
+The first run writes a checkpoint of 7 GB to FOLDER, which later runs use. Each phase needs a separate run, because
+peak memory is that of a process. `embed` encodes the images of a few default calibration rows, with the whole vision
+tower in float32. `layer` quantizes mlp.c_proj, a layer's last matrix, which has the largest Hessian, with random
+inputs. `report` compares tokens.
 """
 
 from __future__ import annotations
@@ -30,21 +31,24 @@ from paddlemix_qwenvl_plugin.quantization.rounding import Hessian, quantise  # n
 from paddlemix_qwenvl_plugin.quantization.rows import CalibrationRows  # noqa: E402
 from paddlemix_qwenvl_plugin.tiny.vocab import write_tiny_vocabulary  # noqa: E402
 
-HIDDEN, MLP, TOKENS = 4096, 11008, 2048
+HIDDEN, MLP = 4096, 11008
+TOKENS = 2048  # of the calibration rows in the phase `layer`
+ROW_TOKENS = 300  # of the row in the phase `report`
 
 
-def make(folder: Path) -> None:
+def write_checkpoint(folder: Path) -> None:
     folder.mkdir()
     write_tiny_vocabulary(folder / "qwen.tiktoken")
-    start = QwenTokenizer.from_folder(folder).img_start_id
-    vision = {**CONFIG["visual"], "layers": 48, "image_start_id": start}
+    image_start_id = QwenTokenizer.from_folder(folder).img_start_id
+    vision = {**CONFIG["visual"], "layers": 48, "image_start_id": image_start_id}
     write_model(folder, {**CONFIG, "visual": vision}, "bfloat16")
 
 
-def report(what: str) -> None:
+def report(point: str) -> None:
+    """Print the peak and the current resident memory of this process at a point of the program."""
     status = Path("/proc/self/status").read_text()
-    peak, now = (int(re.findall(rf"{key}:\s+(\d+)", status)[0]) / 2**20 for key in ("VmHWM", "VmRSS"))
-    print(f"{what}: peak {peak:.2f} GiB, now {now:.2f}", flush=True)
+    peak, current = (int(re.findall(rf"{key}:\s+(\d+)", status)[0]) / 2**20 for key in ("VmHWM", "VmRSS"))
+    print(f"{point}: peak {peak:.2f} GiB, now {current:.2f}", flush=True)
 
 
 def measure_embed(checkpoint: Checkpoint) -> None:
@@ -55,6 +59,7 @@ def measure_embed(checkpoint: Checkpoint) -> None:
 
 
 def measure_layer(checkpoint: Checkpoint) -> None:
+    # During calibration two copies of a layer are in memory, the original and the quantized one.
     layers = [DecoderLayer(checkpoint.config) for _ in range(2)]
     for layer in layers:
         layer.load({"mlp.c_proj.weight": np.full((HIDDEN, MLP), 0.01, np.float32)})
@@ -65,18 +70,22 @@ def measure_layer(checkpoint: Checkpoint) -> None:
     gram = inputs.T @ inputs
     report("inputs")
     hessian = Hessian(gram.copy(), "mlp.c_proj")
-    report("factored")
-    quantise(weight, hessian, 4, 32)
+    report("Hessian factorized")
+    quantise(weight, hessian, 4, 32)  # 4 bits, groups of 32
     report("quantized")
 
 
 class RandomStates:
+    """Stub of the files of hidden states."""
+
     def read(self, row: int) -> np.ndarray:
-        return np.random.default_rng(row).standard_normal((300, HIDDEN), np.float32)
+        return np.random.default_rng(row).standard_normal((ROW_TOKENS, HIDDEN), np.float32)
 
 
 class Row:
-    judged = np.arange(100, 300)
+    """Stub of a calibration row; the tokens at the positions `judged` are compared."""
+
+    judged = np.arange(100, ROW_TOKENS)
 
 
 def measure_report(checkpoint: Checkpoint) -> None:
@@ -87,5 +96,5 @@ def measure_report(checkpoint: Checkpoint) -> None:
 if __name__ == "__main__":
     phase, path = sys.argv[1], Path(sys.argv[2])
     if not path.exists():
-        make(path)
+        write_checkpoint(path)
     globals()[f"measure_{phase}"](Checkpoint(path))

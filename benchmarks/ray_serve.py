@@ -1,13 +1,15 @@
-"""What Ray adds to a server on this machine: `qwenvl serve --ray` with one engine against `qwenvl serve`.
+"""Latency that Ray adds to a server on this machine: `qwenvl serve --ray` with one engine, and `qwenvl serve`.
 
 Run: python benchmarks/ray_serve.py [--clients 1 8] [--rounds 3]
-Needs the plugin with [serve,ray] and a C++ compiler; a round takes a minute. Times are those of the client: to the
-first token of a completion, and between its tokens. Both servers have the same stages, of the demo model's geometry, in
-which a token takes 0.2 ms, threads and requests, greedy and streamed; all prompts differ, so no cache hits. The next
-round has the reverse order.
+Needs the plugin with [serve,ray] and a C++ compiler; a round takes a minute.
 
-A front of `--ray` that cannot keep up sends several tokens at once, so compare the times between tokens together with
-tokens an event.
+Times are measured by the client: to the first token of a completion, and between its tokens. Both servers have the same
+number of threads, and the same exported stages in the demo model's geometry, in which a token takes 0.2 ms. They get
+the same requests, greedy and streamed; all prompts differ, so no prefix cache has hits. The order of the servers
+alternates between rounds.
+
+The times between tokens are those between events of the stream. An overloaded front of `--ray` sends several tokens in
+one event, so compare these times together with the tokens per event.
 """
 
 from __future__ import annotations
@@ -30,54 +32,60 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8])
+    parser.add_argument(
+        "--clients", type=int, nargs="+", default=[1, 8], help="numbers of clients, one load each"
+    )
     parser.add_argument("--requests", type=int, default=24, help="requests of each client in a round")
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=1, help="default 1")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         export_stages(folder, _GEOMETRY)
-        alone = ours(folder)
-        on_ray = replace(alone, name="qwenvl serve --ray", command=[*alone.command, "--ray", "local"])
+        plain = ours(folder)
+        on_ray = replace(plain, name="qwenvl serve --ray", command=[*plain.command, "--ray", "local"])
         for number in range(arguments.rounds):
-            for server in (on_ray, alone) if number % 2 else (alone, on_ray):
+            for server in (on_ray, plain) if number % 2 else (plain, on_ray):
                 print(f"round {number + 1}: {server.name}", flush=True)
                 with on_server(server, folder) as measure:
                     for n in arguments.clients:
                         bodies = requests(f"{number} {n}", n * arguments.requests, _GEOMETRY)
                         rows.append({"clients": n, **measure(Load(clients=n), bodies)})
-    print_table(rows, arguments.clients, (alone.name, on_ray.name))
+    print_table(rows, arguments.clients, (plain.name, on_ray.name))
 
 
 def print_table(rows: list[dict[str, Any]], clients: list[int], names: tuple[str, str]) -> None:
-    """Print the medians and p95 of each load and server, and what Ray adds to the medians."""
+    """Print the times of both servers for each number of clients, and their differences.
+
+    Args:
+        names: names of the server without Ray and of the server on Ray.
+    """
     print_row(
         *("clients", "server", "first token, ms: p50, p95", "between tokens, ms: p50, p95, mean"),
-        *("tokens an event", "tokens/s", "errors"),
+        *("tokens per event", "tokens/s", "errors"),
     )
     print_row(*["---"] * 7)
     for n in clients:
-        medians = []
+        averages = []  # (median time to first token, mean time between tokens) of each server
         for name in names:
-            some = [row for row in rows if (row["clients"], row["name"]) == (n, name)]
+            rounds = [row for row in rows if (row["clients"], row["name"]) == (n, name)]
             first, between = (
-                1e3 * np.concatenate([row[key] for row in some]) for key in ("first", "between")
+                1e3 * np.concatenate([row[key] for row in rounds]) for key in ("first", "between")
             )
-            medians.append((np.median(first), np.mean(between)))
-            n_tokens, n_events, n_errors = (
-                sum(row["tokens"] for row in some),
-                sum(row["events"] for row in some),
-                sum(len(row["errors"]) for row in some),
-            )
+            averages.append((np.median(first), np.mean(between)))
+            n_tokens, n_events = (sum(row[key] for row in rounds) for key in ("tokens", "events"))
+            n_errors = sum(len(row["errors"]) for row in rounds)
             print_row(
                 *(n, name, ", ".join(f"{q:.2f}" for q in np.percentile(first, [50, 95]))),
                 ", ".join(f"{q:.2f}" for q in (*np.percentile(between, [50, 95]), np.mean(between))),
-                *(f"{n_tokens / n_events:.2f}", f"{rate_of(some):.0f}", n_errors),
+                *(f"{n_tokens / n_events:.2f}", f"{rate_of(rounds):.0f}", n_errors),
             )
-        (first_alone, between_alone), (first_ray, between_ray) = medians
+        (first_plain, between_plain), (first_ray, between_ray) = averages
         print_row(
-            n, "Ray adds", f"{first_ray - first_alone:.2f}", f"{between_ray - between_alone:.2f} (mean)"
+            n,
+            "overhead of Ray",
+            f"{first_ray - first_plain:.2f}",
+            f"{between_ray - between_plain:.2f} (mean)",
         )
 
 

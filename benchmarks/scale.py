@@ -7,6 +7,7 @@ Run: python benchmarks/scale.py [--only NAME] [--profile h200-int4] [--figure FI
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,24 @@ from scale_batch import BatchJob
 from scale_cluster import Autoscaling, Failures, Service
 from scale_figure import Line, figure
 from scale_load import Conversations, Users
+from scale_replica import Request
 from scale_router import ByPrefix, Router, TwoChoices
 from scale_station import Station
 from scale_times import COSTS, FRONT_TOKEN, MEASURED_IMAGE, PROFILES, Times
 
-# The conversations of docs/scaling.md; a short think time, so that a run reaches its steady state soon.
+# The conversations of docs/scaling.md, with a shorter think time, so that a run reaches its steady state soon.
 CONVERSATIONS = Conversations(think=1.0)
-# Requests per second per replica, and replicas per cell, in the scenario `replicas`.
+# The scenario `replicas`: requests per second per replica, and replicas per cell.
 RATE = 30
 CELL = 8
+# A row of a batch job: tokens of a prompt with one image, and of its caption; rows that an engine decodes concurrently.
+PROMPT_TOKENS = CONVERSATIONS.first
+CAPTION_TOKENS = 64
+BATCH_ROWS = 64
 
 
-def table(*heads: str) -> None:
-    print(f"\n| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
+def table(*headers: str) -> None:
+    print(f"\n| {' | '.join(headers)} |\n|{' --- |' * len(headers)}")
 
 
 def row(*cells: Any) -> None:
@@ -36,33 +42,52 @@ def row(*cells: Any) -> None:
 
 
 def ms(seconds: float) -> str:
+    """Format a duration in milliseconds, from 10 seconds on in seconds."""
     return f"{seconds * 1000:.0f} ms" if seconds < 10 else f"{seconds:.0f} s"
 
 
-def quantile(values: list[float], share: float) -> float:
+def quantile(values: list[float], fraction: float) -> float:
     values = sorted(values)
-    return values[min(len(values) - 1, int(share * len(values)))] if values else float("nan")
+    return values[min(len(values) - 1, int(fraction * len(values)))] if values else float("nan")
 
 
 def steady(
-    times: Times, n: int, each: float, router: Router, seconds: tuple[float, float], **options: Any
-) -> tuple[Service, list[Any]]:
-    """Simulate a service under constant load; return it and its completed requests that arrived after the warm-up."""
+    times: Times, n_replicas: int, rate: float, router: Router, seconds: tuple[float, float], **options: Any
+) -> tuple[Service, list[Request]]:
+    """Simulate a service under constant load; return it and its completed requests that arrived after the warm-up.
+
+    Args:
+        rate: requests per second per replica.
+        seconds: duration of the warm-up, and of the measurement after it.
+        options: further arguments of Service.
+    """
     env = simpy.Environment()
-    service = Service(env, times, n, router, **options)
-    Users(service, n * each, CONVERSATIONS)
+    service = Service(env, times, n_replicas, router, **options)
+    Users(service, n_replicas * rate, CONVERSATIONS)
     warm_up, measured = seconds
     env.run(warm_up + measured)
     return service, [request for request in service.done if request.arrived > warm_up]
 
 
-def first_tokens(requests: list[Any]) -> list[float]:
+def first_token_times(requests: list[Request]) -> list[float]:
+    """Time to first token of each request, in seconds."""
     return [request.first - request.arrived for request in requests]
 
 
-def length(n: int) -> tuple[float, float]:
+def latencies(requests: list[Request]) -> list[float]:
+    """Time from arrival to completion of each request, in seconds."""
+    return [request.finished - request.arrived for request in requests]
+
+
+def run_seconds(n_replicas: int) -> tuple[float, float]:
     """Return (warm-up, measured) seconds of a run: shorter with more replicas, which serve more requests."""
-    return (8.0, 30.0) if n <= 4 else (6.0, 12.0) if n <= 16 else (6.0, 4.0) if n <= 128 else (2.0, 0.5)
+    if n_replicas <= 4:
+        return 8.0, 30.0
+    if n_replicas <= 16:
+        return 6.0, 12.0
+    if n_replicas <= 128:
+        return 6.0, 4.0
+    return 2.0, 0.5
 
 
 def routing(times: Times) -> list[Line]:
@@ -76,24 +101,25 @@ def routing(times: Times) -> list[Line]:
         "latency, p95",
         "completed",
     )
+    seconds = warm_up, _ = run_seconds(16)
     lines = []
-    for name, kind in (("prefix", ByPrefix), ("two choices", TwoChoices)):
+    for name, router_class in (("prefix", ByPrefix), ("two choices", TwoChoices)):
         points = []
-        for each in (10, 20, 30, 40, 50, 60):
-            service, done = steady(times, 16, each, kind(), length(16))
-            firsts, hits = first_tokens(done), sum(request.hit for request in done) / max(1, len(done))
-            whole = quantile([request.finished - request.arrived for request in done], 0.95)
-            arrived = len(done) + sum(request.arrived > 6.0 for request in service._waiting)
+        for rate in (10, 20, 30, 40, 50, 60):
+            service, done = steady(times, 16, rate, router_class(), seconds)
+            firsts = first_token_times(done)
+            hit_rate = sum(request.hit for request in done) / max(1, len(done))
+            n_arrived = len(done) + sum(request.arrived > warm_up for request in service.unfinished)
             row(
-                each,
+                rate,
                 name,
-                f"{hits:.0%}",
+                f"{hit_rate:.0%}",
                 ms(quantile(firsts, 0.5)),
                 ms(quantile(firsts, 0.95)),
-                ms(whole),
-                f"{len(done) / arrived:.0%}",
+                ms(quantile(latencies(done), 0.95)),
+                f"{len(done) / n_arrived:.0%}",
             )
-            points.append((float(each), quantile(firsts, 0.95)))
+            points.append((float(rate), quantile(firsts, 0.95)))
         lines.append(Line(name, points))
     return lines
 
@@ -110,35 +136,45 @@ def replicas(times: Times) -> list[Line]:
         "p95 in cells",
     )
     for n in (1, 4, 8, 12, 14, 64, 1000):
-        free = quantile(first_tokens(steady(times, n, RATE, ByPrefix(), length(n))[1]), 0.95)
-        busy = coordinator_busy(n)
-        one = with_coordinator(times, n) if busy < 1 else []
-        cells = quantile(with_coordinator(times, CELL), 0.95)
+        _, uncoordinated = steady(times, n, RATE, ByPrefix(), run_seconds(n))
+        utilisation = coordinator_utilisation(n)
+        if utilisation < 1:
+            firsts = with_coordinator(times, n)
+            coordinated = [ms(quantile(firsts, fraction)) for fraction in (0.5, 0.95)]
+        else:
+            coordinated = ["unbounded", "unbounded"]
+        n_cells = math.ceil(n / CELL)
+        in_cells = quantile(with_coordinator(times, CELL), 0.95)
         row(
             n,
             n * RATE,
-            f"{busy:.0%}",
-            *((ms(quantile(one, 0.5)), ms(quantile(one, 0.95))) if one else ("unbounded", "unbounded")),
-            ms(free),
-            f"{ms(cells)}, {-(-n // CELL)} cells" if n > CELL else "",
+            f"{utilisation:.0%}",
+            *coordinated,
+            ms(quantile(first_token_times(uncoordinated), 0.95)),
+            f"{ms(in_cells)}, {n_cells} cells" if n_cells > 1 else "",
         )
     return []
 
 
-def coordinator_busy(n: int) -> float:
-    """CPU utilisation of the coordinator with n replicas and n fronts; over 1, it is overloaded."""
+def coordinator_utilisation(n: int) -> float:
+    """CPU utilisation of the coordinator with n replicas and n fronts; above 1, it is overloaded."""
     return n * (RATE * COSTS["admission"] + COSTS["report_engine"] + COSTS["report_front"])
 
 
 def with_coordinator(times: Times, n: int) -> list[float]:
-    """Times to first token of n replicas with a coordinator, whose calls are slowed down by the reports."""
-    call = COSTS["admission"] / (1 - n * (COSTS["report_engine"] + COSTS["report_front"]))
+    """Times to first token of a service with n replicas, n fronts and a coordinator, in seconds.
+
+    The reports of engines and fronts occupy a share of the coordinator's CPU, which slows down each admission.
+    """
+    reports = n * (COSTS["report_engine"] + COSTS["report_front"])  # each process reports once per second
+    call = COSTS["admission"] / (1 - reports)
     options = {"admission": Station(), "admission_call": call}
-    return first_tokens(steady(times, n, RATE, ByPrefix(), length(n), **options)[1])
+    _, done = steady(times, n, RATE, ByPrefix(), run_seconds(n), **options)
+    return first_token_times(done)
 
 
 def scaling(times: Times) -> list[Line]:
-    """Autoscaling after a step to four times the load, by provisioning time of a machine."""
+    """Autoscaling when the load rises from 40 to 160 requests per second, by provisioning time of a machine."""
     table(
         "provisioning",
         "upscale_delay",
@@ -146,32 +182,32 @@ def scaling(times: Times) -> list[Line]:
         "maximum queue length",
         "time to drain the queue",
     )
-    lines, surge = [], 60.0
+    lines, surge = [], 60.0  # time of the rise, in seconds
     for provision, delay in ((0.0, 5.0), (0.0, 30.0), (60.0, 30.0), (180.0, 30.0)):
         env = simpy.Environment()
         service = Service(env, times, 2, ByPrefix())
         rule = Autoscaling(2, 20, target=32, upscale_delay=delay, provision=provision)
         env.process(service.autoscale(rule))
         Users(service, lambda now: 40.0 if now < surge else 160.0, CONVERSATIONS)
-        queue: list[tuple[float, float]] = []
+        samples: list[tuple[float, float]] = []  # (time, length of the queue), once per second
 
-        def watch(env: simpy.Environment = env, queue: Any = queue, service: Service = service) -> Any:
+        def watch(env: simpy.Environment = env, samples: Any = samples, service: Service = service) -> Any:
             while True:
                 yield env.timeout(1.0)
-                queue.append((env.now, len(service.queue)))
+                samples.append((env.now, len(service.queue)))
 
         env.process(watch())
-        env.run(surge + 90 + 1.6 * provision)
-        late = [at for at, waiting in queue if waiting > 0]
-        firsts = first_tokens([request for request in service.done if request.arrived > surge])
+        env.run(surge + 90 + 1.6 * provision)  # long enough to drain the queue
+        queue_times = [now for now, length in samples if length > 0]
+        firsts = first_token_times([request for request in service.done if request.arrived > surge])
         row(
             f"{provision:.0f} s",
             f"{delay:.0f} s",
             ms(quantile(firsts, 0.95)),
-            int(max(waiting for _, waiting in queue)),
-            f"{max(late) - surge:.0f} s" if late else "no queue",
+            int(max(length for _, length in samples)),
+            f"{max(queue_times) - surge:.0f} s" if queue_times else "no queue",
         )
-        lines.append(Line(f"machine {provision:.0f} s, delay {delay:.0f} s", queue))
+        lines.append(Line(f"machine {provision:.0f} s, delay {delay:.0f} s", samples))
     return lines
 
 
@@ -185,46 +221,60 @@ def failures(times: Times) -> list[Line]:
         "maximum",
         "restarted requests",
     )
+    n_replicas = 16
     for per_minute, detect in ((0, 0.0), (10, 0.5), (10, 15.0)):
-        life = Failures(60.0 * 16 / per_minute, detect) if per_minute else None
-        _, done = steady(times, 16, 20, ByPrefix(), (6.0, 60.0), failures=life)
-        whole = [request.finished - request.arrived for request in done]
-        again = sum(request.restarts > 0 for request in done) / len(done)
-        row(per_minute, f"{detect:g} s", *(ms(quantile(whole, q)) for q in (0.99, 0.999, 1)), f"{again:.2%}")
+        rule = Failures(60.0 * n_replicas / per_minute, detect) if per_minute else None
+        _, done = steady(times, n_replicas, 20, ByPrefix(), (6.0, 60.0), failures=rule)
+        restarted = sum(request.restarts > 0 for request in done) / len(done)
+        row(
+            per_minute,
+            f"{detect:g} s",
+            *(ms(quantile(latencies(done), fraction)) for fraction in (0.99, 0.999, 1)),
+            f"{restarted:.2%}",
+        )
     return []
 
 
 def fronts(times: Times) -> list[Line]:
     """Latency of 16 replicas by number of fronts."""
     table("fronts with one CPU", "requests/s", "utilisation", "time to first token, p95", "latency, p95")
+    n_replicas = 16
     for n in (16, 24, 32, 48):
         front = Station(n)
-        service, done = steady(
-            times, 16, 30, ByPrefix(), (6.0, 6.0), front=front, front_token=FRONT_TOKEN + COSTS["stream"]
+        options = {"front": front, "front_token": FRONT_TOKEN + COSTS["stream"]}
+        service, done = steady(times, n_replicas, RATE, ByPrefix(), (6.0, 6.0), **options)
+        utilisation = front.busy / n / service.env.now
+        row(
+            n,
+            n_replicas * RATE,
+            f"{utilisation:.0%}",
+            ms(quantile(first_token_times(done), 0.95)),
+            ms(quantile(latencies(done), 0.95)),
         )
-        whole = quantile([request.finished - request.arrived for request in done], 0.95)
-        busy = front.busy / n / service.env.now
-        row(n, 480, f"{busy:.0%}", ms(quantile(first_tokens(done), 0.95)), ms(whole))
     return []
 
 
 def batch(times: Times) -> list[Line]:
     """Utilisation of the workers of a batch job, by rows per part and number of workers."""
-    image_row = times.image + times.prompt(284) + 64 * times.decode_step(64) / 64
+    decode = CAPTION_TOKENS * times.decode_step(BATCH_ROWS) / BATCH_ROWS
+    row_seconds = times.image + times.prompt(PROMPT_TOKENS) + decode
     table("rows per part", "seconds per part", *(f"{n} workers" for n in (10, 100, 1000)))
     lines = []
     for rows in (8, 64, 512, 4096):
+        part_seconds = rows * row_seconds
         points, cells = [], []
         for n in (10, 100, 1000):
             env = simpy.Environment()
-            part = rows * image_row
-            job = BatchJob(env, n, lambda part=part: part, lambda: COSTS["part"], in_advance=1)
-            horizon = 20 * part + 20 * n * COSTS["part"]
+            job = BatchJob(
+                env, n, lambda part_seconds=part_seconds: part_seconds, lambda: COSTS["part"], in_advance=1
+            )
+            # The time of 20 parts per worker if the driver assigned all of them before the workers start.
+            horizon = 20 * part_seconds + 20 * n * COSTS["part"]
             env.run(horizon)
-            share = job.parts * part / horizon / n
-            cells.append(f"{min(1.0, share):.0%}")
-            points.append((float(n), share))
-        row(rows, f"{rows * image_row:.1f}", *cells)
+            utilisation = job.parts * part_seconds / horizon / n
+            cells.append(f"{min(1.0, utilisation):.0%}")
+            points.append((float(n), utilisation))
+        row(rows, f"{part_seconds:.1f}", *cells)
         lines.append(Line(f"{rows} rows per part", points))
     return lines
 
@@ -239,7 +289,7 @@ def costs(times: Times, price: float = 1.0) -> list[Line]:
 
 
 SCENARIOS: dict[str, Callable[..., list[Line]]] = {
-    each.__name__: each for each in (routing, replicas, fronts, scaling, failures, batch, costs)
+    scenario.__name__: scenario for scenario in (routing, replicas, fronts, scaling, failures, batch, costs)
 }
 
 

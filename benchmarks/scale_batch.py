@@ -29,23 +29,25 @@ class BatchJob:
         """Start the job, which has an unlimited number of parts.
 
         Args:
+            workers: number of workers.
             part, driver: functions that return the duration of the next part and of its assignment, in seconds.
             in_advance: number of parts assigned to a worker besides its current one.
         """
         self.parts = 0
         self.driver_busy = 0.0
-        self._env, self._part, self._driver_time = env, part, driver
+        self._env, self._part_seconds, self._driver_seconds = env, part, driver
         self._driver = simpy.Resource(env)
         for _ in range(workers):
             queue = simpy.Store(env)
             for _ in range(in_advance + 1):
-                env.process(self._hand_out(queue))
+                env.process(self._assign(queue))
             env.process(self._work(queue))
 
-    def _hand_out(self, queue: simpy.Store) -> Iterator[Any]:
+    def _assign(self, queue: simpy.Store) -> Iterator[Any]:
+        """Put a part into a worker's queue when the driver has had time for it."""
         with self._driver.request() as turn:
             yield turn
-            seconds = self._driver_time()
+            seconds = self._driver_seconds()
             yield self._env.timeout(seconds)
             self.driver_busy += seconds
         queue.put(None)
@@ -53,6 +55,6 @@ class BatchJob:
     def _work(self, queue: simpy.Store) -> Iterator[Any]:
         while True:
             yield queue.get()
-            yield self._env.timeout(self._part())
+            yield self._env.timeout(self._part_seconds())
             self.parts += 1
-            self._env.process(self._hand_out(queue))
+            self._env.process(self._assign(queue))

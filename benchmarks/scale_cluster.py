@@ -1,11 +1,11 @@
-"""Simulated service of many replicas: admission, routing, a common queue, autoscaling, failures."""
+"""Simulated service of several replicas: admission, routing, one queue for all replicas, autoscaling, failures."""
 
 from __future__ import annotations
 
 import math
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,17 @@ from scale_times import Times
 
 @dataclass
 class Autoscaling:
-    """Ray Serve's autoscaling rule: mean ongoing requests of `look_back` seconds over the target, after a delay."""
+    """Ray Serve's autoscaling rule.
+
+    The desired number of replicas is the mean number of ongoing requests, divided by `target`.
+
+    Attributes:
+        smallest, largest: limits of the number of replicas.
+        target: ongoing requests per replica.
+        upscale_delay, downscale_delay: seconds for which more or fewer replicas must be desired before a change.
+        look_back: seconds over which the mean is taken.
+        provision: seconds until the engine of a new replica can start: new machine, container image, files.
+    """
 
     smallest: int
     largest: int
@@ -26,21 +36,21 @@ class Autoscaling:
     upscale_delay: float = 30.0
     downscale_delay: float = 600.0
     look_back: float = 30.0
-    # Seconds until the engine of a new replica can start: new machine, container image, files.
     provision: float = 0.0
 
 
 @dataclass
 class Failures:
-    """Failures of replicas.
+    """Failures of replicas; all times are in seconds.
 
     Attributes:
-        mean_life: mean time to failure of a replica, exponentially distributed.
-        detect: time until its requests are resubmitted: about 0 for a process, 15 s or more for a node.
-        repair: time until the engine of its replacement starts.
+        mean_time_to_failure: mean of the exponentially distributed time from the start of a replica to its failure.
+        detect: from a failure to its detection, when the requests are resubmitted: about 0 for a process, 15 or more
+            for a node.
+        repair: from the detection until the engine of the replacement starts.
     """
 
-    mean_life: float
+    mean_time_to_failure: float
     detect: float = 0.0
     repair: float = 0.0
 
@@ -53,8 +63,14 @@ class Service:
         max_running: maximum number of requests per replica.
         front, front_token: station of the fronts' CPUs, and its seconds per token.
         admission, admission_call: station of the coordinator, and its seconds per request.
+        live: the replicas to which requests are routed; a failed replica until its failure is detected.
+        starting: number of replicas that are starting.
+        queue: requests for which no replica has a slot.
+        unfinished: completion event of each request in the system.
+        ongoing: number of requests in the system.
         done: the completed requests.
-        area: integral of the number of requests in the system, in request seconds.
+        area: integral of `ongoing` over time, in request seconds, up to its last change.
+        history: (time, requests in the system, replicas), once per second if the service is autoscaled.
     """
 
     env: simpy.Environment
@@ -73,14 +89,15 @@ class Service:
         self.live: list[Replica] = []
         self.starting = 0
         self.queue: deque[Request] = deque()
+        self.unfinished: dict[Request, simpy.Event] = {}
         self.done: list[Request] = []
-        self.inside = 0
-        self.area = self._since = 0.0
+        self.ongoing = 0
+        self.area = self._last_change = 0.0
         self.history: list[tuple[float, int, int]] = []
         self._number = 0
         self._random = random.Random(self.seed)
         for _ in range(self.replicas):
-            self._join()
+            self._add_replica()
 
     # Requests
 
@@ -88,15 +105,11 @@ class Service:
         """Submit a request; the returned event is its completion."""
         request.arrived = self.env.now
         self._count(1)
-        request_done = self.env.event()
-        self._waiting[request] = request_done
+        completion = self.env.event()
+        self.unfinished[request] = completion
         wait = self.admission.visit(self.env.now, self.admission_call) if self.admission else 0.0
         self._after(wait + self.admission_call, lambda: self._dispatch(request))
-        return request_done
-
-    @property
-    def _waiting(self) -> dict[Request, simpy.Event]:
-        return self.__dict__.setdefault("_events", {})
+        return completion
 
     def _dispatch(self, request: Request) -> None:
         replica = None if self.queue else self._choose(request)
@@ -107,7 +120,7 @@ class Service:
 
     def _choose(self, request: Request) -> Replica | None:
         if isinstance(self.router, ByPrefix):
-            self.router.ongoing = self.inside
+            self.router.ongoing = self.ongoing
         return self.router.choose(self.live, request, self.max_running)
 
     def _drain(self) -> None:
@@ -123,50 +136,53 @@ class Service:
 
     def _finish(self, replica: Replica, request: Request) -> None:
         # The front sends tokens while the engine computes: only its backlog adds to the latency.
-        late = self.front.visit(self.env.now, request.tokens * self.front_token) if self.front else 0.0
-        self._after(late, lambda: self._leave(request))
+        backlog = self.front.visit(self.env.now, request.tokens * self.front_token) if self.front else 0.0
+        self._after(backlog, lambda: self._complete(request))
         self._drain()
 
-    def _leave(self, request: Request) -> None:
+    def _complete(self, request: Request) -> None:
         request.finished = self.env.now
         self._count(-1)
         self.done.append(request)
-        self._waiting.pop(request).succeed(request)
+        self.unfinished.pop(request).succeed(request)
 
     def _count(self, change: int) -> None:
-        self.area += self.inside * (self.env.now - self._since)
-        self._since = self.env.now
-        self.inside += change
+        """Change the number of requests in the system."""
+        self.area += self.ongoing * (self.env.now - self._last_change)
+        self._last_change = self.env.now
+        self.ongoing += change
 
     def area_until_now(self) -> float:
         """Return `area` up to the current time."""
         self._count(0)
         return self.area
 
-    def _after(self, seconds: float, act: Any) -> None:
+    def _after(self, seconds: float, action: Callable[[], None]) -> None:
+        """Schedule a call; without a delay, call immediately."""
         if seconds <= 0:
-            act()
+            action()
         else:
-            self.env.timeout(seconds).callbacks.append(lambda event: act())
+            self.env.timeout(seconds).callbacks.append(lambda event: action())
 
     # Replicas
 
-    def _join(self) -> None:
+    def _add_replica(self) -> None:
         self._number += 1
         replica = Replica(self._number, self.env, self.times, self._finish, self._first_token)
         self.live.append(replica)
         self.router.changed(self.live)
         if self.failures:
-            self._after(self._random.expovariate(1 / self.failures.mean_life), lambda: self.kill(replica))
+            time_to_failure = self._random.expovariate(1 / self.failures.mean_time_to_failure)
+            self._after(time_to_failure, lambda: self.kill(replica))
         self._drain()
 
     def start(self, delay: float) -> None:
-        """Add a replica, which accepts requests after `delay` and the start of its engine."""
+        """Start a replica, which accepts requests when `delay` and the start of its engine have passed."""
         self.starting += 1
 
         def ready() -> None:
             self.starting -= 1
-            self._join()
+            self._add_replica()
 
         self._after(delay + self.times.start, ready)
 
@@ -189,28 +205,28 @@ class Service:
 
     def retire(self) -> None:
         """Remove the least loaded replica from routing; it completes its requests."""
-        replica = min(self.live, key=lambda each: each.ongoing)
+        replica = min(self.live, key=lambda replica: replica.ongoing)
         self.live.remove(replica)
         self.router.changed(self.live)
 
     def autoscale(self, rule: Autoscaling) -> Iterator[Any]:
         """Simulation process that applies the rule once per second."""
-        samples: deque[float] = deque(maxlen=round(rule.look_back))
-        above = below = 0.0
+        means: deque[float] = deque(maxlen=round(rule.look_back))  # mean ongoing requests of each second
+        seconds_above = seconds_below = 0.0  # for which more replicas are desired than exist, and fewer
         area = self.area_until_now()
         while True:
             yield self.env.timeout(1.0)
-            now_area = self.area_until_now()
-            samples.append(now_area - area)
-            area = now_area
-            have = len(self.live) + self.starting
-            mean = sum(samples) / len(samples)
-            wanted = min(rule.largest, max(rule.smallest, math.ceil(mean / rule.target)))
-            above, below = (above + 1 if wanted > have else 0), (below + 1 if wanted < have else 0)
-            if above > rule.upscale_delay:
-                for _ in range(wanted - have):
+            previous_area, area = area, self.area_until_now()
+            means.append(area - previous_area)
+            current = len(self.live) + self.starting
+            mean = sum(means) / len(means)
+            desired = min(rule.largest, max(rule.smallest, math.ceil(mean / rule.target)))
+            seconds_above = seconds_above + 1 if desired > current else 0
+            seconds_below = seconds_below + 1 if desired < current else 0
+            if seconds_above > rule.upscale_delay:
+                for _ in range(desired - current):
                     self.start(rule.provision)
-            elif below > rule.downscale_delay:
-                for _ in range(min(have - wanted, len(self.live) - rule.smallest)):
+            elif seconds_below > rule.downscale_delay:
+                for _ in range(min(current - desired, len(self.live) - rule.smallest)):
                     self.retire()
-            self.history.append((self.env.now, self.inside, len(self.live)))
+            self.history.append((self.env.now, self.ongoing, len(self.live)))

@@ -6,14 +6,11 @@ import math
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 720, 320, 64, 44, 12, 200
-COLOURS = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#888888",
-)  # Okabe and Ito's palette for colour-blind readers, and grey
+# Size of the chart, and its margins, in pixels; the right margin contains the legend.
+WIDTH, HEIGHT = 720, 320
+LEFT, BOTTOM, TOP, RIGHT = 64, 44, 12, 200
+# Okabe and Ito's palette for colour-blind readers, and grey.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#888888")
 
 
 @dataclass
@@ -23,44 +20,48 @@ class Line:
 
 
 def ticks(largest: float) -> list[float]:
-    """Return round tick values from 0 to the largest value, at least five."""
-    step = 10 ** math.floor(math.log10(largest or 1))
-    step = next(step * part for part in (1.0, 0.5, 0.2, 0.1) if largest / (step * part) >= 4)
+    """Return round tick values from 0 up to at most the largest value: at least five ticks."""
+    decade = 10 ** math.floor(math.log10(largest or 1))
+    step = next(decade * factor for factor in (1.0, 0.5, 0.2, 0.1) if largest / (decade * factor) >= 4)
     return [number * step for number in range(int(largest / step) + 1)]
 
 
 def figure(lines: list[Line], x_label: str, y_label: str) -> str:
-    """Draw lines as the text of an SVG file."""
-    x_most = max(x for line in lines for x, _ in line.points)
-    y_most = max(1.0, *(y for line in lines for _, y in line.points))
-    wide, high = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+    """Draw a line chart with axes from 0, ticks and a legend; return the text of an SVG file."""
+    x_max = max(x for line in lines for x, _ in line.points)
+    y_max = max(1.0, *(y for line in lines for _, y in line.points))
+    plot_width, plot_height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 
     def at(x: float, y: float) -> str:
-        return f"{LEFT + wide * x / x_most:.1f},{TOP + high * (1 - y / y_most):.1f}"
+        """Return the position of a point as SVG coordinates."""
+        return f"{LEFT + plot_width * x / x_max:.1f},{TOP + plot_height * (1 - y / y_max):.1f}"
 
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
         f'font-size="12" role="img" aria-label="{escape(y_label)} by {escape(x_label)}">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
     ]
-    for x in ticks(x_most):
-        here = at(x, 0).split(",")
-        parts.append(f'<text x="{here[0]}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{x:g}</text>')
-    for y in ticks(y_most):
-        height = at(0, y).split(",")[1]
-        parts.append(f'<path d="M{at(0, y)}L{at(x_most, y)}" stroke="#dddddd"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{height}" text-anchor="end" dy="4">{y:g}</text>')
+    for x in ticks(x_max):
+        svg_x, _ = at(x, 0).split(",")
+        parts.append(f'<text x="{svg_x}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{x:g}</text>')
+    for y in ticks(y_max):
+        _, svg_y = at(0, y).split(",")
+        parts.append(f'<path d="M{at(0, y)}L{at(x_max, y)}" stroke="#dddddd"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{svg_y}" text-anchor="end" dy="4">{y:g}</text>')
     for number, line in enumerate(lines):
         colour = COLOURS[number % len(COLOURS)]
-        path = " ".join(at(x, y) for x, y in line.points)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        height = TOP + 16 + 20 * number
-        parts.append(f'<path d="M{WIDTH - RIGHT + 16} {height - 4}h20" stroke="{colour}" stroke-width="2"/>')
-        parts.append(f'<text x="{WIDTH - RIGHT + 42}" y="{height}">{escape(line.name)}</text>')
+        points = " ".join(at(x, y) for x, y in line.points)
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        legend_y = TOP + 16 + 20 * number
+        parts.append(
+            f'<path d="M{WIDTH - RIGHT + 16} {legend_y - 4}h20" stroke="{colour}" stroke-width="2"/>'
+        )
+        parts.append(f'<text x="{WIDTH - RIGHT + 42}" y="{legend_y}">{escape(line.name)}</text>')
     parts.append(
-        f'<text x="{LEFT + wide / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>'
+        f'<text x="{LEFT + plot_width / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>'
     )
     parts.append(
-        f'<text transform="translate(14 {TOP + high / 2}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
+        f'<text transform="translate(14 {TOP + plot_height / 2}) rotate(-90)" text-anchor="middle">'
+        f"{escape(y_label)}</text>"
     )
     return "\n".join([*parts, "</svg>", ""])

@@ -14,14 +14,14 @@ from scale_replica import Request
 
 @dataclass
 class Conversations:
-    """Parameters of conversations; `turns` (geometric), `tokens` and `think` (exponential) are means.
+    """Parameters of conversations.
 
     Attributes:
         first: tokens of the first prompt, image slots included.
         question: tokens of a follow-up question.
-        tokens: tokens of a completion.
-        turns: questions per conversation.
-        think: think time, seconds from a completion to the next question.
+        tokens: mean number of tokens of a completion, exponentially distributed.
+        turns: mean number of questions per conversation, geometrically distributed.
+        think: mean think time, from a completion to the next question, in seconds; exponentially distributed.
     """
 
     first: int = 284
@@ -32,11 +32,11 @@ class Conversations:
 
 
 def geometric(rng: random.Random, mean: float) -> int:
-    """Draw from the geometric distribution with this mean: at least 1."""
-    n = 1
+    """Draw a number of trials up to the first success, at least 1, from the geometric distribution with this mean."""
+    trials = 1
     while rng.random() > 1 / mean:
-        n += 1
-    return n
+        trials += 1
+    return trials
 
 
 def arrivals(
@@ -45,42 +45,48 @@ def arrivals(
     rng: random.Random,
     start: Callable[[], Any],
 ) -> Iterator[Any]:
-    """Poisson process that calls `start`; `rate` per second is constant or a piecewise constant function of time."""
+    """Poisson process that calls `start` at each arrival; `rate` is per second, or a function of time.
+
+    A change of the rate takes effect after the next arrival.
+    """
     while True:
-        now_rate = rate(env.now) if callable(rate) else rate
-        yield env.timeout(rng.expovariate(now_rate))
+        current_rate = rate(env.now) if callable(rate) else rate
+        yield env.timeout(rng.expovariate(current_rate))
         start()
 
 
 class Users:
-    """Users of a service, who send `rate` requests per second in conversations."""
+    """Users of a service: new ones arrive at random, and each has one conversation about an image.
+
+    `rate` is the mean number of requests per second of all users.
+    """
 
     def __init__(
         self,
         service: Service,
         rate: Callable[[float], float] | float,
-        kind: Conversations | None = None,
+        conversations: Conversations | None = None,
         seed: int = 1,
     ) -> None:
         self._service = service
-        self._kind = kind or Conversations()
+        self._conversations = conversations or Conversations()
         self._rng = random.Random(seed)
         self._number = 0
-        turns = self._kind.turns
-        starts = (lambda t: rate(t) / turns) if callable(rate) else rate / turns
-        service.env.process(arrivals(service.env, starts, self._rng, self._start))
+        turns = self._conversations.turns
+        user_rate = (lambda now: rate(now) / turns) if callable(rate) else rate / turns
+        service.env.process(arrivals(service.env, user_rate, self._rng, self._start))
 
     def _start(self) -> None:
         self._number += 1
-        self._service.env.process(self._talk(self._number))
+        self._service.env.process(self._converse(self._number))
 
-    def _talk(self, number: int) -> Iterator[Any]:
-        kind, rng = self._kind, self._rng
-        prefix, prompt = 0, kind.first
-        for turn in range(geometric(rng, kind.turns)):
+    def _converse(self, number: int) -> Iterator[Any]:
+        parameters, rng = self._conversations, self._rng
+        prefix, prompt = 0, parameters.first
+        for turn in range(geometric(rng, parameters.turns)):
             if turn:
-                yield self._service.env.timeout(rng.expovariate(1 / kind.think))
-            tokens = max(1, round(rng.expovariate(1 / kind.tokens)))
+                yield self._service.env.timeout(rng.expovariate(1 / parameters.think))
+            tokens = max(1, round(rng.expovariate(1 / parameters.tokens)))
             yield self._service.submit(Request(number, prefix, prompt, tokens, images=1))
             prefix = prompt + tokens
-            prompt = prefix + kind.question
+            prompt = prefix + parameters.question

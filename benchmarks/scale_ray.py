@@ -1,7 +1,8 @@
 """Measure the costs of Ray and of a cluster's shared processes, as parameters of the simulation in scale.py.
 
-Measures the CPU time of the process that becomes the bottleneck, on a local cluster with two CPUs: in a real cluster
-the other processes have their own CPUs. Takes about a minute. Run: python benchmarks/scale_ray.py --temp_dir /tmp/scale
+The cluster is local, with two CPUs. Each figure is the CPU time of the process that would become the bottleneck of a
+real cluster, whose processes have separate CPUs. Takes about a minute.
+Run: python benchmarks/scale_ray.py --temp_dir /tmp/scale
 """
 
 from __future__ import annotations
@@ -31,47 +32,54 @@ class Caller:
     """Actor that calls the coordinator as a front does."""
 
     async def requests(self, coordinator: Any, n: int, n_concurrent: int) -> None:
-        async def one(lease: str) -> None:
+        async def acquire_and_release(lease: str) -> None:
             assert await coordinator.acquire.remote("front", lease, 1, "key") is None
             await coordinator.release.remote(lease)
 
         for begin in range(0, n, n_concurrent):
-            await asyncio.gather(*(one(f"{id(self)}-{begin + k}") for k in range(n_concurrent)))
+            leases = [f"{id(self)}-{begin + k}" for k in range(n_concurrent)]
+            await asyncio.gather(*(acquire_and_release(lease) for lease in leases))
 
     async def reports(self, coordinator: Any, n: int, kind: str) -> None:
-        metrics = families(kind)
+        metrics = metric_families(kind)
         for _ in range(n):
             await coordinator.report.remote("front", kind, True, metrics, {})
 
 
-def families(kind: str) -> list[Any]:
-    """Create metrics of the size of a report: 10 counters and gauges, for a front also 4 histograms."""
-    found = [CounterMetricFamily(f"counter_{k}", "Documentation.", value=k) for k in range(6)]
-    found += [GaugeMetricFamily(f"gauge_{k}", "Documentation.", value=k) for k in range(4)]
+def metric_families(kind: str) -> list[Any]:
+    """Create metrics of the size of a report: 6 counters and 4 gauges, for a front also 4 histograms."""
+    families = [CounterMetricFamily(f"counter_{k}", "Documentation.", value=k) for k in range(6)]
+    families += [GaugeMetricFamily(f"gauge_{k}", "Documentation.", value=k) for k in range(4)]
     if kind == "front":
         registry = CollectorRegistry()
         for k in range(4):
             Histogram(f"histogram_{k}", "Documentation.", registry=registry).observe(0.1)
-        found += registry.collect()
-    return found
+        families += registry.collect()
+    return families
 
 
 class Producer:
-    async def stream(self, n: int) -> Any:
-        for k in range(n):
+    """Actor that streams chunks of one token."""
+
+    async def stream(self, n_chunks: int) -> Any:
+        for k in range(n_chunks):
             yield [k]
 
 
 class Consumer:
-    async def read(self, producer: Any, n: int, streams: int) -> None:
-        async def one() -> None:
-            async for item in producer.stream.options(num_returns="streaming").remote(n):
+    """Actor that reads concurrent streams of a producer."""
+
+    async def read(self, producer: Any, n_chunks: int, n_streams: int) -> None:
+        async def read_stream() -> None:
+            async for item in producer.stream.options(num_returns="streaming").remote(n_chunks):
                 await item
 
-        await asyncio.gather(*(one() for _ in range(streams)))
+        await asyncio.gather(*(read_stream() for _ in range(n_streams)))
 
 
 class Idle:
+    """Actor whose only method returns immediately."""
+
     def nothing(self) -> None: ...
 
 
@@ -79,7 +87,7 @@ def coordinator_costs() -> None:
     settings = ServeSettings(max_running=64, max_replicas=1000, max_waiting=100_000)
     actor = ray.remote(Coordinator).options(num_cpus=0, max_concurrency=100_000).remote(settings)
     caller = ray.remote(Caller).options(num_cpus=0).remote()
-    ray.get(caller.requests.remote(actor, 200, 50))
+    ray.get(caller.requests.remote(actor, 200, 50))  # warm-up
     for name, n, work in (
         ("acquire and release", 3000, lambda n: caller.requests.remote(actor, n, 100)),
         ("report of an engine", 1000, lambda n: caller.reports.remote(actor, n, "engine")),
@@ -91,12 +99,13 @@ def coordinator_costs() -> None:
 
 
 def stream_costs() -> None:
-    producer, consumer = (ray.remote(kind).options(num_cpus=0).remote() for kind in (Producer, Consumer))
-    ray.get(consumer.read.remote(producer, 50, 4))
-    begin = cpu_of(producer), cpu_of(consumer)
-    ray.get(consumer.read.remote(producer, 250, 16))
-    row("stream: producer, per chunk", (cpu_of(producer) - begin[0]) / 4000)
-    row("stream: consumer, per chunk", (cpu_of(consumer) - begin[1]) / 4000)
+    producer, consumer = (ray.remote(actor).options(num_cpus=0).remote() for actor in (Producer, Consumer))
+    ray.get(consumer.read.remote(producer, 50, 4))  # warm-up
+    n_chunks, n_streams = 250, 16
+    producer_begin, consumer_begin = cpu_of(producer), cpu_of(consumer)
+    ray.get(consumer.read.remote(producer, n_chunks, n_streams))
+    row("stream: producer, per chunk", (cpu_of(producer) - producer_begin) / (n_chunks * n_streams))
+    row("stream: consumer, per chunk", (cpu_of(consumer) - consumer_begin) / (n_chunks * n_streams))
 
 
 def driver_costs() -> None:
@@ -105,19 +114,17 @@ def driver_costs() -> None:
     ray.data.DataContext.get_current().enable_progress_bars = False
     for n in (200, 1000):
         items = ray.data.from_items([{"part": b"x" * 2000} for _ in range(n)], override_num_blocks=n)
-        begin, wall = time.process_time(), time.perf_counter()
-        counted = sum(
-            1
-            for _ in items.map_batches(
-                Part, batch_size=1, compute=ray.data.ActorPoolStrategy(size=1)
-            ).iter_rows()
-        )
-        assert counted == n
-        row(f"Ray Data's driver: per part, with {n} parts", (time.process_time() - begin) / n)
-        row(f"Ray Data: wall time per part on one actor, with {n} parts", (time.perf_counter() - wall) / n)
+        cpu_begin, begin = time.process_time(), time.perf_counter()
+        pool = ray.data.ActorPoolStrategy(size=1)
+        n_results = sum(1 for _ in items.map_batches(Part, batch_size=1, compute=pool).iter_rows())
+        assert n_results == n
+        row(f"Ray Data's driver: per part, with {n} parts", (time.process_time() - cpu_begin) / n)
+        row(f"Ray Data: wall time per part on one actor, with {n} parts", (time.perf_counter() - begin) / n)
 
 
 class Part:
+    """Actor of Ray Data whose parts need no computation."""
+
     def __call__(self, batch: Any) -> Any:
         return {"rows": [1]}
 
@@ -130,7 +137,7 @@ def actor_costs() -> None:
 
 
 class Replica:
-    """Stub of Ray Serve's replica with the attributes that the router reads."""
+    """Stub of Ray Serve's replica, with the attributes that the router reads."""
 
     def __init__(self, number: int) -> None:
         self.replica_id = self

@@ -1,4 +1,4 @@
-"""Simulated engine: steps with prompt chunks and decode rows, and a prefix cache."""
+"""Simulated engine: steps that compute prompt chunks and decode tokens, and a prefix cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 import simpy
 from scale_times import Times
 
-# As in runtime/loop.py: token budget of a step; time limit of its prompt chunks, in seconds and in decode steps.
+# Token budget of a step, as in runtime/engine_executor.py. While other requests decode, the prompt chunks of a step
+# may take PROMPT_SECONDS or the time of PROMPT_STEPS decode steps, whichever is longer (runtime/prompt_budget.py).
 STEP_TOKENS = 512
 PROMPT_SECONDS = 0.25
 PROMPT_STEPS = 3
@@ -26,11 +27,11 @@ class Request:
         prefix: number of prompt tokens that earlier turns have computed.
         prompt: number of prompt tokens, the prefix included.
         tokens: number of completion tokens.
-        images: number of images to encode on a replica without the prefix.
+        images: number of images to encode on a replica that has not cached the prefix.
         arrived, first, finished: times of arrival, first token and completion, in seconds.
-        left: number of prompt tokens not yet computed.
-        hit: whether the replica had the prefix.
-        restarts: number of replica failures that it survived.
+        remaining: number of prompt tokens not yet computed.
+        hit: whether the replica has cached the prefix.
+        restarts: number of times that the request was resubmitted after a failure of its replica.
     """
 
     conversation: int
@@ -41,7 +42,7 @@ class Request:
     arrived: float = 0.0
     first: float = -1.0
     finished: float = -1.0
-    left: int = 0
+    remaining: int = 0
     hit: bool = False
     restarts: int = 0
 
@@ -52,7 +53,8 @@ class Replica:
 
     Attributes:
         times: service times.
-        finish: called with the replica and each completed request.
+        finish: called with the replica and the request at each completion.
+        first_token: called with the request when its prompt is computed.
         requests: ongoing requests.
         steps: number of completed steps.
         busy: total time of the steps, in seconds.
@@ -70,14 +72,17 @@ class Replica:
     alive: bool = True
 
     def __post_init__(self) -> None:
+        # Cached tokens by conversation, least recently used first.
         self._cache: OrderedDict[int, int] = OrderedDict()
         self._cached_tokens = 0
+        # Requests whose image is to be encoded, and requests whose prompt is to be computed.
         self._images: deque[Request] = deque()
         self._prompts: deque[Request] = deque()
-        # (step after which it ends, order, request)
-        self._rows: list[tuple[int, int, Request]] = []
-        self._order = 0
-        self._wake: Any = None
+        # Heap of the requests that decode: (number of the last step, serial number against ties, request).
+        self._decoding: list[tuple[int, int, Request]] = []
+        self._serial = 0
+        # Event that an arriving request triggers; None while the process does not wait for it.
+        self._arrival: Any = None
         self.env.process(self._run())
 
     @property
@@ -86,69 +91,75 @@ class Replica:
         return len(self.requests)
 
     def submit(self, request: Request) -> None:
-        """Submit a request. A failed replica keeps it until `lost`."""
+        """Submit a request. A failed replica holds it until `lost` removes it."""
         cached = self._cache.get(request.conversation, 0)
         request.hit = cached >= request.prefix > 0
-        request.left = request.prompt - (request.prefix if request.hit else 0)
+        request.remaining = request.prompt - (request.prefix if request.hit else 0)
         self.requests.add(request)
-        images = 0 if request.hit else request.images
-        (self._images if images else self._prompts).append(request)
-        if self._wake is not None:
-            self._wake.succeed()
-            self._wake = None
+        if request.images and not request.hit:
+            self._images.append(request)
+        else:
+            self._prompts.append(request)
+        if self._arrival is not None:
+            self._arrival.succeed()
+            self._arrival = None
 
     def lost(self) -> list[Request]:
         """Remove and return the requests of a failed replica, in order of arrival."""
-        found = sorted(self.requests, key=lambda request: request.arrived)
+        requests = sorted(self.requests, key=lambda request: request.arrived)
         self.requests.clear()
-        return found
+        return requests
 
     def _run(self) -> Iterator[Any]:
         while self.alive:
             if self._images or self._prompts:
                 yield from self._step()
-            elif self._rows:
+            elif self._decoding:
                 yield from self._decode()
             else:
-                self._wake = self.env.event()
-                yield self._wake
+                self._arrival = self.env.event()
+                yield self._arrival
 
     def _step(self) -> Iterator[Any]:
-        """Run one step: encode an image, compute a chunk of prompts, decode one token per row."""
-        decode = self.times.decode_step(len(self._rows))
-        seconds, ready = decode, []
+        """Run one step: encode the images of one request, compute prompt chunks, decode a token per request."""
+        decode = self.times.decode_step(len(self._decoding))
+        seconds = decode
         encoded = self._images.popleft() if self._images else None
         if encoded is not None:
             seconds += self.times.image * encoded.images
         budget = self._budget(decode)
-        chunk = 0
-        while self._prompts and chunk < budget:
-            taken = min(self._prompts[0].left, budget - chunk)
-            self._prompts[0].left -= taken
-            chunk += taken
-            if self._prompts[0].left == 0:
-                ready.append(self._prompts.popleft())
-        seconds += self.times.prompt(chunk)
+        n_tokens = 0
+        prefilled = []
+        while self._prompts and n_tokens < budget:
+            request = self._prompts[0]
+            chunk = min(request.remaining, budget - n_tokens)
+            request.remaining -= chunk
+            n_tokens += chunk
+            if request.remaining == 0:
+                prefilled.append(self._prompts.popleft())
+        seconds += self.times.prompt(n_tokens)
         yield self.env.timeout(seconds)
         if self.alive:
             self._advance(1, seconds)
             if encoded is not None:
                 self._prompts.append(encoded)
-            for request in ready:
+            for request in prefilled:
                 self.first_token(request)
-                self._order += 1
-                heapq.heappush(self._rows, (self.steps + request.tokens - 1, self._order, request))
+                self._serial += 1
+                last_step = self.steps + request.tokens - 1
+                heapq.heappush(self._decoding, (last_step, self._serial, request))
             self._release()
 
     def _decode(self) -> Iterator[Any]:
-        """Run decode steps as a single event, until a row ends or a request arrives."""
-        begin, seconds = self.env.now, self.times.decode_step(len(self._rows))
-        steps = self._rows[0][0] - self.steps
+        """Run decode steps as a single event, until a request completes or arrives."""
+        begin, seconds = self.env.now, self.times.decode_step(len(self._decoding))
+        last_step = self._decoding[0][0]
+        steps = last_step - self.steps
         end = self.env.timeout(steps * seconds)
         if steps > 1:
-            self._wake = self.env.event()
-            yield end | self._wake
-            self._wake = None
+            self._arrival = self.env.event()
+            yield end | self._arrival
+            self._arrival = None
             if not end.processed:  # complete the step during which the request arrived
                 steps = min(steps, int((self.env.now - begin) / seconds) + 1)
                 yield self.env.timeout(max(0.0, begin + steps * seconds - self.env.now))
@@ -163,20 +174,22 @@ class Replica:
         self.busy += seconds
 
     def _release(self) -> None:
-        while self._rows and self._rows[0][0] <= self.steps:
-            request = heapq.heappop(self._rows)[2]
+        """Complete the requests whose last step has ended."""
+        while self._decoding and self._decoding[0][0] <= self.steps:
+            _, _, request = heapq.heappop(self._decoding)
             self.requests.discard(request)
-            self._remember(request.conversation, request.prompt + request.tokens)
+            self._cache_tokens(request.conversation, request.prompt + request.tokens)
             self.finish(self, request)
 
     def _budget(self, decode: float) -> int:
-        """Return the budget of prompt tokens for the next step."""
-        if not self._rows:
+        """Return the budget of prompt tokens for the next step, whose decoding takes `decode` seconds."""
+        if not self._decoding or not self.times.token:
             return STEP_TOKENS
         seconds = max(PROMPT_SECONDS, PROMPT_STEPS * decode) - self.times.chunk
-        return min(STEP_TOKENS, max(1, int(seconds / self.times.token))) if self.times.token else STEP_TOKENS
+        return min(STEP_TOKENS, max(1, int(seconds / self.times.token)))
 
-    def _remember(self, conversation: int, tokens: int) -> None:
+    def _cache_tokens(self, conversation: int, tokens: int) -> None:
+        """Cache a conversation's tokens, and evict the least recently used conversations beyond the capacity."""
         self._cached_tokens += tokens - self._cache.pop(conversation, 0)
         self._cache[conversation] = tokens
         while self._cached_tokens > self.times.cached_tokens:

@@ -10,16 +10,20 @@ from scale_replica import Replica, Request
 
 
 class Router(Protocol):
-    """Interface of routers; `choose` returns None if all replicas are full."""
+    """Interface of routers."""
 
-    def choose(self, replicas: list[Replica], request: Request, limit: int) -> Replica | None: ...
+    def choose(self, replicas: list[Replica], request: Request, limit: int) -> Replica | None:
+        """Return the replica for a request, None if all replicas have `limit` ongoing requests."""
 
     def changed(self, replicas: list[Replica]) -> None:
         """Update the router for a new list of replicas."""
 
 
 class TwoChoices:
-    """Power of two choices, Ray Serve's default: the less loaded of two random replicas."""
+    """Power of two choices, Ray Serve's default: the less loaded of two random replicas.
+
+    If both replicas are full, it draws again; after four draws it takes the least loaded of all replicas.
+    """
 
     def __init__(self, seed: int = 0) -> None:
         self._random = random.Random(seed)
@@ -30,8 +34,8 @@ class TwoChoices:
         if not replicas:
             return None
         for _ in range(4):
-            one, other = self._random.choice(replicas), self._random.choice(replicas)
-            best = one if one.ongoing <= other.ongoing else other
+            first, second = self._random.choice(replicas), self._random.choice(replicas)
+            best = first if first.ongoing <= second.ongoing else second
             if best.ongoing < limit:
                 return best
         best = min(replicas, key=lambda replica: replica.ongoing)
@@ -41,18 +45,21 @@ class TwoChoices:
 class ByPrefix(TwoChoices):
     """Prefix routing: the replica with the highest rendezvous hash of (conversation, replica), unless overloaded.
 
-    A joining or leaving replica moves only its own share of the conversations.
+    When a replica is added or removed, only the conversations of that replica move. A replica is overloaded if its
+    ongoing requests exceed `overload` times the mean, plus four.
     """
 
     def __init__(self, seed: int = 0, overload: float = 1.5) -> None:
         super().__init__(seed)
         self._overload = overload
-        self._ids = np.zeros(0, np.uint64)
+        self._replica_hashes = np.zeros(0, np.uint64)
+        # Replica with the highest hash by conversation, until the list of replicas changes.
         self._homes: dict[int, Replica] = {}
+        # Ongoing requests of all replicas, set by the service.
         self.ongoing = 0
 
     def changed(self, replicas: list[Replica]) -> None:
-        self._ids = mix(np.array([replica.number for replica in replicas], np.uint64))
+        self._replica_hashes = mix(np.array([replica.number for replica in replicas], np.uint64))
         self._homes = {}
 
     def choose(self, replicas: list[Replica], request: Request, limit: int) -> Replica | None:
@@ -60,10 +67,11 @@ class ByPrefix(TwoChoices):
             return None
         home = self._homes.get(request.conversation)
         if home is None:
-            home = replicas[int(np.argmax(mix(self._ids ^ mix(np.uint64(request.conversation)))))]
+            weights = mix(self._replica_hashes ^ mix(np.uint64(request.conversation)))
+            home = replicas[int(np.argmax(weights))]
             self._homes[request.conversation] = home
-        fair = self.ongoing / len(replicas)
-        if home.ongoing < min(limit, self._overload * fair + 4):
+        mean = self.ongoing / len(replicas)
+        if home.ongoing < min(limit, self._overload * mean + 4):
             return home
         return super().choose(replicas, request, limit)
 

@@ -6,7 +6,9 @@ import heapq
 
 
 class Station:
-    """First-in-first-out queue with one or several servers, computed without events from their next free times.
+    """First-in-first-out queue with one or several servers.
+
+    Waiting times are computed directly from the times at which the servers become idle, without simulation events.
 
     Attributes:
         busy: total service time, in seconds.
@@ -17,17 +19,17 @@ class Station:
     def __init__(self, servers: int = 1) -> None:
         self.busy = self.waited = 0.0
         self.visits = 0
-        self._free = [0.0] * servers
+        self._idle_at = [0.0] * servers  # heap: time from which each server is idle
 
     def visit(self, now: float, service: float) -> float:
-        """Record an arrival at `now`, in order of time; return the waiting time until its service begins."""
-        begin = max(now, self._free[0])
-        heapq.heapreplace(self._free, begin + service)
+        """Record an arrival at `now` with this service time; return its waiting time. Calls are in order of time."""
+        begin = max(now, self._idle_at[0])
+        heapq.heapreplace(self._idle_at, begin + service)
         self.busy += service
         self.waited += begin - now
         self.visits += 1
         return begin - now
 
     def backlog(self, now: float) -> float:
-        """Return the waiting time of an arrival at `now`, in seconds."""
-        return max(0.0, self._free[0] - now)
+        """Return the waiting time of an arrival at `now`, in seconds, without recording it."""
+        return max(0.0, self._idle_at[0] - now)

@@ -12,8 +12,8 @@ class Times:
 
     Attributes:
         image: encoding of an image.
-        chunk, token: fixed and per-token time of a prompt chunk.
-        decode: (rows, seconds) of a decode step, ascending; interpolated, and extrapolated from the last two.
+        chunk, token: fixed time of a prompt chunk, and its time per token.
+        decode: measured (rows, seconds) of decode steps, in ascending order of rows.
         start: from the start of a process until its engine accepts requests, with cached files.
         cached_tokens: capacity of the KV cache in tokens.
     """
@@ -26,14 +26,18 @@ class Times:
     cached_tokens: int
 
     def decode_step(self, rows: int) -> float:
-        """Return the duration of a decode step with this number of rows."""
+        """Return the duration of a decode step with this number of rows.
+
+        Interpolated linearly between the measurements, and extrapolated from the last two.
+        """
         if rows == 0:
             return 0.0
         if len(self.decode) == 1:
             return self.decode[0][1]
-        at = min(max(bisect_right(self.decode, (rows, float("inf"))), 1), len(self.decode) - 1)
-        (x0, y0), (x1, y1) = self.decode[at - 1], self.decode[at]
-        return y0 + (y1 - y0) * (rows - x0) / (x1 - x0)
+        # Index of the measurement that ends the interval: the first with more rows, at least 1 and at most the last.
+        end = min(max(bisect_right(self.decode, (rows, float("inf"))), 1), len(self.decode) - 1)
+        (rows_0, seconds_0), (rows_1, seconds_1) = self.decode[end - 1], self.decode[end]
+        return seconds_0 + (seconds_1 - seconds_0) * (rows - rows_0) / (rows_1 - rows_0)
 
     def prompt(self, tokens: int) -> float:
         """Return the duration of a prompt chunk with this number of tokens."""
@@ -46,12 +50,15 @@ def line(x0: float, y0: float, x1: float, y1: float) -> tuple[float, float]:
     return y0 - x0 * slope, slope
 
 
-def _h200(short: float, long: float, decode: tuple[tuple[int, float], ...], weights_gb: float) -> Times:
-    chunk, token = line(284, short, 2000, long)
-    # The share gpu_memory (0.9) of the 141 GB without the weights, at 512 KiB per token.
-    cached = int(0.9 * (141 - weights_gb) * 1e9 / 2**19)
+def _h200(
+    prefill_284: float, prefill_2000: float, decode: tuple[tuple[int, float], ...], weights_gb: float
+) -> Times:
+    """Return the times of an H200 with 141 GB, from the durations of prompts with 284 and 2000 tokens."""
+    chunk, token = line(284, prefill_284, 2000, prefill_2000)
+    # The KV cache gets 0.9 (`gpu_memory`) of the memory without the weights; a token needs 512 KiB.
+    cached_tokens = int(0.9 * (141 - weights_gb) * 1e9 / 2**19)
     # `start`: 1.87 s to open the model, and the imports of a server process.
-    return Times(8.98e-3, chunk, token, decode, start=5.0, cached_tokens=cached)
+    return Times(8.98e-3, chunk, token, decode, start=5.0, cached_tokens=cached_tokens)
 
 
 # NVIDIA H200, section "On a GPU": prefill of 284 and 2000 tokens, decode steps at 300 positions.
@@ -59,8 +66,8 @@ H200_BF16 = _h200(
     8.23e-3, 45.33e-3, ((1, 3.90e-3), (8, 4.31e-3), (32, 5.83e-3), (64, 7.82e-3)), weights_gb=19.3
 )
 H200_INT4 = _h200(13.89e-3, 46.66e-3, ((1, 2.27e-3), (8, 2.62e-3), (32, 4.63e-3)), weights_gb=10.0)
-# Two virtual CPUs (Zen 4), weight_only_int8, section "The 7B geometry, whole", slow memory, 24 GiB: image 10.9 s,
-# prompt of 300 tokens 9.7 s, decode step 0.223 s with one row and 2.5 s with 64.
+# Two virtual CPUs (Zen 4), weight_only_int8, 24 GiB, at the lower memory bandwidth; section "The 7B geometry, whole":
+# image 10.9 s, prompt of 300 tokens 9.7 s, decode step 0.223 s with one row and 2.5 s with 64.
 CPU2_INT8 = Times(
     image=10.9, chunk=0.0, token=9.7 / 300, decode=((1, 0.223), (64, 2.5)), start=25.0, cached_tokens=8192
 )
@@ -70,7 +77,7 @@ PROFILES = {"h200-bf16": H200_BF16, "h200-int4": H200_INT4, "cpu2-int8": CPU2_IN
 FRONT_TOKEN = 375e-6
 
 # Seconds per image with a caption of 64 tokens, at full utilisation. On H200: the row "64 requests at once, an image
-# and 64 tokens each", divided by 64. On two CPUs: image, prompt, and 1/64 of 64 decode steps with 64 rows.
+# and 64 tokens each", divided by 64. On two CPUs: image, prompt, and a 64th of the 64 decode steps of 64 rows.
 MEASURED_IMAGE = {
     "NVIDIA H200, bfloat16": 1.419 / 64,
     "NVIDIA H200, int8": 1.439 / 64,
@@ -78,12 +85,11 @@ MEASURED_IMAGE = {
     "two virtual CPUs (Zen 4), int8": CPU2_INT8.image + CPU2_INT8.prompt(300) + CPU2_INT8.decode_step(64),
 }
 
-# CPU seconds, measured by scale_ray.py: coordinator per request (acquire, release) and per report (one per second from
-# each engine and front); reader of a stream per chunk; Ray Data's driver per part.
+# CPU seconds, measured by scale_ray.py.
 COSTS = {
-    "admission": 2.1e-3,
-    "report_engine": 2.2e-3,
-    "report_front": 2.5e-3,
-    "stream": 0.37e-3,
-    "part": 17e-3,
+    "admission": 2.1e-3,  # coordinator, per request: acquire and release
+    "report_engine": 2.2e-3,  # coordinator, per report of an engine; each engine sends one per second
+    "report_front": 2.5e-3,  # coordinator, per report of a front; each front sends one per second
+    "stream": 0.37e-3,  # front, per chunk that it reads from a stream
+    "part": 17e-3,  # Ray Data's driver, per part
 }

@@ -1,8 +1,15 @@
 """Load generator for an OpenAI-compatible server: HTTP/1.1 and event streams over plain sockets.
 
-Reads a JSON object from standard input and writes one to standard output; serve.py runs it as a separate process.
-During the run it only records the time and bytes of each read, and parses them when all requests have ended, so that
-the client takes as little CPU time as possible from a server on the same machine. The report contains that time.
+serve.py runs it as a separate process. It reads a JSON object from standard input and writes one to standard output:
+the CPU time of the client, and a report of each response. To take little CPU time from a server on the same machine,
+it only records the time and bytes of each read during the run, and parses them when all requests have ended.
+
+Input:
+    port, path: of the server's endpoint.
+    body: keys of all request bodies.
+    bodies: the further keys of each request body, one object per request.
+    clients: number of concurrent clients (closed loop); or
+    rate, seed: mean number of requests per second, and seed of their random times (open loop).
 """
 
 from __future__ import annotations
@@ -16,12 +23,12 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Optional
 
-_END = b"\r\n0\r\n\r\n"  # end of a chunked body; JSON has no line ends, so no event contains it
+_END = b"\r\n0\r\n\r\n"  # end of a chunked body; events cannot contain it, because JSON is sent without line breaks
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 
 
-class Received(NamedTuple):
-    """Raw response: time in seconds and bytes of each read, and the error, if any."""
+class RawResponse(NamedTuple):
+    """Raw response: time of the request, (time in seconds, bytes) of each read, and the error, if any."""
 
     start: float
     reads: list[tuple[float, bytes]]
@@ -29,25 +36,25 @@ class Received(NamedTuple):
 
 
 class Connection(asyncio.Protocol):
-    """Connection of one request."""
+    """Connection of one request; the result of `done` is None, or an error."""
 
     def __init__(self) -> None:
         self.reads: list[tuple[float, bytes]] = []
         self.done: asyncio.Future[Optional[str]] = asyncio.get_running_loop().create_future()
         self._tail = b""
-        self._left: Optional[int] = None  # remaining bytes of a response that is not chunked
+        self._remaining: Optional[int] = None  # bytes of a response that is not chunked
 
     def data_received(self, data: bytes) -> None:
         now = time.perf_counter()
         if not self.reads:
-            head, _, body = data.partition(b"\r\n\r\n")  # servers send the head in one write
-            length = _LENGTH.search(head)
-            self._left = int(length.group(1)) - len(body) if length else None
-        elif self._left is not None:
-            self._left -= len(data)
+            headers, _, body = data.partition(b"\r\n\r\n")  # servers send the headers in one write
+            length = _LENGTH.search(headers)
+            self._remaining = int(length.group(1)) - len(body) if length else None
+        elif self._remaining is not None:
+            self._remaining -= len(data)
         self.reads.append((now, data))
         self._tail = (self._tail + data)[-len(_END) :]
-        if self._tail == _END or self._left == 0:
+        if self._tail == _END or self._remaining == 0:
             self._finish(None)
 
     def connection_lost(self, error: Optional[Exception]) -> None:
@@ -58,55 +65,59 @@ class Connection(asyncio.Protocol):
             self.done.set_result(error)
 
 
-async def ask(port: int, request: bytes) -> Received:
+async def send(port: int, request: bytes) -> RawResponse:
     start = time.perf_counter()
     try:
         transport, connection = await asyncio.get_running_loop().create_connection(
             Connection, "127.0.0.1", port
         )
     except OSError as error:
-        return Received(start, [], str(error))
+        return RawResponse(start, [], str(error))
     transport.write(request)
     error = await connection.done
     transport.close()
-    return Received(start, connection.reads, error)
+    return RawResponse(start, connection.reads, error)
 
 
-async def closed_loop(port: int, requests: list[bytes], clients: int) -> list[Received]:
+async def closed_loop(port: int, requests: list[bytes], clients: int) -> list[RawResponse]:
     """Run `clients` clients, each of which sends its next request after the previous response."""
-    waiting = iter(requests)
+    queue = iter(requests)  # shared by the clients
 
-    async def client() -> list[Received]:
-        return [await ask(port, request) for request in waiting]
+    async def client() -> list[RawResponse]:
+        return [await send(port, request) for request in queue]
 
-    return [
-        answer for answers in await asyncio.gather(*(client() for _ in range(clients))) for answer in answers
-    ]
+    responses_by_client = await asyncio.gather(*(client() for _ in range(clients)))
+    return [response for responses in responses_by_client for response in responses]
 
 
-async def open_loop(port: int, requests: list[bytes], rate: float, seed: int) -> list[Received]:
-    """Send requests at random times, `rate` per second, independent of the responses."""
-    pauses = random.Random(seed)
+async def open_loop(port: int, requests: list[bytes], rate: float, seed: int) -> list[RawResponse]:
+    """Send requests at random times, `rate` per second on average, independent of the responses."""
+    rng = random.Random(seed)
     tasks, due = [], time.perf_counter()
     for request in requests:
-        due += pauses.expovariate(rate)
+        due += rng.expovariate(rate)
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        tasks.append(asyncio.create_task(ask(port, request)))
+        tasks.append(asyncio.create_task(send(port, request)))
     return await asyncio.gather(*tasks)
 
 
-def read(answer: Received) -> dict[str, Any]:
-    """Parse a response: time of each event with text, in seconds since the request, and how it ended."""
-    report: dict[str, Any] = {"start": answer.start, "times": [], "error": answer.error, "finish": None}
-    if answer.error is not None:
+def parse(response: RawResponse) -> dict[str, Any]:
+    """Parse a response; return a report of it.
+
+    `start` and `end` are times of the clock, `times` are those of the events with text, in seconds since the request;
+    `error`, `finish` (finish reason) and `usage` are as sent by the server.
+    """
+    report: dict[str, Any] = {"start": response.start, "times": [], "error": response.error, "finish": None}
+    if response.error is not None:
         return report
-    raw = b"".join(data for _, data in answer.reads)
-    head, _, body = raw.partition(b"\r\n\r\n")
-    report["end"] = answer.reads[-1][0]
-    if head.split(b" ", 2)[1] != b"200":
-        report["error"] = f"{head.split()[1].decode()} {body[:300].decode(errors='replace')}"
+    raw = b"".join(data for _, data in response.reads)
+    headers, _, body = raw.partition(b"\r\n\r\n")
+    report["end"] = response.reads[-1][0]
+    status = headers.split(b" ", 2)[1]
+    if status != b"200":
+        report["error"] = f"{status.decode()} {body[:300].decode(errors='replace')}"
         return report
-    for seconds, event in _events(answer.reads, len(head) + 4, raw):
+    for seconds, event in _events(response.reads, len(headers) + 4, raw):
         if event == b"[DONE]":
             continue
         content = json.loads(event)
@@ -114,7 +125,7 @@ def read(answer: Received) -> dict[str, Any]:
             report["error"] = json.dumps(content["error"])[:300]
         for choice in content.get("choices", ()):
             if choice.get("text"):
-                report["times"].append(seconds - answer.start)
+                report["times"].append(seconds - response.start)
             report["finish"] = choice.get("finish_reason") or report["finish"]
         if content.get("usage"):
             report["usage"] = content["usage"]
@@ -122,25 +133,31 @@ def read(answer: Received) -> dict[str, Any]:
 
 
 def _events(reads: list[tuple[float, bytes]], position: int, raw: bytes) -> Iterator[tuple[float, bytes]]:
-    """Yield (time of the last byte, data) of each event."""
-    ends, total = [], 0
+    """Yield (time of the last byte, data) of each event in a chunked body.
+
+    Args:
+        position: position of the body in `raw`, the bytes of all reads.
+    """
+    read_ends, total = [], 0  # (position after the read, time of the read)
     for seconds, data in reads:
         total += len(data)
-        ends.append((total, seconds))
-    came = iter(ends)
-    end, seconds = next(came)
-    held = b""
+        read_ends.append((total, seconds))
+    remaining_reads = iter(read_ends)
+    read_end, seconds = next(remaining_reads)
+    partial_event = b""
     while True:
+        # A chunk: its length in hexadecimal digits, optional extensions after ";", a line break, data, a line break.
         line_end = raw.index(b"\r\n", position)
         length = int(raw[position:line_end].partition(b";")[0], 16)
         if not length:
             return
-        held += raw[line_end + 2 : line_end + 2 + length]
-        while end < line_end + 2 + length:
-            end, seconds = next(came)
-        position = line_end + 2 + length + 2
-        *whole, held = held.replace(b"\r\n", b"\n").split(b"\n\n")
-        for event in whole:
+        chunk_begin, chunk_end = line_end + 2, line_end + 2 + length
+        while read_end < chunk_end:
+            read_end, seconds = next(remaining_reads)
+        position = chunk_end + 2
+        text = partial_event + raw[chunk_begin:chunk_end]
+        *events, partial_event = text.replace(b"\r\n", b"\n").split(b"\n\n")
+        for event in events:
             for line in event.split(b"\n"):
                 if line.startswith(b"data:"):
                     yield seconds, line[5:].strip()
@@ -160,10 +177,12 @@ def main() -> None:
         run = open_loop(task["port"], requests, task["rate"], task["seed"])
     else:
         run = closed_loop(task["port"], requests, task["clients"])
-    before = time.process_time()
-    answers = asyncio.run(run)
-    used = time.process_time() - before
-    json.dump({"client_cpu": used, "answers": [read(answer) for answer in answers]}, sys.stdout)
+    begin = time.process_time()
+    responses = asyncio.run(run)
+    client_cpu = time.process_time() - begin
+    json.dump(
+        {"client_cpu": client_cpu, "responses": [parse(response) for response in responses]}, sys.stdout
+    )
 
 
 if __name__ == "__main__":

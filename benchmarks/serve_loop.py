@@ -1,7 +1,7 @@
-"""Loop without a server for the requests of serve.py, in one process: the difference is the cost of the server.
+"""Requests of serve.py on the loop, in one process without a server, as the baseline for the server's overhead.
 
-Reads a line of JSON per run from standard input: `bodies`, as for serve_client.py, and `clients`. Writes a line for
-each run: seconds and tokens. serve.py runs it.
+Started by serve.py with the prefixes of both exported stages as arguments. Reads a line of JSON per run from standard
+input: `bodies`, as for serve_client.py, and `clients`. Writes a line of JSON per run: `seconds` and `tokens`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from paddlemix_qwenvl_plugin.runtime.loop import Loop
 
 
 def run(model: QwenVL, loop: Loop, bodies: list[dict[str, Any]], clients: int) -> dict[str, float]:
-    """Run all requests, `clients` at a time; the next request follows each finished one."""
+    """Run all requests, at most `clients` concurrently; return the time in seconds and the number of new tokens."""
     waiting = iter(bodies)
     active = []
     n_tokens = 0
@@ -30,9 +30,8 @@ def run(model: QwenVL, loop: Loop, bodies: list[dict[str, Any]], clients: int) -
         if not active:
             return {"seconds": time.perf_counter() - begin, "tokens": n_tokens}
         loop.step()
-        for generation in [generation for generation in active if generation.finished]:
-            active.remove(generation)
-            n_tokens += len(generation.tokens)
+        n_tokens += sum(len(generation.tokens) for generation in active if generation.finished)
+        active = [generation for generation in active if not generation.finished]
 
 
 def main() -> None:

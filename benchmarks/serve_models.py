@@ -1,7 +1,8 @@
-"""Random 8-bit weights of one geometry, as our exported stages and as a GGUF file, with one synthetic vocabulary.
+"""Models with random 8-bit weights for serve.py: as exported stages, and as a GGUF file for llama.cpp.
 
-Every token of a completion is a word of ASCII characters, so that each has a separate event in a stream: the logits of
-tokens that are not words, and of stop tokens, are 0, so they never have the highest probability.
+The vocabulary is synthetic. Only word tokens, each a word of ASCII characters, have random logits; the logits of all
+other tokens, stop tokens included, are 0 and thus never the largest. So every token of a completion is a word, which a
+server can send in a separate event.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from geometry_7b import write_model
 
-_VISION: dict[str, Any] = {  # minimal: no request has an image
+_VISION: dict[str, Any] = {  # as small as possible, because no request has an image
     "heads": 6,
     "image_size": 128,
     "layers": 1,
@@ -55,13 +56,13 @@ SIZES: dict[str, dict[str, Any]] = {
         "visual": {**_VISION, "image_start_id": 890, "output_dim": 256},
     },
 }
-# The first tokens are single bytes; <|endoftext|> is the first special token, and <img> has number 214 among them.
-_N_BYTES, _N_BEFORE_IMAGE = 256, 214
+# The vocabulary: a token for each byte, words, special tokens. <img> is preceded by 214 special tokens.
+_N_BYTES, _SPECIAL_BEFORE_IMAGE = 256, 214
 
 
 def words(sizes: dict[str, Any]) -> range:
-    """Ids of the tokens that are words."""
-    return range(_N_BYTES, sizes["visual"]["image_start_id"] - _N_BEFORE_IMAGE)
+    """Ids of the word tokens."""
+    return range(_N_BYTES, sizes["visual"]["image_start_id"] - _SPECIAL_BEFORE_IMAGE)
 
 
 def export_stages(folder: Path, sizes: dict[str, Any]) -> None:
@@ -70,13 +71,13 @@ def export_stages(folder: Path, sizes: dict[str, Any]) -> None:
     tokens = [bytes([byte]) for byte in range(_N_BYTES)] + [_word(i).encode() for i in words(sizes)]
     lines = (f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
     (model / "qwen.tiktoken").write_text("".join(lines))
-    _silence(model, sizes)
+    _clear_other_rows(model, sizes)
     export_vision(model, folder / "vision", "bfloat16")
     export_language(model, folder / "text", "qwen", "bfloat16", quant_type="weight_only_int8")
 
 
 def export_gguf(path: Path, sizes: dict[str, Any], python: Path) -> None:
-    """Write the same geometry for llama.cpp, by an interpreter with gguf; the random weights differ."""
+    """Write a model of the same geometry, with other random weights, for llama.cpp; `python` has the package gguf."""
     description = {"kind": "Q8_0", "sizes": sizes, "n_words": len(words(sizes))}
     script = Path(__file__).with_name("gguf_weights.py")
     subprocess.run([python, script, path, json.dumps(description)], check=True)
@@ -86,13 +87,13 @@ def _word(token: int) -> str:
     return f" {token:06d}"
 
 
-def _silence(model: Path, sizes: dict[str, Any]) -> None:
-    """Set the rows of lm_head to zero for tokens that are not words."""
+def _clear_other_rows(model: Path, sizes: dict[str, Any]) -> None:
+    """Overwrite the rows of lm_head with zeros in the checkpoint, except those of word tokens."""
     index = json.loads((model / "model.safetensors.index.json").read_text())
     path = model / index["weight_map"]["lm_head.weight"]
     entry = safetensors_file.read_header(path)["lm_head.weight"]
-    row = entry.n_bytes // sizes["vocab_size"]
+    row_bytes = entry.n_bytes // sizes["vocab_size"]
     with path.open("r+b") as file:
         for ids in (range(words(sizes).start), range(words(sizes).stop, sizes["vocab_size"])):
-            file.seek(entry.offset + ids.start * row)
-            file.write(bytes(len(ids) * row))
+            file.seek(entry.offset + ids.start * row_bytes)
+            file.write(bytes(len(ids) * row_bytes))

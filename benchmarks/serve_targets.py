@@ -1,4 +1,4 @@
-"""Targets of serve.py: our server, llama.cpp's server, and our loop alone, each started, loaded and stopped."""
+"""Targets of serve.py: `qwenvl serve`, llama.cpp's server, and the loop without a server."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any, Callable, Optional
 import numpy as np
 
 _HERE = Path(__file__).parent
-_START_SECONDS = 120.0
+_START_TIMEOUT = 120.0  # seconds
 _THREADS = 2
 _ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": str(_THREADS)}
 _WARM_UP: list[dict[str, Any]] = [{"prompt": list(range(300, 332)), "max_tokens": 8}] * 8
@@ -30,8 +30,10 @@ class Server:
     """Definition of a server.
 
     Attributes:
-        ready: path that returns 200 when the server is ready.
-        body: keys that this server needs in each request besides the common ones.
+        name: name of the server in tables.
+        command: command line without --host and --port.
+        ready: URL path that returns status 200 when the server is ready.
+        body: keys of the request body that only this server needs.
     """
 
     name: str
@@ -52,7 +54,7 @@ class Load:
 
 
 Measure = Callable[[Load, list[dict[str, Any]]], dict[str, Any]]
-"""Runs a load with request bodies on a started target, and returns the figures."""
+"""Function that runs a load with these request bodies on a running target, and returns the figures."""
 
 
 def ours(folder: Path) -> Server:
@@ -63,18 +65,18 @@ def ours(folder: Path) -> Server:
 
 
 def llama(folder: Path, program: Path, context: int) -> Server:
-    """llama-server with 64 slots of `context` tokens, without the prompt cache, which would never hit."""
+    """Define llama-server with 64 slots of `context` tokens; prompt caches are off, because all prompts differ."""
     model = ["-m", str(folder / "qwen.gguf"), "--alias", "model"]
-    load = f"-np 64 -c {64 * context} -cb -t {_THREADS} -tb {_THREADS} --cache-ram 0"
-    return Server("llama-server", [str(program), *model, *load.split()], "/health", {"cache_prompt": False})
+    flags = f"-np 64 -c {64 * context} -cb -t {_THREADS} -tb {_THREADS} --cache-ram 0"
+    return Server("llama-server", [str(program), *model, *flags.split()], "/health", {"cache_prompt": False})
 
 
 @contextlib.contextmanager
 def on_server(server: Server, folder: Path) -> Iterator[Measure]:
-    """Start a server, and yield its Measure."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Start a server, yield its Measure, and stop the server."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
     command = [*server.command, "--host", "127.0.0.1", "--port", str(port)]
     with (folder / f"{server.name}.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=_ENVIRONMENT)
@@ -89,17 +91,17 @@ def on_server(server: Server, folder: Path) -> Iterator[Measure]:
         task = {"port": port, "path": "/v1/completions", "body": {**common, **server.body}}
 
         def measure(load: Load, bodies: list[dict[str, Any]]) -> dict[str, Any]:
-            how = {"clients": load.clients} if load.clients else {"rate": load.rate, "seed": 0}
-            before = cpu_seconds(process.pid)
-            done = subprocess.run(
+            schedule = {"clients": load.clients} if load.clients else {"rate": load.rate, "seed": 0}
+            begin = cpu_seconds(process.pid)
+            client = subprocess.run(
                 [sys.executable, str(_HERE / "serve_client.py")],
-                input=json.dumps({**task, **how, "bodies": bodies}),
+                input=json.dumps({**task, **schedule, "bodies": bodies}),
                 capture_output=True,
                 text=True,
                 check=True,
             )
-            used = cpu_seconds(process.pid) - before
-            return {"name": server.name, "server_cpu": used, **figures(json.loads(done.stdout))}
+            server_cpu = cpu_seconds(process.pid) - begin
+            return {"name": server.name, "server_cpu": server_cpu, **figures(json.loads(client.stdout))}
 
         measure(Load(clients=4), _WARM_UP)
         yield measure
@@ -110,7 +112,7 @@ def on_server(server: Server, folder: Path) -> Iterator[Measure]:
 
 @contextlib.contextmanager
 def on_loop(folder: Path) -> Iterator[Measure]:
-    """Start a process with our loop alone, and yield its Measure."""
+    """Start a process that runs the loop without a server, yield its Measure, and stop the process."""
     command = [
         sys.executable,
         str(_HERE / "serve_loop.py"),
@@ -132,7 +134,7 @@ def on_loop(folder: Path) -> Iterator[Measure]:
 
 
 def wait_ready(url: str, process: subprocess.Popen[bytes], log: str) -> None:
-    deadline = time.monotonic() + _START_SECONDS
+    deadline = time.monotonic() + _START_TIMEOUT
     while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(urllib.error.URLError, ConnectionError), urllib.request.urlopen(url):
             return
@@ -141,29 +143,41 @@ def wait_ready(url: str, process: subprocess.Popen[bytes], log: str) -> None:
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU time of a process without its children; of our server, that of the front without the engine."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """CPU time of a process without its children; for `qwenvl serve`, that of the front without the engine process."""
+    stat = Path(f"/proc/{pid}/stat").read_text()
+    fields = stat.rpartition(")")[2].split()  # after the command name, which may contain spaces
+    user_ticks, system_ticks = int(fields[11]), int(fields[12])
+    return (user_ticks + system_ticks) / os.sysconf("SC_CLK_TCK")
 
 
 def figures(report: dict[str, Any]) -> dict[str, Any]:
-    """Figures of a run on a server, with the samples, so that rounds can be combined."""
-    answers = report["answers"]
-    for answer in answers:
-        if not answer["error"] and answer["finish"] != "length":
-            answer["error"] = f"finish_reason {answer['finish']}"
-    good = [answer for answer in answers if not answer["error"]]
-    times = [np.array(answer["times"]) for answer in good]
+    """Figures of a run on a server, from the report of serve_client.py.
+
+    `first` (time to first token) and `between` (times between tokens) are lists of all samples in seconds, so that
+    several rounds can be combined.
+    """
+    responses = report["responses"]
+    for response in responses:
+        if not response["error"] and response["finish"] != "length":
+            response["error"] = f"finish_reason {response['finish']}"
+    complete = [response for response in responses if not response["error"]]
+    event_times = [np.array(response["times"]) for response in complete]
+    seconds = 0.0
+    if complete:
+        seconds = max(response["end"] for response in complete) - min(
+            response["start"] for response in responses
+        )
     return {
-        "requests": len(good),
-        "tokens": sum(answer["usage"]["completion_tokens"] for answer in good),
+        "requests": len(complete),
+        "tokens": sum(response["usage"]["completion_tokens"] for response in complete),
         "cached": sum(
-            (answer["usage"].get("prompt_tokens_details") or {}).get("cached_tokens", 0) for answer in good
+            (response["usage"].get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+            for response in complete
         ),
-        "events": sum(map(len, times)),
-        "seconds": max(a["end"] for a in good) - min(a["start"] for a in answers) if good else 0.0,
-        "first": [float(t[0]) for t in times],
-        "between": [float(gap) for t in times for gap in np.diff(t)],
-        "errors": [answer["error"] for answer in answers if answer["error"]],
+        "events": sum(map(len, event_times)),
+        "seconds": seconds,
+        "first": [float(times[0]) for times in event_times],
+        "between": [float(gap) for times in event_times for gap in np.diff(times)],
+        "errors": [response["error"] for response in responses if response["error"]],
         "client_cpu": report["client_cpu"],
     }

@@ -1,7 +1,9 @@
-"""Benchmark of the 7B geometry, 32 + 48 layers with random weights: seconds and peak memory of export and answers.
+"""Benchmark of the 7B geometry with random weights: time and peak memory of export and answers.
+
+The model has all layers: 32 of the language model, 48 of the vision tower.
 
 Run: python benchmarks/seven_b.py --quant_type weight_only_int4 --folder FOLDER
-or, for the export of a GPTQ checkpoint alone: python benchmarks/seven_b.py --gptq --folder FOLDER
+or, only for the export of a GPTQ checkpoint: python benchmarks/seven_b.py --gptq --folder FOLDER
 Needs the plugin, a C++ compiler, 36 GB of free disk (19 GB for the bfloat16 checkpoint that it creates) and 24 GiB
 of memory. Takes about 6 minutes. FOLDER is created, and deleted at the end.
 """
@@ -31,7 +33,7 @@ CONFIG: dict[str, Any] = {
     "visual": {**ONE_LAYER["visual"], "layers": 48},
 }
 
-# Process that prints its seconds and peak memory as a JSON object on the last line.
+# Program of a process that runs `code` and prints its time and peak memory as a JSON object on the last line.
 MEASURED = """
 import json, re, time
 from pathlib import Path
@@ -39,7 +41,7 @@ start = time.perf_counter()
 report = {{}}
 {code}
 report["seconds"] = time.perf_counter() - start
-# Not ru_maxrss, which begins with that of the parent process.
+# Not ru_maxrss, whose initial value is the parent's.
 report["peak_gib"] = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
 print(json.dumps(report))
 """
@@ -49,8 +51,9 @@ from paddlemix_qwenvl_plugin import export_{stage}
 export_{stage}({arguments})
 """
 
-# Two processes open the cached files at the same time; every weight of the language stage is read once. Pss counts
-# a page shared by several processes proportionally.
+# Run in two processes at the same time, on cached files. Generating a token reads all weights of the language stage;
+# the sleep keeps both processes alive while each reads its memory figures. The proportional set size (Pss) counts a
+# page that n processes share as 1/n of a page in each.
 SHARED = """
 from paddlemix_qwenvl_plugin import QwenVL
 vl = QwenVL.from_exported({vision!r}, {language!r})
@@ -64,7 +67,8 @@ with open("/proc/self/smaps_rollup") as file:
             report[line[:3] + "_gib"] = int(line.split()[1]) / 2**20
 """
 
-# A prompt of 300 tokens with an image, then the same prompt from the prefix cache, with 1 and 33 new tokens.
+# A prompt of 300 tokens with an image, and one new token; then twice the same prompt, now in the prefix cache, with 1
+# and 33 new tokens.
 ANSWER = """
 import numpy as np
 from paddlemix_qwenvl_plugin import QwenVL
@@ -84,35 +88,36 @@ for name, n in (("prompt", 1), ("prompt_again", 1), ("33_tokens", 33)):
 report["ms_a_token"] = 1000 * (report["33_tokens"] - report["prompt_again"]) / 32
 """
 
-# 64 requests of different lengths without images: every eighth sequentially, then all at once.
+# 64 requests of different lengths without images: every eighth of them sequentially, then all concurrently.
 AT_ONCE = """
 from paddlemix_qwenvl_plugin import GenerationOptions, QwenVL
 vl = QwenVL.from_exported({vision!r}, {language!r})
 requests = [([1000 + (7 * n + i) % 3000 for i in range(4 + 5 * n % 60)], 16 + 37 * n % 112) for n in range(64)]
-def rate(chosen):
-    generations = [vl.generation(ids, [], [], GenerationOptions(max_new_tokens=n)) for ids, n in chosen]
+def tokens_per_second(batch):
+    generations = [vl.generation(ids, [], [], GenerationOptions(max_new_tokens=n)) for ids, n in batch]
     begin = time.perf_counter()
     for generation in generations:
         vl._loop.submit(generation)
     while any(not generation.finished for generation in generations):
         vl._loop.step()
-    return sum(n for _, n in chosen) / (time.perf_counter() - begin)
-rate([([1, 2, 3], 2)])
+    return sum(n for _, n in batch) / (time.perf_counter() - begin)
+tokens_per_second([([1, 2, 3], 2)])  # warm-up
 alone = requests[::8]
-report["alone_tokens_s"] = sum(n for _, n in alone) / sum(n / rate([(ids, n)]) for ids, n in alone)
-report["at_once_tokens_s"] = rate(requests)
-report["times"] = report["at_once_tokens_s"] / report["alone_tokens_s"]
+alone_seconds = sum(n / tokens_per_second([(ids, n)]) for ids, n in alone)
+report["alone_tokens_s"] = sum(n for _, n in alone) / alone_seconds
+report["at_once_tokens_s"] = tokens_per_second(requests)
+report["speed_up"] = report["at_once_tokens_s"] / report["alone_tokens_s"]
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    kind = parser.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--quant_type", choices=QUANT_TYPES)
-    kind.add_argument(
-        "--gptq", action="store_true", help="a checkpoint of 4 bits in groups of 128, with act-order"
+    weights = parser.add_mutually_exclusive_group(required=True)
+    weights.add_argument("--quant_type", choices=QUANT_TYPES, help="quantization of the language stage")
+    weights.add_argument(
+        "--gptq", action="store_true", help="a GPTQ checkpoint of 4 bits in groups of 128, with act-order"
     )
-    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, required=True, help="working folder; must not exist")
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     folder.mkdir()
@@ -124,11 +129,12 @@ def main() -> None:
         write_model(folder / "model", CONFIG, "bfloat16")
         print(f"created the checkpoint in {time.perf_counter() - start:.0f} s")
         model, vision, language = str(folder / "model"), str(folder / "vision"), str(folder / "text")
-        for stage, values in (
+        # (stage, positional arguments of its export function)
+        for stage, export_arguments in (
             ("vision", [model, vision, "bfloat16", "fused"]),
             ("language", [model, language, "qwen", "bfloat16", "fused", arguments.quant_type]),
         ):
-            report = run(EXPORT.format(stage=stage, arguments=", ".join(map(repr, values))))
+            report = run(EXPORT.format(stage=stage, arguments=", ".join(map(repr, export_arguments))))
             print(f"export-{stage}: {line(report)}")
         shutil.rmtree(folder / "model")
         sizes = {path.name: path.stat().st_size / 1e9 for path in folder.rglob("*.pdiparams")}
@@ -138,7 +144,7 @@ def main() -> None:
         print(f"64 requests: {line(run(AT_ONCE.format(**stages)))}")
         with ThreadPoolExecutor(2) as pool:
             for report in pool.map(run, [SHARED.format(**stages)] * 2):
-                print(f"one of two processes: {line(report)}")
+                print(f"each of two processes: {line(report)}")
     finally:
         shutil.rmtree(folder)
 
@@ -151,13 +157,14 @@ def export_gptq(folder: Path) -> None:
 
 
 def run(code: str) -> dict[str, float]:
-    done = subprocess.run(
+    """Run code in a measured process, and return its report."""
+    process = subprocess.run(
         [sys.executable, "-c", MEASURED.format(code=code)], capture_output=True, text=True, check=False
     )
-    if done.returncode:
-        raise SystemExit(done.stderr[-3000:])
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    if process.returncode:
+        raise SystemExit(process.stderr[-3000:])
+    report: dict[str, float] = json.loads(process.stdout.splitlines()[-1])
+    return report
 
 
 def line(report: dict[str, float]) -> str:

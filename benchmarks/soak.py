@@ -1,7 +1,9 @@
-"""Soak test of the loop on the engine: 10,000 requests of every kind, each compared with its answer alone.
+"""Soak test of the loop on the engine: 10,000 requests, some of which are cancelled or preempted.
 
+Each answer is compared with that of the same request without a batch. Prints the numbers of cancelled and preempted
+requests, and the growth of the process's memory.
 Run: python benchmarks/soak.py
-Needs the plugin, pytest and a C++ compiler; a few minutes. Prints counts of events and the growth of the process.
+Needs the plugin, pytest and a C++ compiler; takes a few minutes.
 """
 
 from __future__ import annotations

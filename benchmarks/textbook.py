@@ -1,11 +1,12 @@
-"""The versions in csrc/textbook at the sizes of the 7B geometry, one thread, beside the memory's bandwidth.
+"""Benchmark of the kernels in csrc/textbook at the sizes of the 7B geometry, compared with the memory bandwidth.
 
-Build first: cmake -S csrc -B build/engine && cmake --build build/engine -j2. Needs NumPy, 1.5 GB of memory, 2 minutes.
+Build first: cmake -S csrc -B build/engine && cmake --build build/engine -j2. Needs NumPy and 1.5 GB of memory; takes 2
+minutes.
 Run: python benchmarks/textbook.py
 
-Calls take turns with copies of the data, 512 MB together, so no cache holds it. "memory" only reads the same copies,
-in the best of three orders. Times are CPU time of the calling thread, the best of many: other work on the machine only
-ever adds.
+All kernels run in one thread. Successive calls use different copies of the data, 512 MiB in total, so that no cache
+contains it. The row "memory" only reads the same copies, in the best of three orders. Times are CPU time of the calling
+thread, the best of many calls, since other load on the machine only adds time.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import ctypes
 import datetime
 import functools
+import math
 import os
 import platform
 import sys
@@ -29,20 +31,26 @@ sys.path.insert(0, str(REPO / "tests" / "csrc"))
 
 from engine import BFLOAT16, INT4_G128, ISAS, DeviceInfo, Library, aligned, pointer  # noqa: E402
 
-IN_TURN = 512 << 20
+COPIES_BYTES = 512 << 20
 HEADS, HEAD_DIM, KEYS, BLOCK = 32, 128, 2000, 16
-WAYS_TO_READ = 3
+READ_ORDERS = 3  # of qvlt_read_memory in csrc/testing
 
 
-class Measured(NamedTuple):
-    """A kernel on data in memory: `run(version, copy)`, and what it reads."""
+class Case(NamedTuple):
+    """A kernel with its data.
+
+    Attributes:
+        run: function that runs a version of the kernel on a copy of the data.
+        copies: the copies of the data.
+        read_bytes: bytes that a call reads from a copy.
+    """
 
     run: Callable[[int, np.ndarray], Any]
     copies: list[np.ndarray]
-    read_bytes: int  # of a copy
+    read_bytes: int
 
 
-def matvec(library: Library, isa: int, dtype: int, rows: int, columns: int) -> Measured:
+def matvec(library: Library, isa: int, dtype: int, rows: int, columns: int) -> Case:
     random = np.random.default_rng(0)
     packed = library.pack(random.standard_normal((rows, columns)).astype(np.float32), dtype)
     x, y = random.standard_normal(columns).astype(np.float32), np.empty(rows, np.float32)
@@ -51,14 +59,14 @@ def matvec(library: Library, isa: int, dtype: int, rows: int, columns: int) -> M
         sizes = dtype, rows, columns
         library.dll.qvlt_textbook_matvec(isa, version, *sizes, pointer(x), pointer(weights), pointer(y))
 
-    return Measured(run, copies_of(packed), packed.nbytes)
+    return Case(run, copies_of(packed), packed.nbytes)
 
 
-def attention(library: Library, isa: int) -> Measured:
+def attention(library: Library, isa: int) -> Case:
     random = np.random.default_rng(0)
-    shape = -(-KEYS // BLOCK), 2, HEADS, BLOCK, HEAD_DIM
-    values = random.standard_normal(shape).astype(np.float32)
-    cache = (values.view(np.uint32) >> 16).astype(np.uint16)
+    n_blocks = math.ceil(KEYS / BLOCK)
+    floats = random.standard_normal((n_blocks, 2, HEADS, BLOCK, HEAD_DIM)).astype(np.float32)
+    cache = (floats.view(np.uint32) >> 16).astype(np.uint16)  # bfloat16, truncated
     q = (random.standard_normal((HEADS, HEAD_DIM)) * HEAD_DIM**-0.5).astype(np.float32)
     out = np.empty_like(q)
 
@@ -66,11 +74,12 @@ def attention(library: Library, isa: int) -> Measured:
         sizes = HEADS, HEAD_DIM, KEYS, BLOCK
         library.dll.qvlt_textbook_attention(isa, version, *sizes, pointer(q), pointer(blocks), pointer(out))
 
-    return Measured(run, copies_of(cache.view(np.uint8).reshape(-1)), KEYS * HEADS * HEAD_DIM * 2 * 2)
+    keys_and_values_bytes = 2 * KEYS * HEADS * HEAD_DIM * 2
+    return Case(run, copies_of(cache.view(np.uint8).reshape(-1)), keys_and_values_bytes)
 
 
 def copies_of(data: np.ndarray) -> list[np.ndarray]:
-    copies = [aligned(data.nbytes) for _ in range(-(-IN_TURN // data.nbytes))]
+    copies = [aligned(data.nbytes) for _ in range(math.ceil(COPIES_BYTES / data.nbytes))]
     for copy in copies:
         copy[:] = data
     return copies
@@ -79,7 +88,7 @@ def copies_of(data: np.ndarray) -> list[np.ndarray]:
 def best_times(
     runs: list[Callable[[np.ndarray], Any]], copies: list[np.ndarray], seconds: float
 ) -> list[float]:
-    """Seconds of each; they take turns, so a busy moment meets all of them."""
+    """Shortest CPU time of each run, in seconds; the runs alternate, so that other load slows all of them."""
     best, call = [float("inf")] * len(runs), 0
     end = time.monotonic() + seconds * len(runs)
     while time.monotonic() < end:
@@ -98,53 +107,57 @@ def cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
         return platform.processor()
-    found = dict(line.split("\t", 1) for line in lines if "\t" in line)
-    name, family, model = (found[key].strip("\t: ") for key in ("model name", "cpu family", "model"))
+    # Lines are like "model name\t: AMD EPYC"; those of the last CPU remain.
+    values = dict(line.split("\t", 1) for line in lines if "\t" in line)
+    name, family, model = (values[key].strip("\t: ") for key in ("model name", "cpu family", "model"))
     return f"{name} (family {family}, model {model})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--library", type=Path, default=REPO / "build/engine/libqwenvl_testing.so")
-    parser.add_argument("--isa", choices=list(ISAS), default="best")
-    parser.add_argument("--seconds", type=float, default=2, help="for each figure (default 2)")
+    parser.add_argument("--isa", choices=list(ISAS), default="best", help="instruction set of the kernels")
+    parser.add_argument("--seconds", type=float, default=2, help="time for each figure (default 2)")
     arguments = parser.parse_args()
     library, isa = Library(arguments.library), ISAS[arguments.isa]
     dll: Any = library.dll
     dll.qvlt_read_memory.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
     info = DeviceInfo(size=ctypes.sizeof(DeviceInfo))
     library.call("qvl_get_device_info", 0, 0, ctypes.byref(info))
-    name = info.isa.decode() if arguments.isa == "best" else arguments.isa
+    isa_name = info.isa.decode() if arguments.isa == "best" else arguments.isa
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     print(
-        f"{cpu_name()}, {os.cpu_count()} CPUs{load} at the start; {datetime.date.today()}; {name}, one thread.\n"
+        f"{cpu_name()}, {os.cpu_count()} CPUs{load} at the start; {datetime.date.today()}; {isa_name}, one thread.\n"
     )
 
-    print("| kernel | version | ms | GB/s | of memory's |\n| --- | --- | --- | --- | --- |")
+    print("| kernel | version | ms | GB/s | share of the memory bandwidth |\n| --- | --- | --- | --- | --- |")
 
-    def row(kernel: int, label: str, measured: Measured) -> None:
-        names: list[str] = []
-        while found := dll.qvlt_textbook_name(kernel, len(names)):
-            names.append(found.decode())
-        n_bytes = measured.copies[0].nbytes
+    def print_rows(kernel: int, label: str, case: Case) -> None:
+        """Measure all versions of a kernel, and the memory bandwidth at the same time."""
+        versions: list[str] = []
+        while name := dll.qvlt_textbook_name(kernel, len(versions)):
+            versions.append(name.decode())
+        n_bytes = case.copies[0].nbytes
+        runs = [functools.partial(case.run, version) for version in range(len(versions))]
         reads = [
-            lambda copy, way=way: dll.qvlt_read_memory(pointer(copy), n_bytes, way)
-            for way in range(WAYS_TO_READ)
+            lambda copy, order=order: dll.qvlt_read_memory(pointer(copy), n_bytes, order)
+            for order in range(READ_ORDERS)
         ]
-        runs = [functools.partial(measured.run, version) for version in range(len(names))]
-        *times, a, b, c = best_times([*runs, *reads], measured.copies, arguments.seconds)
-        memory = n_bytes / min(a, b, c)
-        for version, took in zip([*names, "memory"], [*times, measured.read_bytes / memory]):
-            rate = measured.read_bytes / took
+        times = best_times([*runs, *reads], case.copies, arguments.seconds)
+        run_times, read_times = times[: len(runs)], times[len(runs) :]
+        bandwidth = n_bytes / min(read_times)
+        for version, seconds in zip([*versions, "memory"], [*run_times, case.read_bytes / bandwidth]):
+            rate = case.read_bytes / seconds
             print(
-                f"| {label} | {version} | {took * 1e3:.2f} | {rate / 1e9:.1f} | {rate / memory:.0%} |",
+                f"| {label} | {version} | {seconds * 1e3:.2f} | {rate / 1e9:.1f} | {rate / bandwidth:.0%} |",
                 flush=True,
             )
 
-    for kernel, title, dtype in ((0, "bf16", BFLOAT16), (1, "int4", INT4_G128)):
+    # (number of the kernel in csrc/textbook, label, storage type)
+    for kernel, label, dtype in ((0, "bf16", BFLOAT16), (1, "int4", INT4_G128)):
         for columns in (4096, 11008):
-            row(kernel, f"{title}, 4096 x {columns}", matvec(library, isa, dtype, 4096, columns))
-    row(2, f"attention, {HEADS} x {HEAD_DIM}, {KEYS} keys", attention(library, isa))
+            print_rows(kernel, f"{label}, 4096 x {columns}", matvec(library, isa, dtype, 4096, columns))
+    print_rows(2, f"attention, {HEADS} x {HEAD_DIM}, {KEYS} keys", attention(library, isa))
 
 
 if __name__ == "__main__":

@@ -18,22 +18,31 @@ def main(target: Path) -> None:
     random.seed(7)
     image = Image.new("RGB", (WIDTH, HEIGHT))
     draw = ImageDraw.Draw(image)
-    for y in range(HEIGHT):
-        shade = y / HEIGHT
-        draw.line([(0, y), (WIDTH, y)], fill=(int(120 + 100 * shade), int(175 + 60 * shade), 245))
-    for x, y, size in ((150, 90, 60), (220, 70, 45), (640, 110, 70), (730, 95, 50)):
-        draw.ellipse([x - size, y - size // 2, x + size, y + size // 2], fill=(250, 250, 252))
-    draw.ellipse([830, 40, 910, 120], fill=(255, 214, 70))
-    draw.rectangle([0, 430, WIDTH, 490], fill=(176, 172, 165))
-    draw.rectangle([0, 490, WIDTH, HEIGHT], fill=(82, 84, 90))
-    for x in range(20, WIDTH, 140):
-        draw.rectangle([x, 560, x + 80, 572], fill=(240, 236, 210))
+    _sky(draw)
+    _road(draw)
     _house(draw)
     _tree(draw)
     _car(draw)
     _dog(draw)
     _sign(draw)
     image.filter(ImageFilter.GaussianBlur(0.6)).save(target, optimize=True)
+
+
+def _sky(draw: ImageDraw.ImageDraw) -> None:
+    for y in range(HEIGHT):
+        shade = y / HEIGHT
+        draw.line([(0, y), (WIDTH, y)], fill=(int(120 + 100 * shade), int(175 + 60 * shade), 245))
+    # Clouds and the sun.
+    for x, y, size in ((150, 90, 60), (220, 70, 45), (640, 110, 70), (730, 95, 50)):
+        draw.ellipse([x - size, y - size // 2, x + size, y + size // 2], fill=(250, 250, 252))
+    draw.ellipse([830, 40, 910, 120], fill=(255, 214, 70))
+
+
+def _road(draw: ImageDraw.ImageDraw) -> None:
+    draw.rectangle([0, 430, WIDTH, 490], fill=(176, 172, 165))  # pavement
+    draw.rectangle([0, 490, WIDTH, HEIGHT], fill=(82, 84, 90))
+    for x in range(20, WIDTH, 140):  # lane markings
+        draw.rectangle([x, 560, x + 80, 572], fill=(240, 236, 210))
 
 
 def _house(draw: ImageDraw.ImageDraw) -> None:

@@ -3,9 +3,9 @@
     pip install -e '.[gpu-engine]'
     python -m tools.gpu_bundle DIR
 
-writes into DIR: the engine (for processors like this one), its GPU library, the library of launchers for tests/cuda,
-and every kernel in float16 and bfloat16. Kernels newer than their source and all headers are kept. On the machine
-with the GPU, `tests/cuda/check.sh DIR` runs all tests.
+These commands write to DIR: the engine, compiled for the ISAs of this machine's processor; its GPU library; the library
+of kernel launchers for tests/cuda; and all kernels in float16 and bfloat16. A kernel that is newer than its source and
+all headers is not compiled again. On the machine with the GPU, `tests/cuda/check.sh DIR` runs all tests.
 """
 
 from __future__ import annotations
@@ -26,32 +26,33 @@ def gpu_bundle(folder: Path, architecture: int) -> None:
     """Build or update the bundle in `folder` for GPUs of compute capability architecture / 10.
 
     Raises:
-        QwenVLError: no compiler, or no NVRTC for the architecture.
+        QwenVLError: there is no compiler, or no NVRTC for the architecture.
         build.BuildFailed: a build failed.
     """
     make_folder(folder)
     csrc = sources.source_folder()
     kernels = build.kernel_target(nvrtc.find((architecture,), newest=99), (architecture,))
-    old = [unit for unit in kernels.units if not _up_to_date(unit, folder, csrc)]
-    tests = build.cuda_target()
-    launchers = [_launchers(source, tests.units[0]) for source in sorted(csrc.glob("testing/cuda_*.cc"))]
-    tests = tests._replace(name=TEST_LIBRARY, units=[*tests.units, *launchers])
+    outdated = [unit for unit in kernels.units if not _is_up_to_date(unit, folder, csrc)]
     engine = build.library_target(sources.library_units(csrc, sources.isas_here(csrc)))
-    for target in (engine, build.cuda_target(), tests, kernels._replace(units=old)):
-        _make(target, folder)
+    gpu_library = build.cuda_target()
+    # The test library is the GPU library with the launchers.
+    flags = gpu_library.units[0].flags
+    launchers = [
+        Unit(f"testing_{source.stem}.o", source, flags) for source in sorted(csrc.glob("testing/cuda_*.cc"))
+    ]
+    test_library = gpu_library._replace(name=TEST_LIBRARY, units=[*gpu_library.units, *launchers])
+    for target in (engine, gpu_library, test_library, kernels._replace(units=outdated)):
+        _build(target, folder)
 
 
-def _launchers(source: Path, like: Unit) -> Unit:
-    return Unit(f"testing_{source.stem}.o", source, like.flags)
+def _is_up_to_date(unit: Unit, folder: Path, csrc: Path) -> bool:
+    output, headers = folder / unit.name, (*csrc.rglob("*.h"), *csrc.rglob("*.cuh"))
+    last_change = max(path.stat().st_mtime for path in (unit.source, *headers))
+    return output.is_file() and output.stat().st_mtime > last_change
 
 
-def _up_to_date(unit: Unit, folder: Path, csrc: Path) -> bool:
-    made, headers = folder / unit.name, (*csrc.rglob("*.h"), *csrc.rglob("*.cuh"))
-    newest = max(path.stat().st_mtime for path in (unit.source, *headers))
-    return made.is_file() and made.stat().st_mtime > newest
-
-
-def _make(target: build.Target, folder: Path) -> None:
+def _build(target: build.Target, folder: Path) -> None:
+    """Build a target in a temporary folder, then move its files to `folder`."""
     with tempfile.TemporaryDirectory(prefix="qwenvl-gpu-bundle-", dir=folder) as scratch:
         with (Path(scratch) / "build.log").open("w", encoding="utf-8") as log:
             build.build(target, Path(scratch), log)
@@ -64,8 +65,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, metavar="DIR")
-    parser.add_argument("--architecture", type=int, default=90, help="compute capability times ten")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="output folder")
+    parser.add_argument(
+        "--architecture", type=int, default=90, help="compute capability of the GPU, times ten (default 90)"
+    )
     arguments = parser.parse_args()
     try:
         gpu_bundle(arguments.folder, arguments.architecture)

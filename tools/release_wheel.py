@@ -3,9 +3,10 @@
     pip install -e '.[release]'
     python -m tools.release_wheel dist
 
-writes dist/paddlemix_qwenvl_plugin-VERSION-py3-none-manylinux_….whl. `auditwheel` determines the compatible
-systems: those with a C library at least as new as on this system, so run it on an old system, such as a manylinux
-image. A wheel that `pip` builds from source has no library and compiles it at first use.
+These commands write dist/paddlemix_qwenvl_plugin-VERSION-py3-none-manylinux_….whl. `auditwheel` derives the tag from
+the versions of the C library's symbols that the engine uses. Build on an old system, such as a manylinux container:
+the wheel runs on systems whose C library is at least as new. The package in a wheel that `pip` builds from source has
+no engine library, and compiles it at first use.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 
 def release_wheel(output: Path) -> Path:
-    """Build the wheel, and return its path in `output`."""
+    """Build the wheel in `output`, and return its path."""
     make_folder(output)
     with tempfile.TemporaryDirectory(prefix="qwenvl-release-") as scratch:
         folder = Path(scratch)
@@ -43,9 +44,11 @@ def release_wheel(output: Path) -> Path:
         tree = _only(folder / "tree", "*")
         for library in _libraries(folder):
             shutil.copy(library, tree / build.SHIPPED.with_name(library.name).relative_to(REPO))
+        # The wheel is no longer platform-independent.
         metadata = _only(tree, "*.dist-info") / "WHEEL"
         text = metadata.read_text("utf-8").replace("Root-Is-Purelib: true", "Root-Is-Purelib: false")
-        metadata.write_text(re.sub(r"(?m)^Tag: .*$", f"Tag: py3-none-{_platform()}", text), "utf-8")
+        tag = f"py3-none-linux_{platform.machine()}"
+        metadata.write_text(re.sub(r"(?m)^Tag: .*$", f"Tag: {tag}", text), "utf-8")
         (folder / "linux").mkdir()
         _run("wheel", "pack", "--dest-dir", str(folder / "linux"), str(tree))
         wheel = _only(folder / "linux", "*.whl")
@@ -56,21 +59,17 @@ def release_wheel(output: Path) -> Path:
 
 
 def _libraries(folder: Path) -> list[Path]:
-    """Build the engine and its GPU library, linked statically except for the C library."""
+    """Build the engine and its GPU library, linked statically except for the C library; return their paths."""
     csrc = sources.source_folder()
-    link = ("-static-libstdc++", "-static-libgcc", "-s")
+    link_flags = ("-static-libstdc++", "-static-libgcc", "-s")
     units = sources.library_units(csrc, sources.all_isas(csrc))
-    targets = (build.library_target(units, link), build.cuda_target(link))
+    targets = (build.library_target(units, link_flags), build.cuda_target(link_flags))
     for target in targets:
-        made = folder / target.name
-        made.mkdir()
+        build_folder = folder / target.name
+        build_folder.mkdir()
         with (folder / "build.log").open("a", encoding="utf-8") as log:
-            build.build(target, made, log)
+            build.build(target, build_folder, log)
     return [folder / target.name / target.name for target in targets]
-
-
-def _platform() -> str:
-    return f"linux_{platform.machine()}"
 
 
 def _run(module: str, *arguments: str) -> None:
@@ -78,8 +77,9 @@ def _run(module: str, *arguments: str) -> None:
 
 
 def _only(folder: Path, pattern: str) -> Path:
-    [found] = folder.glob(pattern)
-    return found
+    """Return the only path in a folder that matches a pattern."""
+    [path] = folder.glob(pattern)
+    return path
 
 
 if __name__ == "__main__":

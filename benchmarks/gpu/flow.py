@@ -1,13 +1,13 @@
-"""Overhead of Python and Paddle over the engine on a GPU, at the 7B geometry with random weights in bfloat16.
+"""Overhead of Python and Paddle over the engine on a GPU, in the 7B geometry with random weights in bfloat16.
 
 Run: python benchmarks/gpu/flow.py FOLDER
 Needs the plugin, a CPU build of Paddle, PyTorch for CUDA, 24 GB of GPU memory, and room for 19 GB in FOLDER, which is
 created and deleted at the end, preferably in memory. Exporting takes two minutes.
 
-Time to a complete caption of 64 tokens with one image: through the C interface alone (its tensors in GPU memory, as in
-ours.py); through `QwenVL`, by `generate` and by `encode_images` and `generate_ids`; and through the exported programs
-in Paddle Inference; each in a separate process. Medians after warm-up, with a new image and a new prompt each time. All
-must give the same tokens.
+Measures the time to a complete caption of 64 tokens for one image through several interfaces, each in a separate
+process: the C interface, with its tensors in GPU memory, as in ours.py; `QwenVL`, by `generate` and by `encode_images`
+and `generate_ids`; the exported programs in Paddle Inference. Figures are medians after warm-up, with a new image and a
+new prompt each time. All interfaces must generate the same tokens.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import shutil
 import statistics
 import subprocess
@@ -33,7 +34,8 @@ TESTS = FOLDER.parents[1] / "tests"
 sys.path += [str(FOLDER.parent), str(TESTS), str(TESTS / "csrc")]
 
 PROMPT, QUERIES, NEW_TOKENS = 284, 256, 64
-WORDS = 151643  # tokens below are text; those above are stop tokens or special
+TEXT_TOKENS = 151643  # ids of text tokens are smaller; the others are stop tokens and other special tokens
+IMAGE_START, IMAGE_END, IMAGE_PAD = 151857, 151858, 151859
 RUNS = 7
 
 
@@ -41,65 +43,71 @@ RUNS = 7
 
 
 def parameters(weights: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(name, bfloat16 bits) of random weights; special tokens are never the likeliest."""
-    pattern = (np.random.default_rng(0).standard_normal(1048573)).astype(np.float32)
+    """Yield (name, bfloat16 bits) of random weights, with which special tokens never have the highest probability."""
+    pattern = np.random.default_rng(0).standard_normal(1048573).astype(np.float32)  # a prime number of values
     for name, weight in weights.items():
-        matrix = len(weight.shape) > 1 and name != "wte.weight"
-        scale = 0.5 / np.sqrt(np.prod(weight.shape[1:])) if matrix else 1.0
+        is_matrix = len(weight.shape) > 1 and name != "wte.weight"
+        # Keeps activations small.
+        scale = 0.5 / np.sqrt(np.prod(weight.shape[1:])) if is_matrix else 1.0
         bits = ((pattern * np.float32(scale)).view(np.uint32) >> 16).astype(np.uint16)
         values = np.resize(bits, weight.shape)
         if name == "lm_head.weight":
-            values[WORDS:] = 0
+            values[TEXT_TOKENS:] = 0
         yield name, values
 
 
 def export(folder: Path, name: str) -> None:
-    """Write a stage like the export of a checkpoint: the programs of the engine with random weights."""
+    """Write an exported stage with engine programs and random weights, without a checkpoint."""
     from seven_b import CONFIG
 
     from paddlemix_qwenvl_plugin.artifact.contract import stock_inputs, vision_inputs
     from paddlemix_qwenvl_plugin.artifact.weights import stage_weights
     from paddlemix_qwenvl_plugin.checkpoint.config import parse_config
-    from paddlemix_qwenvl_plugin.export import export as exporting
+    from paddlemix_qwenvl_plugin.export import export as export_module
     from paddlemix_qwenvl_plugin.modeling.engine_stage import EngineGeneration, EngineVision
 
-    config = parse_config(CONFIG, "made up")
+    config = parse_config(CONFIG, "random weights")
     weights = stage_weights(config, name, "bfloat16")
     model, inputs = (EngineVision, vision_inputs) if name == "vision" else (EngineGeneration, stock_inputs)
-    program = exporting.Program("", functools.partial(model, weights=weights), inputs, exporting._on_all)
-    stage = exporting._Stage(name, [], [program], lambda *_: parameters(weights), ())
-    made_up = SimpleNamespace(folder=folder, config=config, fingerprint=lambda: "made up")
+    program = export_module.Program(
+        "", functools.partial(model, weights=weights), inputs, export_module._on_all
+    )
+    stage = export_module._Stage(name, [], [program], lambda *_: parameters(weights), ())
+    stub_checkpoint = SimpleNamespace(folder=folder, config=config, fingerprint=lambda: "random weights")
     prefix = folder / ("vision" if name == "vision" else "qwen")
-    exporting._export(made_up, prefix, "bfloat16", None, "fused", stage)
+    export_module._export(stub_checkpoint, prefix, "bfloat16", None, "fused", stage)
     (folder / "config.json").write_text(json.dumps(CONFIG))
 
 
-# ---- the three ways --------------------------------------------------------------------------------------
+# ---- the interfaces --------------------------------------------------------------------------------------
 
 
 def request(seed: int) -> tuple[Any, Any]:
-    """An image, float32 [1, 3, 448, 448], and a prompt with it, int64 [1, PROMPT]."""
+    """Random request: an image, float32 [1, 3, 448, 448], and a prompt that begins with it, int64 [1, PROMPT]."""
     random = np.random.default_rng(seed)
-    ids = random.integers(0, WORDS, [1, PROMPT])
-    ids[0, : QUERIES + 2] = 151859
-    ids[0, [0, QUERIES + 1]] = 151857, 151858
+    ids = random.integers(0, TEXT_TOKENS, [1, PROMPT])
+    ids[0, : QUERIES + 2] = IMAGE_PAD
+    ids[0, [0, QUERIES + 1]] = IMAGE_START, IMAGE_END
     return random.standard_normal([1, 3, 448, 448], np.float32), ids
 
 
-def report(way: str, answer: Callable[[Any, Any], list[int]], first: int = 1) -> None:
-    """Print the median milliseconds of `answer`, and the tokens of a request common to all ways.
+def report(interface: str, answer: Callable[[Any, Any], list[int]], first_seed: int = 1) -> None:
+    """Print the median and minimum time of `answer`, and the tokens of a request that is the same for all interfaces.
 
-    `first`: seed of the first of the other requests; no request repeats in a process, whose caches would serve it.
+    Args:
+        answer: returns the completion of a request.
+        first_seed: seed of the first timed request. Calls in one process need different seeds, since caches would
+            answer a repeated request.
     """
     tokens = answer(*request(0))
-    taken = []
-    for seed in range(first, first + RUNS + 1):
+    times = []
+    for seed in range(first_seed, first_seed + RUNS + 1):
         pixels, ids = request(seed)
         start = time.perf_counter()
         answer(pixels, ids)
-        taken.append(1e3 * (time.perf_counter() - start))
-    milliseconds = statistics.median(taken[1:])
-    print(json.dumps({"way": way, "ms": milliseconds, "least": min(taken), "tokens": tokens}))
+        times.append(1e3 * (time.perf_counter() - start))
+    median = statistics.median(times[1:])  # the first is a warm-up
+    print(json.dumps({"interface": interface, "ms": median, "minimum": min(times), "tokens": tokens}))
 
 
 def engine(folder: Path) -> None:
@@ -114,7 +122,7 @@ def engine(folder: Path) -> None:
     library = Library(build.library())
     vision = Engine(library, config_of(Sizes(), VISION), Weights(library, folder / "vision.pdiparams"))
     language = Engine(library, config_of(Sizes(), LANGUAGE), Weights(library, folder / "qwen.pdiparams"))
-    n_blocks = -(-(PROMPT + NEW_TOKENS) // BLOCK)
+    n_blocks = math.ceil((PROMPT + NEW_TOKENS) / BLOCK)
     features = torch.empty(1, QUERIES, Sizes().hidden, device="cuda")
     tokens = torch.empty(NEW_TOKENS, 1, device="cuda", dtype=torch.int32)
 
@@ -126,12 +134,12 @@ def engine(folder: Path) -> None:
         steps.run(prompt, tokens[0], PROMPT, 0, PROMPT, features)
         for i in range(1, NEW_TOKENS):
             steps.run(tokens[i - 1], tokens[i], 1, PROMPT + i - 1, PROMPT)
-        found: list[int] = tokens[:, 0].tolist()
-        return found
+        completion: list[int] = tokens[:, 0].tolist()
+        return completion
 
     with torch.cuda.stream(torch.cuda.Stream()), language.pool(n_blocks, BLOCK, BFLOAT16) as pool:
         steps = Steps(language, pool, np.arange(n_blocks)[None])
-        report("engine", answer)
+        report("C interface", answer)
 
 
 def python(folder: Path) -> None:
@@ -141,7 +149,7 @@ def python(folder: Path) -> None:
     start = time.perf_counter()
     vl = QwenVL.from_exported(folder / "vision", folder / "qwen", device="gpu")
     vl._loop.load(vision=True)
-    print(f"opened for QwenVL in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    print(f"opened both stages in {time.perf_counter() - start:.1f} s", file=sys.stderr)
 
     def generate(pixels: Any, ids: Any) -> list[int]:
         options = GenerationOptions(max_new_tokens=NEW_TOKENS)
@@ -155,12 +163,12 @@ def python(folder: Path) -> None:
         features = vl.encode_images(pixels)
         return vl.generate_ids(ids, features, max_new_tokens=NEW_TOKENS, eos_token_ids=())[0]
 
-    report("QwenVL, as generate", generate)
-    report("QwenVL, encode_images and generate_ids", generate_ids, 100)
+    report("QwenVL.generate", generate)
+    report("QwenVL.encode_images and generate_ids", generate_ids, first_seed=100)
 
 
-def paddle(folder: Path) -> None:
-    import paddle as p
+def paddle_inference(folder: Path) -> None:
+    import paddle
     from seven_b import CONFIG
     from stock_inputs import stock_feed
 
@@ -170,17 +178,18 @@ def paddle(folder: Path) -> None:
         Stage(folder / name, stage, "gpu") for name, stage in (("vision", "vision"), ("qwen", "language"))
     ]
     vision, language = (stage.open() for stage in stages)
-    # The caches that the programs declare and the engine does not read; the other inputs are small.
+    # The KV caches, inputs that the programs declare but the engine does not read. They are created once, and
+    # stock_feed creates the other inputs, as for a model without layers.
     cache = [language.zeros([2, 1, 32, 1024, 128], "bfloat16") for _ in range(32)]
-    small = {**CONFIG, "num_hidden_layers": 0}
-    place = np.array([[0, 0, QUERIES + 1]])
+    without_layers = {**CONFIG, "num_hidden_layers": 0}
+    image_positions = np.array([[0, 0, QUERIES + 1]])
 
     def answer(pixels: Any, ids: Any) -> list[int]:
         [features] = vision([pixels])
-        rest = stock_feed(small, ids, np.empty(0), place, NEW_TOKENS, mask_axes=2)
-        feed = [p.to_tensor(each, place=p.CPUPlace()) for each in rest]
+        inputs = stock_feed(without_layers, ids, np.empty(0), image_positions, NEW_TOKENS, mask_axes=2)
+        feed = [paddle.to_tensor(array, place=paddle.CPUPlace()) for array in inputs]
         feed[1] = features
-        for mask in (3, 19):
+        for mask in (3, 19):  # indices of the attention masks
             feed[mask] = feed[mask].astype("bfloat16")
         tokens: list[int] = language([*feed, *cache])[-1].numpy().ravel().tolist()
         return tokens
@@ -188,7 +197,7 @@ def paddle(folder: Path) -> None:
     report("Paddle Inference", answer)
 
 
-PARTS = {"engine": engine, "python": python, "paddle": paddle}
+PARTS = {"engine": engine, "python": python, "paddle": paddle_inference}
 
 
 def run(*arguments: str) -> str:
@@ -200,9 +209,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER")
-    parser.add_argument("--part", choices=PARTS, help="one way alone, on an existing FOLDER")
-    parser.add_argument("--export", choices=("vision", "language", "both"), help="write FOLDER and keep it")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="for the exported stages")
+    parser.add_argument(
+        "--part", choices=PARTS, help="measure only these interfaces, with the stages of an existing FOLDER"
+    )
+    parser.add_argument(
+        "--export",
+        choices=("vision", "language", "both"),
+        help="only export, without deleting FOLDER; with `vision` or `language`, FOLDER must exist",
+    )
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     if arguments.part:
@@ -223,12 +238,15 @@ def main() -> None:
 
 
 def compare(folder: Path) -> None:
+    """Measure all interfaces, and print their times and overheads."""
     figures = [json.loads(line) for part in PARTS for line in run(str(folder), "--part", part).splitlines()]
+    baseline = figures[0]  # the C interface
     for figure in figures:
-        over = figure["ms"] / figures[0]["ms"] - 1
-        same = "" if figure["tokens"] == figures[0]["tokens"] else ", OTHER TOKENS"
+        overhead = figure["ms"] / baseline["ms"] - 1
+        warning = "" if figure["tokens"] == baseline["tokens"] else ", OTHER TOKENS"
         print(
-            f"{figure['way']}: {figure['ms']:.1f} ms, at least {figure['least']:.1f}, engine {100 * over:+.1f} %{same}"
+            f"{figure['interface']}: median {figure['ms']:.1f} ms ({100 * overhead:+.1f} %), "
+            f"minimum {figure['minimum']:.1f} ms{warning}"
         )
 
 

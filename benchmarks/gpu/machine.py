@@ -1,4 +1,8 @@
-"""Measure a GPU's limits: `python machine.py` prints a line of JSON for each."""
+"""Measure the limits of a GPU: `python machine.py` prints a line of JSON for each.
+
+The limits are the bandwidth of copies (bytes read plus written) and of reads, and the rate of bfloat16 products, each
+from the fastest of several runs.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,18 @@ from timing import note, report, times
 
 
 def main() -> None:
-    """Report the fastest of several copies (bytes read plus written), reads and products."""
     note(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}")
     source = torch.randn(1 << 30, device=DEVICE)
-    gigabytes, target = source.nbytes / 1e9, torch.empty_like(source)
-    report("machine", COPY, 1e3 * 2 * gigabytes / min(times(functools.partial(target.copy_, source))))
-    report("machine", READ, 1e3 * gigabytes / min(times(source.sum)))
-    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    report("machine", RATE, 2 * 8192**3 / 1e9 / min(times(functools.partial(torch.mm, a, b))))
+    target = torch.empty_like(source)
+    gigabytes = source.nbytes / 1e9
+    copy_ms = min(times(functools.partial(target.copy_, source)))
+    report("machine", COPY, 2 * gigabytes / (copy_ms / 1e3))
+    read_ms = min(times(source.sum))
+    report("machine", READ, gigabytes / (read_ms / 1e3))
+    n = 8192
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    product_ms = min(times(functools.partial(torch.mm, a, b)))
+    report("machine", RATE, 2 * n**3 / 1e12 / (product_ms / 1e3))
 
 
 if __name__ == "__main__":

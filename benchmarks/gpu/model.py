@@ -1,6 +1,6 @@
-"""The 7B model on a GPU: names and shapes of its weights, random values, and the lower bound of each row's time.
+"""The 7B model for GPU benchmarks: shapes of its weights, random values, rows of the table, and their lower bounds.
 
-PyTorch and NumPy only, no plugin: the GPU machine does not need Paddle.
+Needs only PyTorch, neither the plugin nor Paddle.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ POOL_HEAD = 128  # head_dim of the resampler
 
 
 class Sizes(NamedTuple):
+    """Sizes of the model; `mlp` is the width of w1 and w2."""
+
     hidden: int = 4096
     layers: int = 32
     heads: int = 32
@@ -43,7 +45,7 @@ class Sizes(NamedTuple):
 
 
 def language_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
-    """Names as in csrc/include/qwenvl.h; matrices [out, in]."""
+    """Shapes of the language model's weights by name, as in csrc/include/qwenvl.h; matrices are [out, in]."""
     hidden, mlp = sizes.hidden, sizes.mlp
     shapes: dict[str, tuple[int, ...]] = {"wte.weight": (sizes.vocab, hidden)}
     for i in range(sizes.layers):
@@ -62,6 +64,7 @@ def language_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
 
 
 def vision_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+    """Shapes of the vision stage's weights by name, as in csrc/include/qwenvl.h; matrices are [out, in]."""
     width, hidden, mlp = sizes.vision_width, sizes.hidden, sizes.vision_mlp
     shapes: dict[str, tuple[int, ...]] = {
         "visual.conv1.weight": (width, 3, sizes.patch, sizes.patch),
@@ -99,20 +102,24 @@ def vision_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
 
 
 def random(name: str, shape: tuple[int, ...]) -> Any:
-    """Random bfloat16 values on the device, the same for a name in every process; they keep activations small."""
+    """Random bfloat16 weight on the device, equal in all processes, with a magnitude that keeps activations small."""
     generator = torch.Generator(DEVICE).manual_seed(zlib.crc32(name.encode()))
     values = torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.bfloat16)
+    if name == "wte.weight":
+        return values
     if len(shape) > 1:
-        return values if name == "wte.weight" else values.mul_(0.5 / math.sqrt(math.prod(shape[1:])))
+        return values.mul_(0.5 / math.sqrt(math.prod(shape[1:])))
     values.mul_(0.1)
-    return values.add_(1) if "ln_" in name and name.endswith("weight") else values
+    is_norm_weight = "ln_" in name and name.endswith("weight")
+    return values.add_(1) if is_norm_weight else values
 
 
 # ---- the requests ----------------------------------------------------------------------------------------
 
-PROMPT, LONG_PROMPT = 284, 2000  # tokens; the short one has an image at 1 .. queries
-NEW_TOKENS = 64
+PROMPT, LONG_PROMPT = 284, 2000  # tokens; the short prompt has an image at the positions 1 to 256
+NEW_TOKENS = 64  # per completion
 REQUESTS = 64
+# Decode steps: (sequences, tokens of each in the KV cache).
 STEPS = ((1, 300), (8, 300), (32, 300), (64, 300), (1, 2000), (8, 2000), (32, 2000))
 STORAGES = ("bf16", "int8", "int4")
 
@@ -126,11 +133,11 @@ PROMPT_ROWS = {n: f"prefill, {n} tokens" for n in (PROMPT, LONG_PROMPT)}
 CAPTION_ROW = f"caption of {NEW_TOKENS} tokens, one image"
 REQUESTS_ROW = f"{REQUESTS} requests at once, an image and {NEW_TOKENS} tokens each"
 OPEN_ROW = "opening from cached files"
-COPY, READ, RATE = "copy, GB/s", "read, GB/s", "products, TFLOP/s"  # of the machine
+COPY, READ, RATE = "copy, GB/s", "read, GB/s", "products, TFLOP/s"  # limits of the machine
 
 
 def image_sets(n: int, sizes: Sizes) -> list[Any]:
-    """Images of variance 1, float32 [n, 3, size, size]: several sets, so that the next one is in no cache."""
+    """Four sets of n random images, float32 [n, 3, size, size]; alternating sets are never in the GPU's cache."""
     return [torch.randn(n, 3, sizes.image, sizes.image, device=DEVICE) for _ in range(4)]
 
 
@@ -143,16 +150,16 @@ def random_ids(n: int, sizes: Sizes) -> Any:
 
 
 class Machine(NamedTuple):
-    """Measured limits: bytes read per second, operations of matrix products per second."""
+    """Measured limits: bytes read per second (`read`), operations of matrix products per second (`rate`)."""
 
     read: float
     rate: float
 
 
 def bytes_of(kind: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a weight, see qvl_packed_bytes."""
+    """Bytes of a weight in the engine's packed layout, as computed by qvl_packed_bytes."""
     n_out, n_in = shape[0], math.prod(shape[1:])
-    padded = -(-n_in // 128) * 128
+    padded = math.ceil(n_in / 128) * 128
     if kind == "int8":
         return n_out * padded + 4 * n_out
     if kind == "int4_g64":
@@ -161,60 +168,70 @@ def bytes_of(kind: str, shape: tuple[int, ...]) -> int:
 
 
 def kind_of(name: str, shape: tuple[int, ...], storage: str) -> str:
-    """Storage type of a weight in an export: "int4" keeps two matrices at 8 bits, and tables unquantized."""
+    """Storage type of a weight in an export of type `storage`.
+
+    The vision stage, embeddings and vectors are not quantized; "int4" leaves c_attn and lm_head at 8 bits.
+    """
     if len(shape) != 2 or name.startswith(("wte", "visual")) or storage == "bf16":
         return "bf16"
-    eight = storage == "int8" or name.endswith(("attn.c_attn.weight", "lm_head.weight"))
-    return "int8" if eight else "int4_g64"
+    has_8_bits = storage == "int8" or name.endswith(("attn.c_attn.weight", "lm_head.weight"))
+    return "int8" if has_8_bits else "int4_g64"
 
 
 def floors(sizes: Sizes, storage: str, machine: Machine) -> dict[str, float]:
     """Lower bounds of the rows in milliseconds: the larger of bytes / `read` and operations / `rate`.
 
-    Bytes are those of the weights and of the cached keys and values (bfloat16), once a step or pass; operations are
-    those of the products and of attention, where a prompt's is half a square. Rows of several parts are their sums.
+    Bytes are those of the weights and of the cached keys and values (bfloat16), each once in a step or pass. Operations
+    are those of matrix products and attention; causal attention of a prompt needs half of all pairs of positions. A row
+    of several steps or passes is the sum of their bounds.
     """
     weights = language_shapes(sizes)
     matrices = {name: shape for name, shape in weights.items() if len(shape) == 2 and name != "wte.weight"}
-    read = sum(bytes_of(kind_of(name, shape, storage), shape) for name, shape in matrices.items())
-    values = sum(math.prod(shape) for name, shape in matrices.items() if name != "lm_head.weight")
-    head = sizes.vocab * sizes.hidden
-    position = (
-        4 * sizes.layers * sizes.hidden
-    )  # bytes of its keys and values; operations for a query and key too
+    weight_bytes = sum(bytes_of(kind_of(name, shape, storage), shape) for name, shape in matrices.items())
+    layer_values = sum(math.prod(shape) for name, shape in matrices.items() if name != "lm_head.weight")
+    head_values = sizes.vocab * sizes.hidden
+    # Bytes of the keys and values of a position; the number of operations of attention for a query and a key is equal.
+    position = 4 * sizes.layers * sizes.hidden
 
-    def longer(n_bytes: float, operations: float) -> float:
+    def bound(n_bytes: float, operations: float) -> float:
         return 1e3 * max(n_bytes / machine.read, operations / machine.rate)
 
-    def step(batch: int, past: int) -> float:
-        seen = batch * (past + 1) * position
-        return longer(read + seen, 2 * batch * (values + head) + seen)
+    def decode_step(batch: int, past: int) -> float:
+        attention = batch * (past + 1) * position
+        return bound(weight_bytes + attention, 2 * batch * (layer_values + head_values) + attention)
 
-    def prompt(n: int, prompts: int = 1) -> float:
-        passes = -(-n * prompts // 2048)
-        return longer(passes * read, prompts * (2 * n * values + 2 * head + n * n / 2 * position))
+    def prefill(n_tokens: int, n_prompts: int = 1) -> float:
+        passes = math.ceil(n_tokens * n_prompts / 2048)  # of at most 2048 tokens
+        products = 2 * n_tokens * layer_values + 2 * head_values
+        attention = n_tokens * n_tokens / 2 * position
+        return bound(passes * weight_bytes, n_prompts * (products + attention))
 
-    vision = {name: shape for name, shape in vision_shapes(sizes).items() if "attn_pool" not in name}
-    blocks = sum(
-        math.prod(shape) for name, shape in vision.items() if len(shape) > 1 and "positional" not in name
+    vision = {name: shape for name, shape in vision_shapes(sizes).items() if len(shape) > 1}
+    vision_bytes = sum(bytes_of("bf16", shape) for shape in vision.values())
+    # Values of the matrices that are applied to each patch: without the resampler's and the positional embedding.
+    patch_values = sum(
+        math.prod(shape)
+        for name, shape in vision.items()
+        if "attn_pool" not in name and "positional" not in name
     )
-    blocks -= sizes.hidden**2  # visual.proj, applied to queries, not patches
+    patch_values -= sizes.hidden**2  # visual.proj is applied to queries, not to patches
     width, hidden, patches, queries = sizes.vision_width, sizes.hidden, sizes.patches, sizes.queries
-    pooling = 2 * patches * (width * hidden + 2 * hidden**2) + queries * (
-        4 * patches * hidden + 4 * hidden**2
-    )
-    image = 2 * patches * blocks + sizes.vision_layers * 4 * patches**2 * width + pooling
-    sight = sum(bytes_of("bf16", shape) for shape in vision_shapes(sizes).values() if len(shape) > 1)
+    vision_attention = sizes.vision_layers * 4 * patches**2 * width
+    # kv_proj and the projections of keys and values; attention, the output projection and visual.proj.
+    resampler = 2 * patches * (width * hidden + 2 * hidden**2)
+    resampler += queries * (4 * patches * hidden + 4 * hidden**2)
+    image_operations = 2 * patches * patch_values + vision_attention + resampler
 
-    def see(n: int) -> float:
-        return longer(-(-n // 8) * sight, n * image)
+    def encode(n_images: int) -> float:
+        passes = math.ceil(n_images / 8)  # of at most eight images
+        return bound(passes * vision_bytes, n_images * image_operations)
 
-    later = range(PROMPT, PROMPT + NEW_TOKENS - 1)
-    rows = {VISION_ROWS[n]: see(n) for n in VISION_ROWS}
-    rows |= {PROMPT_ROWS[n]: prompt(n) for n in PROMPT_ROWS}
-    rows |= {step_row(batch, past): step(batch, past) for batch, past in STEPS}
-    rows[CAPTION_ROW] = see(1) + prompt(PROMPT) + sum(step(1, past) for past in later)
-    rows[REQUESTS_ROW] = (
-        see(REQUESTS) + prompt(PROMPT, REQUESTS) + sum(step(REQUESTS, past) for past in later)
-    )
+    # Cached tokens of each decode step of a completion; the first token is computed by the prefill.
+    pasts = range(PROMPT, PROMPT + NEW_TOKENS - 1)
+    rows = {VISION_ROWS[n]: encode(n) for n in VISION_ROWS}
+    rows |= {PROMPT_ROWS[n]: prefill(n) for n in PROMPT_ROWS}
+    rows |= {step_row(batch, past): decode_step(batch, past) for batch, past in STEPS}
+    rows[CAPTION_ROW] = encode(1) + prefill(PROMPT) + sum(decode_step(1, past) for past in pasts)
+    decode = sum(decode_step(REQUESTS, past) for past in pasts)
+    rows[REQUESTS_ROW] = encode(REQUESTS) + prefill(PROMPT, REQUESTS) + decode
     return rows

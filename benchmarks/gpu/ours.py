@@ -1,10 +1,12 @@
-"""The engine on a GPU through its C interface: `python ours.py --type bf16` prints a line of JSON for each row.
+"""Benchmark of the engine on a GPU through its C interface: prints a line of JSON for each row of run.py's table.
 
-Weights, images and tokens are PyTorch tensors on the GPU, passed as pointers; the steps of a caption read the token of
-the step before from GPU memory, and no call waits. QWENVL_LIBRARY names libqwenvl.so, with libqwenvl_cuda.so
-beside it, QWENVL_CUDA_KERNELS the folder of the kernels.
+    python ours.py --type bf16
 
---open FOLDER writes the two parameter files of the bfloat16 model there (19 GB) and times opening them instead.
+Weights, images and tokens are PyTorch tensors on the GPU, passed as pointers. Each step of a caption reads the token of
+the previous step from GPU memory, so the host never waits for a step. Environment variables: QWENVL_LIBRARY is the path
+of libqwenvl.so, with libqwenvl_cuda.so in the same folder; QWENVL_CUDA_KERNELS is the folder of the kernels.
+
+With --open FOLDER, it only times the opening of the bfloat16 model, whose parameter files (19 GB) it writes to FOLDER.
 """
 
 from __future__ import annotations
@@ -12,11 +14,11 @@ from __future__ import annotations
 import argparse
 import ctypes
 import functools
+import math
 import os
 import struct
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +71,9 @@ from engine import (
 )
 
 GPU = 1  # QVL_DEVICE_CUDA
-BLOCK = 32
-KINDS = {"bf16": BFLOAT16, "int8": DTYPES["int8"], "int4_g64": DTYPES["int4_g64"]}
+BLOCK = 32  # tokens of a KV cache block
+# qvl_dtype by the storage types of model.kind_of.
+DTYPE_OF_KIND = {"bf16": BFLOAT16, "int8": DTYPES["int8"], "int4_g64": DTYPES["int4_g64"]}
 
 
 def config_of(sizes: Sizes, stages: int) -> Config:
@@ -101,33 +104,33 @@ def config_of(sizes: Sizes, stages: int) -> Config:
 
 
 def packed(name: str, shape: tuple[int, ...], kind: str) -> Any:
-    """Random weight in the layout of qvl_packed_bytes, with the same magnitude as `random`."""
+    """Random weight in the engine's packed layout (qvl_packed_bytes), with the magnitude of model.random's values."""
     if kind == "bf16":
         return random(name, shape)
     n_out, n_in = shape
-    padded = -(-n_in // 128) * 128
+    padded = math.ceil(n_in / 128) * 128
     n_values = n_out * padded // (1 if kind == "int8" else 2)
-    made = torch.empty(bytes_of(kind, shape), dtype=torch.uint8, device=DEVICE)
-    made[:n_values].random_(0, 256)
-    deviation = 73.9 if kind == "int8" else 4.6  # standard deviation of the integers
-    scales = made[n_values:].view(torch.float32 if kind == "int8" else torch.bfloat16)
+    data = torch.empty(bytes_of(kind, shape), dtype=torch.uint8, device=DEVICE)
+    data[:n_values].random_(0, 256)
+    deviation = 73.9 if kind == "int8" else 4.6  # standard deviation of uniform 8-bit and 4-bit integers
+    scales = data[n_values:].view(torch.float32 if kind == "int8" else torch.bfloat16)
     scales.fill_(0.5 / n_in**0.5 / deviation)
-    return made
+    return data
 
 
-class MadeWeights(Weights):
+class RandomWeights(Weights):
     """Random weights in GPU memory."""
 
     def __init__(self, library: Library, sizes: Sizes, storage: str) -> None:
         shapes = {**language_shapes(sizes), **vision_shapes(sizes)}
         tensors = (Tensor * len(shapes))()
-        self._kept = []
+        self._data = []  # keeps the memory, to which the engine has only pointers
         for tensor, (name, shape) in zip(tensors, shapes.items()):
             kind = kind_of(name, shape, storage)
             data = packed(name, shape, kind)
-            self._kept.append(data)
+            self._data.append(data)
             tensor.name, tensor.data, tensor.bytes = name.encode(), data.data_ptr(), data.nbytes
-            tensor.dtype, tensor.device, tensor.n_dims = KINDS[kind], GPU, len(shape)
+            tensor.dtype, tensor.device, tensor.n_dims = DTYPE_OF_KIND[kind], GPU, len(shape)
             tensor.shape[: len(shape)] = shape
         self.library, self.handle = library, ctypes.c_void_p()
         library.call(
@@ -136,21 +139,25 @@ class MadeWeights(Weights):
 
 
 class Steps:
-    """A batch of equal sequences for repeated steps; its arrays are created once."""
+    """Batch of sequences of equal length, for repeated steps: the arguments of qvl_step are created once.
+
+    Attributes:
+        tables: block tables, int32 [sequences, blocks].
+        sequences: the C structs of the sequences.
+    """
 
     def __init__(self, engine: Engine, pool: Pool, tables: np.ndarray) -> None:
-        """tables: int32 [sequences, blocks]."""
-        self._engine, self._pool, self._tables = engine, pool, np.ascontiguousarray(tables, np.int32)
+        self._engine, self._pool, self.tables = engine, pool, np.ascontiguousarray(tables, np.int32)
         self.n = len(tables)
-        self._sequences = (Sequence_ * self.n)()
-        for sequence, table in zip(self._sequences, self._tables):
+        self.sequences = (Sequence_ * self.n)()
+        for sequence, table in zip(self.sequences, self.tables):
             sequence.n_blocks, sequence.blocks = len(table), int_pointer(table)
-        self._batch = Batch(ctypes.sizeof(Batch), self.n, self._sequences)
+        self._batch = Batch(ctypes.sizeof(Batch), self.n, self.sequences)
         self._batch.sequence_size, self._batch.span_size = ctypes.sizeof(Sequence_), ctypes.sizeof(Span)
         greedy = (Sampling * self.n)()
-        for each in greedy:
-            each.size = ctypes.sizeof(Sampling)
-            engine.library.dll.qvl_sampling_init(each)
+        for sampling in greedy:
+            sampling.size = ctypes.sizeof(Sampling)
+            engine.library.dll.qvl_sampling_init(sampling)
         self._args = StepArgs(size=ctypes.sizeof(StepArgs), sampling_size=ctypes.sizeof(Sampling))
         self._args.batch, self._args.rows, self._args.sampling = ctypes.pointer(self._batch), self.n, greedy
 
@@ -164,12 +171,18 @@ class Steps:
         features: Any = None,
         logits: Any = None,
     ) -> None:
-        """Enqueue a step.
+        """Enqueue a step. All tensors are in GPU memory, and must exist until the step has ended.
 
-        ids int32 [n * n_new]; tokens int32 [n]; features float32 [n, queries, hidden] are positions 1 .. queries of
-        each sequence; logits float32 [n, vocab]. All in GPU memory; keep them until the step has ended.
+        Args:
+            ids: input tokens, int32 [n * n_new].
+            tokens: output tokens, int32 [n].
+            n_new: number of input tokens per sequence.
+            n_past: number of tokens per sequence in the KV cache.
+            prompt_len: number of prompt tokens per sequence.
+            features: image features at positions 1 to queries of each sequence, float32 [n, queries, hidden].
+            logits: output, float32 [n, vocab].
         """
-        for sequence in self._sequences:
+        for sequence in self.sequences:
             sequence.n_new, sequence.n_past, sequence.prompt_len = n_new, n_past, prompt_len
         spans = make_spans(features, n_new)
         self._batch.tokens, self._batch.n_spans, self._batch.spans = ids.data_ptr(), len(spans), spans
@@ -187,16 +200,18 @@ def make_spans(features: Any, n_new: int) -> Any:
 
 
 def stream() -> int:
-    """PyTorch's current stream. Not the default stream, whose handle is NULL, which means the engine's own."""
+    """Handle of PyTorch's current stream, which must not be the default: the engine uses its own stream for NULL."""
     return int(torch.cuda.current_stream().cuda_stream)
 
 
 class Ours:
+    """Engine with random weights."""
+
     def __init__(self, sizes: Sizes, storage: str) -> None:
         self.sizes = sizes
         library = Library(Path(os.environ["QWENVL_LIBRARY"]))
-        weights = MadeWeights(library, sizes, storage)
-        torch.cuda.synchronize()  # the engine reads them on its own stream
+        weights = RandomWeights(library, sizes, storage)
+        torch.cuda.synchronize()  # the engine reads the weights on another stream
         self.engine = Engine(library, config_of(sizes, VISION | LANGUAGE), weights)
         note(self.engine.describe())
 
@@ -207,16 +222,18 @@ class Ours:
         )
 
     def features(self, n: int) -> Any:
+        """Output for image features, NaN at first, so that missing values are noticed."""
         return torch.full((n, self.sizes.queries, self.sizes.hidden), float("nan"), device=DEVICE)
 
     def tokens(self, *shape: int) -> Any:
+        """Output for tokens, -1 at first, so that missing tokens are noticed."""
         return torch.full(shape, -1, device=DEVICE, dtype=torch.int32)
 
-    def batch(self, pool: Pool, n_blocks: int, sequences: int, positions: int) -> Steps:
-        """Batch of sequences with random blocks of the pool."""
-        each = -(-positions // BLOCK)
-        order = np.random.default_rng(0).permutation(n_blocks)[: sequences * each]
-        return Steps(self.engine, pool, order.reshape(sequences, each))
+    def batch(self, pool: Pool, n_blocks: int, n_sequences: int, positions: int) -> Steps:
+        """Batch of sequences whose blocks are randomly distributed over the pool's n_blocks blocks."""
+        per_sequence = math.ceil(positions / BLOCK)
+        blocks = np.random.default_rng(0).permutation(n_blocks)[: n_sequences * per_sequence]
+        return Steps(self.engine, pool, blocks.reshape(n_sequences, per_sequence))
 
 
 # ---- rows ------------------------------------------------------------------------------------------------
@@ -239,18 +256,20 @@ def time_prompts(column: str, ours: Ours, steps: Steps) -> None:
     tokens, features = ours.tokens(1), ours.features(1)
     ours.encode(image_sets(1, ours.sizes)[0], features)
     for n, row in PROMPT_ROWS.items():
-        ids, seen = random_ids(n, ours.sizes), features if n == PROMPT else None
-        run = functools.partial(steps.run, ids, tokens, n, 0, n, seen)
+        ids = random_ids(n, ours.sizes)
+        image_features = features if n == PROMPT else None
+        run = functools.partial(steps.run, ids, tokens, n, 0, n, image_features)
         report(column, row, measure(run, functools.partial(ids.random_, 0, ours.sizes.vocab)))
 
 
 def time_steps(column: str, ours: Ours, pool: Pool, n_blocks: int) -> None:
     for past in sorted({past for _, past in STEPS}):
-        most = max(batch for batch, of in STEPS if of == past)
-        prompts = ours.batch(pool, n_blocks, most, past + 1)
-        prompts.run(random_ids(most * past, ours.sizes), ours.tokens(most), past, 0, past)
-        for batch in (batch for batch, of in STEPS if of == past):
-            steps = Steps(ours.engine, pool, prompts._tables[:batch])
+        batches = [batch for batch, batch_past in STEPS if batch_past == past]
+        largest = max(batches)
+        prompts = ours.batch(pool, n_blocks, largest, past + 1)
+        prompts.run(random_ids(largest * past, ours.sizes), ours.tokens(largest), past, 0, past)
+        for batch in batches:
+            steps = Steps(ours.engine, pool, prompts.tables[:batch])
             tokens = random_ids(batch, ours.sizes)
             run = functools.partial(steps.run, tokens, tokens, 1, past, past)
             fill = functools.partial(tokens.random_, 0, ours.sizes.vocab)
@@ -265,6 +284,7 @@ def time_answers(column: str, ours: Ours, pool: Pool, n_blocks: int) -> None:
         images, ids = image_sets(n, ours.sizes)[0], random_ids(n * PROMPT, ours.sizes)
         features, tokens = ours.features(n), ours.tokens(NEW_TOKENS, n)
 
+        # Default arguments bind the values of this iteration.
         def answer(
             steps: Steps = steps,
             images: Any = images,
@@ -286,17 +306,15 @@ def time_answers(column: str, ours: Ours, pool: Pool, n_blocks: int) -> None:
 
 
 def check(ours: Ours, steps: Steps, path: Path) -> None:
-    """Compare with PyTorch on the same image and prompt (peers.py --check)."""
-    theirs = torch.load(path)
+    """Compare features and logits with PyTorch's for the same image and prompt, which peers.py --check has saved."""
+    reference = torch.load(path)
     features, logits = ours.features(1), torch.full((1, ours.sizes.vocab), float("nan"), device=DEVICE)
-    ours.encode(theirs["image"], features)
-    steps.run(theirs["ids"], ours.tokens(1), PROMPT, 0, PROMPT, features, logits)
-    for name, mine in (("features", features), ("logits", logits)):
-        error = float((mine - theirs[name]).norm() / theirs[name].norm())
-        note(
-            f"{name} against PyTorch's: relative error {error:.1e}"
-            + ("" if error < 0.1 else ", NOT THE SAME MODEL")
-        )
+    ours.encode(reference["image"], features)
+    steps.run(reference["ids"], ours.tokens(1), PROMPT, 0, PROMPT, features, logits)
+    for name, values in (("features", features), ("logits", logits)):
+        error = float((values - reference[name]).norm() / reference[name].norm())
+        warning = "" if error < 0.1 else ", NOT THE SAME MODEL"
+        note(f"{name} compared with PyTorch: relative error {error:.1e}{warning}")
 
 
 # ---- opening ---------------------------------------------------------------------------------------------
@@ -306,34 +324,37 @@ def write_stage(path: Path, shapes: dict[str, tuple[int, ...]], pattern: bytes) 
     """Write a parameter file of bfloat16 weights (format: paddlemix_qwenvl_plugin/artifact/params_file.py)."""
 
     def varint(n: int) -> bytes:
+        """Protocol buffers' variable-length integer, always in four bytes."""
         return bytes((n & 127 | 128, n >> 7 & 127 | 128, n >> 14 & 127 | 128, n >> 21))
 
     with path.open("wb") as file:
         for name, shape in sorted(shapes.items()):
+            # The message TensorDesc: field 1, the dtype (22 is bfloat16); field 2, each dimension; field 15, metadata.
             message = b"\x08\x16" + b"".join(b"\x10" + varint(n) for n in shape)
-            content = struct.pack("<4sBBH", b"qvl1", BFLOAT16, len(shape), len(name))
-            content += struct.pack(f"<{len(shape)}q", *shape) + name.encode()
-            content += bytes(-(file.tell() + 20 + len(message) + 4 + len(content)) % 64)
-            message += b"\x7a" + varint(len(content))[:2] + bytes([len(content) >> 14]) + content
+            metadata = struct.pack("<4sBBH", b"qvl1", BFLOAT16, len(shape), len(name))
+            metadata += struct.pack(f"<{len(shape)}q", *shape) + name.encode()
+            # The data begins at a multiple of 64 bytes; a header of 20 bytes and the 4 bytes before the metadata count.
+            metadata += bytes(-(file.tell() + 20 + len(message) + 4 + len(metadata)) % 64)
+            metadata_length = varint(len(metadata))[:2] + bytes([len(metadata) >> 14])  # in three bytes
+            message += b"\x7a" + metadata_length + metadata
             file.write(struct.pack("<IQIi", 0, 0, 0, len(message)) + message)
-            left = bytes_of("bf16", shape)
-            while left > 0:
-                left -= file.write(memoryview(pattern)[:left])
+            remaining = bytes_of("bf16", shape)
+            while remaining > 0:
+                remaining -= file.write(memoryview(pattern)[:remaining])
 
 
 def time_opening(folder: Path, sizes: Sizes) -> None:
-    """Time the opening of both stages, an engine each, in a process that has not used the GPU yet."""
+    """Time the opening of both stages, each by an engine, in a process that has not used the GPU before."""
     library = Library(Path(os.environ["QWENVL_LIBRARY"]))
     stages = (("vision", VISION, vision_shapes(sizes)), ("language", LANGUAGE, language_shapes(sizes)))
-    pattern = (np.random.default_rng(0).standard_normal(1 << 24) * 0.02).astype(np.float32).view(
-        np.uint32
-    ) >> 16
+    floats = (np.random.default_rng(0).standard_normal(1 << 24) * 0.02).astype(np.float32)
+    pattern = (floats.view(np.uint32) >> 16).astype(np.uint16).tobytes()  # bfloat16
     paths = [folder / f"{name}.pdiparams" for name, _, _ in stages]
     try:
         for path, (_, _, shapes) in zip(paths, stages):
-            write_stage(path, shapes, pattern.astype(np.uint16).tobytes())
+            write_stage(path, shapes, pattern)
             with path.open("rb") as file:
-                while file.read(1 << 26):
+                while file.read(1 << 26):  # into the file cache
                     pass
         start = time.perf_counter()
         engines = [
@@ -347,16 +368,18 @@ def time_opening(folder: Path, sizes: Sizes) -> None:
             path.unlink(missing_ok=True)
 
 
-def time_rows(storage: str, sizes: Sizes, theirs: Path | None) -> None:
+def time_rows(storage: str, sizes: Sizes, reference: Path | None) -> None:
     ours = Ours(sizes, storage)
-    most: Sequence[int] = [batch * (-(-(past + 1) // BLOCK)) for batch, past in STEPS]
-    n_blocks = max(*most, REQUESTS * (-(-(PROMPT + NEW_TOKENS) // BLOCK)))
+    # (sequences, positions) of the batches; the pool has blocks for the largest.
+    batches = [(batch, past + 1) for batch, past in STEPS]
+    batches.append((REQUESTS, PROMPT + NEW_TOKENS))
+    n_blocks = max(n * math.ceil(positions / BLOCK) for n, positions in batches)
     with ours.engine.pool(n_blocks, BLOCK, BFLOAT16) as pool:
-        one = ours.batch(pool, n_blocks, 1, max(PROMPT_ROWS))
-        if theirs and storage == "bf16":
-            check(ours, one, theirs)
+        single = ours.batch(pool, n_blocks, 1, max(PROMPT_ROWS))
+        if reference and storage == "bf16":
+            check(ours, single, reference)
         time_steps(storage, ours, pool, n_blocks)
-        time_prompts(storage, ours, one)
+        time_prompts(storage, ours, single)
         if storage == "bf16":
             time_vision(storage, ours)
         time_answers(storage, ours, pool, n_blocks)
@@ -366,9 +389,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--type", choices=STORAGES, default="bf16")
-    parser.add_argument("--check", type=Path, help="compare with this file of peers.py --check")
-    parser.add_argument("--open", type=Path, metavar="FOLDER")
+    parser.add_argument("--type", choices=STORAGES, default="bf16", help="storage type of the weights")
+    parser.add_argument("--check", type=Path, help="file of peers.py --check, with which to compare results")
+    parser.add_argument("--open", type=Path, metavar="FOLDER", help="only time the opening of a model")
     arguments = parser.parse_args()
     if arguments.open:
         time_opening(arguments.open, Sizes())

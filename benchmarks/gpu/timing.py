@@ -1,4 +1,4 @@
-"""Timings on a GPU, and the output lines of a benchmark's parts."""
+"""Timing of GPU work, and the lines of JSON with which a benchmark script reports to run.py."""
 
 from __future__ import annotations
 
@@ -9,61 +9,71 @@ from collections.abc import Callable
 
 import torch
 
-SECONDS = 0.4  # per row, after warm-up
+SECONDS = 0.4  # duration of a measurement, after warm-up
 
 
 def report(column: str, row: str, value: float) -> None:
-    """Print a figure as a line of JSON; milliseconds, unless the row names another unit."""
+    """Print a figure of the table as a line of JSON; in milliseconds, unless the row names another unit."""
     print(json.dumps({"column": column, "row": row, "value": value}), flush=True)
 
 
 def note(text: str) -> None:
+    """Print a remark for the reader as a line of JSON."""
     print(json.dumps({"note": text}), flush=True)
 
 
-def nothing() -> None:
+def no_preparation() -> None:
     pass
 
 
 def times(
-    run: Callable[[], object], prepare: Callable[[], object] = nothing, group: int = 1, least: int = 5
+    run: Callable[[], object],
+    prepare: Callable[[], object] = no_preparation,
+    group: int = 1,
+    minimum: int = 5,
 ) -> list[float]:
-    """Milliseconds of `run` after two warm-up runs; `prepare` makes new inputs, outside of the times.
+    """Measure work that `run` enqueues on the current stream, in milliseconds, after two warm-up runs.
 
-    Measured between events of the current stream around `group` runs.
+    Args:
+        prepare: makes new inputs before each group; its time is not included.
+        group: number of consecutive runs between two CUDA events, whose time is divided by this number.
+        minimum: minimum number of groups.
     """
     for _ in range(2):
         prepare()
         run()
     torch.cuda.synchronize()
-    taken: list[float] = []
+    milliseconds: list[float] = []
     end = time.perf_counter() + SECONDS
-    while len(taken) < least or time.perf_counter() < end:
+    while len(milliseconds) < minimum or time.perf_counter() < end:
         prepare()
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        events[0].record()
+        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start_event.record()
         for _ in range(group):
             run()
-        events[1].record()
-        events[1].synchronize()
-        taken.append(events[0].elapsed_time(events[1]) / group)
-    return taken
+        end_event.record()
+        end_event.synchronize()
+        milliseconds.append(start_event.elapsed_time(end_event) / group)
+    return milliseconds
 
 
 def measure(
-    run: Callable[[], object], prepare: Callable[[], object] = nothing, group: int = 1, least: int = 5
+    run: Callable[[], object],
+    prepare: Callable[[], object] = no_preparation,
+    group: int = 1,
+    minimum: int = 5,
 ) -> float:
     """Median of `times`."""
-    return statistics.median(times(run, prepare, group, least))
+    return statistics.median(times(run, prepare, group, minimum))
 
 
 def measure_waiting(run: Callable[[], object], runs: int = 3) -> float:
-    """Median milliseconds on the host of `run`, which waits for its result, after one warm-up run."""
+    """Median time on the host of a function that waits for its result, in milliseconds, after one warm-up run."""
     run()
-    taken = []
+    milliseconds = []
     for _ in range(runs):
         torch.cuda.synchronize()
         start = time.perf_counter()
         run()
-        taken.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(taken)
+        milliseconds.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(milliseconds)

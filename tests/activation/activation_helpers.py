@@ -1,4 +1,4 @@
-"""Fake upstream packages, and the environment of the tests' interpreters."""
+"""Fake upstream packages, and the environment variables of the processes that the tests start."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ REPO = Path(__file__).resolve().parents[2]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-def clean_environment(**more: str) -> dict[str, str]:
-    """Environment without variables of Python or the plugin."""
-    kept = {n: v for n, v in os.environ.items() if not n.startswith(("PYTHON", "QWENVL_"))}
-    return {**kept, "PYTHONDONTWRITEBYTECODE": "1", **more}
+def clean_environment(**variables: str) -> dict[str, str]:
+    """Return this environment without variables of Python and of the plugin, but with `variables`."""
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "QWENVL_"))
+    }
+    return {**inherited, "PYTHONDONTWRITEBYTECODE": "1", **variables}
 
 
-# Path -> text.
+# Files of the fake packages: path -> text.
 FAKES = {
     "paddlenlp/__init__.py": "",
     "paddlenlp/transformers/__init__.py": "",
@@ -38,7 +40,7 @@ class Auto:
     "paddlemix/__init__.py": "",
     "paddlemix/auto/__init__.py": "",
     "paddlemix/auto/modeling.py": "NAME = 'upstream'\n",
-    # Replace the plugin's hooks, so that a test sees only the machinery, not the real hooks.
+    # Hooks for tests of the finder, in place of the plugin's.
     "hooks.py": """
 import sys
 calls = []
@@ -58,4 +60,5 @@ def exits(module):
     raise KeyboardInterrupt
 """,
 }
+# Module of a fake package on which the tests set their hooks.
 AUTO = "paddlenlp.transformers.auto.modeling"

@@ -1,4 +1,4 @@
-"""Interpreters with and without the activation in their site-packages, and fake upstreams for them."""
+"""Fixtures: virtual environments with and without the activation, and fake upstream packages for them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from activation_helpers import AUTO, FAKES, REPO, Run, clean_environment
 
 
-def make_python(folder: Path) -> Path:
+def make_environment(folder: Path) -> Path:
     """Create a virtual environment with this package on its path; return its site-packages."""
     venv.create(folder, symlinks=True, with_pip=False)
     (site_packages,) = (folder / "lib").rglob("site-packages")
@@ -22,17 +22,17 @@ def make_python(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Python with this package on its path, without activation."""
+    """Interpreter with this package on its path, without activation."""
     folder = tmp_path_factory.mktemp("bare")
-    make_python(folder)
+    make_environment(folder)
     return folder / "bin" / "python"
 
 
 @pytest.fixture(scope="session")
 def active_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Python with the activation, as pip would install it."""
+    """Interpreter with the activation in its site-packages, as installed by pip."""
     folder = tmp_path_factory.mktemp("active")
-    site_packages = make_python(folder)
+    site_packages = make_environment(folder)
     for path in (REPO / "activation").glob("*qwenvl_activate.*"):
         shutil.copy(path, site_packages)
     return folder / "bin" / "python"
@@ -50,11 +50,15 @@ def fakes(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(active_python: Path, fakes: Path) -> Run:
-    """Run code in the active Python with the fakes; `hook` is put on the fake auto module."""
+    """Function that runs code in the active interpreter with the fake packages.
+
+    Its argument `hook`, as "module:function", becomes the hook of the fake module AUTO.
+    """
 
     def run(code: str, hook: Optional[str] = None, *flags: str, **environment: str) -> object:
         if hook is not None:
-            code = f"import _qwenvl_activate as a\na._TABLE[{AUTO!r}] = {hook!r}; a.state[{AUTO!r}] = 'armed'\n{code}"
+            set_hook = f"a._TABLE[{AUTO!r}] = {hook!r}; a.state[{AUTO!r}] = 'armed'"
+            code = f"import _qwenvl_activate as a\n{set_hook}\n{code}"
         return subprocess.run(
             [active_python, *flags, "-c", code],
             env=clean_environment(PYTHONPATH=str(fakes), **environment),

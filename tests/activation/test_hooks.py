@@ -1,4 +1,4 @@
-"""The finder and the hooks, with fake upstream packages."""
+"""The import finder and the calls of hooks, with fake upstream packages."""
 
 from __future__ import annotations
 
@@ -7,36 +7,40 @@ from pathlib import Path
 import pytest
 from activation_helpers import AUTO, Run
 
-LOAD = f"import {AUTO} as m\nimport hooks\n"
+IMPORT = f"import {AUTO} as m\nimport hooks\n"
 
 
-def test_hook_is_called_once_after_the_module(run: Run) -> None:
+def test_hook_is_called_once_after_the_module_is_executed(run: Run) -> None:
     code = (
-        LOAD + f"import importlib; importlib.import_module({AUTO!r})\nprint(hooks.calls, m.Auto.made_by_hook)"
+        IMPORT
+        + f"import importlib; importlib.import_module({AUTO!r})\nprint(hooks.calls, m.Auto.made_by_hook)"
     )
-    done = run(code, "hooks:good")
-    assert done.stdout == f"['{AUTO}'] True\n"
-    assert done.stderr == ""
+    result = run(code, "hooks:good")
+    assert result.stdout == f"['{AUTO}'] True\n"
+    assert result.stderr == ""
 
 
-EARLY = "a.EARLY_HOOKS[{0!r}] = a._TABLE[{0!r}] = {1!r}; a.state[{0!r}] = 'armed'\n"
-
-
-@pytest.mark.parametrize(("hook", "ran"), [("hooks:early", True), ("hooks:no_such", False)])
-def test_early_hook_is_called_before_the_module(run: Run, fakes: Path, hook: str, ran: bool) -> None:
-    """A hook runs before the module is executed; if it fails, the module is unchanged."""
+@pytest.mark.parametrize(("hook", "exists"), [("hooks:early", True), ("hooks:no_such", False)])
+def test_early_hook_is_called_before_the_module_is_executed(
+    run: Run, fakes: Path, hook: str, exists: bool
+) -> None:
+    """A hook that fails, here because it does not exist, leaves the module unchanged."""
     with (fakes / "hooks.py").open("a") as file:
         file.write("def early(module): calls.append((module.__name__, hasattr(module, 'Auto')))\n")
-    arm = "import _qwenvl_activate as a\n" + EARLY.format(AUTO, hook)
-    done = run(f"{arm}{LOAD}print(hooks.calls, m.LOADERS, m.Auto.make())", None, "-W", "always")
-    calls = [(AUTO, False)] if ran else []
-    assert done.stdout == f"{calls} {('SourceFileLoader',) * 2} upstream's\n"
-    assert done.stderr.count("RuntimeWarning: ") == (not ran)
+    set_hook = (
+        "import _qwenvl_activate as a\n"
+        f"a.EARLY_HOOKS[{AUTO!r}] = a._TABLE[{AUTO!r}] = {hook!r}; a.state[{AUTO!r}] = 'armed'\n"
+    )
+    code = f"{set_hook}{IMPORT}print(hooks.calls, m.LOADERS, m.Auto.make())"
+    result = run(code, None, "-W", "always")
+    calls = [(AUTO, False)] if exists else []
+    assert result.stdout == f"{calls} {('SourceFileLoader',) * 2} upstream's\n"
+    assert result.stderr.count("RuntimeWarning: ") == (0 if exists else 1)
 
 
-def test_module_looks_as_without_the_plugin(run: Run) -> None:
-    """Loader, spec and file are the module's own, also during execution."""
-    code = LOAD + (
+def test_module_attributes_are_the_same_with_and_without_the_plugin(run: Run) -> None:
+    """Loader, spec and file are the same, also during the module's execution (LOADERS)."""
+    code = IMPORT + (
         "from importlib.resources import files\n"
         "print(m.LOADERS, type(m.__loader__).__name__, type(m.__spec__.loader).__name__)\n"
         "print(m.__loader__ is m.__spec__.loader, m.__spec__.has_location, m.__file__ == m.__spec__.origin)\n"
@@ -50,18 +54,18 @@ def test_module_looks_as_without_the_plugin(run: Run) -> None:
     assert "SourceFileLoader" in with_it.stdout
 
 
-def test_spec_answers_as_the_real_one_before_loading(run: Run) -> None:
-    done = run(
+def test_spec_of_a_module_that_is_not_imported_is_complete(run: Run) -> None:
+    result = run(
         f"import importlib.util, sys; s = importlib.util.find_spec({AUTO!r})\n"
         f"print(s.loader.get_source({AUTO!r})[:4].strip(), s.loader.is_package({AUTO!r}), s.has_location)\n"
         f"print(s.loader.get_filename() == s.origin, {AUTO!r} in sys.modules)",
         "hooks:good",
     )
-    assert done.stdout == '""" False True\nTrue False\n'
+    assert result.stdout == '""" False True\nTrue False\n'
 
 
-def test_unrelated_imports_get_no_answer(run: Run) -> None:
-    done = run(
+def test_finder_ignores_other_modules(run: Run) -> None:
+    result = run(
         "import sys, _qwenvl_activate as a; f = sys.meta_path[0]\n"
         "import paddlenlp.utils, paddlemix, json, email.message, hooks\n"
         "print(type(f).__module__, f.find_spec('json'), f.find_spec('paddlenlp'), f.find_spec('no.such'))\n"
@@ -69,61 +73,60 @@ def test_unrelated_imports_get_no_answer(run: Run) -> None:
         "try: import no_such_module\n"
         "except ModuleNotFoundError as e: print(e)"
     )
-    assert done.stdout == ("_qwenvl_activate None None None\n[] False\nNo module named 'no_such_module'\n")
+    assert result.stdout == ("_qwenvl_activate None None None\n[] False\nNo module named 'no_such_module'\n")
 
 
-def test_module_of_the_table_that_is_not_installed(run: Run) -> None:
-    done = run("try: import paddlemix.auto.modelling\nexcept ModuleNotFoundError as e: print(e.name)")
-    assert done.stdout == "paddlemix.auto.modelling\n"
-    done = run("try: import paddle.inference.wrapper\nexcept ModuleNotFoundError as e: print(e.name)")
-    assert done.stdout == "paddle\n"
+def test_hooked_module_that_is_not_installed_raises_the_usual_error(run: Run) -> None:
+    result = run("try: import paddlemix.auto.modelling\nexcept ModuleNotFoundError as e: print(e.name)")
+    assert result.stdout == "paddlemix.auto.modelling\n"
+    result = run("try: import paddle.inference.wrapper\nexcept ModuleNotFoundError as e: print(e.name)")
+    assert result.stdout == "paddle\n"
 
 
-@pytest.mark.parametrize("place", [0, 1])
-def test_finder_that_asks_all_finders(run: Run, place: int) -> None:
-    """Another import hook before or after this one; the hook still runs once."""
-    done = run(
+@pytest.mark.parametrize("position", [0, 1])
+def test_hook_is_called_once_with_a_finder_that_calls_all_finders(run: Run, position: int) -> None:
+    """The other finder is before or after the plugin's on sys.meta_path."""
+    result = run(
         "import sys, importlib.util\n"
-        "class Asking:\n"
+        "class CallingFinder:\n"
         "    busy = False\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if self.busy or not name.endswith('modeling'): return None\n"
         "        self.busy = True\n"
         "        try: return importlib.util.find_spec(name)\n"
         "        finally: self.busy = False\n"
-        f"sys.meta_path.insert({place}, Asking())\n" + LOAD + "print(hooks.calls)",
+        f"sys.meta_path.insert({position}, CallingFinder())\n" + IMPORT + "print(hooks.calls)",
         "hooks:good",
     )
-    assert done.stdout == f"['{AUTO}']\n", done.stderr[-500:]
+    assert result.stdout == f"['{AUTO}']\n", result.stderr[-500:]
 
 
 @pytest.mark.parametrize("hook", ["hooks:bad", "no_such_hooks:f", "hooks:no_such"])
-def test_failing_hook_warns_once_and_upstream_stays(run: Run, hook: str) -> None:
-    code = LOAD + (
+def test_failing_hook_warns_once_and_leaves_the_module_unchanged(run: Run, hook: str) -> None:
+    code = IMPORT + (
         "print(m.LOADERS, hasattr(m, 'added'), m.Auto.make(), isinstance(vars(m.Auto)['make'], classmethod))\n"
         "import importlib; importlib.reload(m)\n"
         "from paddlemix_qwenvl_plugin.upstream import fired\n"
         f"print(fired()[{AUTO!r}][:6], fired()['paddlenlp_ops'])"
     )
-    done = run(code, hook, "-W", "always")
-    assert done.returncode == 0
+    result = run(code, hook, "-W", "always")
+    assert result.returncode == 0
     loaders = ("SourceFileLoader",) * 2
-    assert done.stdout == f"{loaders} False upstream's True\nfailed armed\n"
-    (warning,) = [line for line in done.stderr.splitlines() if "Warning" in line]
+    assert result.stdout == f"{loaders} False upstream's True\nfailed armed\n"
+    (warning,) = [line for line in result.stderr.splitlines() if "Warning" in line]
     assert f"paddlemix_qwenvl_plugin: {AUTO} is left unchanged, its hook failed (" in warning
     if hook == "hooks:bad":
         assert "(ValueError: not the version that this hook knows)" in warning
 
 
 def test_warnings_as_errors_do_not_break_the_import(run: Run) -> None:
-    done = run(LOAD + "print(m.Auto.make())", "hooks:bad", "-W", "error")
-    assert done.stdout == "upstream's\n"
-    assert done.stderr.count("is left unchanged") == 1
+    result = run(IMPORT + "print(m.Auto.make())", "hooks:bad", "-W", "error")
+    assert result.stdout == "upstream's\n"
+    assert result.stderr.count("is left unchanged") == 1
 
 
-def test_upstream_that_fails_fails_as_ever(run: Run) -> None:
-    """The module's own error propagates, and the next import is hooked again."""
-    done = run(
+def test_error_of_the_module_propagates_and_the_next_import_calls_the_hook(run: Run) -> None:
+    result = run(
         f"import sys, hooks; path = __import__('paddlenlp.transformers.auto').transformers.auto.__path__[0]\n"
         "text = open(path + '/modeling.py').read()\n"
         "open(path + '/modeling.py', 'w').write('raise ImportError(\"upstream is broken\")')\n"
@@ -133,28 +136,28 @@ def test_upstream_that_fails_fails_as_ever(run: Run) -> None:
         f"import {AUTO}; print(hooks.calls)",
         "hooks:good",
     )
-    assert done.stdout == f"upstream is broken []\n['{AUTO}']\n"
+    assert result.stdout == f"upstream is broken []\n['{AUTO}']\n"
 
 
-def test_interrupt_in_a_hook_is_not_swallowed(run: Run) -> None:
-    done = run(LOAD, "hooks:exits")
-    assert done.returncode != 0
-    assert "KeyboardInterrupt" in done.stderr
+def test_keyboard_interrupt_in_a_hook_propagates(run: Run) -> None:
+    result = run(IMPORT, "hooks:exits")
+    assert result.returncode != 0
+    assert "KeyboardInterrupt" in result.stderr
 
 
-def test_debug_output_and_registry(run: Run) -> None:
-    code = LOAD + (
+def test_debug_output_and_state_of_the_hooks(run: Run) -> None:
+    code = IMPORT + (
         "from paddlemix_qwenvl_plugin.upstream import fired\nprint(*sorted(fired().items()), sep='\\n')"
     )
-    done = run(code, "hooks:good", QWENVL_PLUGIN_DEBUG="1")
-    first, second = done.stderr.splitlines()
+    result = run(code, "hooks:good", QWENVL_PLUGIN_DEBUG="1")
+    first, second = result.stderr.splitlines()
     assert first.startswith("qwenvl: armed for ")
     assert second == f"qwenvl: hook {AUTO} fired"
-    assert f"('{AUTO}', 'fired')" in done.stdout
-    assert done.stdout.count("'armed'") == done.stdout.count("\n") - 1 > 0
+    assert f"('{AUTO}', 'fired')" in result.stdout
+    assert result.stdout.count("'armed'") == result.stdout.count("\n") - 1 > 0  # all others
 
 
-def test_debug_output_names_the_set_attributes(run: Run) -> None:
-    done = run(LOAD, "hooks:bad", QWENVL_PLUGIN_DEBUG="1")
-    assert f"qwenvl: hook {AUTO} set make of Auto\n" in done.stderr
-    assert f"qwenvl: hook {AUTO} failed: ValueError: not the version that this hook knows\n" in done.stderr
+def test_debug_output_names_the_attributes_that_a_hook_sets(run: Run) -> None:
+    result = run(IMPORT, "hooks:bad", QWENVL_PLUGIN_DEBUG="1")
+    assert f"qwenvl: hook {AUTO} set make of Auto\n" in result.stderr
+    assert f"qwenvl: hook {AUTO} failed: ValueError: not the version that this hook knows\n" in result.stderr

@@ -1,4 +1,4 @@
-"""Files that pip installs and removes, from a wheel and as an editable install."""
+"""Installation and removal of the activation by pip, from a wheel and as an editable install."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from activation_helpers import REPO, clean_environment
 
-NAMES = ("_qwenvl_activate.py", "qwenvl_activate.pth", "qwenvl_activate.start")
+ACTIVATION_FILES = ("_qwenvl_activate.py", "qwenvl_activate.pth", "qwenvl_activate.start")
 
 
 def pip(python: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run this environment's pip on another environment, without network."""
+    """Run this environment's pip for another environment, without network."""
     command = [
         sys.executable,
         "-m",
@@ -29,13 +29,13 @@ def pip(python: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def build(folder: Path, kind: str) -> Path:
-    """Build a wheel with the build backend of pyproject.toml, as pip does."""
+    """Build a wheel with the build backend of pyproject.toml, as pip does; `kind` is wheel or editable."""
     call = f"import hatchling.build as b; print(b.build_{kind}({str(folder)!r}))"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", call], cwd=REPO, env=clean_environment(), capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
-    return folder / done.stdout.split()[-1]
+    assert process.returncode == 0, process.stderr
+    return folder / process.stdout.split()[-1]
 
 
 def contents(folder: Path) -> set[str]:
@@ -52,20 +52,21 @@ def test_install_activates_and_uninstall_leaves_nothing(tmp_path: Path, kind: st
     venv.create(tmp_path / "env", symlinks=True, with_pip=False)
     python = tmp_path / "env" / "bin" / "python"
     (site_packages,) = (tmp_path / "env" / "lib").rglob("site-packages")
-    commands, before = contents(python.parent), contents(site_packages)
+    commands_before, packages_before = contents(python.parent), contents(site_packages)
     wheel = build(tmp_path, kind)
-    done = pip(python, "install", "--no-deps", str(wheel))
-    assert done.returncode == 0, done.stderr
+    process = pip(python, "install", "--no-deps", str(wheel))
+    assert process.returncode == 0, process.stderr
 
-    expected = NAMES if kind == "wheel" else NAMES[1:]
-    assert {name for name in NAMES if (site_packages / name).is_file()} == set(expected)
+    # An editable install takes the module from the checkout.
+    expected = ACTIVATION_FILES if kind == "wheel" else ACTIVATION_FILES[1:]
+    assert {name for name in ACTIVATION_FILES if (site_packages / name).is_file()} == set(expected)
     shipped = site_packages / "paddlemix_qwenvl_plugin" / "recipes" / "shipped" / "tiny-cpu.yaml"
     assert shipped.exists() is (kind == "wheel")
     code = (
         "import sys; a = sys.modules['_qwenvl_activate']; print(a.__file__)\n"
         "import paddlemix_qwenvl_plugin as p; print(p.__file__, type(sys.meta_path[0]).__module__)"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [python, "-c", code],
         cwd=tmp_path,
         env=clean_environment(),
@@ -73,15 +74,15 @@ def test_install_activates_and_uninstall_leaves_nothing(tmp_path: Path, kind: st
         text=True,
         check=True,
     )
-    where = site_packages if kind == "wheel" else REPO
-    activation = where if kind == "wheel" else REPO / "activation"
-    assert done.stderr == ""
-    assert done.stdout.splitlines() == [
+    package_parent = site_packages if kind == "wheel" else REPO
+    activation = site_packages if kind == "wheel" else REPO / "activation"
+    assert process.stderr == ""
+    assert process.stdout.splitlines() == [
         str(activation / "_qwenvl_activate.py"),
-        f"{where / 'paddlemix_qwenvl_plugin' / '__init__.py'} _qwenvl_activate",
+        f"{package_parent / 'paddlemix_qwenvl_plugin' / '__init__.py'} _qwenvl_activate",
     ]
 
-    done = pip(python, "uninstall", "-y", "paddlemix-qwenvl-plugin")
-    assert done.returncode == 0, done.stderr
-    assert contents(site_packages) == before
-    assert contents(python.parent) == commands
+    process = pip(python, "uninstall", "-y", "paddlemix-qwenvl-plugin")
+    assert process.returncode == 0, process.stderr
+    assert contents(site_packages) == packages_before
+    assert contents(python.parent) == commands_before

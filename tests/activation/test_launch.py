@@ -1,4 +1,4 @@
-"""`python -m paddlemix_qwenvl_plugin.launch` against plain Python with the activation installed."""
+"""`python -m paddlemix_qwenvl_plugin.launch`, compared with an interpreter that has the activation installed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from activation_helpers import AUTO, REPO, clean_environment
 
+# Sets a hook on a fake module, and prints what a script can see of its start. Imports a module beside the script.
 SCRIPT = f"""
 import os, sys
-import beside
+import neighbour
 import _qwenvl_activate as a
 a._TABLE[{AUTO!r}] = "hooks:good"
 a.state[{AUTO!r}] = "armed"
@@ -29,19 +30,21 @@ if __name__ == "__main__":
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts" / "stock.py").write_text(SCRIPT)
-    (tmp_path / "scripts" / "beside.py").write_text("")
+    (tmp_path / "scripts" / "neighbour.py").write_text("")
     (tmp_path / "link.py").symlink_to(tmp_path / "scripts" / "stock.py")
-    (tmp_path / "beside.py").write_text("")
+    (tmp_path / "neighbour.py").write_text("")
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "__init__.py").write_text("")
     (tmp_path / "package" / "stock.py").write_text(SCRIPT)
-    (tmp_path / "package" / "broken.py").write_text("import is_not_there")
+    (tmp_path / "package" / "broken.py").write_text("import missing_module")
     (tmp_path / "broken_package").mkdir()
-    (tmp_path / "broken_package" / "__init__.py").write_text("import is_not_there")
+    (tmp_path / "broken_package" / "__init__.py").write_text("import missing_module")
     return tmp_path
 
 
-def start(python: Path, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_python(
+    python: Path, *arguments: str, cwd: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [python, *arguments],
         cwd=cwd,
@@ -55,9 +58,10 @@ def start(python: Path, *arguments: str, cwd: Path, **environment: str) -> subpr
 def launch(
     python: Path, *arguments: str, cwd: Path, fakes: Path, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    path = f"{fakes}:{REPO / 'activation'}"  # no .pth is read from PYTHONPATH
+    # The activation module is on PYTHONPATH, from which Python reads no .pth files.
+    path = f"{fakes}:{REPO / 'activation'}"
     call = ("-m", "paddlemix_qwenvl_plugin.launch", *arguments)
-    return start(python, *call, cwd=cwd, PYTHONPATH=path, **environment)
+    return run_python(python, *call, cwd=cwd, PYTHONPATH=path, **environment)
 
 
 @pytest.mark.parametrize(
@@ -68,28 +72,28 @@ def launch(
         ("-m", "package.stock", "--flag", "-m", "x"),
     ],
 )
-def test_same_as_with_the_pth(
+def test_launch_has_the_effect_of_the_installed_activation(
     active_python: Path, bare_python: Path, folder: Path, fakes: Path, arguments: tuple[str, ...]
 ) -> None:
-    plain = start(active_python, *arguments, cwd=folder, PYTHONPATH=str(fakes))
+    installed = run_python(active_python, *arguments, cwd=folder, PYTHONPATH=str(fakes))
     launched = launch(bare_python, *arguments, cwd=folder, fakes=fakes)
-    assert plain.returncode == launched.returncode == 7, plain.stderr + launched.stderr
-    assert launched.stdout == plain.stdout
+    assert installed.returncode == launched.returncode == 7, installed.stderr + launched.stderr
+    assert launched.stdout == installed.stdout
     assert f"['{AUTO}'] True" in launched.stdout
-    assert launched.stderr == plain.stderr == ""
+    assert launched.stderr == installed.stderr == ""
 
 
-def test_plain_start_would_not_have_been_active(bare_python: Path, folder: Path, fakes: Path) -> None:
-    """Control for the test above: a bare Python behaves differently."""
-    done = start(bare_python, "scripts/stock.py", cwd=folder, PYTHONPATH=str(fakes))
-    assert "No module named '_qwenvl_activate'" in done.stderr
+def test_interpreter_without_launch_is_not_activated(bare_python: Path, folder: Path, fakes: Path) -> None:
+    """Control for the test above."""
+    process = run_python(bare_python, "scripts/stock.py", cwd=folder, PYTHONPATH=str(fakes))
+    assert "No module named '_qwenvl_activate'" in process.stderr
 
 
-def test_off_switch(bare_python: Path, folder: Path, fakes: Path) -> None:
+def test_qwenvl_plugin_0_switches_the_activation_off(bare_python: Path, folder: Path, fakes: Path) -> None:
     (folder / "print.py").write_text("import sys; print(type(sys.meta_path[0]).__module__)")
     for value, active in (("0", False), ("1", True)):
-        done = launch(bare_python, "print.py", cwd=folder, fakes=fakes, QWENVL_PLUGIN=value)
-        assert (done.stdout == "_qwenvl_activate\n") is active
+        process = launch(bare_python, "print.py", cwd=folder, fakes=fakes, QWENVL_PLUGIN=value)
+        assert (process.stdout == "_qwenvl_activate\n") is active
 
 
 @pytest.mark.parametrize(
@@ -106,22 +110,26 @@ def test_off_switch(bare_python: Path, folder: Path, fakes: Path) -> None:
 def test_usage_errors(
     bare_python: Path, folder: Path, fakes: Path, arguments: tuple[str, ...], line: str
 ) -> None:
-    done = launch(bare_python, *arguments, cwd=folder, fakes=fakes)
-    assert done.returncode == 2
-    assert done.stderr.startswith(line)
-    assert done.stderr.count("\n") == 1
+    process = launch(bare_python, *arguments, cwd=folder, fakes=fakes)
+    assert process.returncode == 2
+    assert process.stderr.startswith(line)
+    assert process.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("module", ["package.broken", "broken_package.stock"])
-def test_errors_of_the_script_are_its_own(bare_python: Path, folder: Path, fakes: Path, module: str) -> None:
-    done = launch(bare_python, "-m", module, cwd=folder, fakes=fakes)
-    assert done.returncode == 1
-    assert "Traceback" in done.stderr
-    assert "No module named 'is_not_there'" in done.stderr
+def test_import_errors_of_the_script_propagate(
+    bare_python: Path, folder: Path, fakes: Path, module: str
+) -> None:
+    process = launch(bare_python, "-m", module, cwd=folder, fakes=fakes)
+    assert process.returncode == 1
+    assert "Traceback" in process.stderr
+    assert "No module named 'missing_module'" in process.stderr
 
 
-def test_not_installed(bare_python: Path, folder: Path) -> None:
-    done = start(bare_python, "-m", "paddlemix_qwenvl_plugin.launch", "scripts/stock.py", cwd=folder)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: paddlemix-qwenvl-plugin is not installed where this Python looks")
-    assert done.stderr.count("\n") == 1
+def test_error_if_the_activation_is_not_installed(bare_python: Path, folder: Path) -> None:
+    process = run_python(bare_python, "-m", "paddlemix_qwenvl_plugin.launch", "scripts/stock.py", cwd=folder)
+    assert process.returncode == 1
+    assert process.stderr.startswith(
+        "error: paddlemix-qwenvl-plugin is not installed where this Python looks"
+    )
+    assert process.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Atomic patching: all of a hook's changes or none."""
+"""Atomic patching: either all changes of a hook are made, or none."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Derived(Base):
         return 1
 
 
-def change_and(module: ModuleType, error: BaseException | None) -> None:
+def patch_module(module: ModuleType, error: BaseException | None = None) -> None:
+    """Patch the module and Derived, then raise the error, if any, inside of `patching`."""
     with patching(module) as patch:
         patch.set(module, "name", 2)
         patch.set(module, "name", 3)
@@ -34,37 +35,36 @@ def change_and(module: ModuleType, error: BaseException | None) -> None:
 
 @pytest.fixture
 def module() -> ModuleType:
-    made = ModuleType("upstream.module")
-    made.name = 1  # type: ignore[attr-defined]
-    return made
+    module = ModuleType("upstream.module")
+    module.name = 1  # type: ignore[attr-defined]
+    return module
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
-def test_all_is_undone(module: ModuleType, error: BaseException) -> None:
-    before, of_class = dict(vars(module)), dict(vars(Derived))
+def test_error_undoes_all_changes(module: ModuleType, error: BaseException) -> None:
+    module_attributes, class_attributes = dict(vars(module)), dict(vars(Derived))
     with pytest.raises(type(error)):
-        change_and(module, error)
-    assert vars(module) == before
-    assert dict(vars(Derived)) == of_class
-    assert "static" not in vars(Derived)  # inherited again, not a copy of the base's
+        patch_module(module, error)
+    assert vars(module) == module_attributes
+    assert dict(vars(Derived)) == class_attributes
+    assert "static" not in vars(Derived)  # inherited again, not set to the base's value
     assert Derived().value == 1
     assert Derived.static() == "base's"
 
 
-def test_all_is_kept(module: ModuleType) -> None:
-    of_class = dict(vars(Derived))
+def test_changes_remain_without_an_error(module: ModuleType) -> None:
+    class_attributes = dict(vars(Derived))
     try:
-        change_and(module, None)
+        patch_module(module)
         assert (module.name, module.added) == (3, None)
         assert (Derived.static(), Derived().value) == ("patched", 5)
     finally:
         del Derived.static
-        Derived.value = of_class["value"]
+        Derived.value = class_attributes["value"]
 
 
-def test_replaced_once_and_put_back(module: ModuleType) -> None:
-    """A second call must not wrap the first one's wrapper."""
-    for _ in range(2):
+def test_replace_has_an_effect_once_and_can_be_undone(module: ModuleType) -> None:
+    for _ in range(2):  # the second call must not wrap the wrapper of the first
         replace(module, "name", lambda value: [value])
     replace(Derived, "static", lambda _: staticmethod(lambda: "replaced"))
     assert (module.name, Derived.static()) == ([1], "replaced")

@@ -1,4 +1,4 @@
-"""benchmarks/ is a folder of scripts: their modules are found beside them."""
+"""Add benchmarks/ to sys.path, from which its scripts import each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Caption scores: tokens compared with Stanford's, CIDEr with its formula, BLEU and ROUGE with manual results."""
+"""Caption scores: tokens as from Stanford CoreNLP, CIDEr as from its formula, BLEU and ROUGE as computed by hand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ for library in ("nltk", "pycocoevalcap"):
         library, reason=f"{library} is not installed; `pip install -e '.[eval]'` to test captions"
     )
 
-# Results of pycocoevalcap 1.2's PTBTokenizer, Stanford CoreNLP 3.4.1 in Java.
+# (caption, tokens of pycocoevalcap 1.2's PTBTokenizer, which runs Stanford CoreNLP 3.4.1 in Java)
 STANFORD = [
     ("A man riding a wave on top of a surfboard.", "a man riding a wave on top of a surfboard"),
     (
@@ -38,81 +38,94 @@ STANFORD = [
 
 
 @pytest.mark.parametrize(("caption", "expected"), STANFORD)
-def test_tokens_are_stanfords(caption: str, expected: str) -> None:
+def test_tokens_are_those_of_stanford_corenlp(caption: str, expected: str) -> None:
     assert tokens(caption) == expected
 
 
 def rows(*captions: tuple[str, ...]) -> dict[Id, CaptionRow]:
+    """Row of each image with its reference captions, by number of the image."""
     return {
-        number: CaptionRow(image="x.png", image_id=number, captions=several)
-        for number, several in enumerate(captions)
+        number: CaptionRow(image="x.png", image_id=number, captions=of_image)
+        for number, of_image in enumerate(captions)
     }
 
 
-def cider(wanted: list[list[str]], given: list[str]) -> list[float]:
-    """CIDEr-D of Vedantam, Zitnick and Parikh (2015), on tokens separated by spaces."""
+def cider(references: list[list[str]], candidates: list[str]) -> list[float]:
+    """CIDEr-D of each image, on words separated by spaces, by the formula of Vedantam, Zitnick and Parikh (2015).
 
-    def grams(text: str, n: int) -> Counter[tuple[str, ...]]:
+    Args:
+        references: reference captions of each image.
+        candidates: caption of each image that is scored.
+    """
+
+    def ngrams(text: str, n: int) -> Counter[tuple[str, ...]]:
         words = text.split()
         return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
 
-    found = []
-    for number, candidate in enumerate(given):
+    def tf_idf(text: str, n: int) -> dict[tuple[str, ...], float]:
+        weights = {}
+        for ngram, count in ngrams(text, n).items():
+            # Number of images whose references contain the n-gram.
+            n_images = sum(
+                any(ngram in ngrams(caption, n) for caption in captions) for captions in references
+            )
+            weights[ngram] = count * (math.log(len(references)) - math.log(max(n_images, 1)))
+        return weights
+
+    scores = []
+    for candidate, captions in zip(candidates, references):
         total = 0.0
         for n in (1, 2, 3, 4):
-
-            def weigh(text: str, n: int = n) -> dict[tuple[str, ...], float]:
-                weights = {}
-                for gram, count in grams(text, n).items():
-                    n_images = sum(any(gram in grams(one, n) for one in several) for several in wanted)
-                    weights[gram] = count * (math.log(len(wanted)) - math.log(max(n_images, 1)))
-                return weights
-
-            ours = weigh(candidate)
-            for reference in wanted[number]:
-                theirs = weigh(reference)
-                dot = sum(
-                    min(weight, theirs[gram]) * theirs[gram]
-                    for gram, weight in ours.items()
-                    if gram in theirs
+            weights = tf_idf(candidate, n)
+            for reference in captions:
+                reference_weights = tf_idf(reference, n)
+                clipped_product = sum(
+                    min(weight, reference_weights[ngram]) * reference_weights[ngram]
+                    for ngram, weight in weights.items()
+                    if ngram in reference_weights
                 )
-                norms = math.hypot(*ours.values()) * math.hypot(*theirs.values())
-                length = len(candidate.split()) - len(reference.split())
+                norms = math.hypot(*weights.values()) * math.hypot(*reference_weights.values())
+                length_difference = len(candidate.split()) - len(reference.split())
                 if norms:
-                    total += dot / norms * math.exp(-(length**2) / 72) / len(wanted[number])
-        found.append(10 * total / 4)
-    return found
+                    # Gaussian length penalty with a standard deviation of 6 words.
+                    penalty = math.exp(-(length_difference**2) / (2 * 6**2))
+                    total += clipped_product / norms * penalty / len(captions)
+        scores.append(10 * total / 4)
+    return scores
 
 
-def test_cider_is_its_formula() -> None:
-    wanted = [
+def test_cider_agrees_with_its_formula() -> None:
+    references = [
         ["a man rides a wave", "a surfer on a big wave", "man surfing on the sea"],
         ["a brown dog runs on grass", "the dog is running"],
         ["a bus on a street", "a red bus in the city", "a city street with a bus"],
     ]
-    given = ["a man on a wave", "a dog on a street street street", "a red bus on a city street"]
-    scores = score(rows(*map(tuple, wanted)), dict(enumerate(given)))
-    expected = cider(wanted, given)
+    candidates = ["a man on a wave", "a dog on a street street street", "a red bus on a city street"]
+    scores = score(rows(*map(tuple, references)), dict(enumerate(candidates)))
+    expected = cider(references, candidates)
     assert list(scores.cider.values()) == pytest.approx(expected)
     assert scores.values["CIDEr"] == pytest.approx(sum(expected) / 3)
     assert min(expected) > 0
 
 
-def test_the_right_words_are_perfect() -> None:
-    """In any spelling: both sides are tokenized in the same way."""
-    wanted = rows(("A man rides a wave.",), ("A brown dog runs on grass.",))
-    scores = score(wanted, {0: "a man rides a wave", 1: "A Brown dog runs, on grass"})
+def test_reference_captions_in_other_spelling_score_the_maximum() -> None:
+    """References and candidates are tokenized in the same way."""
+    references = rows(("A man rides a wave.",), ("A brown dog runs on grass.",))
+    scores = score(references, {0: "a man rides a wave", 1: "A Brown dog runs, on grass"})
     assert scores.values == pytest.approx({"CIDEr": 10.0, "BLEU-4": 1.0, "ROUGE-L": 1.0})
 
 
-def test_bleu_and_rouge_by_hand() -> None:
-    """Five of six words match: n-grams 5/6, 3/5, 2/4 and 1/3; a common subsequence of 5 in 6 and 6."""
-    wanted = rows(("a man rides a tall wave",), ("a dog",))
-    scores = score({0: wanted[0]}, {0: "a man rides a big wave"})
+def test_bleu_and_rouge_computed_by_hand() -> None:
+    """One of six words differs.
+
+    Of the n-grams with 1 to 4 words, 5/6, 3/5, 2/4 and 1/3 match. The longest common subsequence has five words.
+    """
+    references = rows(("a man rides a tall wave",), ("a dog",))
+    scores = score({0: references[0]}, {0: "a man rides a big wave"})
     assert scores.values["BLEU-4"] == pytest.approx((5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)
     assert scores.values["ROUGE-L"] == pytest.approx(5 / 6)
 
 
-def test_no_words_score_nothing() -> None:
+def test_captions_without_words_score_zero() -> None:
     scores = score(rows(("a man rides a wave",), ("a dog",)), {0: "", 1: "..."})
     assert scores.values == pytest.approx({"CIDEr": 0.0, "BLEU-4": 0.0, "ROUGE-L": 0.0}, abs=1e-6)

@@ -1,4 +1,4 @@
-"""`qwenvl eval` end to end: on the tiny random model, on right answers, and on answers from a file."""
+"""`qwenvl eval` end to end: with the tiny random model, with stubs that answer correctly, with answers from files."""
 
 from __future__ import annotations
 
@@ -39,16 +39,17 @@ CAPTIONS = [
     {"image_id": 1, "captions": ["A red circle and a blue star.", "There is a circle."]},
     {"image_id": 2, "captions": ["Two small hearts below a large cross."]},
 ]
-RIGHT = {
+CORRECT_ANSWERS = {
     "grounding": ["(78,78),(468,468)</box>", "(500,250),(999,500)</box>"],
     "vqa": ["Red.", " two"],
     "captions": ["a red circle and a blue star", "Two small hearts below a large cross"],
 }
-DATA = {"grounding": GROUNDING, "vqa": VQA, "captions": CAPTIONS}
-KEYS = {"grounding": "id", "vqa": "question_id", "captions": "image_id"}
+ROWS = {"grounding": GROUNDING, "vqa": VQA, "captions": CAPTIONS}
+ID_KEYS = {"grounding": "id", "vqa": "question_id", "captions": "image_id"}
 
 
-def needs(task: str) -> None:
+def require_libraries(task: str) -> None:
+    """Skip the test if a library for the task is missing."""
     if task == "captions":
         for library in ("nltk", "pycocoevalcap"):
             pytest.importorskip(
@@ -69,28 +70,29 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return call
 
 
-def data(task: str) -> str:
-    """The data set with its images in the working directory."""
+def write_data(task: str) -> str:
+    """Write the data set and its images to the working directory; return the path of the data set."""
     lines = []
-    for number, row in enumerate(DATA[task]):
+    for number, row in enumerate(ROWS[task]):
         draw(held_out(number).scenes[0]).save(f"{number}.png")
         lines.append(json.dumps({"image": f"{number}.png", **row}))
     Path("data.jsonl").write_text("\n\n".join(lines) + "\n")
     return "data.jsonl"
 
 
-def predictions(task: str, texts: list[str]) -> str:
-    rows = [{"id": row[KEYS[task]], "text": text, "more": 1} for row, text in zip(DATA[task], texts)]
-    rows.reverse()  # the order does not matter
+def write_predictions(task: str, texts: list[str]) -> str:
+    """Write a file of answers, in reverse order and with an unknown key, which must not matter; return its path."""
+    rows = [{"id": row[ID_KEYS[task]], "text": text, "unknown": 1} for row, text in zip(ROWS[task], texts)]
+    rows.reverse()
     Path("given.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return "given.jsonl"
 
 
-def read(path: str) -> list[dict[str, Any]]:
+def read_lines(path: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
 
 
-def stages(tiny_exported: Path) -> list[str]:
+def stage_flags(tiny_exported: Path) -> list[str]:
     return [
         *("--first_model_path", str(tiny_exported / "vision" / "vision")),
         *("--second_model_path", str(tiny_exported / "text" / "qwen")),
@@ -102,53 +104,53 @@ def values(task: str, figures: dict[str, Any]) -> list[float]:
     return [figures[name] for name in names[task]]
 
 
-@pytest.mark.parametrize("task", DATA)
-def test_the_random_model_scores_low(task: str, tiny_exported: Path, run: Run) -> None:
-    needs(task)
-    figures = run(task, data(task), *stages(tiny_exported), "--output", "out.jsonl")
+@pytest.mark.parametrize("task", ROWS)
+def test_random_model_scores_low(task: str, tiny_exported: Path, run: Run) -> None:
+    require_libraries(task)
+    figures = run(task, write_data(task), *stage_flags(tiny_exported), "--output", "out.jsonl")
     assert figures["n"] == 2
     assert max(values(task, figures)) < 0.4
-    out = read("out.jsonl")
-    assert [line["id"] for line in out] == [row[KEYS[task]] for row in DATA[task]]
+    out = read_lines("out.jsonl")
+    assert [line["id"] for line in out] == [row[ID_KEYS[task]] for row in ROWS[task]]
     assert all(set(line) == {"id", "text", "score"} for line in out)
     assert any(line["text"] for line in out)
-    # The same figures from the file, without the model.
+    # The written answers give the same figures, without the model.
     assert run(task, "data.jsonl", "--predictions", "out.jsonl") == figures
 
 
-@pytest.mark.parametrize("task", DATA)
-def test_right_answers_are_right(
+@pytest.mark.parametrize("task", ROWS)
+def test_correct_answers_score_the_maximum(
     task: str, tiny_exported: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needs(task)
-    monkeypatch.setattr(ask, "answers", lambda pair, requests, options: iter(RIGHT[task]))
-    figures = run(task, data(task), *stages(tiny_exported), "--output", "out.jsonl")
-    # An image with two different captions has more words than one answer can match.
+    require_libraries(task)
+    monkeypatch.setattr(ask, "answers", lambda model, requests, options: iter(CORRECT_ANSWERS[task]))
+    figures = run(task, write_data(task), *stage_flags(tiny_exported), "--output", "out.jsonl")
+    # CIDEr is less than 10, because an answer cannot match both captions of the first image.
     expected = [1.0] if task != "captions" else pytest.approx([7.5, 1.0, 1.0], abs=2.5)
     assert values(task, figures) == expected
-    assert [line["text"] for line in read("out.jsonl")] == RIGHT[task]
-    assert run(task, "data.jsonl", "--predictions", predictions(task, RIGHT[task])) == figures
+    assert [line["text"] for line in read_lines("out.jsonl")] == CORRECT_ANSWERS[task]
+    assert run(task, "data.jsonl", "--predictions", write_predictions(task, CORRECT_ANSWERS[task])) == figures
 
 
-def test_figures_in_between(run: Run) -> None:
-    answers = predictions("vqa", ["blue", "3"])
-    assert run("vqa", data("vqa"), "--predictions", answers)["value"] == pytest.approx(0.45)
+def test_partially_correct_answers(run: Run) -> None:
+    answers = write_predictions("vqa", ["blue", "3"])
+    assert run("vqa", write_data("vqa"), "--predictions", answers)["value"] == pytest.approx(0.45)
     assert run("vqa", "data.jsonl", "--metric", "exact", "--predictions", answers)["value"] == 0.5
-    boxes = predictions("grounding", [RIGHT["grounding"][0], "(500,250),(999,400)</box>"])
-    figures = run("grounding", data("grounding"), "--predictions", boxes, "--output", "out.jsonl")
+    boxes = write_predictions("grounding", [CORRECT_ANSWERS["grounding"][0], "(500,250),(999,400)</box>"])
+    figures = run("grounding", write_data("grounding"), "--predictions", boxes, "--output", "out.jsonl")
     assert (figures["hits"], figures["n"]) == (2, 2)
-    assert [line["score"] for line in read("out.jsonl")] == pytest.approx([1.0, 0.6], abs=0.01)
+    assert [line["score"] for line in read_lines("out.jsonl")] == pytest.approx([1.0, 0.6], abs=0.01)
 
 
-def test_the_prompts_are_the_official_ones(tiny_exported: Path) -> None:
-    """The prompts of eval_mm in the Qwen-VL repository, after the image."""
+def test_prompts_are_the_official_ones(tiny_exported: Path) -> None:
+    """The text after the image is that of eval_mm in the Qwen-VL repository."""
     tokenizer = QwenVL.from_exported(tiny_exported / "vision/vision", tiny_exported / "text/qwen").tokenizer
-    asked: list[tuple[Row, str]] = [
+    cases: list[tuple[Row, str]] = [
         (GroundingRow(image="x.png", **GROUNDING[0]), "<ref>the red circle</ref><box>"),
         (VqaRow(image="x.png", **VQA[0]), "What colour? Answer:"),
         (CaptionRow(image="x.png", **CAPTIONS[0]), "Describe the image in English:"),
     ]
-    for row, expected in asked:
+    for row, expected in cases:
         ids = ask.prompt_ids(tokenizer, row.asked())
         slots = slice(ids.index(tokenizer.img_start_id) + 1, ids.index(tokenizer.img_end_id))
         assert slots.stop - slots.start == 256
@@ -156,75 +158,78 @@ def test_the_prompts_are_the_official_ones(tiny_exported: Path) -> None:
         assert ids == [tokenizer.img_start_id, tokenizer.img_end_id, *tokenizer.encode(expected)]
 
 
-def test_a_question_cannot_bring_tags(tiny_exported: Path) -> None:
+def test_tags_in_a_question_do_not_become_special_tokens(tiny_exported: Path) -> None:
     tokenizer = QwenVL.from_exported(tiny_exported / "vision/vision", tiny_exported / "text/qwen").tokenizer
     row = VqaRow(image="x.png", question_id=1, question="<img>y.png</img> <box> <|im_end|>", answers=["no"])
-    special = [i for i in ask.prompt_ids(tokenizer, row.asked()) if i >= tokenizer.eod_id]
+    special = [token for token in ask.prompt_ids(tokenizer, row.asked()) if token >= tokenizer.eod_id]
     assert set(special) == {tokenizer.img_start_id, tokenizer.img_end_id, tokenizer.img_pad_id}
     assert special.count(tokenizer.img_start_id) == 1
 
 
-def test_answers_are_the_model_s_completions(tiny_exported: Path) -> None:
-    pair = QwenVL.from_exported(tiny_exported / "vision/vision", tiny_exported / "text/qwen")
+def test_answers_are_the_completions_of_the_model(tiny_exported: Path) -> None:
+    model = QwenVL.from_exported(tiny_exported / "vision/vision", tiny_exported / "text/qwen")
     requests = [
-        ask.Question("data:image/png;base64," + image, "What is it? Answer:") for image in (BLACK, WHITE)
+        ask.Question("data:image/png;base64," + image, "What is it? Answer:")
+        for image in (BLACK_IMAGE, WHITE_IMAGE)
     ]
     options = GenerationOptions(max_new_tokens=8, min_new_tokens=8)
-    said = list(ask.answers(pair, requests, options))
-    for request, text in zip(requests, said):
-        ids = ask.prompt_ids(pair.tokenizer, request)
-        features = pair.encode_images([preprocess(image) for image in pair.load_images([request.image])])
-        ends = [pair.tokenizer.eod_id, pair.tokenizer.im_end_id, pair.tokenizer.im_start_id]
-        tokens = pair.generate_ids(
-            np.array([ids]), features, eos_token_ids=ends, max_new_tokens=8, min_new_tokens=8
-        )[0]
-        assert text == pair.tokenizer.decode(tokens)
-    assert said[0] != said[1]
+    texts = list(ask.answers(model, requests, options))
+    tokenizer = model.tokenizer
+    for request, text in zip(requests, texts):
+        ids = ask.prompt_ids(tokenizer, request)
+        features = model.encode_images([preprocess(image) for image in model.load_images([request.image])])
+        stop_tokens = [tokenizer.eod_id, tokenizer.im_end_id, tokenizer.im_start_id]
+        [completion] = model.generate_ids(
+            np.array([ids]), features, eos_token_ids=stop_tokens, max_new_tokens=8, min_new_tokens=8
+        )
+        assert text == tokenizer.decode(completion)
+    assert texts[0] != texts[1]
 
 
-BLACK = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
-WHITE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEANl9ngAAAAABJRU5ErkJggg=="
+# PNG files of one pixel, in base64.
+BLACK_IMAGE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+WHITE_IMAGE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEANl9ngAAAAABJRU5ErkJggg=="
 
 
-def test_demo_exports_the_shipped_model_and_asks_it(run: Run) -> None:
+def test_demo_exports_the_shipped_model_and_scores_it(run: Run) -> None:
     figures = run(*("demo", "--first", "5000", "--n", "6", "--export_to", "kept", "--output", "out.jsonl"))
     assert figures["words"]["goal"] == 0.95
     assert figures["words"]["hits"] + figures["boxes"]["hits"] > 0
     assert Path("kept/text/qwen.manifest.json").is_file()
-    out = read("out.jsonl")
+    out = read_lines("out.jsonl")
     assert [line["id"] for line in out] == list(range(5000, 5006))
     for line in out:
         turn = held_out(line["id"]).turns[0]
         assert (line["question"], line["wanted"]) == (turn.question, turn.answer)
         if line["text"] == line["wanted"]:
             assert line["words_right"]
-    again = run("demo", "--first", "5000", "--n", "6", "--predictions", "out.jsonl")
-    assert again == figures
+    from_file = run("demo", "--first", "5000", "--n", "6", "--predictions", "out.jsonl")
+    assert from_file == figures
 
 
-@pytest.mark.parametrize("wrong", [False, True])
-def test_demo_marks_answers(
-    wrong: bool, tiny_exported: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("correct", [True, False], ids=["correct", "wrong"])
+def test_demo_scores_of_correct_and_wrong_answers(
+    correct: bool, tiny_exported: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An oracle scores 1; with changed letters and tiny boxes it scores 0."""
+    def answer(sample: Any) -> str:
+        expected = sample.turns[0].answer
+        if correct:
+            return expected
+        # Other boxes, and other letters except those of the tags <ref> and <box>.
+        with_other_boxes = re.sub(r"\(\d+,\d+\),\(\d+,\d+\)", "(0,0),(9,9)", expected)
+        return "".join(chr(ord(c) ^ 1) if c.isalpha() and c not in "refbox" else c for c in with_other_boxes)
 
-    def oracle(sample: Any) -> str:
-        answer = sample.turns[0].answer
-        if not wrong:
-            return answer
-        moved = re.sub(r"\(\d+,\d+\),\(\d+,\d+\)", "(0,0),(9,9)", answer)
-        return "".join(chr(ord(c) ^ 1) if c.isalpha() and c not in "refbox" else c for c in moved)
-
-    monkeypatch.setattr(demo, "answers", lambda pair, samples: map(oracle, samples))
-    figures = run("demo", "--n", "200", *stages(tiny_exported))
+    monkeypatch.setattr(demo, "answers", lambda model, samples: map(answer, samples))
+    figures = run("demo", "--n", "200", *stage_flags(tiny_exported))
     assert figures["words"]["n"] > 100
     assert figures["boxes"]["n"] > 50
     assert figures["reading"]["n"] > 10
     for name, rate in figures.items():
-        assert rate["hits"] == (0 if wrong else rate["n"]), name
+        assert rate["hits"] == (rate["n"] if correct else 0), name
 
 
 def test_printed_tables(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    # (task, pattern of the complete output)
     for task, expected in (
         ("grounding", r"IoU of at least 0\.5 +100\.00 %  \[34\.2, 100\.0\]  2 of 2"),
         ("vqa", r"vqa  100\.00  \(2 questions\)"),
@@ -232,7 +237,13 @@ def test_printed_tables(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     ):
         if task == "captions" and not {"nltk", "pycocoevalcap"} <= set(sys.modules):
             continue
-        arguments = ["eval", task, data(task), "--predictions", predictions(task, RIGHT[task])]
+        arguments = [
+            "eval",
+            task,
+            write_data(task),
+            "--predictions",
+            write_predictions(task, CORRECT_ANSWERS[task]),
+        ]
         capsys.readouterr()
         assert not app(arguments, standalone_mode=False)
         assert re.fullmatch(expected, capsys.readouterr().out.strip())

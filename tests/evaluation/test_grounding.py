@@ -1,4 +1,4 @@
-"""Referring expressions: the box of an answer that is scored, and its coordinates."""
+"""Score of grounding answers, and validation of grounding rows."""
 
 from __future__ import annotations
 
@@ -16,51 +16,55 @@ def row(**changes: Any) -> GroundingRow:
 
 
 @pytest.mark.parametrize(
-    ("answer", "expected"),
+    ("answer", "expected"),  # coordinates are in thousandths of the image's width and height
     [
-        ("(0,0),(499.5,499)</box>", 0.0),  # not a whole number
+        ("(0,0),(499.5,499)</box>", 0.0),  # coordinates must be integers
         ("(0,0),(500,500)</box>", 1.0),
         ("(0,0),(500,250)</box>", 0.5),
-        ("(0,0),(500,500)</box><ref>a cat</ref><box>(900,900),(999,999)</box>", 1.0),  # the first counts
+        ("(0,0),(500,500)</box><ref>a cat</ref><box>(900,900),(999,999)</box>", 1.0),  # two boxes
         ("<ref>the dog</ref><box>(0,0),(500,500)</box>", 1.0),
         ("(500,500),(999,999)</box>", 0.0),
         ("the dog", 0.0),
         ("", 0.0),
     ],
 )
-def test_the_first_box_counts(answer: str, expected: float) -> None:
+def test_score_is_the_overlap_of_the_first_box(answer: str, expected: float) -> None:
     assert overlap(row(), answer) == pytest.approx(expected, abs=0.003)
 
 
-def test_width_and_height_are_not_mixed_up() -> None:
+def test_coordinates_are_relative_to_width_and_height() -> None:
     wide = row(bbox=[300, 10, 400, 20], width=999, height=111)
     assert overlap(wide, "(300,90),(400,180)</box>") == pytest.approx(1.0)
 
 
-def test_the_largest_coordinate_is_the_edge() -> None:
+def test_coordinate_999_is_the_edge_of_the_image() -> None:
     assert overlap(row(bbox=[0, 0, 200, 100]), "(0,0),(999,999)</box>") == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(
     "bbox",
     [
-        [150, 80, 100, 50],  # left, top, width, height
-        [0, 0, 300, 50],
-        [0, 0, 0, 50],
+        [150, 80, 100, 50],  # left, top, width, height instead of left, top, right, bottom
+        [0, 0, 300, 50],  # beyond the image
+        [0, 0, 0, 50],  # empty
         [0, 0, 100],
         [0, 0, float("nan"), 50],
     ],
 )
-def test_a_box_must_be_one(bbox: list[float]) -> None:
+def test_invalid_box_is_rejected(bbox: list[float]) -> None:
     with pytest.raises(ValidationError):
         row(bbox=bbox)
 
 
-def test_a_box_may_stick_out_by_rounding() -> None:
+def test_box_may_exceed_the_image_by_a_rounding_error() -> None:
     assert row(bbox=[-0.5, 0, 200.4, 50]).bbox[2] == 200.4
 
 
-def test_ids() -> None:
+def test_key_is_the_id_or_the_number_of_the_row() -> None:
     assert row().key(7) == 7
     assert row(id="a").key(7) == "a"
+
+
+def test_sentence_has_two_names() -> None:
     assert GroundingRow(image="x", sentence="it", bbox=(0, 0, 1, 1), width=1, height=1).sentence == "it"
+    assert row(sent="it").sentence == "it"

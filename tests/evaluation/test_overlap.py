@@ -1,4 +1,4 @@
-"""Intersection over union compared with counted pixels."""
+"""Intersection over union of boxes, compared with a count of pixels."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ def boxes(draw: st.DrawFn) -> Corners:
     return left, top, right, bottom
 
 
-def pixels(box: Corners) -> np.ndarray:
-    plane = np.zeros((SIDE, SIDE), bool)
+def mask(box: Corners) -> np.ndarray:
+    """Mask of the pixels in a box, bool [SIDE, SIDE]."""
+    pixels = np.zeros((SIDE, SIDE), bool)
     left, top, right, bottom = (int(value) for value in box)
-    plane[top:bottom, left:right] = True
-    return plane
+    pixels[top:bottom, left:right] = True
+    return pixels
 
 
 @given(boxes(), boxes())
-def test_iou_counts_pixels(a: Corners, b: Corners) -> None:
-    union = (pixels(a) | pixels(b)).sum()
-    expected = (pixels(a) & pixels(b)).sum() / union if union else 0.0
+def test_iou_agrees_with_a_count_of_pixels(a: Corners, b: Corners) -> None:
+    union = (mask(a) | mask(b)).sum()
+    expected = (mask(a) & mask(b)).sum() / union if union else 0.0
     assert iou(a, b) == pytest.approx(expected)
     assert iou(b, a) == iou(a, b)
 
 
-def test_half() -> None:
+def test_iou_of_a_box_and_its_half() -> None:
     assert iou((0, 0, 10, 10), (0, 0, 10, 20)) == 0.5

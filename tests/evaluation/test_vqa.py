@@ -17,18 +17,18 @@ NO_RAPIDFUZZ = "rapidfuzz is not installed; `pip install -e '.[eval]'` to test A
 @pytest.mark.parametrize(
     ("matches", "expected"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (5, 1.0), (10, 1.0)]
 )
-def test_the_known_values_for_ten_answers(matches: int, expected: float) -> None:
+def test_accuracy_by_number_of_equal_answers_of_ten(matches: int, expected: float) -> None:
     answers = ["red"] * matches + ["blue"] * (10 - matches)
     assert vqa_accuracy("red", answers) == pytest.approx(expected)
 
 
 @given(st.text("ab", max_size=1), st.lists(st.text("ab", max_size=1), min_size=4, max_size=10))
-def test_accuracy_is_the_mean_over_all_but_one(answer: str, people: list[str]) -> None:
-    # "a" would be an article.
-    answer, people = f"x{answer}", [f"x{one}" for one in people]
-    subsets = list(combinations(people, len(people) - 1))
+def test_accuracy_is_the_mean_over_subsets_without_one_answer(answer: str, references: list[str]) -> None:
+    # With a prefix, since normalisation removes the article "a".
+    answer, references = f"x{answer}", [f"x{reference}" for reference in references]
+    subsets = list(combinations(references, len(references) - 1))
     expected = sum(min(subset.count(answer) / 3, 1) for subset in subsets) / len(subsets)
-    assert vqa_accuracy(answer, people) == pytest.approx(expected)
+    assert vqa_accuracy(answer, references) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_accuracy_is_the_mean_over_all_but_one(answer: str, people: list[str]) -
         ("ten o'clock", "10 o'clock"),
         ("dont know", "don't know"),
         ("whats that", "what's that"),
-        ("its well", "its well"),  # other words
+        ("its well", "its well"),  # not a misspelled contraction
         ("dog's", "dog's"),
         ("5:30", "5:30"),
         ("3.5 m.", "3.5 m"),
@@ -58,7 +58,7 @@ def test_normalisation(answer: str, expected: str) -> None:
     assert normalise(answer) == expected
 
 
-def test_both_sides_are_normalised() -> None:
+def test_accuracy_normalises_the_answer_and_the_references() -> None:
     assert vqa_accuracy("A dog.", ["dog", "the dog", "Dog!", "DOG"]) == 1.0
 
 
@@ -79,25 +79,31 @@ def distance(a: str, b: str) -> int:
 
 
 @given(st.text("ab", max_size=6), st.lists(st.text("ab", max_size=6), min_size=1, max_size=3))
-def test_anls_is_its_formula(answer: str, right: list[str]) -> None:
+def test_anls_agrees_with_its_formula(answer: str, references: list[str]) -> None:
     pytest.importorskip("rapidfuzz", reason=NO_RAPIDFUZZ)
-    similarities = [1 - distance(answer, one) / max(len(answer), len(one), 1) for one in right]
+    similarities = [
+        1 - distance(answer, reference) / max(len(answer), len(reference), 1) for reference in references
+    ]
     best = max(similarities)
-    assert anls(answer, right) == pytest.approx(best if best >= 0.5 else 0.0)
+    assert anls(answer, references) == pytest.approx(best if best >= 0.5 else 0.0)
 
 
 @pytest.mark.parametrize(
-    ("answer", "right", "expected"),
+    ("answer", "references", "expected"),
     [
         ("1/8/93", ["1/8/93"], 1.0),
-        ("0.28", ["0.29"], 0.75),  # one of four characters
+        ("0.28", ["0.29"], 0.75),  # one of four characters differs
         ("ITC  Limited ", ["itc limited"], 1.0),
         ("ab", ["ax"], 0.5),
-        ("abc", ["axy"], 0.0),  # a third, below the threshold
+        ("abc", ["axy"], 0.0),  # a similarity of 1/3 is below the threshold
         ("", ["yes"], 0.0),
-        ("p. m. hall", ["t. f. riehl", "p m hall"], 0.8),  # two of ten, of the nearest
+        (
+            "p. m. hall",
+            ["t. f. riehl", "p m hall"],
+            0.8,
+        ),  # two of ten characters of the more similar reference
     ],
 )
-def test_anls_by_hand(answer: str, right: list[str], expected: float) -> None:
+def test_anls_computed_by_hand(answer: str, references: list[str], expected: float) -> None:
     pytest.importorskip("rapidfuzz", reason=NO_RAPIDFUZZ)
-    assert anls(answer, right) == pytest.approx(expected)
+    assert anls(answer, references) == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""The page of the `qwenvl` commands, read from the command line interface itself."""
+"""Markdown of the documentation page about the `qwenvl` commands, generated from the command line interface."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SERVE_FLAGS = "The other flags are the [server settings](serve.md)."
 
 
 def reference() -> str:
-    """A section for each command: what it does, its usage and its flags."""
+    """Return the Markdown: for each command a section with its description, usage and flags."""
     import typer
 
     from paddlemix_qwenvl_plugin.cli.main import app
@@ -29,10 +29,10 @@ def _sections(command: Any, path: str, parent: Any) -> Iterator[str]:
 
 
 def _section(command: Any, path: str, context: Any) -> Iterator[str]:
-    # The flags of `qwenvl serve` need the libraries of the server, and have a page of their own.
-    serve = path == "qwenvl serve"
-    parameters = command.params if serve else command.get_params(context)
-    usage = ["[OPTIONS]"] if serve else command.collect_usage_pieces(context)
+    # Listing all flags of `qwenvl serve` needs the server's libraries, and they have a separate page.
+    is_serve = path == "qwenvl serve"
+    parameters = command.params if is_serve else command.get_params(context)
+    usage = ["[OPTIONS]"] if is_serve else command.collect_usage_pieces(context)
     yield f"## `{path}`\n"
     yield f"{inspect.cleandoc(command.help or '')}\n"
     if path != "qwenvl":
@@ -40,11 +40,12 @@ def _section(command: Any, path: str, context: Any) -> Iterator[str]:
     rows = [row for parameter in parameters for row in _row(parameter)]
     if rows:
         yield "\n".join(["| | | default |", "| --- | --- | --- |", *rows]) + "\n"
-    if serve:
+    if is_serve:
         yield f"{SERVE_FLAGS}\n"
 
 
 def _row(parameter: Any) -> Iterator[str]:
+    """Yield the table row of an argument or option, if it is documented."""
     text = getattr(parameter, "help", None)
     if getattr(parameter, "hidden", False) or not text or "--help" in parameter.opts:
         return
@@ -52,9 +53,10 @@ def _row(parameter: Any) -> Iterator[str]:
         names = f"`{(parameter.metavar or parameter.name.upper()).strip('[]{}')}`"
     else:
         names = ", ".join(f"`{name}`" for name in [*parameter.opts, *parameter.secondary_opts])
-    shown = "required" if parameter.required else _default(parameter.default)
-    yield f"| {names} | {text.replace('|', '&#124;')} | {shown} |"
+    default = "required" if parameter.required else _default(parameter.default)
+    yield f"| {names} | {text.replace('|', '&#124;')} | {default} |"
 
 
 def _default(value: Any) -> str:
-    return "" if value is None or value is False or value == "" or callable(value) else f"`{value}`"
+    has_default = not (value is None or value is False or value == "" or callable(value))
+    return f"`{value}`" if has_default else ""

@@ -1,13 +1,13 @@
-"""MkDocs hooks of the documentation site: pages and links beyond docs/.
+"""MkDocs hooks of the documentation site: pages and links for files outside docs/, and generated text.
 
 - `index.md` and `index.zh.md` are README.md and README_zh.md.
-- A link from a page to a file outside docs/ leads to `source/PATH`, a page made of that file: Markdown as it is,
-  anything else as a block of code. A link to a missing file stays, and `mkdocs build --strict` fails on it. The
-  navigation may name such a page of a Markdown file, too.
-- A heading of a Chinese page also has the anchor of the English heading in the same place, so that English pages,
-  which stand in for missing translations, may link to it.
+- A link from a page to a file outside docs/ leads to a page `source/PATH`, which shows the file: Markdown unchanged,
+  other files as a block of code. A link to a missing file is not changed, so `mkdocs build --strict` fails. The
+  navigation may also name such a page of a Markdown file.
+- A heading of a Chinese page also has the anchor of the English heading at the same position. Pages without a
+  translation are English on the Chinese site, and their links have English anchors.
 - `<!-- header: PATH -->` is replaced by a C header, with a heading for each of its sections, and `<!-- commands -->` by
-  the flags of all commands.
+  the descriptions of all commands.
 """
 
 from __future__ import annotations
@@ -28,19 +28,20 @@ sys.path.insert(0, str(REPO))
 INDEX = {"index.md": "README.md", "index.zh.md": "README_zh.md"}
 SOURCE = "source/"
 
-_PATHS = dict(INDEX)  # of each added page: the path in the repository
+_PATHS = dict(INDEX)  # added page -> path in the repository of the file that it shows
 
 _LANGUAGES = {".h": "c", ".c": "c", ".cc": "cpp", ".cu": "cpp", ".py": "python", ".sh": "sh", ".yaml": "yaml"}
-_FENCE = re.compile(r"^( *```+)[^`\n]*\n.*?^\1 *$", re.MULTILINE | re.DOTALL)
-_LINK = re.compile(r"(?<=\]\()[^)\s]+")
+_FENCE = re.compile(r"^( *```+)[^`\n]*\n.*?^\1 *$", re.MULTILINE | re.DOTALL)  # a fenced block of code
+_LINK = re.compile(r"(?<=\]\()[^)\s]+")  # the target of a Markdown link
 _HEADING = re.compile(r"^#+ +(.+?) *$", re.MULTILINE)
+# The line of a README that links to the README in the other language.
 _OTHER_LANGUAGE = re.compile(r"^\[[^\]]+\]\(README(?:_zh)?\.md\)\n+", re.MULTILINE)
 _HEADER = re.compile(r"^<!-- header: (\S+) -->$", re.MULTILINE)
 _COMMANDS = "<!-- commands -->"
-_SECTION = re.compile(r"^/\* -+ (.+?) -+ \*/$", re.MULTILINE)
+_SECTION = re.compile(r"^/\* -+ (.+?) -+ \*/$", re.MULTILINE)  # the comment before a section of a C header
 
 
-@event_priority(100)  # before the translations are told apart
+@event_priority(100)  # before the plugin that assigns pages to languages
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that docs/ does not contain."""
 
@@ -68,18 +69,23 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_read_source(*, page: Any, **_: Any) -> str | None:
-    """The text of the added pages; None leaves the others to MkDocs."""
+    """Return the text of an added page; for other pages None, so that MkDocs reads them."""
     name = page.file.src_uri
-    return _text(_origin(name)) if name in _PATHS else None
+    return _text(_repository_path(name)) if name in _PATHS else None
 
 
 @event_priority(100)
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """Resolve links against the repository, and fill in anchors and headers."""
+    """Resolve the links of a page, and insert anchors, C headers and commands."""
     name = page.file.src_uri
-    markdown = _outside_fences(markdown, lambda text: _LINK.sub(lambda m: _resolved(m.group(), name), text))
+
+    def resolve_links(text: str) -> str:
+        return _LINK.sub(lambda match: _resolved(match.group(), name), text)
+
+    markdown = _outside_fences(markdown, resolve_links)
     if name.endswith(".zh.md"):
-        markdown = _with_english_anchors(markdown, _text(_origin(name.replace(".zh.md", ".md"))))
+        english = _text(_repository_path(name.replace(".zh.md", ".md")))
+        markdown = _with_english_anchors(markdown, english)
     if _COMMANDS in markdown:
         from tools.docs_site.commands import reference
 
@@ -87,19 +93,19 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     return _HEADER.sub(lambda match: _header(REPO / match.group(1)), markdown)
 
 
-def _origin(name: str) -> str:
-    """The path in the repository of a page's text."""
+def _repository_path(name: str) -> str:
+    """Return the path in the repository of the file that a page shows."""
     return _PATHS.get(name) or f"docs/{name}"
 
 
 def _page_of(path: str) -> str:
-    """The page that shows a file of the repository."""
-    # Without the suffix, as `.cc` and `.py` would be taken for languages.
+    """Return the name of the page that shows a file of the repository."""
+    # Without dots, since the plugin for translations would interpret `.cc` or `.py` as a language.
     return f"{SOURCE}{path.removesuffix('.md').replace('.', '_')}.md"
 
 
 def _text(path: str) -> str:
-    """A page's Markdown, made of a file of the repository."""
+    """Return the Markdown of a page that shows a file of the repository."""
     file = REPO / path
     if file.suffix == ".md":
         return _OTHER_LANGUAGE.sub("", file.read_text("utf-8"))
@@ -109,26 +115,30 @@ def _text(path: str) -> str:
 
 
 def _sources_in(nav: Any) -> Iterator[str]:
-    """The files of the repository that the navigation names as `source/PATH`."""
-    if isinstance(nav, str) and nav.startswith(SOURCE) and (REPO / nav[len(SOURCE) :]).is_file():
-        yield nav[len(SOURCE) :]
-    for item in nav.values() if isinstance(nav, dict) else nav if isinstance(nav, list) else ():
-        yield from _sources_in(item)
+    """Yield the files of the repository that the navigation names as `source/PATH`."""
+    if isinstance(nav, str):
+        path = nav.removeprefix(SOURCE)
+        if nav.startswith(SOURCE) and (REPO / path).is_file():
+            yield path
+    elif isinstance(nav, (dict, list)):
+        for item in nav.values() if isinstance(nav, dict) else nav:
+            yield from _sources_in(item)
 
 
 def _target(link: str, name: str) -> tuple[str, str] | None:
-    """The file in the repository that a page's link leads to, and the fragment; None for a link elsewhere."""
+    """Return (path in the repository, fragment) of a link on the page `name`; None if it leads to no such file."""
     path, _, fragment = link.partition("#")
-    if not path or re.match(r"[a-z]+:", path):
+    if not path or re.match(r"[a-z]+:", path):  # a link within the page, or a URL
         return None
-    path = posixpath.normpath(posixpath.join(posixpath.dirname(_origin(name)), path))
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(_repository_path(name)), path))
     if (REPO / path).is_dir() and (REPO / path / "README.md").exists():
         path += "/README.md"
     return (path, fragment) if (REPO / path).is_file() else None
 
 
 def _outside_docs(name: str) -> Iterator[str]:
-    text = _FENCE.sub("", _text(_origin(name)))
+    """Yield the files outside docs/ to which a page links."""
+    text = _FENCE.sub("", _text(_repository_path(name)))
     for link in _LINK.findall(text):
         target = _target(link, name)
         if target and not target[0].startswith("docs/") and target[0] not in INDEX.values():
@@ -136,7 +146,7 @@ def _outside_docs(name: str) -> Iterator[str]:
 
 
 def _resolved(link: str, name: str) -> str:
-    """A page's link, relative to the page on the site."""
+    """Return a link of the page `name` as a relative link between pages of the site."""
     target = _target(link, name)
     if target is None:
         return link
@@ -144,7 +154,8 @@ def _resolved(link: str, name: str) -> str:
     if path in INDEX.values():
         page = "index.md"
     elif path.startswith("docs/"):
-        page = path[len("docs/") :].replace(".zh.md", ".md")  # the build's language decides
+        # Without the language, which is that of the page that contains the link.
+        page = path[len("docs/") :].replace(".zh.md", ".md")
     else:
         page = _page_of(path)
     relative = posixpath.relpath(page, posixpath.dirname(name) or ".")
@@ -152,7 +163,7 @@ def _resolved(link: str, name: str) -> str:
 
 
 def _outside_fences(text: str, change: Callable[[str], str]) -> str:
-    """The text, changed except in its fenced blocks."""
+    """Return the text with `change` applied to all parts except the fenced blocks of code."""
     parts, end = [], 0
     for fence in _FENCE.finditer(text):
         parts += [change(text[end : fence.start()]), fence.group()]
@@ -161,16 +172,18 @@ def _outside_fences(text: str, change: Callable[[str], str]) -> str:
 
 
 def _with_english_anchors(chinese: str, english: str) -> str:
-    anchors = [slugify(case="lower")(title, "-") for title in _HEADING.findall(_FENCE.sub("", english))]
-    remaining = iter(anchors)
+    """Add to each heading of a Chinese page the anchor of the English heading at the same position."""
+    slug = slugify(case="lower")
+    anchors = iter([slug(title, "-") for title in _HEADING.findall(_FENCE.sub("", english))])
 
-    def anchored(match: re.Match[str]) -> str:
-        return f'{match.group().rstrip()} <a id="{next(remaining, "")}"></a>'
+    def with_anchor(match: re.Match[str]) -> str:
+        return f'{match.group().rstrip()} <a id="{next(anchors, "")}"></a>'
 
-    return _outside_fences(chinese, lambda text: _HEADING.sub(anchored, text))
+    return _outside_fences(chinese, lambda text: _HEADING.sub(with_anchor, text))
 
 
 def _header(path: Path) -> str:
+    """Return the Markdown of a C header, with a heading for each section; the first part states the conventions."""
     parts = _SECTION.split(path.read_text("utf-8"))
     sections = zip(["conventions", *parts[1::2]], parts[::2])
     return "\n\n".join(f"## {title.capitalize()}\n\n```c\n{code.strip()}\n```" for title, code in sections)

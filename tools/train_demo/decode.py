@@ -1,4 +1,4 @@
-"""Batched greedy decoding of held-out samples with the PyTorch model; without a KV cache, so for a GPU."""
+"""Batched greedy decoding of held-out samples with the PyTorch model, without a KV cache: slow on a CPU."""
 
 from __future__ import annotations
 
@@ -17,22 +17,25 @@ MAX_NEW_TOKENS = 160
 
 
 @torch.no_grad()
-def answers(model: QwenVL, tokenizer: QwenTokenizer, samples: Sequence[Sample], rows: int = 256) -> list[str]:
-    """Answer the first turn of each sample. Samples of one batch have the same number of images."""
+def answers(
+    model: QwenVL, tokenizer: QwenTokenizer, samples: Sequence[Sample], batch_size: int = 256
+) -> list[str]:
+    """Answer the first turn of each sample."""
     device = next(model.parameters()).device
-    found: dict[int, str] = {}
+    texts: dict[int, str] = {}  # by index of the sample
+    # The samples of a batch have the same number of images.
     for n_images in sorted({len(sample.scenes) for sample in samples}):
-        numbers = [i for i, sample in enumerate(samples) if len(sample.scenes) == n_images]
-        for start in range(0, len(numbers), rows):
-            chosen = numbers[start : start + rows]
-            texts = _batch(model, tokenizer, [samples[i] for i in chosen], device)
-            found.update(zip(chosen, texts))
-    return [found[i] for i in range(len(samples))]
+        indices = [i for i, sample in enumerate(samples) if len(sample.scenes) == n_images]
+        for start in range(0, len(indices), batch_size):
+            batch = indices[start : start + batch_size]
+            texts.update(zip(batch, _answer_batch(model, tokenizer, [samples[i] for i in batch], device)))
+    return [texts[i] for i in range(len(samples))]
 
 
-def _batch(
+def _answer_batch(
     model: QwenVL, tokenizer: QwenTokenizer, samples: Sequence[Sample], device: torch.device
 ) -> list[str]:
+    # The input size for 16 x 16 patches.
     side = model.visual.conv1.kernel_size[0] * 16
     images = np.stack([image_array(scene, side, 256) for sample in samples for scene in sample.scenes])
     prompts = [prompt_ids(tokenizer, sample) for sample in samples]
@@ -44,19 +47,21 @@ def _batch(
     ids = ids.to(device)
     features = model.visual(torch.from_numpy(images).to(device))
     stop_token_ids = torch.tensor([tokenizer.eod_id, tokenizer.im_end_id], device=device)
-    each = torch.arange(len(samples), device=device)
+    rows = torch.arange(len(samples), device=device)
     stopped = torch.zeros(len(samples), dtype=torch.bool, device=device)
     for step in range(MAX_NEW_TOKENS):
-        until = int(lengths.max()) + step
-        hidden = model.hidden(ids[:, :until], features, starts)
-        token = model.lm_head(hidden[each, lengths + step - 1]).argmax(-1)
-        ids[each, lengths + step] = torch.where(stopped, tokenizer.eod_id, token)
-        stopped |= torch.isin(token, stop_token_ids)
-        if step % 8 == 7 and bool(stopped.all()):
+        longest = int(lengths.max()) + step
+        hidden = model.hidden(ids[:, :longest], features, starts)
+        tokens = model.lm_head(hidden[rows, lengths + step - 1]).argmax(-1)
+        ids[rows, lengths + step] = torch.where(stopped, tokenizer.eod_id, tokens)
+        stopped |= torch.isin(tokens, stop_token_ids)
+        if step % 8 == 7 and bool(stopped.all()):  # not in every step, since it waits for the GPU
             break
-    rows = [row[length:].tolist() for row, length in zip(ids.cpu(), lengths.tolist())]
-    return [tokenizer.decode(_until_stop(row, stop_token_ids.tolist())) for row in rows]
+    completions = [row[length:].tolist() for row, length in zip(ids.cpu(), lengths.tolist())]
+    return [tokenizer.decode(_until_stop(ids, stop_token_ids.tolist())) for ids in completions]
 
 
 def _until_stop(ids: list[int], stop_token_ids: list[int]) -> list[int]:
-    return ids[: next((i for i, token in enumerate(ids) if token in stop_token_ids), len(ids))]
+    """Return the tokens before the first stop token."""
+    end = next((i for i, token in enumerate(ids) if token in stop_token_ids), len(ids))
+    return ids[:end]

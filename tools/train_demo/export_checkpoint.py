@@ -1,4 +1,4 @@
-"""Write trained weights to the model folder's `model.safetensors`, with Hugging Face's tensor names.
+"""Write trained weights as `model.safetensors` to a model folder, with Hugging Face's tensor names.
 
 python -m tools.train_demo.export_checkpoint weights.npz paddlemix_qwenvl_plugin/demo/model
 """
@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 
 def hugging_face_name(name: str) -> str:
-    """Name of a canonical tensor in the checkpoint."""
+    """Name in the checkpoint of the tensor with this canonical name."""
     return name if name == "lm_head.weight" else f"transformer.{name}"
 
 

@@ -1,7 +1,8 @@
-"""Qwen-VL in PyTorch for training: the numerics of `paddlemix_qwenvl_plugin/modeling`, Hugging Face's names.
+"""Qwen-VL in PyTorch for training the demo model: the numerics of `paddlemix_qwenvl_plugin/modeling`.
 
-Limited to the demo model: a patch grid of 16 x 16 and 256 queries, so that no position table is resized, and
-sequences within `seq_length`, where dynamic NTK and logn have no effect. tests/demo/world compares both models.
+Tensor names are Hugging Face's. The patch grid must be 16 x 16 with 256 queries, so that no position table is resized;
+sequences must be within `seq_length`, where dynamic NTK and logn have no effect. tests/demo/world compares the results
+with those of `modeling`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TABLE = 256
+N_POSITIONS = 256  # patches, and queries
+# Normalisation of the pixels, by channel.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -25,9 +27,9 @@ class RMSNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
-        return (wide * scale).to(x.dtype) * self.weight
+        x_float32 = x.float()
+        scale = torch.rsqrt(x_float32.square().mean(-1, keepdim=True) + self.epsilon)
+        return (x_float32 * scale).to(x.dtype) * self.weight
 
 
 class VisionAttention(nn.Module):
@@ -58,7 +60,7 @@ class VisionBlock(nn.Module):
 
 
 class ResamplerAttention(nn.Module):
-    """Multi-head cross-attention with PyTorch's joint projection, heads of 128."""
+    """Multi-head cross-attention with heads of 128; one matrix holds the projections of query, key and value."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -94,22 +96,22 @@ class Resampler(nn.Module):
 
 
 class Vision(nn.Module):
-    """Vision model, uint8 [N, side, side, 3] -> [N, 256, hidden]; `features` takes normalised pixels."""
+    """Vision model: uint8 [N, side, side, 3] -> [N, 256, hidden]."""
 
     def __init__(self, sizes: dict[str, Any]) -> None:
         super().__init__()
         width, patch, out = sizes["width"], sizes["patch_size"], sizes["output_dim"]
-        if (sizes["image_size"] // patch) ** 2 != TABLE or sizes["n_queries"] != TABLE:
+        if (sizes["image_size"] // patch) ** 2 != N_POSITIONS or sizes["n_queries"] != N_POSITIONS:
             raise ValueError("the patch grid and the queries must be 16 x 16")
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
-        self.positional_embedding = nn.Parameter(torch.empty(TABLE, width))
+        self.positional_embedding = nn.Parameter(torch.empty(N_POSITIONS, width))
         self.ln_pre = nn.LayerNorm(width, eps=1e-6)
         blocks = [
             VisionBlock(width, sizes["heads"], int(width * sizes["mlp_ratio"]))
             for _ in range(sizes["layers"])
         ]
         self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(blocks)})
-        self.attn_pool = Resampler(TABLE, width, out)
+        self.attn_pool = Resampler(N_POSITIONS, width, out)
         self.ln_post = nn.LayerNorm(out, eps=1e-6)
         self.proj = nn.Parameter(torch.empty(out, out))
         self.register_buffer("mean", 255 * torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
@@ -119,6 +121,7 @@ class Vision(nn.Module):
         return self.features((images.permute(0, 3, 1, 2).float() - self.mean) / self.std)
 
     def features(self, pixels: Tensor) -> Tensor:
+        """Compute features from normalised pixels, float32 [N, 3, side, side]."""
         tokens = self.conv1(pixels).flatten(2).transpose(1, 2)
         x = self.ln_pre(tokens + self.positional_embedding)
         for block in self.transformer["resblocks"]:
@@ -170,7 +173,7 @@ class Layer(nn.Module):
 
 
 class QwenVL(nn.Module):
-    """Qwen-VL; its `state_dict` has canonical names: Hugging Face's without the prefix `transformer.`."""
+    """Qwen-VL. Its parameters have canonical names: Hugging Face's without the prefix `transformer.`."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
@@ -187,7 +190,13 @@ class QwenVL(nn.Module):
         self._initialise(config["num_hidden_layers"], config["visual"]["layers"])
 
     def hidden(self, ids: Tensor, features: Tensor, starts: Tensor) -> Tensor:
-        """Normed hidden states [B, T, hidden]. `features` [B * P, 256, hidden]; `starts` [B, P]: `<img>` indices."""
+        """Compute normalised hidden states [batch, tokens, hidden].
+
+        Args:
+            ids: [batch, tokens].
+            features: image features, [batch * images, 256, hidden].
+            starts: positions of `<img>`, [batch, images].
+        """
         batch, length = ids.shape
         x = self.wte(ids)
         slots = starts[:, :, None] + 1 + torch.arange(features.shape[1], device=ids.device)
@@ -199,7 +208,7 @@ class QwenVL(nn.Module):
         return self.ln_f(x)
 
     def loss(self, images: Tensor, ids: Tensor, starts: Tensor, at: Tensor) -> Tensor:
-        """Mean cross-entropy of the tokens after the positions `at` [B, A], padded with -1."""
+        """Mean cross-entropy of the tokens after the positions `at`, [batch, learned tokens], padded with -1."""
         hidden = self.hidden(ids, self.visual(images), starts)
         index = at.clamp(min=0)
         logits = self.lm_head(hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[-1])))
@@ -207,7 +216,7 @@ class QwenVL(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
 
     def _initialise(self, layers: int, vision_layers: int) -> None:
-        """Initialise matrices with variance 1 / inputs; the last ones of a residual branch smaller with depth."""
+        """Initialise matrices with variance 1 / inputs; the last matrix of a residual branch smaller with depth."""
         for name, tensor in self.named_parameters():
             if tensor.dim() == 1:
                 continue
@@ -222,13 +231,13 @@ class QwenVL(nn.Module):
 
 
 def sincos(side: int, width: int) -> Tensor:
-    """Position table of sines and cosines of row and column, [side * side, width]."""
-    quarter = width // 4
-    frequency = math.pi / 2 ** torch.linspace(0, math.log2(side), quarter)
-    place = torch.arange(side, dtype=torch.float32)
-    rows, columns = torch.meshgrid(place, place, indexing="ij")
+    """Position table [side * side, width]: sines and cosines of the row, then of the column."""
+    n_frequencies = width // 4
+    frequencies = math.pi / 2 ** torch.linspace(0, math.log2(side), n_frequencies)
+    positions = torch.arange(side, dtype=torch.float32)
+    rows, columns = torch.meshgrid(positions, positions, indexing="ij")
     parts = []
-    for value in (rows, columns):
-        angles = value.flatten()[:, None] * frequency
+    for coordinate in (rows, columns):
+        angles = coordinate.flatten()[:, None] * frequencies
         parts += [angles.sin(), angles.cos()]
     return torch.cat(parts, dim=1)

@@ -1,7 +1,7 @@
-"""Muon for the matrices inside the layers, AdamW for all other parameters, with a common cosine schedule.
+"""Optimisers: Muon for the matrices of the layers, AdamW for all other parameters, with one cosine schedule.
 
-Muon steps along the orthogonalised momentum (Jordan et al., 2024): a small model needs about half of the steps of
-AdamW.
+Muon updates a matrix with its orthogonalised momentum (Jordan et al., 2024). A small model needs about half as many
+steps as with AdamW.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic Newton-Schulz iteration
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic Newton-Schulz iteration in that work
 
 
 class Muon(torch.optim.Optimizer):
@@ -40,32 +40,42 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """Orthogonalise [N, rows, columns]: singular values near 1, five Newton-Schulz steps in bfloat16."""
+    """Orthogonalise matrices [N, rows, columns] by five Newton-Schulz steps in bfloat16: singular values near 1."""
     a, b, c = _COEFFICIENTS
     x = matrices.bfloat16()
-    wide = x.shape[1] <= x.shape[2]
-    x = x if wide else x.mT
+    is_wide = x.shape[1] <= x.shape[2]
+    x = x if is_wide else x.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x if wide else x.mT).to(matrices.dtype)
+    return (x if is_wide else x.mT).to(matrices.dtype)
 
 
 def optimisers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Create both optimisers. `lr`: learning rate of AdamW; that of Muon is ten times as large."""
-    matrices, others = [], []
+    """Create Muon and AdamW.
+
+    Args:
+        lr: learning rate of AdamW; that of Muon is ten times as large.
+    """
+    muon_parameters, adamw_parameters = [], []
     for name, parameter in model.named_parameters():
-        inside = parameter.dim() == 2 and (
+        # Matrices of the decoder layers, of the vision blocks, and of the resampler's input projections.
+        is_layer_matrix = parameter.dim() == 2 and (
             name.startswith("h.") or "resblocks" in name or "in_proj_w" in name
         )
-        (matrices if inside else others).append(parameter)
-    cuda = next(model.parameters()).is_cuda
-    adam = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=cuda)
-    return [Muon(matrices, lr=10 * lr), adam]
+        (muon_parameters if is_layer_matrix else adamw_parameters).append(parameter)
+    is_cuda = next(model.parameters()).is_cuda
+    adamw = torch.optim.AdamW(adamw_parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=is_cuda)
+    return [Muon(muon_parameters, lr=10 * lr), adamw]
 
 
 def schedule(step: int, progress: float, warm_up: int = 100) -> float:
-    """Learning rate factor: linear warm-up, then a half cosine down to 2 % at `progress` 1."""
+    """Factor of the learning rate: a half cosine from 1 to 2 % at `progress` 1, with a linear warm-up.
+
+    Args:
+        progress: completed share of the training, from 0.
+        warm_up: number of steps of the warm-up.
+    """
     cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return min(1.0, (step + 1) / warm_up) * cosine

@@ -1,4 +1,4 @@
-"""Token rows for training: prompt and answers in one row, with the positions to learn."""
+"""Rows of tokens for training: a prompt and its answers, with the positions whose next tokens are learned."""
 
 from __future__ import annotations
 
@@ -12,25 +12,32 @@ from paddlemix_qwenvl_plugin.demo.world.sample import Sample
 from paddlemix_qwenvl_plugin.processing.prompts import base_prompt, chat_prompt
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 
-NAME = "a.png"  # any name will do: image features replace it
+NAME = "a.png"  # file name in the prompts; the image features replace its tokens
 
 
 @dataclass(frozen=True)
 class Size:
-    """Capacity of a row: tokens, learned tokens, images."""
+    """Capacity of a row: number of tokens, of learned tokens, and of images."""
 
     tokens: int
     learned: int
     images: int
 
 
+# Rows with one image and with two.
 ONE = Size(512, 224, 1)
 TWO = Size(704, 160, 2)
 
 
 @dataclass(frozen=True)
 class Row:
-    """Training row. `at`: positions whose next token is learned; `starts`: positions of `<img>`."""
+    """Training row.
+
+    Attributes:
+        ids: tokens, padded with the end-of-text token.
+        at: positions whose next token is learned, padded with -1.
+        starts: positions of `<img>`.
+    """
 
     ids: NDArray[np.int16]
     at: NDArray[np.int16]
@@ -40,45 +47,44 @@ class Row:
 def prompt_ids(tokenizer: QwenTokenizer, sample: Sample) -> list[int]:
     """Encode the prompt of the first turn."""
     parts = sample.parts([NAME] * len(sample.scenes))
-    make = chat_prompt if sample.form == "chat" else base_prompt
-    return make(tokenizer, parts).input_ids
+    make_prompt = chat_prompt if sample.form == "chat" else base_prompt
+    return make_prompt(tokenizer, parts).input_ids
 
 
 def make_row(tokenizer: QwenTokenizer, sample: Sample, size: Size) -> Row:
-    """Encode as many turns as fit into `size`; the first must fit."""
-    end = tokenizer.im_end_id if sample.form == "chat" else tokenizer.eod_id
+    """Encode a sample in a row, without the turns for which the row has no room.
+
+    Raises:
+        ValueError: the row has no room for the first turn.
+    """
+    stop_token = tokenizer.im_end_id if sample.form == "chat" else tokenizer.eod_id
     ids = prompt_ids(tokenizer, sample)
     at: list[int] = []
-    new_line, role = tokenizer.encode("\n"), tokenizer.encode("user")
-    reply = [*new_line, tokenizer.im_start_id, *tokenizer.encode("assistant"), *new_line]
+    new_line = tokenizer.encode("\n")
+    # ChatML around the question of a further turn.
+    before_question = [*new_line, tokenizer.im_start_id, *tokenizer.encode("user"), *new_line]
+    after_question = [
+        *(tokenizer.im_end_id, *new_line, tokenizer.im_start_id, *tokenizer.encode("assistant"), *new_line)
+    ]
     for number, turn in enumerate(sample.turns):
         question: list[int] = []
         if number:
-            asked = tokenizer.encode(turn.question)
-            question = [
-                *new_line,
-                tokenizer.im_start_id,
-                *role,
-                *new_line,
-                *asked,
-                tokenizer.im_end_id,
-                *reply,
-            ]
-        answer = [*tokenizer.encode(turn.answer), end]
-        start = len(ids) + len(question)
-        if start + len(answer) > size.tokens or len(at) + len(answer) > size.learned:
+            question = [*before_question, *tokenizer.encode(turn.question), *after_question]
+        answer = [*tokenizer.encode(turn.answer), stop_token]
+        answer_start = len(ids) + len(question)
+        if answer_start + len(answer) > size.tokens or len(at) + len(answer) > size.learned:
             if not number:
-                raise ValueError(f"no room for {turn}: {start} + {len(answer)} tokens")
+                raise ValueError(f"no room for {turn}: {answer_start} + {len(answer)} tokens")
             continue
         ids += question + answer
-        at += range(start - 1, start + len(answer) - 1)
+        at += range(answer_start - 1, answer_start + len(answer) - 1)
     starts = [i for i, token in enumerate(ids) if token == tokenizer.img_start_id]
     return Row(
-        _filled(ids, size.tokens, tokenizer.eod_id), _filled(at, size.learned, -1), np.array(starts, np.int16)
+        _padded(ids, size.tokens, tokenizer.eod_id), _padded(at, size.learned, -1), np.array(starts, np.int16)
     )
 
 
-def _filled(values: Sequence[int], length: int, fill: int) -> NDArray[np.int16]:
-    row = np.full(length, fill, np.int16)
+def _padded(values: Sequence[int], length: int, padding: int) -> NDArray[np.int16]:
+    row = np.full(length, padding, np.int16)
     row[: len(values)] = values
     return row
