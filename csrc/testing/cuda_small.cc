@@ -14,19 +14,20 @@ namespace {
 // Never freed: the driver may be unloaded before static objects are destroyed.
 template <Half kHalf>
 const Gpu& gpu_of() {
-  static const Gpu* const made = new Gpu(0, kHalf);
-  return *made;
+  static const Gpu* const gpu = new Gpu(0, kHalf);
+  return *gpu;
 }
 
+// Call body(gpu) with the GPU's context current; return NULL, or the message of its exception.
 template <typename Body>
 const char* on_gpu(int64_t bfloat16, Body&& body) {
-  static thread_local qvl_error line;
-  const qvl_status status = guarded(&line, [&] {
+  static thread_local qvl_error error;
+  const qvl_status status = guarded(&error, [&] {
     const Gpu& gpu = bfloat16 != 0 ? gpu_of<Half::kBfloat16>() : gpu_of<Half::kFloat16>();
     const Current current(gpu.context());
     body(gpu);
   });
-  return status == QVL_OK ? nullptr : line.message;
+  return status == QVL_OK ? nullptr : error.message;
 }
 
 int as_int(int64_t value) {
@@ -50,7 +51,8 @@ EXPORT const char* qvlt_gpu_gather_columns(int64_t bfloat16, CUstream stream, co
   });
 }
 
-// adapters: [n] addresses of LowRankEntry (kernels/low_rank.h); raw: float32 [n, out], or NULL.
+// low_rank_down, then low_rank_up. adapters: [n] addresses of tables of LowRankEntry (kernels/low_rank.h),
+// which `product` indexes; raw: float32 [n, out], or NULL.
 EXPORT const char* qvlt_gpu_low_rank(int64_t bfloat16, CUstream stream, const uint64_t* adapters,
                                      const int32_t* order, int64_t product, const void* x, int64_t x_stride,
                                      int64_t in, int64_t n, void* low, int64_t low_stride, int64_t out,
