@@ -1,3 +1,4 @@
+// Launches of kernels/attention_dense.cu.
 #include "core/error.h"
 #include "cuda/attention.h"
 #include "cuda/kernels/attention_prompt.h"

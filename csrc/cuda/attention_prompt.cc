@@ -1,3 +1,4 @@
+// Launches of kernels/attention_prompt.cu.
 #include "cuda/kernels/attention_prompt.h"
 #include "core/error.h"
 #include "cuda/ops.h"

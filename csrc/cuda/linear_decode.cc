@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kTileRows = 16, kWarps = 16, kThreads = 32 * kWarps, kUnit = 128;
 constexpr int kMostColumns = 8, kSumsPitch = 18, kStepBytes = 1024;
-constexpr int kMostRows = 256;
+constexpr int kMaxRows = 256;
 
 // As in kernels/linear_decode.cu: number of steps in the ring, and limit of shared memory per block.
 int ring_depth(int arch) {
@@ -34,7 +34,7 @@ int scale_bytes_of(const StorageInfo& of) {
   return of.zeros ? 8 * ((of.bits == 8 ? 64 : kUnit) / of.group) : 4 * (kUnit / of.group);
 }
 
-uint64_t rounded(int value, int unit) {
+uint64_t round_up(int value, int unit) {
   return static_cast<uint64_t>((value + unit - 1) / unit * unit);
 }
 
@@ -63,7 +63,7 @@ bool wide(const Gpu& gpu, CUstream stream, const Matrix& matrix, LinearDecode& p
   const int unit = kUnitBytes[storage], limit = shared_limit(gpu.arch());
   const int groups = info(matrix.storage).group != 0 ? kUnit / info(matrix.storage).group : 0;
   p.columns = p.n <= 32 ? 32 : 64;
-  const int tiles = static_cast<int>(rounded(matrix.out, kTileRows)) / kTileRows;
+  const int tiles = static_cast<int>(round_up(matrix.out, kTileRows)) / kTileRows;
   const int chunks = (p.n + p.columns - 1) / p.columns;
   // Choose the block size with the highest utilisation of the multiprocessors; in a tie the larger one.
   int best = 0, shared = 0;
@@ -93,8 +93,8 @@ bool wide(const Gpu& gpu, CUstream stream, const Matrix& matrix, LinearDecode& p
 }  // namespace
 
 MatrixBytes matrix_bytes(Storage storage, int out, int in) {
-  if (storage == Storage::kHalf) return {static_cast<uint64_t>(out) * rounded(in, 8) * 2, 0};
-  const uint64_t rows = rounded(out, kTileRows), values = rows * static_cast<uint64_t>(padded(in));
+  if (storage == Storage::kHalf) return {static_cast<uint64_t>(out) * round_up(in, 8) * 2, 0};
+  const uint64_t rows = round_up(out, kTileRows), values = rows * static_cast<uint64_t>(padded(in));
   const StorageInfo& of = info(storage);
   if (of.group == 0) return {values, rows * sizeof(float)};
   return {values * static_cast<uint64_t>(of.bits) / 8,
@@ -142,7 +142,7 @@ void upload_matrix(const Gpu& gpu, CUstream stream, qvl_dtype dtype, const void*
   p.step = step;
   // The call that uploads the last row also writes the padding of its tile.
   if (to.storage != Storage::kHalf && first + (out - 1) * step == to.out - 1)
-    p.padding = static_cast<int>(rounded(to.out, kTileRows)) - to.out;
+    p.padding = static_cast<int>(round_up(to.out, kTileRows)) - to.out;
   const char* name = dtype == QVL_FLOAT32      ? "float32"
                      : dtype == QVL_BFLOAT16   ? "bfloat16"
                      : dtype == QVL_FLOAT16    ? "float16"
@@ -154,7 +154,7 @@ void upload_matrix(const Gpu& gpu, CUstream stream, qvl_dtype dtype, const void*
 
 void linear_decode(const Gpu& gpu, CUstream stream, const Matrix& matrix, const void* x, int64_t x_stride,
                    int n, Into into, void* y, const LowRankParams* low_rank) {
-  QVL_REQUIRE(n >= 1 && n <= kMostRows, QVL_INTERNAL, "linear_decode: %d rows", n);
+  QVL_REQUIRE(n >= 1 && n <= kMaxRows, QVL_INTERNAL, "linear_decode: %d rows", n);
   QVL_REQUIRE(x_stride % 8 == 0, QVL_INTERNAL, "linear_decode: rows of x %lld values apart",
               static_cast<long long>(x_stride));
   if (has_tensor_maps(gpu))
@@ -183,7 +183,7 @@ void linear_decode(const Gpu& gpu, CUstream stream, const Matrix& matrix, const 
   while ((shared = lay_out(gpu.arch(), matrix, columns, at_once, p)) > limit && at_once > 1) at_once /= 2;
   QVL_REQUIRE(shared <= limit, QVL_UNSUPPORTED, "a matrix with %d columns is too wide for this GPU",
               matrix.in);
-  const int tiles = static_cast<int>(rounded(matrix.out, kTileRows)) / kTileRows;
+  const int tiles = static_cast<int>(round_up(matrix.out, kTileRows)) / kTileRows;
   const int chunks = (n + columns - 1) / columns;
   const int blocks = std::min(tiles, (gpu.multiprocessors() + chunks - 1) / chunks);
   // Request over half of the shared memory, so that no multiprocessor gets two blocks and another none.

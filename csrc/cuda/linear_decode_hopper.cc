@@ -11,7 +11,7 @@ namespace qvl::cuda {
 namespace {
 
 constexpr int kThreads = 128 * kHopperGroups + 32, kAlign = 1024, kBoxBytes = 128;
-constexpr int kMostShared = 227 << 10, kLeastShared = 120 << 10;  // over half: one block per multiprocessor
+constexpr int kMaxShared = 227 << 10, kMinShared = 120 << 10;  // over half: one block per multiprocessor
 // Limit with few rows of x, which leaves 64 KB for a block of attention.
 constexpr int kSharedBeside = 158 << 10;
 constexpr int kMostStages = 32, kMostSteps = 4;
@@ -95,7 +95,7 @@ void linear_decode_hopper(const Gpu& gpu, CUstream stream, const Matrix& matrix,
   p.items = kHopperGroups * divide_up(slice, p.steps);
   p.stage_bytes = divide_up(p.steps * bytes, kAlign) * kAlign;
   const int parts = divide_up(p.rows, 64), sums = hopper_sum_bytes(columns, parts);
-  const int room = (columns <= 16 ? kSharedBeside : kMostShared) - kAlign - sums;
+  const int room = (columns <= 16 ? kSharedBeside : kMaxShared) - kAlign - sums;
   p.stages = std::min(kMostStages, room / (p.stage_bytes + 16) / kHopperGroups * kHopperGroups);
   const int shared = kAlign + p.stages * (p.stage_bytes + 16) + sums;
 
@@ -118,7 +118,7 @@ void linear_decode_hopper(const Gpu& gpu, CUstream stream, const Matrix& matrix,
                            info(matrix.storage).name + "_" + std::to_string(columns) + "_" +
                            std::to_string(parts);
   const Dim grid{static_cast<unsigned>(std::min(p.tiles, blocks)), static_cast<unsigned>(chunks)};
-  const int bytes_shared = std::max(shared, kLeastShared);
+  const int bytes_shared = std::max(shared, kMinShared);
   if (low_rank != nullptr) {
     gpu.launch(stream, name.c_str(), grid, kThreads, bytes_shared, AdaptedLinearHopper{p, *low_rank}, true);
   } else {

@@ -1,3 +1,4 @@
+// Launches of kernels/linear_prompt.cu, linear_prompt_hopper.cu and linear_dequantise.cu.
 #include "cuda/linear_prompt.h"
 
 #include <algorithm>

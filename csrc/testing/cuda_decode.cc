@@ -94,9 +94,9 @@ EXPORT const char* decode_attention(int half, CUstream stream, const void* q, co
                                     uint64_t block_bytes, int block_tokens, int dtype, int heads,
                                     int head_dim, int n, int max_keys, void* scratch, void* y) {
   return error_message([&] {
-    const Places places{positions, nullptr, tables, blocks, max_blocks};
+    const RowMetadata metadata{positions, nullptr, tables, blocks, max_blocks};
     const KvLayer cache{base, block_bytes, block_tokens, dtype, heads, head_dim};
-    attention_decode(gpu(half), stream, q, places, cache, n, max_keys, scratch, y);
+    attention_decode(gpu(half), stream, q, metadata, cache, n, max_keys, scratch, y);
   });
 }
 
@@ -108,14 +108,14 @@ EXPORT const char* decode_step(int half, CUstream stream, int fused, const void*
                                int block_tokens, int dtype, int heads, int head_dim, int n, int max_keys,
                                void* q, void* scratch, void* y) {
   return error_message([&] {
-    const Places places{positions, angle_tables, tables, blocks, max_blocks};
+    const RowMetadata metadata{positions, angle_tables, tables, blocks, max_blocks};
     const Angles angles{cos, sin, query_scale, max_positions};
     const KvLayer cache{base, block_bytes, block_tokens, dtype, heads, head_dim};
     if (fused != 0) {
-      attention_step(gpu(half), stream, qkv, places, angles, cache, n, max_keys, q, scratch, y);
+      attention_step(gpu(half), stream, qkv, metadata, angles, cache, n, max_keys, q, scratch, y);
       return;
     }
-    rotate_and_store(gpu(half), stream, qkv, places, angles, cache, n, q);
-    attention_decode(gpu(half), stream, q, places, cache, n, max_keys, scratch, y);
+    rotate_and_store(gpu(half), stream, qkv, metadata, angles, cache, n, q);
+    attention_decode(gpu(half), stream, q, metadata, cache, n, max_keys, scratch, y);
   });
 }

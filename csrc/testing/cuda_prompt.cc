@@ -47,7 +47,7 @@ EXPORT const char* qvlt_gpu_linear_prompt(int64_t bfloat16, CUstream stream, int
                                           int64_t into, void* y, void* scratch) {
   return error_message([&] {
     const Gpu& gpu = prompt_gpu(bfloat16);
-    const Current current(gpu.context());
+    const CurrentContext current(gpu.context());
     const Matrix matrix{static_cast<Storage>(storage),
                         static_cast<int>(out),
                         static_cast<int>(in),
@@ -72,7 +72,7 @@ EXPORT const char* qvlt_gpu_attention_prompt(int64_t bfloat16, CUstream stream, 
                                              int64_t dtype, int64_t heads, int64_t head_dim, void* y) {
   return error_message([&] {
     const Gpu& gpu = prompt_gpu(bfloat16);
-    const Current current(gpu.context());
+    const CurrentContext current(gpu.context());
     const KvLayer kv{base,
                      static_cast<uint64_t>(block_bytes),
                      static_cast<int>(block_tokens),
@@ -92,7 +92,7 @@ EXPORT const char* qvlt_gpu_attention_dense(int64_t bfloat16, CUstream stream, i
                                             int64_t head_dim, double scale, void* y) {
   return error_message([&] {
     const Gpu& gpu = prompt_gpu(bfloat16);
-    const Current current(gpu.context());
+    const CurrentContext current(gpu.context());
     const DenseAttention a{q,
                            k,
                            v,
