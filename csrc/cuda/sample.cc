@@ -31,8 +31,8 @@ uint64_t lay_out(SampleParams& params, int n, int vocab, void* scratch) {
   params.bin_weights = layout.array_of<unsigned long long>(rows * kSearchBins);
   params.bin_counts = layout.array_of<unsigned>(rows * kSearchBins);
   params.kept = layout.array_of<KeptIds>(rows);
-  params.kept_keys = layout.array_of<unsigned long long>(rows * kKept);
-  params.warp_mosts = layout.array_of<float>(rows * static_cast<uint64_t>(params.chunks) * kScanWarps);
+  params.kept_keys = layout.array_of<unsigned long long>(rows * kMaxKept);
+  params.warp_maxima = layout.array_of<float>(rows * static_cast<uint64_t>(params.chunks) * kScanWarps);
   params.marks = layout.array_of<unsigned>(rows * static_cast<uint64_t>(params.mark_words));
   return layout.used;
 }
@@ -54,7 +54,7 @@ void sample(const Gpu& gpu, CUstream stream, const float* logits, int n, int voc
   params.forbidden = forbidden;
   params.any_draw = any_draw;
   params.any_changed = any_changed;
-  params.want_floor = outputs.logprobs != nullptr || outputs.n_top > 0;
+  params.want_log_sum = outputs.logprobs != nullptr || outputs.n_top > 0;
   params.weight_shift = 31;  // less the number of bits of an id
   for (int64_t ids = 1; ids < vocab; ids *= 2) --params.weight_shift;
   params.tokens = outputs.tokens;
