@@ -220,6 +220,7 @@ struct SampleOutputs {
   float* top_logprobs;  // [n, n_top]
 };
 
+// Bytes of scratch memory for `sample`.
 uint64_t sample_scratch(int n, int vocab);
 
 // Sampling as documented at qvl_sample and qvl_step. any_draw: at least one row is not greedy; any_changed:

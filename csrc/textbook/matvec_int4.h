@@ -1,6 +1,6 @@
 // Matrix-vector product with int4 weights, from the textbook loop to the production kernel. Group size 128.
 //
-// A group, 128 values of a row, is stored as 32 words of 16 bits. Nibble j of word i is value 32 j + i, plus 8:
+// A group, 128 values of a row, has 32 words of 16 bits; nibble j of word i is value 32 j + i plus 8:
 //
 //   bits     15..12        11..8         7..4          3..0
 //   word 0   value 96      value 64      value 32      value 0

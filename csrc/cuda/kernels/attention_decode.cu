@@ -388,7 +388,7 @@ __device__ void attention(const AttentionDecode& p) {
     value.load(from + 2 * width);
     rotation.of(q_raw, q_pair, q);
 #pragma unroll
-    for (float& each : q) each = to_float(to_half(each * rotation.query_scale));
+    for (float& q_value : q) q_value = to_float(to_half(q_value * rotation.query_scale));
     float vector[kValues], new_scales[2];
     uint4 bytes[2];
     rotation.of(key, key_pair, vector);

@@ -8,7 +8,7 @@
 //              read by all warps                   copied and read back by the same lane
 //
 //              unit 0   unit 1   ..                         columns of x
-//   tile 0   | warp 0 | warp 0 |     x   [unit][column]  =  | 8 | 8 | .. |  mma.m16n8k16, kTiles of 8 columns
+//   tile 0   | warp 0 | warp 0 |     x   [unit][column]  =  | 8 | 8 | .. |  mma.m16n8k16, kColumnTiles of 8
 //   tile 1   | warp 1 | warp 1 |
 //
 // A warp sums one slice of k at a time, like a warp of linear_decode.cu, and adds the sums of the slices in
@@ -190,6 +190,8 @@ __device__ void linear_wide(const LinearDecode& p) {
   const int tile = blockIdx.x * kRowTiles + row_tile;
   const int first = blockIdx.y * kColumns, columns = min(kColumns, p.n - first);
   const int units = (p.in + kUnit - 1) / kUnit;
+  // Warps of half 0 sum the first half of the slices, those of half 1 the second half; without a split all
+  // warps have half 0. begin_of: first unit of a half; count: units of the longer half.
   const auto begin_of = [&](int part) { return slice_begin(units, part * (kSlices / kSplit)); };
   int count = 0;
 #pragma unroll

@@ -89,10 +89,10 @@ extern "C" __global__ void __launch_bounds__(kLowRankThreads)
 #pragma unroll
   for (int pair = 0; pair < kPairs; ++pair) {
     const int i = threadIdx.x + pair * kLowRankThreads, row = rows.row[i / (kLowRankUp / 2)];
-    const int index = first + i % (kLowRankUp / 2) * 2;
+    const int y_column = first + i % (kLowRankUp / 2) * 2;
     raw_sums[pair] = make_float2(0, 0);
-    if (p.raw != nullptr && row >= 0 && index < p.result.out)
-      add_raw(p.raw, p.result, row, index, raw_sums[pair].x, raw_sums[pair].y);
+    if (p.raw != nullptr && row >= 0 && y_column < p.result.out)
+      add_raw(p.raw, p.result, row, y_column, raw_sums[pair].x, raw_sums[pair].y);
   }
 
   // Compute a run's products for all rows; store those of the run's rows. The loop is not unrolled: in a
@@ -128,11 +128,11 @@ extern "C" __global__ void __launch_bounds__(kLowRankThreads)
 
 #pragma unroll
   for (int pair = 0; pair < kPairs; ++pair) {
-    const int i = threadIdx.x + pair * kLowRankThreads, index = i / (kLowRankUp / 2);
-    const int local_column = i % (kLowRankUp / 2) * 2, row = rows.row[index];
+    const int i = threadIdx.x + pair * kLowRankThreads, block_row = i / (kLowRankUp / 2);
+    const int local_column = i % (kLowRankUp / 2) * 2, row = rows.row[block_row];
     if (row < 0 || first + local_column >= p.result.out) continue;
-    finish_pair(p.result, row, first + local_column, tile[index][local_column] + raw_sums[pair].x,
-                tile[index][local_column + 1] + raw_sums[pair].y);
+    finish_pair(p.result, row, first + local_column, tile[block_row][local_column] + raw_sums[pair].x,
+                tile[block_row][local_column + 1] + raw_sums[pair].y);
   }
 }
 

@@ -22,9 +22,9 @@ template <typename T>
 __device__ void upload_half(const UploadMatrix& p) {
   const int row = blockIdx.x;
   const T* from = static_cast<const T*>(p.from) + static_cast<int64>(row) * p.in;
-  H* target_index = static_cast<H*>(p.values) + (p.first + static_cast<int64>(row) * p.step) * p.stride;
+  H* to = static_cast<H*>(p.values) + (p.first + static_cast<int64>(row) * p.step) * p.stride;
   for (int k = threadIdx.x; k < p.stride; k += blockDim.x)
-    target_index[k] = to_half(k < p.in ? value_of(from[k]) : 0.f);
+    to[k] = to_half(k < p.in ? value_of(from[k]) : 0.f);
 }
 
 // Row of the matrix that a block writes: the target of its row of the file, or a padding row.
