@@ -1,4 +1,5 @@
-// Rotary angles and query scales of all positions, computed once; formulas in core/rotary.h.
+// Rotary angles and query scales of all positions, computed when a model is opened; formulas in
+// core/rotary.h.
 #pragma once
 
 #include "cuda/memory.h"
@@ -13,7 +14,7 @@ class AngleTables {
 
   const Angles& angles() const { return angles_; }
 
-  // Index of the table for a prompt length.
+  // Index, in the tables of angles(), of the table for a prompt length.
   int table(int32_t prompt_len) const;
 
  private:

@@ -10,53 +10,56 @@ namespace qvl::cuda {
 namespace {
 
 // As in kernels/attention_decode.cu.
-constexpr int kChunk = 128, kThreads = 128, kFastDim = 128, kMostDim = 256;
-constexpr int kMostRows = 256;
+constexpr int kChunk = 128, kThreads = 128, kFastDim = 128, kMaxDim = 256;
+constexpr int kMaxRows = 256;
 
-int chunks_of(int max_keys) {
+int n_chunks(int max_keys) {
   return (max_keys + kChunk - 1) / kChunk;
 }
 
-uint64_t parts_of(int n, int heads, int max_keys) {
-  return static_cast<uint64_t>(n) * static_cast<uint64_t>(heads) * static_cast<uint64_t>(chunks_of(max_keys));
+// Number of partial results: one per row, head and chunk.
+uint64_t n_parts(int n, int heads, int max_keys) {
+  return static_cast<uint64_t>(n) * static_cast<uint64_t>(heads) * static_cast<uint64_t>(n_chunks(max_keys));
 }
 
 // Number of counters, for the maximum number of rows, so that the memory after them has a fixed offset.
-uint64_t counters_of(int heads) {
-  return kMostRows * static_cast<uint64_t>(heads);
+uint64_t n_counters(int heads) {
+  return kMaxRows * static_cast<uint64_t>(heads);
 }
 
+// Whether attention_decode applies, else attention_decode_any.
 bool is_fast(const Gpu& gpu, const KvLayer& cache) {
   // With a 16-bit cache the kernels need 64 KB of shared memory, slightly more than sm_75 has.
   return cache.head_dim == kFastDim && cache.dtype != QVL_FLOAT32 && cache.block_bytes % 16 == 0 &&
          (gpu.arch() != 75 || cache.dtype == QVL_INT8);
 }
 
-// Whether there are so few blocks that launch latency exceeds the duration of a block.
+// Whether there are so few blocks that launch latency exceeds the duration of a block: the kernel then also
+// merges the chunks, and in attention_step rotates and stores.
 bool is_small(const Gpu& gpu, const KvLayer& cache, int n, int max_keys) {
-  return parts_of(n, cache.heads, max_keys) <= 8 * static_cast<uint64_t>(gpu.multiprocessors());
+  return n_parts(n, cache.heads, max_keys) <= 8 * static_cast<uint64_t>(gpu.multiprocessors());
 }
 
-AttentionDecode params(const Gpu& gpu, const Places& places, const KvLayer& cache, int n, int max_keys,
+AttentionDecode params(const Gpu& gpu, const RowMetadata& metadata, const KvLayer& cache, int n, int max_keys,
                        void* scratch, void* y) {
-  QVL_REQUIRE(cache.head_dim <= kMostDim && cache.head_dim % 2 == 0, QVL_UNSUPPORTED,
-              "head_dim is %d; a GPU needs an even number up to %d", cache.head_dim, kMostDim);
-  QVL_REQUIRE(n >= 1 && n <= kMostRows, QVL_INTERNAL, "attention of %d rows", n);
+  QVL_REQUIRE(cache.head_dim <= kMaxDim && cache.head_dim % 2 == 0, QVL_UNSUPPORTED,
+              "head_dim is %d; a GPU needs an even number up to %d", cache.head_dim, kMaxDim);
+  QVL_REQUIRE(n >= 1 && n <= kMaxRows, QVL_INTERNAL, "attention of %d rows", n);
   AttentionDecode p{};
-  p.positions = places.positions;
-  p.tables = places.tables;
-  p.blocks = places.blocks;
-  p.max_blocks = places.max_blocks;
+  p.positions = metadata.positions;
+  p.tables = metadata.tables;
+  p.blocks = metadata.blocks;
+  p.max_blocks = metadata.max_blocks;
   p.block_tokens = cache.block_tokens;
   p.base = cache.base;
   p.block_bytes = cache.block_bytes;
   p.heads = cache.heads;
   p.head_dim = cache.head_dim;
-  p.chunks = chunks_of(max_keys);
+  p.chunks = n_chunks(max_keys);
   auto* const counters = static_cast<unsigned*>(scratch);
   p.counters = is_small(gpu, cache, n, max_keys) ? counters : nullptr;
-  p.parts = reinterpret_cast<float*>(counters + counters_of(cache.heads));
-  p.sums = p.parts + 2 * parts_of(n, cache.heads, max_keys);
+  p.parts = reinterpret_cast<float*>(counters + n_counters(cache.heads));
+  p.sums = p.parts + 2 * n_parts(n, cache.heads, max_keys);
   p.y = y;
   return p;
 }
@@ -79,31 +82,31 @@ void launch(const Gpu& gpu, CUstream stream, const AttentionDecode& p, const KvL
 
 uint64_t attention_decode_scratch(int n, int heads, int head_dim, int max_keys) {
   const uint64_t part = static_cast<uint64_t>(head_dim) + 2;
-  return counters_of(heads) * sizeof(unsigned) + parts_of(n, heads, max_keys) * part * sizeof(float);
+  return n_counters(heads) * sizeof(unsigned) + n_parts(n, heads, max_keys) * part * sizeof(float);
 }
 
-void attention_decode(const Gpu& gpu, CUstream stream, const void* q, const Places& places,
+void attention_decode(const Gpu& gpu, CUstream stream, const void* q, const RowMetadata& metadata,
                       const KvLayer& cache, int n, int max_keys, void* scratch, void* y) {
-  AttentionDecode p = params(gpu, places, cache, n, max_keys, scratch, y);
+  AttentionDecode p = params(gpu, metadata, cache, n, max_keys, scratch, y);
   p.q = q;
   launch(gpu, stream, p, cache, n);
 }
 
-void attention_step(const Gpu& gpu, CUstream stream, const void* qkv, const Places& places,
+void attention_step(const Gpu& gpu, CUstream stream, const void* qkv, const RowMetadata& metadata,
                     const Angles& angles, const KvLayer& cache, int n, int max_keys, void* q, void* scratch,
                     void* y) {
-  AttentionDecode p = params(gpu, places, cache, n, max_keys, scratch, y);
+  AttentionDecode p = params(gpu, metadata, cache, n, max_keys, scratch, y);
   p.tables = nullptr;
   p.early = 1;
   if (is_fast(gpu, cache) && is_small(gpu, cache, n, max_keys)) {
     p.qkv = qkv;
-    p.angle_tables = places.angle_tables;
+    p.angle_tables = metadata.angle_tables;
     p.cos = angles.cos;
     p.sin = angles.sin;
     p.query_scale = angles.query_scale;
     p.max_positions = angles.max_positions;
   } else {
-    rotate_and_store(gpu, stream, qkv, places, angles, cache, n, q);
+    rotate_and_store(gpu, stream, qkv, metadata, angles, cache, n, q);
     p.q = q;
   }
   launch(gpu, stream, p, cache, n);

@@ -1,3 +1,4 @@
+// Launches of kernels/attention_dense.cu.
 #include "core/error.h"
 #include "cuda/attention.h"
 #include "cuda/kernels/attention_prompt.h"
@@ -39,10 +40,10 @@ void attention_dense_with(const Gpu& gpu, CUstream stream, bool portable, const 
   params.heads = a.heads;
   params.head_dim = a.head_dim;
   params.scale = a.scale;
-  params.boxes = hopper && has_tensor_maps(gpu) && a.kv_image > 0 &&
-                 reinterpret_cast<uintptr_t>(a.k) % 16 == 0 && reinterpret_cast<uintptr_t>(a.v) % 16 == 0 &&
-                 (a.kv_stride | a.kv_head | a.kv_image) % 8 == 0;
-  if (params.boxes) {
+  params.use_tensor_map =
+      hopper && has_tensor_maps(gpu) && a.kv_image > 0 && reinterpret_cast<uintptr_t>(a.k) % 16 == 0 &&
+      reinterpret_cast<uintptr_t>(a.v) % 16 == 0 && (a.kv_stride | a.kv_head | a.kv_image) % 8 == 0;
+  if (params.use_tensor_map) {
     for (int part = 0; part < 2; ++part) {
       params.keys[part] =
           tensor_map(gpu, part == 0 ? a.k : a.v, {a.head_dim, a.n_keys, a.heads, a.images},

@@ -1,3 +1,4 @@
+// Launches of kernels/attention_prompt.cu.
 #include "cuda/kernels/attention_prompt.h"
 #include "core/error.h"
 #include "cuda/ops.h"
@@ -26,8 +27,9 @@ int key_type(const Gpu& gpu, qvl_dtype dtype) {
 void attention_prompt_with(const Gpu& gpu, CUstream stream, bool portable, const void* q,
                            const PromptChunk* chunks, const Tile* tiles, int n_tiles, const int32_t* blocks,
                            int max_blocks, const KvLayer& kv, void* y) {
-  static_assert(kAttentionTile == kQueryTile, "the caller cuts the tiles");
-  static_assert(sizeof(PromptChunk) == 16 && sizeof(Tile) == 8, "read as integers");
+  static_assert(kAttentionTile == kQueryTile, "tiles of the caller are tiles of the kernels");
+  static_assert(sizeof(PromptChunk) == 16 && sizeof(Tile) == 8,
+                "the kernels read them as arrays of integers");
   QVL_REQUIRE(kv.head_dim % 2 == 0 && kv.head_dim <= 256, QVL_UNSUPPORTED,
               "attention of prompts: head_dim is %d; it must be an even number up to 256", kv.head_dim);
   struct Kernel {
@@ -59,12 +61,14 @@ void attention_prompt_with(const Gpu& gpu, CUstream stream, bool portable, const
   params.type = key_type(gpu, kv.dtype);
   params.heads = kv.heads;
   params.head_dim = kv.head_dim;
-  // The copy engine copies whole blocks; the number of blocks in the tensor map is only an upper bound.
-  params.boxes = hopper && has_tensor_maps(gpu) && params.type == kHalfKeys && kv.head_dim % 8 == 0 &&
-                 kv.block_tokens % 8 == 0 && kHopperKeys % kv.block_tokens == 0 && kv.block_bytes % 16 == 0;
-  if (params.boxes) {
-    const int64_t head = int64_t{2} * kv.block_tokens * kv.head_dim, most = INT32_MAX;
-    params.keys = tensor_map(gpu, kv.base, {kv.head_dim, kv.block_tokens, 2 * kv.heads, most},
+  // The copy engine copies whole blocks.
+  params.use_tensor_map = hopper && has_tensor_maps(gpu) && params.type == kHalfKeys &&
+                          kv.head_dim % 8 == 0 && kv.block_tokens % 8 == 0 &&
+                          kHopperKeys % kv.block_tokens == 0 && kv.block_bytes % 16 == 0;
+  if (params.use_tensor_map) {
+    const int64_t head = int64_t{2} * kv.block_tokens * kv.head_dim;  // bytes
+    constexpr int64_t kBlocks = INT32_MAX;                            // any upper bound
+    params.keys = tensor_map(gpu, kv.base, {kv.head_dim, kv.block_tokens, 2 * kv.heads, kBlocks},
                              {2 * kv.head_dim, head, static_cast<int64_t>(kv.block_bytes)},
                              {64, kv.block_tokens, 1, 1});
   }

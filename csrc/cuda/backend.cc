@@ -1,4 +1,4 @@
-// The CUDA back end.
+// The CUDA back end: implementation of Backend (core/backend.h), and the entry points of libqwenvl_cuda.so.
 #include "core/backend.h"
 
 #include <algorithm>
@@ -14,39 +14,38 @@
 namespace qvl::cuda {
 namespace {
 
-constexpr unsigned kOwnStream = 1;  // non-blocking: not ordered with the default stream
-
 // Event of the C interface; its functions make the context current.
 class CudaEvent final : public Event {
  public:
-  CudaEvent(CUcontext context, CUstream own) : context_(context), own_(own) {
-    const Current current(context_);
-    mark_.emplace();
+  CudaEvent(CUcontext context, CUstream engine_stream) : context_(context), engine_stream_(engine_stream) {
+    const CurrentContext current(context_);
+    event_.emplace();
   }
   ~CudaEvent() override {
-    const Current current(context_);
-    mark_.reset();
+    const CurrentContext current(context_);
+    event_.reset();
   }
   void record(qvl_stream stream) override {
-    const Current current(context_);
-    mark_->record(stream != nullptr ? static_cast<CUstream>(stream) : own_);
+    const CurrentContext current(context_);
+    event_->record(stream != nullptr ? static_cast<CUstream>(stream) : engine_stream_);
   }
   bool done() override {
-    const Current current(context_);
-    return mark_->done();
+    const CurrentContext current(context_);
+    return event_->done();
   }
   void wait() override {
-    const Current current(context_);
-    mark_->wait();
+    const CurrentContext current(context_);
+    event_->wait();
   }
 
  private:
   CUcontext context_;
-  CUstream own_;
-  std::optional<Mark> mark_;
+  CUstream engine_stream_;
+  std::optional<StreamEvent> event_;
 };
 
-bool bfloat16_here(int index) {
+// Whether GPU `index` computes in bfloat16.
+bool has_bfloat16(int index) {
   CUdevice device = 0;
   int major = 0;
   return driver().cuDeviceGet(&device, index) == 0 &&
@@ -54,7 +53,7 @@ bool bfloat16_here(int index) {
 }
 
 // Compute type: float16 for float16 weights and on GPUs without bfloat16, else bfloat16.
-Half compute(const qvl_config& config, const WeightTable& weights) {
+Half compute_type(const qvl_config& config, const WeightTable& weights) {
   switch (config.compute) {
     case QVL_COMPUTE_BFLOAT16:
       return Half::kBfloat16;
@@ -67,25 +66,25 @@ Half compute(const qvl_config& config, const WeightTable& weights) {
   }
   const bool language = (config.stages & QVL_STAGE_LANGUAGE) != 0;
   const qvl_dtype dtype = weights.at(language ? "wte.weight" : "visual.positional_embedding").dtype;
-  return dtype == QVL_FLOAT16 || !bfloat16_here(config.device_index) ? Half::kFloat16 : Half::kBfloat16;
+  return dtype == QVL_FLOAT16 || !has_bfloat16(config.device_index) ? Half::kFloat16 : Half::kBfloat16;
 }
 
 class CudaBackend final : public Backend {
  public:
   CudaBackend(const qvl_config& config, const WeightTable& table)
-      : config_(config), gpu_(config.device_index, compute(config, table)) {
-    const Current current(gpu_.context());
-    check(driver().cuStreamCreate(&own_, kOwnStream), "creating a stream");
+      : config_(config), gpu_(config.device_index, compute_type(config, table)) {
+    const CurrentContext current(gpu_.context());
+    check(driver().cuStreamCreate(&engine_stream_, kNonBlocking), "creating a stream");
     try {
-      order_.emplace();
-      Weights weights(gpu_, own_, table);
+      order_event_.emplace();
+      Weights weights(gpu_, engine_stream_, table);
       if ((config.stages & QVL_STAGE_LANGUAGE) != 0) {
         language_.emplace(gpu_, config, weights);
         sampler_.emplace(gpu_, config);
         input_.emplace();
         graphs_.emplace(config, gpu_.context(), *language_, *sampler_, *input_);
       }
-      if ((config.stages & QVL_STAGE_VISION) != 0) images_.emplace(gpu_, own_, config, weights);
+      if ((config.stages & QVL_STAGE_VISION) != 0) images_.emplace(gpu_, engine_stream_, config, weights);
       weights_ = weights.finish();
     } catch (...) {
       release();
@@ -100,7 +99,7 @@ class CudaBackend final : public Backend {
   }
 
   ~CudaBackend() override {
-    const Current current(gpu_.context());
+    const CurrentContext current(gpu_.context());
     release();
   }
 
@@ -108,122 +107,128 @@ class CudaBackend final : public Backend {
   bool runs_ahead() const override { return true; }
 
   void* alloc(uint64_t bytes) override {
-    const Current current(gpu_.context());
+    const CurrentContext current(gpu_.context());
     return allocate(std::max<uint64_t>(bytes, 1));
   }
   void dealloc(void* memory) override {
-    const Current current(gpu_.context());
+    const CurrentContext current(gpu_.context());
     driver().cuMemFree(address(memory));
   }
   void* alloc_host(uint64_t bytes) override {
-    const Current current(gpu_.context());
+    const CurrentContext current(gpu_.context());
     return allocate_host(std::max<uint64_t>(bytes, 1));
   }
   void dealloc_host(void* memory) override {
-    const Current current(gpu_.context());
+    const CurrentContext current(gpu_.context());
     driver().cuMemFreeHost(memory);
   }
-  void copy(void* to, const void* from, uint64_t bytes, qvl_stream given) override {
-    copy_async(to, from, bytes, given);
-    synchronize(given);
+  void copy(void* to, const void* from, uint64_t bytes, qvl_stream requested) override {
+    copy_async(to, from, bytes, requested);
+    synchronize(requested);
   }
-  void copy_async(void* to, const void* from, uint64_t bytes, qvl_stream given) override {
-    const Current current(gpu_.context());
-    cuda::copy(stream(given), to, from, bytes);
+  void copy_async(void* to, const void* from, uint64_t bytes, qvl_stream requested) override {
+    const CurrentContext current(gpu_.context());
+    cuda::copy(cuda_stream(requested), to, from, bytes);
   }
-  void synchronize(qvl_stream given) override {
-    const Current current(gpu_.context());
-    check(driver().cuStreamSynchronize(stream(given)), "computing on the GPU");
+  void synchronize(qvl_stream requested) override {
+    const CurrentContext current(gpu_.context());
+    check(driver().cuStreamSynchronize(cuda_stream(requested)), "computing on the GPU");
   }
-  std::unique_ptr<Event> make_event() override { return std::make_unique<CudaEvent>(gpu_.context(), own_); }
+  std::unique_ptr<Event> make_event() override {
+    return std::make_unique<CudaEvent>(gpu_.context(), engine_stream_);
+  }
 
   std::unique_ptr<KvPool> make_pool(int32_t n_blocks, int32_t block_tokens, qvl_dtype dtype) override {
-    return std::make_unique<CudaKvPool>(config_, gpu_.context(), own_, n_blocks, block_tokens, dtype);
+    return std::make_unique<CudaKvPool>(config_, gpu_.context(), engine_stream_, n_blocks, block_tokens,
+                                        dtype);
   }
 
   std::unique_ptr<Adapter> make_adapter(const std::vector<AdapterMatrix>& matrices) override {
-    const Current current(gpu_.context());
-    return language_->make_adapter(own_, matrices);
+    const CurrentContext current(gpu_.context());
+    return language_->make_adapter(engine_stream_, matrices);
   }
 
-  void encode_images(int64_t n, const float* images, float* features, qvl_stream given) override {
-    const Current current(gpu_.context());
-    const CUstream at = computing_on(given);
-    const int64_t image = int64_t{3} * config_.image_size * config_.image_size;
-    const int64_t feature = int64_t{config_.n_queries} * config_.hidden;
-    const bool in = is_device_visible(images), out = is_device_visible(features);
-    for (int64_t i = 0; i < n; i += kImages) {
-      const auto part = std::min<int64_t>(kImages, n - i);
-      const auto image_bytes = static_cast<uint64_t>(part * image) * 4;
-      const auto feature_bytes = static_cast<uint64_t>(part * feature) * 4;
+  void encode_images(int64_t n, const float* images, float* features, qvl_stream requested) override {
+    const CurrentContext current(gpu_.context());
+    const CUstream stream = compute_stream(requested);
+    const int64_t image = int64_t{3} * config_.image_size * config_.image_size;  // values
+    const int64_t feature = int64_t{config_.n_queries} * config_.hidden;         // values
+    const bool images_on_gpu = is_device_visible(images), features_on_gpu = is_device_visible(features);
+    for (int64_t i = 0; i < n; i += kImageBatch) {
+      const auto count = std::min<int64_t>(kImageBatch, n - i);
+      const auto image_bytes = static_cast<uint64_t>(count * image) * 4;
+      const auto feature_bytes = static_cast<uint64_t>(count * feature) * 4;
       const float* from = images + i * image;
       float* to = features + i * feature;
-      if (!in) {
-        cuda::copy(at, grown(images_in_, image_bytes), from, image_bytes);
+      if (!images_on_gpu) {
+        cuda::copy(stream, reserved(images_in_, image_bytes), from, image_bytes);
         from = images_in_.get<float>();
       }
-      images_->encode(at, part, from, out ? to : grown(features_out_, feature_bytes));
-      if (!out) cuda::copy(at, to, features_out_.get(), feature_bytes);
+      images_->encode(stream, count, from, features_on_gpu ? to : reserved(features_out_, feature_bytes));
+      if (!features_on_gpu) cuda::copy(stream, to, features_out_.get(), feature_bytes);
     }
-    if (!out) check(driver().cuStreamSynchronize(at), "computing on the GPU");
+    if (!features_on_gpu) check(driver().cuStreamSynchronize(stream), "computing on the GPU");
   }
 
-  void forward(KvPool& pool, const qvl_batch& batch, float* logits, qvl_stream given) override {
-    const Current current(gpu_.context());
+  void forward(KvPool& pool, const qvl_batch& batch, float* logits, qvl_stream requested) override {
+    const CurrentContext current(gpu_.context());
     check_host_ids(batch);
-    const CUstream at = computing_on(given);
-    const bool here = logits == nullptr || is_device_visible(logits);
+    const CUstream stream = compute_stream(requested);
+    const bool direct = logits == nullptr || is_device_visible(logits);  // written by the kernels
     const uint64_t bytes = logits_bytes(batch);
-    run(at, pool, batch, here ? logits : grown(logits_, bytes));
-    if (here) return;
-    cuda::copy(at, logits, logits_.get(), bytes);
-    check(driver().cuStreamSynchronize(at), "computing on the GPU");
+    run(stream, pool, batch, direct ? logits : reserved(logits_, bytes));
+    if (direct) return;
+    cuda::copy(stream, logits, logits_.get(), bytes);
+    check(driver().cuStreamSynchronize(stream), "computing on the GPU");
   }
 
-  void sample(const float* logits, const Picks& picks, qvl_stream given) override {
-    const Current current(gpu_.context());
-    const CUstream at = computing_on(given);
+  void sample(const float* logits, const Picks& picks, qvl_stream requested) override {
+    const CurrentContext current(gpu_.context());
+    const CUstream stream = compute_stream(requested);
     if (!is_device_visible(logits)) {
       const uint64_t bytes = row_bytes() * static_cast<uint64_t>(picks.n);
-      cuda::copy(at, grown(logits_, bytes), logits, bytes);
+      cuda::copy(stream, reserved(logits_, bytes), logits, bytes);
       logits = logits_.get<float>();
     }
-    pick(at, logits, picks);
+    sample_rows(stream, logits, picks);
   }
 
   void step(KvPool& pool, const qvl_batch& batch, float* logits, const Picks& picks,
-            qvl_stream given) override {
-    if (picks.n == 0) return forward(pool, batch, nullptr, given);
-    const Current current(gpu_.context());
+            qvl_stream requested) override {
+    if (picks.n == 0) return forward(pool, batch, nullptr, requested);
+    const CurrentContext current(gpu_.context());
     check_host_ids(batch);
-    const CUstream at = computing_on(given);
-    if (logits == nullptr && StepGraphs::serves(batch, picks)) {
-      graphs_->step(at, static_cast<CudaKvPool&>(pool), batch, picks);
+    const CUstream stream = compute_stream(requested);
+    if (logits == nullptr && StepGraphs::can_run(batch, picks)) {
+      graphs_->step(stream, static_cast<CudaKvPool&>(pool), batch, picks);
       return;
     }
-    const bool here = logits != nullptr && is_device_visible(logits);
+    const bool direct = logits != nullptr && is_device_visible(logits);  // written by the kernels
     const uint64_t bytes = logits_bytes(batch);
-    float* const made = here ? logits : grown(logits_, bytes);
-    run(at, pool, batch, made);
-    if (logits != nullptr && !here) cuda::copy(at, logits, made, bytes);
-    pick(at, made, picks);
+    float* const device_logits = direct ? logits : reserved(logits_, bytes);
+    run(stream, pool, batch, device_logits);
+    if (logits != nullptr && !direct) cuda::copy(stream, logits, device_logits, bytes);
+    sample_rows(stream, device_logits, picks);
   }
 
  private:
-  static constexpr int64_t kImages = 8;
+  static constexpr int64_t kImageBatch = 8;
 
-  CUstream stream(qvl_stream given) const { return given != nullptr ? static_cast<CUstream>(given) : own_; }
+  // The stream that the caller requests, or the engine's stream for NULL.
+  CUstream cuda_stream(qvl_stream requested) const {
+    return requested != nullptr ? static_cast<CUstream>(requested) : engine_stream_;
+  }
 
-  // Return the stream to compute on, ordered after earlier work on another stream with the same scratch
-  // memory.
-  CUstream computing_on(qvl_stream given) {
-    const CUstream at = stream(given);
-    if (last_ != nullptr && last_ != at) {
-      order_->record(last_);
-      order_->order(at);
+  // cuda_stream() for computations. They share scratch memory, so if the previous computation used another
+  // stream, this one waits for it.
+  CUstream compute_stream(qvl_stream requested) {
+    const CUstream stream = cuda_stream(requested);
+    if (last_stream_ != nullptr && last_stream_ != stream) {
+      order_event_->record(last_stream_);
+      order_event_->hold(stream);
     }
-    last_ = at;
-    return at;
+    last_stream_ = stream;
+    return stream;
   }
 
   uint64_t row_bytes() const { return static_cast<uint64_t>(config_.vocab) * sizeof(float); }
@@ -236,7 +241,8 @@ class CudaBackend final : public Backend {
     return rows * row_bytes();
   }
 
-  static float* grown(DeviceMemory& memory, uint64_t bytes) {
+  // Enlarge `memory` to at least `bytes`, without its content.
+  static float* reserved(DeviceMemory& memory, uint64_t bytes) {
     if (memory.bytes() < bytes) {
       memory = DeviceMemory();
       memory = DeviceMemory(bytes);
@@ -244,65 +250,66 @@ class CudaBackend final : public Backend {
     return memory.get<float>();
   }
 
-  // Check ids in pageable host memory. The GPU may still be writing ids in other memory; the kernel clamps
-  // them.
+  // Check ids in pageable host memory. Ids in other memory may still be written by the GPU; the kernel clamps
+  // them to the vocabulary.
   void check_host_ids(const qvl_batch& batch) const {
     if (!is_device_visible(batch.tokens)) check_ids(batch, config_.vocab);
   }
 
-  void run(CUstream at, KvPool& pool, const qvl_batch& batch, float* logits) {
-    language_->forward(at, static_cast<CudaKvPool&>(pool), batch, logits, *input_);
+  void run(CUstream stream, KvPool& pool, const qvl_batch& batch, float* logits) {
+    language_->forward(stream, static_cast<CudaKvPool&>(pool), batch, logits, *input_);
   }
 
-  void pick(CUstream at, const float* logits, Picks picks) {
-    // Counts in pageable memory are copied to the GPU and back.
-    const auto counted = static_cast<uint64_t>(config_.vocab) * sizeof(int32_t);
+  void sample_rows(CUstream stream, const float* logits, Picks picks) {
+    // Token counts in pageable memory are copied to the GPU, where sampling increments them, and back.
+    const auto count_bytes = static_cast<uint64_t>(config_.vocab) * sizeof(int32_t);  // of a row
     std::vector<int32_t*> counts;
-    uint64_t brought = 0;
+    uint64_t copied_bytes = 0;
     if (picks.counts != nullptr) {
       counts.assign(picks.counts, picks.counts + picks.n);
-      for (int32_t* each : counts) brought += each != nullptr && !is_device_visible(each) ? counted : 0;
-      char* to = reinterpret_cast<char*>(grown(counts_, brought));
-      for (int32_t*& each : counts) {
-        if (each == nullptr || is_device_visible(each)) continue;
-        cuda::copy(at, to, each, counted);
-        each = reinterpret_cast<int32_t*>(to);
-        to += counted;
+      for (int32_t* count_row : counts)
+        copied_bytes += count_row != nullptr && !is_device_visible(count_row) ? count_bytes : 0;
+      char* to = reinterpret_cast<char*>(reserved(counts_, copied_bytes));
+      for (int32_t*& count_row : counts) {
+        if (count_row == nullptr || is_device_visible(count_row)) continue;
+        cuda::copy(stream, to, count_row, count_bytes);
+        count_row = reinterpret_cast<int32_t*>(to);
+        to += count_bytes;
       }
     }
-    int32_t* const* const given = picks.counts;
-    if (given != nullptr) picks.counts = counts.data();
+    int32_t* const* const callers_counts = picks.counts;
+    if (callers_counts != nullptr) picks.counts = counts.data();
     const SampleKind kind = sample_kind(picks);
     InputSizes sizes;
     sizes.picks = picks.n;
     sizes.forbidden = kind.forbidden;
     sampler_->reserve(picks.n, kind);
-    sampler_->describe(picks, picks.n, input_->begin(sizes));
-    sampler_->run(at, logits, picks.n, input_->send(at), kind);
-    for (size_t i = 0; brought > 0 && i < counts.size(); ++i) {
-      if (counts[i] != given[i]) cuda::copy(at, given[i], counts[i], counted);
+    sampler_->write_picks(picks, picks.n, input_->begin(sizes));
+    sampler_->run(stream, logits, picks.n, input_->send(stream), kind);
+    for (size_t i = 0; copied_bytes > 0 && i < counts.size(); ++i) {
+      if (counts[i] != callers_counts[i]) cuda::copy(stream, callers_counts[i], counts[i], count_bytes);
     }
-    sampler_->give(at, picks);
-    if (brought > 0) check(driver().cuStreamSynchronize(at), "computing on the GPU");
+    sampler_->copy_outputs(stream, picks);
+    if (copied_bytes > 0) check(driver().cuStreamSynchronize(stream), "computing on the GPU");
   }
 
   void release() {
-    driver().cuStreamSynchronize(own_);
+    driver().cuStreamSynchronize(engine_stream_);
     graphs_.reset();
     images_.reset();
     language_.reset();
     sampler_.reset();
     input_.reset();
-    order_.reset();
+    order_event_.reset();
     weights_.clear();
     for (DeviceMemory* memory : {&logits_, &counts_, &images_in_, &features_out_}) *memory = DeviceMemory();
-    driver().cuStreamDestroy(own_);
+    driver().cuStreamDestroy(engine_stream_);
   }
 
   const qvl_config config_;
   Gpu gpu_;
-  CUstream own_ = nullptr, last_ = nullptr;
-  std::optional<Mark> order_;
+  CUstream engine_stream_ = nullptr, last_stream_ = nullptr;
+  std::optional<StreamEvent> order_event_;
   std::deque<DeviceMemory> weights_;
   std::optional<Language> language_;
   std::optional<ImageEncoder> images_;
@@ -313,6 +320,7 @@ class CudaBackend final : public Backend {
   char description_[160];
 };
 
+// Number of GPUs.
 int32_t count() {
   int n = 0;
   check(driver().cuDeviceGetCount(&n), "counting GPUs");
@@ -333,7 +341,7 @@ void describe(int32_t index, qvl_device_info* info) {
   check(d.cuDevicePrimaryCtxRetain(&context, device), "opening the GPU");
   size_t free = 0, total = 0;
   {
-    const Current current(context);
+    const CurrentContext current(context);
     check(d.cuMemGetInfo(&free, &total), "querying free GPU memory");
   }
   d.cuDevicePrimaryCtxRelease(device);

@@ -1,3 +1,4 @@
+// Launches of kernels/convert.cu.
 #include "cuda/kernels/convert.h"
 
 #include "cuda/ops.h"

@@ -7,26 +7,27 @@
 namespace qvl::cuda {
 namespace {
 
-constexpr int kOldest = 12000;
+constexpr int kOldestVersion = 12000;  // CUDA 12.0
 
 Driver load() {
   void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_GLOBAL);
   QVL_REQUIRE(library != nullptr, QVL_UNSUPPORTED,
               "no NVIDIA driver: libcuda.so.1 cannot be loaded; install the driver, or use the CPU");
   Driver loaded{};
-  const auto version = reinterpret_cast<CUresult (*)(int*)>(dlsym(library, "cuDriverGetVersion"));
-  int number = 0;
-  QVL_REQUIRE(version != nullptr && version(&number) == 0 && number >= kOldest, QVL_UNSUPPORTED,
+  const auto get_version = reinterpret_cast<CUresult (*)(int*)>(dlsym(library, "cuDriverGetVersion"));
+  int version = 0;
+  QVL_REQUIRE(get_version != nullptr && get_version(&version) == 0 && version >= kOldestVersion,
+              QVL_UNSUPPORTED,
               "the NVIDIA driver supports only CUDA %d.%d; install one for CUDA 12 or newer (525 or newer)",
-              number / 1000, number % 1000 / 10);
+              version / 1000, version % 1000 / 10);
 #define QVL_DRIVER_LOAD(field, symbol, arguments)                                 \
   loaded.field = reinterpret_cast<CUresult(*) arguments>(dlsym(library, symbol)); \
   QVL_REQUIRE(loaded.field != nullptr, QVL_UNSUPPORTED, "the NVIDIA driver has no %s", symbol);
   QVL_DRIVER_FUNCTIONS(QVL_DRIVER_LOAD)
 #undef QVL_DRIVER_LOAD
-  const CUresult started = loaded.cuInit(0);
-  QVL_REQUIRE(started != kNoDevice, QVL_UNSUPPORTED, "no NVIDIA GPU found");
-  QVL_REQUIRE(started == 0, QVL_UNSUPPORTED, "the NVIDIA driver cannot be initialised: error %d", started);
+  const CUresult result = loaded.cuInit(0);
+  QVL_REQUIRE(result != kNoDevice, QVL_UNSUPPORTED, "no NVIDIA GPU found");
+  QVL_REQUIRE(result == 0, QVL_UNSUPPORTED, "the NVIDIA driver cannot be initialised: error %d", result);
   return loaded;
 }
 

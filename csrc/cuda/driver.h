@@ -20,8 +20,11 @@ using CUevent = struct CUevent_st*;
 using CUgraph = struct CUgraph_st*;
 using CUgraphExec = struct CUgraphExec_st*;
 
-// Device attributes for cuDeviceGetAttribute.
+// Attributes of a device, for cuDeviceGetAttribute.
 constexpr int kMultiprocessors = 16, kComputeMajor = 75, kComputeMinor = 76;
+
+// Flag of cuStreamCreate: the stream is not ordered with the default stream.
+constexpr unsigned kNonBlocking = 1;
 
 constexpr CUresult kOutOfMemory = 2, kNoDevice = 100, kNotReady = 600;
 
@@ -97,8 +100,8 @@ struct Driver {
 // The initialised driver. Throws QVL_UNSUPPORTED if it is missing or too old.
 const Driver& driver();
 
-// Throw unless `result` is success; the message contains `what`, the failed action, and the driver's error
-// text.
+// Throw unless `result` is success. `what`: the action, as in "copying"; the message has it before the
+// driver's error text.
 void check(CUresult result, const char* what);
 
 }  // namespace qvl::cuda

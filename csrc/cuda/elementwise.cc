@@ -27,15 +27,15 @@ int cache_type(qvl_dtype dtype) {
 void rms_norm(const Gpu& gpu, CUstream stream, const float* x, const float* weight, float epsilon, int n,
               int width, void* y) {
   const RmsNormParams params{x, weight, y, width, epsilon};
-  gpu.launch(stream, row_held(width) ? "rms_norm_held" : "rms_norm_any", {static_cast<unsigned>(n)},
+  gpu.launch(stream, fits_registers(width) ? "rms_norm_held" : "rms_norm_any", {static_cast<unsigned>(n)},
              row_threads(width), 0, params, true);
 }
 
 void embed(const Gpu& gpu, CUstream stream, const void* wte, int vocab, int width, const int32_t* ids,
            const uint64_t* features, int n, float* x) {
-  constexpr int kBlock = kEmbedThreads * kEmbedValues;
-  const int parts = (width + kBlock - 1) / kBlock;
-  // uint64_t is another type of the same size on the host.
+  constexpr int kBlockValues = kEmbedThreads * kEmbedValues;
+  const int parts = (width + kBlockValues - 1) / kBlockValues;
+  // On the host uint64_t is a different type of the same size.
   const auto* addresses = reinterpret_cast<const unsigned long long*>(features);
   const EmbedParams params{wte, ids, addresses, x, vocab, width, parts};
   gpu.launch(stream, "embed", {static_cast<unsigned>(n) * static_cast<unsigned>(parts)}, kEmbedThreads, 0,
@@ -50,18 +50,18 @@ void gather_columns(const Gpu& gpu, CUstream stream, const void* x, int64_t x_st
              kGatherThreads, 0, params, true);
 }
 
-void rotate_and_store(const Gpu& gpu, CUstream stream, const void* qkv, const Places& places,
+void rotate_and_store(const Gpu& gpu, CUstream stream, const void* qkv, const RowMetadata& metadata,
                       const Angles& angles, const KvLayer& layer, int n, void* q) {
   QVL_REQUIRE(layer.head_dim % 2 == 0 && layer.head_dim <= kMaxHeadDim, QVL_UNSUPPORTED,
               "head_dim is %d; a GPU needs an even number up to %d", layer.head_dim, kMaxHeadDim);
   RotateParams params{};
   params.qkv = qkv;
   params.q = q;
-  params.positions = places.positions;
-  params.angle_tables = places.angle_tables;
-  params.tables = places.tables;
-  params.blocks = places.blocks;
-  params.max_blocks = places.max_blocks;
+  params.positions = metadata.positions;
+  params.angle_tables = metadata.angle_tables;
+  params.tables = metadata.tables;
+  params.blocks = metadata.blocks;
+  params.max_blocks = metadata.max_blocks;
   params.cos = angles.cos;
   params.sin = angles.sin;
   params.query_scale = angles.query_scale;
@@ -73,12 +73,11 @@ void rotate_and_store(const Gpu& gpu, CUstream stream, const void* qkv, const Pl
   params.heads = layer.heads;
   params.head_dim = layer.head_dim;
   params.type = cache_type(layer.dtype);
-  // 16 lanes per head with head_dim 128, else a warp.
-  const bool usual = layer.head_dim == 128;
-  const char* name = usual                     ? "rotate_and_store_128"
+  const bool is_128 = layer.head_dim == 128;
+  const char* name = is_128                    ? "rotate_and_store_128"
                      : layer.head_dim % 4 == 0 ? "rotate_and_store_2"
                                                : "rotate_and_store_1";
-  const int64_t threads = int64_t{n} * layer.heads * (usual ? 16 : 32);
+  const int64_t threads = int64_t{n} * layer.heads * (is_128 ? 16 : 32);  // lanes per head, see HeadPart
   gpu.launch(stream, name, {static_cast<unsigned>((threads + kRotateThreads - 1) / kRotateThreads)},
              kRotateThreads, 0, params, true);
 }

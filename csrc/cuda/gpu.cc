@@ -14,14 +14,14 @@ namespace qvl::cuda {
 namespace {
 
 // Constants of the driver's interface.
-constexpr int kMaxDynamicShared = 8;
-constexpr int kEarlyLaunch = 6;  // programmatic stream serialization
-constexpr int kFreeShared = 48 << 10;
+constexpr int kMaxDynamicShared = 8;           // attribute of a function
+constexpr int kProgrammaticSerialization = 6;  // attribute of a launch
+constexpr int kDefaultShared = 48 << 10;       // limit of dynamic shared memory without the attribute
 
 // Folder of the cubins: QWENVL_CUDA_KERNELS, else the folder of this library.
 std::string kernel_folder() {
-  const char* named = std::getenv("QWENVL_CUDA_KERNELS");
-  if (named != nullptr && *named != 0) return named;
+  const char* folder = std::getenv("QWENVL_CUDA_KERNELS");
+  if (folder != nullptr && *folder != 0) return folder;
   Dl_info info{};
   dladdr(reinterpret_cast<void*>(&kernel_folder), &info);
   const std::string path = info.dli_fname != nullptr ? info.dli_fname : "";
@@ -29,21 +29,22 @@ std::string kernel_folder() {
   return slash != std::string::npos ? path.substr(0, slash) : ".";
 }
 
-bool ends_with(const std::string& text, const std::string& end) {
-  return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
+bool ends_with(const std::string& text, const std::string& suffix) {
+  return text.size() >= suffix.size() &&
+         text.compare(text.size() - suffix.size(), suffix.size(), suffix) == 0;
 }
 
-// Sorted paths of the files in `folder` whose names end in `end`.
-std::vector<std::string> files(const std::string& folder, const std::string& end) {
-  std::vector<std::string> found;
+// Sorted paths of the files in `folder` whose names end in `suffix`.
+std::vector<std::string> files(const std::string& folder, const std::string& suffix) {
+  std::vector<std::string> paths;
   DIR* const listing = opendir(folder.c_str());
-  if (listing == nullptr) return found;
+  if (listing == nullptr) return paths;
   while (const dirent* entry = readdir(listing)) {
-    if (ends_with(entry->d_name, end)) found.push_back(folder + "/" + entry->d_name);
+    if (ends_with(entry->d_name, suffix)) paths.push_back(folder + "/" + entry->d_name);
   }
   closedir(listing);
-  std::sort(found.begin(), found.end());
-  return found;
+  std::sort(paths.begin(), paths.end());
+  return paths;
 }
 
 }  // namespace
@@ -63,17 +64,18 @@ Gpu::Gpu(int index, Half half) : half_(half) {
               index, major, minor);
   const std::string folder = kernel_folder();
   const char* type = half == Half::kBfloat16 ? "bf16" : "f16";
-  // Cubins for an architecture with "a" run only on that architecture, and are preferred there.
+  // Cubins for sm_90a run only on sm_90, where they are preferred to those for sm_90; likewise for other
+  // architectures with a variant "a".
   std::vector<std::string> cubins;
-  for (const char* kind : {"a.", "."}) {
-    cubins = files(folder, ".sm_" + std::to_string(arch_) + kind + type + ".cubin");
+  for (const char* suffix : {"a.", "."}) {
+    cubins = files(folder, ".sm_" + std::to_string(arch_) + suffix + type + ".cubin");
     if (!cubins.empty()) break;
   }
   QVL_REQUIRE(!cubins.empty(), QVL_UNSUPPORTED, "no GPU kernels (*.sm_%d.%s.cubin) in %s", arch_, type,
               folder.c_str());
   check(d.cuDevicePrimaryCtxRetain(&context_, device_), "opening the GPU");
   try {
-    const Current current(context_);
+    const CurrentContext current(context_);
     for (const std::string& path : cubins) {
       std::ifstream file(path, std::ios::binary);
       const std::vector<char> code{std::istreambuf_iterator<char>(file), {}};
@@ -89,7 +91,7 @@ Gpu::Gpu(int index, Half half) : half_(half) {
 
 Gpu::~Gpu() {
   {
-    const Current current(context_);
+    const CurrentContext current(context_);
     for (CUmodule module : modules_) driver().cuModuleUnload(module);
   }
   driver().cuDevicePrimaryCtxRelease(device_);
@@ -102,20 +104,20 @@ Gpu::Kernel& Gpu::kernel(const char* name) const {
   for (CUmodule module : modules_) {
     CUfunction function = nullptr;
     if (driver().cuModuleGetFunction(&function, module, name) != 0) continue;
-    return kernels_.emplace(name, Kernel{function, kFreeShared}).first->second;
+    return kernels_.emplace(name, Kernel{function, kDefaultShared}).first->second;
   }
   fail(QVL_INTERNAL, "GPU kernel %s not found", name);
 }
 
 void Gpu::launch_bytes(CUstream stream, const char* name, Dim grid, int threads, int shared_bytes,
                        const void* params, bool early) const {
-  Kernel& called = kernel(name);
-  if (shared_bytes > called.shared_bytes) {
-    check(driver().cuFuncSetAttribute(called.function, kMaxDynamicShared, shared_bytes), name);
-    called.shared_bytes = shared_bytes;
+  Kernel& launched = kernel(name);
+  if (shared_bytes > launched.shared_bytes) {
+    check(driver().cuFuncSetAttribute(launched.function, kMaxDynamicShared, shared_bytes), name);
+    launched.shared_bytes = shared_bytes;
   }
   CUlaunchAttribute attribute{};
-  attribute.id = kEarlyLaunch;
+  attribute.id = kProgrammaticSerialization;
   attribute.value[0] = 1;
   CUlaunchConfig config{};
   config.grid_x = grid.x;
@@ -128,7 +130,7 @@ void Gpu::launch_bytes(CUstream stream, const char* name, Dim grid, int threads,
   config.attributes = &attribute;
   config.n_attributes = early && arch_ >= 90 ? 1 : 0;
   void* arguments[] = {const_cast<void*>(params)};
-  check(driver().cuLaunchKernelEx(&config, called.function, arguments, nullptr), name);
+  check(driver().cuLaunchKernelEx(&config, launched.function, arguments, nullptr), name);
 }
 
 }  // namespace qvl::cuda

@@ -10,27 +10,30 @@
 
 namespace qvl::cuda {
 
-enum class Half { kBfloat16, kFloat16 };  // compute type, H in the kernels
+// Compute type of the kernels, in which it is named H.
+enum class Half { kBfloat16, kFloat16 };
 
 // Scope guard that makes a context current for the calling thread.
-class Current {
+class CurrentContext {
  public:
-  explicit Current(CUcontext context) { check(driver().cuCtxPushCurrent(context), "using the GPU"); }
-  ~Current() {
+  explicit CurrentContext(CUcontext context) { check(driver().cuCtxPushCurrent(context), "using the GPU"); }
+  ~CurrentContext() {
     CUcontext popped;
     driver().cuCtxPopCurrent(&popped);
   }
-  Current(const Current&) = delete;
-  Current& operator=(const Current&) = delete;
+  CurrentContext(const CurrentContext&) = delete;
+  CurrentContext& operator=(const CurrentContext&) = delete;
 };
 
+// Size of a grid, in blocks.
 struct Dim {
   unsigned x, y = 1, z = 1;
 };
 
 class Gpu {
  public:
-  // Load all cubins of `half` for this GPU from the kernel folder.
+  // Open GPU `index` and load the cubins for its architecture and the compute type `half` from the kernel
+  // folder.
   Gpu(int index, Half half);
   ~Gpu();
   Gpu(const Gpu&) = delete;
@@ -38,13 +41,13 @@ class Gpu {
 
   CUcontext context() const { return context_; }
   int multiprocessors() const { return multiprocessors_; }
-  int arch() const { return arch_; }  // 90 for compute capability 9.0
+  int arch() const { return arch_; }  // compute capability times ten: 90 for 9.0
   Half half() const { return half_; }
 
-  // Launch the kernel `name`, which takes `params` by value as its only parameter. With `early` (programmatic
-  // dependent launch, sm_90 and newer) it may start while its predecessor runs: the kernel must execute
-  // griddepcontrol.wait before it reads memory written by another kernel or writes memory read by another
-  // kernel.
+  // Launch the kernel `name`, which takes `params` by value as its only parameter. early: programmatic
+  // dependent launch on sm_90 and newer, that is, the kernel may start while its predecessor runs. It must
+  // then execute griddepcontrol.wait before it reads memory written by another kernel or writes memory read
+  // by another kernel.
   template <typename Params>
   void launch(CUstream stream, const char* name, Dim grid, int threads, int shared_bytes,
               const Params& params, bool early = false) const {
@@ -54,7 +57,7 @@ class Gpu {
  private:
   struct Kernel {
     CUfunction function;
-    int shared_bytes;  // current limit of dynamic shared memory
+    int shared_bytes;  // current limit of dynamic shared memory per block
   };
 
   void launch_bytes(CUstream stream, const char* name, Dim grid, int threads, int shared_bytes,

@@ -10,16 +10,16 @@
 namespace qvl::cuda {
 namespace {
 
-constexpr float kEpsilon = 1e-6f;
-constexpr int kImages = 8;  // batch size; larger batches do not increase the utilisation of the GPU
+constexpr float kEpsilon = 1e-6f;  // of all LayerNorms of the vision stage
+constexpr int kImageBatch = 8;     // batch size; larger batches do not increase the utilisation of the GPU
 
 const std::string kPool = "visual.attn_pool.";
 
-// Rows first .. first + n - 1.
+// Rows first to first + n - 1 of a matrix of H.
 Matrix slice(const Matrix& matrix, int first, int n) {
   Matrix part = matrix;
   part.out = n;
-  part.values = static_cast<char*>(matrix.values) + size(first) * size(matrix.stride) * 2;
+  part.values = static_cast<char*>(matrix.values) + to_size(first) * to_size(matrix.stride) * 2;
   part.bias += first;
   return part;
 }
@@ -33,7 +33,7 @@ ImageEncoder::ImageEncoder(const Gpu& gpu, CUstream stream, const qvl_config& co
       conv1_(weights.matrix("visual.conv1.weight")),
       positions_(weights.floats("visual.positional_embedding")),
       ln_pre_(weights.norm("visual.ln_pre")),
-      projects_(config.vision_width != config.hidden) {
+      has_kv_proj_(config.vision_width != config.hidden) {
   const int head_dim = config.vision_width / config.vision_heads;
   QVL_REQUIRE(config.vision_width % 8 == 0 && config.vision_mlp_width % 8 == 0 && config.hidden % 8 == 0,
               QVL_UNSUPPORTED,
@@ -52,7 +52,7 @@ ImageEncoder::ImageEncoder(const Gpu& gpu, CUstream stream, const qvl_config& co
     blocks_.push_back(block);
   }
   const int hidden = config.hidden, n = config.n_queries;
-  if (projects_) kv_proj_ = weights.matrix(kPool + "kv_proj.weight");
+  if (has_kv_proj_) kv_proj_ = weights.matrix(kPool + "kv_proj.weight");
   ln_kv_ = weights.norm(kPool + "ln_kv");
   key_positions_ = weights.floats(kPool + "key_pos_embed");
   const Matrix in_proj = weights.half_matrix(kPool + "attn.in_proj_weight", kPool + "attn.in_proj_bias");
@@ -62,14 +62,15 @@ ImageEncoder::ImageEncoder(const Gpu& gpu, CUstream stream, const qvl_config& co
   ln_post_ = weights.norm("visual.ln_post");
   proj_ = weights.matrix("visual.proj");
 
-  const uint64_t rows = kImages * size(std::max(patches_, n)), width = size(config.vision_width),
-                 wide = size(hidden);
-  x_ = DeviceMemory(rows * std::max(width, wide) * 4);
-  normed_ = DeviceMemory(rows * std::max(width, wide) * 2);
-  qkv_ = DeviceMemory(rows * std::max(3 * width, wide) * 2);
-  wide_ = DeviceMemory(rows * std::max({size(conv1_.stride), size(config.vision_mlp_width), wide}) * 2);
-  keys_ = DeviceMemory(rows * wide * 2);
-  values_ = DeviceMemory(rows * wide * 2);
+  const uint64_t rows = kImageBatch * to_size(std::max(patches_, n)), width = to_size(config.vision_width),
+                 out_width = to_size(hidden);
+  x_ = DeviceMemory(rows * std::max(width, out_width) * 4);
+  normed_ = DeviceMemory(rows * std::max(width, out_width) * 2);
+  qkv_ = DeviceMemory(rows * std::max(3 * width, out_width) * 2);
+  wide_ = DeviceMemory(rows *
+                       std::max({to_size(conv1_.stride), to_size(config.vision_mlp_width), out_width}) * 2);
+  keys_ = DeviceMemory(rows * out_width * 2);
+  values_ = DeviceMemory(rows * out_width * 2);
   uint64_t scratch = 0;
   for (const Matrix* matrix : {&conv1_, &kv_proj_, &out_proj_, &proj_}) {
     if (matrix->values != nullptr) scratch = std::max(scratch, linear_prompt_scratch(*matrix));
@@ -82,7 +83,7 @@ ImageEncoder::ImageEncoder(const Gpu& gpu, CUstream stream, const qvl_config& co
   scratch_ = DeviceMemory(scratch);
 
   // The queries are the same for every image.
-  queries_ = DeviceMemory(size(n) * wide * 2);
+  queries_ = DeviceMemory(to_size(n) * out_width * 2);
   const Norm ln_q = weights.norm(kPool + "ln_q");
   layer_norm(gpu, stream, weights.floats(kPool + "query"), ln_q.weight, ln_q.bias, kEpsilon, n, hidden,
              weights.floats(kPool + "pos_embed"), n, normed_.get(), nullptr);
@@ -95,16 +96,16 @@ void ImageEncoder::product(CUstream stream, const Matrix& matrix, const void* x,
 }
 
 void ImageEncoder::encode(CUstream stream, int64_t n, const float* images, float* features) {
-  const int64_t image = int64_t{3} * config_.image_size * config_.image_size;
-  const int64_t feature = int64_t{config_.n_queries} * config_.hidden;
-  for (int64_t done = 0; done < n; done += kImages) {
-    const auto part = static_cast<int>(std::min<int64_t>(kImages, n - done));
-    tower(stream, part, images + done * image);
-    resample(stream, part, features + done * feature);
+  const int64_t image = int64_t{3} * config_.image_size * config_.image_size;  // values
+  const int64_t feature = int64_t{config_.n_queries} * config_.hidden;         // values
+  for (int64_t done = 0; done < n; done += kImageBatch) {
+    const auto count = static_cast<int>(std::min<int64_t>(kImageBatch, n - done));
+    tower(stream, count, images + done * image);
+    resample(stream, count, features + done * feature);
   }
 }
 
-// Writes the patches to x_, float32 [n * patches, vision_width].
+// Writes the patch features to x_, float32 [n * patches, vision_width].
 void ImageEncoder::tower(CUstream stream, int n, const float* images) {
   const int width = config_.vision_width, head_dim = width / config_.vision_heads, rows = n * patches_;
   auto* x = x_.get<float>();
@@ -115,8 +116,8 @@ void ImageEncoder::tower(CUstream stream, int n, const float* images) {
   // Query, key and value of a head are adjacent: [heads][3][head_dim].
   DenseAttention attention{};
   attention.q = qkv_.get();
-  attention.k = qkv_.get<char>() + size(head_dim) * 2;
-  attention.v = qkv_.get<char>() + size(head_dim) * 4;
+  attention.k = qkv_.get<char>() + to_size(head_dim) * 2;
+  attention.v = qkv_.get<char>() + to_size(head_dim) * 4;
   attention.q_image = attention.kv_image = int64_t{patches_} * 3 * width;
   attention.q_stride = attention.kv_stride = int64_t{3} * width;
   attention.q_head = attention.kv_head = int64_t{3} * head_dim;
@@ -138,10 +139,11 @@ void ImageEncoder::tower(CUstream stream, int n, const float* images) {
   }
 }
 
+// Computes image features from the patch features in x_.
 void ImageEncoder::resample(CUstream stream, int n, float* features) {
   const int hidden = config_.hidden, n_queries = config_.n_queries, rows = n * patches_;
   auto* x = x_.get<float>();
-  if (projects_) {
+  if (has_kv_proj_) {
     to_half(gpu_, stream, x, int64_t{rows} * config_.vision_width, normed_.get());
     product(stream, kv_proj_, normed_.get(), config_.vision_width, rows, Into::kFloat, x);
   }

@@ -21,6 +21,7 @@ class ImageEncoder {
     Matrix in_proj, out_proj, c_fc, c_proj;
   };
 
+  // The vision tower and the resampler, for a batch of up to 8 images.
   void tower(CUstream stream, int n, const float* images);
   void resample(CUstream stream, int n, float* features);
   void product(CUstream stream, const Matrix& matrix, const void* x, int64_t x_stride, int64_t n, Into into,
@@ -34,12 +35,13 @@ class ImageEncoder {
   Norm ln_pre_;
   std::vector<Block> blocks_;
 
-  bool projects_;
+  bool has_kv_proj_;
   Matrix kv_proj_, key_, value_, out_proj_, proj_;
   Norm ln_kv_, ln_post_;
   const float* key_positions_;
-  DeviceMemory queries_;
+  DeviceMemory queries_;  // the projected queries, H [n_queries, hidden], the same for every image
 
+  // Scratch memory: activations of a batch. x_: the residual stream; wide_: patches, or inputs of c_proj.
   DeviceMemory x_, normed_, qkv_, wide_, keys_, values_, scratch_;
 };
 

@@ -9,18 +9,18 @@ namespace qvl::cuda {
 namespace {
 
 constexpr int kMaxDecodeRows = 256;  // maximum number of rows of linear_decode
-constexpr uint64_t kRowUnit = 8;     // the stride of x, in values, is a multiple of this
+constexpr uint64_t kRowUnit = 8;     // the stride of x is a multiple of 8 values
 
 // Bytes per row of a product's result.
 uint64_t row_bytes(const Matrix& matrix, Into into) {
   switch (into) {
     case Into::kFloat:
     case Into::kAdd:
-      return size(matrix.out) * 4;
+      return to_size(matrix.out) * 4;
     case Into::kSiluTimes:
-      return size(matrix.out);
+      return to_size(matrix.out);
     default:
-      return size(matrix.out) * 2;
+      return to_size(matrix.out) * 2;
   }
 }
 
@@ -59,23 +59,23 @@ Language::Language(const Gpu& gpu, const qvl_config& config, Weights& weights)
   ln_f_ = weights.floats("ln_f.weight");
   lm_head_ = weights.matrix("lm_head.weight");
 
-  const uint64_t n = size(config.max_tokens), hidden = size(config.hidden);
+  const uint64_t n = to_size(config.max_tokens), hidden = to_size(config.hidden);
   x_ = DeviceMemory(n * hidden * 4);
   normed_ = DeviceMemory(n * hidden * 2);
   qkv_ = DeviceMemory(3 * n * hidden * 2);
   q_ = DeviceMemory(n * hidden * 2);
-  mixed_ = DeviceMemory(n * hidden * 2);
-  wide_ = DeviceMemory(n * size(layers_[0].gate_up.out));
+  attended_ = DeviceMemory(n * hidden * 2);
+  mlp_ = DeviceMemory(n * to_size(layers_[0].gate_up.out));
   uint64_t scratch = 0;
-  int widest = lm_head_.order != nullptr ? config.hidden : 0;  // most inputs of a matrix with an input order
+  int max_inputs = lm_head_.order != nullptr ? config.hidden : 0;  // of matrices with an input order
   for (const Layer& layer : layers_) {
     for (const Matrix* matrix : {&layer.c_attn, &layer.attn_proj, &layer.gate_up, &layer.mlp_proj}) {
       scratch = std::max(scratch, linear_prompt_scratch(*matrix));
-      if (matrix->order != nullptr) widest = std::max(widest, matrix->in);
+      if (matrix->order != nullptr) max_inputs = std::max(max_inputs, matrix->in);
     }
   }
   prompt_scratch_ = DeviceMemory(scratch);
-  ordered_ = DeviceMemory(n * rounded(size(widest), kRowUnit) * 2);
+  permuted_x_ = DeviceMemory(n * round_up(to_size(max_inputs), kRowUnit) * 2);
 }
 
 void Language::reserve(int rows, int max_keys) {
@@ -85,7 +85,7 @@ void Language::reserve(int rows, int max_keys) {
   decode_scratch_ = DeviceMemory(needed);
   check(driver().cuMemsetD8Async(address(decode_scratch_.get()), 0, needed, nullptr), "clearing GPU memory");
   check(driver().cuStreamSynchronize(nullptr), "clearing GPU memory");
-  ++moved_;
+  ++graph_version_;
 }
 
 void Language::forward(CUstream stream, const CudaKvPool& pool, const qvl_batch& batch, float* logits,
@@ -94,23 +94,23 @@ void Language::forward(CUstream stream, const CudaKvPool& pool, const qvl_batch&
                 [&](std::vector<Part>& parts) { pass(stream, pool, batch, parts, logits, input); });
 }
 
-void Language::place(const InputArrays& at, int i, const qvl_sequence& sequence, int32_t position,
-                     int table) const {
-  at.features[i] = 0;
-  if (at.adapters != nullptr) {
+void Language::describe_row(const InputArrays& inputs, int i, const qvl_sequence& sequence, int32_t position,
+                            int table) const {
+  inputs.features[i] = 0;
+  if (inputs.adapters != nullptr) {
     const CudaAdapter* const adapter = adapter_of(sequence);
-    at.adapters[i] = adapter != nullptr ? adapter->table() : 0;
+    inputs.adapters[i] = adapter != nullptr ? adapter->table() : 0;
   }
-  at.positions[i] = position;
-  at.angle_tables[i] = angles_.table(sequence.prompt_len);
-  at.table_of[i] = table;
+  inputs.positions[i] = position;
+  inputs.angle_tables[i] = angles_.table(sequence.prompt_len);
+  inputs.table_of[i] = table;
 }
 
-void Language::sort_by_adapter(const InputArrays& at, int first, int n) {
-  if (at.adapters == nullptr) return;
-  std::iota(at.adapter_order, at.adapter_order + n, 0);
-  const uint64_t* const adapters = at.adapters + first;
-  std::stable_sort(at.adapter_order, at.adapter_order + n,
+void Language::sort_by_adapter(const InputArrays& inputs, int first, int n) {
+  if (inputs.adapters == nullptr) return;
+  std::iota(inputs.adapter_order, inputs.adapter_order + n, 0);
+  const uint64_t* const adapters = inputs.adapters + first;
+  std::stable_sort(inputs.adapter_order, inputs.adapter_order + n,
                    [&](int32_t a, int32_t b) { return adapters[a] > adapters[b]; });
 }
 
@@ -139,22 +139,22 @@ void Language::pass(CUstream stream, const CudaKvPool& pool, const qvl_batch& ba
   reserve(std::min(shape.n_decode, kMaxDecodeRows), shape.max_keys);
 
   const InputArrays host = input.begin(sizes);
-  const bool ids_here = !is_device_visible(batch.tokens);
-  int next = 0, chunk = 0, tile = 0;
+  const bool ids_on_host = !is_device_visible(batch.tokens);
+  int next_row = 0, chunk = 0, tile = 0;
   adapted_prompts_.clear();
   for (const bool generated : {false, true}) {
     for (size_t table = 0; table < parts.size(); ++table) {
       Part& part = parts[table];
       if (part.generated != generated) continue;
-      part.first = next;
-      next += part.n;
-      const int32_t used = (part.past + part.n + pool.block_tokens - 1) / pool.block_tokens;
-      std::copy_n(part.sequence->blocks, used, host.blocks + static_cast<int>(table) * shape.max_blocks);
+      part.first = next_row;
+      next_row += part.n;
+      const int32_t n_blocks = (part.past + part.n + pool.block_tokens - 1) / pool.block_tokens;
+      std::copy_n(part.sequence->blocks, n_blocks, host.blocks + static_cast<int>(table) * shape.max_blocks);
       for (int32_t i = 0; i < part.n; ++i) {
-        place(host, part.first + i, *part.sequence, part.past + i, static_cast<int>(table));
-        if (ids_here) host.ids[part.first + i] = batch.tokens[part.token + i];
+        describe_row(host, part.first + i, *part.sequence, part.past + i, static_cast<int>(table));
+        if (ids_on_host) host.ids[part.first + i] = batch.tokens[part.token + i];
       }
-      take_features(stream, batch, part, host);
+      set_features(stream, batch, part, host);
       if (generated) continue;
       const CudaAdapter* const adapter = adapter_of(*part.sequence);
       if (adapter != nullptr) adapted_prompts_.push_back({adapter, static_cast<int>(part.first), part.n});
@@ -164,44 +164,46 @@ void Language::pass(CUstream stream, const CudaKvPool& pool, const qvl_batch& ba
     }
   }
   sort_by_adapter(host, shape.n_prompt, shape.n_decode);
-  const InputArrays at = input.send(stream);
-  if (!ids_here) {
+  const InputArrays inputs = input.send(stream);
+  if (!ids_on_host) {
     for (const Part& part : parts)
-      copy(stream, at.ids + part.first, batch.tokens + part.token, size(part.n) * 4);
+      copy(stream, inputs.ids + part.first, batch.tokens + part.token, to_size(part.n) * 4);
   }
-  layers(stream, pool, at, shape);
+  layers(stream, pool, inputs, shape);
 
-  // One product per run of rows that are adjacent both in the pass and in the logits.
+  // The last row of each part has logits. One product per run of such rows that are adjacent both in the pass
+  // and in the logits.
   for (size_t i = 0; i < parts.size(); ++i) {
     if (parts[i].logits < 0) continue;
     const int first = parts[i].first + parts[i].n - 1, row = parts[i].logits;
     int n = 1;
     for (; i + 1 < parts.size() && n < kMaxDecodeRows; ++i, ++n) {
-      const Part& after = parts[i + 1];
-      if (after.logits != row + n || after.first + after.n - 1 != first + n) break;
+      const Part& next = parts[i + 1];
+      if (next.logits != row + n || next.first + next.n - 1 != first + n) break;
     }
-    head(stream, at, first, n, logits + int64_t{row} * config_.vocab);
+    lm_head(stream, inputs, first, n, logits + int64_t{row} * config_.vocab);
   }
 }
 
-void Language::take_features(CUstream stream, const qvl_batch& batch, const Part& part,
-                             const InputArrays& host) {
+void Language::set_features(CUstream stream, const qvl_batch& batch, const Part& part,
+                            const InputArrays& host) {
   for (int32_t s = 0; s < batch.n_spans; ++s) {
     const qvl_span& span = batch.spans[s];
+    // Tokens first to end - 1 of the batch are in the span and in the part.
     const int64_t first = std::max<int64_t>(span.start, part.token);
     const int64_t end = std::min<int64_t>(int64_t{span.start} + span.count, part.token + part.n);
     if (first >= end) continue;
-    const uint64_t row = size(config_.hidden) * sizeof(float);
+    const uint64_t row = to_size(config_.hidden) * sizeof(float);  // bytes
     const int to = part.first + static_cast<int>(first - part.token);
-    const char* from = bytes(static_cast<const void*>(span.features)) + size(first - span.start) * row;
+    const char* from = bytes(static_cast<const void*>(span.features)) + to_size(first - span.start) * row;
     if (!is_device_visible(span.features)) {
-      if (features_.bytes() == 0) features_ = DeviceMemory(size(config_.max_tokens) * row);
-      char* const there = features_.get<char>() + size(to) * row;
-      copy(stream, there, from, size(end - first) * row);
-      from = there;
+      if (features_.bytes() == 0) features_ = DeviceMemory(to_size(config_.max_tokens) * row);
+      char* const on_gpu = features_.get<char>() + to_size(to) * row;
+      copy(stream, on_gpu, from, to_size(end - first) * row);
+      from = on_gpu;
     }
     for (int i = 0; i < end - first; ++i) {
-      host.features[to + i] = address(from + size(i) * row);
+      host.features[to + i] = address(from + to_size(i) * row);
       host.ids[to + i] = 0;
     }
   }
@@ -210,141 +212,145 @@ void Language::take_features(CUstream stream, const qvl_batch& batch, const Part
 std::unique_ptr<CudaAdapter> Language::make_adapter(CUstream stream,
                                                     const std::vector<AdapterMatrix>& matrices) {
   const int hidden = config_.hidden, gate_up = layers_[0].gate_up.out;
-  const std::vector<CudaAdapter::Shape> shapes = {{3 * hidden, hidden},
+  const std::vector<CudaAdapter::Shape> shapes = {{3 * hidden, hidden},  // in the order of LayerProduct
                                                   {hidden, hidden},
                                                   {gate_up, hidden},
                                                   {hidden, gate_up / 2},
-                                                  {config_.vocab, hidden}};
-  auto made = std::make_unique<CudaAdapter>(gpu_, stream, config_.layers, shapes, matrices);
+                                                  {config_.vocab, hidden}};  // lm_head
+  auto adapter = std::make_unique<CudaAdapter>(gpu_, stream, config_.layers, shapes, matrices);
   const std::vector<bool> before = products_adapted_;
-  products_adapted_.resize(size(config_.layers * kLayerProducts + 1));
+  products_adapted_.resize(to_size(config_.layers * kLayerProducts + 1));
   for (size_t i = 0; i < products_adapted_.size(); ++i) {
-    products_adapted_[i] = products_adapted_[i] || made->product(static_cast<int>(i)) != nullptr;
+    products_adapted_[i] = products_adapted_[i] || adapter->product(static_cast<int>(i)) != nullptr;
   }
-  if (products_adapted_ != before) ++moved_;
-  if (made->max_rank() <= max_rank_) return made;
-  const uint64_t rows = size(config_.max_tokens), widest = size(std::max(3 * hidden, gate_up));
+  if (products_adapted_ != before) ++graph_version_;  // captured graphs omit adapters of other products
+  if (adapter->max_rank() <= max_rank_) return adapter;
+  const uint64_t rows = to_size(config_.max_tokens), max_out = to_size(std::max(3 * hidden, gate_up));
   low_ = DeviceMemory();  // cuMemFree waits for the GPU
-  low_ = DeviceMemory(rows * size(made->max_rank()) * 2);
-  if (raw_.bytes() == 0) raw_ = DeviceMemory(rows * widest * 4);
-  max_rank_ = made->max_rank();
-  ++moved_;
-  return made;
+  low_ = DeviceMemory(rows * to_size(adapter->max_rank()) * 2);
+  if (raw_.bytes() == 0) raw_ = DeviceMemory(rows * max_out * 4);
+  max_rank_ = adapter->max_rank();
+  ++graph_version_;
+  return adapter;
 }
 
-const void* Language::ordered(CUstream stream, const Matrix& matrix, const void* x, int& x_stride, int n) {
+const void* Language::permuted(CUstream stream, const Matrix& matrix, const void* x, int& x_stride, int n) {
   if (matrix.order == nullptr) return x;
-  const auto stride = static_cast<int>(rounded(size(matrix.in), kRowUnit));
-  gather_columns(gpu_, stream, x, x_stride, matrix.order, n, matrix.in, stride, ordered_.get());
+  const auto stride = static_cast<int>(round_up(to_size(matrix.in), kRowUnit));
+  gather_columns(gpu_, stream, x, x_stride, matrix.order, n, matrix.in, stride, permuted_x_.get());
   x_stride = stride;
-  return ordered_.get();
+  return permuted_x_.get();
 }
 
 void Language::product(CUstream stream, int number, const Matrix& matrix, const void* x, int x_stride,
-                       const InputArrays& at, const PassShape& shape, Into into, void* y) {
-  const int prompts = shape.n_prompt;
-  const bool adapted = shape.is_adapted && products_adapted_[size(number)];
-  const auto first_decode = size(prompts) * size(x_stride) * 2;
-  const AdaptedRows rows{adapted ? at.adapters + prompts : nullptr, at.adapter_order, shape.n_decode, number};
-  char* const low = bytes(low_.get()) + size(prompts) * size(max_rank_) * 2;  // of the decode rows
+                       const InputArrays& inputs, const PassShape& shape, Into into, void* y) {
+  const int n_prompt = shape.n_prompt;
+  const bool adapted = shape.is_adapted && products_adapted_[to_size(number)];
+  const auto decode_offset = to_size(n_prompt) * to_size(x_stride) * 2;  // bytes
+  const AdaptedRows rows{adapted ? inputs.adapters + n_prompt : nullptr, inputs.adapter_order, shape.n_decode,
+                         number};
+  char* const low = bytes(low_.get()) + to_size(n_prompt) * to_size(max_rank_) * 2;  // of the decode rows
   const LowRankParams low_rank =
-      low_rank_params(rows, bytes(x) + first_decode, x_stride, x_stride, low, max_rank_);
+      low_rank_params(rows, bytes(x) + decode_offset, x_stride, x_stride, low, max_rank_);
 
-  // Without adapters the product applies its epilogue; with adapters it writes float32, to which the updates
-  // are added.
+  // Without adapters the product applies its epilogue. With adapters it writes raw sums, float32, to which
+  // the updates are added before the epilogue; kFloat and kAdd need no separate raw sums, since their results
+  // are such sums.
   const bool raw = adapted && (into == Into::kHalf || into == Into::kSiluTimes);
   const Into base = raw ? Into::kFloat : into;
   void* const base_y = raw ? raw_.get() : y;
   int stride = x_stride;
-  const void* const inputs = ordered(stream, matrix, x, stride, shape.rows());
-  if (prompts > 0) {
-    linear_prompt(gpu_, stream, matrix, inputs, stride, prompts, base, base_y, prompt_scratch_.get());
+  const void* const permuted_x = permuted(stream, matrix, x, stride, shape.rows());
+  if (n_prompt > 0) {
+    linear_prompt(gpu_, stream, matrix, permuted_x, stride, n_prompt, base, base_y, prompt_scratch_.get());
   }
-  for (int done = prompts; done < shape.rows(); done += kMaxDecodeRows) {
-    const int n = std::min(kMaxDecodeRows, shape.rows() - done);
-    linear_decode(gpu_, stream, matrix, bytes(inputs) + size(done) * size(stride) * 2, stride, n, base,
-                  bytes(base_y) + size(done) * row_bytes(matrix, base),
-                  adapted && done == prompts ? &low_rank : nullptr);
+  for (int first = n_prompt; first < shape.rows(); first += kMaxDecodeRows) {
+    const int n = std::min(kMaxDecodeRows, shape.rows() - first);
+    linear_decode(gpu_, stream, matrix, bytes(permuted_x) + to_size(first) * to_size(stride) * 2, stride, n,
+                  base, bytes(base_y) + to_size(first) * row_bytes(matrix, base),
+                  adapted && first == n_prompt ? &low_rank : nullptr);
   }
   if (!adapted) return;
 
-  if (prompts > 0) {
+  if (n_prompt > 0) {
     for (const AdaptedPrompt& prompt : adapted_prompts_) {
-      const LowRank* const of = prompt.adapter->product(number);
-      if (of == nullptr) continue;
-      linear_prompt(gpu_, stream, of->a, bytes(x) + size(prompt.first) * size(x_stride) * 2, x_stride,
-                    prompt.n, Into::kHalf, low_.get(), nullptr);
-      linear_prompt(gpu_, stream, of->b, low_.get(), of->b.in, prompt.n, Into::kAdd,
-                    bytes(base_y) + size(prompt.first) * size(matrix.out) * 4, nullptr);
+      const LowRank* const update = prompt.adapter->product(number);
+      if (update == nullptr) continue;
+      linear_prompt(gpu_, stream, update->a, bytes(x) + to_size(prompt.first) * to_size(x_stride) * 2,
+                    x_stride, prompt.n, Into::kHalf, low_.get(), nullptr);
+      linear_prompt(gpu_, stream, update->b, low_.get(), update->b.in, prompt.n, Into::kAdd,
+                    bytes(base_y) + to_size(prompt.first) * to_size(matrix.out) * 4, nullptr);
     }
-    if (raw) finish_raw(gpu_, stream, raw_.get<float>(), prompts, matrix.out, into, y);
+    if (raw) finish_raw(gpu_, stream, raw_.get<float>(), n_prompt, matrix.out, into, y);
   }
   if (shape.n_decode > 0) {
     low_rank_up(gpu_, stream, rows, low, max_rank_, matrix.out,
-                raw ? raw_.get<float>() + size(prompts) * size(matrix.out) : nullptr, into,
-                bytes(y) + size(prompts) * row_bytes(matrix, into));
+                raw ? raw_.get<float>() + to_size(n_prompt) * to_size(matrix.out) : nullptr, into,
+                bytes(y) + to_size(n_prompt) * row_bytes(matrix, into));
   }
 }
 
-void Language::attention(CUstream stream, const Places& places, const InputArrays& at, const PassShape& shape,
-                         const KvLayer& kv) {
+void Language::attention(CUstream stream, const RowMetadata& metadata, const InputArrays& inputs,
+                         const PassShape& shape, const KvLayer& kv) {
   const int n = shape.rows(), hidden = config_.hidden;
   if (shape.is_step) {
-    attention_step(gpu_, stream, qkv_.get(), places, angles_.angles(), kv, n, shape.max_keys, q_.get(),
-                   decode_scratch_.get(), mixed_.get());
+    attention_step(gpu_, stream, qkv_.get(), metadata, angles_.angles(), kv, n, shape.max_keys, q_.get(),
+                   decode_scratch_.get(), attended_.get());
     return;
   }
-  rotate_and_store(gpu_, stream, qkv_.get(), places, angles_.angles(), kv, n, q_.get());
+  rotate_and_store(gpu_, stream, qkv_.get(), metadata, angles_.angles(), kv, n, q_.get());
   if (shape.n_prompt > 0) {
-    attention_prompt(gpu_, stream, q_.get(), at.chunks, at.tiles, shape.tiles, at.blocks, shape.max_blocks,
-                     kv, mixed_.get());
+    attention_prompt(gpu_, stream, q_.get(), inputs.chunks, inputs.tiles, shape.tiles, inputs.blocks,
+                     shape.max_blocks, kv, attended_.get());
   }
-  for (int done = shape.n_prompt; done < n; done += kMaxDecodeRows) {
-    const Places of_rows{at.positions + done, at.angle_tables + done, at.table_of + done, at.blocks,
-                         shape.max_blocks};
-    const uint64_t offset = size(done) * size(hidden) * 2;
-    attention_decode(gpu_, stream, q_.get<char>() + offset, of_rows, kv, std::min(kMaxDecodeRows, n - done),
-                     shape.max_keys, decode_scratch_.get(), mixed_.get<char>() + offset);
+  for (int first = shape.n_prompt; first < n; first += kMaxDecodeRows) {
+    const RowMetadata decode_rows{inputs.positions + first, inputs.angle_tables + first,
+                                  inputs.table_of + first, inputs.blocks, shape.max_blocks};
+    const uint64_t offset = to_size(first) * to_size(hidden) * 2;
+    attention_decode(gpu_, stream, q_.get<char>() + offset, decode_rows, kv,
+                     std::min(kMaxDecodeRows, n - first), shape.max_keys, decode_scratch_.get(),
+                     attended_.get<char>() + offset);
   }
 }
 
-void Language::layers(CUstream stream, const CudaKvPool& pool, const InputArrays& at,
+void Language::layers(CUstream stream, const CudaKvPool& pool, const InputArrays& inputs,
                       const PassShape& shape) {
   const int n = shape.rows(), hidden = config_.hidden;
   auto* x = x_.get<float>();
-  embed(gpu_, stream, wte_.values, config_.vocab, hidden, at.ids, at.features, n, x);
-  const Places places{at.positions, at.angle_tables, at.table_of, at.blocks, shape.max_blocks};
+  embed(gpu_, stream, wte_.values, config_.vocab, hidden, inputs.ids, inputs.features, n, x);
+  const RowMetadata metadata{inputs.positions, inputs.angle_tables, inputs.table_of, inputs.blocks,
+                             shape.max_blocks};
   for (int i = 0; i < config_.layers; ++i) {
-    const Layer& layer = layers_[size(i)];
+    const Layer& layer = layers_[to_size(i)];
     const KvLayer kv = pool.layer(i);
     const int first = i * kLayerProducts;
     rms_norm(gpu_, stream, x, layer.ln_1, config_.norm_epsilon, n, hidden, normed_.get());
-    product(stream, first + kAttnProduct, layer.c_attn, normed_.get(), hidden, at, shape, Into::kHalf,
+    product(stream, first + kAttnProduct, layer.c_attn, normed_.get(), hidden, inputs, shape, Into::kHalf,
             qkv_.get());
-    attention(stream, places, at, shape, kv);
-    product(stream, first + kAttnProjProduct, layer.attn_proj, mixed_.get(), hidden, at, shape, Into::kAdd,
-            x);
+    attention(stream, metadata, inputs, shape, kv);
+    product(stream, first + kAttnProjProduct, layer.attn_proj, attended_.get(), hidden, inputs, shape,
+            Into::kAdd, x);
     rms_norm(gpu_, stream, x, layer.ln_2, config_.norm_epsilon, n, hidden, normed_.get());
-    product(stream, first + kGateUpProduct, layer.gate_up, normed_.get(), hidden, at, shape, Into::kSiluTimes,
-            wide_.get());
-    product(stream, first + kMlpProjProduct, layer.mlp_proj, wide_.get(), layer.gate_up.out / 2, at, shape,
+    product(stream, first + kGateUpProduct, layer.gate_up, normed_.get(), hidden, inputs, shape,
+            Into::kSiluTimes, mlp_.get());
+    product(stream, first + kMlpProjProduct, layer.mlp_proj, mlp_.get(), layer.gate_up.out / 2, inputs, shape,
             Into::kAdd, x);
   }
 }
 
-void Language::head(CUstream stream, const InputArrays& at, int first, int n, float* logits) {
+void Language::lm_head(CUstream stream, const InputArrays& inputs, int first, int n, float* logits) {
   const int hidden = config_.hidden;
-  rms_norm(gpu_, stream, x_.get<float>() + size(first) * size(hidden), ln_f_, config_.norm_epsilon, n, hidden,
-           normed_.get());
-  InputArrays of_rows = at;
+  rms_norm(gpu_, stream, x_.get<float>() + to_size(first) * to_size(hidden), ln_f_, config_.norm_epsilon, n,
+           hidden, normed_.get());
+  InputArrays row_inputs = inputs;
   PassShape shape;
   shape.n_decode = n;
-  shape.is_adapted = at.adapters != nullptr;
+  shape.is_adapted = inputs.adapters != nullptr;
   if (shape.is_adapted) {
-    of_rows.adapters += first;
-    of_rows.adapter_order = nullptr;  // does not apply to these rows
+    row_inputs.adapters += first;
+    row_inputs.adapter_order = nullptr;  // an order of the decode rows, not of these rows
   }
-  product(stream, config_.layers * kLayerProducts, lm_head_, normed_.get(), hidden, of_rows, shape,
+  product(stream, config_.layers * kLayerProducts, lm_head_, normed_.get(), hidden, row_inputs, shape,
           Into::kFloat, logits);
 }
 

@@ -12,11 +12,13 @@
 namespace qvl::cuda {
 namespace {
 
+// As in kernels/linear_decode.cu.
 constexpr int kTileRows = 16, kWarps = 16, kThreads = 32 * kWarps, kUnit = 128;
-constexpr int kMostColumns = 8, kSumsPitch = 18, kStepBytes = 1024;
-constexpr int kMostRows = 256;
+constexpr int kMaxColumns = 8, kSumsPitch = 18, kStepBytes = 1024;
+constexpr int kMaxRows = 256;
 
-// As in kernels/linear_decode.cu: number of steps in the ring, and limit of shared memory per block.
+// As kDepth and kSharedBytes in the kernels: number of steps in the ring, and limit of shared memory per
+// block.
 int ring_depth(int arch) {
   if (arch < 80) return 2;
   return arch == 80 || (arch >= 100 && arch < 120) ? 5 : 3;
@@ -29,26 +31,27 @@ int shared_limit(int arch) {
 }
 
 // Bytes of the scales and zero points of a pair of rows in a step of linear_decode.cu.
-int scale_bytes_of(const StorageInfo& of) {
-  if (of.group == 0) return 0;
-  return of.zeros ? 8 * ((of.bits == 8 ? 64 : kUnit) / of.group) : 4 * (kUnit / of.group);
+int scale_bytes_of(const StorageInfo& storage) {
+  if (storage.group == 0) return 0;
+  return storage.zeros ? 8 * ((storage.bits == 8 ? 64 : kUnit) / storage.group) : 4 * (kUnit / storage.group);
 }
 
-uint64_t rounded(int value, int unit) {
+uint64_t round_up(int value, int unit) {
   return static_cast<uint64_t>((value + unit - 1) / unit * unit);
 }
 
 // Lay out the shared memory of a block with `columns` rows of x, and return its size. The pitch of a row of x
 // is a multiple of 128 bytes plus 64, so that two rows are in different banks.
 int lay_out(int arch, const Matrix& matrix, int columns, int tiles_at_once, LinearDecode& p) {
-  const StorageInfo& of = info(matrix.storage);
+  const StorageInfo& storage = info(matrix.storage);
   const int units = static_cast<int>(padded(matrix.in)) / kUnit;
-  const int depth = ring_depth(arch), groups = of.bits == 4 ? kUnit / of.group : 0;  // groups with sums of x
+  // groups: per unit, with offsets computed from sums of x.
+  const int depth = ring_depth(arch), groups = storage.bits == 4 ? kUnit / storage.group : 0;
   p.columns = columns;
   p.tiles_at_once = tiles_at_once;
   p.x_pitch = units * kUnit * 2 + 64;
   p.scales_at = depth * kWarps * kStepBytes;
-  p.x_at = p.scales_at + depth * kWarps * 8 * scale_bytes_of(of);
+  p.x_at = p.scales_at + depth * kWarps * 8 * scale_bytes_of(storage);
   p.offsets_at = p.x_at + columns * p.x_pitch;
   p.offsets_pitch = (columns + 1) / 2 * 2;
   p.sums_at = p.offsets_at + units * groups * p.offsets_pitch * 4;
@@ -57,48 +60,48 @@ int lay_out(int arch, const Matrix& matrix, int columns, int tiles_at_once, Line
 
 // Launch kernels/linear_decode_wide.cu, for more than 8 rows of x; return false if a block does not fit this
 // GPU.
-bool wide(const Gpu& gpu, CUstream stream, const Matrix& matrix, LinearDecode& p) {
-  constexpr int kUnitBytes[] = {4096, 2048, 1024, 1024};
-  const auto storage = static_cast<size_t>(matrix.storage);
-  const int unit = kUnitBytes[storage], limit = shared_limit(gpu.arch());
+bool launch_wide(const Gpu& gpu, CUstream stream, const Matrix& matrix, LinearDecode& p) {
+  constexpr int kUnitBytes[] = {4096, 2048, 1024, 1024};  // of a tile: kHalf, kInt8, kInt4G64, kInt4G128
+  const int unit = kUnitBytes[static_cast<size_t>(matrix.storage)], limit = shared_limit(gpu.arch());
   const int groups = info(matrix.storage).group != 0 ? kUnit / info(matrix.storage).group : 0;
   p.columns = p.n <= 32 ? 32 : 64;
-  const int tiles = static_cast<int>(rounded(matrix.out, kTileRows)) / kTileRows;
+  const int tiles = static_cast<int>(round_up(matrix.out, kTileRows)) / kTileRows;
   const int chunks = (p.n + p.columns - 1) / p.columns;
-  // Choose the block size with the highest utilisation of the multiprocessors; in a tie the larger one.
-  int best = 0, shared = 0;
-  double best_share = 0;
+  // Choose the number of tiles per block with the highest utilisation of the multiprocessors. Sizes are tried
+  // from the largest; a smaller one must be better by 5 percentage points.
+  int row_tiles = 0, shared = 0;
+  double best_utilisation = 0;
   for (const int rows : {12, 6, 2}) {
     const int stages = wide_stages(unit, groups, p.columns, rows, limit);
     const int bytes =
-        stages * wide_stage_bytes(unit, groups, p.columns, rows) + wide_rest_bytes(groups, p.columns, rows);
+        stages * wide_stage_bytes(unit, groups, p.columns, rows) + wide_tail_bytes(groups, p.columns, rows);
     const int blocks = (tiles + rows - 1) / rows * chunks, processors = gpu.multiprocessors();
     const int waves = (blocks + processors - 1) / processors;
-    const double share =
+    const double utilisation =
         static_cast<double>(tiles * chunks) / (static_cast<double>(waves) * processors * rows);
-    if (bytes > limit || share <= best_share + 0.05) continue;
-    best = rows;
-    best_share = share;
+    if (bytes > limit || utilisation <= best_utilisation + 0.05) continue;
+    row_tiles = rows;
+    best_utilisation = utilisation;
     shared = bytes;
   }
-  if (best == 0) return false;
+  if (row_tiles == 0) return false;
   const std::string name = std::string("linear_wide_") + info(matrix.storage).name + "_" +
-                           std::to_string(p.columns / 8) + "_" + std::to_string(best);
+                           std::to_string(p.columns / 8) + "_" + std::to_string(row_tiles);
   gpu.launch(stream, name.c_str(),
-             {static_cast<unsigned>((tiles + best - 1) / best), static_cast<unsigned>(chunks)},
-             32 * best * wide_split(best), shared, p, true);
+             {static_cast<unsigned>((tiles + row_tiles - 1) / row_tiles), static_cast<unsigned>(chunks)},
+             32 * row_tiles * wide_split(row_tiles), shared, p, true);
   return true;
 }
 
 }  // namespace
 
 MatrixBytes matrix_bytes(Storage storage, int out, int in) {
-  if (storage == Storage::kHalf) return {static_cast<uint64_t>(out) * rounded(in, 8) * 2, 0};
-  const uint64_t rows = rounded(out, kTileRows), values = rows * static_cast<uint64_t>(padded(in));
-  const StorageInfo& of = info(storage);
-  if (of.group == 0) return {values, rows * sizeof(float)};
-  return {values * static_cast<uint64_t>(of.bits) / 8,
-          values / static_cast<uint64_t>(of.group) * (of.zeros ? 4 : 2)};
+  if (storage == Storage::kHalf) return {static_cast<uint64_t>(out) * round_up(in, 8) * 2, 0};
+  const uint64_t rows = round_up(out, kTileRows), values = rows * static_cast<uint64_t>(padded(in));
+  const StorageInfo& properties = info(storage);
+  if (properties.group == 0) return {values, rows * sizeof(float)};
+  return {values * static_cast<uint64_t>(properties.bits) / 8,
+          values / static_cast<uint64_t>(properties.group) * (properties.zeros ? 4 : 2)};
 }
 
 Storage storage_of(qvl_dtype dtype) {
@@ -142,7 +145,7 @@ void upload_matrix(const Gpu& gpu, CUstream stream, qvl_dtype dtype, const void*
   p.step = step;
   // The call that uploads the last row also writes the padding of its tile.
   if (to.storage != Storage::kHalf && first + (out - 1) * step == to.out - 1)
-    p.padding = static_cast<int>(rounded(to.out, kTileRows)) - to.out;
+    p.padding = static_cast<int>(round_up(to.out, kTileRows)) - to.out;
   const char* name = dtype == QVL_FLOAT32      ? "float32"
                      : dtype == QVL_BFLOAT16   ? "bfloat16"
                      : dtype == QVL_FLOAT16    ? "float16"
@@ -154,7 +157,7 @@ void upload_matrix(const Gpu& gpu, CUstream stream, qvl_dtype dtype, const void*
 
 void linear_decode(const Gpu& gpu, CUstream stream, const Matrix& matrix, const void* x, int64_t x_stride,
                    int n, Into into, void* y, const LowRankParams* low_rank) {
-  QVL_REQUIRE(n >= 1 && n <= kMostRows, QVL_INTERNAL, "linear_decode: %d rows", n);
+  QVL_REQUIRE(n >= 1 && n <= kMaxRows, QVL_INTERNAL, "linear_decode: %d rows", n);
   QVL_REQUIRE(x_stride % 8 == 0, QVL_INTERNAL, "linear_decode: rows of x %lld values apart",
               static_cast<long long>(x_stride));
   if (has_tensor_maps(gpu))
@@ -174,19 +177,22 @@ void linear_decode(const Gpu& gpu, CUstream stream, const Matrix& matrix, const 
   p.n = n;
   p.into = static_cast<int>(into);
 
-  if (n > kMostColumns && gpu.arch() >= 80 && !info(matrix.storage).zeros && wide(gpu, stream, matrix, p))
+  if (n > kMaxColumns && gpu.arch() >= 80 && !info(matrix.storage).zeros &&
+      launch_wide(gpu, stream, matrix, p))
     return;
   const int limit = shared_limit(gpu.arch());
-  int columns = std::min(n, kMostColumns);
+  int columns = std::min(n, kMaxColumns);
   while (columns > 1 && lay_out(gpu.arch(), matrix, columns, 1, p) > limit) --columns;
-  int at_once = columns <= 2 ? 4 : columns <= 4 ? 2 : 1, shared = 0;
-  while ((shared = lay_out(gpu.arch(), matrix, columns, at_once, p)) > limit && at_once > 1) at_once /= 2;
+  int tiles_at_once = columns <= 2 ? 4 : columns <= 4 ? 2 : 1, shared = 0;
+  while ((shared = lay_out(gpu.arch(), matrix, columns, tiles_at_once, p)) > limit && tiles_at_once > 1)
+    tiles_at_once /= 2;
   QVL_REQUIRE(shared <= limit, QVL_UNSUPPORTED, "a matrix with %d columns is too wide for this GPU",
               matrix.in);
-  const int tiles = static_cast<int>(rounded(matrix.out, kTileRows)) / kTileRows;
+  const int tiles = static_cast<int>(round_up(matrix.out, kTileRows)) / kTileRows;
   const int chunks = (n + columns - 1) / columns;
   const int blocks = std::min(tiles, (gpu.multiprocessors() + chunks - 1) / chunks);
-  // Request over half of the shared memory, so that no multiprocessor gets two blocks and another none.
+  // Request more than half of the shared memory of a multiprocessor, so that none gets two blocks while
+  // another has none.
   gpu.launch(stream, (std::string("linear_decode_") + info(matrix.storage).name).c_str(),
              {static_cast<unsigned>(blocks), static_cast<unsigned>(chunks)}, kThreads,
              std::max(shared, limit / 2 + 2048), p, true);

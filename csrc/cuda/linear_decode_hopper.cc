@@ -11,16 +11,18 @@ namespace qvl::cuda {
 namespace {
 
 constexpr int kThreads = 128 * kHopperGroups + 32, kAlign = 1024, kBoxBytes = 128;
-constexpr int kMostShared = 227 << 10, kLeastShared = 120 << 10;  // over half: one block per multiprocessor
+constexpr int kMaxShared = 227 << 10;
+constexpr int kMinShared = 120 << 10;  // over half of a multiprocessor's, for one block per multiprocessor
 // Limit with few rows of x, which leaves 64 KB for a block of attention.
-constexpr int kSharedBeside = 158 << 10;
-constexpr int kMostStages = 32, kMostSteps = 4;
+constexpr int kSharedBesideAttention = 158 << 10;
+constexpr int kMaxStages = 32, kMaxSteps = 4;
 
-// Per storage type: bytes of 16 rows in a step of k, bytes of their scales and zero points, number of boxes
-// of 64 values per step, and maximum number of 64-row subtiles per tile for up to 16, 32 and 64 rows of x.
+// Properties of a storage type.
 struct Kind {
-  int tile_bytes, scale_bytes, boxes;
-  int most_parts[3];
+  int tile_bytes;    // of 16 rows in a step of k
+  int scale_bytes;   // of their scales and zero points
+  int boxes;         // number of boxes of 64 values per step
+  int max_parts[3];  // maximum number of 64-row subtiles per tile, for up to 16, 32 and 64 rows of x
 };
 Kind kind_of(Storage storage) {
   if (storage == Storage::kHalf) return {16 * kBoxBytes, 0, 1, {3, 3, 2}};
@@ -39,32 +41,34 @@ int step_bytes(const Kind& kind, int rows, int columns) {
   return rows / 8 * (kind.tile_bytes + kind.scale_bytes) / 2 + kind.boxes * kBoxBytes * columns;
 }
 
-// Rows of W per tile with the lowest estimated time: rounds of tiles times (bytes copied + the fixed cost of
-// a round, in bytes).
-int best_rows(const Kind& kind, int out, int steps, int columns, int blocks, int unit, int most) {
-  constexpr double kRound = 40e3;
+// Rows of W per tile, a multiple of `unit` up to max_rows, with the lowest estimated time: rounds of tiles
+// times (bytes copied + the fixed cost of a round, in bytes).
+int best_rows(const Kind& kind, int out, int steps, int columns, int blocks, int unit, int max_rows) {
+  constexpr double kRoundCost = 40e3;
   int best = unit;
-  double least = 0;
-  for (int rows = unit; rows <= most; rows += unit) {
+  double lowest_cost = 0;
+  for (int rows = unit; rows <= max_rows; rows += unit) {
     const int rounds = divide_up(divide_up(out, rows), blocks);
-    const double cost = rounds * (steps * static_cast<double>(step_bytes(kind, rows, columns)) + kRound);
-    if (least == 0 || cost <= least) best = rows, least = cost;
+    const double cost = rounds * (steps * static_cast<double>(step_bytes(kind, rows, columns)) + kRoundCost);
+    if (lowest_cost == 0 || cost <= lowest_cost) best = rows, lowest_cost = cost;
   }
   return best;
 }
 
-// Steps per item: small items have overhead, large ones copy steps beyond the end of a slice.
+// Steps per item with the lowest estimated time, in bytes: small items have overhead, large ones copy steps
+// beyond the end of a slice. slice: steps per slice; bytes: of a step.
 int best_steps(int slice, int bytes) {
-  constexpr int kItem = 1500, kMostBytes = 24 << 10;
-  int best = 1, least = 0;
-  for (int steps = 1; steps <= kMostSteps && (steps == 1 || steps * bytes <= kMostBytes); ++steps) {
-    const int cost = divide_up(slice, steps) * (steps * bytes + kItem);
-    if (least == 0 || cost < least) best = steps, least = cost;
+  constexpr int kItemCost = 1500, kMaxBytes = 24 << 10;
+  int best = 1, lowest_cost = 0;
+  for (int steps = 1; steps <= kMaxSteps && (steps == 1 || steps * bytes <= kMaxBytes); ++steps) {
+    const int cost = divide_up(slice, steps) * (steps * bytes + kItemCost);
+    if (lowest_cost == 0 || cost < lowest_cost) best = steps, lowest_cost = cost;
   }
   return best;
 }
 
-// Tensor map of H in boxes of 64 values, `steps` boxes per copy if rows are whole boxes.
+// Tensor map of rows of H in boxes of 64 values x `box` rows; if rows are whole boxes, a copy loads `steps`
+// boxes.
 TensorMap boxes_of(const Gpu& gpu, const void* base, int64_t rows, int64_t in, int64_t stride, int box,
                    int steps) {
   if (in % 64 != 0) return tensor_map(gpu, base, {in, rows}, {stride * 2}, {64, box});
@@ -85,18 +89,18 @@ void linear_decode_hopper(const Gpu& gpu, CUstream stream, const Matrix& matrix,
   LinearHopper p{};
   p.row_scales = static_cast<const float*>(matrix.scales);
   p.result = {matrix.bias, y, n, matrix.out, static_cast<int>(into)};
-  p.whole = matrix.in % 64 == 0;
-  p.all_steps = divide_up(matrix.in, 64 * kind.boxes);
-  const int most = 64 * kind.most_parts[columns <= 16 ? 0 : columns / 32];
-  p.rows = best_rows(kind, matrix.out, p.all_steps, columns, blocks, half ? 8 : 16, most);
+  p.whole_boxes = matrix.in % 64 == 0;
+  p.total_steps = divide_up(matrix.in, 64 * kind.boxes);
+  const int max_rows = 64 * kind.max_parts[columns <= 16 ? 0 : columns / 32];
+  p.rows = best_rows(kind, matrix.out, p.total_steps, columns, blocks, half ? 8 : 16, max_rows);
   p.tiles = divide_up(matrix.out, p.rows);
-  const int bytes = step_bytes(kind, p.rows, columns), slice = divide_up(p.all_steps, kHopperGroups);
+  const int bytes = step_bytes(kind, p.rows, columns), slice = divide_up(p.total_steps, kHopperGroups);
   p.steps = best_steps(slice, bytes);
   p.items = kHopperGroups * divide_up(slice, p.steps);
   p.stage_bytes = divide_up(p.steps * bytes, kAlign) * kAlign;
   const int parts = divide_up(p.rows, 64), sums = hopper_sum_bytes(columns, parts);
-  const int room = (columns <= 16 ? kSharedBeside : kMostShared) - kAlign - sums;
-  p.stages = std::min(kMostStages, room / (p.stage_bytes + 16) / kHopperGroups * kHopperGroups);
+  const int available = (columns <= 16 ? kSharedBesideAttention : kMaxShared) - kAlign - sums;
+  p.stages = std::min(kMaxStages, available / (p.stage_bytes + 16) / kHopperGroups * kHopperGroups);
   const int shared = kAlign + p.stages * (p.stage_bytes + 16) + sums;
 
   if (half) {
@@ -104,10 +108,10 @@ void linear_decode_hopper(const Gpu& gpu, CUstream stream, const Matrix& matrix,
   } else {
     constexpr int kLine = 512;  // bytes
     const int tiles = divide_up(matrix.out, 16), lines = kind.tile_bytes / kLine;
-    p.w = tensor_map(gpu, matrix.values, {kLine / 2, tiles * lines, p.all_steps},
+    p.w = tensor_map(gpu, matrix.values, {kLine / 2, tiles * lines, p.total_steps},
                      {kLine, tiles * kind.tile_bytes}, {kLine / 2, p.rows / 16 * lines, p.steps}, false);
     if (kind.scale_bytes != 0) {
-      p.scales = tensor_map(gpu, matrix.scales, {kind.scale_bytes / 2, tiles, p.all_steps},
+      p.scales = tensor_map(gpu, matrix.scales, {kind.scale_bytes / 2, tiles, p.total_steps},
                             {kind.scale_bytes, tiles * kind.scale_bytes},
                             {kind.scale_bytes / 2, p.rows / 16, p.steps}, false);
     }
@@ -118,7 +122,7 @@ void linear_decode_hopper(const Gpu& gpu, CUstream stream, const Matrix& matrix,
                            info(matrix.storage).name + "_" + std::to_string(columns) + "_" +
                            std::to_string(parts);
   const Dim grid{static_cast<unsigned>(std::min(p.tiles, blocks)), static_cast<unsigned>(chunks)};
-  const int bytes_shared = std::max(shared, kLeastShared);
+  const int bytes_shared = std::max(shared, kMinShared);
   if (low_rank != nullptr) {
     gpu.launch(stream, name.c_str(), grid, kThreads, bytes_shared, AdaptedLinearHopper{p, *low_rank}, true);
   } else {

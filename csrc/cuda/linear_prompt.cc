@@ -1,3 +1,4 @@
+// Launches of kernels/linear_prompt.cu, linear_prompt_hopper.cu and linear_dequantise.cu.
 #include "cuda/linear_prompt.h"
 
 #include <algorithm>
@@ -11,14 +12,14 @@ namespace qvl::cuda {
 namespace {
 
 // A variant of linear_prompt_hopper.cu.
-struct Tile64 {
+struct TileVariant {
   const char* name;
   int parts, tokens;         // tile: 64 * parts rows of W x tokens
   int cluster_m, cluster_n;  // tiles per cluster along rows of W and along tokens
   int buffers, blocks;       // stages of the ring, blocks per multiprocessor
 };
 
-constexpr Tile64 kTiles[] = {
+constexpr TileVariant kTiles[] = {
 #define QVL_LINEAR(C, N, CM, CN, S, BLOCKS) \
   {"linear_prompt_" #C "x" #N "_" #CM "x" #CN, C, N, CM, CN, S, BLOCKS},
 #include "cuda/kernels/linear_prompt_tiles.h"
@@ -30,21 +31,22 @@ int divide_up(int a, int b) {
   return (a + b - 1) / b;
 }
 
-struct Groups {
+// Numbers of clusters along rows of W and along tokens.
+struct ClusterGrid {
   int m, n;
 };
-Groups groups(const Tile64& tile, int out, int n) {
+ClusterGrid cluster_grid(const TileVariant& tile, int out, int n) {
   return {divide_up(out, 64 * tile.parts * tile.cluster_m), divide_up(n, tile.tokens * tile.cluster_n)};
 }
 
-// Estimated time of a product in cycles: rounds of tiles, each with steps of 64 values and an epilogue.
-// Measured on an H200: wgmma at 8 / 9 of its peak rate, and 47 bytes per cycle into a multiprocessor, with
-// and without multicast.
-double cycles(const Gpu& gpu, const Tile64& tile, int out, int in, int n) {
-  const Groups all = groups(tile, out, n);
-  const int cluster = tile.cluster_m * tile.cluster_n, at_once = gpu.multiprocessors() / cluster;
-  const int rounds = divide_up(all.m * all.n, at_once * tile.blocks);
-  const int blocks = std::min(tile.blocks, divide_up(all.m * all.n, at_once));
+// Estimated time of a product in cycles: rounds of tiles, each with steps of 64 values and an epilogue. The
+// constants were measured on an H200: wgmma at 8 / 9 of its peak rate (2.25 cycles instead of 2), 47 bytes
+// per cycle into a multiprocessor, with and without multicast, and 2500 + 12 per token for a round.
+double cycles(const Gpu& gpu, const TileVariant& tile, int out, int in, int n) {
+  const ClusterGrid clusters = cluster_grid(tile, out, n);
+  const int cluster = tile.cluster_m * tile.cluster_n, resident = gpu.multiprocessors() / cluster;
+  const int rounds = divide_up(clusters.m * clusters.n, resident * tile.blocks);
+  const int blocks = std::min(tile.blocks, divide_up(clusters.m * clusters.n, resident));
   const double products = 2.25 * tile.parts * tile.tokens;
   const double bytes = 128.0 * (64 * tile.parts + tile.tokens);
   return rounds * (blocks * std::max(products, bytes / 47) * divide_up(in, 64) + 2500 + 12 * tile.tokens);
@@ -67,10 +69,10 @@ const char* linear_prompt_tile_name(int tile) {
 
 int linear_prompt_tile(const Gpu& gpu, int out, int in, int n) {
   int best = -1;
-  double least = 0;
+  double lowest_time = 0;
   for (int i = 0; i < linear_prompt_tiles(gpu); ++i) {
     const double time = cycles(gpu, kTiles[i], out, in, n);
-    if (best < 0 || time < least) best = i, least = time;
+    if (best < 0 || time < lowest_time) best = i, lowest_time = time;
   }
   return best;
 }
@@ -91,7 +93,7 @@ void launch(const Gpu& gpu, CUstream stream, int tile, const Matrix& matrix, con
     gpu.launch(stream, "linear_prompt", grid, kThreads, gpu.arch() >= 80 ? kShared : 0, params, true);
     return;
   }
-  const Tile64& t = kTiles[tile];
+  const TileVariant& t = kTiles[tile];
   const int rows = 64 * t.parts, cluster = t.cluster_m * t.cluster_n;
   LinearTensors params;
   params.w = rows_of(gpu, matrix.values, matrix.out, matrix.in, matrix.stride, rows / t.cluster_n);
@@ -99,11 +101,11 @@ void launch(const Gpu& gpu, CUstream stream, int tile, const Matrix& matrix, con
   params.result = result;
   params.steps = divide_up(matrix.in, 64);
   params.written = written ? 1 : 0;
-  const Groups all = groups(t, matrix.out, n);
-  params.m_groups = all.m;
-  params.n_groups = all.n;
+  const ClusterGrid clusters = cluster_grid(t, matrix.out, n);
+  params.m_groups = clusters.m;
+  params.n_groups = clusters.n;
   const int resident = gpu.multiprocessors() * t.blocks / cluster;
-  const Dim grid{static_cast<unsigned>(std::min(all.m * all.n, resident) * cluster)};
+  const Dim grid{static_cast<unsigned>(std::min(clusters.m * clusters.n, resident) * cluster)};
   constexpr int kChunk = 32 * 68 * 4, kAlign = 1024;
   const int shared = t.buffers * ((rows + t.tokens) * 128 + 16) + t.parts * kChunk + kAlign;
   gpu.launch(stream, t.name, grid, 128 * (t.parts + 1), shared, params, true);

@@ -1,11 +1,12 @@
-// Tile variants of linear_prompt, for its tests and timings. Their results are bit-identical.
+// linear_prompt with a selectable variant of the kernel, for tests and timings. A variant is a tile size; the
+// results of all variants are bit-identical.
 #pragma once
 
 #include "cuda/ops.h"
 
 namespace qvl::cuda {
 
-// Number of variants n for this GPU, with indices 0 to n - 1; -1 is the portable kernel.
+// Number of variants for this GPU. Their indices begin at 0; -1 is the portable kernel.
 int linear_prompt_tiles(const Gpu&);
 const char* linear_prompt_tile_name(int tile);
 

@@ -7,97 +7,103 @@
 namespace qvl::cuda {
 namespace {
 
-constexpr int kVector = 8;
+constexpr int kVector = 8;  // values of H in 16 bytes
 
+// The rank, rounded up to whole vectors.
 int padded_rank(int64_t rank) {
   return static_cast<int>((rank + kVector - 1) / kVector * kVector);
 }
 
 std::vector<float> floats(qvl_dtype dtype, int64_t rows, int64_t columns, const void* values) {
-  std::vector<float> made(size(rows * columns));
-  unpack(dtype, rows, columns, values, made.data());
-  return made;
+  std::vector<float> unpacked(to_size(rows * columns));
+  unpack(dtype, rows, columns, values, unpacked.data());
+  return unpacked;
 }
 
 }  // namespace
 
 CudaAdapter::CudaAdapter(const Gpu& gpu, CUstream stream, int layers, const std::vector<Shape>& shapes,
                          const std::vector<AdapterMatrix>& matrices)
-    : gpu_(gpu), products_(size(layers * kLayerProducts + 1)) {
-  std::vector<const AdapterMatrix*> targets(size(layers * kLayerTargets + 1));
-  for (const AdapterMatrix& matrix : matrices) targets[size(matrix.target)] = &matrix;
+    : gpu_(gpu), products_(to_size(layers * kLayerProducts + 1)) {
+  std::vector<const AdapterMatrix*> targets(to_size(layers * kLayerTargets + 1));
+  for (const AdapterMatrix& matrix : matrices) targets[to_size(matrix.target)] = &matrix;
+  // Upload the parts whose matrices exist.
   const auto make = [&](int product, const Shape& shape, std::vector<Part> parts) {
     parts.erase(std::remove_if(parts.begin(), parts.end(), [](const Part& p) { return p.matrix == nullptr; }),
                 parts.end());
-    if (!parts.empty()) fill(stream, products_[size(product)], shape, parts);
+    if (!parts.empty()) upload_product(stream, products_[to_size(product)], shape, parts);
   };
   for (int layer = 0; layer < layers; ++layer) {
-    const AdapterMatrix* const* const of = targets.data() + layer * kLayerTargets;
+    const AdapterMatrix* const* const layer_targets = targets.data() + layer * kLayerTargets;
     const int first = layer * kLayerProducts;
-    make(first + kAttnProduct, shapes[kAttnProduct], {{of[kAttn], 0, 1}});
-    make(first + kAttnProjProduct, shapes[kAttnProjProduct], {{of[kAttnProj], 0, 1}});
-    make(first + kGateUpProduct, shapes[kGateUpProduct], {{of[kW1], 0, 2}, {of[kW2], 1, 2}});
-    make(first + kMlpProjProduct, shapes[kMlpProjProduct], {{of[kMlpProj], 0, 1}});
+    make(first + kAttnProduct, shapes[kAttnProduct], {{layer_targets[kAttn], 0, 1}});
+    make(first + kAttnProjProduct, shapes[kAttnProjProduct], {{layer_targets[kAttnProj], 0, 1}});
+    make(first + kGateUpProduct, shapes[kGateUpProduct],
+         {{layer_targets[kW1], 0, 2}, {layer_targets[kW2], 1, 2}});
+    make(first + kMlpProjProduct, shapes[kMlpProjProduct], {{layer_targets[kMlpProj], 0, 1}});
   }
   make(layers * kLayerProducts, shapes[kLayerProducts], {{targets.back(), 0, 1}});
 
   std::vector<LowRankEntry> entries;
-  for (const LowRank& each : products_)
-    entries.push_back({each.a.values, each.b.values, each.a.out, each.parts});
+  for (const LowRank& product : products_)
+    entries.push_back({product.a.values, product.b.values, product.a.out, product.parts});
   table_ = DeviceMemory(entries.size() * sizeof(LowRankEntry));
   cuda::copy(stream, table_.get(), entries.data(), table_.bytes());
   check(driver().cuStreamSynchronize(stream), "uploading an adapter");
 }
 
 CudaAdapter::~CudaAdapter() {
-  const Current current(gpu_.context());
+  const CurrentContext current(gpu_.context());
   memory_.clear();
   table_ = DeviceMemory();
 }
 
-// The parts have the same inputs: their As are stacked as rows, their Bs as columns, all padded to the
-// largest rank.
-void CudaAdapter::fill(CUstream stream, LowRank& to, const Shape& shape, const std::vector<Part>& parts) {
+// The parts have the same inputs. Their matrices A are stacked as rows; each matrix B gets its own columns;
+// all are padded to the largest rank. A row of the product's B is therefore zero in the columns of other
+// parts.
+void CudaAdapter::upload_product(CUstream stream, LowRank& to, const Shape& shape,
+                                 const std::vector<Part>& parts) {
   to.parts = parts.front().step;
   int width = 0;
   for (const Part& part : parts) width = std::max(width, padded_rank(part.matrix->rank));
   const int rank = width * to.parts;
   max_rank_ = std::max(max_rank_, rank);
-  std::vector<float> a(size(int64_t{rank} * shape.in)), b(size(int64_t{shape.out} * rank));
+  std::vector<float> a(to_size(int64_t{rank} * shape.in)), b(to_size(int64_t{shape.out} * rank));
   for (const Part& part : parts) {
     const AdapterMatrix& m = *part.matrix;
-    const int64_t before = int64_t{part.first} * width;
+    const int64_t offset = int64_t{part.first} * width;  // of the part: rows of A, columns of B
     const std::vector<float> from_a = floats(m.dtype, m.rank, m.in, m.a),
                              from_b = floats(m.dtype, m.out, m.rank, m.b);
     for (int64_t i = 0; i < m.rank; ++i)
-      std::copy_n(from_a.data() + i * m.in, m.in, a.data() + (before + i) * shape.in);
+      std::copy_n(from_a.data() + i * m.in, m.in, a.data() + (offset + i) * shape.in);
     for (int64_t i = 0; i < m.out; ++i) {
-      float* const row = b.data() + (part.first + i * part.step) * rank + before;
-      for (int64_t j = 0; j < m.rank; ++j) row[j] = m.scale * from_b[size(i * m.rank + j)];
+      float* const row = b.data() + (part.first + i * part.step) * rank + offset;
+      for (int64_t j = 0; j < m.rank; ++j) row[j] = m.scale * from_b[to_size(i * m.rank + j)];
     }
   }
-  to.a = put(stream, a, rank, shape.in);
-  to.b = put(stream, b, shape.out, rank);
+  to.a = upload(stream, a, rank, shape.in);
+  to.b = upload(stream, b, shape.out, rank);
 }
 
-Matrix CudaAdapter::put(CUstream stream, const std::vector<float>& values, int rows, int columns) {
-  const DeviceMemory wide(values.size() * sizeof(float));
-  cuda::copy(stream, wide.get(), values.data(), wide.bytes());
+Matrix CudaAdapter::upload(CUstream stream, const std::vector<float>& values, int rows, int columns) {
+  const DeviceMemory float_values(values.size() * sizeof(float));
+  cuda::copy(stream, float_values.get(), values.data(), float_values.bytes());
   memory_.emplace_back(values.size() * 2);
-  to_half(gpu_, stream, wide.get<float>(), static_cast<int64_t>(values.size()), memory_.back().get());
+  to_half(gpu_, stream, float_values.get<float>(), static_cast<int64_t>(values.size()), memory_.back().get());
   check(driver().cuStreamSynchronize(stream), "uploading an adapter");
-  Matrix made{};
-  made.storage = Storage::kHalf;
-  made.out = rows;
-  made.in = made.stride = columns;
-  made.values = memory_.back().get();
-  return made;
+  Matrix matrix{};
+  matrix.storage = Storage::kHalf;
+  matrix.out = rows;
+  matrix.in = matrix.stride = columns;
+  matrix.values = memory_.back().get();
+  return matrix;
 }
 
 namespace {
 
-unsigned blocks(int rows, int a_block) {
-  return static_cast<unsigned>((rows + a_block - 1) / a_block);
+// Number of blocks for `rows` rows.
+unsigned blocks(int rows, int block_rows) {
+  return static_cast<unsigned>((rows + block_rows - 1) / block_rows);
 }
 
 LowRankParams params_of(const AdaptedRows& rows, int low_stride) {
@@ -134,8 +140,8 @@ void low_rank_up(const Gpu& gpu, CUstream stream, const AdaptedRows& rows, const
   LowRankParams p = params_of(rows, low_stride);
   p.low = const_cast<void*>(low);
   p.raw = raw;
-  const Into added = into == Into::kFloat ? Into::kAdd : into;
-  p.result = {nullptr, y, rows.n, out, static_cast<int>(added)};
+  const Into epilogue = into == Into::kFloat ? Into::kAdd : into;  // B low is added to y
+  p.result = {nullptr, y, rows.n, out, static_cast<int>(epilogue)};
   gpu.launch(stream, "low_rank_up", {blocks(out, kLowRankUp), blocks(rows.n, kLowRankRows)}, kLowRankThreads,
              0, p, true);
 }

@@ -10,45 +10,49 @@
 
 namespace qvl::cuda {
 
-// Products of a layer; w1 and w2 are one interleaved product. Product number layers * kLayerProducts is
-// lm_head.
+// Products of a layer: w1 and w2 are one product, with interleaved rows. Index of a product of a model: layer
+// * kLayerProducts + LayerProduct; lm_head has the index layers * kLayerProducts.
 enum LayerProduct { kAttnProduct, kAttnProjProduct, kGateUpProduct, kMlpProjProduct, kLayerProducts };
 
-// A and B of a product, with the scale multiplied into B. Empty if the adapter does not change the product.
+// A and B of a product, with the scale multiplied into B. Their values are NULL if the adapter does not
+// change the product.
 struct LowRank {
   Matrix a;       // [rank, in], both multiples of 8
   Matrix b;       // [out, rank]
-  int parts = 1;  // number of interleaved matrices; row i of b belongs to matrix i % parts
+  int parts = 1;  // number of interleaved matrices; row i of `b` belongs to matrix i % parts
 };
 
 class CudaAdapter final : public Adapter {
  public:
-  // Shapes of the products of a layer, then of lm_head; out and in are multiples of 8, except lm_head's out.
   struct Shape {
     int out, in;
   };
+  // shapes: of the products of a layer, in the order of LayerProduct, then of lm_head; `out` and `in` are
+  // multiples of 8, except `out` of lm_head. matrices: checked, in host memory.
   CudaAdapter(const Gpu& gpu, CUstream stream, int layers, const std::vector<Shape>& shapes,
               const std::vector<AdapterMatrix>& matrices);
   ~CudaAdapter() override;
 
   // A and B of a product; NULL if the adapter does not change it.
   const LowRank* product(int index) const {
-    const LowRank& found = products_[size(index)];
+    const LowRank& found = products_[to_size(index)];
     return found.a.values != nullptr ? &found : nullptr;
   }
 
-  // Address in device memory of the table, a LowRankEntry per product.
+  // Address in device memory of the adapter's table, which has a LowRankEntry per product.
   uint64_t table() const { return address(table_.get()); }
   int max_rank() const { return max_rank_; }
 
  private:
-  // One matrix of an interleaved product: row i of its B becomes row first + i * step.
+  // A matrix of an interleaved product, or NULL: row i of its B becomes row first + i * step of the product's
+  // B.
   struct Part {
     const AdapterMatrix* matrix;
     int first, step;
   };
-  void fill(CUstream stream, LowRank& to, const Shape& shape, const std::vector<Part>& parts);
-  Matrix put(CUstream stream, const std::vector<float>& values, int rows, int columns);
+  void upload_product(CUstream stream, LowRank& to, const Shape& shape, const std::vector<Part>& parts);
+  // Copy a matrix to the GPU as H.
+  Matrix upload(CUstream stream, const std::vector<float>& values, int rows, int columns);
 
   const Gpu& gpu_;
   std::vector<LowRank> products_;
@@ -57,21 +61,24 @@ class CudaAdapter final : public Adapter {
   int max_rank_ = 0;
 };
 
-// Decode rows and their adapters, in device memory. Kernels read them before their predecessors have ended,
-// like `places` of attention_step.
+// Decode rows and their adapters, in device memory. Kernels read this memory before their predecessors have
+// ended, as they do with `metadata` of attention_step.
 struct AdaptedRows {
   const uint64_t* adapters;  // [n]: addresses of adapter tables; 0: no adapter
   const int32_t* order;      // [n]: row indices sorted by adapter, or NULL
-  int n, product;
+  int n;                     // number of rows
+  int product;               // index of the product
 };
 
-// low = A x: x H [n, x_stride], `in` values per row -> H [n, low_stride]; rows without an adapter are not
-// written.
+// low = A x, for each row with its adapter: x H [n, x_stride], of which `in` values per row are used -> H [n,
+// low_stride]. Rows without an adapter are not written. The parameters are separate because on Hopper
+// linear_decode computes low, too.
 LowRankParams low_rank_params(const AdaptedRows&, const void* x, int64_t x_stride, int in, void* low,
                               int low_stride);
 void low_rank_down(const Gpu&, CUstream, const LowRankParams&);
 
-// y = epilogue(raw + B low); raw: float32 [n, out]. With kAdd and kFloat raw is NULL and B low is added to y.
+// y = epilogue(raw + B low), for each row with its adapter. raw: float32 [n, out], W x; with kAdd and kFloat
+// it is NULL, and B low is added to y.
 void low_rank_up(const Gpu&, CUstream, const AdaptedRows&, const void* low, int low_stride, int out,
                  const float* raw, Into into, void* y);
 

@@ -6,8 +6,9 @@ namespace qvl::cuda {
 namespace {
 
 // Constants of the driver's interface.
-constexpr int kMemoryType = 2;  // attribute of a pointer
-constexpr unsigned kPortable = 1, kMapped = 2, kNoTiming = 2;
+constexpr int kMemoryType = 2;                  // attribute of a pointer
+constexpr unsigned kPortable = 1, kMapped = 2;  // flags of page-locked memory
+constexpr unsigned kNoTiming = 2;               // flag of an event
 
 }  // namespace
 
@@ -42,11 +43,11 @@ void* allocate_host(uint64_t bytes) {
   return memory;
 }
 
-Mark::Mark() {
+StreamEvent::StreamEvent() {
   check(driver().cuEventCreate(&event_, kNoTiming), "creating an event");
 }
 
-bool Mark::done() {
+bool StreamEvent::done() {
   const CUresult result = driver().cuEventQuery(event_);
   if (result == kNotReady) return false;
   check(result, "computing on the GPU");

@@ -8,30 +8,37 @@
 
 namespace qvl::cuda {
 
+// The driver's type of a device address.
 inline CUdeviceptr address(const void* memory) {
   return static_cast<CUdeviceptr>(reinterpret_cast<uintptr_t>(memory));
 }
 
-inline uint64_t size(int64_t n) {
+// A count as an unsigned size, for products of sizes.
+inline uint64_t to_size(int64_t n) {
   return static_cast<uint64_t>(n);
 }
 
+// Bytes in GiB, for messages.
 inline double gib(uint64_t bytes) {
   return static_cast<double>(bytes) / (1 << 30);
 }
 
-inline constexpr uint64_t rounded(uint64_t bytes, uint64_t unit) {
-  return (bytes + unit - 1) / unit * unit;
+// Round up to a multiple of `unit`.
+inline constexpr uint64_t round_up(uint64_t n, uint64_t unit) {
+  return (n + unit - 1) / unit * unit;
 }
 
 // Whether the GPU can access the memory: GPU memory or page-locked host memory.
 bool is_device_visible(const void* pointer);
 
+// Enqueue a copy between any two of GPU memory and host memory.
 void copy(CUstream stream, void* to, const void* from, uint64_t bytes);
 
+// Allocate GPU memory, and page-locked host memory that the GPU can access. Throw QVL_NO_MEMORY.
 void* allocate(uint64_t bytes);
 void* allocate_host(uint64_t bytes);
 
+// Owner of memory; see DeviceMemory and HostMemory.
 template <void* (*Allocate)(uint64_t), bool kHost>
 class Memory {
  public:
@@ -70,17 +77,18 @@ class Memory {
 using DeviceMemory = Memory<allocate, false>;
 using HostMemory = Memory<allocate_host, true>;
 
-// Event: a point in the work of a stream.
-class Mark {
+// A point in the work of a stream.
+class StreamEvent {
  public:
-  Mark();
-  ~Mark() { driver().cuEventDestroy(event_); }
-  Mark(const Mark&) = delete;
-  Mark& operator=(const Mark&) = delete;
+  StreamEvent();
+  ~StreamEvent() { driver().cuEventDestroy(event_); }
+  StreamEvent(const StreamEvent&) = delete;
+  StreamEvent& operator=(const StreamEvent&) = delete;
 
   void record(CUstream stream) { check(driver().cuEventRecord(event_, stream), "recording an event"); }
   void wait() { check(driver().cuEventSynchronize(event_), "computing on the GPU"); }
-  void order(CUstream later) { check(driver().cuStreamWaitEvent(later, event_, 0), "ordering streams"); }
+  // Make later work on `stream` wait for the event.
+  void hold(CUstream stream) { check(driver().cuStreamWaitEvent(stream, event_, 0), "ordering streams"); }
   bool done();
 
  private:

@@ -1,4 +1,5 @@
-// Operations of the layers. All functions enqueue kernels on a stream and return.
+// Operations of the layers, of images and of sampling. All functions enqueue kernels on a stream and return
+// without waiting for them.
 //
 // H is the compute type, bfloat16 or float16 (Gpu::half). All pointers are device memory, 16-byte aligned;
 // rows are contiguous. The residual stream x is float32, inputs of products are H, products accumulate in
@@ -35,8 +36,8 @@ struct Matrix {
   Storage storage;
   int out, in;
   int stride;
-  void* values;                    // kHalf: H [out, stride]; else in the layout of upload_matrix
-  void* scales;                    // quantised: in the layout of upload_matrix
+  void* values;                    // kHalf: H [out, stride]; quantised: layout of kernels/quantised.cuh
+  void* scales;                    // quantised: layout of kernels/quantised.cuh; kHalf: NULL
   const float* bias;               // float32 [out], or NULL
   const int32_t* order = nullptr;  // [in]: column j of W multiplies x[order[j]]; NULL: x[j]
 };
@@ -45,10 +46,11 @@ struct Matrix {
 struct StorageInfo {
   const char* name;  // part of kernel names
   int bits;          // per value
-  int group;         // group size; 0: one scale per row, or none
-  bool zeros;        // one zero point per group
+  int group;         // group size; 0: one scale per row (kInt8) or none (kHalf)
+  bool zeros;        // whether each group has a zero point
 };
 constexpr StorageInfo kStorages[] = {
+    // in the order of Storage
     {"half", 16, 0, false},       {"int8", 8, 0, false},      {"int4_g64", 4, 64, false},
     {"int4_g128", 4, 128, false}, {"uint4_g32", 4, 32, true}, {"uint4_g64", 4, 64, true},
     {"uint4_g128", 4, 128, true}, {"uint8_g32", 8, 32, true}, {"uint8_g64", 8, 64, true}};
@@ -56,14 +58,13 @@ constexpr const StorageInfo& info(Storage storage) {
   return kStorages[static_cast<int>(storage)];
 }
 
-// Epilogue of a product: activation, type and destination of its rows.
+// Epilogue of a product: activation, type and destination of the result. n: number of rows.
 enum class Into {
   kHalf,      // H [n, out]
   kFloat,     // float32 [n, out]
   kAdd,       // added to float32 [n, out]
   kGelu,      // H [n, out], gelu with erf
-  kSiluTimes  // H [n, out / 2]: the matrix is [w1; w2] with rows interleaved (see gate_up), y = w1 x *
-              // silu(w2 x)
+  kSiluTimes  // H [n, out / 2]: y = w1 x * silu(w2 x); the rows of w1 and w2 are interleaved in the matrix
 };
 
 // ---- weights: linear_decode.cc ------------------------------------------------------------------------
@@ -78,25 +79,26 @@ MatrixBytes matrix_bytes(Storage storage, int out, int in);
 Storage storage_of(qvl_dtype dtype);
 
 // Convert a matrix from the layout of a file (qwenvl.h: qvl_packed_bytes), copied to `from`, to that of the
-// kernels. float32, bfloat16 and float16 are rounded to kHalf; quantised types keep their integers, scales
-// and zero points. UINT8_G128 becomes kUint8G64, whose kernels sum 64 values at a time. Row r of the file
-// becomes row first + r * step of `to`; step 2 interleaves two matrices.
+// kernels. float32, bfloat16 and float16 become kHalf, rounded if necessary; quantised types keep their
+// integers, scales and zero points. UINT8_G128 becomes kUint8G64, whose kernels sum 64 values at a time. Row
+// r of the file becomes row first + r * step of `to`; step 2 interleaves two matrices.
 void upload_matrix(const Gpu&, CUstream, qvl_dtype dtype, const void* from, int out, const Matrix& to,
                    int first, int step);
 
 // ---- decode steps: linear_decode.cc, attention_decode.cc, elementwise.cc --------------------------------
 
-// y = x W^T + bias, x H [n, x_stride], x_stride a multiple of 8; the columns of x are in the matrix's order.
-// low_rank: also compute A x, as low_rank_down of low_rank.h; its rows and inputs may differ from x.
+// y = x W^T + bias, x H [n, x_stride], x_stride a multiple of 8. The columns of x are already in the order of
+// the matrix (gather_columns). low_rank: also compute A x, as low_rank_down of low_rank.h does; the rows and
+// inputs in low_rank may differ from x.
 void linear_decode(const Gpu&, CUstream, const Matrix&, const void* x, int64_t x_stride, int n, Into, void* y,
                    const LowRankParams* low_rank = nullptr);
 
-// y[i, j] = x[i, order[j]], j < in: x H [n, x_stride] -> H [n, y_stride]. The padding of a row is not
-// written.
+// y[i, j] = x[i, order[j]] for j < in: x H [n, x_stride] -> H [n, y_stride]. Columns of y from `in` on are
+// not written.
 void gather_columns(const Gpu&, CUstream, const void* x, int64_t x_stride, const int32_t* order, int n,
                     int in, int64_t y_stride, void* y);
 
-// y = x / rms(x) * weight: x float32 [n, width] -> H [n, width].
+// y = x / rms(x) * weight, for each row: x float32 [n, width] -> H [n, width].
 void rms_norm(const Gpu&, CUstream, const float* x, const float* weight, float epsilon, int n, int width,
               void* y);
 
@@ -105,17 +107,17 @@ void rms_norm(const Gpu&, CUstream, const float* x, const float* weight, float e
 void embed(const Gpu&, CUstream, const void* wte /* H [vocab, width] */, int vocab, int width,
            const int32_t* ids, const uint64_t* features, int n, float* x);
 
-// Positions and block tables of the n tokens of a pass, in device memory.
-struct Places {
+// Positions and block tables of the n rows (tokens) of a pass, in device memory.
+struct RowMetadata {
   const int32_t* positions;     // [n]
-  const int32_t* angle_tables;  // [n]: index of the table of angles for the token's sequence
-  const int32_t* tables;        // [n]: row of `blocks`, the token's sequence
+  const int32_t* angle_tables;  // [n]: index of the table in Angles for the row's sequence
+  const int32_t* tables;        // [n]: index of the row's sequence in `blocks`
   const int32_t* blocks;        // [sequences, max_blocks]: block tables
   int max_blocks;
 };
 
-// Cosines and sines: float32 [tables][max_positions][head_dim / 2] each; query scales [max_positions] (logn,
-// and 1 / sqrt(head_dim)).
+// Rotary angles of all positions: cosines and sines, float32 [tables][max_positions][head_dim / 2] each, with
+// a table for each rotary base; query scales [max_positions], the product of logn and 1 / sqrt(head_dim).
 struct Angles {
   const float* cos;
   const float* sin;
@@ -123,8 +125,9 @@ struct Angles {
   int max_positions;
 };
 
-// A layer's keys and values. Block b at base + b * block_bytes: [2][heads][block_tokens][head_dim] of dtype,
-// with int8 followed by float32 scales [2][heads][block_tokens] (value = scale * integer).
+// Keys and values of a layer. Block b begins at base + b * block_bytes and contains values of type dtype,
+// [2][heads][block_tokens][head_dim], keys first. QVL_INT8: the values are integers, and float32 scales
+// [2][heads][block_tokens] follow them (value = scale * integer).
 struct KvLayer {
   char* base;
   uint64_t block_bytes;
@@ -135,39 +138,39 @@ struct KvLayer {
 
 // Rotate queries and keys (pairs d, d + head_dim / 2), scale the queries, write keys and values to the cache.
 // qkv H [n, 3 * heads * head_dim] -> q H [n, heads * head_dim].
-void rotate_and_store(const Gpu&, CUstream, const void* qkv, const Places&, const Angles&, const KvLayer&,
-                      int n, void* q);
+void rotate_and_store(const Gpu&, CUstream, const void* qkv, const RowMetadata&, const Angles&,
+                      const KvLayer&, int n, void* q);
 
 // Attention of one query per sequence over its keys: q H [n, heads * head_dim] -> H, the same shape. Sequence
 // i has positions[i] + 1 keys, at most max_keys. Keys are split at fixed multiples, so that a row does not
-// depend on max_keys or n. scratch: zeroed once after allocation, then passed from call to call, for any n
-// and max_keys.
+// depend on max_keys or n. scratch: set to zero once after allocation; later calls with any n and max_keys
+// may then use it unchanged.
 uint64_t attention_decode_scratch(int n, int heads, int head_dim, int max_keys);
-void attention_decode(const Gpu&, CUstream, const void* q, const Places&, const KvLayer&, int n, int max_keys,
-                      void* scratch, void* y);
+void attention_decode(const Gpu&, CUstream, const void* q, const RowMetadata&, const KvLayer&, int n,
+                      int max_keys, void* scratch, void* y);
 
-// rotate_and_store and attention_decode of a step in one call, with the same bits; q: scratch memory for the
+// rotate_and_store and attention_decode of a step in one call, with the same bits. q: scratch memory for the
 // rotated queries. Each row is the newest token of a different sequence; the block table of row i is row i of
-// places.blocks. `places`, and the keys and values of earlier tokens, are read before the preceding kernels
-// have ended: their writers must have ended before the first of a chain of early launches began, which a
-// graph guarantees.
-void attention_step(const Gpu&, CUstream, const void* qkv, const Places&, const Angles&, const KvLayer&,
+// metadata.blocks. The kernels read `metadata`, and the keys and values of earlier tokens, before the
+// preceding kernels have ended. The writers of this data must therefore have ended before the first of a
+// chain of early launches began, which a graph guarantees.
+void attention_step(const Gpu&, CUstream, const void* qkv, const RowMetadata&, const Angles&, const KvLayer&,
                     int n, int max_keys, void* q, void* scratch, void* y);
 
 // ---- prompts: linear_prompt.cc, attention_prompt.cc -----------------------------------------------------
 
-// As linear_decode. Quantised matrices need linear_prompt_scratch bytes.
+// As linear_decode. scratch: linear_prompt_scratch bytes, 0 unless the matrix is quantised.
 uint64_t linear_prompt_scratch(const Matrix&);
 void linear_prompt(const Gpu&, CUstream, const Matrix&, const void* x, int64_t x_stride, int n, Into, void* y,
                    void* scratch);
 
-// Chunk of a prompt: queries [first, first + n) of q, at positions past .. past + n - 1 of the sequence
-// `table`; each attends to the keys up to its position.
+// Chunk of a prompt: rows first to first + n - 1 of q are the queries at positions past to past + n - 1 of a
+// sequence; `table`: index of the sequence in `blocks`. A query attends to the keys up to its position.
 struct PromptChunk {
   int first, n, past, table;
 };
-// Tile of queries of a chunk. Chunks and tiles are in device memory; n_tiles: the sum of ceil(n /
-// kQueryTile).
+// Tile: up to kQueryTile queries of a chunk. Chunks and tiles are in device memory; n_tiles: the sum over the
+// chunks of ceil(n / kQueryTile).
 constexpr int kQueryTile = 128;
 struct Tile {
   int chunk, offset;  // queries offset .. offset + kQueryTile - 1 of the chunk
@@ -177,24 +180,26 @@ void attention_prompt(const Gpu&, CUstream, const void* q, const PromptChunk* ch
 
 // ---- images: vision.cc ----------------------------------------------------------------------------------
 
-// images float32 [n, 3, size, size] -> H [n * patches, stride]: a row contains a patch's [3][patch][patch]
-// values, padded with zeros.
+// images float32 [n, 3, size, size] -> H [n * patches, stride]: a row contains the values of a patch,
+// [3][patch][patch], padded with zeros. patch: side of a patch in pixels.
 void cut_patches(const Gpu&, CUstream, const float* images, int n, int size, int patch, int stride, void* y);
 
-// LayerNorm of rows of float32 x [n, width] to H and float32, either of which may be NULL; y_float may be x.
-// Row i % period of `add`, float32 [period, width] or NULL, is added to row i of the H result.
+// LayerNorm of the rows of x, float32 [n, width]. Outputs: y_half, H [n, width], and y_float, float32 [n,
+// width]; either may be NULL, and y_float may be x. add: float32 [period, width] or NULL; its row i % period
+// is added to row i of y_half only.
 void layer_norm(const Gpu&, CUstream, const float* x, const float* weight, const float* bias, float epsilon,
                 int n, int width, const float* add, int period, void* y_half, float* y_float);
 
-// x[i] += add[i % period]: float32 [n, width].
+// Row i of x += row i % period of `add`: x float32 [n, width], add float32 [period, width].
 void add_rows(const Gpu&, CUstream, float* x, const float* add, int n, int width, int period);
 
 // float32 [n] -> H [n]. (convert.cc)
 void to_half(const Gpu&, CUstream, const float* x, int64_t n, void* y);
 
-// Attention over all keys of an image. Strides are in values. Query i of image b, head h: q + b * q_image +
-// i * q_stride + h * q_head; keys and values likewise. q is multiplied by `scale`. y H [images * n_queries,
-// heads * head_dim]. head_dim: a multiple of 8, up to 128.
+// Attention over all keys of an image. Query i of head h of image b begins at q + b * q_image + i * q_stride
+// + h * q_head; strides are in values of H. Keys and values likewise, with kv_image, kv_stride and kv_head. q
+// is multiplied by `scale`. y: H [images * n_queries, heads * head_dim]. head_dim: a multiple of 8, up to
+// 128.
 struct DenseAttention {
   const void *q, *k, *v;
   int64_t q_image, q_stride, q_head;
@@ -206,19 +211,21 @@ void attention_dense(const Gpu&, CUstream, const DenseAttention&, void* y);
 
 // ---- sampling: sample.cc --------------------------------------------------------------------------------
 
-struct Sampled {
-  int32_t* tokens;  // [n]
-  float* logprobs;  // [n] or NULL
-  int32_t n_top;
+// Outputs of `sample`, in device memory.
+struct SampleOutputs {
+  int32_t* tokens;      // [n]; -1: the row has a NaN, a positive infinity or no finite logit
+  float* logprobs;      // [n] or NULL
+  int32_t n_top;        // number of alternatives per row, may be 0
   int32_t* top_tokens;  // [n, n_top]
-  float* top_logprobs;
+  float* top_logprobs;  // [n, n_top]
 };
 
+// Bytes of scratch memory for `sample`.
 uint64_t sample_scratch(int n, int vocab);
 
-// Sampling as documented at qvl_sample and qvl_step. any_draw: some row is not greedy; any_changed: some row
-// has penalties or forbidden ids. Kernels that no row needs are not launched.
+// Sampling as documented at qvl_sample and qvl_step. any_draw: at least one row is not greedy; any_changed:
+// at least one row has penalties or forbidden ids. Kernels that no row needs are not launched.
 void sample(const Gpu&, CUstream, const float* logits, int n, int vocab, const Pick* picks,
-            const int32_t* forbidden, bool any_draw, bool any_changed, void* scratch, const Sampled&);
+            const int32_t* forbidden, bool any_draw, bool any_changed, void* scratch, const SampleOutputs&);
 
 }  // namespace qvl::cuda

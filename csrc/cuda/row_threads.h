@@ -5,13 +5,14 @@
 
 namespace qvl::cuda {
 
-// Whether a row fits the registers of its threads: whole float4, at most 2 per thread.
-inline bool row_held(int width) {
+// Whether a row fits the registers of its threads: it consists of float4, at most 2 per thread with 1024
+// threads.
+inline bool fits_registers(int width) {
   return width % 4 == 0 && width <= 4 * 2 * 1024;
 }
 
-// Number of threads with two float4 each, at most 1024. It must depend only on the width, because it
-// determines the order of a row's sums.
+// Number of threads of a row's block: two float4 per thread, whole warps, at most 1024 threads. It must
+// depend only on the width, because it determines the order of the additions.
 inline int row_threads(int width) {
   return std::clamp((width + 255) / 256 * 32, 32, 1024);
 }

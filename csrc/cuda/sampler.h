@@ -10,11 +10,11 @@ namespace qvl::cuda {
 
 // Properties of a batch that determine which sampling kernels run.
 struct SampleKind {
-  bool draws = false;    // some row is not greedy
-  bool changes = false;  // some row has penalties or forbidden ids
-  bool logprobs = false;
-  int n_top = 0;
-  int forbidden = 0;  // number of forbidden ids, rounded up
+  bool draws = false;     // at least one row is not greedy
+  bool changes = false;   // at least one row has penalties or forbidden ids
+  bool logprobs = false;  // log-probabilities of the tokens or of alternatives are requested
+  int n_top = 0;          // number of alternatives per row
+  int forbidden = 0;      // number of forbidden ids of all rows, rounded up to 16, 32, 64 ..
 };
 
 SampleKind sample_kind(const Picks& picks);
@@ -23,26 +23,29 @@ class Sampler {
  public:
   Sampler(const Gpu& gpu, const qvl_config& config);
 
-  // Fill rows 0 .. picks.n - 1 of host.picks, and pad with greedy rows up to `rows`.
-  void describe(const Picks& picks, int rows, const InputArrays& host);
+  // Write the sampling parameters to rows 0 to picks.n - 1 of host.picks, and greedy ones to the rows up to
+  // `rows`; write the ids to host.forbidden.
+  void write_picks(const Picks& picks, int rows, const InputArrays& host);
 
-  // Enqueue sampling of `rows` rows of logits; `at` describes them in device memory.
-  void run(CUstream stream, const float* logits, int rows, const InputArrays& at, const SampleKind& kind);
+  // Enqueue sampling of `rows` rows of logits; `inputs` describes them in device memory.
+  void run(CUstream stream, const float* logits, int rows, const InputArrays& inputs, const SampleKind& kind);
 
-  // Enqueue the copies of the first picks.n rows to the caller's outputs; waits if these are in pageable
-  // memory.
-  void give(CUstream stream, const Picks& picks);
+  // Enqueue the copies of the outputs of the first picks.n rows to the caller's memory. Waits for them if
+  // that is pageable memory.
+  void copy_outputs(CUstream stream, const Picks& picks);
 
+  // Reserve scratch memory and memory for outputs. A captured graph stays valid while graph_version() is
+  // unchanged.
   void reserve(int rows, const SampleKind& kind);
-  int moved() const { return moved_; }
+  int graph_version() const { return graph_version_; }
 
  private:
-  void bring(CUstream stream, void* to, const void* from, uint64_t bytes, bool* waits);
+  void copy_output(CUstream stream, void* to, const void* from, uint64_t bytes, bool* must_wait);
 
   const Gpu& gpu_;
   const int vocab_;
   DeviceMemory scratch_, tokens_, logprobs_, top_tokens_, top_logprobs_;
-  int moved_ = 0;
+  int graph_version_ = 0;
 };
 
 }  // namespace qvl::cuda

@@ -9,18 +9,19 @@ namespace {
 
 constexpr int kMaxRows = 256;
 constexpr size_t kMaxGraphs = 128;
-constexpr int kRelaxed = 2;  // relaxed capture: other threads may use the GPU meanwhile
-constexpr int kFewestKeys = 256;
+constexpr int kRelaxedCapture = 2;  // mode of capture in which other threads may use the GPU meanwhile
+constexpr int kMinKeys = 256;
 
 // Number of rows of the graph for n sequences: n plus up to 7 padding rows.
 int row_bucket(int n) {
   return n <= 2 ? n : n <= 4 ? 4 : (n + 7) / 8 * 8;
 }
 
-int key_bucket(int keys, int most) {
-  int bucket = kFewestKeys;
+// Limit of the number of keys of the graph for `keys` keys: a power of two, within max_keys.
+int key_bucket(int keys, int max_keys) {
+  int bucket = kMinKeys;
   while (bucket < keys) bucket *= 2;
-  return std::max(keys, std::min(bucket, most));
+  return std::max(keys, std::min(bucket, max_keys));
 }
 
 }  // namespace
@@ -28,16 +29,16 @@ int key_bucket(int keys, int most) {
 StepGraphs::StepGraphs(const qvl_config& config, CUcontext context, Language& language, Sampler& sampler,
                        StepInput& input)
     : config_(config), context_(context), language_(language), sampler_(sampler), input_(input) {
-  check(driver().cuStreamCreate(&stream_, 1), "creating a stream");
+  check(driver().cuStreamCreate(&stream_, kNonBlocking), "creating a stream");
 }
 
 StepGraphs::~StepGraphs() {
-  const Current current(context_);
+  const CurrentContext current(context_);
   for (const auto& [key, graph] : graphs_) driver().cuGraphExecDestroy(graph);
   driver().cuStreamDestroy(stream_);
 }
 
-bool StepGraphs::serves(const qvl_batch& batch, const Picks& picks) {
+bool StepGraphs::can_run(const qvl_batch& batch, const Picks& picks) {
   if (batch.n_spans > 0 || batch.n_sequences > kMaxRows || picks.n != batch.n_sequences) return false;
   for (int i = 0; i < batch.n_sequences; ++i) {
     const qvl_sequence& s = batch.sequences[i];
@@ -71,35 +72,35 @@ void StepGraphs::step(CUstream stream, const CudaKvPool& pool, const qvl_batch& 
   sizes.adapted = adapted ? rows : 0;
 
   const InputArrays host = input_.begin(sizes);
-  const bool ids_here = !is_device_visible(batch.tokens);
+  const bool ids_on_host = !is_device_visible(batch.tokens);
   const int32_t spare = pool.spare_block();
   for (int i = 0; i < rows; ++i) {
     // A padding row is the first token of a sequence that uses the spare block.
-    const qvl_sequence absent{1, 0, 1, 1, &spare, 0, 0};
-    const qvl_sequence& s = i < n ? batch.sequences[i] : absent;
-    language_.place(host, i, s, s.n_past, i);
-    host.ids[i] = ids_here && i < n ? batch.tokens[i] : 0;
+    const qvl_sequence padding{1, 0, 1, 1, &spare, 0, 0};
+    const qvl_sequence& s = i < n ? batch.sequences[i] : padding;
+    language_.describe_row(host, i, s, s.n_past, i);
+    host.ids[i] = ids_on_host && i < n ? batch.tokens[i] : 0;
     std::copy_n(s.blocks, s.n_past / pool.block_tokens + 1, host.blocks + i * shape.max_blocks);
   }
   Language::sort_by_adapter(host, 0, rows);
-  sampler_.describe(picks, rows, host);
-  const CUgraphExec graph = captured(pool, sizes, shape, kind);
-  const InputArrays at = input_.send(stream);
-  if (!ids_here) copy(stream, at.ids, batch.tokens, static_cast<uint64_t>(n) * 4);
+  sampler_.write_picks(picks, rows, host);
+  const CUgraphExec graph = graph_for(pool, sizes, shape, kind);
+  const InputArrays inputs = input_.send(stream);
+  if (!ids_on_host) copy(stream, inputs.ids, batch.tokens, static_cast<uint64_t>(n) * 4);
   check(driver().cuGraphLaunch(graph, stream), "computing on the GPU");
-  sampler_.give(stream, picks);
+  sampler_.copy_outputs(stream, picks);
 }
 
-void StepGraphs::forget_moved() {
-  const int moved = input_.moved() + language_.moved() + sampler_.moved();
-  if (moved == moved_ && graphs_.size() < kMaxGraphs) return;
-  moved_ = moved;
+void StepGraphs::drop_stale_graphs() {
+  const int graph_version = input_.graph_version() + language_.graph_version() + sampler_.graph_version();
+  if (graph_version == graph_version_ && graphs_.size() < kMaxGraphs) return;
+  graph_version_ = graph_version;
   for (const auto& [key, graph] : graphs_) driver().cuGraphExecDestroy(graph);
   graphs_.clear();
 }
 
-CUgraphExec StepGraphs::captured(const CudaKvPool& pool, const InputSizes& sizes, const PassShape& shape,
-                                 const SampleKind& kind) {
+CUgraphExec StepGraphs::graph_for(const CudaKvPool& pool, const InputSizes& sizes, const PassShape& shape,
+                                  const SampleKind& kind) {
   const int rows = shape.n_decode;
   language_.reserve(rows, shape.max_keys);
   sampler_.reserve(rows, kind);
@@ -107,33 +108,33 @@ CUgraphExec StepGraphs::captured(const CudaKvPool& pool, const InputSizes& sizes
   if (logits_.bytes() < logits) {
     logits_ = DeviceMemory();
     logits_ = DeviceMemory(logits);
-    moved_ = -1;
+    graph_version_ = -1;  // all graphs are stale
   }
-  forget_moved();
-  const Key key{pool.number(), rows,       shape.max_keys, kind.draws,      kind.changes,
+  drop_stale_graphs();
+  const Key key{pool.id(),     rows,       shape.max_keys, kind.draws,      kind.changes,
                 kind.logprobs, kind.n_top, kind.forbidden, shape.is_adapted};
   const auto found = graphs_.find(key);
   if (found != graphs_.end()) return found->second;
 
-  const InputArrays at = input_.device(sizes);
+  const InputArrays inputs = input_.device(sizes);
   CUgraph graph = nullptr;
-  check(driver().cuStreamBeginCapture(stream_, kRelaxed), "capturing a step");
+  check(driver().cuStreamBeginCapture(stream_, kRelaxedCapture), "capturing a step");
   try {
-    language_.layers(stream_, pool, at, shape);
-    language_.head(stream_, at, 0, rows, logits_.get<float>());
-    sampler_.run(stream_, logits_.get<float>(), rows, at, kind);
+    language_.layers(stream_, pool, inputs, shape);
+    language_.lm_head(stream_, inputs, 0, rows, logits_.get<float>());
+    sampler_.run(stream_, logits_.get<float>(), rows, inputs, kind);
   } catch (...) {
     driver().cuStreamEndCapture(stream_, &graph);
     if (graph != nullptr) driver().cuGraphDestroy(graph);
     throw;
   }
   check(driver().cuStreamEndCapture(stream_, &graph), "capturing a step");
-  CUgraphExec made = nullptr;
-  const CUresult result = driver().cuGraphInstantiate(&made, graph, 0);
+  CUgraphExec executable = nullptr;
+  const CUresult result = driver().cuGraphInstantiate(&executable, graph, 0);
   driver().cuGraphDestroy(graph);
   check(result, "capturing a step");
-  graphs_.emplace(key, made);
-  return made;
+  graphs_.emplace(key, executable);
+  return executable;
 }
 
 }  // namespace qvl::cuda

@@ -1,4 +1,5 @@
-// Decode steps as CUDA graphs: layers, lm_head and sampling for a number of rows, captured once and replayed.
+// Decode steps as CUDA graphs: layers, lm_head and sampling for a fixed number of rows, captured on first use
+// and replayed in later steps.
 #pragma once
 
 #include <map>
@@ -17,18 +18,22 @@ class StepGraphs {
   StepGraphs(const StepGraphs&) = delete;
   StepGraphs& operator=(const StepGraphs&) = delete;
 
-  // Whether the step has one decode token for each of up to 256 sequences, all sampled.
-  static bool serves(const qvl_batch& batch, const Picks& picks);
+  // Whether the batch is a decode step of up to 256 sequences, with one token per sequence, all of them
+  // sampled.
+  static bool can_run(const qvl_batch& batch, const Picks& picks);
 
+  // Run a batch for which can_run() is true.
   void step(CUstream stream, const CudaKvPool& pool, const qvl_batch& batch, const Picks& picks);
 
  private:
-  // Properties fixed at capture: pool, rows, keys, draws, changes, logprobs, n_top, forbidden, adapted.
+  // Properties of a graph: pool, rows, keys, draws, changes, logprobs, n_top, forbidden, adapted.
   using Key = std::tuple<uint64_t, int, int, bool, bool, bool, int, int, bool>;
 
-  CUgraphExec captured(const CudaKvPool& pool, const InputSizes& sizes, const PassShape& shape,
-                       const SampleKind& kind);
-  void forget_moved();
+  // The graph for these properties, captured if it does not exist.
+  CUgraphExec graph_for(const CudaKvPool& pool, const InputSizes& sizes, const PassShape& shape,
+                        const SampleKind& kind);
+  // Destroy all graphs if memory that they use has moved, or if there are too many.
+  void drop_stale_graphs();
 
   const qvl_config config_;
   const CUcontext context_;
@@ -38,7 +43,7 @@ class StepGraphs {
   CUstream stream_ = nullptr;  // for capture only
   DeviceMemory logits_;
   std::map<Key, CUgraphExec> graphs_;
-  int moved_ = 0;
+  int graph_version_ = 0;  // sum of the versions for which graphs_ are valid
 };
 
 }  // namespace qvl::cuda

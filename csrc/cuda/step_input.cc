@@ -5,34 +5,36 @@
 namespace qvl::cuda {
 namespace {
 
+// Bump allocator of 16-byte aligned arrays; with base NULL it only computes the size.
 struct Layout {
   char* base;
   uint64_t used = 0;
 
   template <typename T>
-  T* take(int n) {
-    T* const taken = reinterpret_cast<T*>(base + used);
-    used += rounded(static_cast<uint64_t>(n) * sizeof(T), 16);
-    return taken;
+  T* array_of(int n) {
+    T* const array = reinterpret_cast<T*>(base + used);
+    used += round_up(static_cast<uint64_t>(n) * sizeof(T), 16);
+    return array;
   }
 };
 
+// The arrays in memory from `base` on; sets `bytes` to their total size.
 InputArrays lay_out(char* base, const InputSizes& n, uint64_t* bytes) {
   Layout layout{base};
   InputArrays arrays{};
-  arrays.features = layout.take<uint64_t>(n.rows);
-  arrays.ids = layout.take<int32_t>(n.rows);
-  arrays.positions = layout.take<int32_t>(n.rows);
-  arrays.angle_tables = layout.take<int32_t>(n.rows);
-  arrays.table_of = layout.take<int32_t>(n.rows);
-  arrays.blocks = layout.take<int32_t>(n.tables * n.max_blocks);
-  arrays.chunks = layout.take<PromptChunk>(n.chunks);
-  arrays.tiles = layout.take<Tile>(n.tiles);
-  arrays.picks = layout.take<Pick>(n.picks);
-  arrays.forbidden = layout.take<int32_t>(n.forbidden);
+  arrays.features = layout.array_of<uint64_t>(n.rows);
+  arrays.ids = layout.array_of<int32_t>(n.rows);
+  arrays.positions = layout.array_of<int32_t>(n.rows);
+  arrays.angle_tables = layout.array_of<int32_t>(n.rows);
+  arrays.table_of = layout.array_of<int32_t>(n.rows);
+  arrays.blocks = layout.array_of<int32_t>(n.tables * n.max_blocks);
+  arrays.chunks = layout.array_of<PromptChunk>(n.chunks);
+  arrays.tiles = layout.array_of<Tile>(n.tiles);
+  arrays.picks = layout.array_of<Pick>(n.picks);
+  arrays.forbidden = layout.array_of<int32_t>(n.forbidden);
   if (n.adapted > 0) {
-    arrays.adapters = layout.take<uint64_t>(n.adapted);
-    arrays.adapter_order = layout.take<int32_t>(n.adapted);
+    arrays.adapters = layout.array_of<uint64_t>(n.adapted);
+    arrays.adapter_order = layout.array_of<int32_t>(n.adapted);
   }
   *bytes = layout.used;
   return arrays;
@@ -46,11 +48,11 @@ InputArrays StepInput::begin(const InputSizes& sizes) {
   lay_out(nullptr, sizes, &bytes);
   next_ = (next_ + 1) % slots_.size();
   Slot& slot = slots_[next_];
-  slot.read.wait();
+  slot.copied.wait();
   if (slot.memory.bytes() < bytes) slot.memory = HostMemory(std::max<uint64_t>(2 * bytes, 1 << 16));
   if (device_.bytes() < bytes) {
     device_ = DeviceMemory(std::max<uint64_t>(2 * bytes, 1 << 16));  // cuMemFree waits for the GPU
-    ++moved_;
+    ++graph_version_;
   }
   return lay_out(slot.memory.get<char>(), sizes, &bytes);
 }
@@ -60,7 +62,7 @@ InputArrays StepInput::send(CUstream stream) {
   const InputArrays arrays = lay_out(device_.get<char>(), sizes_, &bytes);
   Slot& slot = slots_[next_];
   copy(stream, device_.get(), slot.memory.get(), bytes);
-  slot.read.record(stream);
+  slot.copied.record(stream);
   return arrays;
 }
 

@@ -9,54 +9,55 @@
 
 namespace qvl::cuda {
 
-// Sizes of the arrays. They alone determine the address of each array, as captured graphs require.
+// Sizes of the arrays. Only they determine the offsets of the arrays: steps with the same sizes have the same
+// addresses, as captured graphs require.
 struct InputSizes {
-  int rows = 0;  // tokens
-  int tables = 0, max_blocks = 0;
-  int chunks = 0, tiles = 0;
-  int picks = 0, forbidden = 0;
-  int adapted = 0;  // number of rows if any has an adapter, else 0
+  int rows = 0;                    // tokens of the pass
+  int tables = 0, max_blocks = 0;  // block tables, and their length
+  int chunks = 0, tiles = 0;       // of prompts, for attention_prompt
+  int picks = 0, forbidden = 0;    // rows to sample, and their forbidden ids
+  int adapted = 0;                 // number of rows if any of them has an adapter, else 0
 };
 
 // The arrays, in host or device memory.
 struct InputArrays {
-  int32_t* ids;        // [rows]
-  uint64_t* features;  // [rows]
-  int32_t* positions;  // [rows]
-  int32_t* angle_tables;
-  int32_t* table_of;  // [rows]: row of `blocks`, the token's sequence
-  int32_t* blocks;    // [tables, max_blocks]
-  PromptChunk* chunks;
-  Tile* tiles;
-  Pick* picks;
-  int32_t* forbidden;
-  uint64_t* adapters;      // [rows]: address of the adapter's table; 0: none; NULL without `adapted`
-  int32_t* adapter_order;  // [rows]: indices of the decode rows, from 0, sorted by adapter
+  int32_t* ids;           // [rows]
+  uint64_t* features;     // [rows]: address of the image features of the row; 0: none
+  int32_t* positions;     // [rows]
+  int32_t* angle_tables;  // [rows]: as in RowMetadata
+  int32_t* table_of;      // [rows]: index of the row's sequence in `blocks`
+  int32_t* blocks;        // [tables, max_blocks]
+  PromptChunk* chunks;    // [chunks]
+  Tile* tiles;            // [tiles]
+  Pick* picks;            // [picks]
+  int32_t* forbidden;     // [forbidden]
+  uint64_t* adapters;  // [adapted]: address of the table of the row's adapter, 0: none; NULL if adapted is 0
+  int32_t* adapter_order;  // indices of the decode rows, from 0 for the first of them, sorted by adapter
 };
 
 class StepInput {
  public:
-  // Return the arrays in host memory, to be filled; waits for earlier copies from this memory.
+  // Return the arrays in host memory, to be filled. Waits until earlier copies from this memory have ended.
   InputArrays begin(const InputSizes& sizes);
 
-  // Enqueue the copy and return the arrays on the GPU, which must be read on this stream.
+  // Enqueue the copy to the GPU and return the arrays there, which must be read on this stream.
   InputArrays send(CUstream stream);
 
-  // Arrays of these sizes on the GPU; their addresses are valid until moved() changes.
+  // Arrays of these sizes on the GPU; their addresses are valid until graph_version() changes.
   InputArrays device(const InputSizes& sizes) const;
-  int moved() const { return moved_; }
+  int graph_version() const { return graph_version_; }
 
  private:
   struct Slot {
     HostMemory memory;
-    Mark read;
+    StreamEvent copied;  // end of the last copy from the memory
   };
 
   std::array<Slot, 4> slots_;
   size_t next_ = 0;
   InputSizes sizes_{};
   DeviceMemory device_;
-  int moved_ = 0;
+  int graph_version_ = 0;
 };
 
 }  // namespace qvl::cuda

@@ -14,17 +14,17 @@ TensorMap tensor_map(const Gpu& gpu, const void* base, std::initializer_list<int
                      std::initializer_list<int64_t> strides, std::initializer_list<int> box, bool swizzled) {
   // Constants of the driver's interface.
   constexpr int kFloat16 = 6, kBfloat16 = 9, kSwizzle128 = 3, kL2Lines256 = 3;
-  constexpr size_t kMost = 5;
-  QVL_REQUIRE(sizes.size() <= kMost && strides.size() + 1 == sizes.size() && box.size() == sizes.size(),
+  constexpr size_t kMaxDims = 5;
+  QVL_REQUIRE(sizes.size() <= kMaxDims && strides.size() + 1 == sizes.size() && box.size() == sizes.size(),
               QVL_INTERNAL, "a tensor map of %zu dimensions", sizes.size());
-  uint64_t all_sizes[kMost], all_strides[kMost];
-  uint32_t all_boxes[kMost], steps[kMost];
+  uint64_t all_sizes[kMaxDims], all_strides[kMaxDims];
+  uint32_t all_boxes[kMaxDims], steps[kMaxDims];
   std::copy(sizes.begin(), sizes.end(), all_sizes);
   std::copy(strides.begin(), strides.end(), all_strides);
   std::copy(box.begin(), box.end(), all_boxes);
-  std::fill(steps, steps + kMost, 1);
+  std::fill(steps, steps + kMaxDims, 1);
   TensorMap map;
-  static_assert(sizeof(TensorMap) == sizeof(CUtensorMap), "the driver's own size");
+  static_assert(sizeof(TensorMap) == sizeof(CUtensorMap), "the size of the driver's type");
   check(driver().cuTensorMapEncodeTiled(
             reinterpret_cast<CUtensorMap*>(&map), gpu.half() == Half::kBfloat16 ? kBfloat16 : kFloat16,
             static_cast<unsigned>(sizes.size()), const_cast<void*>(base), all_sizes, all_strides, all_boxes,

@@ -1,4 +1,5 @@
-// Copies of mapped or pageable host memory to the GPU, at the bandwidth of the bus or the disk.
+// Copies of mapped or pageable host memory to the GPU, by several threads through page-locked buffers, at the
+// bandwidth of the bus or the disk.
 #pragma once
 
 #include <array>
@@ -20,20 +21,21 @@ class Uploader {
  private:
   struct Slot {
     HostMemory memory;
-    Mark free;  // end of the slot's last copy
+    StreamEvent copied;  // end of the slot's last copy
   };
   struct Worker {
     CUstream stream = nullptr;
-    Mark done;
+    StreamEvent finished;       // end of the worker's last copy
     std::array<Slot, 2> slots;  // double buffer: one is filled while the other is copied
     size_t next = 0;
   };
 
+  // Copy through the slots of a worker, on its stream.
   void copy_part(Worker& worker, char* to, const char* from, uint64_t bytes);
 
   CUcontext context_;
   CUstream stream_;
-  Mark before_;
+  StreamEvent earlier_work_;  // on stream_
   std::vector<std::unique_ptr<Worker>> workers_;
 };
 

@@ -1,4 +1,4 @@
-// The checked weights on the GPU, in the layout of the kernels.
+// Upload of a model's weights, which are already checked, to the GPU in the layout of the kernels.
 #pragma once
 
 #include <deque>
@@ -32,7 +32,7 @@ class Weights {
   // 2 i + 1; padded with rows of zeros to a multiple of 16.
   Matrix interleaved(const std::string& first, const std::string& second);
 
-  // Matrix in the compute type, for any storage type of the tensor.
+  // Matrix in the compute type; a quantised tensor is dequantised on the host.
   Matrix half_matrix(const std::string& name, const std::string& bias);
 
   Norm norm(const std::string& name) { return {floats(name + ".weight"), floats(name + ".bias")}; }
@@ -43,13 +43,16 @@ class Weights {
   std::deque<DeviceMemory> finish();
 
  private:
-  void check_room() const;
+  void check_memory() const;
+  // Input order of the matrix `name`: its tensor, and a copy of that on the GPU; NULL if it has none.
   const qvl_tensor* order_of(const std::string& name) const;
   const int32_t* order(const std::string& name);
-  Matrix empty(Storage storage, int64_t out, int64_t in);
-  void fill(const qvl_tensor& tensor, const Matrix& to, int first, int step);
-  void put(void* to, const void* from, uint64_t bytes, qvl_device where);
-  void* take(uint64_t bytes);
+  Matrix allocate_matrix(Storage storage, int64_t out, int64_t in);
+  // Write row r of the tensor to row first + r * step of `to`, in the layout of the kernels.
+  void write_rows(const qvl_tensor& tensor, const Matrix& to, int first, int step);
+  void copy_to_gpu(void* to, const void* from, uint64_t bytes, qvl_device source);
+  // Allocate GPU memory for weights; small allocations share a slab.
+  void* suballocate(uint64_t bytes);
 
   const Gpu& gpu_;
   CUstream stream_;
@@ -57,8 +60,8 @@ class Weights {
   Uploader uploader_;
   DeviceMemory staging_;
   std::deque<DeviceMemory> memory_;
-  char* room_ = nullptr;  // free part of the last slab in memory_
-  uint64_t left_ = 0;
+  char* slab_ = nullptr;    // unused part of the last slab in memory_
+  uint64_t slab_left_ = 0;  // its bytes
 };
 
 }  // namespace qvl::cuda

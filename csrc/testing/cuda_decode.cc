@@ -1,4 +1,5 @@
-// C interface to the launchers of decode steps for tests/cuda. Functions return NULL or an error message.
+// C interface to the launchers of decode steps in cuda/ops.h, for tests/cuda. Functions return NULL or an
+// error message. storage, dtype and into: values of Storage, qvl_dtype and Into.
 #include <exception>
 #include <string>
 
@@ -12,20 +13,22 @@ using namespace qvl::cuda;
 
 namespace {
 
+// half: compute type of the kernels; 0: bfloat16, 1: float16.
 const Gpu& gpu(int half) {
   static const Gpu bfloat16(0, Half::kBfloat16), float16(0, Half::kFloat16);
   return half == 0 ? bfloat16 : float16;
 }
 
+// Call `body`; return NULL, or the message of its exception, valid until the next error of this thread.
 template <typename Body>
-const char* guarded_line(Body&& body) {
-  static thread_local std::string line;
+const char* error_message(Body&& body) {
+  static thread_local std::string message;
   try {
     body();
     return nullptr;
   } catch (const std::exception& error) {
-    line = error.what();
-    return line.c_str();
+    message = error.what();
+    return message.c_str();
   }
 }
 
@@ -44,7 +47,7 @@ EXPORT void decode_matrix_bytes(int storage, int out, int in, uint64_t* values, 
 EXPORT const char* decode_upload(int half, CUstream stream, int dtype, const void* from, int rows,
                                  int storage, int out, int in, int stride, void* values, void* scales,
                                  int first, int step) {
-  return guarded_line([&] {
+  return error_message([&] {
     upload_matrix(gpu(half), stream, dtype, from, rows,
                   matrix(storage, out, in, stride, values, scales, nullptr), first, step);
   });
@@ -53,18 +56,19 @@ EXPORT const char* decode_upload(int half, CUstream stream, int dtype, const voi
 EXPORT const char* decode_linear(int half, CUstream stream, int storage, int out, int in, int stride,
                                  void* values, void* scales, const float* bias, const void* x,
                                  int64_t x_stride, int n, int into, void* y) {
-  return guarded_line([&] {
+  return error_message([&] {
     linear_decode(gpu(half), stream, matrix(storage, out, in, stride, values, scales, bias), x, x_stride, n,
                   static_cast<Into>(into), y);
   });
 }
 
-// decode_linear that also computes A x of the rows' adapters to `low`; arguments as in qvlt_gpu_low_rank.
+// decode_linear for rows with adapters: also writes A x of each row to `low`. adapters, order, product, low
+// and low_stride: as for qvlt_gpu_low_rank (cuda_small.cc).
 EXPORT const char* decode_adapted(int half, CUstream stream, int storage, int out, int in, int stride,
                                   void* values, void* scales, const void* x, int64_t x_stride, int n,
                                   int into, void* y, const uint64_t* adapters, const int32_t* order,
                                   int product, void* low, int low_stride) {
-  return guarded_line([&] {
+  return error_message([&] {
     const AdaptedRows rows{adapters, order, n, product};
     const LowRankParams low_rank = low_rank_params(rows, x, x_stride, in, low, low_stride);
     linear_decode(gpu(half), stream, matrix(storage, out, in, stride, values, scales, nullptr), x, x_stride,
@@ -75,7 +79,7 @@ EXPORT const char* decode_adapted(int half, CUstream stream, int storage, int ou
 EXPORT const char* decode_prompt_linear(int half, CUstream stream, int storage, int out, int in, int stride,
                                         void* values, void* scales, const float* bias, const void* x,
                                         int64_t x_stride, int n, int into, void* y, void* scratch) {
-  return guarded_line([&] {
+  return error_message([&] {
     linear_prompt(gpu(half), stream, matrix(storage, out, in, stride, values, scales, bias), x, x_stride, n,
                   static_cast<Into>(into), y, scratch);
   });
@@ -89,29 +93,29 @@ EXPORT const char* decode_attention(int half, CUstream stream, const void* q, co
                                     const int32_t* tables, const int32_t* blocks, int max_blocks, char* base,
                                     uint64_t block_bytes, int block_tokens, int dtype, int heads,
                                     int head_dim, int n, int max_keys, void* scratch, void* y) {
-  return guarded_line([&] {
-    const Places places{positions, nullptr, tables, blocks, max_blocks};
+  return error_message([&] {
+    const RowMetadata metadata{positions, nullptr, tables, blocks, max_blocks};
     const KvLayer cache{base, block_bytes, block_tokens, dtype, heads, head_dim};
-    attention_decode(gpu(half), stream, q, places, cache, n, max_keys, scratch, y);
+    attention_decode(gpu(half), stream, q, metadata, cache, n, max_keys, scratch, y);
   });
 }
 
-// fused: 0: rotate_and_store, then attention_decode; 1: attention_step.
+// fused: 1: one call of attention_step; 0: rotate_and_store, then attention_decode.
 EXPORT const char* decode_step(int half, CUstream stream, int fused, const void* qkv,
                                const int32_t* positions, const int32_t* angle_tables, const int32_t* tables,
                                const int32_t* blocks, int max_blocks, const float* cos, const float* sin,
                                const float* query_scale, int max_positions, char* base, uint64_t block_bytes,
                                int block_tokens, int dtype, int heads, int head_dim, int n, int max_keys,
                                void* q, void* scratch, void* y) {
-  return guarded_line([&] {
-    const Places places{positions, angle_tables, tables, blocks, max_blocks};
+  return error_message([&] {
+    const RowMetadata metadata{positions, angle_tables, tables, blocks, max_blocks};
     const Angles angles{cos, sin, query_scale, max_positions};
     const KvLayer cache{base, block_bytes, block_tokens, dtype, heads, head_dim};
     if (fused != 0) {
-      attention_step(gpu(half), stream, qkv, places, angles, cache, n, max_keys, q, scratch, y);
+      attention_step(gpu(half), stream, qkv, metadata, angles, cache, n, max_keys, q, scratch, y);
       return;
     }
-    rotate_and_store(gpu(half), stream, qkv, places, angles, cache, n, q);
-    attention_decode(gpu(half), stream, q, places, cache, n, max_keys, scratch, y);
+    rotate_and_store(gpu(half), stream, qkv, metadata, angles, cache, n, q);
+    attention_decode(gpu(half), stream, q, metadata, cache, n, max_keys, scratch, y);
   });
 }

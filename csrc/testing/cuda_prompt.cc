@@ -15,12 +15,13 @@ namespace {
 
 // Never freed: the driver may be unloaded before static objects are destroyed.
 const Gpu& prompt_gpu(int64_t bfloat16) {
-  static const Gpu* const made[] = {new Gpu(0, Half::kFloat16), new Gpu(0, Half::kBfloat16)};
-  return *made[bfloat16 != 0];
+  static const Gpu* const gpus[] = {new Gpu(0, Half::kFloat16), new Gpu(0, Half::kBfloat16)};
+  return *gpus[bfloat16 != 0];
 }
 
+// Call `body`; return NULL, or the message of its exception, valid until the next call in this thread.
 template <typename Body>
-const char* reported(Body&& body) {
+const char* error_message(Body&& body) {
   static thread_local qvl_error error;
   return guarded(&error, body) == QVL_OK ? nullptr : error.message;
 }
@@ -39,14 +40,14 @@ EXPORT int64_t qvlt_gpu_linear_prompt_tile(int64_t out, int64_t in, int64_t n) {
   return linear_prompt_tile(prompt_gpu(1), static_cast<int>(out), static_cast<int>(in), static_cast<int>(n));
 }
 
-// tile -1: the portable kernel; -2: linear_prompt itself.
+// tile: index of a tile variant of Hopper; -1: the portable kernel; -2: linear_prompt with its own choice.
 EXPORT const char* qvlt_gpu_linear_prompt(int64_t bfloat16, CUstream stream, int64_t tile, int64_t storage,
                                           int64_t out, int64_t in, int64_t stride, void* values, void* scales,
                                           const float* bias, const void* x, int64_t x_stride, int64_t n,
                                           int64_t into, void* y, void* scratch) {
-  return reported([&] {
+  return error_message([&] {
     const Gpu& gpu = prompt_gpu(bfloat16);
-    const Current current(gpu.context());
+    const CurrentContext current(gpu.context());
     const Matrix matrix{static_cast<Storage>(storage),
                         static_cast<int>(out),
                         static_cast<int>(in),
@@ -69,9 +70,9 @@ EXPORT const char* qvlt_gpu_attention_prompt(int64_t bfloat16, CUstream stream, 
                                              int64_t n_tiles, const int32_t* blocks, int64_t max_blocks,
                                              char* base, int64_t block_bytes, int64_t block_tokens,
                                              int64_t dtype, int64_t heads, int64_t head_dim, void* y) {
-  return reported([&] {
+  return error_message([&] {
     const Gpu& gpu = prompt_gpu(bfloat16);
-    const Current current(gpu.context());
+    const CurrentContext current(gpu.context());
     const KvLayer kv{base,
                      static_cast<uint64_t>(block_bytes),
                      static_cast<int>(block_tokens),
@@ -89,9 +90,9 @@ EXPORT const char* qvlt_gpu_attention_dense(int64_t bfloat16, CUstream stream, i
                                             int64_t kv_stride, int64_t kv_head, int64_t images,
                                             int64_t n_queries, int64_t n_keys, int64_t heads,
                                             int64_t head_dim, double scale, void* y) {
-  return reported([&] {
+  return error_message([&] {
     const Gpu& gpu = prompt_gpu(bfloat16);
-    const Current current(gpu.context());
+    const CurrentContext current(gpu.context());
     const DenseAttention a{q,
                            k,
                            v,

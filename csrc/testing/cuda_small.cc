@@ -14,19 +14,20 @@ namespace {
 // Never freed: the driver may be unloaded before static objects are destroyed.
 template <Half kHalf>
 const Gpu& gpu_of() {
-  static const Gpu* const made = new Gpu(0, kHalf);
-  return *made;
+  static const Gpu* const gpu = new Gpu(0, kHalf);
+  return *gpu;
 }
 
+// Call body(gpu) with the GPU's context current; return NULL, or the message of its exception.
 template <typename Body>
 const char* on_gpu(int64_t bfloat16, Body&& body) {
-  static thread_local qvl_error line;
-  const qvl_status status = guarded(&line, [&] {
+  static thread_local qvl_error error;
+  const qvl_status status = guarded(&error, [&] {
     const Gpu& gpu = bfloat16 != 0 ? gpu_of<Half::kBfloat16>() : gpu_of<Half::kFloat16>();
-    const Current current(gpu.context());
+    const CurrentContext current(gpu.context());
     body(gpu);
   });
-  return status == QVL_OK ? nullptr : line.message;
+  return status == QVL_OK ? nullptr : error.message;
 }
 
 int as_int(int64_t value) {
@@ -50,7 +51,8 @@ EXPORT const char* qvlt_gpu_gather_columns(int64_t bfloat16, CUstream stream, co
   });
 }
 
-// adapters: [n] addresses of LowRankEntry (kernels/low_rank.h); raw: float32 [n, out], or NULL.
+// low_rank_down, then low_rank_up. adapters: [n] addresses of tables of LowRankEntry (kernels/low_rank.h),
+// which `product` indexes; raw: float32 [n, out], or NULL.
 EXPORT const char* qvlt_gpu_low_rank(int64_t bfloat16, CUstream stream, const uint64_t* adapters,
                                      const int32_t* order, int64_t product, const void* x, int64_t x_stride,
                                      int64_t in, int64_t n, void* low, int64_t low_stride, int64_t out,
@@ -85,7 +87,7 @@ EXPORT const char* qvlt_gpu_rotate_and_store(int64_t bfloat16, CUstream stream, 
                                              int64_t block_tokens, int64_t dtype, int64_t heads,
                                              int64_t head_dim, int64_t n, void* q) {
   return on_gpu(bfloat16, [&](const Gpu& gpu) {
-    const Places places{positions, angle_tables, tables, blocks, as_int(max_blocks)};
+    const RowMetadata metadata{positions, angle_tables, tables, blocks, as_int(max_blocks)};
     const Angles angles{cos, sin, query_scale, as_int(max_positions)};
     const KvLayer layer{base,
                         static_cast<uint64_t>(block_bytes),
@@ -93,7 +95,7 @@ EXPORT const char* qvlt_gpu_rotate_and_store(int64_t bfloat16, CUstream stream, 
                         static_cast<qvl_dtype>(dtype),
                         as_int(heads),
                         as_int(head_dim)};
-    rotate_and_store(gpu, stream, qkv, places, angles, layer, as_int(n), q);
+    rotate_and_store(gpu, stream, qkv, metadata, angles, layer, as_int(n), q);
   });
 }
 
@@ -129,8 +131,8 @@ EXPORT const char* qvlt_gpu_sample(int64_t bfloat16, CUstream stream, const floa
                                    int64_t any_draw, int64_t any_changed, void* scratch, int32_t* tokens,
                                    float* logprobs, int64_t n_top, int32_t* top_tokens, float* top_logprobs) {
   return on_gpu(bfloat16, [&](const Gpu& gpu) {
-    const Sampled sampled{tokens, logprobs, as_int(n_top), top_tokens, top_logprobs};
+    const SampleOutputs outputs{tokens, logprobs, as_int(n_top), top_tokens, top_logprobs};
     sample(gpu, stream, logits, as_int(n), as_int(vocab), static_cast<const Pick*>(picks), forbidden,
-           any_draw != 0, any_changed != 0, scratch, sampled);
+           any_draw != 0, any_changed != 0, scratch, outputs);
   });
 }

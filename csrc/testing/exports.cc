@@ -1,5 +1,5 @@
 // C interface to single kernels and their references, for the tests (tests/csrc) and the benchmark. Not part
-// of the library. Functions return 0, or 1 if this processor lacks the instructions.
+// of the library. Functions with an ISA argument return 0, or 1 if this processor does not support it.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -33,8 +33,8 @@ int with_context(qvl_isa isa, int threads, Body&& body) {
 
 }  // namespace
 
-// Multiply the first n_prompt of the n_x activations by the blocked product, the others by the matrix-vector
-// kernels. order: see Matrix, may be NULL.
+// Linear layer on n_x activations: the first n_prompt by the blocked product, the others by the matrix-vector
+// kernels. order: as in Matrix (cpu/linear.h), or NULL.
 EXPORT int qvlt_linear(qvl_isa isa, int threads, qvl_dtype dtype, int64_t n_prompt, int64_t n_x, int64_t rows,
                        int64_t k, const float* x, const void* packed, const int32_t* order, const float* bias,
                        int add, float* y) {
@@ -120,8 +120,9 @@ EXPORT int64_t qvlt_pool_blocks(qvl_dtype dtype, int layers, int heads, int head
   return static_cast<int64_t>(bytes);
 }
 
-// Attention with q, k and v as in reference.h, the keys and values in a pool of type `dtype` with blocks of
-// `tile` tokens. decode: compute each query separately, as in a decode step.
+// Attention with q, k, v and `causal` as in reference.h. Keys and values are in a pool of type `dtype` with
+// blocks of `tile` tokens. decode: compute each query separately, as in a decode step. rounded: as in
+// AttentionShape.
 EXPORT int qvlt_attention(qvl_isa isa, int threads, qvl_dtype dtype, int tile, int rounded, int decode,
                           int64_t heads, int64_t head_dim, int64_t n, int64_t n_keys, int causal,
                           const float* q, const float* k, const float* v, float* out) {
@@ -147,8 +148,8 @@ EXPORT int qvlt_attention(qvl_isa isa, int threads, qvl_dtype dtype, int tile, i
     const Seen seen = decode != 0 ? kDecode : causal != 0 ? kCausal : kAllKeys;
     std::vector<Queries> work;
     for (int64_t first = 0; first < n; first += kQueryRows) {
-      const auto part = static_cast<int>(std::min<int64_t>(kQueryRows, n - first));
-      work.push_back({first, part, causal != 0 ? n_keys - n + first + part : n_keys, seen});
+      const auto count = static_cast<int>(std::min<int64_t>(kQueryRows, n - first));
+      work.push_back({first, count, causal != 0 ? n_keys - n + first + count : n_keys, seen});
     }
     const AttentionShape shape{
         static_cast<int>(heads), static_cast<int>(head_dim), stride, head_dim, stride, rounded != 0};

@@ -1,4 +1,4 @@
-// Timings without interpreter overhead.
+// Timings of products and memory reads in C++, without interpreter overhead.
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -27,50 +27,56 @@ double seconds(Body&& body) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// Read a chunk of memory as four streams with prefetches of the next chunk, or as one stream without; which
-// is faster depends on the processor.
+// Read a chunk of memory and return a sum of its words. streams: read its four quarters as parallel streams,
+// with prefetches of the next chunk; otherwise read one stream, without prefetches. Which is faster depends
+// on the processor.
 #if defined(__x86_64__)
 __attribute__((target("avx2")))
 #endif
 uint64_t read_chunk(const char* from, int64_t bytes, bool streams) {
-  typedef uint64_t Line __attribute__((vector_size(32)));
-  Line sums[4] = {};
+  typedef uint64_t Vector __attribute__((vector_size(32)));
+  Vector sums[4] = {};
   const int64_t quarter = bytes / 4;
   for (int64_t i = 0; i < quarter; i += 32) {
     for (int j = 0; j < 4; ++j) {
       const char* at = streams ? from + j * quarter + i : from + 4 * i + 32 * j;
-      Line line;
-      std::memcpy(&line, at, sizeof line);
-      sums[j] += line;
+      Vector words;
+      std::memcpy(&words, at, sizeof words);
+      sums[j] += words;
       if (streams && i % 64 == 0) __builtin_prefetch(at + bytes, 0, 2);
     }
   }
-  const Line total = sums[0] + sums[1] + sums[2] + sums[3];
+  const Vector total = sums[0] + sums[1] + sums[2] + sums[3];
   return total[0] + total[1] + total[2] + total[3];
 }
 
-constexpr int kWaysToRead = 3;
+constexpr int kReadWays = 3;
 
-// Read memory in one of three ways, in chunks of at most 64 KiB; omits the remainder after the last whole
-// chunk.
+// Read memory in chunks and return a sum of its words; the remainder after the last complete chunk is not
+// read. way: 0: one stream; 1: four streams in chunks of 16 KiB; 2: four streams in chunks of 64 KiB.
 uint64_t read_memory(const char* from, int64_t bytes, int way) {
-  const int64_t stretch = way == 2 ? 1 << 16 : 1 << 14;
+  const int64_t chunk_bytes = way == 2 ? 1 << 16 : 1 << 14;
   uint64_t total = 0;
-  for (int64_t at = 0; at + stretch <= bytes; at += stretch) {
-    total += read_chunk(from + at, stretch, way != 0);
+  for (int64_t offset = 0; offset + chunk_bytes <= bytes; offset += chunk_bytes) {
+    total += read_chunk(from + offset, chunk_bytes, way != 0);
   }
   return total;
 }
 
+constexpr int kSums = 24;              // independent instructions in flight, to hide their latency
+constexpr int kOperations = 64;        // of a bfloat16 instruction: 32 multiplications and 32 additions
+constexpr size_t kCacheLineItems = 8;  // 8-byte items; each thread writes to its own cache line
+
 #if defined(__x86_64__)
+// Execute the bfloat16 instruction n * kSums times on registers.
 __attribute__((target("avx512f,avx512bf16"))) double bf16_products(int64_t n) {
-  __m512 sums[24];
-  for (int i = 0; i < 24; ++i) sums[i] = _mm512_set1_ps(static_cast<float>(i));
-  __m512i ones = _mm512_set1_epi32(0x3F803F80);
-  asm volatile("" : "+v"(ones));
+  __m512 sums[kSums];
+  for (int i = 0; i < kSums; ++i) sums[i] = _mm512_set1_ps(static_cast<float>(i));
+  __m512i ones = _mm512_set1_epi32(0x3F803F80);  // bfloat16 1 in each half
+  asm volatile("" : "+v"(ones));                 // prevents evaluation at compile time
   for (int64_t step = 0; step < n; ++step) {
 #pragma GCC unroll 24
-    for (int i = 0; i < 24; ++i) {
+    for (int i = 0; i < kSums; ++i) {
       sums[i] = _mm512_dpbf16_ps(sums[i], reinterpret_cast<__m512bh>(ones), reinterpret_cast<__m512bh>(ones));
     }
   }
@@ -82,24 +88,25 @@ __attribute__((target("avx512f,avx512bf16"))) double bf16_products(int64_t n) {
 
 }  // namespace
 
-// Operations per second of the bfloat16 instruction on registers; 0 without the instruction.
+// Operations per second of `threads` threads that execute the bfloat16 instruction on registers; 0 if the
+// processor lacks the instruction.
 EXPORT double qvlt_bf16_peak(int threads) {
 #if defined(__x86_64__)
   if (!__builtin_cpu_supports("avx512bf16")) return 0;
   constexpr int64_t kSteps = 2000000;
   ThreadPool pool(threads);
-  std::vector<double> sums(static_cast<size_t>(threads) * 8);
+  std::vector<double> sums(static_cast<size_t>(threads) * kCacheLineItems);
   double best = 1e9;
   for (int i = 0; i < 5; ++i) {
     best = std::min(best, seconds([&] {
                       pool.run(threads, [&](int64_t task, int) {
-                        sums[static_cast<size_t>(task) * 8] += bf16_products(kSteps);
+                        sums[static_cast<size_t>(task) * kCacheLineItems] += bf16_products(kSteps);
                       });
                     }));
   }
-  volatile double keep = sums[0];
+  volatile double keep = sums[0];  // the compiler must not remove the computation
   (void)keep;
-  return static_cast<double>(kSteps * 24 * 64 * threads) / best;
+  return static_cast<double>(kSteps * kSums * kOperations * threads) / best;
 #else
   return 0;
 #endif
@@ -113,29 +120,30 @@ EXPORT double qvlt_read_bandwidth(int threads, int64_t bytes, int repeats) {
   char* memory = buffer.get<char>(static_cast<size_t>(bytes));
   std::memset(memory, 1, static_cast<size_t>(bytes));
   constexpr int64_t kChunkBytes = 1 << 18;
-  std::vector<uint64_t> sums(static_cast<size_t>(threads) * 8);
+  std::vector<uint64_t> sums(static_cast<size_t>(threads) * kCacheLineItems);
   double best = 1e9;
   for (int i = 0; i < repeats; ++i) {
     best = std::min(best, seconds([&] {
                       pool.run(bytes / kChunkBytes, [&](int64_t task, int thread) {
-                        sums[static_cast<size_t>(thread) * 8] +=
-                            read_memory(memory + task * kChunkBytes, kChunkBytes, i % kWaysToRead);
+                        sums[static_cast<size_t>(thread) * kCacheLineItems] +=
+                            read_memory(memory + task * kChunkBytes, kChunkBytes, i % kReadWays);
                       });
                     }));
   }
-  volatile uint64_t keep = sums[0];
+  volatile uint64_t keep = sums[0];  // the compiler must not remove the reads
   (void)keep;
   return static_cast<double>(bytes) / best;
 }
 
-// Read `bytes` of memory in the calling thread. way: 0 to 2; which is fastest depends on the processor.
+// Read `bytes` of memory in the calling thread. way: 0 to 2, as for read_memory; which is fastest depends on
+// the processor.
 EXPORT uint64_t qvlt_read_memory(const char* memory, int64_t bytes, int way) {
   return read_memory(memory, bytes, way);
 }
 
 // Seconds per product of n_x activations, as rows of a prompt or of a decode step, with a [rows, k] matrix:
-// the best of `repeats`, each with the next of `copies` matrices so that none is in a cache. Negative on
-// failure.
+// the best of `repeats`. The repeats cycle through `copies` matrices, so that none of them is still in a
+// cache. Negative on failure.
 EXPORT double qvlt_time_linear(qvl_isa isa, int threads, qvl_dtype dtype, int decode, int64_t n_x,
                                int64_t rows, int64_t k, int copies, int repeats) {
   double best = 1e9;

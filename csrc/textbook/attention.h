@@ -35,20 +35,21 @@ QVL_INLINE float scalar_dot(const float* q, const BFloat16* key, int head_dim) {
   return dot;
 }
 
-// Two passes with a buffer of scores: over the keys for the scores and their maximum (without which e^score
-// overflows), then over the values. Bound by latency: the additions of a dot product depend on each other.
-// Those of the values do not, and the compiler vectorises that loop.
+// Two passes with a buffer of scores. The first pass, over the keys, computes the scores and their maximum,
+// without which e^score overflows; the second pass adds the values. Bound by latency: the additions of a dot
+// product depend on each other. The additions of a value's channels are independent, and the compiler
+// vectorises that loop.
 void v1(const Query& p) {
   float* scores = p.scratch;
   int n = 0;
-  float most = -__builtin_inff(), total = 0;
+  float maximum = -__builtin_inff(), total = 0;
   each_token(p, [&](const BFloat16* key, const BFloat16*) {
     scores[n] = scalar_dot(p.q, key, p.head_dim);
-    most = scores[n] > most ? scores[n] : most;
+    maximum = scores[n] > maximum ? scores[n] : maximum;
     ++n;
   });
   for (int t = 0; t < n; ++t) {
-    scores[t] = __builtin_expf(scores[t] - most);
+    scores[t] = __builtin_expf(scores[t] - maximum);
     total += scores[t];
   }
   for (int d = 0; d < p.head_dim; ++d) p.out[d] = 0;
@@ -60,20 +61,21 @@ void v1(const Query& p) {
 }
 
 // Online softmax (Milakov and Gimelshein, arXiv:1805.02867): one pass, no buffer. The running sums are
-// relative to the running maximum; a larger score rescales them. Not faster yet, but parts of the keys can
-// now be computed separately and merged: in tiles here, by several threads in cpu/attention.cc.
+// relative to the running maximum; a larger score rescales them. Not faster yet, but now the
+// keys can be divided into parts, which are computed separately and merged: in tiles here, by several threads
+// in cpu/attention.cc.
 void v2(const Query& p) {
-  float most = -__builtin_inff(), total = 0;
+  float maximum = -__builtin_inff(), total = 0;
   for (int d = 0; d < p.head_dim; ++d) p.out[d] = 0;
   each_token(p, [&](const BFloat16* key, const BFloat16* value) {
     const float score = scalar_dot(p.q, key, p.head_dim);
-    if (score > most) {
-      const float shrink = __builtin_expf(most - score);
-      most = score;
-      total *= shrink;
-      for (int d = 0; d < p.head_dim; ++d) p.out[d] *= shrink;
+    if (score > maximum) {
+      const float factor = __builtin_expf(maximum - score);
+      maximum = score;
+      total *= factor;
+      for (int d = 0; d < p.head_dim; ++d) p.out[d] *= factor;
     }
-    const float weight = __builtin_expf(score - most);
+    const float weight = __builtin_expf(score - maximum);
     total += weight;
     for (int d = 0; d < p.head_dim; ++d) p.out[d] += weight * to_float(value[d].bits);
   });
@@ -83,33 +85,35 @@ void v2(const Query& p) {
 // Divide the sums of values by the sum of weights.
 QVL_INLINE void finish(const Query& p, const float* sums, float total) {
   each_vector(p.head_dim,
-              [&](int d, int some) { store_some(p.out + d, load<Floats>(sums + d) * (1 / total), some); });
+              [&](int d, int count) { store_some(p.out + d, load<Floats>(sums + d) * (1 / total), count); });
 }
 
-// Raise the maximum to `score` if that is larger, and rescale the sums of values. Return the factor.
-QVL_INLINE float raise_maximum(const Query& p, float score, float& most, float* sums) {
-  if (score <= most) return 1;
-  const float shrink = exp(all(most - score))[0];
-  most = score;
-  each_vector(p.head_dim, [&](int d, int) { store(sums + d, load<Floats>(sums + d) * shrink); });
-  return shrink;
+// If `score` exceeds the maximum, raise the maximum to it and rescale the sums of values. Return the factor
+// of the rescaling.
+QVL_INLINE float raise_maximum(const Query& p, float score, float& maximum, float* sums) {
+  if (score <= maximum) return 1;
+  const float factor = exp(all(maximum - score))[0];
+  maximum = score;
+  each_vector(p.head_dim, [&](int d, int) { store(sums + d, load<Floats>(sums + d) * factor); });
+  return factor;
 }
 
 // kLanes channels at a time. Still bound by latency: a dot product of 128 channels is a chain of 128 / kLanes
 // additions and a horizontal sum, and an exponential computes kLanes equal values to use one.
 void v3(const Query& p) {
   float* sums = p.scratch;
-  float most = -__builtin_inff(), total = 0;
+  float maximum = -__builtin_inff(), total = 0;
   each_vector(p.head_dim, [&](int d, int) { store(sums + d, Floats{}); });
   each_token(p, [&](const BFloat16* key, const BFloat16* value) {
     Floats dot{};
-    each_vector(p.head_dim, [&](int d, int some) { dot += some_of(p.q + d, some) * some_of(key + d, some); });
+    each_vector(p.head_dim,
+                [&](int d, int count) { dot += load_first(p.q + d, count) * load_first(key + d, count); });
     const float score = sum(dot);
-    total *= raise_maximum(p, score, most, sums);
-    const float weight = exp(all(score - most))[0];
+    total *= raise_maximum(p, score, maximum, sums);
+    const float weight = exp(all(score - maximum))[0];
     total += weight;
-    each_vector(p.head_dim, [&](int d, int some) {
-      store(sums + d, load<Floats>(sums + d) + some_of(value + d, some) * weight);
+    each_vector(p.head_dim, [&](int d, int count) {
+      store(sums + d, load<Floats>(sums + d) + load_first(value + d, count) * weight);
     });
   });
   finish(p, sums, total);
@@ -120,11 +124,11 @@ QVL_INLINE void prefetch_token(const BFloat16* token, int head_dim) {
   for (int d = 0; d < head_dim; d += 32) prefetch(token + d);
 }
 
-// v4 and v5: process a tile in groups of up to kLanes keys.
+// v4 and v5: the keys of a tile in groups of up to kLanes. Prefetch: prefetch values and the next keys.
 template <bool Prefetch>
-QVL_INLINE void groups_of_keys(const Query& p) {
+QVL_INLINE void key_groups(const Query& p) {
   float* sums = p.scratch;
-  float most = -__builtin_inff();
+  float maximum = -__builtin_inff();
   Floats total{};
   each_vector(p.head_dim, [&](int d, int) { store(sums + d, Floats{}); });
   for (const KvTile* tile = p.tiles; tile != p.tiles + p.n_tiles; ++tile) {
@@ -132,26 +136,28 @@ QVL_INLINE void groups_of_keys(const Query& p) {
       const int n = tile->n - t < kLanes ? tile->n - t : kLanes;
       const auto* keys = static_cast<const BFloat16*>(tile->keys) + t * tile->stride;
       const auto* values = static_cast<const BFloat16*>(tile->values) + t * tile->stride;
-      const bool follow = t + kLanes < tile->n || tile + 1 == p.tiles + p.n_tiles;
-      const auto* next = follow ? keys + n * tile->stride : static_cast<const BFloat16*>(tile[1].keys);
+      // Keys to prefetch: the next group of this tile, or the first group of the next tile.
+      const bool same_tile = t + kLanes < tile->n || tile + 1 == p.tiles + p.n_tiles;
+      const auto* next_keys =
+          same_tile ? keys + n * tile->stride : static_cast<const BFloat16*>(tile[1].keys);
       Floats dots[kLanes] = {};
       for (int i = 0; i < n; ++i) {
         if (Prefetch) prefetch_token(values + i * tile->stride, p.head_dim);
         Floats dot{};
-        each_vector(p.head_dim, [&](int d, int some) {
-          dot += some_of(p.q + d, some) * some_of(keys + i * tile->stride + d, some);
+        each_vector(p.head_dim, [&](int d, int count) {
+          dot += load_first(p.q + d, count) * load_first(keys + i * tile->stride + d, count);
         });
         dots[i] = dot;
       }
       Floats scores = sums_of(dots);
       for (int i = n; i < kLanes; ++i) scores[i] = -__builtin_inff();
-      total *= raise_maximum(p, largest(scores), most, sums);
-      const Floats weights = exp(scores - most);
+      total *= raise_maximum(p, largest(scores), maximum, sums);
+      const Floats weights = exp(scores - maximum);
       total += weights;
       for (int i = 0; i < n; ++i) {
-        if (Prefetch) prefetch_token(next + i * tile->stride, p.head_dim);
-        each_vector(p.head_dim, [&](int d, int some) {
-          const Floats value = some_of(values + i * tile->stride + d, some);
+        if (Prefetch) prefetch_token(next_keys + i * tile->stride, p.head_dim);
+        each_vector(p.head_dim, [&](int d, int count) {
+          const Floats value = load_first(values + i * tile->stride + d, count);
           store(sums + d, load<Floats>(sums + d) + value * weights[i]);
         });
       }
@@ -160,22 +166,23 @@ QVL_INLINE void groups_of_keys(const Query& p) {
   finish(p, sums, sum(total));
 }
 
-// kLanes keys, then their values: the lanes of all dot products are summed together (sums_of), with one
-// exponential and one rescaling for all keys. Fewer instructions, but the reads alternate between keys and
-// values, and the hardware prefetcher restarts each time. Bound by memory latency.
+// The scores of kLanes keys, then their values: the lanes of all dot products are summed together (sums_of),
+// and all keys share one exponential and one rescaling. Fewer instructions, but the reads alternate between
+// keys and values, and the hardware prefetcher restarts each time. Bound by memory latency.
 void v4(const Query& p) {
-  groups_of_keys<false>(p);
+  key_groups<false>(p);
 }
 
-// Prefetches values during the computation of their scores, and the next keys during the addition of values.
+// v4 with prefetches: of the values while the scores are computed, of the next keys while the values are
+// added.
 void v5(const Query& p) {
-  groups_of_keys<true>(p);
+  key_groups<true>(p);
 }
 
-// The production kernel (cpu/kernels/attention.h), on up to 256 keys at a time: kLanes interleaved dot
-// products share a vector of q, one rescaling and one pass of exponentials serve all keys, four vectors of
-// sums stay in registers over all values, and values and the next tile's keys are prefetched during the
-// scores.
+// The production kernel (cpu/kernels/attention.h), on up to 256 keys at a time. kLanes interleaved dot
+// products share a vector of q; all keys share one rescaling and one pass of exponentials; four vectors of
+// sums stay in registers while all values are added; the values and the next tile's keys are prefetched while
+// the scores are computed.
 void v6(const Query& p) {
   const qvl::cpu::Kernels& kernels = *qvl::cpu::QVL_KERNELS();
   float* sums = p.scratch;

@@ -5,15 +5,16 @@
 
 namespace {
 
-// Convert a bfloat16, the upper half of a float32.
+// Convert a bfloat16, which is the upper half of a float32, to float32.
 QVL_INLINE float to_float(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  const uint32_t float_bits = static_cast<uint32_t>(bits) << 16;
   float value;
-  __builtin_memcpy(&value, &wide, sizeof value);
+  __builtin_memcpy(&value, &float_bits, sizeof value);
   return value;
 }
 
-// Call body(i, some) for each vector of n values: it starts at value i and has `some` of kLanes values.
+// Split n values into vectors of kLanes. Call body(i, count) for each vector: i is the index of its first
+// value; count is kLanes, or less in the last vector.
 template <typename Body>
 QVL_INLINE void each_vector(int n, Body&& body) {
   int i = 0;
@@ -21,12 +22,12 @@ QVL_INLINE void each_vector(int n, Body&& body) {
   if (i < n) body(i, n - i);
 }
 
-// Load the first `some` values; the other lanes are zero.
-QVL_INLINE Floats some_of(const BFloat16* memory, int some) {
-  return some == kLanes ? load_floats(memory) : load_some(memory, some);
+// Load `count` values into the first lanes; the other lanes are zero.
+QVL_INLINE Floats load_first(const BFloat16* memory, int count) {
+  return count == kLanes ? load_floats(memory) : load_some(memory, count);
 }
-QVL_INLINE Floats some_of(const float* memory, int some) {
-  return some == kLanes ? load<Floats>(memory) : load_some(memory, some);
+QVL_INLINE Floats load_first(const float* memory, int count) {
+  return count == kLanes ? load<Floats>(memory) : load_some(memory, count);
 }
 
 }  // namespace

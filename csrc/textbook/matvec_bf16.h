@@ -19,8 +19,8 @@ namespace bf16 {
 
 using qvl::textbook::Product;
 
-// The textbook loop. Bound by latency: each addition waits for the previous one, about 4 cycles for 2 bytes.
-// The compiler must not reorder floating-point additions, so it does not vectorise this loop.
+// The textbook loop. Bound by latency: each addition waits for the previous one, about 4 cycles per weight of
+// 2 bytes. The compiler must not reorder floating-point additions, so it does not vectorise this loop.
 void v1(const Product& p) {
   const auto* w = static_cast<const uint16_t*>(p.weights);
   for (int64_t row = 0; row < p.rows; ++row, w += p.k) {
@@ -31,12 +31,13 @@ void v1(const Product& p) {
 }
 
 // kLanes columns at a time (4, 8 or 16), one sum per lane, with a horizontal sum at the end of the row. One
-// fused multiply-add computes kLanes products. Still bound by latency: 4 cycles for 2 kLanes bytes.
+// fused multiply-add computes kLanes products. Still bound by latency: 4 cycles per 2 kLanes bytes.
 void v2(const Product& p) {
   const auto* w = static_cast<const BFloat16*>(p.weights);
   for (int64_t row = 0; row < p.rows; ++row, w += p.k) {
     Floats total{};
-    each_vector(p.k, [&](int i, int some) { total += some_of(w + i, some) * some_of(p.x + i, some); });
+    each_vector(p.k,
+                [&](int i, int count) { total += load_first(w + i, count) * load_first(p.x + i, count); });
     p.y[row] = sum(total);
   }
 }
@@ -55,44 +56,46 @@ void v3(const Product& p) {
         totals[j] += load_floats(w + i + j * kLanes) * load<Floats>(p.x + i + j * kLanes);
       }
     }
-    each_vector(p.k - i,
-                [&](int j, int some) { totals[0] += some_of(w + i + j, some) * some_of(p.x + i + j, some); });
+    each_vector(p.k - i, [&](int j, int count) {
+      totals[0] += load_first(w + i + j, count) * load_first(p.x + i + j, count);
+    });
     p.y[row] = sum((totals[0] + totals[1]) + (totals[2] + totals[3]));
   }
 }
 
-// R rows of v4 and v5. Two weights are a 32-bit word: a shift converts the lower one to float32, a mask the
-// upper one. The production kernel's prepare_x separates the even and odd elements of x to match.
+// Products of R rows, for v4 and v5. A 32-bit word contains two weights: a shift converts the lower (even)
+// one to float32, a mask the upper (odd) one. x is rearranged to match: prepare_x of the production kernel
+// stores, for each vector of words, the even elements and then the odd elements.
 template <int R>
-QVL_INLINE void rows_of_pairs(const Product& p, int64_t row) {
-  constexpr int kPairs = 2 * kLanes;
+QVL_INLINE void multiply_rows(const Product& p, int64_t row) {
+  constexpr int kWeights = 2 * kLanes;
   const uint16_t* w = static_cast<const uint16_t*>(p.weights) + row * p.k;
   const auto* x = static_cast<const float*>(p.scratch);
-  Floats low[R] = {}, high[R] = {};
-  for (int i = 0; i < p.k; i += kPairs) {
-    const Floats x_low = load<Floats>(x + i), x_high = load<Floats>(x + i + kLanes);
+  Floats even_sums[R] = {}, odd_sums[R] = {};
+  for (int i = 0; i < p.k; i += kWeights) {
+    const Floats x_even = load<Floats>(x + i), x_odd = load<Floats>(x + i + kLanes);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      Words pairs{};
-      if (i + kPairs <= p.k) {
-        pairs = load<Words>(w + int64_t{r} * p.k + i);
+      Words words{};
+      if (i + kWeights <= p.k) {
+        words = load<Words>(w + int64_t{r} * p.k + i);
       } else {
-        __builtin_memcpy(&pairs, w + int64_t{r} * p.k + i, static_cast<size_t>(p.k - i) * 2);
+        __builtin_memcpy(&words, w + int64_t{r} * p.k + i, static_cast<size_t>(p.k - i) * 2);
       }
-      low[r] += even(pairs) * x_low;
-      high[r] += odd(pairs) * x_high;
+      even_sums[r] += even(words) * x_even;
+      odd_sums[r] += odd(words) * x_odd;
     }
   }
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) p.y[row + r] = sum(low[r] + high[r]);
+  for (int r = 0; r < R; ++r) p.y[row + r] = sum(even_sums[r] + odd_sums[r]);
 }
 
 // One full-width load of weights for two vectors of products, without widening: fewer instructions per
 // weight, but no faster, because a single stream of reads remains the bottleneck. Rearranging x costs k
-// operations once, for rows k products.
+// operations, once for all rows.
 void v4(const Product& p) {
   qvl::cpu::QVL_KERNELS()->prepare_x[QVL_BFLOAT16](p.x, 0, 1, p.k, p.scratch);
-  for (int64_t row = 0; row < p.rows; ++row) rows_of_pairs<1>(p, row);
+  for (int64_t row = 0; row < p.rows; ++row) multiply_rows<1>(p, row);
 }
 
 // Four rows at a time: four streams of reads keep more cache lines in flight than one. A vector of x is
@@ -101,15 +104,15 @@ void v5(const Product& p) {
   constexpr int kRows = 4;
   qvl::cpu::QVL_KERNELS()->prepare_x[QVL_BFLOAT16](p.x, 0, 1, p.k, p.scratch);
   int64_t row = 0;
-  for (; row + kRows <= p.rows; row += kRows) rows_of_pairs<kRows>(p, row);
-  for (; row < p.rows; ++row) rows_of_pairs<1>(p, row);
+  for (; row + kRows <= p.rows; row += kRows) multiply_rows<kRows>(p, row);
+  for (; row < p.rows; ++row) multiply_rows<1>(p, row);
 }
 
-// The production kernel (cpu/kernels/matvec_bf16.h): wide pairs, read in memory order, with each cache line
+// The production kernel (cpu/kernels/matvec_bf16.h): full-width loads in memory order, with each cache line
 // prefetched 64 KiB ahead, and all products of a row in one sum. The order of additions does not depend on
-// the number of activations, so a request gets the same bits with and without batching. It processes several
-// rows at a time with several activations, but a single row with one activation: one thread with AVX2 is then
-// slower than v5 (README.md).
+// the number of activations, so a request gets the same bits with and without batching. With
+// several activations it processes several rows at a time; with one activation, as here, a single row, which
+// on one thread with AVX2 is slower than v5 (README.md).
 void v6(const Product& p) {
   const qvl::cpu::Kernels& kernels = *qvl::cpu::QVL_KERNELS();
   kernels.prepare_x[QVL_BFLOAT16](p.x, 0, 1, p.k, p.scratch);

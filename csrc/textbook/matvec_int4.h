@@ -1,10 +1,10 @@
 // Matrix-vector product with int4 weights, from the textbook loop to the production kernel. Group size 128.
 //
-//   128 values of a row are 32 words of 16 bits; nibble j of word i is value 32 j + i, plus 8:
+// A group, 128 values of a row, has 32 words of 16 bits; nibble j of word i is value 32 j + i plus 8:
 //
 //   bits     15..12        11..8         7..4          3..0
 //   word 0   value 96      value 64      value 32      value 0
-//   word 1   value 97      value 65      value 33      value 1         a bfloat16 scale for the 128 values
+//   word 1   value 97      value 65      value 33      value 1         and one bfloat16 scale per group
 //   ...
 //   word 31  value 127     value 95      value 63      value 31
 //
@@ -24,6 +24,7 @@ using qvl::textbook::Product;
 
 constexpr int kGroup = 128;
 
+// Scale of a group; `group`: index over all rows.
 QVL_INLINE float scale_at(const Product& p, int64_t group) {
   return to_float(static_cast<const uint16_t*>(p.scales)[group]);
 }
@@ -43,9 +44,9 @@ void v1(const Product& p) {
 }
 
 // kLanes values at a time. Adjacent values of a row are the same nibble of adjacent words, so one shift and
-// one mask unpack a whole vector. The scale moves out of the inner loop to the group's sum. x is padded with
-// zeros to whole groups. Bound by instructions: load, shift, mask, widen, subtract, convert, multiply-add for
-// kLanes weights.
+// one mask unpack a whole vector. The scale is applied to the sum of a group, outside the inner loop. x is
+// padded with zeros to whole groups. Bound by instructions: load, shift, mask, widen, subtract, convert,
+// multiply-add for kLanes weights.
 void v2(const Product& p) {
   const int width = round_up(p.k, kGroup);
   auto* x = static_cast<float*>(p.scratch);
@@ -70,44 +71,45 @@ void v2(const Product& p) {
   }
 }
 
-// R rows of v3 to v5, with x quantised to 8 bits (cpu/kernels/quantised_x.h): a block contains float32
-// scales, one per 32-bit lane, the initial value of each group's sum, and the bytes in the order of the
-// nibbles.
+// Products of R rows, for v3 to v5. x is quantised to 8 bits in blocks (cpu/kernels/quantised_x.h): a block
+// contains float32 scales, one per 32-bit lane, the initial value of the sum of each group of weights, and
+// the int8 values in the order of the nibbles. Prefetch: prefetch the weights kAhead bytes ahead.
 template <int R, bool Prefetch = false>
 QVL_INLINE void integer_rows(const Product& p, int64_t row) {
   constexpr int kAhead = 65536;  // bytes
   using X = QuantisedX<kGroup>;
   const int groups = round_up(p.k, kGroup) / kGroup;
   const uint8_t* w = static_cast<const uint8_t*>(p.weights) + row * groups * (kGroup / 2);
-  const uint8_t* ahead = w + kAhead;
+  const uint8_t* prefetch_from = w + kAhead;
   const char* block = static_cast<const char*>(p.scratch);
   Floats totals[R] = {};
   for (int g = 0; g < groups; block += X::kBytes) {
-    Floats of_block[R] = {};
+    Floats block_sums[R] = {};
     for (int i = 0; i < X::kGroups && g < groups; ++i, ++g) {
       const char* x = block + X::kValues + i * kGroup;
       Ints dots[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         dots[r] = load<Ints>(block + (1 + i) * sizeof(Ints));
-        if (Prefetch) prefetch(ahead), ahead += 64;  // a group is a cache line
+        if (Prefetch) prefetch(prefetch_from), prefetch_from += 64;  // a group has 64 bytes, a cache line
       }
 #pragma GCC unroll 8
-      for (int at = 0; at < kGroup; at += kVector) {
-        const SignedBytes bytes = load<SignedBytes>(x + at);
+      for (int offset = 0; offset < kGroup; offset += kVector) {
+        const SignedBytes bytes = load<SignedBytes>(x + offset);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-          const Halves words = load<Halves>(w + (int64_t{r} * groups + g) * (kGroup / 2) + at % (kGroup / 2));
-          dots[r] = multiply_add(dots[r], at < kGroup / 2 ? nibbles<0>(words) : nibbles<1>(words), bytes);
+          const Halves words =
+              load<Halves>(w + (int64_t{r} * groups + g) * (kGroup / 2) + offset % (kGroup / 2));
+          dots[r] = multiply_add(dots[r], offset < kGroup / 2 ? nibbles<0>(words) : nibbles<1>(words), bytes);
         }
       }
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        of_block[r] += to_floats(dots[r]) * scale_at(p, (row + r) * groups + g);
+        block_sums[r] += to_floats(dots[r]) * scale_at(p, (row + r) * groups + g);
       }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) totals[r] += of_block[r] * load<Floats>(block);
+    for (int r = 0; r < R; ++r) totals[r] += block_sums[r] * load<Floats>(block);
   }
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) p.y[row + r] = sum(totals[r]);
@@ -116,16 +118,17 @@ QVL_INLINE void integer_rows(const Product& p, int64_t row) {
 // Activations as int8, so the products are integers: one instruction (vpdpbusd, or vpmaddubsw and vpmaddwd)
 // multiplies and adds 4 kLanes bytes, and unpacking yields bytes instead of floats, 4 times as many per
 // vector. The offset 8 of the values is not subtracted: a sum starts at -8 times the sum of the activations.
-// The rounding error of an activation is at most 1/254 of the largest of 32; the test's reference rounds
-// likewise. Bound by instructions: load, shifts and masks of two nibbles, multiply-add.
+// The rounding error of an activation is at most 1/254 of the largest of the 32 with the same scale; the
+// test's reference rounds in the same way. Bound by instructions: load, shifts and masks of two nibbles,
+// multiply-add.
 void v3(const Product& p) {
   qvl::cpu::QVL_KERNELS()->prepare_x[QVL_INT4_G128](p.x, 0, 1, p.k, p.scratch);
   for (int64_t row = 0; row < p.rows; ++row) integer_rows<1>(p, row);
 }
 
-// Three rows at a time: a vector of x and its scales are loaded once for three rows, and the three sums are
-// independent. AVX2 lacks the registers for more rows. With weights in memory this is no faster: three
-// streams of 2 to 6 KB, and the hardware prefetcher restarts with each.
+// v4 and v5: three rows at a time. A vector of x and its scales are loaded once for three rows, and the three
+// sums are independent. AVX2 lacks the registers for more rows. With weights in memory this is no faster
+// without prefetches: three streams of 2 to 6 KB, and the hardware prefetcher restarts for each of them.
 template <bool Prefetch>
 QVL_INLINE void groups_of_rows(const Product& p) {
   constexpr int kRows = 3;
@@ -138,7 +141,7 @@ void v4(const Product& p) {
   groups_of_rows<false>(p);
 }
 
-// Prefetches a cache line per line read, 64 KiB ahead, in memory order.
+// v4 with prefetches: for each cache line read, the line 64 KiB further on in memory order.
 void v5(const Product& p) {
   groups_of_rows<true>(p);
 }

@@ -14,7 +14,7 @@ const Versions* QVL_TEXTBOOK() {
       {{"v1 scalar", bf16::v1},
        {"v2 vectors", bf16::v2},
        {"v3 several accumulators", bf16::v3},
-       {"v4 wide pairs", bf16::v4},
+       {"v4 full-width loads", bf16::v4},
        {"v5 several rows", bf16::v5},
        {"v6 production", bf16::v6}},
       {{"v1 scalar", int4::v1},

@@ -12,7 +12,9 @@ struct Product {
   const float* x;
   int64_t rows;
   int k;
-  void* scratch;  // prepared_bytes of the production kernel, and at least k rounded up to 128 floats
+  // At least prepared_bytes of the production kernel, and at least k floats with k rounded up to a multiple
+  // of 128.
+  void* scratch;
   float* y;
 };
 
@@ -23,13 +25,13 @@ struct Query {
   int head_dim;
   const cpu::KvTile* tiles;
   int n_tiles;
-  float* scratch;  // one float per key, and head_dim + 16
+  float* scratch;  // at least (number of keys) + head_dim + 16 floats
   float* out;
 };
 
 template <typename Arguments>
 struct Version {
-  const char* name;
+  const char* name;  // "v", the number from 1 on, and the new idea
   void (*run)(const Arguments& arguments);
 };
 

@@ -10,10 +10,11 @@
 //   warp 0  16 queries | scores [16][64] in registers |      online softmax: m' = max(m, s),
 //   warp 1  16         |                              |      sums *= exp2(m - m'), sums += p v
 //   ..
-//   shared:  queries [64][D + 8]  |  2 x (keys [64][D + 8], values [64][D + 8])  |  places of 64 keys
+//   shared:  queries [64][D + 8]  |  2 x (keys [64][D + 8], values [64][D + 8])  |  offsets of keys
 //
-// Tiles of keys start at multiples of their size from key 0, and a tile that a query does not see does not
-// change its bits (factor 1, weights 0): a query's result depends only on its position.
+// Tiles of keys start at multiples of their size, and a tile in which all keys are masked for a query does
+// not change its bits (factor 1, weights 0): a query's result depends only on its keys and its position, not
+// on the other queries.
 //
 // Cost. Operations: 4 head_dim per query and key on the tensor cores, and one exponential per query and key,
 // 16 per cycle and multiprocessor, which takes half as long at head_dim 128. Bytes: keys and values once per
@@ -34,8 +35,8 @@ __device__ inline float minus_infinity() {
   return __int_as_float(0xFF800000);
 }
 
-// Work of a block. Query i (of n) is at q + i * q_stride, sees keys 0 .. first_position + i if causal, else
-// all n_keys; its result is written to y + i * y_stride. Scores are multiplied by `scale`.
+// Work of a block: n queries. Query i begins at q + i * q_stride and attends to keys 0 to first_position + i
+// if causal, else to all n_keys; its result is written to y + i * y_stride. Scores are multiplied by `scale`.
 struct Job {
   const H* q;
   H* y;
@@ -48,25 +49,29 @@ struct Job {
 
 #if __CUDA_ARCH__ >= 800
 
-// exp2 of the difference; 0 where a is -infinity.
-__device__ inline float power(float a) {
+// 2^a; 0 for -infinity.
+__device__ inline float fast_exp2(float a) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(a));
   return result;
 }
 
-// Offset of 8 values of a row in shared memory, d a multiple of 8: rows of kPaddedDim + 8 values, so that
-// ldmatrix is free of bank conflicts.
+// Layout of keys or values in shared memory: rows of kPaddedDim + 8 values, so that ldmatrix is free of bank
+// conflicts. at(): offset of values d to d + 7 of a row; d is a multiple of 8.
 template <int kPaddedDim>
 struct PaddedRows {
   static constexpr int kDims = kPaddedDim, kKeys = kAttentionKeys<kPaddedDim>;
   __device__ static int at(int row, int d) { return row * (kPaddedDim + 8) + d; }
 };
 
-// kPaddedDim: head_dim, padded to a multiple of 16. Source has two functions for 128 threads: locate(first,
-// keys, thread) looks up the addresses of keys first .. first + keys - 1 (it may write to shared memory);
-// after a barrier, load<Rows>(to, part, first, thread) writes keys (part 0) or values (part 1) first .. first
-// + Rows::kKeys - 1 to Rows::at, with zeros beyond the last; it may use copy_async.
+// Attention of a job's queries. kPaddedDim: head_dim, padded to a multiple of 16. `source` provides keys and
+// values by two functions, which 128 threads call together:
+//
+//   locate(first, keys, thread)           looks up the addresses of keys first to first + keys - 1; may write
+//                                         to shared memory
+//   load<Rows>(to, part, first, thread)   after locate and a barrier: writes the keys (part 0) or values
+//                                         (part 1) first to first + Rows::kKeys - 1 to the offsets Rows::at,
+//                                         and zeros beyond the last key; may use copy_async
 template <int kPaddedDim, typename Source>
 __device__ inline void attend(const Job& job, const Source& source) {
   using Rows = PaddedRows<kPaddedDim>;
@@ -108,7 +113,7 @@ __device__ inline void attend(const Job& job, const Source& source) {
   }
 
   float sums[kPaddedDim / 8][4] = {};
-  float most[2] = {minus_infinity(), minus_infinity()}, total[2] = {0, 0};
+  float maximum[2] = {minus_infinity(), minus_infinity()}, total[2] = {0, 0};
   const int row = warp * 16 + lane / 4;
   const float scale = job.scale * kLog2E;
   for (int tile = 0; tile < tiles; ++tile) {
@@ -133,36 +138,36 @@ __device__ inline void attend(const Job& job, const Source& source) {
       }
     }
     const int first = tile * kKeys;
-    const bool whole = first + kKeys <= (job.causal ? job.first_position + 1 : job.n_keys);
-    if (!whole) {
+    const bool unmasked = first + kKeys <= (job.causal ? job.first_position + 1 : job.n_keys);
+    if (!unmasked) {
 #pragma unroll
       for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int key = first + 8 * j + lane % 4 * 2 + i % 2;
-          const int seen = job.causal ? job.first_position + row + i / 2 * 8 + 1 : job.n_keys;
-          if (key >= seen) scores[j][i] = minus_infinity();
+          const int n_visible = job.causal ? job.first_position + row + i / 2 * 8 + 1 : job.n_keys;
+          if (key >= n_visible) scores[j][i] = minus_infinity();
         }
       }
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float best = most[half];
+      float new_maximum = maximum[half];
 #pragma unroll
       for (int j = 0; j < kKeys / 8; ++j) {
-        best = fmaxf(best, fmaxf(scores[j][2 * half], scores[j][2 * half + 1]));
+        new_maximum = fmaxf(new_maximum, fmaxf(scores[j][2 * half], scores[j][2 * half + 1]));
       }
-      best = fmaxf(best, __shfl_xor_sync(0xFFFFFFFFu, best, 1));
-      best = fmaxf(best, __shfl_xor_sync(0xFFFFFFFFu, best, 2));
-      const float factor = power((most[half] - best) * scale), shift = best * scale;
-      most[half] = best;
+      new_maximum = fmaxf(new_maximum, __shfl_xor_sync(0xFFFFFFFFu, new_maximum, 1));
+      new_maximum = fmaxf(new_maximum, __shfl_xor_sync(0xFFFFFFFFu, new_maximum, 2));
+      const float factor = fast_exp2((maximum[half] - new_maximum) * scale), shift = new_maximum * scale;
+      maximum[half] = new_maximum;
       total[half] *= factor;
 #pragma unroll
       for (int j = 0; j < kPaddedDim / 8; ++j) sums[j][2 * half] *= factor, sums[j][2 * half + 1] *= factor;
 #pragma unroll
       for (int j = 0; j < kKeys / 8; ++j) {
-        scores[j][2 * half] = power(scores[j][2 * half] * scale - shift);
-        scores[j][2 * half + 1] = power(scores[j][2 * half + 1] * scale - shift);
+        scores[j][2 * half] = fast_exp2(scores[j][2 * half] * scale - shift);
+        scores[j][2 * half + 1] = fast_exp2(scores[j][2 * half + 1] * scale - shift);
         total[half] += scores[j][2 * half] + scores[j][2 * half + 1];
       }
     }
@@ -208,30 +213,31 @@ __device__ inline void attend(const Job& job, const Source& source) {
 // dimensions.
 template <int kPaddedDim, typename Source>
 __device__ inline void attend(const Job& job, const Source& source) {
-  constexpr int kEach = (kPaddedDim + 31) / 32;
+  constexpr int kLaneDims = (kPaddedDim + 31) / 32;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int i = warp; i < job.n; i += kAttentionWarps) {
-    const int seen = job.causal ? job.first_position + i + 1 : job.n_keys;
-    float q[kEach], sums[kEach] = {}, most = minus_infinity(), total = 0;
-    for (int j = 0; j < kEach; ++j) {
+    const int n_visible = job.causal ? job.first_position + i + 1 : job.n_keys;
+    float q[kLaneDims], sums[kLaneDims] = {}, maximum = minus_infinity(), total = 0;
+    for (int j = 0; j < kLaneDims; ++j) {
       const int d = lane + 32 * j;
       q[j] = d < job.head_dim ? to_float(job.q[i * job.q_stride + d]) * job.scale : 0.f;
     }
-    for (int key = 0; key < seen; ++key) {
+    for (int key = 0; key < n_visible; ++key) {
       float score = 0;
-      for (int j = 0; j < kEach; ++j) {
+      for (int j = 0; j < kLaneDims; ++j) {
         if (lane + 32 * j < job.head_dim) score += q[j] * to_float(source.value(0, key, lane + 32 * j));
       }
       score = warp_sum(score);
-      const float best = fmaxf(most, score), factor = __expf(most - best), weight = __expf(score - best);
-      most = best;
+      const float new_maximum = fmaxf(maximum, score), factor = __expf(maximum - new_maximum),
+                  weight = __expf(score - new_maximum);
+      maximum = new_maximum;
       total = total * factor + weight;
-      for (int j = 0; j < kEach; ++j) {
+      for (int j = 0; j < kLaneDims; ++j) {
         const int d = lane + 32 * j;
         if (d < job.head_dim) sums[j] = sums[j] * factor + weight * to_float(source.value(1, key, d));
       }
     }
-    for (int j = 0; j < kEach; ++j) {
+    for (int j = 0; j < kLaneDims; ++j) {
       const int d = lane + 32 * j;
       if (d < job.head_dim) job.y[i * job.y_stride + d] = to_half(sums[j] / total);
     }

@@ -1,8 +1,8 @@
 // Attention of decode steps: one query over the keys of its sequence, in the blocks of the paged cache.
 //
 // Layout. A block processes a chunk of 128 keys of one head and one row, a warp 32 of them. The warp requests
-// the copies of all its keys and values to shared memory together, each lane into a separate slot, as in
-// linear_decode.cu; three blocks per multiprocessor (int8: four). A lane has 16 bytes of a key: 16 lanes
+// the copies of all its keys and values to shared memory together, each lane into its own part, as in
+// linear_decode.cu. Three blocks fit a multiprocessor (int8: four). A lane has 16 bytes of a key: 16 lanes
 // share a 16-bit key, 8 lanes an 8-bit key:
 //
 //   sequence   | chunk 0: keys 0-127 | chunk 1: 128-255 | .. |       grid [heads][chunks][rows]
@@ -13,16 +13,17 @@
 //
 // Partial results (maximum, sum of exp2, weighted sum of values) of warps, then of chunks, are merged in a
 // fixed order. Chunks begin at multiples of 128 tokens, so that a row depends only on its keys. Adjacent
-// blocks have adjacent heads, whose keys are contiguous.
+// blocks have adjacent heads, whose keys are contiguous in a block of the cache.
 //
 // On sm_90a the copy engine loads a warp's keys in one copy, and its values in another, if they are
-// contiguous in the cache: on an H200 7 % less time than copies of 16 bytes at 32 x 2000 keys, 12 % at 64 x
-// 300. The L2 evict-first policy took 3 % more and 3 % less, respectively.
+// contiguous in the cache. On an H200 this took 7 % less time than copies of 16 bytes at 32 rows x 2000 keys,
+// and 12 % less at 64 x 300. The L2 evict-first policy, which is not used, took 3 % more and 3 % less,
+// respectively.
 //
 // With few chunks, launch and memory latency dominate: each block requests older keys before the preceding
-// product ends, and rotates the query; the block with the newest key rotates and stores that key; and the
-// last block of a head and a row merges its chunks. With many chunks separate kernels do so
-// (rotate_and_store, attention_decode_combine).
+// product ends, and rotates the query; the block with the newest key rotates and stores that key and its
+// value; and the last block of a head and a row to finish merges the chunks. With many chunks separate
+// kernels rotate, store and merge (rotate_and_store, attention_decode_combine).
 //
 // attention_decode_any supports every head_dim up to 256, value by value.
 //
@@ -43,20 +44,20 @@ namespace qvl::cuda {
 namespace {
 
 constexpr int kChunk = 128, kWarps = 4, kThreads = 32 * kWarps, kWarpKeys = kChunk / kWarps;
-constexpr int kFastDim = 128, kMostDim = 256;
-constexpr int kTogetherChunks = 8;  // loads in flight when chunks are merged
+constexpr int kFastDim = 128, kMaxDim = 256;
+constexpr int kMergedChunks = 8;  // loads in flight when chunks are merged
 constexpr float kLog2E = 1.44269504f;
 
 __device__ inline float minus_infinity() {
   return __int_as_float(static_cast<int>(0xFF800000u));  // -infinity
 }
 
-// Work of a block: a chunk of a head of a row.
+// Work of a block: a chunk of the keys of a row, for one head.
 struct Chunk {
   int row, head, index;
-  int first;     // first token
-  int position;  // position of the row, its last token
-  const int* table;
+  int first;         // position of the chunk's first key
+  int position;      // position of the row's token, the newest key
+  const int* table;  // block table of the row's sequence
 
   __device__ explicit Chunk(const AttentionDecode& p)
       : row(blockIdx.z),
@@ -67,47 +68,49 @@ struct Chunk {
         table(p.blocks +
               static_cast<int64>(p.tables != nullptr ? __ldcg(p.tables + row) : row) * p.max_blocks) {}
   // Index of the cache block of a token.
-  __device__ int number(const AttentionDecode& p, int token) const {
+  __device__ int block_index(const AttentionDecode& p, int token) const {
     return __ldcg(table + token / p.block_tokens);
   }
+  // Index of the row and the head in [n][heads].
   __device__ int64 pair(const AttentionDecode& p) const { return static_cast<int64>(row) * p.heads + head; }
 };
 
 // Addresses of the key and value of a token; T is the cache's type.
 template <typename T>
-struct Place {
+struct TokenAddress {
   char* block;
   int slot;
 
-  __device__ Place(const AttentionDecode& p, int number, int token)
-      : block(p.base + static_cast<uint64>(number) * p.block_bytes), slot(token % p.block_tokens) {}
-  // which: 0 for the key, 1 for the value.
-  __device__ T* vector(const AttentionDecode& p, int which, int head) const {
+  __device__ TokenAddress(const AttentionDecode& p, int block_index, int token)
+      : block(p.base + static_cast<uint64>(block_index) * p.block_bytes), slot(token % p.block_tokens) {}
+  // part: 0: the key; 1: the value.
+  __device__ T* vector(const AttentionDecode& p, int part, int head) const {
     return reinterpret_cast<T*>(block) +
-           (static_cast<int64>(which * p.heads + head) * p.block_tokens + slot) * p.head_dim;
+           (static_cast<int64>(part * p.heads + head) * p.block_tokens + slot) * p.head_dim;
   }
   // For 8-bit types.
-  __device__ float* scale(const AttentionDecode& p, int which, int head) const {
+  __device__ float* scale(const AttentionDecode& p, int part, int head) const {
     char* scales = block + 2 * static_cast<int64>(p.heads) * p.block_tokens * p.head_dim;
-    return reinterpret_cast<float*>(scales) + (which * p.heads + head) * p.block_tokens + slot;
+    return reinterpret_cast<float*>(scales) + (part * p.heads + head) * p.block_tokens + slot;
   }
 };
 
-// Merge the warps' results and write the chunk's partial result. sums: [kWarps][head_dim] in shared memory,
-// written by all warps; most, total: maximum and sum of this warp.
+// Merge the results of the warps and write the partial result of the chunk. sums: [kWarps][head_dim] in
+// shared memory, written by all warps; maximum, total: maximum of the scores and sum of the weights of this
+// warp.
 __device__ inline void write_part(const AttentionDecode& p, int head_dim, const Chunk& chunk,
-                                  const float* sums, float most, float total) {
-  __shared__ float mosts[kWarps], totals[kWarps];
+                                  const float* sums, float maximum, float total) {
+  __shared__ float maxima[kWarps], totals[kWarps];
   if (threadIdx.x % 32 == 0) {
-    mosts[threadIdx.x / 32] = most;
+    maxima[threadIdx.x / 32] = maximum;
     totals[threadIdx.x / 32] = total;
   }
   __syncthreads();
-  float all = mosts[0];
-  for (int warp = 1; warp < kWarps; ++warp) all = fmaxf(all, mosts[warp]);
+  float chunk_maximum = maxima[0];
+  for (int warp = 1; warp < kWarps; ++warp) chunk_maximum = fmaxf(chunk_maximum, maxima[warp]);
   float scales[kWarps], sum = 0;
   for (int warp = 0; warp < kWarps; ++warp) {
-    scales[warp] = exp2f(mosts[warp] - all);
+    scales[warp] = exp2f(maxima[warp] - chunk_maximum);
     sum += totals[warp] * scales[warp];
   }
   const int64 part = chunk.pair(p) * p.chunks + chunk.index;
@@ -118,64 +121,65 @@ __device__ inline void write_part(const AttentionDecode& p, int head_dim, const 
     p.sums[part * head_dim + d] = value;
   }
   if (threadIdx.x == 0) {
-    p.parts[2 * part] = all;
+    p.parts[2 * part] = chunk_maximum;
     p.parts[2 * part + 1] = sum;
   }
 }
 
-// Merge the chunks of a head and a row.
+// Merge the chunks of a head and a row, and write y. pair: Chunk::pair().
 __device__ inline void combine(const AttentionDecode& p, int64 pair, int chunks) {
   const int64 first = pair * p.chunks;
   for (int d = threadIdx.x; d < p.head_dim; d += blockDim.x) {
-    float most = minus_infinity(), total = 0, sum = 0;
-    for (int chunk = 0; chunk < chunks; chunk += kTogetherChunks) {
-      float2 parts[kTogetherChunks];
-      float values[kTogetherChunks], higher = most;
+    float maximum = minus_infinity(), total = 0, sum = 0;
+    for (int chunk = 0; chunk < chunks; chunk += kMergedChunks) {
+      float2 parts[kMergedChunks];
+      float values[kMergedChunks], new_maximum = maximum;
 #pragma unroll
-      for (int i = 0; i < kTogetherChunks; ++i) {
-        const bool there = chunk + i < chunks;
+      for (int i = 0; i < kMergedChunks; ++i) {
+        const bool valid = chunk + i < chunks;
         const int64 part = first + chunk + i;
         parts[i] =
-            there ? __ldcg(reinterpret_cast<const float2*>(p.parts) + part) : float2{minus_infinity(), 0};
-        values[i] = there ? __ldcg(p.sums + part * p.head_dim + d) : 0.f;
+            valid ? __ldcg(reinterpret_cast<const float2*>(p.parts) + part) : float2{minus_infinity(), 0};
+        values[i] = valid ? __ldcg(p.sums + part * p.head_dim + d) : 0.f;
       }
 #pragma unroll
-      for (int i = 0; i < kTogetherChunks; ++i) higher = fmaxf(higher, parts[i].x);
-      const float before = exp2f(most - higher);
-      total *= before;
-      sum *= before;
+      for (int i = 0; i < kMergedChunks; ++i) new_maximum = fmaxf(new_maximum, parts[i].x);
+      const float factor = exp2f(maximum - new_maximum);
+      total *= factor;
+      sum *= factor;
 #pragma unroll
-      for (int i = 0; i < kTogetherChunks; ++i) {
-        const float scale = exp2f(parts[i].x - higher);
+      for (int i = 0; i < kMergedChunks; ++i) {
+        const float scale = exp2f(parts[i].x - new_maximum);
         total += parts[i].y * scale;
         sum += values[i] * scale;
       }
-      most = higher;
+      maximum = new_maximum;
     }
     static_cast<H*>(p.y)[pair * p.head_dim + d] = to_half(sum / total);
   }
 }
 
-// Increment the counter, or reset it to zero if it is `most`; returns the old value. Release and acquire:
-// earlier writes of this block are visible to blocks that count later.
-__device__ inline unsigned count(unsigned* counter, unsigned most) {
-  unsigned before;
+// Increment the counter, or reset it to zero if it is `maximum`; return the old value. Release and acquire:
+// earlier writes of this block are visible to blocks that increment the counter later.
+__device__ inline unsigned increment(unsigned* counter, unsigned maximum) {
+  unsigned old_value;
   asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
-               : "=r"(before)
-               : "l"(counter), "r"(most)
+               : "=r"(old_value)
+               : "l"(counter), "r"(maximum)
                : "memory");
-  return before;
+  return old_value;
 }
 
-// The last block of a head and a row merges the chunks, unless another kernel does.
+// End of a block: the last block of a head and a row to finish merges the chunks, unless another kernel
+// merges them.
 __device__ void end_chunk(const AttentionDecode& p, const Chunk& chunk) {
   if (p.counters == nullptr) return;
   __shared__ bool last;
-  const unsigned others = chunk.position / kChunk;
+  const unsigned n_others = chunk.position / kChunk;
   __syncthreads();
-  if (threadIdx.x == 0) last = others == 0 || count(p.counters + chunk.pair(p), others) == others;
+  if (threadIdx.x == 0) last = n_others == 0 || increment(p.counters + chunk.pair(p), n_others) == n_others;
   __syncthreads();
-  if (last) combine(p, chunk.pair(p), static_cast<int>(others) + 1);
+  if (last) combine(p, chunk.pair(p), static_cast<int>(n_others) + 1);
 }
 
 // Distribution of a warp's keys over its lanes: 16 bytes each.
@@ -183,8 +187,8 @@ template <typename T>
 struct Lanes {
   static constexpr int kValues = 16 / sizeof(T);     // per lane
   static constexpr int kLanes = kFastDim / kValues;  // per key
-  static constexpr int kTogether = 32 / kLanes;      // keys per load
-  static constexpr int kLoads = kWarpKeys / kTogether;
+  static constexpr int kKeysPerLoad = 32 / kLanes;   // of a warp
+  static constexpr int kLoads = kWarpKeys / kKeysPerLoad;
 
   __device__ static int first() { return threadIdx.x % kLanes * kValues; }  // index of the lane's first value
 
@@ -226,24 +230,24 @@ struct Rotation {
   __device__ Rotation(const AttentionDecode& p, int position, int table) {
     constexpr int kHalf = kFastDim / 2;
     query_scale = p.query_scale[position];
-    const int64 place = static_cast<int64>(table) * p.max_positions + position;
+    const int64 table_row = static_cast<int64>(table) * p.max_positions + position;
     const bool low = L::first() < kHalf;
 #pragma unroll
     for (int i = 0; i < L::kValues; i += 4) {
-      const int64 here = place * kHalf + L::first() % kHalf + i;
-      const float4 c = *reinterpret_cast<const float4*>(p.cos + here);
-      const float4 z = *reinterpret_cast<const float4*>(p.sin + here);
+      const int64 index = table_row * kHalf + L::first() % kHalf + i;
+      const float4 c = *reinterpret_cast<const float4*>(p.cos + index);
+      const float4 s = *reinterpret_cast<const float4*>(p.sin + index);
       cosines[i] = c.x, cosines[i + 1] = c.y, cosines[i + 2] = c.z, cosines[i + 3] = c.w;
-      sines[i] = z.x, sines[i + 1] = z.y, sines[i + 2] = z.z, sines[i + 3] = z.w;
+      sines[i] = s.x, sines[i + 1] = s.y, sines[i + 2] = s.z, sines[i + 3] = s.w;
 #pragma unroll
       for (int j = i; j < i + 4; ++j) sines[j] = low ? -sines[j] : sines[j];
     }
   }
 
-  // others: the values half a head apart.
-  __device__ void of(const Loaded<T>& own, const Loaded<T>& others, float (&values)[L::kValues]) const {
+  // Rotate values: `pairs` contains for each value of `raw` the value half a head apart.
+  __device__ void of(const Loaded<T>& raw, const Loaded<T>& pairs, float (&values)[L::kValues]) const {
 #pragma unroll
-    for (int i = 0; i < L::kValues; ++i) values[i] = rotated(own[i], others[i], cosines[i], sines[i]);
+    for (int i = 0; i < L::kValues; ++i) values[i] = rotated(raw[i], pairs[i], cosines[i], sines[i]);
   }
 };
 
@@ -255,20 +259,21 @@ __device__ inline Float16Value narrow(Float16Value, float value, const Int8Head*
   return float16_of(value);
 }
 __device__ inline int8 narrow(int8, float value, const Int8Head* head) {
-  return head->of(value);
+  return head->quantise(value);
 }
 
+// Convert a lane's values to the type of the cache. scale: set to the scale of the head, for int8.
 template <typename T>
 __device__ uint4 narrowed(const float (&values)[Lanes<T>::kValues], float& scale) {
-  float most = 0;
+  float maximum = 0;
   if constexpr (sizeof(T) == 1) {
 #pragma unroll
-    for (float value : values) most = fmaxf(most, fabsf(value));
+    for (float value : values) maximum = fmaxf(maximum, fabsf(value));
 #pragma unroll
-    for (int other = Lanes<T>::kLanes / 2; other > 0; other /= 2)
-      most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, other));
+    for (int distance = Lanes<T>::kLanes / 2; distance > 0; distance /= 2)
+      maximum = fmaxf(maximum, __shfl_xor_sync(0xFFFFFFFFu, maximum, distance));
   }
-  const Int8Head head(most);
+  const Int8Head head(maximum);
   scale = head.scale;
   uint4 bytes;
 #pragma unroll
@@ -283,20 +288,20 @@ struct BulkCopies {
   uint32 barriers;  // for keys and for values, 8 bytes each
 
   __device__ BulkCopies() {
-    __shared__ uint64 all[kWarps][2];
-    barriers = shared_address(all[threadIdx.x / 32]);
+    __shared__ uint64 storage[kWarps][2];
+    barriers = shared_address(storage[threadIdx.x / 32]);
     if (threadIdx.x % 32 == 0) {
-      for (int half = 0; half < 2; ++half) barrier_init(barriers + 8 * half, 1);
+      for (int part = 0; part < 2; ++part) barrier_init(barriers + 8 * part, 1);
       publish_barriers();
     }
     __syncwarp();
   }
-  // Called by one lane, once per half.
-  __device__ void request(int half, void* to, const void* from, int bytes) const {
-    barrier_expect(barriers + 8 * half, bytes);
-    copy_bytes(shared_address(to), from, bytes, barriers + 8 * half);
+  // part: 0: keys; 1: values. Called by one lane, once per part.
+  __device__ void request(int part, void* to, const void* from, int bytes) const {
+    barrier_expect(barriers + 8 * part, bytes);
+    copy_bytes(shared_address(to), from, bytes, barriers + 8 * part);
   }
-  __device__ void wait(int half) const { barrier_wait(barriers + 8 * half, 0); }
+  __device__ void wait(int part) const { barrier_wait(barriers + 8 * part, 0); }
 #else
   static constexpr bool kAvailable = false;
   __device__ void request(int, void*, const void*, int) const {}
@@ -304,10 +309,11 @@ struct BulkCopies {
 #endif
 };
 
+// Attention for head_dim 128.
 template <typename T>
 __device__ void attention(const AttentionDecode& p) {
   using L = Lanes<T>;
-  constexpr int kValues = L::kValues, kLanes = L::kLanes, kTogether = L::kTogether, kLoads = L::kLoads;
+  constexpr int kValues = L::kValues, kLanes = L::kLanes, kKeysPerLoad = L::kKeysPerLoad, kLoads = L::kLoads;
   constexpr bool kScaled = sizeof(T) == 1;
   extern __shared__ uint4 shared[];
   start_successors();
@@ -316,101 +322,106 @@ __device__ void attention(const AttentionDecode& p) {
   if (!p.early) wait_for_predecessors();
   const Chunk chunk(p);
   const int angle_table = rotate ? __ldcg(p.angle_tables + chunk.row) : 0;
-  // The shuffle tells the compiler that the warp number is uniform.
+  // The shuffle tells the compiler that the warp number is the same in all lanes.
   const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
-  const int lane = threadIdx.x % 32, which = lane / kLanes;
-  // Each lane looks up the block of one key, before knowing whether the row has that key.
+  const int lane = threadIdx.x % 32, key_in_load = lane / kLanes;
+  // Each lane looks up the cache block of one key, before it knows whether the row has that key.
   const int first = chunk.first + warp * kWarpKeys, token = first + lane;
   // The shuffle with the lane itself prevents the compiler from delaying the load until its use.
-  const int number =
-      __shfl_sync(0xFFFFFFFFu, chunk.number(p, min(token, p.max_blocks * p.block_tokens - 1)), lane);
+  const int block_index =
+      __shfl_sync(0xFFFFFFFFu, chunk.block_index(p, min(token, p.max_blocks * p.block_tokens - 1)), lane);
   if (chunk.first > chunk.position) return;
-  // Number of keys from this warp's first key on: may be 0, or more than its 32.
-  const int here = chunk.position + 1 - first;
-  const int newest = here - 1;
+  // Number of the row's keys from this warp's first key on: may be 0 or negative, or exceed the warp's 32
+  // keys.
+  const int n_keys = chunk.position + 1 - first;
+  const int newest = n_keys - 1;
   const bool has_newest = newest >= 0 && newest < kWarpKeys;
-  const Place<T> place(p, lane < here ? number : 0, token);
-  const int64 mine = reinterpret_cast<int64>(place.vector(p, 0, chunk.head));
+  const TokenAddress<T> address(p, lane < n_keys ? block_index : 0, token);
+  const int64 key_address = reinterpret_cast<int64>(address.vector(p, 0, chunk.head));
   const int64 to_value = static_cast<int64>(p.heads) * p.block_tokens * (kFastDim * sizeof(T));
   uint4* const keys = shared + warp * (2 * kLoads * 32) + lane;
   uint4* const values = keys + kLoads * 32;
   if (has_newest && !rotate) wait_for_predecessors();  // the kernel that stored the newest key
-  const int stored = rotate ? newest : here;
-  // Whether to use bulk copies: not for a warp with the newest key, which this kernel or the preceding one
-  // writes.
-  const bool whole = BulkCopies::kAvailable && newest >= kWarpKeys && p.block_tokens % kWarpKeys == 0;
-  for (int half = 0; half < 2; ++half) {
-    if (whole) {
+  const int n_to_copy = rotate ? newest : n_keys;
+  // Whether to use bulk copies. A warp with the newest key does not, since this kernel or the preceding one
+  // writes that key.
+  const bool bulk = BulkCopies::kAvailable && newest >= kWarpKeys && p.block_tokens % kWarpKeys == 0;
+  for (int part = 0; part < 2; ++part) {
+    if (bulk) {
       if (lane == 0)
-        copies.request(half, half ? values : keys, reinterpret_cast<const char*>(mine) + half * to_value,
+        copies.request(part, part ? values : keys,
+                       reinterpret_cast<const char*>(key_address) + part * to_value,
                        kWarpKeys * kFastDim * sizeof(T));
       continue;
     }
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
-      const int key = j * kTogether + which;
-      const char* from = reinterpret_cast<const char*>(__shfl_sync(0xFFFFFFFFu, mine, key)) + half * to_value;
+      const int key = j * kKeysPerLoad + key_in_load;
+      const char* from =
+          reinterpret_cast<const char*>(__shfl_sync(0xFFFFFFFFu, key_address, key)) + part * to_value;
       if (!rotate || key != newest)
-        copy_ahead16((half ? values : keys) + 32 * j, from + lane % kLanes * 16, key < stored);
+        copy_async16((part ? values : keys) + 32 * j, from + lane % kLanes * 16, key < n_to_copy);
     }
     commit_copies();
   }
   float key_scale = 0, value_scale = 0;  // 0 for a missing key
-  if (kScaled && lane < here) {
-    key_scale = __ldcg(place.scale(p, 0, chunk.head));
-    value_scale = __ldcg(place.scale(p, 1, chunk.head));
+  if (kScaled && lane < n_keys) {
+    key_scale = __ldcg(address.scale(p, 0, chunk.head));
+    value_scale = __ldcg(address.scale(p, 1, chunk.head));
   }
 
   float q[kValues];
-  Loaded<T> own;
+  Loaded<T> q_raw;
   if (rotate) {
     const Rotation<T> rotation(p, chunk.position, angle_table);
     wait_for_predecessors();
-    // Only one warp needs the new key and value, but loading them in all warps is free.
-    const int width = p.heads * kFastDim, over = L::first() < kFastDim / 2 ? kFastDim / 2 : -kFastDim / 2;
+    // Only one warp needs the new key and value, but loading them in all warps takes no extra time.
+    const int width = p.heads * kFastDim,
+              pair_offset = L::first() < kFastDim / 2 ? kFastDim / 2 : -kFastDim / 2;
     const H* from = static_cast<const H*>(p.qkv) + 3 * static_cast<int64>(width) * chunk.row +
                     chunk.head * kFastDim + L::first();
-    Loaded<T> others, key, other_keys, value;
-    own.load(from);
-    others.load(from + over);
+    Loaded<T> q_pair, key, key_pair, value;
+    q_raw.load(from);
+    q_pair.load(from + pair_offset);
     key.load(from + width);
-    other_keys.load(from + width + over);
+    key_pair.load(from + width + pair_offset);
     value.load(from + 2 * width);
-    rotation.of(own, others, q);
+    rotation.of(q_raw, q_pair, q);
 #pragma unroll
-    for (float& each : q) each = to_float(to_half(each * rotation.query_scale));
+    for (float& q_value : q) q_value = to_float(to_half(q_value * rotation.query_scale));
     float vector[kValues], new_scales[2];
     uint4 bytes[2];
-    rotation.of(key, other_keys, vector);
+    rotation.of(key, key_pair, vector);
     bytes[0] = narrowed<T>(vector, new_scales[0]);
 #pragma unroll
     for (int i = 0; i < kValues; ++i) vector[i] = value[i];
     bytes[1] = narrowed<T>(vector, new_scales[1]);
     if (has_newest) {
-      char* const to = reinterpret_cast<char*>(__shfl_sync(0xFFFFFFFFu, mine, newest)) + lane % kLanes * 16;
-      if (which == newest % kTogether) {
-        keys[newest / kTogether * 32] = bytes[0];
-        values[newest / kTogether * 32] = bytes[1];
+      char* const to =
+          reinterpret_cast<char*>(__shfl_sync(0xFFFFFFFFu, key_address, newest)) + lane % kLanes * 16;
+      if (key_in_load == newest % kKeysPerLoad) {
+        keys[newest / kKeysPerLoad * 32] = bytes[0];
+        values[newest / kKeysPerLoad * 32] = bytes[1];
         *reinterpret_cast<uint4*>(to) = bytes[0];
         *reinterpret_cast<uint4*>(to + to_value) = bytes[1];
       }
       if (kScaled && lane == newest) {
-        *place.scale(p, 0, chunk.head) = key_scale = new_scales[0];
-        *place.scale(p, 1, chunk.head) = value_scale = new_scales[1];
+        *address.scale(p, 0, chunk.head) = key_scale = new_scales[0];
+        *address.scale(p, 1, chunk.head) = value_scale = new_scales[1];
       }
     }
   } else {
     wait_for_predecessors();
-    own.load(static_cast<const H*>(p.q) + chunk.pair(p) * kFastDim + L::first());
+    q_raw.load(static_cast<const H*>(p.q) + chunk.pair(p) * kFastDim + L::first());
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) q[i] = own[i];
+    for (int i = 0; i < kValues; ++i) q[i] = q_raw[i];
   }
 #pragma unroll
   for (float& value : q) value *= kLog2E;
 
   wait_for_copies<1>();
-  if (whole) copies.wait(0);
-  float scores[kLoads], most = minus_infinity();
+  if (bulk) copies.wait(0);
+  float scores[kLoads], maximum = minus_infinity();
 #pragma unroll
   for (int j = 0; j < kLoads; ++j) {
     float key[kValues], sum = 0;
@@ -418,87 +429,91 @@ __device__ void attention(const AttentionDecode& p) {
 #pragma unroll
     for (int i = 0; i < kValues; ++i) sum += q[i] * key[i];
 #pragma unroll
-    for (int other = kLanes / 2; other > 0; other /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, other);
-    if (kScaled) sum *= __shfl_sync(0xFFFFFFFFu, key_scale, j * kTogether + which);
-    scores[j] = j * kTogether + which < here ? sum : minus_infinity();
-    most = fmaxf(most, scores[j]);
+    for (int distance = kLanes / 2; distance > 0; distance /= 2)
+      sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
+    if (kScaled) sum *= __shfl_sync(0xFFFFFFFFu, key_scale, j * kKeysPerLoad + key_in_load);
+    scores[j] = j * kKeysPerLoad + key_in_load < n_keys ? sum : minus_infinity();
+    maximum = fmaxf(maximum, scores[j]);
   }
-  most = warp_max(most);
-  const float base = here > 0 ? most : 0;
+  maximum = warp_max(maximum);
+  const float base = n_keys > 0 ? maximum : 0;
   float total = 0, sums[kValues] = {};
   wait_for_copies<0>();
-  if (whole) copies.wait(1);
+  if (bulk) copies.wait(1);
 #pragma unroll
   for (int j = 0; j < kLoads; ++j) {
     float weight = exp2f(scores[j] - base);
     total += weight;
-    if (kScaled) weight *= __shfl_sync(0xFFFFFFFFu, value_scale, j * kTogether + which);
+    if (kScaled) weight *= __shfl_sync(0xFFFFFFFFu, value_scale, j * kKeysPerLoad + key_in_load);
     float value[kValues];
     L::widen(values[32 * j], value);
 #pragma unroll
     for (int i = 0; i < kValues; ++i) sums[i] += weight * value[i];
   }
 #pragma unroll
-  for (int other = kLanes; other < 32; other *= 2) {
-    total += __shfl_xor_sync(0xFFFFFFFFu, total, other);
+  for (int distance = kLanes; distance < 32; distance *= 2) {
+    total += __shfl_xor_sync(0xFFFFFFFFu, total, distance);
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) sums[i] += __shfl_xor_sync(0xFFFFFFFFu, sums[i], other);
+    for (int i = 0; i < kValues; ++i) sums[i] += __shfl_xor_sync(0xFFFFFFFFu, sums[i], distance);
   }
-  float* const all = reinterpret_cast<float*>(shared);
+  float* const warp_sums = reinterpret_cast<float*>(shared);
   __syncthreads();  // all warps have read their copies
-  if (which == 0) {
+  if (key_in_load == 0) {
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) all[warp * kFastDim + lane * kValues + i] = sums[i];
+    for (int i = 0; i < kValues; ++i) warp_sums[warp * kFastDim + lane * kValues + i] = sums[i];
   }
-  write_part(p, kFastDim, chunk, all, most, total);
+  write_part(p, kFastDim, chunk, warp_sums, maximum, total);
   end_chunk(p, chunk);
 }
 
+// Attention for any head_dim up to kMaxDim, and for float32.
 template <typename T>
 __device__ void attention_any(const AttentionDecode& p) {
-  constexpr int kMost = kMostDim / 32;
-  __shared__ float all[kWarps * kMostDim];
+  constexpr int kLaneDims = kMaxDim / 32;
+  __shared__ float warp_sums[kWarps * kMaxDim];
   start_successors();
   wait_for_predecessors();
   const Chunk chunk(p);
   if (chunk.first > chunk.position) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int first = chunk.first + warp * kWarpKeys;
-  const int here = min(kWarpKeys, chunk.position + 1 - first);
+  const int n_keys = min(kWarpKeys, chunk.position + 1 - first);
   const H* q = static_cast<const H*>(p.q) + chunk.pair(p) * p.head_dim;
-  const auto place_of = [&](int key) { return Place<T>(p, chunk.number(p, first + key), first + key); };
-  const auto scale_of = [&](const Place<T>& place, int part) {
-    return sizeof(T) == 1 ? __ldcg(place.scale(p, part, chunk.head)) : 1.f;
+  const auto address_of = [&](int key) {
+    return TokenAddress<T>(p, chunk.block_index(p, first + key), first + key);
+  };
+  const auto scale_of = [&](const TokenAddress<T>& address, int part) {
+    return sizeof(T) == 1 ? __ldcg(address.scale(p, part, chunk.head)) : 1.f;
   };
 
   float score = minus_infinity();  // of key `lane`
-  for (int key = 0; key < here; ++key) {
-    const Place<T> place = place_of(key);
-    const T* vector = place.vector(p, 0, chunk.head);
+  for (int key = 0; key < n_keys; ++key) {
+    const TokenAddress<T> address = address_of(key);
+    const T* vector = address.vector(p, 0, chunk.head);
     float sum = 0;
     for (int d = lane; d < p.head_dim; d += 32) sum += to_float(q[d]) * kLog2E * value_of(vector[d]);
-    sum = warp_sum(sum) * scale_of(place, 0);
+    sum = warp_sum(sum) * scale_of(address, 0);
     if (lane == key) score = sum;
   }
-  const float most = warp_max(score);
-  const float weight = here > 0 ? exp2f(score - most) : 0;
-  float sums[kMost] = {};
-  for (int key = 0; key < here; ++key) {
-    const Place<T> place = place_of(key);
-    const T* vector = place.vector(p, 1, chunk.head);
-    const float scaled = __shfl_sync(0xFFFFFFFFu, weight, key) * scale_of(place, 1);
+  const float maximum = warp_max(score);
+  const float weight = n_keys > 0 ? exp2f(score - maximum) : 0;
+  float sums[kLaneDims] = {};
+  for (int key = 0; key < n_keys; ++key) {
+    const TokenAddress<T> address = address_of(key);
+    const T* vector = address.vector(p, 1, chunk.head);
+    const float scaled = __shfl_sync(0xFFFFFFFFu, weight, key) * scale_of(address, 1);
 #pragma unroll
-    for (int i = 0; i < kMost; ++i) {
+    for (int i = 0; i < kLaneDims; ++i) {
       const int d = lane + 32 * i;
       if (d < p.head_dim) sums[i] += scaled * value_of(vector[d]);
     }
   }
 #pragma unroll
-  for (int i = 0; i < kMost; ++i) {
+  for (int i = 0; i < kLaneDims; ++i) {
     const int d = lane + 32 * i;
-    if (d < p.head_dim) all[warp * p.head_dim + d] = sums[i];
+    if (d < p.head_dim) warp_sums[warp * p.head_dim + d] = sums[i];
   }
-  write_part(p, p.head_dim, chunk, all, most, warp_sum(weight));
+  write_part(p, p.head_dim, chunk, warp_sums, maximum, warp_sum(weight));
   end_chunk(p, chunk);
 }
 
@@ -518,7 +533,7 @@ QVL_ATTENTION_DECODE(any_float32, attention_any, float, 1)
 QVL_ATTENTION_DECODE(any_int8, attention_any, int8, 1)
 #undef QVL_ATTENTION_DECODE
 
-extern "C" __global__ __launch_bounds__(kMostDim) void attention_decode_combine(
+extern "C" __global__ __launch_bounds__(kMaxDim) void attention_decode_combine(
     const __grid_constant__ AttentionDecode p) {
   start_successors();
   const int row = blockIdx.y, pair = row * p.heads + static_cast<int>(blockIdx.x);

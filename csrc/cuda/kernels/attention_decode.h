@@ -8,7 +8,7 @@ struct AttentionDecode {
   const void* qkv;  // H [n][3][heads][head_dim], not yet rotated, keys and values not yet stored
   const int* positions;
   const int* angle_tables;
-  const int* tables;  // NULL: row i has table i
+  const int* tables;  // [n]: index of the row's sequence in `blocks`; NULL: row i has sequence i
   const int* blocks;
   const float* cos;
   const float* sin;
@@ -20,11 +20,14 @@ struct AttentionDecode {
   int block_tokens;
   int heads, head_dim;
   int chunks;  // number of chunks of the longest sequence
-  int early;   // whether the preceding kernels write only q or qkv, and with q the newest keys
-  // [n][heads]: number of finished blocks, zero before and after. NULL: another kernel merges the chunks.
+  // Whether positions, tables, and the keys and values of earlier tokens may be read before the preceding
+  // kernels end: these write only q or qkv, and with q the newest keys and values.
+  int early;
+  // [n][heads]: number of finished blocks, zero before and after the kernel. NULL: attention_decode_combine
+  // merges the chunks.
   unsigned* counters;
-  float* sums;   // [n][heads][chunks][head_dim]: of exp2(score - most) * value
-  float* parts;  // [n][heads][chunks][2]: (most, sum of exp2(score - most))
+  float* sums;   // [n][heads][chunks][head_dim]: sums of exp2(score - maximum) * value
+  float* parts;  // [n][heads][chunks][2]: maximum of the scores, sum of exp2(score - maximum)
   void* y;
 };
 

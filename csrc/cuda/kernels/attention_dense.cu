@@ -13,6 +13,7 @@
 
 namespace qvl::cuda {
 
+// Keys and values of an image, the Source of attend() and attend_hopper(). part: 0: keys; 1: values.
 struct DenseKeys {
   const H *k, *v;
   int64 stride;
@@ -32,15 +33,15 @@ struct DenseKeys {
 #pragma unroll 4
     for (int i = thread; i < Rows::kKeys * kParts; i += 128) {
       const int key = i / kParts, d = i % kParts * 8;
-      const bool there = first + key < n && d < head_dim;
-      copy_async(to + Rows::at(key, d), there ? from + (first + key) * stride + d : from, there ? 16 : 0);
+      const bool valid = first + key < n && d < head_dim;
+      copy_async(to + Rows::at(key, d), valid ? from + (first + key) * stride + d : from, valid ? 16 : 0);
     }
   }
 #endif
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  __device__ bool boxes() const { return p.boxes != 0; }
-  __device__ int copied(int) const { return kHopperKeys * 128; }
+  __device__ bool use_tensor_map() const { return p.use_tensor_map != 0; }
+  __device__ int column_bytes(int) const { return kHopperKeys * 128; }
   template <int kColumns>
   __device__ void copy(uint32 to, int part, int tile, uint32 barrier) const {
 #pragma unroll

@@ -1,16 +1,16 @@
 // Attention of 128 queries on Hopper: wgmma, for any source of keys and values.
 //
 // Layout. Two warpgroups have 64 queries each; a third one loads tiles of 128 keys and values into two
-// buffers, by the copy engine, by cp.async, or with a conversion. Rows are divided into columns of 64 values,
-// [column][row] of 128 bytes, the layout of describe() in hopper.cuh. D is kPaddedDim:
+// buffers: by the copy engine, by cp.async, or by loads and a conversion to H. Rows are divided into columns
+// of 64 values, [column][row] of 128 bytes, the layout of describe() in hopper.cuh. D is kPaddedDim:
 //
-//   shared:  queries [D / 64][128][64]  |  keys [2][D / 64][128][64]  |  values [2][..]  |  places, barriers
+//   shared:  queries [D / 64][128][64]  |  keys [2][D / 64][128][64]  |  values [2][..]  |  offsets, barriers
 //
 //   warpgroups 0, 1:   scores(0) softmax | scores(1)  p v(0)  softmax(1) | scores(2)  p v(1)  softmax(2) | ..
 //                                          \_ both on the tensor cores, softmax overlaps p v _/
 //   warpgroup 2:       copies tile 0, 1, 2 ..
 //
-// Tiles do not affect a query's bits, as in attention.cuh.
+// As in attention.cuh, a query's bits do not depend on the division into tiles.
 //
 // Cost of a tile of 128 keys at head_dim 128, in cycles of a multiprocessor: 2048 of wgmma for 128 queries, 4
 // head_dim operations per query and key; 1024 of exponentials, which overlap. Bound by the tensor cores.
@@ -33,9 +33,10 @@ struct SwizzledRows {
   }
 };
 
-// Source as for attend(), with three more functions. boxes(): whether the copy engine can load keys and
-// values; then copy(to, part, tile, barrier) requests those of a tile, in columns of kHopperKeys rows, and
-// copied(tile) is the number of bytes per column. Keys from `n` on may be omitted; otherwise they are zeros.
+// Attention of a job's queries. `source`: as for attend(), with three more functions. use_tensor_map():
+// whether the copy engine can load keys and values; then copy(to, part, tile, barrier) requests those of a
+// tile, in columns of kHopperKeys rows, and column_bytes(tile) is the number of bytes per column. Keys beyond
+// the last one may be omitted; otherwise they are zeros.
 template <int kPaddedDim, typename Source>
 __device__ inline void attend_hopper(const Job& job, const Source& source) {
   using Rows = SwizzledRows<kPaddedDim>;
@@ -44,8 +45,9 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
   char* const aligned = raw_shared + (-shared_address(raw_shared) & 1023);
   const uint32 queries = shared_address(aligned), keys = queries + kTile, values = keys + 2 * kTile;
   const uint32 barriers = values + 2 * kTile + kKeys * 16;
-  // Barriers of keys (part 0) and values (part 1), per buffer.
-  const uint32 landed = barriers + 64;
+  // full and empty: barriers of keys (part 0) and values (part 1), for each of the two buffers. filled: of
+  // the copy of a last tile, whose other rows must be set to zero.
+  const uint32 filled = barriers + 64;
   auto full = [&](int part, int tile) { return barriers + 8 * (2 * part + tile % 2); };
   auto empty = [&](int part, int tile) { return barriers + 32 + 8 * (2 * part + tile % 2); };
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, thread = threadIdx.x % 128;
@@ -53,36 +55,36 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < 4; ++i) {
-      barrier_init(barriers + 8 * i, source.boxes() ? 1 : 128);
+      barrier_init(barriers + 8 * i, source.use_tensor_map() ? 1 : 128);
       barrier_init(barriers + 32 + 8 * i, 8);
     }
-    barrier_init(landed, 1);
+    barrier_init(filled, 1);
     publish_barriers();
   }
   __syncthreads();
 
   if (warp >= 8) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(72));
-    if (source.boxes()) {
+    if (source.use_tensor_map()) {
       if (warp > 8) return;
       for (int tile = 0; tile < tiles; ++tile) {
 #pragma unroll 1
         for (int part = 0; part < 2; ++part) {
           barrier_wait(empty(part, tile), tile / 2 % 2 ^ 1);
-          // Values beyond the last key have weight 0, but must not be NaN or infinite.
-          const int there = job.n_keys - tile * kKeys;
-          const bool fill = part == 1 && there < kKeys;
+          // Values beyond the last key have weight 0, but must not be NaN or infinite: they are set to zero.
+          const int n_keys = job.n_keys - tile * kKeys;
+          const bool fill = part == 1 && n_keys < kKeys;
           if (lane == 0) {
-            const uint32 barrier = fill ? landed : full(part, tile);
-            barrier_expect(barrier, source.copied(tile) * ((kPaddedDim + 63) / 64));
+            const uint32 barrier = fill ? filled : full(part, tile);
+            barrier_expect(barrier, source.column_bytes(tile) * ((kPaddedDim + 63) / 64));
             source.template copy<(kPaddedDim + 63) / 64>(
                 part == 0 ? keys + tile % 2 * kTile : values + tile % 2 * kTile, part, tile, barrier);
           }
           if (fill) {
-            barrier_wait(landed, 0);
+            barrier_wait(filled, 0);
             H* const to = reinterpret_cast<H*>(aligned + (3 + tile % 2) * kTile);
-            for (int i = lane; i < (kKeys - there) * (Rows::kDims / 8); i += 32) {
-              const int row = there + i / (Rows::kDims / 8), d = i % (Rows::kDims / 8) * 8;
+            for (int i = lane; i < (kKeys - n_keys) * (Rows::kDims / 8); i += 32) {
+              const int row = n_keys + i / (Rows::kDims / 8), d = i % (Rows::kDims / 8) * 8;
               *reinterpret_cast<uint4*>(to + Rows::at(row, d)) = make_uint4(0, 0, 0, 0);
             }
             publish_writes();
@@ -115,29 +117,31 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
   const int group = warp / 4, row = group * 64 + warp % 4 * 16 + lane / 4;
   for (int i = thread; i < 64 * Rows::kDims / 8; i += 128) {
     const int query = group * 64 + i / (Rows::kDims / 8), d = i % (Rows::kDims / 8) * 8;
-    uint4 eight = make_uint4(0, 0, 0, 0);
+    uint4 vector = make_uint4(0, 0, 0, 0);
     const H* const from = job.q + query * job.q_stride + d;
     if (query < job.n && d < job.head_dim) {
       if (job.head_dim % 8 == 0 && job.q_stride % 8 == 0 && reinterpret_cast<uint64>(job.q) % 16 == 0) {
-        eight = *reinterpret_cast<const uint4*>(from);
+        vector = *reinterpret_cast<const uint4*>(from);
       } else {
-        uint32* const pairs = &eight.x;
+        uint32* const pairs = &vector.x;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           if (d + 2 * j < job.head_dim) pairs[j] = *reinterpret_cast<const uint32*>(from + 2 * j);
         }
       }
     }
-    *reinterpret_cast<uint4*>(aligned + 2 * Rows::at(query, d)) = eight;
+    *reinterpret_cast<uint4*>(aligned + 2 * Rows::at(query, d)) = vector;
   }
   publish_writes();
   warpgroup_sync(2 + group);
 
   float scores[kKeys / 2], sums[kPaddedDim / 2] = {};
   uint32 weights[kKeys / 16][4];
-  float most[2] = {minus_infinity(), minus_infinity()}, total[2] = {0, 0}, factor[2];
+  float maximum[2] = {minus_infinity(), minus_infinity()}, total[2] = {0, 0}, factor[2];
   const float scale = job.scale * kLog2E;
 
+  // Begin the product of queries and keys of a tile; after it the third warpgroup may overwrite the keys
+  // (release).
   auto score = [&](int tile) {
     barrier_wait(full(0, tile), tile / 2 % 2);
     products_begin();
@@ -152,40 +156,42 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
   auto release = [&](int part, int tile) {
     if (lane == 0) barrier_arrive(empty(part, tile));
   };
-  // Convert the scores of a tile to weights; earlier sums are rescaled by `factor`.
-  auto weigh = [&](int tile) {
+  // Convert the scores of a tile to weights. Set `factor`, by which the sums of earlier tiles must be
+  // multiplied.
+  auto compute_weights = [&](int tile) {
     const int first = tile * kKeys;
-    const bool whole =
+    const bool unmasked =
         first + kKeys <= (job.causal ? job.first_position + group * 64 + warp % 4 * 16 + 1 : job.n_keys);
-    if (!whole) {
+    if (!unmasked) {
 #pragma unroll
       for (int i = 0; i < kKeys / 2; ++i) {
         const int key = first + i / 4 * 8 + lane % 4 * 2 + i % 2;
-        const int seen = job.causal ? job.first_position + row + i / 2 % 2 * 8 + 1 : job.n_keys;
-        if (key >= seen) scores[i] = minus_infinity();
+        const int n_visible = job.causal ? job.first_position + row + i / 2 % 2 * 8 + 1 : job.n_keys;
+        if (key >= n_visible) scores[i] = minus_infinity();
       }
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float best = most[half];
+      float new_maximum = maximum[half];
 #pragma unroll
       for (int i = 0; i < kKeys / 2; i += 4) {
-        best = fmaxf(best, fmaxf(scores[i + 2 * half], scores[i + 2 * half + 1]));
+        new_maximum = fmaxf(new_maximum, fmaxf(scores[i + 2 * half], scores[i + 2 * half + 1]));
       }
-      best = fmaxf(best, __shfl_xor_sync(0xFFFFFFFFu, best, 1));
-      best = fmaxf(best, __shfl_xor_sync(0xFFFFFFFFu, best, 2));
-      factor[half] = power((most[half] - best) * scale);
-      const float shift = best * scale;
-      most[half] = best;
+      new_maximum = fmaxf(new_maximum, __shfl_xor_sync(0xFFFFFFFFu, new_maximum, 1));
+      new_maximum = fmaxf(new_maximum, __shfl_xor_sync(0xFFFFFFFFu, new_maximum, 2));
+      factor[half] = fast_exp2((maximum[half] - new_maximum) * scale);
+      const float shift = new_maximum * scale;
+      maximum[half] = new_maximum;
       total[half] *= factor[half];
 #pragma unroll
       for (int i = 0; i < kKeys / 2; i += 4) {
-        scores[i + 2 * half] = power(scores[i + 2 * half] * scale - shift);
-        scores[i + 2 * half + 1] = power(scores[i + 2 * half + 1] * scale - shift);
+        scores[i + 2 * half] = fast_exp2(scores[i + 2 * half] * scale - shift);
+        scores[i + 2 * half + 1] = fast_exp2(scores[i + 2 * half + 1] * scale - shift);
         total[half] += scores[i + 2 * half] + scores[i + 2 * half + 1];
       }
     }
   };
+  // Round the weights to H, as left operand of their product with the values.
   auto pack = [&] {
 #pragma unroll
     for (int i = 0; i < kKeys / 4; ++i)
@@ -206,7 +212,7 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
   products_wait<0>();
   settle(scores);
   release(0, 0);
-  weigh(0);
+  compute_weights(0);
   pack();
   for (int tile = 0; tile + 1 < tiles; ++tile) {
     score(tile + 1);
@@ -214,7 +220,7 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
     products_wait<1>();
     settle(scores);
     release(0, tile + 1);
-    weigh(tile + 1);
+    compute_weights(tile + 1);
     products_wait<0>();
     settle(sums);
     release(1, tile);
@@ -231,13 +237,13 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
     total[half] += __shfl_xor_sync(0xFFFFFFFFu, total[half], 2);
     const int query = row + 8 * half;
     if (query >= job.n) continue;
-    const float share = 1 / total[half];
+    const float inverse = 1 / total[half];
 #pragma unroll
     for (int i = 0; i < kPaddedDim / 2; i += 4) {
       const int column = i * 2 + lane % 4 * 2;
       if (column >= job.head_dim) continue;
       *reinterpret_cast<H2*>(job.y + query * job.y_stride + column) =
-          to_half2(sums[i + 2 * half] * share, sums[i + 2 * half + 1] * share);
+          to_half2(sums[i + 2 * half] * inverse, sums[i + 2 * half + 1] * inverse);
     }
   }
 }

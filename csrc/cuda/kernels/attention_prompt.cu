@@ -21,31 +21,35 @@
 
 namespace qvl::cuda {
 
+// Keys and values of a sequence in the paged cache, the Source of attend() and attend_hopper(). part: 0:
+// keys; 1: values.
 struct PagedKeys {
   const PagedAttention& p;
   const int* table;  // block table of the sequence
   int head, n;
-  int64* places;  // in shared memory: offsets of keys, or -1; then offsets of their scales
+  // In shared memory: offsets of the keys of a tile in the cache, -1 beyond the last; then those of their
+  // scales.
+  int64* key_offsets;
 
-  // Bytes per value, and bytes from keys to values.
+  // Bytes per value, and bytes from the keys of a block to its values.
   __device__ int width() const { return p.type == kFloatKeys ? 4 : p.type == kInt8Keys ? 1 : 2; }
   __device__ int64 part_bytes() const {
     return static_cast<int64>(p.heads) * p.block_tokens * p.head_dim * width();
   }
-  __device__ int64 place(int key) const {
+  __device__ int64 key_offset(int key) const {
     const int block = key / p.block_tokens, row = head * p.block_tokens + key % p.block_tokens;
     return static_cast<int64>(table[block] * p.block_bytes) + static_cast<int64>(row) * p.head_dim * width();
   }
-  __device__ int64 scale_place(int key) const {
+  __device__ int64 scale_offset(int key) const {
     const int block = key / p.block_tokens, row = head * p.block_tokens + key % p.block_tokens;
     return static_cast<int64>(table[block] * p.block_bytes) + 2 * part_bytes() + 4 * row;
   }
-  __device__ float scale(int part, int64 at) const {
-    return *reinterpret_cast<const float*>(p.base + at + part * p.heads * p.block_tokens * 4);
+  __device__ float scale(int part, int64 offset) const {
+    return *reinterpret_cast<const float*>(p.base + offset + part * p.heads * p.block_tokens * 4);
   }
 
   // Load from[d], of any type, as float32.
-  __device__ float number(const char* from, int d) const {
+  __device__ float load_float(const char* from, int d) const {
     switch (p.type) {
       case kHalfKeys:
         return to_float(reinterpret_cast<const H*>(from)[d]);
@@ -61,43 +65,43 @@ struct PagedKeys {
   }
 
   __device__ H value(int part, int key, int d) const {
-    const float factor = p.type == kInt8Keys ? scale(part, scale_place(key)) : 1.f;
-    return to_half(factor * number(p.base + place(key) + part * part_bytes(), d));
+    const float factor = p.type == kInt8Keys ? scale(part, scale_offset(key)) : 1.f;
+    return to_half(factor * load_float(p.base + key_offset(key) + part * part_bytes(), d));
   }
 
 #if __CUDA_ARCH__ >= 800
   __device__ void locate(int first, int keys, int thread) const {
     for (int i = thread; i < keys; i += 128) {
       const int key = first + i;
-      places[i] = key < n ? place(key) : -1;
-      if (p.type == kInt8Keys && key < n) places[keys + i] = scale_place(key);
+      key_offsets[i] = key < n ? key_offset(key) : -1;
+      if (p.type == kInt8Keys && key < n) key_offsets[keys + i] = scale_offset(key);
     }
   }
 
   template <typename Rows>
   __device__ void load(H* to, int part, int, int thread) const {
-    constexpr int kParts = Rows::kDims / 8, kEach = Rows::kKeys * kParts / 128;
+    constexpr int kParts = Rows::kDims / 8, kThreadVectors = Rows::kKeys * kParts / 128;
     const char* const base = p.base + part * part_bytes();
     if (p.type == kHalfKeys && p.head_dim % 8 == 0 && p.block_bytes % 16 == 0) {
 #pragma unroll 4
       for (int i = thread; i < Rows::kKeys * kParts; i += 128) {
         const int key = i / kParts, d = i % kParts * 8;
-        const int64 at = places[key];
-        const bool there = at >= 0 && d < p.head_dim;
-        copy_async(to + Rows::at(key, d), there ? base + at + 2 * d : p.base, there ? 16 : 0);
+        const int64 offset = key_offsets[key];
+        const bool valid = offset >= 0 && d < p.head_dim;
+        copy_async(to + Rows::at(key, d), valid ? base + offset + 2 * d : p.base, valid ? 16 : 0);
       }
     } else if (p.type == kInt8Keys && p.head_dim % 8 == 0 && p.block_bytes % 8 == 0) {
-      constexpr int kBatch = kEach < 8 ? kEach : 8;  // loads in flight
+      constexpr int kBatch = kThreadVectors < 8 ? kThreadVectors : 8;  // loads in flight
       for (int begin = thread; begin < Rows::kKeys * kParts; begin += 128 * kBatch) {
         uint2 bytes[kBatch];
         float factors[kBatch];
 #pragma unroll
         for (int j = 0; j < kBatch; ++j) {
           const int i = begin + 128 * j, key = i / kParts, d = i % kParts * 8;
-          const int64 at = places[key];
-          const bool there = at >= 0 && d < p.head_dim;
-          bytes[j] = there ? *reinterpret_cast<const uint2*>(base + at + d) : make_uint2(0, 0);
-          factors[j] = there ? scale(part, places[Rows::kKeys + key]) : 0.f;
+          const int64 offset = key_offsets[key];
+          const bool valid = offset >= 0 && d < p.head_dim;
+          bytes[j] = valid ? *reinterpret_cast<const uint2*>(base + offset + d) : make_uint2(0, 0);
+          factors[j] = valid ? scale(part, key_offsets[Rows::kKeys + key]) : 0.f;
         }
 #pragma unroll
         for (int j = 0; j < kBatch; ++j) {
@@ -105,9 +109,9 @@ struct PagedKeys {
           uint32 pairs[4];
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
-            const int two = static_cast<int>(k < 2 ? bytes[j].x : bytes[j].y) >> (k % 2 * 16);
+            const int pair = static_cast<int>(k < 2 ? bytes[j].x : bytes[j].y) >> (k % 2 * 16);
             pairs[k] = as_bits(
-                to_half2(factors[j] * static_cast<int8>(two), factors[j] * static_cast<int8>(two >> 8)));
+                to_half2(factors[j] * static_cast<int8>(pair), factors[j] * static_cast<int8>(pair >> 8)));
           }
           *reinterpret_cast<uint4*>(to + Rows::at(key, d)) =
               make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
@@ -116,17 +120,17 @@ struct PagedKeys {
     } else {
       for (int i = thread; i < Rows::kKeys * kParts; i += 128) {
         const int key = i / kParts, d = i % kParts * 8;
-        const int64 at = places[key];
-        const float factor = at >= 0 && p.type == kInt8Keys ? scale(part, places[Rows::kKeys + key]) : 1.f;
+        const int64 offset = key_offsets[key];
+        const float factor =
+            offset >= 0 && p.type == kInt8Keys ? scale(part, key_offsets[Rows::kKeys + key]) : 1.f;
         uint32 pairs[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const int from = d + 2 * j;
-          const bool there = at >= 0 && from < p.head_dim;
-          pairs[j] =
-              there
-                  ? as_bits(to_half2(factor * number(base + at, from), factor * number(base + at, from + 1)))
-                  : 0;
+          const bool valid = offset >= 0 && from < p.head_dim;
+          pairs[j] = valid ? as_bits(to_half2(factor * load_float(base + offset, from),
+                                              factor * load_float(base + offset, from + 1)))
+                           : 0;
         }
         *reinterpret_cast<uint4*>(to + Rows::at(key, d)) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
       }
@@ -135,33 +139,35 @@ struct PagedKeys {
 #endif
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  __device__ bool boxes() const { return p.boxes != 0; }
+  __device__ bool use_tensor_map() const { return p.use_tensor_map != 0; }
   // Number of blocks of the tile that contain keys.
   __device__ int blocks(int tile) const {
     return (min(kHopperKeys, n - tile * kHopperKeys) + p.block_tokens - 1) / p.block_tokens;
   }
-  __device__ int copied(int tile) const { return blocks(tile) * p.block_tokens * 128; }
+  __device__ int column_bytes(int tile) const { return blocks(tile) * p.block_tokens * 128; }
   template <int kColumns>
   __device__ void copy(uint32 to, int part, int tile, uint32 barrier) const {
     const int first = tile * (kHopperKeys / p.block_tokens), count = blocks(tile);
     for (int block = 0; block < count; ++block) {
-      const int at = table[first + block];
+      const int index = table[first + block];
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) {
         copy_box(to + (i * kHopperKeys + block * p.block_tokens) * 128, p.keys, 64 * i, 0,
-                 part * p.heads + head, at, barrier);
+                 part * p.heads + head, index, barrier);
       }
     }
   }
 #endif
 };
 
+// Work of a block of threads.
 struct Work {
   Job job;
   const int* table;
 };
 
-// Work for queries begin .. begin + queries - 1 of a tile; may be empty.
+// Work for queries `begin` to begin + queries - 1 of a tile. job.n is 0 or less if the chunk has no such
+// queries.
 __device__ inline Work work_of(const PagedAttention& p, int tile, int head, int begin, int queries) {
   const int chunk = p.tiles[2 * tile], offset = p.tiles[2 * tile + 1] + begin;
   const int first = p.chunks[4 * chunk], n = p.chunks[4 * chunk + 1], past = p.chunks[4 * chunk + 2];
@@ -170,9 +176,9 @@ __device__ inline Work work_of(const PagedAttention& p, int tile, int head, int 
   job.first_position = past + offset;
   job.n_keys = job.first_position + job.n;
   job.q_stride = job.y_stride = static_cast<int64>(p.heads) * p.head_dim;
-  const int64 at = (first + offset) * job.q_stride + head * p.head_dim;
-  job.q = static_cast<const H*>(p.q) + at;
-  job.y = static_cast<H*>(p.y) + at;
+  const int64 start = (first + offset) * job.q_stride + head * p.head_dim;
+  job.q = static_cast<const H*>(p.q) + start;
+  job.y = static_cast<H*>(p.y) + start;
   job.head_dim = p.head_dim;
   job.causal = true;
   job.scale = 1;
@@ -188,8 +194,8 @@ __device__ inline void prompt(const PagedAttention& p) {
   const Work work =
       work_of(p, gridDim.y - 1 - blockIdx.y, head, blockIdx.z * kAttentionQueries, kAttentionQueries);
   if (work.job.n <= 0) return;
-  int64* const places = reinterpret_cast<int64*>(raw_shared + kAttentionShared<kPaddedDim> - 64 * 16);
-  attend<kPaddedDim>(work.job, PagedKeys{p, work.table, head, work.job.n_keys, places});
+  int64* const key_offsets = reinterpret_cast<int64*>(raw_shared + kAttentionShared<kPaddedDim> - 64 * 16);
+  attend<kPaddedDim>(work.job, PagedKeys{p, work.table, head, work.job.n_keys, key_offsets});
 }
 
 #define QVL_PROMPT(D)                                                  \
@@ -213,8 +219,9 @@ __device__ inline void prompt_hopper(const PagedAttention& p) {
   const int head = blockIdx.x;
   const Work work = work_of(p, gridDim.y - 1 - blockIdx.y, head, 0, kAttentionTile);
   char* const aligned = raw_shared + (-shared_address(raw_shared) & 1023);
-  int64* const places = reinterpret_cast<int64*>(aligned + 5 * kHopperKeys * ((kPaddedDim + 63) / 64 * 128));
-  attend_hopper<kPaddedDim>(work.job, PagedKeys{p, work.table, head, work.job.n_keys, places});
+  int64* const key_offsets =
+      reinterpret_cast<int64*>(aligned + 5 * kHopperKeys * ((kPaddedDim + 63) / 64 * 128));
+  attend_hopper<kPaddedDim>(work.job, PagedKeys{p, work.table, head, work.job.n_keys, key_offsets});
 }
 
 #define QVL_PROMPT_HOPPER(D)                                                  \

@@ -7,9 +7,9 @@ namespace qvl::cuda {
 
 constexpr int kAttentionTile = 128;  // queries per tile: kQueryTile of ops.h
 
-// The portable kernels: 4 warps process half a tile. Key tiles have half the size for large heads, to fit the
-// 99 KB of sm_86. Shared memory of a block: queries, two tiles of keys and two of values, in rows of D + 8
-// values; places of 64 keys.
+// The portable kernels: a block of 4 warps processes half a tile. For large heads a tile of keys has half the
+// size, to fit the 99 KB of shared memory of sm_86. Shared memory of a block: queries, two tiles of keys and
+// two of values, in rows of kPaddedDim + 8 values; offsets of 64 keys and of their scales.
 constexpr int kAttentionThreads = 128, kAttentionQueries = 64;
 template <int kPaddedDim>
 constexpr int kAttentionKeys = kPaddedDim <= 128 ? 64 : 32;
@@ -18,15 +18,17 @@ constexpr int kAttentionShared =
     (kAttentionQueries + 4 * kAttentionKeys<kPaddedDim>)*(kPaddedDim + 8) * 2 + 64 * 16;
 
 // The Hopper kernels: two warpgroups with 64 queries each; a third loads keys and values. Shared memory:
-// queries, two tiles of 128 keys and two of values, in rows of 64 values; places of 128 keys; barriers.
+// queries, two tiles of 128 keys and two of values, in rows of 64 values; offsets of 128 keys and of their
+// scales; barriers.
 constexpr int kHopperThreads = 384, kHopperKeys = 128;
 template <int kPaddedDim>
 constexpr int kHopperShared =
     5 * kHopperKeys * ((kPaddedDim + 63) / 64 * 128) + kHopperKeys * 16 + 128 + 1024;
 
+// Types of cached keys and values. kHalfKeys: the compute type.
 constexpr int kHalfKeys = 0, kBfloat16Keys = 1, kFloat16Keys = 2, kFloatKeys = 3, kInt8Keys = 4;
 
-// Types of cached keys and values. kHalfKeys: the compute type.
+// Parameters of attention_prompt.cu.
 struct PagedAttention {
   const void* q;
   void* y;
@@ -36,13 +38,12 @@ struct PagedAttention {
   const char* base;
   unsigned long long block_bytes;
   int max_blocks, block_tokens, type, heads, head_dim;
-  // Hopper: [blocks][2 * heads][block_tokens][head_dim], boxes of 64 values of a block's tokens; used only if
-  // `boxes`.
+  // Hopper: [blocks][2 * heads][block_tokens][head_dim], in boxes of 64 values of the tokens of a block.
   TensorMap keys;
-  int boxes;
+  int use_tensor_map;  // whether `keys` is used
 };
 
-// Parameters of DenseAttention of ops.h; strides are in values.
+// Parameters of attention_dense.cu, see DenseAttention in ops.h; strides are in values.
 struct DenseParams {
   const void *q, *k, *v;
   void* y;
@@ -50,9 +51,9 @@ struct DenseParams {
   long long kv_image, kv_stride, kv_head;
   int n_queries, n_keys, heads, head_dim;
   float scale;
-  // Hopper: [images][heads][n_keys][head_dim], boxes of 64 values of 128 keys; used only if `boxes`.
+  // Hopper: keys and values, [images][heads][n_keys][head_dim] each, in boxes of 64 values of 128 keys.
   TensorMap keys[2];
-  int boxes;
+  int use_tensor_map;  // whether `keys` is used
 };
 
 }  // namespace qvl::cuda

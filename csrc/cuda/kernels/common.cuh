@@ -40,14 +40,14 @@ __device__ inline float to_float(H value) {
   return __half2float(value);
 }
 // Saturate: a value out of range becomes the largest finite one, not infinity.
-__device__ inline float in_range(float value) {
+__device__ inline float saturated(float value) {
   return value != value ? value : fminf(fmaxf(value, -65504.f), 65504.f);
 }
 __device__ inline H to_half(float value) {
-  return __float2half_rn(in_range(value));
+  return __float2half_rn(saturated(value));
 }
 __device__ inline H2 to_half2(float low, float high) {
-  return __floats2half2_rn(in_range(low), in_range(high));
+  return __floats2half2_rn(saturated(low), saturated(high));
 }
 __device__ inline float2 to_float2(H2 value) {
   return __half22float2(value);
@@ -69,12 +69,13 @@ __device__ inline void start_successors() {
 }
 
 __device__ inline float warp_sum(float value) {
-  for (int lane = 16; lane > 0; lane /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, lane);
+  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, distance);
   return value;
 }
 
 __device__ inline float warp_max(float value) {
-  for (int lane = 16; lane > 0; lane /= 2) value = fmaxf(value, __shfl_xor_sync(0xFFFFFFFFu, value, lane));
+  for (int distance = 16; distance > 0; distance /= 2)
+    value = fmaxf(value, __shfl_xor_sync(0xFFFFFFFFu, value, distance));
   return value;
 }
 

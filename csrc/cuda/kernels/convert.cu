@@ -1,4 +1,4 @@
-// float32 [n] -> H [n].
+// Conversion of float32 [n] to H [n].
 //
 // Layout: a thread converts 8 adjacent values, with two float4 loads and one 16-byte store.
 //

@@ -1,4 +1,4 @@
-// Parameters of convert.cu.
+// Parameters of convert.cu, for host and device.
 #pragma once
 
 namespace qvl::cuda {

@@ -6,17 +6,18 @@
 //                      registers, float4 v of thread t at 4 (v threads + t); sums as in row_sum.cuh
 //   embed              `parts` blocks per row: wte H [vocab][width] or features float32 -> x float32 [width]
 //   gather_columns     blocks (columns, rows): y[j] = x[order[j]], x H [in] -> H [in]
-//   rotate_and_store   16 or 32 lanes per head of a token; a lane has values d .. and d + head_dim / 2 ..:
+//   rotate_and_store   16 or 32 lanes per head of a token; a lane has dimensions d and d + head_dim / 2:
 //
-//                      qkv H [n][3][heads][head_dim] -> q H [n][heads][head_dim] rotated and scaled,
-//                      cache [2][heads][block_tokens][head_dim], with scales for int8
+//                      qkv H [n][3][heads][head_dim] -> q H [n][heads][head_dim], rotated and scaled, and
+//                      the cache [2][heads][block_tokens][head_dim], for int8 with scales
 //
 // Cost. At the 7B geometry a row has 16 KB of float32 or 24 KB of queries, keys and values, negligible
-// compared with the products' weights. For few rows a kernel takes a launch and one memory latency, 1 to 2
-// us, provided that all loads of a thread are in flight together. Weights are therefore read before the
+// compared with the weights of the products. For few rows a kernel takes a launch and one memory latency, 1
+// to 2 us, provided that all loads of a thread are in flight together. Weights are therefore read before the
 // predecessors end, a row of the norm is kept in registers between its two uses, and all sums of a block
-// share one barrier. For prompts of thousands of rows they are bound by bytes: 24 KB per row for norms, 48 KB
-// for the rotation, at the bandwidth of the L2 cache, which contains the output of the preceding product.
+// share one barrier. For prompts of thousands of rows the kernels are bound by bytes, 24 KB per row for norms
+// and 48 KB for the rotation, at the bandwidth of the L2 cache, which contains the output of the preceding
+// product.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_elementwise.py.
 #include "cuda/kernels/elementwise.h"
@@ -25,10 +26,11 @@
 
 namespace qvl::cuda {
 
-// RMSNorm of a row by a block. kHeld: the width is a multiple of 4 and the row fits the registers.
+// RMSNorm of a row by a block. kHeld: the row is kept in registers, which it fits, and its width is a
+// multiple of 4.
 template <bool kHeld>
 __device__ void rms_norm_row(const RmsNormParams& p) {
-  __shared__ float room[32];
+  __shared__ float scratch[32];
   const int width = p.width;
   const float* x = p.x + static_cast<int64>(blockIdx.x) * width;
   H* y = static_cast<H*>(p.y) + static_cast<int64>(blockIdx.x) * width;
@@ -52,7 +54,7 @@ __device__ void rms_norm_row(const RmsNormParams& p) {
       const float4 a = values[v];
       squares += (a.x * a.x + a.y * a.y) + (a.z * a.z + a.w * a.w);
     }
-    const float scale = 1 / sqrtf(block_sum(squares, room) / static_cast<float>(width) + p.epsilon);
+    const float scale = 1 / sqrtf(block_sum(squares, scratch) / static_cast<float>(width) + p.epsilon);
 #pragma unroll
     for (int v = 0; v < kRowVectors; ++v) {
       const int i = 4 * (v * blockDim.x + threadIdx.x);
@@ -63,7 +65,7 @@ __device__ void rms_norm_row(const RmsNormParams& p) {
   } else {
     wait_for_predecessors();
     for (int i = threadIdx.x; i < width; i += blockDim.x) squares += x[i] * x[i];
-    const float scale = 1 / sqrtf(block_sum(squares, room) / static_cast<float>(width) + p.epsilon);
+    const float scale = 1 / sqrtf(block_sum(squares, scratch) / static_cast<float>(width) + p.epsilon);
     for (int i = threadIdx.x; i < width; i += blockDim.x) y[i] = to_half(x[i] * scale * p.weight[i]);
   }
 }
@@ -85,14 +87,14 @@ extern "C" __global__ void __launch_bounds__(kEmbedThreads) embed(const __grid_c
   const int row = blockIdx.x / p.parts, part = blockIdx.x % p.parts;
   const int first = (part * kEmbedThreads + threadIdx.x) * kEmbedValues;
   float* x = p.x + static_cast<int64>(row) * p.width;
-  const uint64 given = p.features != nullptr ? p.features[row] : 0;
-  const float* features = reinterpret_cast<const float*>(given);
+  const uint64 features_address = p.features != nullptr ? p.features[row] : 0;
+  const float* features = reinterpret_cast<const float*>(features_address);
   const int id = min(max(p.ids[row], 0), p.vocab - 1);
   const H* from = static_cast<const H*>(p.wte) + static_cast<int64>(id) * p.width;
-  if (p.width % kEmbedValues == 0 && given % 16 == 0) {
+  if (p.width % kEmbedValues == 0 && features_address % 16 == 0) {
     if (first >= p.width) return;
     float4 low, high;
-    if (given != 0) {
+    if (features_address != 0) {
       low = load4(features + first);
       high = load4(features + first + 4);
     } else {
@@ -107,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(kEmbedThreads) embed(const __grid_c
     return;
   }
   for (int i = first; i < min(first + kEmbedValues, p.width); ++i)
-    x[i] = given != 0 ? features[i] : to_float(from[i]);
+    x[i] = features_address != 0 ? features[i] : to_float(from[i]);
 }
 
 extern "C" __global__ void __launch_bounds__(kGatherThreads)
@@ -125,48 +127,50 @@ __device__ inline float to_float(float value) {
   return value;
 }
 
-// A lane's part of a head: kLanes lanes of a warp share the query, key and value of a head of a token. Each
-// has kSteps runs of kStep adjacent dimensions of the lower half, and the same of the upper half: kSteps *
-// kStep * kLanes is at least half a head.
-template <int kStep_, int kSteps_, int kLanes_>
+// A lane's part of a head (query, key or value) of a token, which kLanes lanes of a warp share. A lane has
+// kRuns runs of kRunValues adjacent dimensions of the lower half of the head, and the corresponding
+// dimensions of the upper half. kRuns * kRunValues * kLanes is at least half a head.
+template <int kRunValues_, int kRuns_, int kLanes_>
 struct HeadPart {
-  static constexpr int kStep = kStep_, kSteps = kSteps_, kLanes = kLanes_;
-  float low[kSteps][kStep], high[kSteps][kStep];
+  static constexpr int kRunValues = kRunValues_, kRuns = kRuns_, kLanes = kLanes_;
+  float low[kRuns][kRunValues], high[kRuns][kRunValues];
 
-  __device__ static int dimension(int step) { return kStep * (threadIdx.x % kLanes + kLanes * step); }
+  // First dimension of a run, in the lower half.
+  __device__ static int dimension(int run) { return kRunValues * (threadIdx.x % kLanes + kLanes * run); }
 
-  // Values of one run.
+  // Values of a run in memory.
   template <typename Value>
-  struct alignas(kStep * sizeof(Value)) Run {
-    Value values[kStep];
+  struct alignas(kRunValues * sizeof(Value)) Run {
+    Value values[kRunValues];
   };
 
   template <typename Value>
-  __device__ void load(const Value* low_from, const Value* high_from, int half) {
+  __device__ void load(const Value* low_source, const Value* high_source, int half) {
 #pragma unroll
-    for (int j = 0; j < kSteps; ++j) {
+    for (int j = 0; j < kRuns; ++j) {
       const int d = dimension(j);
 #pragma unroll
-      for (int s = 0; s < kStep; ++s) low[j][s] = high[j][s] = 0;
+      for (int s = 0; s < kRunValues; ++s) low[j][s] = high[j][s] = 0;
       if (d >= half) continue;
-      const auto a = *reinterpret_cast<const Run<Value>*>(low_from + d);
-      const auto b = *reinterpret_cast<const Run<Value>*>(high_from + d);
+      const auto a = *reinterpret_cast<const Run<Value>*>(low_source + d);
+      const auto b = *reinterpret_cast<const Run<Value>*>(high_source + d);
 #pragma unroll
-      for (int s = 0; s < kStep; ++s) {
+      for (int s = 0; s < kRunValues; ++s) {
         low[j][s] = to_float(a.values[s]);
         high[j][s] = to_float(b.values[s]);
       }
     }
   }
 
-  __device__ void rotate(const HeadPart& angles, float scale) {  // low: cosines, high: sines
+  // Rotate, then multiply by `scale`. angles.low: cosines; angles.high: sines.
+  __device__ void rotate(const HeadPart& angles, float scale) {
 #pragma unroll
-    for (int j = 0; j < kSteps; ++j) {
+    for (int j = 0; j < kRuns; ++j) {
 #pragma unroll
-      for (int s = 0; s < kStep; ++s) {
-        const float a = low[j][s], b = high[j][s], c = angles.low[j][s], z = angles.high[j][s];
-        low[j][s] = rotated(a, b, c, -z) * scale;
-        high[j][s] = rotated(b, a, c, z) * scale;
+      for (int s = 0; s < kRunValues; ++s) {
+        const float a = low[j][s], b = high[j][s], cosine = angles.low[j][s], sine = angles.high[j][s];
+        low[j][s] = rotated(a, b, cosine, -sine) * scale;
+        high[j][s] = rotated(b, a, cosine, sine) * scale;
       }
     }
   }
@@ -174,12 +178,12 @@ struct HeadPart {
   template <typename Value, typename Convert>
   __device__ void store(Value* to, int half, Convert&& convert) const {
 #pragma unroll
-    for (int j = 0; j < kSteps; ++j) {
+    for (int j = 0; j < kRuns; ++j) {
       const int d = dimension(j);
       if (d >= half) continue;
       Run<Value> a, b;
 #pragma unroll
-      for (int s = 0; s < kStep; ++s) {
+      for (int s = 0; s < kRunValues; ++s) {
         a.values[s] = convert(low[j][s]);
         b.values[s] = convert(high[j][s]);
       }
@@ -189,20 +193,21 @@ struct HeadPart {
   }
 
   // Largest magnitude of the head, returned in all its lanes.
-  __device__ float most() const {
-    float most = 0;
+  __device__ float max_magnitude() const {
+    float maximum = 0;
 #pragma unroll
-    for (int j = 0; j < kSteps; ++j) {
+    for (int j = 0; j < kRuns; ++j) {
 #pragma unroll
-      for (int s = 0; s < kStep; ++s) most = fmaxf(most, fmaxf(fabsf(low[j][s]), fabsf(high[j][s])));
+      for (int s = 0; s < kRunValues; ++s)
+        maximum = fmaxf(maximum, fmaxf(fabsf(low[j][s]), fabsf(high[j][s])));
     }
-    for (int lane = kLanes / 2; lane > 0; lane /= 2)
-      most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, lane));
-    return most;
+    for (int distance = kLanes / 2; distance > 0; distance /= 2)
+      maximum = fmaxf(maximum, __shfl_xor_sync(0xFFFFFFFFu, maximum, distance));
+    return maximum;
   }
 };
 
-// Store a head in the cache. `row`: index into [2][heads][block_tokens] of the block.
+// Store a head in the type of the cache. row: index into [2][heads][block_tokens] of the cache block.
 template <typename Part>
 __device__ void store_cached(const RotateParams& p, const Part& part, char* block, int row) {
   const int half = p.head_dim / 2;
@@ -215,21 +220,22 @@ __device__ void store_cached(const RotateParams& p, const Part& part, char* bloc
     case kCacheFloat16:
       return part.store(reinterpret_cast<Float16Value*>(block) + first, half, float16_of);
     default:
-      const Int8Head head(part.most());
-      part.store(reinterpret_cast<int8*>(block) + first, half, [=](float v) { return head.of(v); });
+      const Int8Head head(part.max_magnitude());
+      part.store(reinterpret_cast<int8*>(block) + first, half, [=](float v) { return head.quantise(v); });
       char* scales = block + 2 * static_cast<int64>(p.heads) * p.block_tokens * p.head_dim;
       if (threadIdx.x % Part::kLanes == 0) reinterpret_cast<float*>(scales)[row] = head.scale;
   }
 }
 
+// rotate_and_store of ops.h for one head of a token.
 template <typename Part>
 __device__ void rotate_head(const RotateParams& p) {
   start_successors();
   wait_for_predecessors();
-  const int64 here =
+  const int64 lane_task =
       static_cast<int64>(blockIdx.x) * (blockDim.x / Part::kLanes) + threadIdx.x / Part::kLanes;
-  // Lanes without a head repeat the last one, so that all lanes take part in the shuffles.
-  const int64 task = min(here, static_cast<int64>(p.n) * p.heads - 1);
+  // Lanes beyond the last head repeat it, so that all lanes take part in the shuffles.
+  const int64 task = min(lane_task, static_cast<int64>(p.n) * p.heads - 1);
   const int token = static_cast<int>(task / p.heads), head = static_cast<int>(task % p.heads);
   const int half = p.head_dim / 2;
   const int64 width = static_cast<int64>(p.heads) * p.head_dim;
@@ -240,12 +246,12 @@ __device__ void rotate_head(const RotateParams& p) {
   query.load(from, from + half, half);
   key.load(from + width, from + width + half, half);
   value.load(from + 2 * width, from + 2 * width + half, half);
-  const int64 place = (angle_table * p.max_positions + position) * half;
-  angles.load(p.cos + place, p.sin + place, half);
+  const int64 angle_index = (angle_table * p.max_positions + position) * half;
+  angles.load(p.cos + angle_index, p.sin + angle_index, half);
   const float scale = p.query_scale[position];
-  const int number = p.blocks[table * p.max_blocks + position / p.block_tokens];
+  const int block_index = p.blocks[table * p.max_blocks + position / p.block_tokens];
   const int slot = position % p.block_tokens;
-  char* block = p.cache + number * p.block_bytes;
+  char* block = p.cache + block_index * p.block_bytes;
   query.rotate(angles, scale);
   key.rotate(angles, 1);
   query.store(static_cast<H*>(p.q) + width * token + head * p.head_dim, half, to_half);
@@ -253,6 +259,7 @@ __device__ void rotate_head(const RotateParams& p) {
   store_cached(p, value, block, (p.heads + head) * p.block_tokens + slot);
 }
 
+// For head_dim 128.
 extern "C" __global__ void __launch_bounds__(kRotateThreads)
     rotate_and_store_128(const __grid_constant__ RotateParams p) {
   rotate_head<HeadPart<4, 1, 16>>(p);

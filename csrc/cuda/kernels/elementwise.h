@@ -1,4 +1,4 @@
-// Parameters of the kernels in elementwise.cu, for host and device.
+// Parameters of the kernels in elementwise.cu, for host and device. Fields: see the functions in ops.h.
 #pragma once
 
 namespace qvl::cuda {
@@ -17,7 +17,7 @@ constexpr int kEmbedValues = 8;  // per thread
 struct EmbedParams {
   const void* wte;
   const int* ids;
-  const unsigned long long* features;
+  const unsigned long long* features;  // [n], or NULL: address of float32 [width]; 0: look up the id
   float* x;
   int vocab, width;
   int parts;  // blocks per row

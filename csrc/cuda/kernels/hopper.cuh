@@ -24,6 +24,8 @@ namespace qvl::cuda {
 
 // Addresses of shared memory are 32-bit.
 
+// Barriers (mbarrier) count arrivals and bytes of copies in phases, whose parity alternates from 0 on. A
+// phase ends when `arrivals` threads have arrived and all expected bytes have been copied.
 __device__ inline void barrier_init(uint32 barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
@@ -33,11 +35,14 @@ __device__ inline void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
+// Arrive, and expect copies of `bytes` bytes in this phase.
 __device__ inline void barrier_expect(uint32 barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
 
+// Wait for the end of the phase with this parity. Returns at once if the barrier is already in the next
+// phase.
 __device__ inline void barrier_wait(uint32 barrier, uint32 parity) {
   asm volatile(
       "{\n"
@@ -52,8 +57,9 @@ __device__ inline void barrier_wait(uint32 barrier, uint32 parity) {
       : "memory");
 }
 
-// Arrive at the barrier with this address in block `rank` of the cluster. Without a release at cluster scope,
-// which costs a GPU-wide fence (a microsecond): the arrival only returns a buffer that has been read.
+// Arrive at the barrier with this address in block `rank` of the cluster. A release at cluster scope, which
+// costs a GPU-wide fence (a microsecond), is not needed: the arrival only reports that a buffer has been
+// read.
 __device__ inline void barrier_arrive(uint32 barrier, uint32 rank) {
   asm volatile(
       "{\n"
@@ -65,6 +71,7 @@ __device__ inline void barrier_arrive(uint32 barrier, uint32 rank) {
       : "memory");
 }
 
+// Index of this block in its cluster.
 __device__ inline uint32 cluster_rank() {
   uint32 rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -75,6 +82,7 @@ __device__ inline void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
+// Arrive at a barrier of this block.
 __device__ inline void barrier_arrive(uint32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
@@ -116,7 +124,8 @@ __device__ inline void prefetch(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// Copy the box at (column, row) of the tensor to the shared memory of this block, or of all blocks in the bit
+// Copy a box of a tensor to shared memory and report its bytes to the barrier. copy_box: the box at (column,
+// row), or at the coordinates x0 (innermost), x1 .., to this block. copy_box_to: to all blocks in the bit
 // mask `blocks` (multicast).
 __device__ inline void copy_box(uint32 to, const TensorMap& map, int column, int row, uint32 barrier) {
   asm volatile(
@@ -151,7 +160,7 @@ __device__ inline void copy_box(uint32 to, const TensorMap& map, int x0, int x1,
       : "memory");
 }
 
-// Copy contiguous bytes; both addresses and `bytes` are multiples of 16.
+// Copy contiguous bytes to shared memory; both addresses and `bytes` are multiples of 16.
 __device__ inline void copy_bytes(uint32 to, const void* from, int bytes, uint32 barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
@@ -159,13 +168,15 @@ __device__ inline void copy_bytes(uint32 to, const void* from, int bytes, uint32
       : "memory");
 }
 
-// wgmma descriptor of swizzled rows of 64 values, aligned to 1024. `columns`: bytes between successive groups
-// of 64 values of a row (used only for B with rows of N).
+// wgmma descriptor of an operand: swizzled rows of 64 values, at an address that is a multiple of 1024.
+// columns: bytes from 64 values of a row to its next 64 values (used only for B with rows of N).
 __device__ inline uint64 describe(uint32 address, uint32 columns = 16) {
   return static_cast<uint64>(address >> 4 & 0x3FFF) | static_cast<uint64>(columns >> 4) << 16 |
          uint64{1024 >> 4} << 32 | uint64{1} << 62;
 }
 
+// wgmma is asynchronous: products_begin, products, products_commit form a group; products_wait<n> waits until
+// at most n groups are in flight.
 __device__ inline void products_begin() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
@@ -184,7 +195,9 @@ __device__ inline void settle(float (&sums)[n]) {
   for (int i = 0; i < n; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
-// Operand lists of an instruction of width N: N / 2 accumulators, two descriptors and the accumulate flag.
+// Operands of a wgmma instruction of width N are N / 2 accumulators, descriptors or registers, and the
+// accumulate flag. QVL_L4 to QVL_L128: the accumulators in the text of the instruction; QVL_F4(i) to
+// QVL_F16(i): d[i] .. as operands. In the macros below, A, B and ADD are the numbers of the other operands.
 #define QVL_L4 "%0,%1,%2,%3"
 #define QVL_L8 QVL_L4 ",%4,%5,%6,%7"
 #define QVL_L16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"

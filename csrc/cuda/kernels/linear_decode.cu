@@ -12,10 +12,10 @@
 //
 //   shared memory:  ring [kDepth][16 warps][1 KB] | scales | x [columns][units] | offsets | sums [2][16]
 //
-// A step is 1 KB of weights, 32 bytes per lane. The lane prefetches them into its slot of the ring and reads
-// them back as its fragments: without a barrier, and without registers for loads in flight. A column's result
-// depends neither on the other columns nor on their number. For the layout of int8 and int4 see
-// quantised.cuh.
+// A step is 1 KB of weights, 32 bytes per lane. A lane prefetches its bytes into its own part of a slot of
+// the ring, and later reads them as its fragments: loads in flight need neither a barrier nor registers. A
+// column's result depends neither on the other columns nor on their number. For the layout of int8 and int4
+// see quantised.cuh.
 //
 // Shared memory limits occupancy to one block per multiprocessor: with two, some multiprocessors get two
 // blocks and others none, which made a chain of products up to a third slower than without early launches.
@@ -37,7 +37,7 @@ namespace {
 
 constexpr int kWarps = kSlices, kThreads = 32 * kWarps;
 constexpr int kStepBytes = 1024;
-constexpr int kSumsPitch = 18;  // floats of a column's 16 sums, against bank conflicts
+constexpr int kSumsPitch = 18;  // floats from the 16 sums of a column to the next; 16 cause bank conflicts
 
 // Number of steps in the ring, as in linear_decode.cc.
 #if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
@@ -49,6 +49,7 @@ constexpr int kDepth = 2;
 #endif
 constexpr int kSlotBytes = kWarps * kStepBytes;
 
+// Index of a lane, 4 g + t.
 struct Lane {
   int index, g, t;
 };
@@ -56,14 +57,14 @@ struct Lane {
 // A lane's view of x: runs of values k .. k + 7 of column g.
 struct Columns {
   const char* row;
-  const float2* offsets;  // of columns 2 t and 2 t + 1, a row per group
-  int offsets_pitch;
+  const float2* offsets;  // kSumFactor times the sum of x in a group, for columns 2 t and 2 t + 1
+  int offsets_pitch;      // from a group to the next
 
   __device__ uint4 run(int k) const { return *reinterpret_cast<const uint4*>(row + 2 * k); }
 };
 
-// Position of a lane's next fetch of weights.
-struct Ahead {
+// A lane's next weights to fetch.
+struct NextFetch {
   const char* from;
   const char* scales;
   int tile, step;
@@ -74,14 +75,18 @@ struct HalfWeights {
   static constexpr int kScaleBytes = 0;  // of a row pair in a step
   static constexpr int kGroup = 0;       // group size for the sums of x; 0: no sums
 
-  // Bytes from a lane's weights of a step to those of the next; offset of its weights in a tile.
-  static constexpr int kStepAhead = 2 * kStep;
-  __device__ static int64 place(const LinearDecode& p, const Lane& lane) {
+  // Bytes from a lane's weights of a step to those of the next step. A lane has two runs of 16 bytes in a
+  // step: first_offset is the offset of the first one in a tile, second_offset that of the second one from
+  // the first. in_matrix: whether row g + row of the tile is in the matrix; otherwise zeros are used.
+  static constexpr int kStepStride = 2 * kStep;
+  __device__ static int64 first_offset(const LinearDecode& p, const Lane& lane) {
     return 2 * (static_cast<int64>(lane.g) * p.stride + kRun * lane.t);
   }
-  __device__ static int64 second(const LinearDecode& p) { return 16 * static_cast<int64>(p.stride); }
-  __device__ static bool there(const LinearDecode& p, const Ahead& ahead, const Lane& lane, int row) {
-    return ahead.step * kStep + kRun * lane.t < p.stride && ahead.tile * kTileRows + lane.g + row < p.out;
+  __device__ static int64 second_offset(const LinearDecode& p) { return 16 * static_cast<int64>(p.stride); }
+  __device__ static bool in_matrix(const LinearDecode& p, const NextFetch& next_fetch, const Lane& lane,
+                                   int row) {
+    return next_fetch.step * kStep + kRun * lane.t < p.stride &&
+           next_fetch.tile * kTileRows + lane.g + row < p.out;
   }
 
   __device__ static void add(float (&sums)[4], const char* slot, const void*, const Columns& x, int step) {
@@ -94,12 +99,13 @@ struct HalfWeights {
   __device__ static float finish(const LinearDecode&, int, float sum) { return sum; }
 };
 
-// Steps of quantised matrices are contiguous: 16 bytes of a lane, and 512 bytes later 16 more.
+// Steps of quantised matrices are contiguous: the first 16 bytes of all lanes, 512 bytes, then the second 16
+// bytes.
 struct QuantisedWeights {
-  static constexpr int kStepAhead = kStepBytes;
-  __device__ static int64 place(const LinearDecode&, const Lane& lane) { return 16 * lane.index; }
-  __device__ static int64 second(const LinearDecode&) { return 512; }
-  __device__ static bool there(const LinearDecode&, const Ahead&, const Lane&, int) { return true; }
+  static constexpr int kStepStride = kStepBytes;
+  __device__ static int64 first_offset(const LinearDecode&, const Lane& lane) { return 16 * lane.index; }
+  __device__ static int64 second_offset(const LinearDecode&) { return 512; }
+  __device__ static bool in_matrix(const LinearDecode&, const NextFetch&, const Lane&, int) { return true; }
 };
 
 struct Int8Weights : QuantisedWeights {
@@ -124,7 +130,7 @@ struct Int8Weights : QuantisedWeights {
   }
 };
 
-// Add a group's part to the sums: rows g and g + 8 times their scales `first` and `second`.
+// Add the products of a group to the sums, multiplied by the scales of rows g (`first`) and g + 8 (`second`).
 __device__ inline void fold_group(float (&sums)[4], float first, float second, const float (&part)[4]) {
   sums[0] += first * part[0];
   sums[1] += first * part[1];
@@ -137,7 +143,7 @@ struct Int4Weights : QuantisedWeights {
   static constexpr int kStep = kUnit;
   static constexpr int kScaleBytes = 4 * (kUnit / group);
   static constexpr int kGroup = group;
-  static constexpr float kOfSum = -kTooMuch;  // factor of the sum of x
+  static constexpr float kSumFactor = -kNibbleOffset;  // factor of the sums of x in Columns::offsets
 
   __device__ static void add(float (&sums)[4], const char* slot, const void* scales, const Columns& x,
                              int step) {
@@ -162,12 +168,12 @@ struct Int4Weights : QuantisedWeights {
       }
       if (64 * (c + 1) % group == 0) {
         const uint32 pair = static_cast<const uint32*>(scales)[64 * c / group];
-        fold_group(sums, low_scale(pair), high_scale(pair), part);
+        fold_group(sums, low_bfloat16_to_float(pair), high_bfloat16_to_float(pair), part);
       }
     }
   }
 
-  __device__ static float finish(const LinearDecode&, int, float sum) { return sum * (1 / kUnitOf); }
+  __device__ static float finish(const LinearDecode&, int, float sum) { return sum * (1 / kNibbleUnit); }
 };
 
 template <int group>
@@ -175,7 +181,7 @@ struct Uint4Weights : QuantisedWeights {
   static constexpr int kStep = kUnit;
   static constexpr int kScaleBytes = 8 * (kUnit / group);
   static constexpr int kGroup = group;
-  static constexpr float kOfSum = -1;
+  static constexpr float kSumFactor = -1;
 
   __device__ static void add(float (&sums)[4], const char* slot, const void* scales, const Columns& x,
                              int step) {
@@ -188,8 +194,8 @@ struct Uint4Weights : QuantisedWeights {
       if (k % group == 0) {
         words = static_cast<const uint2*>(scales)[k / group];
         const float2 sum = x.offsets[(step * kUnit + k) / group * x.offsets_pitch];
-        const float2 zeros = to_float2(half2_bits(words.y));
-        const float first = zero_of_raw(zeros.x), second = zero_of_raw(zeros.y);
+        const float2 zeros = to_float2(half2_from_bits(words.y));
+        const float first = raw_zero_point(zeros.x), second = raw_zero_point(zeros.y);
         part[0] = first * sum.x;
         part[1] = first * sum.y;
         part[2] = second * sum.x;
@@ -202,11 +208,12 @@ struct Uint4Weights : QuantisedWeights {
                v.y);
       multiply(part, raw_nibbles(low >> 8), raw_nibbles(high >> 8), raw_nibbles(low >> 12),
                raw_nibbles(high >> 12), v.z, v.w);
-      if ((k + 32) % group == 0) fold_group(sums, low_float16(words.x), high_float16(words.x), part);
+      if ((k + 32) % group == 0)
+        fold_group(sums, low_float16_to_float(words.x), high_float16_to_float(words.x), part);
     }
   }
 
-  __device__ static float finish(const LinearDecode&, int, float sum) { return sum * (1 / kUnitOf); }
+  __device__ static float finish(const LinearDecode&, int, float sum) { return sum * (1 / kNibbleUnit); }
 };
 
 template <int group>
@@ -226,14 +233,15 @@ struct Uint8Weights : QuantisedWeights {
         words = static_cast<const uint2*>(scales)[32 * c / group];
         part[0] = part[1] = part[2] = part[3] = 0;
       }
-      const uint32 first = low_twice(words.y), second = high_twice(words.y);
+      const uint32 first = repeat_low(words.y), second = repeat_high(words.y);
       const uint4 w = *reinterpret_cast<const uint4*>(slot + 512 * c);
       const uint4 v = x.run(step * kStep + 32 * c);
       multiply(part, bytes_to_half2(w.x, first), bytes_to_half2(w.z, second), bytes_to_half2(w.x >> 8, first),
                bytes_to_half2(w.z >> 8, second), v.x, v.y);
       multiply(part, bytes_to_half2(w.y, first), bytes_to_half2(w.w, second), bytes_to_half2(w.y >> 8, first),
                bytes_to_half2(w.w >> 8, second), v.z, v.w);
-      if (32 * (c + 1) % group == 0) fold_group(sums, low_float16(words.x), high_float16(words.x), part);
+      if (32 * (c + 1) % group == 0)
+        fold_group(sums, low_float16_to_float(words.x), high_float16_to_float(words.x), part);
     }
   }
 
@@ -251,23 +259,23 @@ __device__ inline uint4 load_x(const LinearDecode& p, int row, int k) {
   return run;
 }
 
-// Sum over all slices; sums: slice 0, the others `pitch` floats apart.
-__device__ inline float whole_sum(const float* sums, int pitch) {
+// Sum over all slices. sums: that of slice 0; those of successive slices are `pitch` floats apart.
+__device__ inline float sum_slices(const float* sums, int pitch) {
   float sum = 0;
 #pragma unroll
   for (int slice = 0; slice < kSlices; slice += 2) sum += sums[slice * pitch] + sums[(slice + 1) * pitch];
   return sum;
 }
 
-// Write the result of a row of a tile in a column; `local`: index of the row, or of the pair of rows for
-// kSiluTimes.
+// Write a result. local_row: index of the row in the tile, or for kSiluTimes of the pair of rows. column: row
+// of x.
 template <class Weights>
-__device__ void write_sums(const LinearDecode& p, const float* sums, int pitch, int tile, int local,
+__device__ void write_sums(const LinearDecode& p, const float* sums, int pitch, int tile, int local_row,
                            int64 column) {
-  const int step = p.into == kSiluTimes ? 2 : 1, row = tile * kTileRows + step * local;
+  const int step = p.into == kSiluTimes ? 2 : 1, row = tile * kTileRows + step * local_row;
   if (row >= p.out) return;
   const auto value = [&](int i) {
-    const float sum = Weights::finish(p, row + i, whole_sum(sums + step * local + i, pitch));
+    const float sum = Weights::finish(p, row + i, sum_slices(sums + step * local_row + i, pitch));
     return p.bias != nullptr ? sum + p.bias[row + i] : sum;
   };
   write_result(p, row, column, value(0), step == 2 ? value(1) : 0.f);
@@ -288,20 +296,20 @@ __device__ void linear_decode(const LinearDecode& p) {
   const int tiles = (p.out + kTileRows - 1) / kTileRows;
   const int first_tile = blockIdx.x, next_tile = gridDim.x;
 
-  const int64 tile_bytes = p.tile_bytes, second = Weights::second(p);
+  const int64 tile_bytes = p.tile_bytes, second_offset = Weights::second_offset(p);
   const int64 tile_scales = static_cast<int64>(units) * kStepsOfUnit * 8 * Weights::kScaleBytes;
-  Ahead ahead{static_cast<const char*>(p.values) + first_tile * tile_bytes + Weights::place(p, lane) +
-                  static_cast<int64>(from) * Weights::kStepAhead,
-              static_cast<const char*>(p.scales) + first_tile * tile_scales +
-                  (static_cast<int64>(from) * 8 + lane.g) * Weights::kScaleBytes,
-              from < to ? first_tile : tiles, from};
-  const auto advance = [&](Ahead& at) {
-    at.from += Weights::kStepAhead;
+  NextFetch next_fetch{static_cast<const char*>(p.values) + first_tile * tile_bytes +
+                           Weights::first_offset(p, lane) + static_cast<int64>(from) * Weights::kStepStride,
+                       static_cast<const char*>(p.scales) + first_tile * tile_scales +
+                           (static_cast<int64>(from) * 8 + lane.g) * Weights::kScaleBytes,
+                       from < to ? first_tile : tiles, from};
+  const auto advance = [&](NextFetch& at) {
+    at.from += Weights::kStepStride;
     at.scales += 8 * Weights::kScaleBytes;
     if (++at.step == to) {
       at.step = from;
       at.tile += next_tile;
-      at.from += next_tile * tile_bytes - static_cast<int64>(to - from) * Weights::kStepAhead;
+      at.from += next_tile * tile_bytes - static_cast<int64>(to - from) * Weights::kStepStride;
       at.scales += next_tile * tile_scales - static_cast<int64>(to - from) * 8 * Weights::kScaleBytes;
       return at.tile >= tiles;
     }
@@ -311,18 +319,19 @@ __device__ void linear_decode(const LinearDecode& p) {
   char* const scales = bytes + p.scales_at + (warp * 8 + lane.g) * Weights::kScaleBytes;
   constexpr int kScalePitch = kWarps * 8 * Weights::kScaleBytes;
   const auto fetch = [&](int slot) {
-    if (ahead.tile < tiles) {
-      char* const into = ring + slot * kSlotBytes;
-      const bool a = Weights::there(p, ahead, lane, 0), b = Weights::there(p, ahead, lane, 8);
-      copy_ahead16(into, a ? ahead.from : p.values, a);
-      copy_ahead16(into + 512, b ? ahead.from + second : p.values, b);
+    if (next_fetch.tile < tiles) {
+      char* const to_slot = ring + slot * kSlotBytes;
+      const bool a = Weights::in_matrix(p, next_fetch, lane, 0),
+                 b = Weights::in_matrix(p, next_fetch, lane, 8);
+      copy_async16(to_slot, a ? next_fetch.from : p.values, a);
+      copy_async16(to_slot + 512, b ? next_fetch.from + second_offset : p.values, b);
       if (Weights::kScaleBytes != 0 && lane.t == 0) {
         constexpr int kPart = Weights::kScaleBytes < 8 ? 4 : 8;
 #pragma unroll
         for (int i = 0; i < Weights::kScaleBytes; i += kPart)
-          copy_ahead<kPart>(scales + slot * kScalePitch + i, ahead.scales + i);
+          copy_async_small<kPart>(scales + slot * kScalePitch + i, next_fetch.scales + i);
       }
-      if (advance(ahead)) start_successors();
+      if (advance(next_fetch)) start_successors();
     }
     commit_copies();
   };
@@ -344,51 +353,52 @@ __device__ void linear_decode(const LinearDecode& p) {
         constexpr int kLanes = Weights::kGroup / kRun;
         float sum = sum_of_run(run);
 #pragma unroll
-        for (int other = kLanes / 2; other > 0; other /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, other);
+        for (int distance = kLanes / 2; distance > 0; distance /= 2)
+          sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
         if (lane.index % kLanes == 0 && i < end)
-          offsets[i / kLanes * p.offsets_pitch + column] = Weights::kOfSum * sum;
+          offsets[i / kLanes * p.offsets_pitch + column] = Weights::kSumFactor * sum;
       }
     }
   }
   __syncwarp();
-  Columns x;  // missing columns repeat the last one and are not written
+  Columns x;  // columns beyond the last one repeat it, and are not written
   x.row = x_bytes + min(lane.g, columns - 1) * p.x_pitch + 2 * kRun * lane.t;
   x.offsets_pitch = p.offsets_pitch / 2;
   x.offsets = reinterpret_cast<const float2*>(offsets) + min(lane.t, x.offsets_pitch - 1);
 
-  int slot = 0, before = kDepth - 1;
+  int slot = 0, refill_slot = kDepth - 1;
   float* sums = reinterpret_cast<float*>(bytes + p.sums_at);
   const int tile_sums = columns * kSumsPitch, pitch = p.tiles_at_once * tile_sums;  // floats: tile, slice
-  int other = kSlices * pitch;  // offset between the halves of the sums' double buffer
+  int other_half = kSlices * pitch;  // offset between the halves of the sums' double buffer
   const int rows = p.into == kSiluTimes ? kTileRows / 2 : kTileRows;
   for (int next = first_tile; next < tiles; next += p.tiles_at_once * next_tile) {
-    const int here = min(p.tiles_at_once, (tiles - next + next_tile - 1) / next_tile);
-    for (int j = 0; j < here; ++j) {
+    const int n_tiles = min(p.tiles_at_once, (tiles - next + next_tile - 1) / next_tile);
+    for (int j = 0; j < n_tiles; ++j) {
       float part[4] = {};
       for (int step = from; step < to; ++step) {
         wait_for_copies<kDepth - 2>();
         Weights::add(part, ring + slot * kSlotBytes, scales + slot * kScalePitch, x, step);
-        fetch(before);
-        before = slot;
+        fetch(refill_slot);
+        refill_slot = slot;
         slot = slot + 1 == kDepth ? 0 : slot + 1;
       }
-      float* const mine = sums + warp * pitch + j * tile_sums + lane.g;
+      float* const warp_sums = sums + warp * pitch + j * tile_sums + lane.g;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int column = 2 * lane.t + i;
         if (column >= columns) continue;
-        mine[column * kSumsPitch] = part[i];
-        mine[column * kSumsPitch + 8] = part[i + 2];
+        warp_sums[column * kSumsPitch] = part[i];
+        warp_sums[column * kSumsPitch + 8] = part[i + 2];
       }
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < here * columns * rows; i += kThreads) {
-      const int local = i % rows, j = i / rows / columns, column = i / rows % columns;
-      write_sums<Weights>(p, sums + j * tile_sums + column * kSumsPitch, pitch, next + j * next_tile, local,
-                          first + column);
+    for (int i = threadIdx.x; i < n_tiles * columns * rows; i += kThreads) {
+      const int local_row = i % rows, j = i / rows / columns, column = i / rows % columns;
+      write_sums<Weights>(p, sums + j * tile_sums + column * kSumsPitch, pitch, next + j * next_tile,
+                          local_row, first + column);
     }
-    sums += other;
-    other = -other;
+    sums += other_half;
+    other_half = -other_half;
   }
 }
 

@@ -1,6 +1,6 @@
-// The part shared by linear_decode.cu (up to 8 rows of x) and linear_decode_wide.cu (more rows), on GPUs
-// other than Hopper. Their results are bit-identical: k is divided into the same slices, a slice is summed by
-// the same instructions in the same order, and the sums of the slices are added in the same order.
+// Code shared by linear_decode.cu (up to 8 rows of x) and linear_decode_wide.cu (more rows), on GPUs other
+// than Hopper. Their results are bit-identical: k is divided into the same slices, a slice is summed by the
+// same instructions in the same order, and the sums of the slices are added in the same order.
 //
 //   units of 128 values of k   | 0 | 1 | 2 | .. | units - 1 |
 //   slice s of 16                [ units * s / 16, units * (s + 1) / 16 )
@@ -20,28 +20,30 @@ __device__ inline int slice_begin(int units, int slice) {
   return units * slice / kSlices;
 }
 
-// A nibble in place, as bits of H, has the value kUnitOf * nibble + an offset: bfloat16 from 128 on, or a
-// denormal float16. The sum of a group starts at -kTooMuch times the sum of x, which removes that offset and
-// the offset 8 of the nibble; with a zero point, at -zero_of_raw times the sum of x.
+// Products of 4-bit values use raw values: the bits of a nibble as the lowest mantissa bits of H, which is a
+// bfloat16 in [128, 256) or a denormal float16. A raw value is kNibbleUnit * nibble, plus 128 in bfloat16. To
+// remove this offset and the offset 8 of a nibble, the sum of a group starts at -kNibbleOffset times the sum
+// of x; with a zero point, at -raw_zero_point() times the sum of x.
 #ifdef QVL_COMPUTE_BFLOAT16
-constexpr float kUnitOf = 1, kTooMuch = 128 + 8;
+constexpr float kNibbleUnit = 1, kNibbleOffset = 128 + 8;
 __device__ inline uint32 raw_nibbles(uint32 word) {
   return and_or<0x000F000F, 0x43004300>(word);
 }
-// Raw value of a zero point, given as H plus kZeroBase4.
-__device__ inline float zero_of_raw(float based) {
-  return based;
+// Raw value of a zero point, from its stored value, which includes kZeroBase4.
+__device__ inline float raw_zero_point(float stored) {
+  return stored;
 }
 #else
-constexpr float kUnitOf = 1.f / (1 << 24), kTooMuch = 8 * kUnitOf;
+constexpr float kNibbleUnit = 1.f / (1 << 24), kNibbleOffset = 8 * kNibbleUnit;
 __device__ inline uint32 raw_nibbles(uint32 word) {
   return word & 0x000F000Fu;
 }
-__device__ inline float zero_of_raw(float based) {
-  return (based - kZeroBase4) * kUnitOf;
+__device__ inline float raw_zero_point(float stored) {
+  return (stored - kZeroBase4) * kNibbleUnit;
 }
 #endif
 
+// Sum of the 8 values of a run of x.
 __device__ inline float sum_of_run(const uint4& run) {
   const H2* pairs = reinterpret_cast<const H2*>(&run);
   float sum = 0;
@@ -53,8 +55,8 @@ __device__ inline float sum_of_run(const uint4& run) {
 // Epilogues, as enum class Into of ops.h.
 constexpr int kHalf = 0, kFloat = 1, kAdd = 2, kGelu = 3, kSiluTimes = 4;
 
-// Write the value of a row of the matrix and a row of x to y. kSiluTimes: of rows `row` and `row + 1`; `gate`
-// is the value of the latter.
+// Apply the epilogue to the product of row `row` of the matrix and row `column` of x, and write the result to
+// y. kSiluTimes: `value` and `gate` are the products of rows `row` and row + 1.
 __device__ inline void write_result(const LinearDecode& p, int row, int64 column, float value, float gate) {
   const int64 to = column * p.out + row;
   switch (p.into) {

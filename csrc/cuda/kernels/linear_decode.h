@@ -12,21 +12,23 @@
 
 namespace qvl::cuda {
 
+// Parameters of upload_matrix (ops.h).
 struct UploadMatrix {
-  const void* from;
-  const void* from_scales;  // quantised
-  void* values;
+  const void* from;         // values in the layout of a file
+  const void* from_scales;  // quantised: scales, then zero points if any
+  void* values;             // values and scales in the layout of the kernels
   void* scales;
-  int rows;  // of `from`; padding: rows of zeros to add after the last one
-  int padding;
+  int rows;     // of `from`
+  int padding;  // number of rows of zeros to write after the last row
   int in, stride;
-  int out;  // rows of the matrix with padding rows excluded
-  int first, step;
+  int out;          // rows of the matrix, without padding rows
+  int first, step;  // row r of `from` becomes row first + r * step
 };
 
 // Shared memory of linear_decode_wide.cu, for host and device. A block has `row_tiles` tiles of W and
-// `columns` rows of x; a unit is `unit_bytes` of a tile's weights and, with 4 bits, `groups` scales per row.
-constexpr int kColumnBytes = 2 * 128 + 64;  // per column and unit; two columns are in different banks
+// `columns` rows of x. A unit of a tile has unit_bytes bytes of weights and, with 4 bits, `groups` scales per
+// row.
+constexpr int kColumnBytes = 2 * 128 + 64;  // per column and unit; 64 bytes of padding against bank conflicts
 
 // Number of warps that share a tile.
 QVL_BOTH_SIDES constexpr int wide_split(int row_tiles) {
@@ -35,18 +37,20 @@ QVL_BOTH_SIDES constexpr int wide_split(int row_tiles) {
 QVL_BOTH_SIDES constexpr int wide_stage_bytes(int unit_bytes, int groups, int columns, int row_tiles) {
   return wide_split(row_tiles) * (columns * kColumnBytes + row_tiles * (unit_bytes + 8 * 4 * groups));
 }
-// Bytes after the stages: offsets of the groups, and sums of the second half's pairs of slices.
-QVL_BOTH_SIDES constexpr int wide_rest_bytes(int groups, int columns, int row_tiles) {
+// Bytes after the stages: offsets of the groups, and the sums of pairs of slices from the second half of the
+// warps.
+QVL_BOTH_SIDES constexpr int wide_tail_bytes(int groups, int columns, int row_tiles) {
   const int split = wide_split(row_tiles);
   return 4 * (split * groups * columns + (split > 1 ? row_tiles * 4 * columns * 16 : 0));
 }
 QVL_BOTH_SIDES constexpr int wide_stages(int unit_bytes, int groups, int columns, int row_tiles,
                                          int shared_bytes) {
-  const int fit = (shared_bytes - wide_rest_bytes(groups, columns, row_tiles)) /
+  const int fit = (shared_bytes - wide_tail_bytes(groups, columns, row_tiles)) /
                   wide_stage_bytes(unit_bytes, groups, columns, row_tiles);
   return fit < 2 ? 2 : fit > 6 ? 6 : fit;
 }
 
+// Parameters of linear_decode.cu and linear_decode_wide.cu.
 struct LinearDecode {
   const void* values;
   const void* scales;
@@ -54,19 +58,23 @@ struct LinearDecode {
   const void* x;
   void* y;
   long long x_stride;
-  long long tile_bytes;  // between the values of successive tiles
+  long long tile_bytes;  // from the values of a tile to those of the next tile
   int out, in, stride;
-  int n, columns;                            // rows of x in total and per block
-  int into;                                  // Into
-  int tiles_at_once;                         // tiles between barriers
-  int x_pitch;                               // bytes of a row of x in shared memory
-  int offsets_pitch;                         // floats of a group's offsets, one per column
-  int scales_at, x_at, offsets_at, sums_at;  // byte offsets in shared memory, after the ring
+  int n, columns;     // rows of x in total and per block
+  int into;           // Into
+  int tiles_at_once;  // tiles that a block sums between two barriers
+  // Only linear_decode.cu. Shared memory: byte offsets of the areas after the ring, and their pitches.
+  int x_pitch;        // bytes from a row of x to the next
+  int offsets_pitch;  // floats from a group's offsets, one per column, to the next group's
+  int scales_at, x_at, offsets_at, sums_at;
 };
 
-// linear_decode_hopper.cu: number of warpgroups that share k; for their sums in shared memory, floats between
-// columns, and numbers of columns and 64-row subtiles at a time.
-constexpr int kHopperGroups = 4, kHopperColumn = 64 + 4;
+// Constants of linear_decode_hopper.cuh.
+constexpr int kHopperGroups = 4;       // warpgroups, which share k
+constexpr int kHopperColumn = 64 + 4;  // floats from a column of sums in shared memory to the next
+
+// For tiles of n rows of x (columns) and `parts` subtiles of 64 rows of W: numbers of columns and subtiles
+// whose sums are in shared memory at a time, and bytes of these sums.
 QVL_BOTH_SIDES constexpr int hopper_columns(int n) {
   return n < 32 ? n : 32;
 }
@@ -77,18 +85,20 @@ QVL_BOTH_SIDES constexpr int hopper_sum_bytes(int n, int parts) {
   return 4 * kHopperGroups * hopper_parts(n, parts) * hopper_columns(n) * kHopperColumn;
 }
 
+// Parameters of linear_decode_hopper.cuh.
 struct LinearHopper {
-  // Boxes of an item. W: H [64, rows, steps], or quantised lines of 512 bytes, and scales of 16 rows. x: H
-  // [64, N, steps]. If rows are not whole boxes of 64 values: boxes of one step, [64, rows] and [64, N].
+  // A box is the part of a tensor that one copy loads for an item. w: H [64, rows, steps], or lines of 512
+  // bytes of quantised values; scales: those of 16 rows; x: H [64, N, steps]. If rows of H are not whole
+  // boxes of 64 values (not whole_boxes), a box has one step: [64, rows] and [64, N].
   TensorMap w, scales, x;
-  bool whole;
+  bool whole_boxes;
   const float* row_scales;  // int8
   Result result;
-  int rows, tiles;       // rows of W per tile: a multiple of 8, if quantised of 16; number of tiles
-  int all_steps, steps;  // steps of k in total and per item
-  int items;             // items per tile
-  // A multiple of kHopperGroups, so that a stage always serves the same group, which thus cannot mistake the
-  // stage's previous round for the current one.
+  int rows, tiles;         // rows of W per tile: a multiple of 8, if quantised of 16; number of tiles
+  int total_steps, steps;  // steps of k in total and per item
+  int items;               // items per tile
+  // Number of stages, a multiple of kHopperGroups: a stage then always serves the same warpgroup, which
+  // therefore cannot mistake the previous round of the stage for the current one.
   int stages;
   int stage_bytes;
 };

@@ -44,12 +44,12 @@ struct Int8Weights {
 #pragma unroll
     for (int m = 0; m < kSubtiles; ++m) {
       const int tile = 4 * m + step.tile;
-      const bool there = kTileRows * tile < step.rows;
+      const bool valid = kTileRows * tile < step.rows;
       const uint32 from = step.weights + tile * kTileBytes + 16 * step.lane;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         uint32 a[4][4] = {};
-        if (there) {
+        if (valid) {
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
             const uint4 w = load_shared16(from + 1024 * half + 512 * c);
@@ -91,21 +91,21 @@ struct Int4Weights {
   // allow.
   template <int N, int kSubtiles>
   __device__ static void add(float (&sums)[kSubtiles][N / 2], const Step& step) {
-    constexpr int kOfTile = kUnit / group, kBuffers = N <= 16 && group == 64 ? 2 : 1;
+    constexpr int kTileGroups = kUnit / group, kBuffers = N <= 16 && group == 64 ? 2 : 1;
     float parts[kBuffers][N / 2];
     uint32 scales[kBuffers] = {};
     const auto fold = [&](int i) {
-      fold_group(sums[i / kOfTile], parts[i % kBuffers], low_scale(scales[i % kBuffers]),
-                 high_scale(scales[i % kBuffers]));
+      fold_group(sums[i / kTileGroups], parts[i % kBuffers], low_bfloat16_to_float(scales[i % kBuffers]),
+                 high_bfloat16_to_float(scales[i % kBuffers]));
     };
 #pragma unroll
-    for (int i = 0; i < kSubtiles * kOfTile; ++i) {
-      const int tile = i / kOfTile * 4 + step.tile, begin = i % kOfTile * (group / 64);
-      const bool there = kTileRows * tile < step.rows;
+    for (int i = 0; i < kSubtiles * kTileGroups; ++i) {
+      const int tile = i / kTileGroups * 4 + step.tile, begin = i % kTileGroups * (group / 64);
+      const bool valid = kTileRows * tile < step.rows;
 #pragma unroll
       for (int half = begin; half < begin + group / 64; ++half) {
         uint32 a[4][4] = {};
-        if (there) {
+        if (valid) {
           const uint4 w = load_shared16(step.weights + tile * kTileBytes + 512 * half + 16 * step.lane);
           const uint32 rows[2][2] = {{w.x, w.y}, {w.z, w.w}};
 #pragma unroll
@@ -126,16 +126,16 @@ struct Int4Weights {
         }
       }
       products_commit();
-      scales[i % kBuffers] =
-          there ? load_shared4(step.scales + tile * kTileScales + 4 * (step.lane / 4 * kOfTile + i % kOfTile))
-                : 0;
+      scales[i % kBuffers] = valid ? load_shared4(step.scales + tile * kTileScales +
+                                                  4 * (step.lane / 4 * kTileGroups + i % kTileGroups))
+                                   : 0;
       if (i + 1 < kBuffers) continue;
       products_wait<kBuffers - 1>();
       fold(i + 1 - kBuffers);
     }
     if (kBuffers == 1) return;
     products_wait<0>();
-    fold(kSubtiles * kOfTile - 1);
+    fold(kSubtiles * kTileGroups - 1);
   }
 
   __device__ static float scale(const LinearHopper&, int) { return 1; }

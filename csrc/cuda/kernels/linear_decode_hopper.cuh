@@ -13,11 +13,12 @@
 //   warps 0-15:  4 warpgroups: wait for full, multiply, arrive at empty
 //   warp 16:     wait for empty, request W and x of the next item
 //
-// An item is 1 to 4 steps of a slice, copied as a unit; items alternate between the slices and are prefetched
-// into all stages in shared memory. All warps request the first round. A row's bits depend neither on `rows`
-// nor on N nor on the steps of an item. Blocks are persistent, one per multiprocessor. Where registers and
-// shared memory allow, the following kernels up to the next product become resident concurrently, and that
-// product prefetches its first stages while they run.
+// An item is 1 to 4 steps of a slice, copied together into a stage. Items alternate between the slices and
+// are prefetched into all stages. All warps request the first round of stages, warp 16 the later ones. A
+// row's bits depend neither on `rows`, N nor the number of steps of an item. Blocks are persistent, one per
+// multiprocessor. Where registers and shared memory allow, the kernels between this product and the next, and
+// the next product itself, become resident while this one runs; the next product then prefetches its first
+// stages.
 //
 // The kernel is a template of the storage type: linear_decode_hopper.cu has the types without zero points,
 // linear_decode_hopper_groups.cu those with zero points.
@@ -50,11 +51,12 @@ __device__ inline int slice_begin(int steps, int slice) {
   return steps * slice / kGroups;
 }
 
-// Work of a warp in a step. Addresses are in shared memory.
+// Work of a warp in a step. Addresses (x, weights, scales) are in shared memory.
 struct Step {
   uint32 x, weights, scales;
-  int tile, lane;  // tile: the warp's first tile of 16 rows; its tiles are 4 apart
-  int rows;
+  int tile;  // the warp's first tile of 16 rows; its tiles are 4 apart
+  int lane;
+  int rows;  // of W in the block's tile
 };
 
 // Descriptor of x in a stage from value k on, a multiple of 16.
@@ -63,8 +65,8 @@ __device__ inline uint64 describe_x(uint32 x, int k) {
   return describe(x + k / 64 * (N * kBoxBytes)) + k % 64 / 8;
 }
 
-// Add a group's products to the sums: rows g and g + 8 of a warp's tile times their scales `first` and
-// `second`.
+// Add the products of a group to the sums, multiplied by the scales of rows g (`first`) and g + 8 (`second`)
+// of a warp's tile.
 template <int kSums>
 __device__ inline void fold_group(float (&sums)[kSums], float (&part)[kSums], float first, float second) {
   settle(part);
@@ -73,7 +75,7 @@ __device__ inline void fold_group(float (&sums)[kSums], float (&part)[kSums], fl
 }
 
 // Position of an item in the ring of stages; `phase`: parity of the number of rounds.
-struct Place {
+struct RingPosition {
   int item = 0, stage = 0;
   uint32 phase = 0;
 
@@ -84,8 +86,8 @@ struct Place {
   }
 };
 
-// Prologue of a kernel: wait for the preceding kernels and call `request_x`, once in each thread. `scratch`:
-// shared memory of the sums.
+// Prologue of a kernel: wait for the preceding kernels, then call request_x, once in each thread. The first
+// parameter is the shared memory of the sums, unused here.
 struct Start {
   template <class RequestX>
   __device__ void operator()(float*, const RequestX& request_x) const {
@@ -94,8 +96,8 @@ struct Start {
   }
 };
 
-// Prologue that also computes A x while the copy engine loads the weights. The units are distributed over the
-// blocks.
+// Prologue that also computes A x while the copy engine loads the weights. The blocks share the units of A x.
+// scratch: shared memory of the sums, for A x.
 struct StartWithLowRank {
   const LowRankParams& p;
 
@@ -112,8 +114,8 @@ struct StartWithLowRank {
       started = true;
     };
     for (int unit = blockIdx.y * gridDim.x + blockIdx.x; unit < units; unit += gridDim.x * gridDim.y) {
-      lower(p, *reinterpret_cast<LowRankScratch*>(scratch), unit % parts, unit / parts % blocks,
-            unit / parts / blocks, sync, start_once);
+      compute_low(p, *reinterpret_cast<LowRankScratch*>(scratch), unit % parts, unit / parts % blocks,
+                  unit / parts / blocks, sync, start_once);
       sync();  // the scratch memory has been read
     }
     start_once();
@@ -122,7 +124,7 @@ struct StartWithLowRank {
 static_assert(sizeof(LowRankScratch) <= hopper_sum_bytes(16, 1), "scratch memory of A x");
 
 template <class Weights, int N, int kSubtiles, class Begin>
-__device__ inline void linear_decode(const LinearHopper& p, const Begin& begin_with) {
+__device__ inline void linear_decode(const LinearHopper& p, const Begin& start) {
   constexpr int kXBytes = Weights::kBoxes * N * kBoxBytes;  // per step
   constexpr int kColumns = hopper_columns(N), kParts = hopper_parts(N, kSubtiles);
   constexpr int kPartFloats = kGroups * kColumns * kHopperColumn;
@@ -142,11 +144,11 @@ __device__ inline void linear_decode(const LinearHopper& p, const Begin& begin_w
   // Copy boxes of 64 values: in one copy if rows are whole boxes, else in one copy per box.
   const auto copy_boxes = [&](const TensorMap& map, uint32 to, int row, int first, int count, int box_bytes,
                               uint32 barrier) {
-    if (p.whole) return copy_box(to, map, 0, row, first, barrier);
+    if (p.whole_boxes) return copy_box(to, map, 0, row, first, barrier);
     for (int i = 0; i < count; ++i) copy_box(to + i * box_bytes, map, 64 * (first + i), row, barrier);
   };
   const auto step_of = [&](int item) {
-    return slice_begin(p.all_steps, item % kGroups) + item / kGroups * p.steps;
+    return slice_begin(p.total_steps, item % kGroups) + item / kGroups * p.steps;
   };
   const auto request_weights = [&](int stage, int tile, int item) {
     const uint32 to = ring + stage * p.stage_bytes, barrier = full + 8 * stage;
@@ -183,39 +185,39 @@ __device__ inline void linear_decode(const LinearHopper& p, const Begin& begin_w
     for (int i = warp; i < ahead; i += kThreads / 32)
       request_weights(i, blockIdx.x + i / p.items * gridDim.x, i % p.items);
   }
-  begin_with(sums_out, [&] {
+  start(sums_out, [&] {
     if (lane != 0) return;
     for (int i = warp; i < ahead; i += kThreads / 32) request_x(i, i % p.items);
   });
 
   if (warp == 4 * kGroups) {
     if (lane != 0) return;
-    Place place;
-    place.advance(ahead, p.stages);
+    RingPosition position;
+    position.advance(ahead, p.stages);
     int tile = blockIdx.x + ahead / p.items * gridDim.x, item = ahead % p.items;
-    for (; tile < p.tiles; place.advance(place.item + 1, p.stages)) {
-      barrier_wait(empty + 8 * place.stage, place.phase ^ 1);
-      request_weights(place.stage, tile, item);
-      request_x(place.stage, item);
+    for (; tile < p.tiles; position.advance(position.item + 1, p.stages)) {
+      barrier_wait(empty + 8 * position.stage, position.phase ^ 1);
+      request_weights(position.stage, tile, item);
+      request_x(position.stage, item);
       if (++item == p.items) item = 0, tile += gridDim.x;
     }
     return;
   }
 
   const int group = warp / 4;
-  const int steps = slice_begin(p.all_steps, group + 1) - slice_begin(p.all_steps, group);
+  const int steps = slice_begin(p.total_steps, group + 1) - slice_begin(p.total_steps, group);
   // Assign tiles of 16 rows so that even a few of them keep all four schedulers busy.
-  const int place_in_group = Weights::kInRegisters ? (warp + 2 * group) % 4 : warp % 4;
-  Place place;
+  const int warp_tile = Weights::kInRegisters ? (warp + 2 * group) % 4 : warp % 4;
+  RingPosition position;
   int first_item = 0;  // first item of the tile
   for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x, first_item += p.items) {
     const bool last = tile + static_cast<int>(gridDim.x) >= p.tiles;
     float sums[kSubtiles][N / 2] = {};
     for (int done = 0, item = group; item < p.items; done += p.steps, item += kGroups) {
-      place.advance(first_item + item, p.stages);
-      barrier_wait(full + 8 * place.stage, place.phase);
-      const uint32 stage = ring + place.stage * p.stage_bytes;
-      Step step{stage, stage + weights_at, stage + scales_at, place_in_group, lane, p.rows};
+      position.advance(first_item + item, p.stages);
+      barrier_wait(full + 8 * position.stage, position.phase);
+      const uint32 stage = ring + position.stage * p.stage_bytes;
+      Step step{stage, stage + weights_at, stage + scales_at, warp_tile, lane, p.rows};
       for (int i = min(p.steps, steps - done); i > 0; --i) {
         Weights::template add<N, kSubtiles>(sums, step);
         step.x += kXBytes;
@@ -223,7 +225,7 @@ __device__ inline void linear_decode(const LinearHopper& p, const Begin& begin_w
         step.scales += scale_bytes;
       }
       products_wait<0>();
-      if (lane == 0) barrier_arrive(empty + 8 * place.stage);
+      if (lane == 0) barrier_arrive(empty + 8 * position.stage);
     }
 
 #pragma unroll
@@ -234,7 +236,7 @@ __device__ inline void linear_decode(const LinearHopper& p, const Begin& begin_w
       for (int begin = 0; begin < N; begin += kColumns) {
         if (first_row + begin >= p.result.n) break;
         float* const to =
-            sums_out + (group * kColumns + lane % 4 * 2) * kHopperColumn + place_in_group * 16 + lane / 4;
+            sums_out + (group * kColumns + lane % 4 * 2) * kHopperColumn + warp_tile * 16 + lane / 4;
 #pragma unroll
         for (int m = first; m < first + kParts && m < kSubtiles; ++m) {
 #pragma unroll
@@ -251,8 +253,8 @@ __device__ inline void linear_decode(const LinearHopper& p, const Begin& begin_w
         for (int i = threadIdx.x; i < kParts * kColumns * 32; i += 128 * kGroups) {
           const int local = i % 32 * 2, column = i / 32 % kColumns, part = i / 32 / kColumns;
           const int in_tile = 64 * (first + part) + local, row = tile * p.rows + in_tile;
-          const int to_row = first_row + begin + column;
-          if (to_row >= p.result.n || in_tile >= p.rows || row >= p.result.out) continue;
+          const int x_row = first_row + begin + column;
+          if (x_row >= p.result.n || in_tile >= p.rows || row >= p.result.out) continue;
           float2 slices[kGroups];
 #pragma unroll
           for (int slice = 0; slice < kGroups; ++slice) {
@@ -261,7 +263,7 @@ __device__ inline void linear_decode(const LinearHopper& p, const Begin& begin_w
           }
           const float a = (slices[0].x + slices[1].x) + (slices[2].x + slices[3].x);
           const float b = (slices[0].y + slices[1].y) + (slices[2].y + slices[3].y);
-          finish_pair(p.result, to_row, row, a * Weights::scale(p, row),
+          finish_pair(p.result, x_row, row, a * Weights::scale(p, row),
                       row + 1 < p.result.out ? b * Weights::scale(p, row + 1) : 0);
         }
         if (last && first + kParts >= kSubtiles && begin + kColumns >= N) break;
@@ -285,14 +287,14 @@ __device__ inline void linear_decode(const LinearHopper& p, const Begin& begin_w
   }
 #define QVL_HOPPER_TILES(NAME, WEIGHTS, N) \
   QVL_HOPPER(NAME, WEIGHTS, N, 1) QVL_HOPPER(NAME, WEIGHTS, N, 2) QVL_HOPPER(NAME, WEIGHTS, N, 3)
-#define QVL_HOPPER_WIDE(NAME, WEIGHTS)                                                  \
-  QVL_HOPPER_TILES(NAME, WEIGHTS, 8)                                                    \
-  QVL_HOPPER_TILES(NAME, WEIGHTS, 16)                                                   \
-  QVL_HOPPER(NAME, WEIGHTS, 32, 1)                                                      \
-  QVL_HOPPER(NAME, WEIGHTS, 32, 2)                                                      \
-  QVL_HOPPER(NAME, WEIGHTS, 64, 1) QVL_HOPPER_ADAPTED(NAME, WEIGHTS, 16, 1)             \
-      QVL_HOPPER_ADAPTED(NAME, WEIGHTS, 16, 2) QVL_HOPPER_ADAPTED(NAME, WEIGHTS, 16, 3) \
-          QVL_HOPPER_ADAPTED(NAME, WEIGHTS, 64, 1)
+#define QVL_HOPPER_WIDE(NAME, WEIGHTS)                                              \
+  QVL_HOPPER_TILES(NAME, WEIGHTS, 8)                                                \
+  QVL_HOPPER_TILES(NAME, WEIGHTS, 16)                                               \
+  QVL_HOPPER(NAME, WEIGHTS, 32, 1)                                                  \
+  QVL_HOPPER(NAME, WEIGHTS, 32, 2)                                                  \
+  QVL_HOPPER(NAME, WEIGHTS, 64, 1)                                                  \
+  QVL_HOPPER_ADAPTED(NAME, WEIGHTS, 16, 1) QVL_HOPPER_ADAPTED(NAME, WEIGHTS, 16, 2) \
+      QVL_HOPPER_ADAPTED(NAME, WEIGHTS, 16, 3) QVL_HOPPER_ADAPTED(NAME, WEIGHTS, 64, 1)
 
 }  // namespace qvl::cuda
 

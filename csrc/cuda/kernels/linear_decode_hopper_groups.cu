@@ -42,18 +42,18 @@ struct GroupWeights {
   // 16 bytes that contain the quarter.
   __device__ static void convert(uint32 (*a)[4], const uint4& w, int k, uint32 zeros) {
     const uint32 rows[2][2] = {{w.x, w.y}, {w.z, w.w}};
-    const uint32 of_row[2] = {low_twice(zeros), high_twice(zeros)};
+    const uint32 row_zeros[2] = {repeat_low(zeros), repeat_high(zeros)};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         if (bits == 4) {
           const uint32 run = rows[row][k / 32 % 2] >> (8 * i);
-          a[i][row] = nibbles_to_half2(run, of_row[row]);
-          a[i][2 + row] = nibbles_to_half2(run >> 4, of_row[row]);
+          a[i][row] = nibbles_to_half2(run, row_zeros[row]);
+          a[i][2 + row] = nibbles_to_half2(run >> 4, row_zeros[row]);
         } else {
-          a[i][row] = bytes_to_half2(rows[row][i], of_row[row]);
-          a[i][2 + row] = bytes_to_half2(rows[row][i] >> 8, of_row[row]);
+          a[i][row] = bytes_to_half2(rows[row][i], row_zeros[row]);
+          a[i][2 + row] = bytes_to_half2(rows[row][i] >> 8, row_zeros[row]);
         }
       }
     }
@@ -63,48 +63,49 @@ struct GroupWeights {
   // folded in while the next group's products are in flight.
   template <int N, int kSubtiles>
   __device__ static void add(float (&sums)[kSubtiles][N / 2], const Step& step) {
-    constexpr int kOfTile = kUnit / group, kBuffers = N <= 16 && group <= 64 ? 2 : 1;
-    constexpr int kPart = group < 64 ? group : 64;  // values converted at a time
-    constexpr int kLoad = bits == 4 ? 64 : 32;      // values in a lane's 16 bytes
+    constexpr int kTileGroups = kUnit / group, kBuffers = N <= 16 && group <= 64 ? 2 : 1;
+    constexpr int kConverted = group < 64 ? group : 64;  // values converted at a time
+    constexpr int kLoaded = bits == 4 ? 64 : 32;         // values in a lane's 16 bytes
     float parts[kBuffers][N / 2];
     uint2 words[kBuffers] = {};
     uint4 w = make_uint4(0, 0, 0, 0);
     const auto fold = [&](int i) {
-      fold_group(sums[i / kOfTile], parts[i % kBuffers], low_float16(words[i % kBuffers].x),
-                 high_float16(words[i % kBuffers].x));
+      fold_group(sums[i / kTileGroups], parts[i % kBuffers], low_float16_to_float(words[i % kBuffers].x),
+                 high_float16_to_float(words[i % kBuffers].x));
     };
 #pragma unroll
-    for (int i = 0; i < kSubtiles * kOfTile; ++i) {
-      const int tile = i / kOfTile * 4 + step.tile, begin = i % kOfTile * group;
-      const bool there = kTileRows * tile < step.rows;
-      const uint2 here = there ? load_words(step, tile, begin) : make_uint2(0, 0);
+    for (int i = 0; i < kSubtiles * kTileGroups; ++i) {
+      const int tile = i / kTileGroups * 4 + step.tile, begin = i % kTileGroups * group;
+      const bool valid = kTileRows * tile < step.rows;
+      const uint2 group_words = valid ? load_words(step, tile, begin) : make_uint2(0, 0);
 #pragma unroll
-      for (int k = begin; k < begin + group; k += kPart) {
-        uint32 a[kPart / 16][4] = {};
-        if (there) {
+      for (int k = begin; k < begin + group; k += kConverted) {
+        uint32 a[kConverted / 16][4] = {};
+        if (valid) {
 #pragma unroll
-          for (int quarter = k; quarter < k + kPart; quarter += 32) {
-            if (quarter % kLoad == 0)
-              w = load_shared16(step.weights + tile * kTileBytes + 512 * (quarter / kLoad) + 16 * step.lane);
-            convert(a + (quarter - k) / 16, w, quarter, here.y);
+          for (int quarter = k; quarter < k + kConverted; quarter += 32) {
+            if (quarter % kLoaded == 0)
+              w = load_shared16(step.weights + tile * kTileBytes + 512 * (quarter / kLoaded) +
+                                16 * step.lane);
+            convert(a + (quarter - k) / 16, w, quarter, group_words.y);
           }
         }
         products_begin();
 #pragma unroll
-        for (int j = 0; j < kPart / 16; ++j) {
+        for (int j = 0; j < kConverted / 16; ++j) {
           ProductLeft<N>::run(parts[i % kBuffers], a[j], describe_x<N>(step.x, k + 16 * j),
                               k > begin || j > 0);
         }
       }
       products_commit();
-      words[i % kBuffers] = here;
+      words[i % kBuffers] = group_words;
       if (i + 1 < kBuffers) continue;
       products_wait<kBuffers - 1>();
       fold(i + 1 - kBuffers);
     }
     if (kBuffers == 1) return;
     products_wait<0>();
-    fold(kSubtiles * kOfTile - 1);
+    fold(kSubtiles * kTileGroups - 1);
   }
 
   __device__ static float scale(const LinearHopper&, int) { return 1; }

@@ -1,4 +1,4 @@
-// y = x W^T for more than 8 rows of x, with the same bits per row as linear_decode.cu.
+// y = x W^T for more than 8 rows of x, bit-identical to linear_decode.cu.
 //
 // Layout. One block per multiprocessor has kRowTiles tiles of 16 rows of W, one per warp, and 32 or 64 rows
 // of x, its columns. kRowTiles is 12, 6 or 2, whichever leaves the fewest multiprocessors idle. k advances in
@@ -8,11 +8,12 @@
 //              read by all warps                   copied and read back by the same lane
 //
 //              unit 0   unit 1   ..                         columns of x
-//   tile 0   | warp 0 | warp 0 |     x   [unit][column]  =  | 8 | 8 | .. |  mma.m16n8k16, kTiles of 8 columns
+//   tile 0   | warp 0 | warp 0 |     x   [unit][column]  =  | 8 | 8 | .. |  mma.m16n8k16, kColumnTiles of 8
 //   tile 1   | warp 1 | warp 1 |
 //
 // A warp sums one slice of k at a time, like a warp of linear_decode.cu, and adds the sums of the slices in
-// the same order. With two tiles per block, each tile has two warps with half of the slices each.
+// the same order. In a block with two tiles, two warps share a tile: one sums the first half of the slices,
+// the other the second half.
 //
 // Cost. Bytes: each weight once, x once per block from the L2 cache. Operations: 2 n in out. Bound by the
 // bytes of the weights up to 64 rows, beyond by the tensor cores; every multiprocessor must have weights in
@@ -35,6 +36,7 @@ constexpr int kSharedBytes = 163 << 10;
 constexpr int kSharedBytes = 99 << 10;
 #endif
 
+// Weights of one unit of a tile, by storage type: the copy to shared memory, and the products with x.
 struct HalfUnit {
   static constexpr int kBytes = 4096, kScaleBytes = 0, kGroup = 0;
 
@@ -44,10 +46,10 @@ struct HalfUnit {
     const int64 second = 16 * static_cast<int64>(p.stride);
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-      const bool k_there = k + 32 * step < p.stride, a = k_there && row < p.out,
-                 b = k_there && row + 8 < p.out;
-      copy_ahead16(to + 1024 * step, a ? from + 64 * step : p.values, a);
-      copy_ahead16(to + 1024 * step + 512, b ? from + second + 64 * step : p.values, b);
+      const bool k_valid = k + 32 * step < p.stride, a = k_valid && row < p.out,
+                 b = k_valid && row + 8 < p.out;
+      copy_async16(to + 1024 * step, a ? from + 64 * step : p.values, a);
+      copy_async16(to + 1024 * step + 512, b ? from + second + 64 * step : p.values, b);
     }
   }
 
@@ -75,12 +77,12 @@ struct QuantisedUnit {
   static constexpr int kBytes = bytes;
 
   __device__ static void copy(const LinearDecode& p, int tile, int unit, int lane, char* to) {
-    const bool there = static_cast<int64>(tile) * kTileRows < p.out;
+    const bool valid = static_cast<int64>(tile) * kTileRows < p.out;
     const char* from = static_cast<const char*>(p.values) + tile * p.tile_bytes +
                        static_cast<int64>(unit) * bytes + 16 * lane;
 #pragma unroll
     for (int i = 0; i < bytes / 512; ++i)
-      copy_ahead16(to + 512 * i, there ? from + 512 * i : p.values, there);
+      copy_async16(to + 512 * i, valid ? from + 512 * i : p.values, valid);
   }
 };
 
@@ -150,7 +152,7 @@ struct Int4Unit : QuantisedUnit<1024> {
       }
       if (64 * (c + 1) % group == 0) {
         const uint32 pair = reinterpret_cast<const uint32*>(scales)[64 * c / group];
-        const float first = low_scale(pair), second = high_scale(pair);
+        const float first = low_bfloat16_to_float(pair), second = high_bfloat16_to_float(pair);
 #pragma unroll
         for (int j = 0; j < kColumnTiles; ++j) {
           sums[j][0] += first * parts[j][0];
@@ -162,7 +164,7 @@ struct Int4Unit : QuantisedUnit<1024> {
     }
   }
 
-  __device__ static float finish(const LinearDecode&, int, float sum) { return sum * (1 / kUnitOf); }
+  __device__ static float finish(const LinearDecode&, int, float sum) { return sum * (1 / kNibbleUnit); }
 };
 
 template <class Unit, int kColumnTiles, int kRowTiles>
@@ -175,19 +177,21 @@ __device__ void linear_wide(const LinearDecode& p) {
   constexpr int kGroups = Unit::kGroup ? kUnit / Unit::kGroup : 0;
   constexpr int kStageBytes = wide_stage_bytes(Unit::kBytes, kGroups, kColumns, kRowTiles);
   constexpr int kStages = wide_stages(Unit::kBytes, kGroups, kColumns, kRowTiles, kSharedBytes);
-  constexpr int kPairs = kSlices / 2 / kSplit;  // pairs of slices of a warp
+  constexpr int kPairs = kSlices / 2 / kSplit;  // number of pairs of slices that a warp sums
   extern __shared__ uint4 shared[];
   char* const bytes = reinterpret_cast<char*>(shared);
   float* const offsets =
       reinterpret_cast<float*>(bytes + kStages * kStageBytes);  // [kSplit][kGroups][kColumns]
-  float* const pairs =
-      offsets + kSplit * kGroups * kColumns;  // of the second half: [tile][pair][column][row]
+  // Sums of pairs of slices, from the second half of the warps: [tile][pair][column][row].
+  float* const pairs = offsets + kSplit * kGroups * kColumns;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int half = warp / kRowTiles, row_tile = warp % kRowTiles;
   const int tile = blockIdx.x * kRowTiles + row_tile;
   const int first = blockIdx.y * kColumns, columns = min(kColumns, p.n - first);
   const int units = (p.in + kUnit - 1) / kUnit;
+  // Warps of half 0 sum the first half of the slices, those of half 1 the second half; without a split all
+  // warps have half 0. begin_of: first unit of a half; count: units of the longer half.
   const auto begin_of = [&](int part) { return slice_begin(units, part * (kSlices / kSplit)); };
   int count = 0;
 #pragma unroll
@@ -200,11 +204,11 @@ __device__ void linear_wide(const LinearDecode& p) {
     char* const stage = stage_of(i);
     Unit::copy(p, tile, from + i, lane, stage + kSplit * kXBytes + warp * Unit::kBytes + 16 * lane);
     if constexpr (Unit::kScaleBytes != 0) {
-      const bool there = tile * kTileRows < p.out;
-      const int64 at = (static_cast<int64>(there ? tile : 0) * units + from + i) * 8 + g;
+      const bool valid = tile * kTileRows < p.out;
+      const int64 at = (static_cast<int64>(valid ? tile : 0) * units + from + i) * 8 + g;
       if (t == 0)
-        copy_ahead<Unit::kScaleBytes>(stage + kScalesAt + (warp * 8 + g) * Unit::kScaleBytes,
-                                      static_cast<const char*>(p.scales) + at * Unit::kScaleBytes);
+        copy_async_small<Unit::kScaleBytes>(stage + kScalesAt + (warp * 8 + g) * Unit::kScaleBytes,
+                                            static_cast<const char*>(p.scales) + at * Unit::kScaleBytes);
     }
   };
   const auto copy_x = [&](int i) {
@@ -215,9 +219,9 @@ __device__ void linear_wide(const LinearDecode& p) {
       char* const to_part = stage_of(i) + part * kXBytes;
       for (int c = threadIdx.x; c < kColumns * (kUnit / kRun); c += kWideThreads) {
         const int column = c / (kUnit / kRun), run = c % (kUnit / kRun), k = unit * kUnit + kRun * run;
-        const bool there = column < columns && k < p.in;
+        const bool valid = column < columns && k < p.in;
         const H* source = static_cast<const H*>(p.x) + (first + column) * p.x_stride + k;
-        copy_ahead16(to_part + column * kColumnBytes + 16 * run, there ? source : p.x, there);
+        copy_async16(to_part + column * kColumnBytes + 16 * run, valid ? source : p.x, valid);
       }
     }
   };
@@ -231,7 +235,8 @@ __device__ void linear_wide(const LinearDecode& p) {
 
   float sums[kColumnTiles][4] = {}, even[kColumnTiles][4], total[kColumnTiles][4] = {};
   int slice = half * (kSlices / kSplit);
-  const auto end_slices = [&](int unit) {  // close the slices that end before `unit`
+  // Add the sums of the slices that end before `unit` to those of all slices, in pairs as sum_slices() does.
+  const auto close_slices = [&](int unit) {
     while (slice < (half + 1) * (kSlices / kSplit) && slice_begin(units, slice + 1) <= unit) {
 #pragma unroll
       for (int j = 0; j < kColumnTiles; ++j) {
@@ -252,7 +257,7 @@ __device__ void linear_wide(const LinearDecode& p) {
       ++slice;
     }
   };
-  end_slices(from);
+  close_slices(from);
   for (int i = 0; i < count; ++i) {
     wait_for_copies<kStages - 2>();
     __syncthreads();
@@ -273,9 +278,10 @@ __device__ void linear_wide(const LinearDecode& p) {
           float sum = sum_of_run(
               *reinterpret_cast<const uint4*>(stage + part * kXBytes + column * kColumnBytes + 16 * run));
 #pragma unroll
-          for (int other = kLanes / 2; other > 0; other /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, other);
+          for (int distance = kLanes / 2; distance > 0; distance /= 2)
+            sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
           if (run % kLanes == 0)
-            offsets[(part * kGroups + run / kLanes) * kColumns + column] = -kTooMuch * sum;
+            offsets[(part * kGroups + run / kLanes) * kColumns + column] = -kNibbleOffset * sum;
         }
       }
       __syncthreads();
@@ -285,11 +291,12 @@ __device__ void linear_wide(const LinearDecode& p) {
                                        stage + kScalesAt + (warp * 8 + g) * Unit::kScaleBytes,
                                        stage + half * kXBytes + g * kColumnBytes + 2 * kRun * t,
                                        offsets + half * kGroups * kColumns + 2 * t);
-      end_slices(from + i + 1);
+      close_slices(from + i + 1);
     }
   }
 
-  // The first half adds the pairs of the second half, and transposes the sums so that whole rows are written.
+  // The warps of the first half add the pairs of the second half, and write the sums to shared memory by
+  // column, from where adjacent threads write adjacent values of y.
   constexpr int kPitch = kRows + 2;
   float* const out = reinterpret_cast<float*>(bytes);  // [column][row]
   wait_for_copies<0>();
@@ -314,9 +321,9 @@ __device__ void linear_wide(const LinearDecode& p) {
   for (int i = threadIdx.x; i < columns * rows; i += kWideThreads) {
     const int column = i / rows, local = i % rows * step, row = blockIdx.x * kRows + local;
     if (row >= p.out) continue;
-    const auto value = [&](int more) {
-      const float sum = Unit::finish(p, row + more, out[column * kPitch + local + more]);
-      return p.bias != nullptr ? sum + p.bias[row + more] : sum;
+    const auto value = [&](int offset) {
+      const float sum = Unit::finish(p, row + offset, out[column * kPitch + local + offset]);
+      return p.bias != nullptr ? sum + p.bias[row + offset] : sum;
     };
     write_result(p, row, first + column, value(0), step == 2 ? value(1) : 0.f);
   }

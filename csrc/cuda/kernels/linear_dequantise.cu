@@ -3,7 +3,8 @@
 //
 // Layout. A thread converts a run of 8 values of a row, in the layouts of quantised.cuh:
 //
-//   8 bits   8 bytes  0 2 1 3 4 6 5 7     4 bits   8 nibbles  0 2 4 6 1 3 5 7     ->     H  0 1 2 3 4 5 6 7
+//   8 bits   bytes of values 0 2 1 3 4 6 5 7      |
+//   4 bits   nibbles of values 0 2 4 6 1 3 5 7    |   ->   H of values 0 1 2 3 4 5 6 7
 //
 // Cost. Bytes per value: 2 written, and 1 (8 bits) or 1/2 (4 bits) read; memory-bound. time = out stride (2 +
 // 1) / bandwidth: at the 7B geometry a layer's 202 million values take 0.14 ms with int8.
@@ -19,7 +20,7 @@ template <int kBits, int kGroup, bool kZeros>
 __device__ inline void dequantise(const Dequantise& p) {
   const int64 i = static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int runs = p.stride / kRun;
-  const Cut cut(p.stride, p.out);
+  const TiledLayout layout(p.stride, p.out);
   if (i >= static_cast<int64>(p.out) * runs) return;
   const int row = static_cast<int>(i / runs), k = static_cast<int>(i % runs) * kRun;
   const uint32* const words = static_cast<const uint32*>(p.values);
@@ -29,16 +30,16 @@ __device__ inline void dequantise(const Dequantise& p) {
   if constexpr (kGroup == 0) {
     scale = static_cast<const float*>(p.scales)[row];
   } else if constexpr (kZeros) {
-    const int64 at = cut.group_scale<kBits>(row, k, kGroup);
-    scale = low_float16(scales[at]);
+    const int64 at = layout.group_scale<kBits>(row, k, kGroup);
+    scale = low_float16_to_float(scales[at]);
     const float base = kBits == 4 ? kZeroBase4 : kZeroBase8 + 128;  // 8 bits: values minus 128
     zero = static_cast<int>(to_float(reinterpret_cast<const H&>(scales[at + 2])) - base);
   } else {
-    scale = low_scale(scales[cut.int4_scale(row, k, kGroup)]);
+    scale = low_bfloat16_to_float(scales[layout.int4_scale(row, k, kGroup)]);
   }
   H2 pairs[4];
   if constexpr (kBits == 8) {
-    const int64 at = cut.int8_word(row, k);
+    const int64 at = layout.int8_word(row, k);
     // Bytes of a word: values 0 2 1 3.
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -47,7 +48,7 @@ __device__ inline void dequantise(const Dequantise& p) {
           to_half2(scale * (static_cast<int8>(word) - zero), scale * (static_cast<int8>(word >> 16) - zero));
     }
   } else {
-    const uint32 word = words[cut.int4_word(row, k)];
+    const uint32 word = words[layout.int4_word(row, k)];
     // Nibbles: values 0 2 4 6 1 3 5 7.
 #pragma unroll
     for (int j = 0; j < 4; ++j) {

@@ -32,9 +32,9 @@ constexpr int kStep = 32, kRow = kStep + 8, kBuffers = 3;
 __device__ inline void load_tile(H* to, const H* from, int64 stride, int first, int n, int k, int in) {
   for (int i = threadIdx.x; i < kTile * kStep / 8; i += kThreads) {
     const int row = i / (kStep / 8), column = i % (kStep / 8) * 8;
-    const int left = first + row < n ? 2 * (in - k - column) : 0;
-    const H* source = left > 0 ? from + (first + row) * stride + k + column : from;
-    copy_async(to + row * kRow + column, source, min(max(left, 0), 16));
+    const int valid_bytes = first + row < n ? 2 * (in - k - column) : 0;
+    const H* source = valid_bytes > 0 ? from + (first + row) * stride + k + column : from;
+    copy_async(to + row * kRow + column, source, min(max(valid_bytes, 0), 16));
   }
 }
 

@@ -2,7 +2,7 @@
 // row:
 //
 //   sums (a, b) of columns c, c + 1 -> H [n, out] | float32 [n, out] | += float32 [n, out] | gelu: H [n, out]
-//   kIntoSiluTimes: w1 x and w2 x are interleaved, a silu(b)  ->  H [n, out / 2]
+//   kIntoSiluTimes: a and b are a value of w1 x and of w2 x; a silu(b) -> H [n, out / 2]
 //
 // Cost: y once, 2 to 8 bytes per element, negligible compared with the 2 in operations of the product.
 //
@@ -18,7 +18,7 @@ namespace qvl::cuda {
 // -4.25, below which the result is 0), and 2e-5 relative from -1 on.
 __device__ inline float gelu(float x) {
   const float square = fminf(x * x, 4.25f * 4.25f);
-  float slope = -2.1248387e-12f;
+  float slope = -2.1248387e-12f;  // polynomial in x^2, of which CDF = 0.5 + x * slope
   slope = fmaf(slope, square, 2.34336245e-10f);
   slope = fmaf(slope, square, -1.16305197e-08f);
   slope = fmaf(slope, square, 3.46490964e-07f);
@@ -45,12 +45,13 @@ __device__ inline void add_to(float* y, float value) {
 #endif
 }
 
-// Finish columns `column` (even) and column + 1 of a row, unless beyond `out`.
+// Finish columns `column`, which is even, and column + 1 of a row; the second is skipped if it is beyond
+// `out`.
 __device__ inline void finish_pair(const Result& p, int row, int column, float a, float b) {
-  const bool both = column + 1 < p.out;
+  const bool has_second = column + 1 < p.out;
   if (p.bias != nullptr) {
     a += p.bias[column];
-    if (both) b += p.bias[column + 1];
+    if (has_second) b += p.bias[column + 1];
   }
   if (p.into == kIntoSiluTimes) {
     static_cast<H*>(p.y)[static_cast<int64>(row) * (p.out / 2) + column / 2] = to_half(silu_times(a, b));
@@ -64,16 +65,16 @@ __device__ inline void finish_pair(const Result& p, int row, int column, float a
       *reinterpret_cast<H2*>(y) = to_half2(a, b);
     } else {
       y[0] = to_half(a);
-      if (both) y[1] = to_half(b);
+      if (has_second) y[1] = to_half(b);
     }
   } else {
     float* y = static_cast<float*>(p.y) + at;
     if (p.into == kIntoAdd) {
       add_to(y, a);
-      if (both) add_to(y + 1, b);
+      if (has_second) add_to(y + 1, b);
     } else {
       y[0] = a;
-      if (both) y[1] = b;
+      if (has_second) y[1] = b;
     }
   }
 }

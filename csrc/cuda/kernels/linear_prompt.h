@@ -8,10 +8,12 @@ namespace qvl::cuda {
 // Epilogues: the values of `Into` of ops.h.
 constexpr int kIntoHalf = 0, kIntoFloat = 1, kIntoAdd = 2, kIntoGelu = 3, kIntoSiluTimes = 4;
 
+// Destination of a product and its epilogue.
 struct Result {
   const float* bias;  // [out], or NULL
   void* y;
-  int n, out, into;
+  int n, out;  // rows and columns of the product
+  int into;    // epilogue
 };
 
 // y [n, out] = x [n, x_stride] W^T, W [out, stride]; only the first `in` values of a row are used.
@@ -35,8 +37,8 @@ struct Dequantise {
 struct LinearTensors {
   TensorMap w, x;
   Result result;
-  int steps;               // ceil(in / 64)
-  int written;             // whether the preceding kernel writes w
+  int steps;    // ceil(in / 64)
+  int written;  // whether the preceding kernel writes w, which must then not be read before it ends
   int m_groups, n_groups;  // numbers of clusters along rows of W and along tokens
 };
 

@@ -29,39 +29,40 @@
 
 namespace qvl::cuda {
 
-constexpr int kChunk = 32;         // tokens at a time in the epilogue
-constexpr int kChunkRow = 64 + 4;  // floats between tokens
+constexpr int kChunk = 32;         // tokens that the epilogue processes at a time, through shared memory
+constexpr int kChunkRow = 64 + 4;  // floats from a token of the chunk to the next
 constexpr int kChunkBytes = kChunk * kChunkRow * 4;
 
-// Finish four adjacent columns of kMost rows of y, 8 apart from `row` on; the sums are in `chunk`, also 8
-// rows apart. One loop per epilogue, with the branch outside: the code must fit the instruction cache.
-template <int kMost>
+// Finish four adjacent columns of kFinishRows rows of y: row, row + 8 and so on. chunk: sums of the first of
+// them; those of the others are 8 rows of the chunk apart. The branches on the epilogue are outside the
+// loops: the code must fit the instruction cache.
+template <int kFinishRows>
 __device__ inline void finish_four(const Result& p, int row, int column, const float* chunk, float4 bias) {
-  float4 v[kMost];
+  float4 v[kFinishRows];
 #pragma unroll
-  for (int j = 0; j < kMost; ++j) {
+  for (int j = 0; j < kFinishRows; ++j) {
     v[j] = *reinterpret_cast<const float4*>(chunk + j * 8 * kChunkRow);
     v[j].x += bias.x, v[j].y += bias.y, v[j].z += bias.z, v[j].w += bias.w;
   }
-  const int left = column < p.out ? (p.n - row + 7) / 8 : 0;
+  const int valid = column < p.out ? (p.n - row + 7) / 8 : 0;
   const int64 step = static_cast<int64>(8) * p.out, at = static_cast<int64>(row) * p.out + column;
   if (p.into == kIntoSiluTimes) {
     H2* const y = static_cast<H2*>(p.y) + at / 4;
 #pragma unroll
-    for (int j = 0; j < kMost; ++j) {
-      if (j < left) y[j * step / 4] = to_half2(silu_times(v[j].x, v[j].y), silu_times(v[j].z, v[j].w));
+    for (int j = 0; j < kFinishRows; ++j) {
+      if (j < valid) y[j * step / 4] = to_half2(silu_times(v[j].x, v[j].y), silu_times(v[j].z, v[j].w));
     }
   } else if (p.into == kIntoFloat) {
     float* const y = static_cast<float*>(p.y) + at;
 #pragma unroll
-    for (int j = 0; j < kMost; ++j) {
-      if (j < left) *reinterpret_cast<float4*>(y + j * step) = v[j];
+    for (int j = 0; j < kFinishRows; ++j) {
+      if (j < valid) *reinterpret_cast<float4*>(y + j * step) = v[j];
     }
   } else if (p.into == kIntoAdd) {
     float* const y = static_cast<float*>(p.y) + at;
 #pragma unroll
-    for (int j = 0; j < kMost; ++j) {
-      if (j < left) {
+    for (int j = 0; j < kFinishRows; ++j) {
+      if (j < valid) {
         asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(y + j * step), "f"(v[j].x),
                      "f"(v[j].y), "f"(v[j].z), "f"(v[j].w)
                      : "memory");
@@ -70,14 +71,14 @@ __device__ inline void finish_four(const Result& p, int row, int column, const f
   } else {
     if (p.into == kIntoGelu) {
 #pragma unroll
-      for (int j = 0; j < kMost; ++j)
+      for (int j = 0; j < kFinishRows; ++j)
         v[j] = make_float4(gelu(v[j].x), gelu(v[j].y), gelu(v[j].z), gelu(v[j].w));
     }
     H* const y = static_cast<H*>(p.y) + at;
 #pragma unroll
-    for (int j = 0; j < kMost; ++j) {
+    for (int j = 0; j < kFinishRows; ++j) {
       H2 pairs[2] = {to_half2(v[j].x, v[j].y), to_half2(v[j].z, v[j].w)};
-      if (j < left) *reinterpret_cast<uint2*>(y + j * step) = *reinterpret_cast<uint2*>(pairs);
+      if (j < valid) *reinterpret_cast<uint2*>(y + j * step) = *reinterpret_cast<uint2*>(pairs);
     }
   }
 }
@@ -87,7 +88,8 @@ __device__ inline void linear(const LinearTensors& p) {
   constexpr int kRows = 64 * kGroups, kBlocks = kClusterRows * kClusterTokens,
                 kPeers = kClusterRows + kClusterTokens - 1;
   constexpr int kBytesW = kRows * 128, kBytesX = kTokens * 128;
-  // An instruction is limited to the initial registers per thread, 128 with four warpgroups.
+  // Tokens per instruction. An instruction may use only the registers that a thread has initially, 128 with
+  // four warpgroups (three and the one that copies).
   constexpr int kWidth = kGroups == 3 && kTokens > 144 ? kTokens / 2 : kTokens;
   static_assert(kRows / kClusterTokens % 8 == 0 && kTokens % (8 * kClusterRows) == 0,
                 "parts of tiles are whole groups of 8 rows");
@@ -100,7 +102,9 @@ __device__ inline void linear(const LinearTensors& p) {
   const uint32 full = tiles_x + kStages * kBytesX + kGroups * kChunkBytes, empty = full + 8 * kStages;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int rank = kBlocks > 1 ? static_cast<int>(cluster_rank()) : 0;
-  const int rank_m = rank % kClusterRows, rank_n = rank / kClusterRows;
+  const int rank_m = rank % kClusterRows,
+            rank_n = rank / kClusterRows;  // position in the cluster: rows, tokens
+  // A group is the tiles that a cluster computes at a time.
   const int first_group = blockIdx.x / kBlocks, stride = gridDim.x / kBlocks;
   const int groups = p.m_groups * p.n_groups;
 
@@ -122,14 +126,14 @@ __device__ inline void linear(const LinearTensors& p) {
     if (kGroups > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kGroups == 4 ? 24 : 40));
     if (warp == 4 * kGroups && lane == 0) {
       constexpr int kPartW = kRows / kClusterTokens, kPartX = kTokens / kClusterRows;
-      uint32 to_w = 0, to_x = 0;  // masks of the blocks that receive this block's parts
-      for (int i = 0; i < kClusterTokens; ++i) to_w |= 1u << (rank_m + kClusterRows * i);
-      for (int i = 0; i < kClusterRows; ++i) to_x |= 1u << (i + kClusterRows * rank_n);
+      uint32 w_mask = 0, x_mask = 0;  // masks of the blocks that receive this block's parts
+      for (int i = 0; i < kClusterTokens; ++i) w_mask |= 1u << (rank_m + kClusterRows * i);
+      for (int i = 0; i < kClusterRows; ++i) x_mask |= 1u << (i + kClusterRows * rank_n);
       auto copy_w = [&](int slot, int group, int step) {
         const int row = (group / p.n_groups * kClusterRows + rank_m) * kRows + rank_n * kPartW;
         const uint32 to = tiles_w + slot * kBytesW + rank_n * kPartW * 128;
         if (kClusterTokens > 1) {
-          copy_box_to(to, p.w, step * 64, row, full + 8 * slot, to_w);
+          copy_box_to(to, p.w, step * 64, row, full + 8 * slot, w_mask);
         } else {
           copy_box(to, p.w, step * 64, row, full + 8 * slot);
         }
@@ -138,13 +142,13 @@ __device__ inline void linear(const LinearTensors& p) {
         const int row = (group % p.n_groups * kClusterTokens + rank_n) * kTokens + rank_m * kPartX;
         const uint32 to = tiles_x + slot * kBytesX + rank_m * kPartX * 128;
         if (kClusterRows > 1) {
-          copy_box_to(to, p.x, step * 64, row, full + 8 * slot, to_x);
+          copy_box_to(to, p.x, step * 64, row, full + 8 * slot, x_mask);
         } else {
           copy_box(to, p.x, step * 64, row, full + 8 * slot);
         }
       };
-      // Usually no kernel writes the weights, so the first ones are requested before the preceding kernels
-      // end.
+      // Unless the preceding kernel writes the weights (p.written), the first of them are requested before it
+      // ends.
       if (p.written) wait_for_predecessors();
       const int ahead = first_group < groups ? min(kStages, p.steps) : 0;
       for (int i = 0; i < ahead; ++i) {
@@ -154,7 +158,7 @@ __device__ inline void linear(const LinearTensors& p) {
       wait_for_predecessors();
       for (int i = 0; i < ahead; ++i) copy_x(i, first_group, i);
       int slot = ahead % kStages;
-      uint32 phase = ahead == kStages ? 1 : 0;  // parity of the number of rounds
+      uint32 phase = ahead == kStages ? 1 : 0;  // parity of the number of rounds over the slots
       for (int group = first_group; group < groups; group += stride) {
         for (int step = group == first_group ? ahead : 0; step < p.steps; ++step) {
           barrier_wait(empty + 8 * slot, phase ^ 1);
@@ -172,16 +176,17 @@ __device__ inline void linear(const LinearTensors& p) {
                                                                               : 112));
     const int part = warp / 4, thread = threadIdx.x % 128;
     float* const chunk = chunks + part * kChunk * kChunkRow;
-    // Block that this warp notifies of a free slot: first the blocks of the same rows, then those of the same
-    // tokens.
+    // Each of the first kPeers warps notifies one block when a slot has been read: the blocks that share rows
+    // of W with this block (itself included), then the others that share its tokens.
     const int peer = warp % 4;
-    const int told = peer < kClusterTokens ? rank_m + kClusterRows * peer
-                                           : (peer - kClusterTokens < rank_m ? peer - kClusterTokens
-                                                                             : peer - kClusterTokens + 1) +
-                                                 kClusterRows * rank_n;
-    static_assert(kPeers <= 4, "a warp tells one block");
+    const int notified =
+        peer < kClusterTokens
+            ? rank_m + kClusterRows * peer
+            : (peer - kClusterTokens < rank_m ? peer - kClusterTokens : peer - kClusterTokens + 1) +
+                  kClusterRows * rank_n;
+    static_assert(kPeers <= 4, "each warp notifies at most one block");
     auto release = [&](int slot) {
-      if (lane == 0 && peer < kPeers) barrier_arrive(empty + 8 * slot, told);
+      if (lane == 0 && peer < kPeers) barrier_arrive(empty + 8 * slot, notified);
     };
     float sums[kTokens / 2];
     int slot = 0;
@@ -211,9 +216,9 @@ __device__ inline void linear(const LinearTensors& p) {
       const int first_out = (group / p.n_groups * kClusterRows + rank_m) * kRows + part * 64;
       const int first_token = (group % p.n_groups * kClusterTokens + rank_n) * kTokens;
       const int column = first_out + thread % 16 * 4;
-      const bool fours = p.result.out % 4 == 0;
+      const bool by_four = p.result.out % 4 == 0;
       float4 bias = make_float4(0, 0, 0, 0);
-      if (fours && p.result.bias != nullptr && column < p.result.out) {
+      if (by_four && p.result.bias != nullptr && column < p.result.out) {
         bias = *reinterpret_cast<const float4*>(p.result.bias + column);
       }
 #pragma unroll 1
@@ -234,7 +239,7 @@ __device__ inline void linear(const LinearTensors& p) {
         warpgroup_sync(1 + part);
         const int token = first_token + i + thread / 16, end = min(p.result.n, first_token + kTokens);
         const float* const from = chunk + thread / 16 * kChunkRow + thread % 16 * 4;
-        if (fours) {
+        if (by_four) {
           Result result = p.result;
           result.n = end;
           finish_four<kChunk / 8>(result, token, column, from, bias);
@@ -248,7 +253,7 @@ __device__ inline void linear(const LinearTensors& p) {
       }
     }
   }
-  if (kBlocks > 1) cluster_sync();  // other blocks may still send to this block
+  if (kBlocks > 1) cluster_sync();  // other blocks may still arrive at barriers of this block
 }
 
 #define QVL_LINEAR(C, N, CM, CN, S, BLOCKS)                                                          \

@@ -9,7 +9,7 @@
 //                   Hopper the product of the base weight computes it
 //   low_rank_up     blocks (64 rows of B, 16 rows of x)         low, raw float32 [n][out] -> y
 //                   8 rows of B per warp, a tile of sums in shared memory, then two columns per thread
-//   finish_raw      prompts, whose B A x an ordinary product has added to raw    raw float32 [n][out] -> y
+//   finish_raw      for prompts, whose B (A x) ordinary products have added    raw float32 [n][out] -> y
 //
 // Cost. Bytes: A and B once per adapter: (in + out) rank values, 2 MB for rank 64 of a 4096 x 12288 product,
 // compared with 24 to 96 MB of base weights. The kernels are latency-bound: they read A, B and the tables
@@ -41,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(kLowRankDownThreads)
     low_rank_down(const __grid_constant__ LowRankParams p) {
   __shared__ LowRankScratch scratch;
   start_successors();
-  lower(
+  compute_low(
       p, scratch, blockIdx.x, blockIdx.y, blockIdx.z, [] { __syncthreads(); },
       [] { wait_for_predecessors(); });
   wait_for_predecessors();  // in all blocks: successors rely on it
@@ -49,89 +49,90 @@ extern "C" __global__ void __launch_bounds__(kLowRankDownThreads)
 
 extern "C" __global__ void __launch_bounds__(kLowRankThreads)
     low_rank_up(const __grid_constant__ LowRankParams p) {
-  constexpr int kHeldSteps = 2;  // of 32 values of B, requested a run ahead of their use
+  constexpr int kPrefetchedSteps = 2;  // steps of 32 values of B, requested one run before their use
   __shared__ Rows rows;
   __shared__ float tile[kLowRankRows][kLowRankUp + 2];
   start_successors();
   read_rows(p, rows, blockIdx.y, [] { __syncthreads(); });
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int first = blockIdx.x * kLowRankUp;
-  // Columns of y of this warp: with two interleaved matrices every other column, those of one matrix.
+  // Column i (0 to 7) of y of this warp. With two interleaved matrices they are every other column, those of
+  // one matrix.
   const auto column = [&](int parts, int i) {
     return parts == 1 ? first + 8 * warp + i : first + warp / 2 * 16 + 2 * i + warp % 2;
   };
   const auto load_b = [&](const LowRankEntry& entry, int step) {
     const int width = entry.rank / entry.parts, k = kStep * step + kVector * t, row = column(entry.parts, g);
-    const int64 at = static_cast<int64>(row) * entry.rank + row % entry.parts * width + k;
-    return load16(static_cast<const H*>(entry.b) + at, row < p.result.out && k < width);
+    const int64 index = static_cast<int64>(row) * entry.rank + row % entry.parts * width + k;
+    return load16(static_cast<const H*>(entry.b) + index, row < p.result.out && k < width);
   };
   // A x of row i of the block.
   const auto load_low = [&](int i, int step) {
     const LowRankEntry& entry = rows.entry[i];
     const int width = entry.rank / entry.parts, k = kStep * step + kVector * t;
-    const int64 at =
+    const int64 index =
         static_cast<int64>(rows.row[i]) * p.low_stride + column(entry.parts, 0) % entry.parts * width + k;
-    return load16(static_cast<const H*>(p.low) + at, k < width);
+    return load16(static_cast<const H*>(p.low) + index, k < width);
   };
-  uint4 b[kHeldSteps], next[kHeldSteps], low[kHeldSteps], high[kHeldSteps];
+  uint4 b[kPrefetchedSteps], next[kPrefetchedSteps], low[kPrefetchedSteps], high[kPrefetchedSteps];
 #pragma unroll
-  for (int step = 0; step < kHeldSteps; ++step) b[step] = load_b(rows.entry[0], step);
+  for (int step = 0; step < kPrefetchedSteps; ++step) b[step] = load_b(rows.entry[0], step);
   wait_for_predecessors();
 #pragma unroll
-  for (int step = 0; step < kHeldSteps; ++step) {
+  for (int step = 0; step < kPrefetchedSteps; ++step) {
     low[step] = load_low(g, step);
     high[step] = load_low(g + 8, step);
   }
-  // Sums of this thread's columns of y, prefetched.
+  // raw of this thread's columns of y, requested before the products.
   constexpr int kPairs = kLowRankRows * kLowRankUp / 2 / kLowRankThreads;
-  float2 before[kPairs];
+  float2 raw_sums[kPairs];
 #pragma unroll
   for (int pair = 0; pair < kPairs; ++pair) {
     const int i = threadIdx.x + pair * kLowRankThreads, row = rows.row[i / (kLowRankUp / 2)];
-    const int at = first + i % (kLowRankUp / 2) * 2;
-    before[pair] = make_float2(0, 0);
-    if (p.raw != nullptr && row >= 0 && at < p.result.out)
-      add_raw(p.raw, p.result, row, at, before[pair].x, before[pair].y);
+    const int y_column = first + i % (kLowRankUp / 2) * 2;
+    raw_sums[pair] = make_float2(0, 0);
+    if (p.raw != nullptr && row >= 0 && y_column < p.result.out)
+      add_raw(p.raw, p.result, row, y_column, raw_sums[pair].x, raw_sums[pair].y);
   }
 
-  // Compute a run's products for all rows; store those of the run's rows. The loop is not unrolled: a kernel
-  // of a few microseconds executes straight code no faster than it is fetched.
+  // Compute a run's products for all rows; store those of the run's rows. The loop is not unrolled: in a
+  // kernel of a few microseconds the time to fetch the code matters.
 #pragma unroll 1
   for (int run = 0; run < rows.n_runs; ++run) {
     const int begin = rows.begin[run], end = rows.begin[run + 1];
     if (run + 1 < rows.n_runs) {
 #pragma unroll
-      for (int step = 0; step < kHeldSteps; ++step) next[step] = load_b(rows.entry[end], step);
+      for (int step = 0; step < kPrefetchedSteps; ++step) next[step] = load_b(rows.entry[end], step);
     }
     const LowRankEntry& entry = rows.entry[begin];
-    const bool low_there = g >= begin && g < end, high_there = g + 8 >= begin && g + 8 < end;
+    const bool low_valid = g >= begin && g < end, high_valid = g + 8 >= begin && g + 8 < end;
     float sums[4] = {};
 #pragma unroll
-    for (int step = 0; step < kHeldSteps; ++step)
-      multiply_step(sums, keep_if(low_there, low[step]), keep_if(high_there, high[step]), b[step]);
+    for (int step = 0; step < kPrefetchedSteps; ++step)
+      multiply_step(sums, keep_if(low_valid, low[step]), keep_if(high_valid, high[step]), b[step]);
 #pragma unroll 1
-    for (int step = kHeldSteps; kStep * step < entry.rank / entry.parts; ++step) {
-      multiply_step(sums, keep_if(low_there, load_low(g, step)), keep_if(high_there, load_low(g + 8, step)),
+    for (int step = kPrefetchedSteps; kStep * step < entry.rank / entry.parts; ++step) {
+      multiply_step(sums, keep_if(low_valid, load_low(g, step)), keep_if(high_valid, load_low(g + 8, step)),
                     load_b(entry, step));
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int local = column(entry.parts, 2 * t + i) - first;
-      if (low_there) tile[g][local] = sums[i];
-      if (high_there) tile[g + 8][local] = sums[2 + i];
+      const int local_column = column(entry.parts, 2 * t + i) - first;
+      if (low_valid) tile[g][local_column] = sums[i];
+      if (high_valid) tile[g + 8][local_column] = sums[2 + i];
     }
 #pragma unroll
-    for (int step = 0; step < kHeldSteps; ++step) b[step] = next[step];
+    for (int step = 0; step < kPrefetchedSteps; ++step) b[step] = next[step];
   }
   __syncthreads();
 
 #pragma unroll
   for (int pair = 0; pair < kPairs; ++pair) {
-    const int i = threadIdx.x + pair * kLowRankThreads, at = i / (kLowRankUp / 2);
-    const int local = i % (kLowRankUp / 2) * 2, row = rows.row[at];
-    if (row < 0 || first + local >= p.result.out) continue;
-    finish_pair(p.result, row, first + local, tile[at][local] + before[pair].x,
-                tile[at][local + 1] + before[pair].y);
+    const int i = threadIdx.x + pair * kLowRankThreads, block_row = i / (kLowRankUp / 2);
+    const int local_column = i % (kLowRankUp / 2) * 2, row = rows.row[block_row];
+    if (row < 0 || first + local_column >= p.result.out) continue;
+    finish_pair(p.result, row, first + local_column, tile[block_row][local_column] + raw_sums[pair].x,
+                tile[block_row][local_column + 1] + raw_sums[pair].y);
   }
 }
 

@@ -1,8 +1,9 @@
 // A x of low-rank adapters for decode rows, for low_rank.cu and for the products on Hopper, which compute it
 // while their first weights are in flight.
 //
-// Layout. low H [n][rank] is divided into units: 8 rows of A, 16 rows of x, every kLowRankRuns-th run of rows
-// with the same adapter. 16 warps share k in steps of 32; their sums are added in order in shared memory.
+// Layout. A run is a sequence of rows of x with the same adapter. low H [n][rank] is divided into units: 8
+// rows of A, 16 rows of x, and every kLowRankRuns-th run of these. 16 warps share k in steps of 32; their
+// sums are added in order in shared memory.
 //
 // Cost. A is read once per adapter, x once per 8 rows of A, from the L2 cache. A unit is bound by the latency
 // of two loads: 4096 values of k are 8 steps per warp, with the loads of 4 steps in flight. More would need
@@ -20,24 +21,25 @@ namespace {
 constexpr int kVector = 8;  // values of H per load of a lane
 constexpr int kStep = 32;   // values of k per step of a warp
 
-// The block's rows of x, in runs with the same adapter or without one.
+// A block's rows of x, in runs with the same adapter or without one.
 struct Rows {
-  int row[kLowRankRows];  // -1: none
-  LowRankEntry entry[kLowRankRows];
-  int begin[kLowRankRows + 1];  // of each run
+  int row[kLowRankRows];             // index of the row in x; -1: no row
+  LowRankEntry entry[kLowRankRows];  // of the row's adapter; rank 0: no adapter
+  int begin[kLowRankRows + 1];       // first row of each run, then kLowRankRows
   int n_runs;
 };
 
+// Fill `rows` with rows kLowRankRows * block .. of the order. sync: barrier of the block's threads.
 template <class Sync>
 __device__ inline void read_rows(const LowRankParams& p, Rows& rows, int block, const Sync& sync) {
   if (threadIdx.x < 32) {
-    const int i = threadIdx.x % kLowRankRows, at = block * kLowRankRows + i;
-    const int row = at >= p.n ? -1 : p.order != nullptr ? p.order[at] : at;
+    const int i = threadIdx.x % kLowRankRows, index = block * kLowRankRows + i;
+    const int row = index >= p.n ? -1 : p.order != nullptr ? p.order[index] : index;
     const auto* const adapter = reinterpret_cast<const LowRankEntry*>(row < 0 ? 0 : p.adapters[row]);
     const LowRankEntry entry = adapter != nullptr ? adapter[p.product] : LowRankEntry{nullptr, nullptr, 0, 1};
-    const uint64 key = reinterpret_cast<uint64>(entry.b);
-    const uint64 before = __shfl_up_sync(0xFFFFFFFFu, key, 1);
-    const bool starts = threadIdx.x < kLowRankRows && (i == 0 || key != before);
+    const uint64 b_address = reinterpret_cast<uint64>(entry.b);
+    const uint64 previous_address = __shfl_up_sync(0xFFFFFFFFu, b_address, 1);
+    const bool starts = threadIdx.x < kLowRankRows && (i == 0 || b_address != previous_address);
     const uint32 mask = __ballot_sync(0xFFFFFFFFu, starts);
     if (threadIdx.x < kLowRankRows) {
       rows.row[i] = row;
@@ -52,16 +54,17 @@ __device__ inline void read_rows(const LowRankParams& p, Rows& rows, int block, 
   sync();
 }
 
-__device__ inline uint4 load16(const void* from, bool there) {
-  return there ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+__device__ inline uint4 load16(const void* from, bool valid) {
+  return valid ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
 }
 
-// `value`, or zeros. `there ? a : b` of structs would select an address, of local memory.
-__device__ inline uint4 keep_if(bool there, const uint4& value) {
-  return make_uint4(there ? value.x : 0, there ? value.y : 0, there ? value.z : 0, there ? value.w : 0);
+// `value`, or zeros. `valid ? a : b` of structs would select an address, of local memory.
+__device__ inline uint4 keep_if(bool valid, const uint4& value) {
+  return make_uint4(valid ? value.x : 0, valid ? value.y : 0, valid ? value.z : 0, valid ? value.w : 0);
 }
 
-// sums [16, 8] += rows g and g + 8 of the left operand times row g of the right one, 8 values of k per lane.
+// sums [16, 8] += left [16, 32] right [8, 32]^T. `low`, `high`: 8 values of rows g and g + 8 of the left
+// operand; `right`: 8 values of row g of the right one.
 __device__ inline void multiply_step(float (&sums)[4], const uint4& low, const uint4& high,
                                      const uint4& right) {
   multiply(sums, low.x, high.x, low.y, high.y, right.x, right.y);
@@ -80,47 +83,47 @@ __device__ inline int low_rank_units(const LowRankParams& p) {
   return p.low_stride / kLowRankDown * ((p.n + kLowRankRows - 1) / kLowRankRows) * kLowRankRuns;
 }
 
-// Compute a unit with kLowRankDownThreads threads: rows kLowRankDown * part .. of A, rows kLowRankRows *
-// block .. of x, runs first_run, first_run + kLowRankRuns ... `sync`: barrier of these threads. `before_x`:
-// called before x is read, at most once.
+// Compute a unit of A x with kLowRankDownThreads threads: rows of A from kLowRankDown * part on, rows of x
+// from kLowRankRows * block on, runs first_run, first_run + kLowRankRuns and so on. sync: barrier of these
+// threads. before_x: called before x is read, at most once.
 template <class Sync, class BeforeX>
-__device__ inline void lower(const LowRankParams& p, LowRankScratch& scratch, int part, int block,
-                             int first_run, const Sync& sync, const BeforeX& before_x) {
-  constexpr int kAtOnce = 4;
+__device__ inline void compute_low(const LowRankParams& p, LowRankScratch& scratch, int part, int block,
+                                   int first_run, const Sync& sync, const BeforeX& before_x) {
+  constexpr int kLoads = 4;
   const Rows& rows = scratch.rows;
   read_rows(p, scratch.rows, block, sync);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int first = part * kLowRankDown;  // row of A
   const H* const x = static_cast<const H*>(p.x);
-  bool called = false;
+  bool called_before_x = false;
   for (int run = first_run; run < rows.n_runs; run += kLowRankRuns) {
     const int begin = rows.begin[run], end = rows.begin[run + 1];
     const LowRankEntry& entry = rows.entry[begin];
     if (first >= entry.rank) continue;
     const H* const a = static_cast<const H*>(entry.a) + static_cast<int64>(first + g) * p.in;
-    const bool low_there = g >= begin && g < end, high_there = g + 8 >= begin && g + 8 < end;
-    const H* const low = x + (low_there ? rows.row[g] * p.x_stride : 0);
-    const H* const high = x + (high_there ? rows.row[g + 8] * p.x_stride : 0);
+    const bool low_valid = g >= begin && g < end, high_valid = g + 8 >= begin && g + 8 < end;
+    const H* const low = x + (low_valid ? rows.row[g] * p.x_stride : 0);
+    const H* const high = x + (high_valid ? rows.row[g + 8] * p.x_stride : 0);
     float sums[4] = {};
-    for (int from = kStep * warp; from < p.in; from += kStep * kLowRankWarps * kAtOnce) {
-      uint4 left[kAtOnce], right[kAtOnce], weights[kAtOnce];
+    for (int from = kStep * warp; from < p.in; from += kStep * kLowRankWarps * kLoads) {
+      uint4 low_x[kLoads], high_x[kLoads], weights[kLoads];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
+      for (int i = 0; i < kLoads; ++i) {
         const int k = from + i * kStep * kLowRankWarps + kVector * t;
         weights[i] = load16(a + k, k < p.in);
       }
-      if (!called) {
+      if (!called_before_x) {
         before_x();
-        called = true;
+        called_before_x = true;
       }
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
+      for (int i = 0; i < kLoads; ++i) {
         const int k = from + i * kStep * kLowRankWarps + kVector * t;
-        left[i] = load16(low + k, k < p.in && low_there);
-        right[i] = load16(high + k, k < p.in && high_there);
+        low_x[i] = load16(low + k, k < p.in && low_valid);
+        high_x[i] = load16(high + k, k < p.in && high_valid);
       }
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) multiply_step(sums, left[i], right[i], weights[i]);
+      for (int i = 0; i < kLoads; ++i) multiply_step(sums, low_x[i], high_x[i], weights[i]);
     }
     auto& parts = scratch.parts;
     parts[warp][g][2 * t] = sums[0];

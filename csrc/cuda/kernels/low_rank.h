@@ -5,8 +5,8 @@
 
 namespace qvl::cuda {
 
-// A and B of a product: y += B (A x). For two interleaved matrices the As are stacked as rows, and row i
-// of B belongs to matrix i % parts.
+// A and B of a product: y += B (A x). For two interleaved matrices A contains the rows of the first matrix's
+// A, then those of the second's, and row i of B belongs to matrix i % parts.
 struct LowRankEntry {
   const void* a;  // H [rank, x_stride of the product's inputs]
   const void* b;  // H [out, rank], multiplied by the adapter's scale
@@ -14,24 +14,26 @@ struct LowRankEntry {
   int parts;      // number of interleaved matrices, 1 or 2; rank / parts is a multiple of 8
 };
 
-constexpr int kLowRankThreads = 256, kLowRankDownThreads = 512;
-constexpr int kLowRankRows = 16;  // rows of x per block
-constexpr int kLowRankDown = 8;   // rows of A per block of low_rank_down
-constexpr int kLowRankUp = 64;    // rows of B per block of low_rank_up
-constexpr int kLowRankRuns = 4;   // runs of adapters processed concurrently (gridDim.z)
+constexpr int kLowRankThreads = 256;      // per block of low_rank_up
+constexpr int kLowRankDownThreads = 512;  // per block of low_rank_down
+constexpr int kLowRankRows = 16;          // rows of x per block
+constexpr int kLowRankDown = 8;           // rows of A per block of low_rank_down
+constexpr int kLowRankUp = 64;            // rows of B per block of low_rank_up
+constexpr int kLowRankRuns = 4;           // runs of adapters processed concurrently (gridDim.z)
 
 struct LowRankParams {
-  const unsigned long long* adapters;  // [n]: address of a LowRankEntry for each product, 0: no adapter
+  const unsigned long long* adapters;  // [n]: address of the table [products] of LowRankEntry; 0: no adapter
   const int* order;                    // [n]: row indices sorted by adapter; NULL: 0 1 2 ..
   const void* x;                       // low_rank_down: H [n, x_stride]
   void* low;                           // H [n, low_stride]: A x
   const float* raw;                    // low_rank_up: [n, out], the product of the base weight, or NULL
   Result result;                       // low_rank_up: finishes raw + B A x; without bias
   long long x_stride;
-  int n, product, in, low_stride;  // in, low_stride: multiples of 8
+  int n, product;      // number of rows, and index of the product in the tables
+  int in, low_stride;  // multiples of 8
 };
 
-// raw float32 [result.n, result.out] -> result, for products with adapters.
+// Parameters of finish_raw: raw float32 [result.n, result.out] -> result.
 struct FinishParams {
   const float* raw;
   Result result;

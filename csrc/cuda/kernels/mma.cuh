@@ -3,9 +3,9 @@
 //
 // Layout of mma.m16n8k16, lane 4 g + t:
 //
-//   a [16][16]   a0: row g, k 2t 2t+1   a1: row g + 8   a2: row g, k 8 + 2t ..   a3: row g + 8, k 8 + 2t ..
-//   b [16][8]    b0: k 2t 2t+1, column g                b1: k 8 + 2t .., column g
-//   sums [16][8] 0, 1: row g, columns 2t 2t+1           2, 3: row g + 8
+//   a [16][16]    row g: a0: k = 2t, 2t + 1; a2: k = 8 + 2t, 9 + 2t        row g + 8: a1, a3 for the same k
+//   b [16][8]     column g: b0: k = 2t, 2t + 1; b1: k = 8 + 2t, 9 + 2t
+//   sums [16][8]  columns 2t, 2t + 1: sums 0, 1: row g; sums 2, 3: row g + 8
 //
 // Cost: 2 x 16 x 8 x 16 operations per instruction.
 //
@@ -22,7 +22,7 @@ __device__ inline uint32 shared_address(const void* p) {
   return static_cast<uint32>(__cvta_generic_to_shared(p));
 }
 
-// Copy the first `bytes` of 16 bytes to shared memory asynchronously; the rest is filled with zeros.
+// Copy the first `bytes` of 16 bytes to shared memory asynchronously, and write zeros to the others.
 __device__ inline void copy_async(void* to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(bytes)

@@ -1,16 +1,16 @@
-// Sampling parameters of a row, for host and device.
+// Sampling parameters, for host and device.
 #pragma once
 
 namespace qvl::cuda {
 
-// A row's sampling parameters (qvl_sampling), in device memory.
+// Sampling parameters of a row of logits, from qvl_sampling.
 struct Pick {
-  float temperature, top_p;
+  float temperature, top_p;  // temperature 0: greedy
   int top_k;
   float repetition_penalty, frequency_penalty, presence_penalty;
-  int n_forbidden, first_forbidden;  // range in `forbidden`
-  double fraction;                   // random_fraction(seed, counter)
-  int* counts;                       // [vocab] or NULL
+  int n_forbidden, first_forbidden;  // range of the row in SampleParams::forbidden
+  double fraction;                   // random_fraction(seed, counter): in [0, 1)
+  int* counts;                       // [vocab] or NULL: how often the sequence contains each token
 };
 
 }  // namespace qvl::cuda

@@ -1,5 +1,5 @@
-// Rotation by a position's angles, and conversion to the types of the cache, with the same bits in every
-// kernel.
+// Rotation of queries and keys by the angles of a position, and conversion to the types of the cache. Shared
+// by several kernels, whose results are therefore bit-identical.
 //
 //   head  [ lower half | upper half ]      lower' = lower cos - upper sin,  upper' = upper cos + lower sin
 //   int8  value = scale * integer, scale = largest magnitude of the head / 127
@@ -19,16 +19,18 @@ __device__ inline float rotated(float value, float other, float cosine, float si
   return __fmaf_rn(value, cosine, __fmul_rn(other, sine));
 }
 
+// Round to bfloat16. NaN stays NaN: bit 6 is set, so that the mantissa is not zero.
 __device__ inline BFloat16Value bfloat16_of(float value) {
   const uint32 bits = __float_as_uint(value);
   if (value != value) return {static_cast<uint16>(bits >> 16 | 64)};
   return {static_cast<uint16>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};  // to nearest, ties to even
 }
 
+// Round to float16. Values out of range become the largest finite one; NaN stays NaN.
 __device__ inline Float16Value float16_of(float value) {
-  Float16Value stored;  // saturates; NaN stays NaN
-  const float in = value != value ? value : fminf(fmaxf(value, -65504.f), 65504.f);
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(stored.bits) : "f"(in));
+  Float16Value stored;
+  const float saturated = value != value ? value : fminf(fmaxf(value, -65504.f), 65504.f);
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(stored.bits) : "f"(saturated));
   return stored;
 }
 
@@ -36,13 +38,13 @@ __device__ inline Float16Value float16_of(float value) {
 struct Int8Head {
   float scale, inverse;
 
-  __device__ explicit Int8Head(float most) {
+  __device__ explicit Int8Head(float maximum) {
     // Treat a denormal as zero: its inverse would overflow.
-    const bool usable = most > 1e-35f && most < __int_as_float(0x7F800000);
-    inverse = usable ? 127.f / most : 0.f;
-    scale = usable ? most / 127.f : 0.f;
+    const bool usable = maximum > 1e-35f && maximum < __int_as_float(0x7F800000);
+    inverse = usable ? 127.f / maximum : 0.f;
+    scale = usable ? maximum / 127.f : 0.f;
   }
-  __device__ int8 of(float value) const { return static_cast<int8>(__float2int_rn(value * inverse)); }
+  __device__ int8 quantise(float value) const { return static_cast<int8>(__float2int_rn(value * inverse)); }
 };
 
 }  // namespace qvl::cuda

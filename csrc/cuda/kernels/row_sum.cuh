@@ -1,6 +1,6 @@
 // Block-wide sums, for kernels with one block per row.
 //
-//   threads   | warp 0 | warp 1 | .. |      5 shuffles in each warp -> room [warps] -> barrier -> 5 shuffles
+//   threads   | warp 0 | warp 1 | .. |   5 shuffles in each warp -> scratch [warps] -> barrier -> 5 shuffles
 //
 // Cost: 10 shuffles and one barrier for any width.
 //
@@ -22,13 +22,13 @@ constexpr int kRowBlocks = 1;
 constexpr int kRowVectors = 2;  // maximum number of float4 of a row in a thread's registers
 
 // Sum the threads' values and return the sum in all threads. The order of the additions depends only on the
-// number of threads. `room`: 32 floats of shared memory, not reused until the kernel ends.
-__device__ inline float block_sum(float value, float* room) {
+// number of threads. scratch: 32 floats of shared memory; each call in a kernel needs its own.
+__device__ inline float block_sum(float value, float* scratch) {
   const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
   value = warp_sum(value);
-  if (lane == 0) room[threadIdx.x / 32] = value;
+  if (lane == 0) scratch[threadIdx.x / 32] = value;
   __syncthreads();
-  return warp_sum(lane < warps ? room[lane] : 0.f);
+  return warp_sum(lane < warps ? scratch[lane] : 0.f);
 }
 
 __device__ inline float4 load4(const float* at) {

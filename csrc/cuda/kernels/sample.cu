@@ -6,19 +6,19 @@
 //                  forbidden ids                                                      -> peaks [n][chunks]
 //   sample_peak    a warp per row merges them; greedy rows are finished               -> states [n]
 //   sample_bins    rows that draw: weights and counts of 2048 bins, several blocks per row -> bins [n][2048]
-//   sample_keep    rows that draw: the ids of the relevant bins                       -> kept_keys [n][2048]
+//   sample_keep    rows that draw: the ids of the bins that sample_draw needs         -> kept_keys [n][2048]
 //   sample_draw    rows that draw: top-k, top-p, the draw, a block per row            -> tokens [n]
 //   sample_top     log-probabilities of the likeliest, if requested, a block per row -> top_tokens [n][n_top]
 //
-// A draw needs the order of the likeliest ids and sums in that order, but not of all 151,936. The key of an
-// id is the distance of its logit to the largest, in temperatures, in steps of 2^-35, followed by the id; ids
-// at a distance of 32 or more have weight 0. Weights exp(-distance) are integers, so that sums do not depend
-// on the order of additions, and atomic additions give the same bits for any distribution of the row over
+// A draw needs the likeliest ids in order, and sums in that order, but not all 151,936 ids. The key of an id
+// is its distance, (largest logit - logit) / temperature, in steps of 2^-35, followed by the id; ids at a
+// distance of 32 or more have weight 0. Weights exp(-distance) are integers, so that sums do not depend on
+// the order of additions, and atomic additions give the same bits for any distribution of the row over
 // blocks. The point where a running sum (of ids for top-k, of weights for top-p and the draw) crosses a value
 // is found by the bin of the key's first 11 bits (sample_bins), then by sorting the ids of that bin, and all
-// before it if later sums need them. If these are at most 2048, sample_keep gathers them, and sample_draw
-// does not read the row. Otherwise, in flat rows, it counts bins of the next 11 bits, and reads the row a few
-// times.
+// ids before it if later sums need them. If these ids are at most 2048, sample_keep gathers them, and
+// sample_draw does not read the row. Otherwise, in flat rows, sample_draw fills bins of the next 11 bits, and
+// reads the row a few times.
 //
 // Cost. Greedy, one row of 151,936: 608 KB from the L2 cache, where the preceding product left them, by 38
 // blocks with 64 bytes in flight per thread, then 38 small structs: little more than two launches. 256 rows
@@ -32,7 +32,8 @@
 
 namespace qvl::cuda {
 
-constexpr int kHasFinite = 1, kHasBroken = 2;
+constexpr int kHasFinite = 1;   // a finite logit
+constexpr int kHasInvalid = 2;  // a NaN or a positive infinity
 
 __device__ inline bool is_greedy(const Pick& pick) {
   return pick.temperature == 0 || pick.top_p == 0 || pick.top_k == 1;
@@ -42,21 +43,23 @@ __device__ inline bool likelier(double a, int a_id, double b, int b_id) {
   return a > b || (a == b && a_id < b_id);
 }
 
+// Set `best` and `id` to those of the likeliest id of the warp's lanes.
 __device__ inline void likeliest_of_warp(double& best, int& id) {
-  for (int lane = 16; lane > 0; lane /= 2) {
-    const double other = __shfl_xor_sync(0xFFFFFFFFu, best, lane);
-    const int other_id = __shfl_xor_sync(0xFFFFFFFFu, id, lane);
+  for (int step = 16; step > 0; step /= 2) {
+    const double other = __shfl_xor_sync(0xFFFFFFFFu, best, step);
+    const int other_id = __shfl_xor_sync(0xFFFFFFFFu, id, step);
     if (likelier(other, other_id, best, id)) best = other, id = other_id;
   }
 }
 
-__device__ void finish(const SampleParams& p, int row, int token, double floor) {
+// Write the outputs of a row, and count its token. token -1: the row is invalid.
+__device__ void finish(const SampleParams& p, int row, int token, double log_sum) {
   const float nan = __int_as_float(0x7FC00000);
   p.tokens[row] = token;
   if (token >= 0 && p.picks[row].counts != nullptr) ++p.picks[row].counts[token];
   if (p.logprobs == nullptr) return;
   const float logit = token >= 0 ? p.logits[static_cast<int64>(row) * p.vocab + token] : nan;
-  p.logprobs[row] = static_cast<float>(logit - floor);
+  p.logprobs[row] = static_cast<float>(logit - log_sum);
 }
 
 // One block per chunk of a row.
@@ -65,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(kScanThreads)
   constexpr int kWarps = kScanWarps;
   __shared__ double bests[kWarps];
   __shared__ int ids[kWarps], all_flags[kWarps];
-  __shared__ float mosts[kWarps], sums[kWarps];
+  __shared__ float maxima[kWarps], sums[kWarps];
   __shared__ uint32 marks[kScanChunk / 32];
   start_successors();
   wait_for_predecessors();
@@ -73,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(kScanThreads)
   const int first = chunk * kScanChunk + 4 * thread;
   float values[kScanVectors][4];
   load_logits(p.logits + static_cast<int64>(row) * p.vocab, p.vocab, first, values);
-  if (p.any_draw) {  // sample_bins adds to these
+  if (p.any_draw) {  // clear what sample_bins adds to
     for (int i = chunk * kScanThreads + thread; i < kSearchBins; i += p.chunks * kScanThreads) {
       p.bin_weights[static_cast<int64>(row) * kSearchBins + i] = 0;
       p.bin_counts[static_cast<int64>(row) * kSearchBins + i] = 0;
@@ -86,67 +89,68 @@ extern "C" __global__ void __launch_bounds__(kScanThreads)
     const int start = chunk * kScanChunk;
     for (int i = thread; i < kScanChunk / 32; i += kScanThreads) marks[i] = 0;
     __syncthreads();
-    bool some = false;
+    bool any_marked = false;
     for (int i = thread; i < pick.n_forbidden; i += kScanThreads) {
       const int bit = p.forbidden[pick.first_forbidden + i] - start;
       if (bit < 0 || bit >= kScanChunk) continue;
       atomicOr(marks + bit / 32, 1u << bit % 32);
-      some = true;
+      any_marked = true;
     }
-    some = __syncthreads_or(some);
+    any_marked = __syncthreads_or(any_marked);
     for (int i = thread; p.any_draw && i < kScanChunk / 32; i += kScanThreads)
       p.marks[static_cast<int64>(row) * p.mark_words + start / 32 + i] = marks[i];
-    changes.marks = some ? marks : nullptr;
+    changes.marks = any_marked ? marks : nullptr;
     changes.first_marked = start;
   }
-  float most = -infinity();
+  float maximum = -infinity();
   int id = 0x7FFFFFFF, flags = 0;
 #pragma unroll
   for (int v = 0; v < kScanVectors; ++v) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const float x = values[v][j];
-      if (!(x < infinity())) flags |= kHasBroken;  // a NaN or an infinity
+      if (!(x < infinity())) flags |= kHasInvalid;
       if (fabsf(x) < infinity()) flags |= kHasFinite;
-      if (x > most) {
-        most = x;
+      if (x > maximum) {
+        maximum = x;
         id = first + 4 * v * kScanThreads + j;
       }
     }
   }
-  double best = most;
+  double best = maximum;
   if (changes.changed()) {
     best = -infinity();
     id = 0x7FFFFFFF;
     for (int v = 0; v < kScanVectors; ++v) {
       for (int j = 0; j < 4; ++j) {
-        const int here = first + 4 * v * kScanThreads + j;
-        if (here >= p.vocab) continue;
-        const double value = changes.value(here, values[v][j]);
-        if (value > best) best = value, id = here;
+        const int id_of_logit = first + 4 * v * kScanThreads + j;
+        if (id_of_logit >= p.vocab) continue;
+        const double value = changes.value(id_of_logit, values[v][j]);
+        if (value > best) best = value, id = id_of_logit;
       }
     }
   }
   likeliest_of_warp(best, id);
   flags = (__any_sync(0xFFFFFFFFu, flags & kHasFinite) ? kHasFinite : 0) |
-          (__any_sync(0xFFFFFFFFu, flags & kHasBroken) ? kHasBroken : 0);
-  most = warp_max(most);
+          (__any_sync(0xFFFFFFFFu, flags & kHasInvalid) ? kHasInvalid : 0);
+  maximum = warp_max(maximum);
   if (thread % 32 == 0) {
     bests[thread / 32] = best;
     ids[thread / 32] = id;
     all_flags[thread / 32] = flags;
-    mosts[thread / 32] = most;
-    if (p.n_top > 0) p.warp_mosts[(static_cast<int64>(row) * p.chunks + chunk) * kWarps + thread / 32] = most;
+    maxima[thread / 32] = maximum;
+    if (p.n_top > 0)
+      p.warp_maxima[(static_cast<int64>(row) * p.chunks + chunk) * kWarps + thread / 32] = maximum;
   }
   __syncthreads();
   float sum = 0;
-  if (p.want_floor) {
-    for (int w = 0; w < kWarps; ++w) most = fmaxf(most, mosts[w]);
-    if (most > -infinity()) {
+  if (p.want_log_sum) {
+    for (int w = 0; w < kWarps; ++w) maximum = fmaxf(maximum, maxima[w]);
+    if (maximum > -infinity()) {
 #pragma unroll
       for (int v = 0; v < kScanVectors; ++v) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sum += expf(values[v][j] - most);
+        for (int j = 0; j < 4; ++j) sum += expf(values[v][j] - maximum);
       }
     }
     sum = warp_sum(sum);
@@ -154,11 +158,11 @@ extern "C" __global__ void __launch_bounds__(kScanThreads)
     __syncthreads();
   }
   if (thread != 0) return;
-  ChunkPeak peak{best, id, flags, most, sum};
+  ChunkPeak peak{best, id, flags, maximum, sum};
   for (int w = 1; w < kWarps; ++w) {
     if (likelier(bests[w], ids[w], peak.best, peak.id)) peak.best = bests[w], peak.id = ids[w];
     peak.flags |= all_flags[w];
-    if (p.want_floor) peak.sum += sums[w];
+    if (p.want_log_sum) peak.sum += sums[w];
   }
   p.peaks[static_cast<int64>(row) * p.chunks + chunk] = peak;
 }
@@ -170,30 +174,31 @@ extern "C" __global__ void __launch_bounds__(32) sample_peak(const __grid_consta
   const int row = blockIdx.x, lane = threadIdx.x;
   const ChunkPeak* peaks = p.peaks + static_cast<int64>(row) * p.chunks;
   const bool greedy = is_greedy(p.picks[row]);
-  double best = -infinity(), floor = 0;
+  double best = -infinity(), log_sum = 0;
   int id = 0x7FFFFFFF, flags = 0;
-  float most = -infinity();
+  float maximum = -infinity();
   for (int c = lane; c < p.chunks; c += 32) {
     const ChunkPeak peak = peaks[c];
     if (likelier(peak.best, peak.id, best, id)) best = peak.best, id = peak.id;
     flags |= peak.flags;
-    most = fmaxf(most, peak.most);
+    maximum = fmaxf(maximum, peak.maximum);
   }
   likeliest_of_warp(best, id);
   const bool finite = __any_sync(0xFFFFFFFFu, flags & kHasFinite);
-  const bool broken = __any_sync(0xFFFFFFFFu, flags & kHasBroken);
-  if (p.want_floor) {
-    most = warp_max(most);
+  const bool invalid = __any_sync(0xFFFFFFFFu, flags & kHasInvalid);
+  if (p.want_log_sum) {
+    maximum = warp_max(maximum);
     double total = 0;
     for (int c = lane; c < p.chunks; c += 32)
-      total += peaks[c].sum * exp(static_cast<double>(peaks[c].most) - most);
-    for (int other = 16; other > 0; other /= 2) total += __shfl_xor_sync(0xFFFFFFFFu, total, other);
-    floor = most + log(total);
+      total += peaks[c].sum * exp(static_cast<double>(peaks[c].maximum) - maximum);
+    for (int distance = 16; distance > 0; distance /= 2)
+      total += __shfl_xor_sync(0xFFFFFFFFu, total, distance);
+    log_sum = maximum + log(total);
   }
   if (lane != 0) return;
-  if (!finite || broken) id = -1;
-  p.states[row] = {best, floor, id};
-  if (id < 0 || greedy) finish(p, row, id, floor);
+  if (!finite || invalid) id = -1;
+  p.states[row] = {best, log_sum, id};
+  if (id < 0 || greedy) finish(p, row, id, log_sum);
 }
 
 __device__ inline bool draws(const Pick& pick, const RowState& state) {
@@ -210,18 +215,19 @@ __device__ inline uint64 draw_target(const Pick& pick, uint64 mass) {
   return min(__double2ull_rd(pick.fraction * static_cast<double>(mass)), mass - 1);
 }
 
-// With the complete bins of a row, find the bin in which the first of sample_draw's searches ends; later
-// searches end no later. The ids before it are kept as well unless it is the only search.
+// With the complete bins of a row, find the bin in which the first search of sample_draw ends, and choose the
+// keys to keep: those of this bin and, unless there is only one search, of all bins before it, since later
+// searches end at or before the first.
 __device__ void choose_kept(const SampleParams& p, int row, const Pick& pick) {
-  constexpr int kEach = kSearchBins / kScanThreads;
-  __shared__ uint64 room[2][kScanWarps];
+  constexpr int kThreadBins = kSearchBins / kScanThreads;
+  __shared__ uint64 scratch[2][kScanWarps];
   const int thread = threadIdx.x;
-  const int64 bin = static_cast<int64>(row) * kSearchBins + kEach * thread;
+  const int64 bin = static_cast<int64>(row) * kSearchBins + kThreadBins * thread;
   const auto* weight_pairs = reinterpret_cast<const ulonglong2*>(p.bin_weights + bin);
   const auto* count_pairs = reinterpret_cast<const uint2*>(p.bin_counts + bin);
-  uint64 weights[kEach], counts[kEach], weight = 0, count = 0;
+  uint64 weights[kThreadBins], counts[kThreadBins], weight = 0, count = 0;
 #pragma unroll
-  for (int i = 0; i < kEach; i += 2) {
+  for (int i = 0; i < kThreadBins; i += 2) {
     const ulonglong2 two = __ldcg(weight_pairs + i / 2);
     const uint2 numbers = __ldcg(count_pairs + i / 2);
     weights[i] = two.x, weights[i + 1] = two.y;
@@ -230,18 +236,18 @@ __device__ void choose_kept(const SampleParams& p, int row, const Pick& pick) {
     count += static_cast<uint64>(numbers.x) + numbers.y;
   }
   uint64 all_count, mass;
-  count = sum_before<kScanWarps>(count, room[0], all_count);
-  weight = sum_before<kScanWarps>(weight, room[1], mass);
+  count = sum_before<kScanWarps>(count, scratch[0], all_count);
+  weight = sum_before<kScanWarps>(weight, scratch[1], mass);
   const bool by_count = pick.top_k > 0 && static_cast<uint64>(pick.top_k) <= all_count;
   const bool one_search = !by_count && pick.top_p >= 1;
   const uint64 target = by_count     ? static_cast<uint64>(pick.top_k - 1)
                         : one_search ? draw_target(pick, mass)
                                      : top_p_target(pick, mass);
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const uint64 before = by_count ? count : weight, here = by_count ? counts[i] : weights[i];
-    if (before <= target && target - before < here) {
-      const int last = kEach * thread + i;
+  for (int i = 0; i < kThreadBins; ++i) {
+    const uint64 before = by_count ? count : weight, in_bin = by_count ? counts[i] : weights[i];
+    if (before <= target && target - before < in_bin) {
+      const int last = kThreadBins * thread + i;
       KeptIds& kept = p.kept[row];
       kept.by_count = by_count;
       kept.mass = mass;
@@ -249,7 +255,7 @@ __device__ void choose_kept(const SampleParams& p, int row, const Pick& pick) {
       kept.base_weight = one_search ? weight : 0;
       kept.first_key = one_search ? static_cast<uint64>(last) << kBinShift : 0;
       kept.last_key = (static_cast<uint64>(last + 1) << kBinShift) - 1;
-      kept.too_many = counts[i] + (one_search ? 0 : count) > kKept;
+      kept.too_many = counts[i] + (one_search ? 0 : count) > kMaxKept;
     }
     count += counts[i];
     weight += weights[i];
@@ -278,7 +284,7 @@ extern "C" __global__ void __launch_bounds__(kScanThreads)
     for (int j = 0; j < 4; ++j) {
       const int id = first + 4 * v * kScanThreads + j;
       uint64 key;
-      if (id < p.vocab && items.get(id, values[0][j], key))
+      if (id < p.vocab && items.get_key(id, values[0][j], key))
         bins.add(static_cast<int>(key >> kBinShift), items.weight(key));
     }
   }
@@ -298,7 +304,7 @@ extern "C" __global__ void __launch_bounds__(kScanThreads)
   choose_kept(p, row, pick);
 }
 
-// With the same blocks, gather the chosen ids.
+// Gather the ids that choose_kept has chosen. Blocks as for sample_bins.
 extern "C" __global__ void __launch_bounds__(kScanThreads)
     sample_keep(const __grid_constant__ SampleParams p) {
   start_successors();
@@ -319,17 +325,18 @@ extern "C" __global__ void __launch_bounds__(kScanThreads)
     for (int j = 0; j < 4; ++j) {
       const int id = first + 4 * v * kScanThreads + j;
       uint64 key;
-      if (id < p.vocab && items.near(values[0][j]) && items.get(id, values[0][j], key) && key >= first_key &&
-          key <= last_key)
-        p.kept_keys[static_cast<int64>(row) * kKept + atomicAdd(&kept.n, 1)] = key;
+      if (id < p.vocab && items.contains(values[0][j]) && items.get_key(id, values[0][j], key) &&
+          key >= first_key && key <= last_key)
+        p.kept_keys[static_cast<int64>(row) * kMaxKept + atomicAdd(&kept.n, 1)] = key;
     }
   }
 }
 
-// One block per row: the token at `fraction` of the weight within top-k, then top-p.
+// One block per row: restrict the row to top-k, then to top-p, and draw the token at `fraction` of the
+// remaining weight.
 extern "C" __global__ void __launch_bounds__(kSearchThreads, 1)
     sample_draw(const __grid_constant__ SampleParams p) {
-  __shared__ SearchRoom room;
+  __shared__ SearchScratch scratch;
   start_successors();
   wait_for_predecessors();
   const int row = blockIdx.x;
@@ -337,9 +344,9 @@ extern "C" __global__ void __launch_bounds__(kSearchThreads, 1)
   const RowState state = p.states[row];
   if (!draws(pick, state)) return;
   DrawItems items(p, row, pick, state);
-  Search<DrawItems> search(room, items, items.row.logits, p.vocab, p, row);
+  Search<DrawItems> search(scratch, items, items.row.logits, p.vocab, p, row);
   const KeptIds kept = p.kept[row];
-  if (kept.n > 0) search.begin_with(kept, p.kept_keys + static_cast<int64>(row) * kKept);
+  if (kept.n > 0) search.begin_with(kept, p.kept_keys + static_cast<int64>(row) * kMaxKept);
   uint64 key, mass = kept.mass, through;
   if (kept.by_count) {
     search.find(true, static_cast<uint64>(pick.top_k - 1), false, key, through);
@@ -350,37 +357,37 @@ extern "C" __global__ void __launch_bounds__(kSearchThreads, 1)
     mass = through;
   }
   search.find(false, draw_target(pick, mass), false, key, through);
-  if (threadIdx.x == 0) finish(p, row, static_cast<int>(key & ((1u << kIdBits) - 1)), state.floor);
+  if (threadIdx.x == 0) finish(p, row, static_cast<int>(key & ((1u << kIdBits) - 1)), state.log_sum);
 }
 
 // One block per row: the n_top likeliest tokens.
 extern "C" __global__ void __launch_bounds__(kSearchThreads, 1)
     sample_top(const __grid_constant__ SampleParams p) {
-  __shared__ SearchRoom room;
+  __shared__ SearchScratch scratch;
   start_successors();
   wait_for_predecessors();
   const int row = blockIdx.x, thread = threadIdx.x;
   const RowState state = p.states[row];
-  const bool broken = state.peak < 0;
+  const bool invalid = state.peak < 0;
   TopItems items(p.logits + static_cast<int64>(row) * p.vocab);
-  if (!broken) {
-    Search<TopItems> search(room, items, items.logits, p.vocab, p, row);
+  if (!invalid) {
+    Search<TopItems> search(scratch, items, items.logits, p.vocab, p, row);
     // The n_top-th largest of the warps' maxima is a lower bound for the n_top-th logit; usually few logits
     // exceed it.
-    const int mosts = min(p.chunks * kScanWarps, kSearchThreads);
-    if (thread < mosts)
-      room.keys[thread] =
-          items.key(0xFFFFFFFF, p.warp_mosts[static_cast<int64>(row) * p.chunks * kScanWarps + thread]);
-    search.sort(mosts);
-    uint64 key = p.n_top <= mosts ? room.keys[p.n_top - 1] : ~0ull, through;
+    const int n_maxima = min(p.chunks * kScanWarps, kSearchThreads);
+    if (thread < n_maxima)
+      scratch.keys[thread] =
+          items.key(0xFFFFFFFF, p.warp_maxima[static_cast<int64>(row) * p.chunks * kScanWarps + thread]);
+    search.sort(n_maxima);
+    uint64 key = p.n_top <= n_maxima ? scratch.keys[p.n_top - 1] : ~0ull, through;
     if (!search.keep_up_to(key)) search.find(true, static_cast<uint64>(p.n_top - 1), true, key, through);
   }
   if (thread >= p.n_top) return;
-  const int id = broken ? -1 : static_cast<int>(room.keys[thread] & 0xFFFFFFFF);
+  const int id = invalid ? -1 : static_cast<int>(scratch.keys[thread] & 0xFFFFFFFF);
   const int64 at = static_cast<int64>(row) * p.n_top + thread;
   p.top_tokens[at] = id;
   p.top_logprobs[at] =
-      broken ? __int_as_float(0x7FC00000) : static_cast<float>(items.logits[id] - state.floor);
+      invalid ? __int_as_float(0x7FC00000) : static_cast<float>(items.logits[id] - state.log_sum);
 }
 
 }  // namespace qvl::cuda

@@ -6,36 +6,36 @@
 namespace qvl::cuda {
 
 constexpr int kScanThreads = 256;
-constexpr int kScanVectors = 4;  // float4 per thread
-constexpr int kScanChunk = 4 * kScanVectors * kScanThreads;
+constexpr int kScanVectors = 4;                              // float4 per thread
+constexpr int kScanChunk = 4 * kScanVectors * kScanThreads;  // logits per block of sample_scan
 constexpr int kSearchThreads = 1024;
-constexpr int kSearchBins = 2048;
-constexpr int kKept = 2048;  // maximum number of ids that a search sorts
+constexpr int kSearchBins = 2048;  // per level of a search
+constexpr int kMaxKept = 2048;     // maximum number of ids that a search sorts
 constexpr int kScanWarps = kScanThreads / 32;
 
 // Summary of a chunk of a row.
 struct ChunkPeak {
-  double best;  // the largest logit after penalties, and the lowest id with that logit
-  int id;
-  int flags;        // kHasFinite, kHasBroken
-  float most, sum;  // of the unchanged logits: the maximum, and the sum of exp(logit - most)
+  double best;         // the largest logit after penalties
+  int id;              // the lowest id with that logit
+  int flags;           // kHasFinite, kHasInvalid
+  float maximum, sum;  // of the unchanged logits: the maximum, and the sum of exp(logit - maximum)
 };
 
 // State of a row for the kernels after the scan.
 struct RowState {
-  double best;   // as in ChunkPeak
-  double floor;  // the log-probability of an unchanged logit is logit - floor
-  int peak;      // id of `best`; -1 if the row has a NaN, a positive infinity or no finite value
+  double best;     // as in ChunkPeak
+  double log_sum;  // log of the sum of exp(logit): a log-probability is logit - log_sum, without penalties
+  int peak;        // id of `best`; -1 if the row has a NaN, a positive infinity or no finite value
 };
 
-// Ids kept of a row that draws: the candidates among which the first search of sample_draw ends.
+// Kept ids of a row that draws: the candidates, among which the first search of sample_draw ends.
 struct KeptIds {
   unsigned blocks_done;                        // number of finished blocks of sample_bins
   bool by_count;                               // the first search is by count: top-k applies
   bool too_many;                               // more than kKept: no ids are kept
   int n;                                       // number of kept ids
   unsigned long long mass;                     // total weight of the row's ids
-  unsigned long long base_count, base_weight;  // of the ids before the kept ones
+  unsigned long long base_count, base_weight;  // number and weight of the ids before the kept ones
   unsigned long long first_key, last_key;      // range of the kept keys
 };
 
@@ -44,8 +44,9 @@ struct SampleParams {
   const Pick* picks;
   const int* forbidden;
   int vocab, chunks;
-  int bin_vectors;  // float4 per thread of sample_bins
-  bool any_draw, any_changed, want_floor;
+  int bin_vectors;             // float4 per thread of sample_bins
+  bool any_draw, any_changed;  // as for sample() in ops.h
+  bool want_log_sum;           // log-probabilities are requested
   int weight_shift;  // weight 1 is represented as 2^(31 + weight_shift), so that a row's sum is below 2^63
 
   // Scratch memory.
@@ -55,10 +56,11 @@ struct SampleParams {
   unsigned int* bin_counts;         // [n, kSearchBins]
   KeptIds* kept;                    // [n]
   unsigned long long* kept_keys;    // [n, kKept]
-  float* warp_mosts;                // [n, chunks * kScanWarps]: the largest logit of each warp of the scan
+  float* warp_maxima;               // [n, chunks * kScanWarps]: the largest logit of each warp of the scan
   unsigned int* marks;              // [n, mark_words]: one bit per forbidden id
   int mark_words;
 
+  // Outputs, as SampleOutputs in ops.h.
   int* tokens;
   float* logprobs;
   int n_top;

@@ -16,7 +16,7 @@
 
 namespace qvl::cuda {
 
-constexpr double kForbidden = -1e10;
+constexpr double kForbidden = -1e10;  // logit of a forbidden id
 
 __device__ inline float infinity() {
   return __int_as_float(0x7F800000);
@@ -41,9 +41,10 @@ struct Row {
         p.any_changed && pick.n_forbidden > 0 ? p.marks + static_cast<int64>(row) * p.mark_words : nullptr;
   }
 
+  // Whether the row has penalties or forbidden ids.
   __device__ bool changed() const { return counts != nullptr || marks != nullptr; }
 
-  // Round after each operation, as on the CPU.
+  // Logit of an id after penalties; logit: the unchanged one. Rounded after each operation, as on the CPU.
   __device__ double value(int id, float logit) const {
     double value = logit;
     const int bit = id - first_marked;

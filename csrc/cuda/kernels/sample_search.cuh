@@ -1,13 +1,13 @@
 // Ordering of a row's ids, and search for the points where running sums cross a value: top-k, top-p, the
 // draw.
 //
-// Layout of a key, smaller is likelier:
+// Layout of a key, 64 bits; a smaller key is a likelier id:
 //
-//   draws   | 40 bits: distance to the largest logit, in temperatures, steps of 2^-35 | 24 bits: id |
-//   top     | 32 bits: the logit, order reversed | 32 bits: id |
+//   draws             | 40 bits: (largest logit - logit) / temperature, in steps of 2^-35 | 24 bits: id |
+//   likeliest tokens  | 32 bits: the logit, in reversed order | 32 bits: id |
 //
 //   level 1: 2048 bins of the upper 11 bits    | w0 | w1 | w2 | ..      the bin where the running sum crosses
-//   level 2: 2048 bins of the next 11 bits          \_ | | | ..         and so on, until at most kKept = 2048
+//   level 2: 2048 bins of the next 11 bits          \_ | | | ..         and so on, until at most kMaxKept
 //                                                                       ids are left, which are sorted
 //
 // Weights are integers, so that sums do not depend on the order of additions.
@@ -26,18 +26,18 @@ constexpr int kIdBits = 24, kStepBits = 35;       // parts of a key for draws
 constexpr uint64 kFarthest = 32ull << kStepBits;  // in steps; with kIdBits these are 64 bits
 constexpr uint64 kLog2E = 6653256548922161246;    // log2(e) * 2^62
 
-// Range of logits that includes those of a range of keys.
-struct Near {
+// Range of logits that includes the logits of a range of keys.
+struct LogitRange {
   float low, high;  // NaN: unbounded
 
-  __device__ bool near(float logit) const { return !(logit < low || logit > high); }
+  __device__ bool contains(float logit) const { return !(logit < low || logit > high); }
 };
 
 // The weighted ids of a row, in the order of draws.
-struct DrawItems : Near {
-  static constexpr bool kHasFirstBins = true;  // from sample_bins
+struct DrawItems : LogitRange {
+  static constexpr bool kHasFirstBins = true;  // sample_bins has filled the bins of level 1
   Row row;
-  double best, steps;  // steps: number of key steps per difference of 1
+  double best, steps;  // the largest logit; number of steps of a key per difference of 1 between logits
   int weight_shift;
 
   __device__ DrawItems(const SampleParams& p, int number, const Pick& pick, const RowState& state)
@@ -46,7 +46,7 @@ struct DrawItems : Near {
         steps((1ull << kStepBits) / static_cast<double>(pick.temperature)),
         weight_shift(p.weight_shift) {}
 
-  // Weight as a function of the key's distance, with a relative error of a few 1e-7: 2^-t, where t is the
+  // Weight exp(-distance) of a key, as an integer with a relative error of a few 1e-7: 2^-t, where t is the
   // distance times log2(e).
   __device__ uint64 weight(uint64 key) const {
     const uint64 t = __umul64hi(key >> kIdBits << 24, kLog2E);  // in steps of 2^-57
@@ -55,19 +55,19 @@ struct DrawItems : Near {
     return mantissa << weight_shift >> (t >> 57);
   }
 
-  // Restrict to ids with keys first to last.
+  // Set the range of logits to that of the keys first to last.
   __device__ void narrow(uint64 first, uint64 last) {
     low = -infinity();
     high = infinity();
     if (row.changed()) return;
     const double from = (first >> kIdBits) / steps, to = ((last >> kIdBits) + 1) / steps;
-    const double slack = 1e-6 * (fabs(best) + to);
+    const double slack = 1e-6 * (fabs(best) + to);  // more than the rounding errors
     high = static_cast<float>(best - from + slack);
     low = static_cast<float>(best - to - slack);
   }
 
-  // Key of an id; false if its weight is 0.
-  __device__ bool get(int id, float logit, uint64& key) const {
+  // Set `key` to the key of an id; return false if the weight of the id is 0.
+  __device__ bool get_key(int id, float logit, uint64& key) const {
     const double distance = (best - row.value(id, logit)) * steps;
     if (!(distance < static_cast<double>(kFarthest))) return false;
     key = __double2ull_rd(distance) << kIdBits | static_cast<uint32>(id);
@@ -76,12 +76,13 @@ struct DrawItems : Near {
 };
 
 // The ids of a row in the order of its unchanged logits, with weights 0.
-struct TopItems : Near {
+struct TopItems : LogitRange {
   static constexpr bool kHasFirstBins = false;
   const float* logits;
 
   __device__ explicit TopItems(const float* logits) : logits(logits) {}
 
+  // Upper half of a key: integers in the reversed order of the logits.
   __device__ static uint32 upper(float logit) {
     const uint32 bits = __float_as_uint(logit + 0.f);  // -0 becomes 0
     return bits >> 31 != 0 ? bits : bits ^ 0x7FFFFFFF;
@@ -95,14 +96,14 @@ struct TopItems : Near {
     high = logit_of(static_cast<uint32>(first >> 32));
   }
   __device__ uint64 key(uint32 id, float logit) const { return static_cast<uint64>(upper(logit)) << 32 | id; }
-  __device__ bool get(int id, float logit, uint64& key_) const {
+  __device__ bool get_key(int id, float logit, uint64& key_) const {
     key_ = key(static_cast<uint32>(id), logit);
     return true;
   }
 };
 
-// Weights and counts of ids per bin, in shared memory. A weight is two words, since 64-bit atomic additions
-// to shared memory are loops.
+// Weights and counts of the ids of each bin, in shared memory. A weight has two 32-bit words: the compiler
+// implements 64-bit atomic additions to shared memory as loops.
 struct Bins {
   uint32 low[kSearchBins], high[kSearchBins], counts[kSearchBins];
 
@@ -112,48 +113,51 @@ struct Bins {
   }
   __device__ void add(int bin, uint64 weight) {
     atomicAdd(counts + bin, 1);
-    const auto part = static_cast<uint32>(weight);
-    uint32 rest = static_cast<uint32>(weight >> 32);
-    if (part != 0 && atomicAdd(low + bin, part) + part < part) ++rest;
-    if (rest != 0) atomicAdd(high + bin, rest);
+    const auto low_word = static_cast<uint32>(weight);
+    uint32 high_word = static_cast<uint32>(weight >> 32);
+    if (low_word != 0 && atomicAdd(low + bin, low_word) + low_word < low_word) ++high_word;  // carry
+    if (high_word != 0) atomicAdd(high + bin, high_word);
   }
   __device__ uint64 weight(int bin) const { return static_cast<uint64>(high[bin]) << 32 | low[bin]; }
 };
 
-constexpr int kBinShift = 53;  // shift of the first level: the upper 11 bits of a key
+constexpr int kBinShift = 53;  // level 1: key >> 53 are the upper 11 bits of a key
 
-// Exclusive prefix sum over the threads, and the total. `room`: kWarps numbers.
+// Exclusive prefix sum over the threads of a block of kWarps warps; `all` is set to the total. scratch:
+// kWarps numbers in shared memory.
 template <int kWarps>
-__device__ uint64 sum_before(uint64 value, uint64* room, uint64& all) {
+__device__ uint64 sum_before(uint64 value, uint64* scratch, uint64& all) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   uint64 sum = value;
-  for (int far = 1; far < 32; far *= 2) {
-    const uint64 other = __shfl_up_sync(0xFFFFFFFFu, sum, far);
-    if (lane >= far) sum += other;
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const uint64 other = __shfl_up_sync(0xFFFFFFFFu, sum, distance);
+    if (lane >= distance) sum += other;
   }
-  if (lane == 31) room[warp] = sum;
+  if (lane == 31) scratch[warp] = sum;
   __syncthreads();
-  uint64 warps = lane < kWarps ? room[lane] : 0;
-  for (int far = 1; far < kWarps; far *= 2) {
-    const uint64 other = __shfl_up_sync(0xFFFFFFFFu, warps, far);
-    if (lane >= far) warps += other;
+  uint64 warps = lane < kWarps ? scratch[lane] : 0;
+  for (int distance = 1; distance < kWarps; distance *= 2) {
+    const uint64 other = __shfl_up_sync(0xFFFFFFFFu, warps, distance);
+    if (lane >= distance) warps += other;
   }
   all = __shfl_sync(0xFFFFFFFFu, warps, kWarps - 1);
   const uint64 before = __shfl_sync(0xFFFFFFFFu, warps, warp == 0 ? 0 : warp - 1);
   return sum - value + (warp == 0 ? 0 : before);
 }
 
-constexpr int kNowhere = -1;
+constexpr int kNotFound = -1;
 
-struct SearchRoom {
+struct SearchScratch {
   union {
     Bins bins;
-    uint64 weights[kKept];  // of the kept ids
+    uint64 weights[kMaxKept];  // of the kept ids
   };
-  uint64 keys[kKept];
+  uint64 keys[kMaxKept];
   uint64 sums[2][32];
-  uint64 before_count, before_weight;  // sums before the place found by crossing()
-  uint64 here_count, here_weight;
+  // Results of find_crossing(): sums before the index that it found, values at that index, and the index or
+  // kNotFound.
+  uint64 before_count, before_weight;
+  uint64 found_count, found_weight;
   int found;
   int n_kept;
 };
@@ -163,9 +167,9 @@ struct SearchRoom {
 template <typename Items>
 class Search {
  public:
-  __device__ Search(SearchRoom& room, Items& items, const float* logits, int vocab, const SampleParams& p,
-                    int row)
-      : room_(room), items_(items), logits_(logits), vocab_(vocab) {
+  __device__ Search(SearchScratch& scratch, Items& items, const float* logits, int vocab,
+                    const SampleParams& p, int row)
+      : scratch_(scratch), items_(items), logits_(logits), vocab_(vocab) {
     bin_weights_ = p.bin_weights + static_cast<int64>(row) * kSearchBins;
     bin_counts_ = p.bin_counts + static_cast<int64>(row) * kSearchBins;
   }
@@ -175,11 +179,11 @@ class Search {
     n_kept_ = kept.n;
     base_count_ = kept.base_count;
     base_weight_ = kept.base_weight;
-    for (int i = threadIdx.x; i < n_kept_; i += kSearchThreads) room_.keys[i] = keys[i];
-    put_in_order();
+    for (int i = threadIdx.x; i < n_kept_; i += kSearchThreads) scratch_.keys[i] = keys[i];
+    sort_kept();
   }
 
-  // Keep the ids with keys up to `last`; return false if there are more than kKept.
+  // Keep the ids with keys up to `last`; return false if there are more than kMaxKept.
   __device__ bool keep_up_to(uint64 last) {
     base_count_ = base_weight_ = 0;
     gather(0, last);
@@ -189,23 +193,23 @@ class Search {
   // Bitonic sort of the first n keys: rounds of comparisons of keys a power of two apart. Distances up to 32
   // are within a warp.
   __device__ void sort(int n) {
-    int whole = 2;
-    while (whole < n) whole *= 2;
-    for (int i = n + threadIdx.x; i < whole; i += kSearchThreads) room_.keys[i] = ~0ull;
+    int padded_n = 2;
+    while (padded_n < n) padded_n *= 2;
+    for (int i = n + threadIdx.x; i < padded_n; i += kSearchThreads) scratch_.keys[i] = ~0ull;
     __syncthreads();
     const int thread = threadIdx.x;
-    for (int run = 2; run <= whole; run *= 2) {
-      for (int apart = run / 2; apart > 0; apart /= 2) {
-        const int i = 2 * thread - (thread & (apart - 1));
-        if (thread < whole / 2) {
-          const uint64 a = room_.keys[i], b = room_.keys[i + apart];
+    for (int run = 2; run <= padded_n; run *= 2) {
+      for (int distance = run / 2; distance > 0; distance /= 2) {
+        const int i = 2 * thread - (thread & (distance - 1));
+        if (thread < padded_n / 2) {
+          const uint64 a = scratch_.keys[i], b = scratch_.keys[i + distance];
           if ((a > b) == ((i & run) == 0)) {
-            room_.keys[i] = b;
-            room_.keys[i + apart] = a;
+            scratch_.keys[i] = b;
+            scratch_.keys[i + distance] = a;
           }
         }
-        const int next = apart > 1 ? apart / 2 : run;
-        if (apart > 32 || next > 32) {
+        const int next = distance > 1 ? distance / 2 : run;
+        if (distance > 32 || next > 32) {
           __syncthreads();
         } else {
           __syncwarp();
@@ -215,12 +219,12 @@ class Search {
     __syncthreads();
   }
 
-  // Find the first id, in order, at which the cumulative count or weight exceeds `target`: its key, and the
-  // cumulative weight including it. Return false if the total does not exceed the target. Keeps the sorted
-  // ids around the id, with `whole` all ids up to it.
-  __device__ bool find(bool by_count, uint64 target, bool whole, uint64& key, uint64& through) {
+  // Find the first id, in order, at which the cumulative count or weight exceeds `target`. Set `key` to its
+  // key and `through` to the cumulative weight including it. Return false if the total does not exceed the
+  // target. Afterwards sorted ids around that id are kept; keep_all: all ids up to it.
+  __device__ bool find(bool by_count, uint64 target, bool keep_all, uint64& key, uint64& through) {
     if (!find_kept(by_count, target, key, through)) {
-      if (!keep(by_count, target, whole)) return false;
+      if (!keep(by_count, target, keep_all)) return false;
       find_kept(by_count, target, key, through);
     }
     return true;
@@ -229,29 +233,30 @@ class Search {
  private:
   // Call each(key) for the ids of the row with keys first to last.
   template <typename Each>
-  __device__ void each_item(uint64 first_key, uint64 last_key, Each&& each) {
+  __device__ void for_each_item(uint64 first_key, uint64 last_key, Each&& each) {
     constexpr int kVectors = 4;
     items_.narrow(first_key, last_key);
     for (int first = 4 * threadIdx.x; first < vocab_; first += 4 * kVectors * kSearchThreads) {
       float values[kVectors][4];
       load_logits(logits_, vocab_, first, values);
-      uint32 near = 0;  // one bit per candidate; usually few are set
+      uint32 candidates = 0;  // one bit per candidate; usually few are set
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) near |= items_.near(values[v][j]) ? 1u << (4 * v + j) : 0;
+        for (int j = 0; j < 4; ++j) candidates |= items_.contains(values[v][j]) ? 1u << (4 * v + j) : 0;
       }
-      for (; near != 0; near &= near - 1) {
-        const int bit = __ffs(near) - 1, id = first + bit / 4 * 4 * kSearchThreads + bit % 4;
+      for (; candidates != 0; candidates &= candidates - 1) {
+        const int bit = __ffs(candidates) - 1, id = first + bit / 4 * 4 * kSearchThreads + bit % 4;
         uint64 key;
-        if (id < vocab_ && items_.get(id, logits_[id], key) && key >= first_key && key <= last_key) each(key);
+        if (id < vocab_ && items_.get_key(id, logits_[id], key) && key >= first_key && key <= last_key)
+          each(key);
       }
     }
   }
 
   // Fill the bins of the keys that begin with `prefix`, at the level of `shift`.
   __device__ void fill(int shift, uint64 prefix) {
-    Bins& bins = room_.bins;
+    Bins& bins = scratch_.bins;
     __syncthreads();
     if (Items::kHasFirstBins && shift == kBinShift) {
       for (int i = threadIdx.x; i < kSearchBins; i += kSearchThreads) {
@@ -265,30 +270,30 @@ class Search {
       const uint64 first = above < 64 ? prefix << above : 0;
       const uint64 last = above < 64 ? ((prefix + 1) << above) - 1 : ~0ull;
       bins.clear();
-      each_item(first, last, [&](uint64 key) {
+      for_each_item(first, last, [&](uint64 key) {
         bins.add(static_cast<int>(key >> shift & (kSearchBins - 1)), items_.weight(key));
       });
     }
     __syncthreads();
   }
 
-  // Set `found` to the place, of 2048, at which the running sum crosses the target; each thread has two
-  // places.
-  __device__ void crossing(const uint64 (&counts)[2], const uint64 (&weights)[2], bool by_count,
-                           uint64 target) {
-    if (threadIdx.x == 0) room_.found = kNowhere;
+  // Set `found` to the index at which the running sum exceeds the target. Each of the 1024 threads has the
+  // counts and weights of two adjacent indices.
+  __device__ void find_crossing(const uint64 (&counts)[2], const uint64 (&weights)[2], bool by_count,
+                                uint64 target) {
+    if (threadIdx.x == 0) scratch_.found = kNotFound;
     uint64 all;
-    uint64 count = sum_before<32>(counts[0] + counts[1], room_.sums[0], all);
-    uint64 weight = sum_before<32>(weights[0] + weights[1], room_.sums[1], all);
+    uint64 count = sum_before<32>(counts[0] + counts[1], scratch_.sums[0], all);
+    uint64 weight = sum_before<32>(weights[0] + weights[1], scratch_.sums[1], all);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint64 before = by_count ? count : weight, here = by_count ? counts[i] : weights[i];
-      if (before <= target && target - before < here) {
-        room_.found = 2 * threadIdx.x + i;
-        room_.before_count = count;
-        room_.before_weight = weight;
-        room_.here_count = counts[i];
-        room_.here_weight = weights[i];
+      const uint64 before = by_count ? count : weight, value = by_count ? counts[i] : weights[i];
+      if (before <= target && target - before < value) {
+        scratch_.found = 2 * threadIdx.x + i;
+        scratch_.before_count = count;
+        scratch_.before_weight = weight;
+        scratch_.found_count = counts[i];
+        scratch_.found_weight = weights[i];
       }
       count += counts[i];
       weight += weights[i];
@@ -296,31 +301,32 @@ class Search {
     __syncthreads();
   }
 
-  __device__ void cross_bins(bool by_count, uint64 target) {
+  __device__ void find_crossing_bin(bool by_count, uint64 target) {
     const int at = 2 * threadIdx.x;
-    const Bins& bins = room_.bins;
-    crossing({bins.counts[at], bins.counts[at + 1]}, {bins.weight(at), bins.weight(at + 1)}, by_count,
-             target);
+    const Bins& bins = scratch_.bins;
+    find_crossing({bins.counts[at], bins.counts[at + 1]}, {bins.weight(at), bins.weight(at + 1)}, by_count,
+                  target);
   }
 
-  // Keep the sorted ids among which the sum crosses the target; return false if it does not.
-  __device__ bool keep(bool by_count, uint64 target, bool whole) {
-    uint64 prefix = 0, left = target;
+  // Keep the ids among which the sum exceeds the target, sorted; return false if the total does not exceed
+  // it.
+  __device__ bool keep(bool by_count, uint64 target, bool keep_all) {
+    uint64 prefix = 0, remaining = target;
     base_count_ = base_weight_ = 0;
     n_kept_ = 0;
     int shift = kBinShift;
-    bool all;  // keep the ids before the bin as well
+    bool all;  // whether to keep the ids before the bin as well
     for (;; shift -= 11) {
       fill(shift, prefix);
-      cross_bins(by_count, left);
-      if (room_.found == kNowhere) return false;
-      prefix = prefix * kSearchBins + static_cast<uint64>(room_.found);
-      left -= by_count ? room_.before_count : room_.before_weight;
-      base_count_ += room_.before_count;
-      base_weight_ += room_.before_weight;
-      all = base_count_ + room_.here_count <= kKept;
+      find_crossing_bin(by_count, remaining);
+      if (scratch_.found == kNotFound) return false;
+      prefix = prefix * kSearchBins + static_cast<uint64>(scratch_.found);
+      remaining -= by_count ? scratch_.before_count : scratch_.before_weight;
+      base_count_ += scratch_.before_count;
+      base_weight_ += scratch_.before_weight;
+      all = base_count_ + scratch_.found_count <= kMaxKept;
       // The last level's bins have 512 keys.
-      if (all || (!whole && room_.here_count <= kKept)) break;
+      if (all || (!keep_all && scratch_.found_count <= kMaxKept)) break;
     }
     const uint64 first = all ? 0 : prefix << shift, last = ((prefix + 1) << shift) - 1;
     if (all) base_count_ = base_weight_ = 0;
@@ -328,41 +334,43 @@ class Search {
     return true;
   }
 
-  // Keep the sorted ids with keys first to last; none if there are more than kKept.
+  // Keep the ids with keys first to last, sorted; none if there are more than kMaxKept.
   __device__ void gather(uint64 first, uint64 last) {
     __syncthreads();
-    if (threadIdx.x == 0) room_.n_kept = 0;
+    if (threadIdx.x == 0) scratch_.n_kept = 0;
     __syncthreads();
-    each_item(first, last, [&](uint64 key) {
-      const int at = atomicAdd(&room_.n_kept, 1);
-      if (at < kKept) room_.keys[at] = key;
+    for_each_item(first, last, [&](uint64 key) {
+      const int at = atomicAdd(&scratch_.n_kept, 1);
+      if (at < kMaxKept) scratch_.keys[at] = key;
     });
     __syncthreads();
-    n_kept_ = room_.n_kept <= kKept ? room_.n_kept : 0;
-    put_in_order();
+    n_kept_ = scratch_.n_kept <= kMaxKept ? scratch_.n_kept : 0;
+    sort_kept();
   }
 
-  __device__ void put_in_order() {
+  // Sort the kept keys and compute their weights.
+  __device__ void sort_kept() {
     sort(n_kept_);
-    for (int i = threadIdx.x; i < kKept; i += kSearchThreads)
-      room_.weights[i] = i < n_kept_ ? items_.weight(room_.keys[i]) : 0;
+    for (int i = threadIdx.x; i < kMaxKept; i += kSearchThreads)
+      scratch_.weights[i] = i < n_kept_ ? items_.weight(scratch_.keys[i]) : 0;
     __syncthreads();
   }
 
+  // find() among the kept ids.
   __device__ bool find_kept(bool by_count, uint64 target, uint64& key, uint64& through) {
     const uint64 base = by_count ? base_count_ : base_weight_;
     if (n_kept_ == 0 || target < base) return false;
     const int at = 2 * threadIdx.x;
     __syncthreads();
-    crossing({at < n_kept_ ? 1ull : 0ull, at + 1 < n_kept_ ? 1ull : 0ull},
-             {room_.weights[at], room_.weights[at + 1]}, by_count, target - base);
-    if (room_.found == kNowhere) return false;
-    key = room_.keys[room_.found];
-    through = base_weight_ + room_.before_weight + room_.here_weight;
+    find_crossing({at < n_kept_ ? 1ull : 0ull, at + 1 < n_kept_ ? 1ull : 0ull},
+                  {scratch_.weights[at], scratch_.weights[at + 1]}, by_count, target - base);
+    if (scratch_.found == kNotFound) return false;
+    key = scratch_.keys[scratch_.found];
+    through = base_weight_ + scratch_.before_weight + scratch_.found_weight;
     return true;
   }
 
-  SearchRoom& room_;
+  SearchScratch& scratch_;
   Items& items_;
   const float* logits_;
   int vocab_;

@@ -1,5 +1,5 @@
-// Conversion of the storage types to float32, for both compute types: bfloat16 as the upper half of a
-// float32, float16 and int8 by one conversion instruction.
+// Conversion of the types of weights and of the KV cache to float32, the same for both compute types:
+// bfloat16 as the upper half of a float32, float16 and int8 by one conversion instruction.
 //
 // Reference: tests/cuda/test_decode.py and test_elementwise.py, with every type of cache.
 #pragma once
@@ -10,6 +10,7 @@
 
 namespace qvl::cuda {
 
+// Values of these types in memory.
 struct BFloat16Value {
   uint16 bits;
 };

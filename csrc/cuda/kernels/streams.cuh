@@ -1,11 +1,12 @@
 // Building blocks of kernels that stream weights or keys from memory: asynchronous copies (cp.async) and
-// tensor-core products (mma). Before sm_80, plain loads and sums over warp shuffles replace both.
+// tensor-core products (mma). Before sm_80 plain loads replace the copies, and sums over warp shuffles the
+// products.
 //
 // Layout: a ring buffer of slots in shared memory. Each lane reads only the bytes that it has copied, so no
 // barrier is needed between a copy and its use:
 //
 //   slot 0        slot 1        slot 2
-//   | lane 0..31 | lane 0..31 | lane 0..31 |      copy_ahead16(slot 2) .. wait_for_copies<1>() .. read slot 0
+//   | lane 0..31 | lane 0..31 | lane 0..31 |      copy_async16(slot 2) .. wait_for_copies<1>() .. read slot 0
 //
 // Cost: 16 bytes per lane and instruction, 512 per warp; L2 fetches 128 bytes at a time.
 //
@@ -20,21 +21,21 @@ __device__ inline uint32 shared_address(const void* p) {
   return static_cast<uint32>(__cvta_generic_to_shared(p));
 }
 
-// Copy 16 bytes to shared memory asynchronously; write zeros if not `there`. The same thread may read them
-// after wait_for_copies without a barrier.
-__device__ inline void copy_ahead16(void* to, const void* from, bool there) {
+// Copy 16 bytes to shared memory asynchronously; if not `valid`, write zeros. After wait_for_copies the same
+// thread may read them without a barrier.
+__device__ inline void copy_async16(void* to, const void* from, bool valid) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(there ? 16 : 0)
+               "r"(valid ? 16 : 0)
                : "memory");
 #else
-  *static_cast<uint4*>(to) = there ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+  *static_cast<uint4*>(to) = valid ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
 #endif
 }
 
 // Copy 4 or 8 bytes to shared memory asynchronously.
 template <int bytes>
-__device__ inline void copy_ahead(void* to, const void* from) {
+__device__ inline void copy_async_small(void* to, const void* from) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(bytes)
                : "memory");
@@ -64,8 +65,9 @@ __device__ inline void wait_for_copies() {
 //   b     column g: b0, b1
 //   sums  rows g, g + 8, columns 2 t, 2 t + 1
 //
-// a0, a1 and b0 have the same two k; a2, a3 and b1 another two. The caller may assign the 16 values of k to
-// lanes and registers in any order that is the same for a and b.
+// a0, a1 and b0 have the same two values of k; a2, a3 and b1 have two others. Which values of k these are
+// does not matter, provided that a and b agree: the caller may assign the 16 values of k to lanes and
+// registers in any order.
 __device__ inline void multiply(float (&sums)[4], uint32 a0, uint32 a1, uint32 a2, uint32 a3, uint32 b0,
                                 uint32 b1) {
 #if __CUDA_ARCH__ >= 800
@@ -78,6 +80,7 @@ __device__ inline void multiply(float (&sums)[4], uint32 a0, uint32 a1, uint32 a
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 #else
+  // First lanes with the values of this lane's rows of a, and of its two columns of b.
   const int lane = threadIdx.x % 32, row = lane & ~3, column = lane % 4 * 8;
   const uint32 a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
   for (int t = 0; t < 4; ++t) {

@@ -27,14 +27,14 @@ __device__ void upload_half(const UploadMatrix& p) {
     to[k] = to_half(k < p.in ? value_of(from[k]) : 0.f);
 }
 
-// Row of the matrix that a block writes: that of its row of the file, or a padding row.
+// Row of the matrix that a block writes: the target of its row of the file, or a padding row.
 __device__ inline int target_row(const UploadMatrix& p, int row) {
   return row < p.rows ? p.first + row * p.step : p.first + (p.rows - 1) * p.step + row - p.rows + 1;
 }
 
 // Write the 4-bit values of a row; padding rows are filled with `padding`.
-__device__ inline void upload_nibbles(const UploadMatrix& p, const Cut& cut, int row, int to,
-                                      uint32 padding) {
+__device__ inline void upload_nibbles(const UploadMatrix& p, const TiledLayout& layout, int row,
+                                      int target_index, uint32 padding) {
   const uint16* from = static_cast<const uint16*>(p.from) + static_cast<int64>(row) * (p.stride / 4);
   for (int i = threadIdx.x; i < p.stride / kRun; i += blockDim.x) {
     // Value 32 j + w of a unit is nibble j of 16-bit word w.
@@ -45,22 +45,23 @@ __device__ inline void upload_nibbles(const UploadMatrix& p, const Cut& cut, int
       const uint32 nibble = row < p.rows ? static_cast<uint32>(from[word + value]) >> (4 * j) & 15u : padding;
       run |= nibble << (4 * (v % 2 * 4 + v / 2));
     }
-    static_cast<uint32*>(p.values)[cut.int4_word(to, k)] = run;
+    static_cast<uint32*>(p.values)[layout.int4_word(target_index, k)] = run;
   }
 }
 
-// Write the 8-bit values of a row, with the bits of `flipped` inverted.
-__device__ inline void upload_bytes(const UploadMatrix& p, const Cut& cut, int row, int to, uint32 flipped) {
+// Write the 8-bit values of a row, with the bits of `flip` inverted.
+__device__ inline void upload_bytes(const UploadMatrix& p, const TiledLayout& layout, int row,
+                                    int target_index, uint32 flip) {
   const uint8* from = static_cast<const uint8*>(p.from) + static_cast<int64>(row) * p.stride;
   for (int i = threadIdx.x; i < p.stride / kRun; i += blockDim.x) {
     const int k = kRun * i;
-    uint32* run = static_cast<uint32*>(p.values) + cut.int8_word(to, k);
+    uint32* run = static_cast<uint32*>(p.values) + layout.int8_word(target_index, k);
     for (int half = 0; half < 2; ++half) {
       uint32 word = 0;
       for (int v = 0; v < 4; ++v) {
-        const int place = v % 2 * 2 + v / 2;  // values 0 1 2 3 become 0 2 1 3
+        const int position = v % 2 * 2 + v / 2;  // values 0 1 2 3 become 0 2 1 3
         const uint32 value = row < p.rows ? from[k / 32 * 32 + run_value(k % 32 / kRun, 4 * half + v)] : 0u;
-        word |= (value ^ flipped) << (8 * place);
+        word |= (value ^ flip) << (8 * position);
       }
       run[half] = word;
     }
@@ -69,13 +70,13 @@ __device__ inline void upload_bytes(const UploadMatrix& p, const Cut& cut, int r
 
 template <int group>
 __device__ void upload_int4(const UploadMatrix& p) {
-  const int row = blockIdx.x, to = target_row(p, row);
-  const Cut cut(p.stride, p.out);
-  upload_nibbles(p, cut, row, to, 8);
+  const int row = blockIdx.x, target_index = target_row(p, row);
+  const TiledLayout layout(p.stride, p.out);
+  upload_nibbles(p, layout, row, target_index, 8);
   const uint16* scales =
       static_cast<const uint16*>(p.from_scales) + static_cast<int64>(row) * (p.stride / group);
   for (int i = threadIdx.x; i < p.stride / group; i += blockDim.x)
-    static_cast<uint16*>(p.scales)[cut.int4_scale(to, i * group, group)] =
+    static_cast<uint16*>(p.scales)[layout.int4_scale(target_index, i * group, group)] =
         row < p.rows ? scales[i] : uint16{0};
 }
 
@@ -84,23 +85,24 @@ __device__ void upload_int4(const UploadMatrix& p) {
 template <int bits, int file_group>
 __device__ void upload_groups(const UploadMatrix& p) {
   constexpr int kGroup = file_group < kSpan<bits> ? file_group : kSpan<bits>;
-  const int row = blockIdx.x, to = target_row(p, row);
-  const Cut cut(p.stride, p.out);
+  const int row = blockIdx.x, target_index = target_row(p, row);
+  const TiledLayout layout(p.stride, p.out);
   if (bits == 4) {
-    upload_nibbles(p, cut, row, to, 0);
+    upload_nibbles(p, layout, row, target_index, 0);
   } else {
-    upload_bytes(p, cut, row, to, 0x80);
+    upload_bytes(p, layout, row, target_index, 0x80);
   }
   const int groups = p.stride / file_group;
   const uint16* scales = static_cast<const uint16*>(p.from_scales) + static_cast<int64>(row) * groups;
   const uint16* zeros = scales + static_cast<int64>(p.rows) * groups;
   for (int i = threadIdx.x; i < p.stride / kGroup; i += blockDim.x) {
-    const bool there = row < p.rows;
-    const float zero = there ? value_of(Float16Value{zeros[i * kGroup / file_group]}) : 0.f;
-    const H based = to_half(zero + (bits == 4 ? kZeroBase4 : kZeroBase8));
-    uint16* const made = static_cast<uint16*>(p.scales) + cut.group_scale<bits>(to, i * kGroup, kGroup);
-    made[0] = there ? scales[i * kGroup / file_group] : uint16{0};
-    made[2] = reinterpret_cast<const uint16&>(based);
+    const bool in_file = row < p.rows;
+    const float zero = in_file ? value_of(Float16Value{zeros[i * kGroup / file_group]}) : 0.f;
+    const H zero_bits = to_half(zero + (bits == 4 ? kZeroBase4 : kZeroBase8));
+    uint16* const target =
+        static_cast<uint16*>(p.scales) + layout.group_scale<bits>(target_index, i * kGroup, kGroup);
+    target[0] = in_file ? scales[i * kGroup / file_group] : uint16{0};
+    target[2] = reinterpret_cast<const uint16&>(zero_bits);
   }
 }
 
@@ -135,10 +137,10 @@ QVL_UPLOAD_GROUPS(uint8_g128, 8, 128)
 #undef QVL_UPLOAD_GROUPS
 
 extern "C" __global__ void upload_matrix_int8(const __grid_constant__ UploadMatrix p) {
-  const int row = blockIdx.x, to = target_row(p, row);
-  upload_bytes(p, Cut(p.stride, p.out), row, to, 0);
+  const int row = blockIdx.x, target_index = target_row(p, row);
+  upload_bytes(p, TiledLayout(p.stride, p.out), row, target_index, 0);
   if (threadIdx.x == 0 && row < p.rows)
-    static_cast<float*>(p.scales)[to] = static_cast<const float*>(p.from_scales)[row];
+    static_cast<float*>(p.scales)[target_index] = static_cast<const float*>(p.from_scales)[row];
 }
 
 }  // namespace qvl::cuda

@@ -1,4 +1,4 @@
-// Patches, LayerNorm and positions of the vision tower.
+// Kernels of the vision tower between the products: patches, LayerNorm, addition of positions.
 //
 // Layout:
 //
@@ -6,11 +6,11 @@
 //                 padded with zeros to `stride`, so that the convolution is a product with conv1.weight
 //   layer_norm    a block per row, read once and kept in registers (float4 v of thread t at
 //                 4 (v threads + t)) for its mean, two-pass variance (no cancellation) and output
-//   add_rows      a float4 per thread: x [n][width] += add [i % period][width]
+//   add_rows      a float4 or a float per thread: x [n][width]; row i += row i % period of add
 //
 // Cost. Memory-bound: a norm of 1024 rows of 1664 reads 6.8 MB of float32 and writes 3.4 MB of H, 2.4 us at
-// memory bandwidth and less from the L2 cache; an image's patches are 2.4 MB in and 1.2 MB out, once. (A warp
-// per row was slower on an H200, 4.6 us against 3.8: too few loads in flight.)
+// memory bandwidth and less from the L2 cache; the patches of an image are read once, 2.4 MB, and written
+// once, 1.2 MB. (A warp per row was slower on an H200, 4.6 us against 3.8: too few loads in flight.)
 //
 // Reference: float64 in PyTorch, tests/cuda/test_vision_rows.py.
 #include "cuda/kernels/row_sum.cuh"
@@ -24,23 +24,24 @@ extern "C" __global__ void __launch_bounds__(256) cut_patches(const __grid_const
   wait_for_predecessors();
   const int grid = p.size / p.patch, area = p.patch * p.patch;
   const int64 image = blockIdx.x / (grid * grid);
-  const int at = blockIdx.x % (grid * grid);
-  const int top = at / grid * p.patch, left = at % grid * p.patch;
+  const int patch = blockIdx.x % (grid * grid);
+  const int top_edge = patch / grid * p.patch, left_edge = patch % grid * p.patch;
   const float* from = p.images + 3 * image * p.size * p.size;
   H* to = static_cast<H*>(p.y) + static_cast<int64>(blockIdx.x) * p.stride;
   for (int i = threadIdx.x; i < p.stride; i += blockDim.x) {
     const int channel = i / area, row = i % area / p.patch, column = i % p.patch;
     float value = 0;
     if (channel < 3)
-      value = from[(static_cast<int64>(channel) * p.size + top + row) * p.size + left + column];
+      value = from[(static_cast<int64>(channel) * p.size + top_edge + row) * p.size + left_edge + column];
     to[i] = to_half(value);
   }
 }
 
-// LayerNorm of a row by a block. kHeld: the width is a multiple of 4 and the row fits the registers.
+// LayerNorm of a row by a block. kHeld: the row is kept in registers, which it fits, and its width is a
+// multiple of 4.
 template <bool kHeld>
 __device__ void layer_norm_row(const LayerNormParams& p) {
-  __shared__ float rooms[2][32];
+  __shared__ float scratch[2][32];
   start_successors();
   wait_for_predecessors();
   const int width = p.width;
@@ -63,7 +64,7 @@ __device__ void layer_norm_row(const LayerNormParams& p) {
       const float4 a = values[v];
       total += (a.x + a.y) + (a.z + a.w);
     }
-    const float mean = block_sum(total, rooms[0]) / n;
+    const float mean = block_sum(total, scratch[0]) / n;
 #pragma unroll
     for (int v = 0; v < kRowVectors; ++v) {
       if (4 * (v * blockDim.x + threadIdx.x) >= width) continue;
@@ -71,13 +72,13 @@ __device__ void layer_norm_row(const LayerNormParams& p) {
       a.x -= mean, a.y -= mean, a.z -= mean, a.w -= mean;
       squares += (a.x * a.x + a.y * a.y) + (a.z * a.z + a.w * a.w);
     }
-    float4 weights[kRowVectors];  // in flight before the barrier
+    float4 weights[kRowVectors];  // requested before the barrier in block_sum
 #pragma unroll
     for (int v = 0; v < kRowVectors; ++v) {
       const int i = 4 * (v * blockDim.x + threadIdx.x);
       if (i < width) weights[v] = load4(p.weight + i);
     }
-    const float scale = 1 / sqrtf(block_sum(squares, rooms[1]) / n + p.epsilon);
+    const float scale = 1 / sqrtf(block_sum(squares, scratch[1]) / n + p.epsilon);
 #pragma unroll
     for (int v = 0; v < kRowVectors; ++v) {
       const int i = 4 * (v * blockDim.x + threadIdx.x);
@@ -90,14 +91,14 @@ __device__ void layer_norm_row(const LayerNormParams& p) {
       a.w = a.w * scale * w.w + b.w;
       if (y_float != nullptr) *reinterpret_cast<float4*>(y_float + i) = a;
       if (y_half == nullptr) continue;
-      const float4 more = add != nullptr ? load4(add + i) : float4{0, 0, 0, 0};
-      store4(y_half + i, a.x + more.x, a.y + more.y, a.z + more.z, a.w + more.w);
+      const float4 added = add != nullptr ? load4(add + i) : float4{0, 0, 0, 0};
+      store4(y_half + i, a.x + added.x, a.y + added.y, a.z + added.z, a.w + added.w);
     }
   } else {
     for (int i = threadIdx.x; i < width; i += blockDim.x) total += x[i];
-    const float mean = block_sum(total, rooms[0]) / n;
+    const float mean = block_sum(total, scratch[0]) / n;
     for (int i = threadIdx.x; i < width; i += blockDim.x) squares += (x[i] - mean) * (x[i] - mean);
-    const float scale = 1 / sqrtf(block_sum(squares, rooms[1]) / n + p.epsilon);
+    const float scale = 1 / sqrtf(block_sum(squares, scratch[1]) / n + p.epsilon);
     for (int i = threadIdx.x; i < width; i += blockDim.x) {
       const float value = (x[i] - mean) * scale * p.weight[i] + p.bias[i];
       if (y_float != nullptr) y_float[i] = value;

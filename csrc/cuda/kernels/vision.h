@@ -1,4 +1,4 @@
-// Parameters of the kernels in vision.cu, for host and device.
+// Parameters of the kernels in vision.cu, for host and device. Fields: see the functions in ops.h.
 #pragma once
 
 namespace qvl::cuda {
@@ -6,7 +6,8 @@ namespace qvl::cuda {
 struct CutPatchesParams {
   const float* images;
   void* y;
-  int size, patch, stride;
+  int size, patch;  // sides of an image and of a patch in pixels
+  int stride;       // values of a row of y
 };
 
 struct LayerNormParams {
