@@ -205,7 +205,7 @@ def test_upstream_runs_other_scripts_and_other_models(golden, tmp_path):
 
 @pytest.mark.parametrize("tree", [real])
 def test_a_model_that_is_run_is_upstreams(tree, golden, tmp_path):
-    """drive_model.py uses the model as PaddleMIX's other scripts do: it gets an instance of PaddleMIX's class."""
+    """drive_model.py, which uses the model as PaddleMIX's other scripts do, gets an instance of PaddleMIX's class."""
     model = golden("a")
     weights = folders.renamed(model.weights, "paddlemix", transpose=False)
     folder = folders.write(tmp_path / "model", model.folder / "config.json", weights, "pdparams")
@@ -322,7 +322,7 @@ def model_with_turn_end(two_layers, tmp_path_factory) -> tuple[Path, int]:
     """
     folder = tmp_path_factory.mktemp("chat")
     tokens = expected_tokens(two_layers, ONE_IMAGE, 64)
-    # The first token after two tokens that does not occur before.
+    # The first token, from the third on, that differs from all tokens before it.
     index = next(i for i, token in enumerate(tokens) if i > 1 and token not in tokens[:i])
     shutil.copytree(two_layers / "model", folder / "model")
     weights = load_file(folder / "model" / "model.safetensors")
