@@ -125,7 +125,7 @@ def test_killed_ten_times(tmp_path, stages, cluster):
     rng = random.Random(0)
     remaining_kills = rng.sample(KILLS, len(KILLS))
     killed: list[str] = []
-    parts_before_next_kill = 1
+    parts_before_next_kill = 1  # number of parts that must exist
     job = run()
     while remaining_kills:
         time.sleep(rng.random() * 0.2)

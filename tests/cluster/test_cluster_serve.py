@@ -318,24 +318,24 @@ def test_a_stream_survives_its_replica(service: Service) -> None:
 
 @pytest.mark.kills
 def test_no_request_fails_during_a_node_failure_and_an_update(service: Service) -> None:
-    def ready_engines() -> set[str]:
+    def engine_names() -> set[str]:
         return set(service.clients[0].metrics("qwenvl_engine_ready"))
 
     with Load(service.clients[0].url, chat_requests(service.reference)) as load:
         load.wait_for_answers()
-        old_engines = ready_engines()
+        old_engines = engine_names()
         service.cluster.remove_node(min(service.cluster.worker_nodes, key=id), allow_graceful=False)
         load.wait_for_answers()
         # A new engine replaces the killed one.
-        wait_until(lambda: ready_engines() - old_engines)
-        old_engines |= ready_engines()
+        wait_until(lambda: engine_names() - old_engines)
+        old_engines |= engine_names()
         service.commands.append(Command(*service.flags, "--default_max_new_tokens", 77))
         service.commands[1].wait_for("Serving")
         assert "Another command has updated the application" in service.commands[0].wait_for("ends")
         assert service.commands[0].end() == 0
         load.wait_for_answers()
         # The update replaces all engines.
-        wait_until(lambda: not old_engines & ready_engines())
+        wait_until(lambda: not old_engines & engine_names())
         load.wait_for_answers()
     assert load.problems == []
     print(f"{load.answered} answers, {load.broken_streams} broken streams")
