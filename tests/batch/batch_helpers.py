@@ -1,4 +1,4 @@
-"""Rows of batch files, and a model with cheap answers."""
+"""Builders and readers of batch rows, and a model whose answers cost no computation."""
 
 from __future__ import annotations
 
@@ -21,32 +21,36 @@ STREET = REPO / "recipes" / "images" / "street.png"
 
 
 def openai_row(row_id: Any, messages: Any, **body: Any) -> dict[str, Any]:
-    """Row in OpenAI's format."""
+    """Build a row in OpenAI's format."""
     body = {"model": "m", "messages": messages, **body}
     return {"custom_id": row_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
 
 
 def user(*content: Any) -> dict[str, Any]:
-    """User message: a text, or parts in which a string is the URL of an image."""
+    """Build a user message from a text, or from content parts, in which a string is the URL of an image."""
     if len(content) == 1 and isinstance(content[0], str):
         return {"role": "user", "content": content[0]}
-    parts = [{"type": "image_url", "image_url": {"url": c}} if isinstance(c, str) else c for c in content]
+    parts = [
+        {"type": "image_url", "image_url": {"url": part}} if isinstance(part, str) else part
+        for part in content
+    ]
     return {"role": "user", "content": parts}
 
 
-def text(words: str) -> dict[str, str]:
-    return {"type": "text", "text": words}
+def text(value: str) -> dict[str, str]:
+    """Build a content part of text."""
+    return {"type": "text", "text": value}
 
 
 def write_rows(path: Path, rows: list[Any]) -> Path:
-    """Serialize `rows` as lines; bytes are copied verbatim."""
+    """Write rows as lines of JSON; a row of type bytes is written verbatim."""
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
     path.write_bytes(b"".join(line + b"\n" for line in lines))
     return path
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of an output without the `created` times."""
+    """Read the rows of an output, without their `created` times."""
     rows = [json.loads(line) for line in path.read_bytes().splitlines()]
     for row in rows:
         if row.get("response"):
@@ -55,14 +59,16 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def run_job(source: Path, target: Path, model: QwenVL, window: int = 4, **options: Any) -> None:
-    chosen = GenerationOptions(**{"max_new_tokens": 4, **options})
-    run(Source(source, chosen), target, model, window)
+    """Run a batch job with at most `window` concurrent rows; `options` are generation options."""
+    defaults = GenerationOptions(**{"max_new_tokens": 4, **options})
+    run(Source(source, defaults), target, model, window)
 
 
 class CheapModel(QwenVL):
-    """The tiny model, but each answer is three letters and a stop token, or four letters, by the prompt alone.
+    """Tiny model whose answers are scripted: four letters, or three letters and a stop token.
 
-    `executor.prompts` has the prompts in the order of their first token.
+    An answer depends only on a checksum of the prompt. `executor.prompts` lists the prompts in the order in which they
+    were computed.
     """
 
     executor: Scripted
@@ -73,9 +79,9 @@ class CheapModel(QwenVL):
         return self
 
     def _answer(self, prompt: list[int]) -> list[int]:
-        seed = zlib.crc32(np.array(prompt, np.int64).tobytes())
-        letters = [97 + seed // 26**n % 26 for n in range(4)]
-        return [*letters[:3], self.tokenizer.eod_id] if seed % 2 else letters
+        checksum = zlib.crc32(np.array(prompt, np.int64).tobytes())
+        letters = [ord("a") + checksum // 26**n % 26 for n in range(4)]
+        return [*letters[:3], self.tokenizer.eod_id] if checksum % 2 else letters
 
 
 def open_cheap(folder: Path) -> CheapModel:

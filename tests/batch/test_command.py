@@ -1,4 +1,4 @@
-"""`qwenvl batch` itself: flags, what it prints, exit codes."""
+"""The command `qwenvl batch`: flags, output, exit codes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROWS = [{"id": n, "prompt": f"{n}?"} for n in range(3)]
 
 @pytest.fixture
 def batch(tiny_exported, tmp_path, monkeypatch, capsys):
-    """Runs `qwenvl batch in.jsonl out.jsonl` in a folder with the exported stages: exit code, stdout, stderr."""
+    """Function that runs `qwenvl batch in.jsonl out.jsonl FLAGS` and returns the exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
     for stage in ("vision", "text"):
         shutil.copytree(tiny_exported / stage, stage)
@@ -30,14 +30,14 @@ def batch(tiny_exported, tmp_path, monkeypatch, capsys):
     def run(*flags):
         stages = ["--first_model_path", "vision/vision", "--second_model_path", "text/qwen"]
         monkeypatch.setattr(sys, "argv", ["qwenvl", "batch", "in.jsonl", "out.jsonl", *stages, *flags])
-        with pytest.raises(SystemExit) as done:
+        with pytest.raises(SystemExit) as system_exit:
             main()
-        return done.value.code, *capsys.readouterr()
+        return system_exit.value.code, *capsys.readouterr()
 
     return run
 
 
-def test_options_hold_for_rows_without_their_own(batch):
+def test_flags_are_defaults_of_the_rows_options(batch):
     rows = [{"id": 1, "prompt": "?"}, {"id": 2, "prompt": "?", "max_new_tokens": 2}]
     rows += [openai_row("3", [user("?")]), openai_row("4", [user("?")], max_tokens=3)]
     write_rows(Path("in.jsonl"), rows)
@@ -46,51 +46,55 @@ def test_options_hold_for_rows_without_their_own(batch):
     assert [usage["completion_tokens"] for usage in usages] == [4, 2, 4, 3]
 
 
-def test_rows_run_together(batch, monkeypatch):
-    sizes, wait_any = [], QwenVL.wait_any
+def test_number_of_concurrent_rows(batch, monkeypatch):
+    n_concurrent = []
+    wait_any = QwenVL.wait_any
 
-    def counting(self, streams):
-        sizes.append(len(streams))
+    def count_and_wait_any(self, streams):
+        n_concurrent.append(len(streams))
         return wait_any(self, streams)
 
-    monkeypatch.setattr(QwenVL, "wait_any", counting)
+    monkeypatch.setattr(QwenVL, "wait_any", count_and_wait_any)
     write_rows(Path("in.jsonl"), [{"id": n, "prompt": "?"} for n in range(10)])
-    for flags, most in (((), 8), (("--batch_size", "3"), 3)):
-        sizes.clear()
+    for flags, expected in (((), 8), (("--batch_size", "3"), 3)):
+        n_concurrent.clear()
         assert batch("--max_new_tokens", "2", *flags)[0] == 0
-        assert max(sizes) == most
+        assert max(n_concurrent) == expected
         Path("out.jsonl").unlink()
 
 
-def test_a_job_that_is_done_needs_no_model(batch):
+def test_a_complete_job_does_not_open_the_model(batch):
     write_rows(Path("in.jsonl"), ROWS)
     assert batch("--max_new_tokens", "1")[0] == 0
-    before = Path("out.jsonl").read_bytes()
+    output = Path("out.jsonl").read_bytes()
     shutil.rmtree("vision")
-    Path("out.jsonl.partial").write_bytes(b"of a process that was killed before it could remove it")
+    # As if the first process had been killed between the rename of the output and the removal of this file.
+    Path("out.jsonl.partial").write_bytes(b"content")
     assert batch() == (0, "out.jsonl: has all 3 rows already\n", "")
-    assert Path("out.jsonl").read_bytes() == before
+    assert Path("out.jsonl").read_bytes() == output
     assert not Path("out.jsonl.partial").exists()
 
 
-def test_failed_rows_are_counted_each_time(batch):
+def test_failed_rows_are_reported_by_every_run(batch):
     write_rows(Path("in.jsonl"), [*ROWS, {"id": "x", "image": "no.png"}, b"oops"])
-    line = "qwenvl: 2 of 5 rows failed; see their errors in out.jsonl\n"
-    assert batch("--max_new_tokens", "1") == (1, "out.jsonl: wrote 5 rows\n", line)
-    assert batch("--max_new_tokens", "1") == (1, "out.jsonl: has all 5 rows already\n", line)
+    error = "qwenvl: 2 of 5 rows failed; see their errors in out.jsonl\n"
+    assert batch("--max_new_tokens", "1") == (1, "out.jsonl: wrote 5 rows\n", error)
+    assert batch("--max_new_tokens", "1") == (1, "out.jsonl: has all 5 rows already\n", error)
 
 
 def test_progress_in_a_log(batch, monkeypatch):
-    """A progress line for each row, after a line on the rows of an earlier process."""
+    """Without a terminal, each row gets a progress line; a resumed job first prints the number of answered rows."""
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0)
     write_rows(Path("in.jsonl"), ROWS)
     with monkeypatch.context() as patch:
+        # Fail when the output is written: the partial file remains.
         patch.setattr("paddlemix_qwenvl_plugin.batch.job.write_beside", lambda *_: 1 / 0)
         code, _, err = batch("--max_new_tokens", "1", "--batch_size", "2")
     assert code == 1
     assert [line for line in err.splitlines() if "/" in line] == [f"rows answered: {n}/3" for n in (1, 2, 3)]
-    path = Path("out.jsonl.partial")
-    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:3]))
+    partial_file = Path("out.jsonl.partial")
+    identity_and_two_rows = partial_file.read_bytes().splitlines(keepends=True)[:3]
+    partial_file.write_bytes(b"".join(identity_and_two_rows))
     code, _, err = batch("--max_new_tokens", "1", "--batch_size", "2")
     assert (code, err.splitlines()) == (0, ["resuming: 2 of 3 rows are answered", "rows answered: 1/1"])
 

@@ -1,4 +1,4 @@
-"""Batch jobs: each row once, in order, with its own answer, after an interruption at any point."""
+"""Batch jobs: one output line per row, in input order, with the right answer, also after an interruption."""
 
 from __future__ import annotations
 
@@ -37,46 +37,45 @@ def cheap(tiny_exported):
 
 @pytest.fixture
 def folder(tmp_path):
+    """Folder with images in in/, where the tests write their inputs."""
     (tmp_path / "in").mkdir()
     shutil.copyfile(STREET, tmp_path / "in" / "street.png")
     Image.new("RGB", (40, 20), "red").save(tmp_path / "in" / "red.png")
     return tmp_path
 
 
-def test_answers_are_those_of_generate(vl, folder):
-    """Compare with each row alone through `generate`."""
-    sampled = {"temperature": 1.5, "seed": 3}
+def test_answers_equal_those_of_generate(vl, folder):
+    sampling = {"temperature": 1.5, "seed": 3}
     street, red = str(folder / "in" / "street.png"), str(folder / "in" / "red.png")
-    system = {"role": "system", "content": "Be brief."}
-    earlier = [user("street.png", text("A dog?")), {"role": "assistant", "content": "Yes."}]
+    system = {"role": "system", "content": "Be brief_chat."}
+    first_turn = [user("street.png", text("A dog?")), {"role": "assistant", "content": "Yes."}]
     rows = [
         {"id": 1, "image": "street.png", "prompt": "What is this?"},
         {"id": 2, "prompt": "Hello, hello, hello!"},
         openai_row("c", [user(text("Look:"), "red.png", text("Red?"))]),
-        {"id": 4, "images": ["red.png", street], "prompt": "Which?", **sampled},
-        {"id": 5, "image": "red.png", "prompt": "Which?", **sampled},
-        openai_row("f", [system, *earlier, user("Where?")], max_tokens=2),
+        {"id": 4, "images": ["red.png", street], "prompt": "Which?", **sampling},
+        {"id": 5, "image": "red.png", "prompt": "Which?", **sampling},
+        openai_row("f", [system, *first_turn, user("Where?")], max_tokens=2),
         {"id": 7, "prompt": "Who?", "chat": True, "system": "Be long."},
         openai_row("h", [system, user("Hm?")], max_tokens=2),
     ]
-    look = [{"text": "Look:"}, {"image": red}, {"text": "Red?"}]
     history = [([{"image": street}, {"text": "A dog?"}], "Yes.")]
-    brief = {"chat": True, "system": "Be brief.", "max_new_tokens": 2}
-    alone = [
+    brief_chat = {"chat": True, "system": "Be brief_chat.", "max_new_tokens": 2}
+    answers = [
         vl.generate([{"image": street}, {"text": "What is this?"}], max_new_tokens=5),
         vl.generate("Hello, hello, hello!", max_new_tokens=5),
-        vl.generate(look, chat=True, max_new_tokens=5),
-        vl.generate([{"image": red}, {"image": street}, {"text": "Which?"}], max_new_tokens=5, **sampled),
-        vl.generate([{"image": red}, {"text": "Which?"}], max_new_tokens=5, **sampled),
-        vl.generate("Where?", history=history, **brief),
+        vl.generate([{"text": "Look:"}, {"image": red}, {"text": "Red?"}], chat=True, max_new_tokens=5),
+        vl.generate([{"image": red}, {"image": street}, {"text": "Which?"}], max_new_tokens=5, **sampling),
+        vl.generate([{"image": red}, {"text": "Which?"}], max_new_tokens=5, **sampling),
+        vl.generate("Where?", history=history, **brief_chat),
         vl.generate("Who?", chat=True, system="Be long.", max_new_tokens=5),
-        vl.generate("Hm?", **brief),
+        vl.generate("Hm?", **brief_chat),
     ]
     run_job(write_rows(folder / "in" / "in.jsonl", rows), folder / "out.jsonl", vl, 3, max_new_tokens=5)
 
     results = read_rows(folder / "out.jsonl")
     assert [row.get("custom_id", row["id"]) for row in results] == [1, 2, "c", 4, 5, "f", 7, "h"]
-    for result, answer in zip(results, alone):
+    for result, answer in zip(results, answers):
         if "custom_id" in result:
             body = result["response"]["body"]
             (choice,) = body["choices"]
@@ -86,15 +85,16 @@ def test_answers_are_those_of_generate(vl, folder):
         assert result["text"] == answer.text
         assert result["finish_reason"] == answer.finish_reason
         assert result["usage"]["completion_tokens"] == len(answer.token_ids)
-    n_prompts = [row.get("usage", row.get("response", {}).get("body", {}).get("usage")) for row in results]
-    assert n_prompts[3]["prompt_tokens"] > n_prompts[4]["prompt_tokens"] + 256 > n_prompts[1]["prompt_tokens"]
+    # The row with id 4 has two images of 256 slots, 5 has one, 2 has none.
+    n_prompt_tokens = {row["id"]: row["usage"]["prompt_tokens"] for row in results if "usage" in row}
+    assert n_prompt_tokens[4] > n_prompt_tokens[5] + 256 > n_prompt_tokens[2]
     assert {path.name for path in folder.iterdir()} == {"in", "out.jsonl"}
 
 
 def test_boxes_are_in_pixels_of_the_rows_last_image(tiny_exported, folder, monkeypatch):
     model = open_cheap(tiny_exported)
-    said = "<ref>a</ref><box>(0,0),(500,1000)</box>"
-    say(model, monkeypatch, [*model.tokenizer.encode(said), model.tokenizer.eod_id])
+    completion = "<ref>a</ref><box>(0,0),(500,1000)</box>"
+    say(model, monkeypatch, [*model.tokenizer.encode(completion), model.tokenizer.eod_id])
     rows = [
         {"id": 1, "images": ["red.png", "street.png"]},
         {"id": 2, "images": ["street.png", "red.png"]},
@@ -102,7 +102,7 @@ def test_boxes_are_in_pixels_of_the_rows_last_image(tiny_exported, folder, monke
     ]
     run_job(write_rows(folder / "in" / "in.jsonl", rows), folder / "out.jsonl", model, max_new_tokens=99)
     results = read_rows(folder / "out.jsonl")
-    assert [row["text"] for row in results] == [said] * 3
+    assert [row["text"] for row in results] == [completion] * 3
     boxes = [row["boxes"] for row in results]
     assert [(box["kind"], box["ref"], box["points"]) for (box,) in boxes] == [
         ("box", "a", [[0, 0], [500, 1000]])
@@ -111,13 +111,14 @@ def test_boxes_are_in_pixels_of_the_rows_last_image(tiny_exported, folder, monke
 
 
 def mixed_rows():
+    """Build 16 rows of both formats. Three fail: without an image file, without a prompt, without an id."""
     rows = [{"id": n, "prompt": "word " * (n * 7 % 11 + 1)} for n in range(9)]
     rows += [openai_row(f"o{n}", [user("red.png", text("Why? " * n))]) for n in range(1, 5)]
     rows += [{"id": 50, "prompt": "", "temperature": 2}, {"id": 51, "image": "no.png"}, b"{oops"]
     return [*rows[::2], b"", *rows[1::2]]
 
 
-def test_bad_rows_have_a_line_each_and_the_job_continues(cheap, folder):
+def test_invalid_rows_have_error_lines_and_the_job_continues(cheap, folder):
     rows = [
         {"id": "a", "prompt": "Hi"},
         b"oops",
@@ -154,48 +155,53 @@ def test_bad_rows_have_a_line_each_and_the_job_continues(cheap, folder):
     assert count_failed(target, Source(source, GenerationOptions())) == 9
 
 
-def test_end_tokens_stop_and_are_not_said(cheap, folder):
+def test_stop_tokens_are_counted_but_are_not_in_the_text(cheap, folder):
     rows = [{"id": n, "prompt": f"{n}", "chat": n % 2 == 1} for n in range(20)]
     run_job(write_rows(folder / "in.jsonl", rows), folder / "out.jsonl", cheap)
     results = read_rows(folder / "out.jsonl")
-    reasons = {(len(row["text"]), row["finish_reason"], row["usage"]["completion_tokens"]) for row in results}
-    assert reasons == {(3, "stop", 4), (4, "length", 4)}
+    counts = {(len(row["text"]), row["finish_reason"], row["usage"]["completion_tokens"]) for row in results}
+    assert counts == {(3, "stop", 4), (4, "length", 4)}
 
 
-def test_resume_after_a_cut_anywhere(cheap, folder, monkeypatch):
-    """For any truncation of the partial file, the output equals that of an uninterrupted run, and no row is run again.
+def test_resumption_from_a_truncated_partial_file(cheap, folder, monkeypatch):
+    """The output equals that of an uninterrupted job, and rows in the partial file are not computed again.
 
-    test_journal.py cuts at every byte.
+    The file is truncated near the ends of lines; test_journal.py truncates at every byte.
     """
     monkeypatch.setattr("os.fsync", lambda number: None)
     source = write_rows(folder / "in" / "in.jsonl", mixed_rows())
+    target, partial = folder / "out.jsonl", folder / "out.jsonl.partial"
     saved = []
     replace = type(folder).replace
 
-    def keep_partial(path, target):
+    # The last step of a job renames its output into place; the partial file is then complete.
+    def save_partial_and_replace(path, target):
         saved.append(partial.read_bytes())
         return replace(path, target)
 
-    target, partial = folder / "out.jsonl", folder / "out.jsonl.partial"
     cheap.executor.prompts.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(type(folder), "replace", keep_partial)
+        patch.setattr(type(folder), "replace", save_partial_and_replace)
         run_job(source, target, cheap)
     expected, all_prompts = read_rows(target), list(cheap.executor.prompts)
-    (whole,) = saved
+    (complete,) = saved
     assert len(expected) == 16
-    assert whole.count(b"\n") == 1 + 15  # the first line, and none for the row without an id
-    ends = [n + 1 for n, byte in enumerate(whole) if byte == ord("\n")]
-    for n in sorted({0, 1, *ends, *(end - 1 for end in ends), *(end - 9 for end in ends)}):
+    # The identity of the job, and a line for each row except the row without an id.
+    assert complete.count(b"\n") == 1 + 15
+    line_ends = [n + 1 for n, byte in enumerate(complete) if byte == ord("\n")]
+    sizes = {0, 1}
+    for line_end in line_ends:
+        sizes |= {line_end - 9, line_end - 1, line_end}
+    for size in sorted(sizes):
         target.unlink()
-        partial.write_bytes(whole[:n])
+        partial.write_bytes(complete[:size])
         cheap.executor.prompts.clear()
         run_job(source, target, cheap)
-        assert read_rows(target) == expected, n
-        n_run = len(cheap.executor.prompts)
-        assert cheap.executor.prompts == all_prompts[len(all_prompts) - n_run :]
+        assert read_rows(target) == expected, size
+        n_computed = len(cheap.executor.prompts)
+        assert cheap.executor.prompts == all_prompts[len(all_prompts) - n_computed :]
         assert {path.name for path in folder.iterdir()} == {"in", "out.jsonl"}
-    assert n_run == 0
+    assert n_computed == 0
 
 
 def test_a_failing_model_keeps_earlier_answers(cheap, folder, monkeypatch):
@@ -204,16 +210,17 @@ def test_a_failing_model_keeps_earlier_answers(cheap, folder, monkeypatch):
     prompts = cheap.executor.prompts
     start = cheap.executor.start
 
-    def failing(chunks):
+    def fail_after_eight_prompts(chunks):
         if len(prompts) == 8:
             raise QwenVLError("Paddle Inference failed")
         return start(chunks)
 
     prompts.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(cheap.executor, "start", failing)
+        patch.setattr(cheap.executor, "start", fail_after_eight_prompts)
         with pytest.raises(QwenVLError, match="Paddle Inference failed"):
             run_job(source, target, cheap)
+    # Four rows run at a time: the first four have answers, the next four have been lost.
     assert partial.read_bytes().count(b"\n") == 1 + 4
     assert not target.exists()
     run_job(source, target, cheap)
@@ -221,7 +228,7 @@ def test_a_failing_model_keeps_earlier_answers(cheap, folder, monkeypatch):
     assert [row["id"] for row in read_rows(target)] == list(range(12))
 
 
-def test_a_job_that_fails_at_once_leaves_nothing(cheap, folder, monkeypatch):
+def test_a_job_that_fails_before_an_answer_leaves_no_partial_file(cheap, folder, monkeypatch):
     source = write_rows(folder / "in.jsonl", [{"id": 1, "prompt": "?"}])
     monkeypatch.setattr(cheap.executor, "start", lambda chunks: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -229,66 +236,64 @@ def test_a_job_that_fails_at_once_leaves_nothing(cheap, folder, monkeypatch):
     assert not (folder / "out.jsonl.partial").exists()
 
 
-def test_a_job_of_no_rows(cheap, folder):
+def test_a_job_without_rows(cheap, folder):
     run_job(write_rows(folder / "in.jsonl", [b"", b" "]), folder / "out.jsonl", cheap)
     assert (folder / "out.jsonl").read_bytes() == b""
     assert not (folder / "out.jsonl.partial").exists()
 
 
 @pytest.mark.parametrize(
-    ("change", "different"),
-    [
-        (lambda source, cheap: {"source": write_rows(source, [{"id": 0, "prompt": "!"}])}, "input"),
-        (lambda source, cheap: {"top_p": 0.5}, "options"),
-        (lambda source, cheap: cheap.weights.append("more"), "weights"),
-    ],
+    ("different", "prompt", "options", "added_weights"),
+    [("input", "!", {}, []), ("options", "?", {"top_p": 0.5}, []), ("weights", "?", {}, ["more"])],
 )
-def test_another_jobs_partial_file_is_refused(tiny_exported, folder, change, different):
+def test_another_jobs_partial_file_is_refused(
+    tiny_exported, folder, different, prompt, options, added_weights
+):
     model = open_cheap(tiny_exported)
     source = write_rows(folder / "in.jsonl", [{"id": 0, "prompt": "?"}])
     target, partial = folder / "out.jsonl", folder / "out.jsonl.partial"
-    kept = []
+    saved = []
     start = model.executor.start
 
-    def keeping(chunks):
-        kept.append(partial.read_bytes())
+    def save_partial_and_start(chunks):
+        saved.append(partial.read_bytes())
         return start(chunks)
 
-    model.executor.start = keeping
+    model.executor.start = save_partial_and_start
     run_job(source, target, model)
     target.unlink()
-    partial.write_bytes(kept[0])
-    options = {"source": source, **(change(source, model) or {})}
+    partial.write_bytes(saved[0])
+    write_rows(source, [{"id": 0, "prompt": prompt}])
+    model.weights.extend(added_weights)
     with pytest.raises(QwenVLError, match=rf"another job \(different: {different}\)"):
-        run_job(options.pop("source"), target, model, **options)
-    assert partial.read_bytes() == kept[0]
+        run_job(source, target, model, **options)
+    assert partial.read_bytes() == saved[0]
     assert not target.exists()
 
 
-def test_an_output_that_appears_meanwhile_is_left_alone(cheap, folder):
+def test_the_output_of_another_process_is_kept(cheap, folder):
     source = write_rows(folder / "in.jsonl", [{"id": 0, "prompt": "?"}])
     target = write_rows(folder / "out.jsonl", [{"id": 0, "text": "from the other process"}])
-    before = target.read_bytes()
+    content = target.read_bytes()
     run_job(source, target, cheap)
-    assert target.read_bytes() == before
+    assert target.read_bytes() == content
     assert not (folder / "out.jsonl.partial").exists()
 
 
 @pytest.mark.parametrize(
     "rows",
     [
-        [{"id": 0, "text": ""}],
-        [{"id": 1, "text": ""}, {"id": 0, "text": ""}],
-        [{"id": 0, "text": ""}, {"id": 1, "text": ""}, {"id": 2, "text": ""}],
-        [{"id": 0, "prompt": "?"}, {"id": 1, "prompt": "?"}],
-        [b"oops", b"oops"],
-        [],
+        pytest.param([{"id": 0, "text": ""}], id="too few"),
+        pytest.param([{"id": 1, "text": ""}, {"id": 0, "text": ""}], id="wrong order"),
+        pytest.param([{"id": 0, "text": ""}, {"id": 1, "text": ""}, {"id": 2, "text": ""}], id="too many"),
+        pytest.param([{"id": 0, "prompt": "?"}, {"id": 1, "prompt": "?"}], id="input rows"),
+        pytest.param([b"oops", b"oops"], id="not JSON"),
+        pytest.param([], id="empty"),
     ],
 )
-def test_another_output_is_told(folder, rows):
-    source = Source(
-        write_rows(folder / "in.jsonl", [{"id": n, "prompt": "?"} for n in range(2)]), GenerationOptions()
-    )
+def test_an_output_of_another_job_is_refused(folder, rows):
+    path = write_rows(folder / "in.jsonl", [{"id": 0, "prompt": "?"}, {"id": 1, "prompt": "?"}])
+    source = Source(path, GenerationOptions())
     with pytest.raises(UsageError, match=r"is not the output of .*in\.jsonl"):
         count_failed(write_rows(folder / "out.jsonl", rows), source)
 
@@ -300,12 +305,12 @@ def test_another_output_is_told(folder, rows):
         ([{"id": "a", "prompt": "?"}, openai_row("a", [])], "1 and 2"),
     ],
 )
-def test_an_id_twice_is_told_with_both_lines(folder, rows, lines):
+def test_equal_ids_are_refused(folder, rows, lines):
     with pytest.raises(UsageError, match=f"lines {lines} have the same id"):
         Source(write_rows(folder / "in.jsonl", rows), GenerationOptions())
 
 
-def test_rows_without_ids_are_not_the_same_row(cheap, folder):
+def test_rows_without_ids_are_distinct(cheap, folder):
     run_job(write_rows(folder / "in.jsonl", [b"{", b"{", {"prompt": "?"}]), folder / "out.jsonl", cheap)
     assert [row["error"][:8] for row in read_rows(folder / "out.jsonl")] == [
         "line 1: ",
@@ -322,7 +327,7 @@ def test_a_byte_order_mark_and_windows_line_ends(folder):
     assert source.row(1).parsed.request.parts == [{"text": "a\u2028b"}]
 
 
-def test_an_input_that_changes_is_told(cheap, folder):
+def test_a_changed_input_is_noticed(cheap, folder):
     path = write_rows(folder / "in.jsonl", [{"id": 1, "prompt": "?"}])
     source = Source(path, GenerationOptions())
     write_rows(path, [{"id": 1, "prompt": "!"}])
@@ -330,9 +335,9 @@ def test_an_input_that_changes_is_told(cheap, folder):
         source.row(0)
 
 
-def test_an_image_that_several_rows_ask_about_is_encoded_once(vl, folder, monkeypatch):
-    """Also if the cache holds the features of only one image."""
-    work = record(vl, monkeypatch)
+def test_an_image_of_several_rows_is_encoded_once(vl, folder, monkeypatch):
+    """Rows with the same image run consecutively: a cache for the features of one image suffices."""
+    recording = record(vl, monkeypatch)
     monkeypatch.setattr(vl._loop, "_images", ImageCache(max_bytes=1))
     for name in ("a", "b", "c"):
         Image.new("RGB", (8, 8), (ord(name), 0, 0)).save(folder / f"{name}.png")
@@ -342,17 +347,17 @@ def test_an_image_that_several_rows_ask_about_is_encoded_once(vl, folder, monkey
         for name in ("a", "b", "c")
     ]
     run_job(write_rows(folder / "in.jsonl", rows), folder / "out.jsonl", vl, 3, max_new_tokens=1)
-    assert work.done.count("encode") == 3
+    assert recording.done.count("encode") == 3
 
 
-def test_a_longer_row_does_not_cut_a_shorter_one(vl, tmp_path, monkeypatch):
-    """Near the end of the context, a row has the same room as alone."""
+def test_a_longer_row_does_not_truncate_the_answer_of_a_shorter_row(vl, tmp_path, monkeypatch):
+    """Near the end of the context, a row's answer has the same number of tokens as in a request of its own."""
     monkeypatch.setattr(vl, "config", vl.config.model_copy(update={"max_position_embeddings": 64}))
     rows = [{"id": n, "prompt": "% " * n} for n in (31, 29, 25, 4, 3)]
-    alone = [vl.generate(row["prompt"], max_new_tokens=20) for row in rows]
+    answers = [vl.generate(row["prompt"], max_new_tokens=20) for row in rows]
     run_job(write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl", vl, max_new_tokens=20)
     results = read_rows(tmp_path / "out.jsonl")
-    assert [row["text"] for row in results] == [answer.text for answer in alone]
+    assert [row["text"] for row in results] == [answer.text for answer in answers]
     n_tokens = [row["usage"]["completion_tokens"] for row in results]
-    assert n_tokens == [len(answer.token_ids) for answer in alone]
+    assert n_tokens == [len(answer.token_ids) for answer in answers]
     assert n_tokens[0] < n_tokens[1] < n_tokens[2]

@@ -1,4 +1,4 @@
-"""`kill -9` at random moments: no row is lost or duplicated, and the results are the same."""
+"""Batch jobs killed with SIGKILL at random times: the completed output equals that of an uninterrupted job."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ import pytest
 from batch_helpers import REPO, STREET, openai_row, read_rows, text, user, write_rows
 from PIL import Image
 
-N_ROWS, N_KILLS = 500, 10
+N_ROWS = 500
+N_KILLS = 10
 
 
 @pytest.fixture
 def folder(tmp_path):
+    """Folder with in.jsonl: of every 25 rows, one fails, others have images, OpenAI's form or sampling parameters."""
     colours = ("red", "green", "blue")
     for colour in colours:
         Image.new("RGB", (8, 8), colour).save(tmp_path / f"{colour}.png")
@@ -33,6 +35,7 @@ def folder(tmp_path):
 
 
 def start(folder: Path, exported: Path, target: str) -> subprocess.Popen[bytes]:
+    """Start `qwenvl batch in.jsonl TARGET` in the folder."""
     stages = [
         "--first_model_path",
         exported / "vision" / "vision",
@@ -50,7 +53,7 @@ def start(folder: Path, exported: Path, target: str) -> subprocess.Popen[bytes]:
 
 
 def finish(process: subprocess.Popen[bytes]) -> None:
-    """Wait for a job with failing rows."""
+    """Wait for the end of a job and check that it reports the 20 failing rows."""
     out, err = process.communicate(timeout=300)
     assert process.returncode == 1, err
     assert err.splitlines()[-1].startswith(f"qwenvl: 20 of {N_ROWS} rows failed".encode())
@@ -63,15 +66,15 @@ def size(path: Path) -> int:
 
 def test_killed_ten_times(folder, tiny_exported):
     finish(start(folder, tiny_exported, "expected.jsonl"))
-    total = size(folder / "expected.jsonl")
+    output_size = size(folder / "expected.jsonl")
     random.seed(0)
     partial = folder / "out.jsonl.partial"
-    sizes = [0]
+    sizes = [0]  # of the partial file after each kill
     for _ in range(N_KILLS):
         process = start(folder, tiny_exported, "out.jsonl")
-        # From before the first byte to the middle of some batch, up to a twentieth of the job further on.
-        wanted = sizes[-1] + random.randrange(total // 20)
-        while size(partial) <= wanted and process.poll() is None:
+        # Kill the process after it has written up to 1/20 of the output, and at any point of a step.
+        min_size = sizes[-1] + random.randrange(output_size // 20)
+        while size(partial) <= min_size and process.poll() is None:
             time.sleep(0.001)
         time.sleep(random.random() * 0.03)
         assert process.poll() is None, process.communicate()
@@ -79,7 +82,7 @@ def test_killed_ten_times(folder, tiny_exported):
         process.communicate(timeout=60)
         sizes.append(size(partial))
     assert not (folder / "out.jsonl").exists()
-    assert len(set(sizes)) > N_KILLS // 2
+    assert len(set(sizes)) > N_KILLS // 2  # most of the processes have written results
     finish(start(folder, tiny_exported, "out.jsonl"))
 
     results, expected = read_rows(folder / "out.jsonl"), read_rows(folder / "expected.jsonl")

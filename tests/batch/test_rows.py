@@ -1,4 +1,4 @@
-"""Both formats of a row: parsing, errors, output lines."""
+"""Rows of a batch file in the plain format and in OpenAI's: parsing, errors, output lines."""
 
 from __future__ import annotations
 
@@ -16,35 +16,36 @@ from paddlemix_qwenvl_plugin.runtime.request import Request
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 ANSWER = Answer(
-    "<ref>狗</ref><box>(0,0),(500,1000)</box>",
-    (Box("box", ((0, 0), (500, 1000)), "狗"),),
-    (200, 100),
-    (),
-    [1, 2],
-    "stop",
-    {},
+    text="<ref>狗</ref><box>(0,0),(500,1000)</box>",
+    boxes=(Box("box", ((0, 0), (500, 1000)), "狗"),),
+    image_size=(200, 100),
+    problems=(),
+    token_ids=[1, 2],
+    finish_reason="stop",
+    timings={},
 )
 
 
 def read(row, **defaults):
+    """Parse a row as line 7; a row of type bytes is the line itself."""
     line = row if isinstance(row, bytes) else json.dumps(row).encode()
     return read_row(7, line, defaults)
 
 
-def test_plain():
+def test_plain_row():
     row = read({"id": 3, "image": "a.png", "prompt": "What?", "temperature": 0.5}, seed=1)
     assert (row.id, row.openai) == (3, False)
     options = GenerationOptions(temperature=0.5, seed=1)
     assert row.parsed == RowRequest(Request([{"image": "a.png"}, {"text": "What?"}], options))
 
 
-def test_plain_with_everything():
+def test_plain_row_with_images_and_system_prompt():
     row = read({"id": "a", "images": ["a.png", "b.png"], "chat": True, "system": "Be brief.", "prompt": None})
     parts = [{"image": "a.png"}, {"image": "b.png"}]
     assert row.parsed == RowRequest(Request(parts, GenerationOptions(), chat=True, system="Be brief."))
 
 
-def test_openai():
+def test_openai_row():
     messages = [
         {"role": "system", "content": "Be brief."},
         user("data:a", text("What?")),
@@ -67,7 +68,7 @@ def test_openai():
     assert row.parsed == RowRequest(request, "m")
 
 
-def test_openai_options_have_their_names_here():
+def test_generation_options_of_openai_rows():
     options = {"temperature": 0.1, "top_p": 0.2, "frequency_penalty": 0.3, "presence_penalty": 0.4, "seed": 5}
     row = read(
         openai_row("x", [user("?")], max_completion_tokens=6, user="me", metadata={"a": "b"}, **options)
@@ -91,15 +92,15 @@ def test_openai_options_have_their_names_here():
     ],
 )
 def test_rows_without_an_id(row, message):
-    found = read(row)
-    assert found.id is None
-    assert isinstance(found.parsed, UsageError)
-    assert str(found.parsed).startswith(message)
+    parsed_row = read(row)
+    assert parsed_row.id is None
+    assert isinstance(parsed_row.parsed, UsageError)
+    assert str(parsed_row.parsed).startswith(message)
 
 
-@pytest.mark.parametrize("line", [b'{"custom_id": "a", "bod', b'{"body": oops}'])
-def test_a_damaged_line_is_answered_in_its_form(line):
-    assert read(line).openai
+def test_format_of_a_damaged_line():
+    assert read(b'{"custom_id": "a", "bod').openai
+    assert read(b'{"body": oops}').openai
     assert not read(b'{"id": "a", "promp').openai
 
 
@@ -118,14 +119,15 @@ def test_a_damaged_line_is_answered_in_its_form(line):
         ({"prompt": "?", "max_new_tokens": 0}, "max_new_tokens: 0 is out of range"),
     ],
 )
-def test_wrong_plain_rows(row, message):
-    found = read({"id": "a", **row})
-    assert found.id == "a"
-    assert isinstance(found.parsed, UsageError)
-    assert str(found.parsed).startswith(message)
+def test_invalid_plain_rows(row, message):
+    parsed_row = read({"id": "a", **row})
+    assert parsed_row.id == "a"
+    assert isinstance(parsed_row.parsed, UsageError)
+    assert str(parsed_row.parsed).startswith(message)
 
 
-def wrong(*messages, **body):
+def openai_row_a(*messages, **body):
+    """Build a row in OpenAI's format with the id "a"."""
     return openai_row("a", list(messages), **body)
 
 
@@ -133,52 +135,58 @@ def wrong(*messages, **body):
     ("row", "message"),
     [
         ({"custom_id": "a"}, "body must be an object"),
-        ({**wrong(user("?")), "priority": 1}, "priority: unknown key"),
-        ({**wrong(user("?")), "method": "GET"}, "method: must be POST"),
-        ({**wrong(user("?")), "url": "/v1/embeddings"}, "url: must be /v1/chat/completions"),
-        (wrong(user("?"), tools=[]), "body.tools: unknown key"),
-        (wrong(user("?"), n=2), "body.n: can only be 1"),
-        (wrong(user("?"), stream=True), "body.stream: can only be false"),
-        (wrong(user("?"), max_tokens=1, max_completion_tokens=2), "body.max_tokens: another value"),
-        (wrong(user("?"), max_tokens="many"), "max_new_tokens: 'many' is not a whole number"),
-        (wrong(user("?"), top_p=2), "top_p: 2 is out of range"),
-        (wrong(user("?"), model=1), "body.model must be a string"),
+        ({**openai_row_a(user("?")), "priority": 1}, "priority: unknown key"),
+        ({**openai_row_a(user("?")), "method": "GET"}, "method: must be POST"),
+        ({**openai_row_a(user("?")), "url": "/v1/embeddings"}, "url: must be /v1/chat/completions"),
+        (openai_row_a(user("?"), tools=[]), "body.tools: unknown key"),
+        (openai_row_a(user("?"), n=2), "body.n: can only be 1"),
+        (openai_row_a(user("?"), stream=True), "body.stream: can only be false"),
+        (openai_row_a(user("?"), max_tokens=1, max_completion_tokens=2), "body.max_tokens: another value"),
+        (openai_row_a(user("?"), max_tokens="many"), "max_new_tokens: 'many' is not a whole number"),
+        (openai_row_a(user("?"), top_p=2), "top_p: 2 is out of range"),
+        (openai_row_a(user("?"), model=1), "body.model must be a string"),
         (openai_row("a", "?"), "body.messages must be a list"),
-        (wrong(), "body.messages: must end with a user message"),
-        (wrong("?"), "body.messages[0] must be an object"),
-        (wrong({"role": "tool", "content": "?"}), "body.messages[0].role: must be user here, got 'tool'"),
-        (wrong(user("?"), user("?")), "body.messages[1].role: must be assistant here, got 'user'"),
+        (openai_row_a(), "body.messages: must end with a user message"),
+        (openai_row_a("?"), "body.messages[0] must be an object"),
         (
-            wrong(user("?"), {"role": "system", "content": "?"}),
+            openai_row_a({"role": "tool", "content": "?"}),
+            "body.messages[0].role: must be user here, got 'tool'",
+        ),
+        (openai_row_a(user("?"), user("?")), "body.messages[1].role: must be assistant here, got 'user'"),
+        (
+            openai_row_a(user("?"), {"role": "system", "content": "?"}),
             "body.messages[1].role: must be assistant here",
         ),
-        (wrong(user("?"), {"role": "assistant", "content": "?"}), "body.messages: must end with"),
-        (wrong({"role": "user", "content": []}), "body.messages[0].content: must be"),
+        (openai_row_a(user("?"), {"role": "assistant", "content": "?"}), "body.messages: must end with"),
+        (openai_row_a({"role": "user", "content": []}), "body.messages[0].content: must be"),
         (
-            wrong({"role": "user", "content": "?", "tool_calls": []}),
+            openai_row_a({"role": "user", "content": "?", "tool_calls": []}),
             "body.messages[0].tool_calls: unknown key",
         ),
-        (wrong(user({"type": "audio"})), "body.messages[0].content[0].type: must be text or image_url"),
-        (wrong(user({"type": "text"})), "body.messages[0].content[0].text must be a string"),
         (
-            wrong(user(text("?"), {"type": "image_url", "image_url": "a"})),
+            openai_row_a(user({"type": "audio"})),
+            "body.messages[0].content[0].type: must be text or image_url",
+        ),
+        (openai_row_a(user({"type": "text"})), "body.messages[0].content[0].text must be a string"),
+        (
+            openai_row_a(user(text("?"), {"type": "image_url", "image_url": "a"})),
             "body.messages[0].content[1].image_url must",
         ),
         (
-            wrong(user({"type": "image_url", "image_url": {}})),
+            openai_row_a(user({"type": "image_url", "image_url": {}})),
             "body.messages[0].content[0].image_url.url must",
         ),
         (
-            wrong({"role": "system", "content": user("a", "b")["content"]}, user("?")),
+            openai_row_a({"role": "system", "content": user("a", "b")["content"]}, user("?")),
             "body.messages[0]: only",
         ),
     ],
 )
-def test_wrong_openai_rows(row, message):
-    found = read(row)
-    assert (found.id, found.openai) == ("a", True)
-    assert isinstance(found.parsed, UsageError)
-    assert str(found.parsed).startswith(message)
+def test_invalid_openai_rows(row, message):
+    parsed_row = read(row)
+    assert (parsed_row.id, parsed_row.openai) == ("a", True)
+    assert isinstance(parsed_row.parsed, UsageError)
+    assert str(parsed_row.parsed).startswith(message)
 
 
 def test_plain_output():
@@ -232,7 +240,8 @@ def test_openai_output():
 
 
 @pytest.mark.parametrize("row_id", ["a", "", "1", 1, "\ud800", "\u2028\n", "狗", None])
-def test_output_lines_are_known_again(row_id):
+def test_parsing_of_output_lines(row_id):
+    """A complete output line is parsed into its row's id and whether the row failed; a truncated line is rejected."""
     for openai in (False, True):
         for failed, line in (
             (False, reply_line(row_id, openai, Reply(ANSWER, 1, len(ANSWER.token_ids), "m"), "tag")),
@@ -240,10 +249,10 @@ def test_output_lines_are_known_again(row_id):
         ):
             assert line.count(b"\n") == 1
             assert result_id(line) == (id_key(row_id), failed)
-            assert all(result_id(line[:n]) is None for n in range(len(line)))
+            assert all(result_id(line[:size]) is None for size in range(len(line)))
     assert id_key(1) != id_key("1")
 
 
 @pytest.mark.parametrize("line", [b"\n", b"{}\n", b"[]\n", b'{"id": 1, "prompt": "?"}\n', b"\0" * 9 + b"\n"])
-def test_other_lines_are_not_output(line):
+def test_lines_that_are_not_output_lines(line):
     assert result_id(line) is None

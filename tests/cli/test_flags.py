@@ -1,4 +1,4 @@
-"""Flags shared by commands."""
+"""Flags that several commands share: generation options, spellings, --picture_label, --draw, --output."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from paddlemix_qwenvl_plugin import GenerationOptions, QwenVL
 from paddlemix_qwenvl_plugin.cli.main import main
 
 STREET = Path(__file__).resolve().parents[2] / "recipes" / "images" / "street.png"
+# The ranges in the help texts of the generation options.
 RANGES = {
     "max_new_tokens": "at least 1",
     "min_new_tokens": "at least 0",
@@ -35,35 +36,38 @@ def qwenvl(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("command", ["predict", "chat", "batch"])
-def test_the_commands_have_a_flag_for_each(command: str) -> None:
-    text = " ".join(re.sub("[│╭╮╰╯─]", " ", qwenvl(command, "--help").stdout).split())
+def test_flags_of_the_generation_options(command: str) -> None:
+    """Each option has a flag; its help text ends with the range and the default value, if any."""
+    without_frames = re.sub("[│╭╮╰╯─]", " ", qwenvl(command, "--help").stdout)
+    text = " ".join(without_frames.split())
     for field in fields(GenerationOptions):
-        [about] = re.findall(rf"--{field.name} (.*?\))\.( \[default: (.*?)\])?", text)
-        assert about[0].endswith(f"({RANGES[field.name]})")
-        assert about[2] == ("" if field.default is None else str(field.default))
+        # As in "--top_p FLOAT ... (0 to 1). [default: 1.0]".
+        [match] = re.finditer(rf"--{field.name} (?P<help>.*?\))\.( \[default: (?P<default>.*?)\])?", text)
+        assert match["help"].endswith(f"({RANGES[field.name]})")
+        assert match["default"] == (None if field.default is None else str(field.default))
 
 
 @pytest.mark.parametrize("flag", ["--max_new_tokens", "--max-new-tokens", "--max_new-tokens"])
 def test_both_spellings_of_a_flag(flag: str) -> None:
     for arguments in ([flag, "0"], [f"{flag}=0"]):
-        done = qwenvl(
+        completed = qwenvl(
             "predict", "--first-model-path", "a", "--second_model_path=b", "--prompt=-a-_b", *arguments
         )
-        assert (done.returncode, done.stderr) == (
+        assert (completed.returncode, completed.stderr) == (
             2,
             "qwenvl: max_new_tokens: 0 is out of range; it must be at least 1\n",
         )
 
 
 @pytest.mark.parametrize("flag", ["--dry_run", "--dry-run"])
-def test_both_spellings_below_the_top(flag: str) -> None:
-    done = qwenvl("run", "tiny-cpu", flag)
-    assert done.returncode == 0, done.stderr
-    assert "make-tiny" in done.stdout
+def test_both_spellings_of_a_flag_of_run(flag: str) -> None:
+    completed = qwenvl("run", "tiny-cpu", flag)
+    assert completed.returncode == 0, completed.stderr
+    assert "make-tiny" in completed.stdout
 
 
 def predict(exported: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> list[int]:
-    """Token ids of `qwenvl predict`, run in this process."""
+    """Run `qwenvl predict` in this process and return the token ids of its answer."""
     stages = (
         "--first_model_path",
         exported / "vision" / "vision",
@@ -71,13 +75,13 @@ def predict(exported: Path, capsys: pytest.CaptureFixture[str], *arguments: str)
         exported / "text" / "qwen",
     )
     question = ("--prompt", "What is it?", "--image", STREET, "--json")
-    sampled = ("--max_new_tokens=24", "--temperature=9", "--seed=1")
-    command = ["qwenvl", "predict", *map(str, (*stages, *question, *sampled, *arguments))]
+    sampling = ("--max_new_tokens=24", "--temperature=9", "--seed=1")
+    command = ["qwenvl", "predict", *map(str, (*stages, *question, *sampling, *arguments))]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", command)
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as system_exit:
             main()
-    assert ended.value.code == 0
+    assert system_exit.value.code == 0
     return json.loads(capsys.readouterr().out)["token_ids"]
 
 
@@ -98,61 +102,67 @@ def test_picture_label(tiny_exported: Path, capsys: pytest.CaptureFixture[str]) 
 def test_draw_opens_the_image_once(
     tiny_exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = []
-    really = Image.open
-    monkeypatch.setattr(Image, "open", lambda *arguments: (opened.append(arguments), really(*arguments))[1])
+    n_opened = 0
+    image_open = Image.open
+
+    def count_and_open(*arguments: object) -> Image.Image:
+        nonlocal n_opened
+        n_opened += 1
+        return image_open(*arguments)
+
+    monkeypatch.setattr(Image, "open", count_and_open)
     tokens = predict(tiny_exported, capsys)
-    assert len(opened) == 1
+    assert n_opened == 1
     drawn = tmp_path / "drawn.png"
     assert predict(tiny_exported, capsys, "--draw", str(drawn)) == tokens
-    assert len(opened) == 2
-    with really(drawn) as image, really(STREET) as street:
+    assert n_opened == 2
+    with image_open(drawn) as image, image_open(STREET) as street:
         assert image.size == street.size
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif", "bmp", "gif"])
-def test_what_is_written_again_and_what_is_not(
+def test_a_drawn_image_is_replaced_by_a_second_run(
     suffix: str, tiny_exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A second run replaces the first one's file, except in formats without metadata."""
-    draw, output = tmp_path / f"drawn.{suffix}", tmp_path / "answer.json"
+    """Except in formats without metadata, which cannot mark the image as drawn by the command."""
+    drawn, output = tmp_path / f"drawn.{suffix}", tmp_path / "answer.json"
     output.touch()
-    predict(tiny_exported, capsys, "--draw", str(draw), "--output", str(output))
-    before = draw.read_bytes()
-    draw.write_bytes(before + b"more")
+    predict(tiny_exported, capsys, "--draw", str(drawn), "--output", str(output))
+    content = drawn.read_bytes()
+    drawn.write_bytes(content + b"more")
     if suffix in ("bmp", "gif"):
-        refused(tiny_exported, draw, "--draw", str(draw))
+        error_of_predict(tiny_exported, drawn, "--draw", str(drawn))
         return
-    predict(tiny_exported, capsys, "--draw", str(draw), "--output", str(output))
-    assert draw.read_bytes() == before
+    predict(tiny_exported, capsys, "--draw", str(drawn), "--output", str(output))
+    assert drawn.read_bytes() == content
 
 
-def refused(exported: Path, untouched: Path, *arguments: str, image: object = STREET) -> str:
-    """Error line of a `qwenvl predict` that leaves a file unchanged."""
-    before = untouched.read_bytes()
-    done = qwenvl(
+def error_of_predict(exported: Path, unchanged: Path, *arguments: str, image: object = STREET) -> str:
+    """Run `qwenvl predict`, which must fail and leave a file unchanged; return its error line."""
+    content = unchanged.read_bytes()
+    completed = qwenvl(
         *("predict", "--first_model_path", str(exported / "vision" / "vision")),
         *("--second_model_path", str(exported / "text" / "qwen"), "--prompt", "?", "--image", str(image)),
         *arguments,
     )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert untouched.read_bytes() == before
-    return done.stderr
+    assert (completed.returncode, completed.stdout) == (2, "")
+    assert unchanged.read_bytes() == content
+    return completed.stderr
 
 
-def test_the_image_is_not_overwritten(
+def test_the_input_image_is_not_overwritten(
     tiny_exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not even a drawn image, which a run with another image may replace."""
+    """Even if the command has drawn it: such an image may be replaced only if it is not the input."""
     drawn, link = tmp_path / "drawn.png", tmp_path / "link.png"
     predict(tiny_exported, capsys, "--draw", str(drawn))
     link.symlink_to(drawn)
     for flag in ("--draw", "--output"):
         for target in (drawn, link):
             for image in (drawn, drawn.as_uri()):
-                line = refused(tiny_exported, drawn, flag, str(target), image=image)
-                assert line == f"qwenvl: {target}: is an input image; name another file\n"
-    mine = tmp_path / "mine.png"
-    Image.new("RGB", (4, 4)).save(mine)
-    assert "did not write it" in refused(tiny_exported, mine, "--draw", str(mine))
-    assert "did not write it" in refused(tiny_exported, mine, "--output", str(mine))
+                error = error_of_predict(tiny_exported, drawn, flag, str(target), image=image)
+                assert error == f"qwenvl: {target}: is an input image; name another file\n"
+    other = tmp_path / "other.png"  # not drawn by the command
+    Image.new("RGB", (4, 4)).save(other)
+    assert "did not write it" in error_of_predict(tiny_exported, other, "--draw", str(other))
+    assert "did not write it" in error_of_predict(tiny_exported, other, "--output", str(other))

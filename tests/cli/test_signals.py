@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a command cleans up and prints one line, without Paddle's traceback."""
+"""Signals: on SIGINT, SIGTERM or SIGHUP a command cleans up and prints one line, without Paddle's traceback."""
 
 from __future__ import annotations
 
@@ -13,29 +13,31 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 STREET = REPO / "recipes" / "images" / "street.png"
 
-# Sends itself a signal as soon as Paddle is imported.
-RUN = """
+# Program that runs a command and sends itself the signal of its first argument as soon as Paddle is imported.
+RUN_WITH_SIGNAL = """
 import os, sys, threading, time
 from paddlemix_qwenvl_plugin.cli.main import main
 
 number = int(sys.argv.pop(1))
 
-def wait():
+def send_signal():
     while "paddle" not in sys.modules or sys.modules["paddle"].__spec__._initializing:
         time.sleep(0.001)
     os.kill(os.getpid(), number)
 
-threading.Thread(target=wait, daemon=True).start()
+threading.Thread(target=send_signal, daemon=True).start()
 main()
 """
 
 
-def end(number: signal.Signals, folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run a command in `folder` and send it a signal; its input stays open."""
+def run_with_signal(
+    number: signal.Signals, folder: Path, *arguments: object
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in `folder` that gets a signal during its work; its standard input stays open."""
     reader, writer = os.pipe()
     try:
         return subprocess.run(
-            [sys.executable, "-c", RUN, str(int(number)), *map(str, arguments)],
+            [sys.executable, "-c", RUN_WITH_SIGNAL, str(int(number)), *map(str, arguments)],
             cwd=folder,
             env={
                 **os.environ,
@@ -48,7 +50,7 @@ def end(number: signal.Signals, folder: Path, *arguments: object) -> subprocess.
             text=True,
             timeout=120,
             check=False,
-            # A test run that was started in the background has SIGINT ignored, and children inherit that.
+            # If the test run was started in the background, its child processes would ignore SIGINT.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
         )
     finally:
@@ -71,27 +73,32 @@ def test_sigterm(command: str, tiny_exported: Path, tmp_path: Path) -> None:
         "demo": ["demo"],
         "eval": ["demo", *stages, "--output", "out.jsonl"],
     }[command]
-    done = end(signal.SIGTERM, tmp_path, command, *arguments)
-    assert (done.returncode, done.stderr) == (143, "qwenvl: terminated\n")
-    assert "Traceback" not in done.stdout
-    assert "FatalError" not in done.stdout
-    left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
-    assert left <= {"in.jsonl", "out.jsonl.partial", ".qwenvl-demo"}
+    completed = run_with_signal(signal.SIGTERM, tmp_path, command, *arguments)
+    assert (completed.returncode, completed.stderr) == (143, "qwenvl: terminated\n")
+    assert "Traceback" not in completed.stdout
+    assert "FatalError" not in completed.stdout
+    # No temporary files remain.
+    files = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert files <= {"in.jsonl", "out.jsonl.partial", ".qwenvl-demo"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_ctrl_c_and_a_terminal_that_disconnects(
-    number: signal.Signals, tiny_exported: Path, tmp_path: Path
-) -> None:
+def test_sigint_and_sighup(number: signal.Signals, tiny_exported: Path, tmp_path: Path) -> None:
     export = ["export-vision", "--model_name_or_path", tiny_exported / "model", "--save_path", "vision"]
-    done = end(number, tmp_path, *export)
+    completed = run_with_signal(number, tmp_path, *export)
     word = "interrupted" if number == signal.SIGINT else "terminated"
-    assert (done.returncode, done.stdout, done.stderr.strip()) == (128 + number, "", f"qwenvl: {word}")
+    assert (completed.returncode, completed.stdout, completed.stderr.strip()) == (
+        128 + number,
+        "",
+        f"qwenvl: {word}",
+    )
     assert not list(tmp_path.iterdir())
 
 
-def in_a_call(number: signal.Signals, folder: Path, call: str) -> subprocess.CompletedProcess[str]:
-    """`make-tiny`, sent a signal during a call, with a short deadline."""
+def run_with_signal_in_a_call(
+    number: signal.Signals, folder: Path, call: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `make-tiny` with its work replaced by `call`; after 0.5 s it gets a signal, and after 1 s it must end."""
     code = f"""
 import hashlib, os, signal, sys, threading, time
 from paddlemix_qwenvl_plugin.cli import main, signals
@@ -114,23 +121,27 @@ main.main()
     )
 
 
-def test_sigterm_ends_a_command_that_is_in_a_long_call(tmp_path: Path) -> None:
-    """Python's handlers run after a call into C, here one of minutes."""
-    done = in_a_call(signal.SIGTERM, tmp_path, 'hashlib.pbkdf2_hmac("sha256", b"a", b"b", 10**9)')
-    assert (done.returncode, done.stdout, done.stderr) == (143, "", "qwenvl: terminated\n")
+def test_sigterm_during_a_long_call(tmp_path: Path) -> None:
+    """Python runs a signal handler only after the call into C has returned, here after minutes."""
+    completed = run_with_signal_in_a_call(
+        signal.SIGTERM, tmp_path, 'hashlib.pbkdf2_hmac("sha256", b"a", b"b", 10**9)'
+    )
+    assert (completed.returncode, completed.stdout, completed.stderr) == (143, "", "qwenvl: terminated\n")
 
 
-def test_another_signal_ends_nothing(tmp_path: Path) -> None:
-    """A signal with another handler, such as a change of the terminal's size."""
-    done = in_a_call(signal.SIGUSR1, tmp_path, "time.sleep(3)")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "made model\n", "")
+def test_other_signals_do_not_end_a_command(tmp_path: Path) -> None:
+    """Such as SIGWINCH, for a change of the terminal's size."""
+    completed = run_with_signal_in_a_call(signal.SIGUSR1, tmp_path, "time.sleep(3)")
+    assert (completed.returncode, completed.stdout, completed.stderr) == (0, "made model\n", "")
 
 
-def test_a_signal_that_is_ignored_stays_ignored(tiny_exported: Path, tmp_path: Path) -> None:
-    """Under nohup a command starts with SIGHUP ignored."""
-    command = ["nohup", sys.executable, "-c", RUN, str(int(signal.SIGHUP)), "export-vision"]
+def test_an_ignored_signal_stays_ignored(tiny_exported: Path, tmp_path: Path) -> None:
+    """`nohup` starts a command with SIGHUP ignored."""
+    command = ["nohup", sys.executable, "-c", RUN_WITH_SIGNAL, str(int(signal.SIGHUP)), "export-vision"]
     command += ["--model_name_or_path", str(tiny_exported / "model"), "--save_path", "vision"]
     environment = {**os.environ, "PYTHONPATH": str(REPO), "QWENVL_ENGINE": "portable"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    completed = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert completed.returncode == 0, completed.stderr
     assert (tmp_path / "vision.manifest.json").is_file()

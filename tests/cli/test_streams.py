@@ -1,4 +1,4 @@
-"""Closed standard streams, and encodings that lack characters of the output."""
+"""Standard streams: encodings that lack characters of the answer, and closed streams."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from paddlemix_qwenvl_plugin.cli.main import main
 
 REPO = Path(__file__).resolve().parents[2]
 
-SAID = "一只狗, café, 😀"
+ANSWER = "一只狗, café, 😀"
 
 
 def stages(exported: Path) -> list[str]:
@@ -27,50 +27,51 @@ def stages(exported: Path) -> list[str]:
     return ["--first_model_path", str(vision), "--second_model_path", str(text)]
 
 
-def ask(
-    command: list[str], encoding: str, exported: Path, monkeypatch: pytest.MonkeyPatch, lines: str = ""
+def run(
+    command: list[str], encoding: str, exported: Path, monkeypatch: pytest.MonkeyPatch, stdin: str = ""
 ) -> bytes:
-    """Output of a command in this encoding, with SAID as the model's answer."""
-    pair = QwenVL.from_exported(exported / "vision" / "vision", exported / "text" / "qwen")
-    say(pair, monkeypatch, [*pair.tokenizer.encode(SAID), pair.tokenizer.eod_id])
-    printed = io.BytesIO()
+    """Run a command with ANSWER as the model's answer and stdout in an encoding; return the bytes of stdout."""
+    model = QwenVL.from_exported(exported / "vision" / "vision", exported / "text" / "qwen")
+    say(model, monkeypatch, [*model.tokenizer.encode(ANSWER), model.tokenizer.eod_id])
+    stdout = io.BytesIO()
     with monkeypatch.context() as patch:
-        patch.setattr(QwenVL, "from_exported", lambda *arguments: pair)
+        patch.setattr(QwenVL, "from_exported", lambda *arguments: model)
         patch.setattr(sys, "argv", ["qwenvl", *command, *stages(exported)])
-        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode()), "utf-8"))
-        patch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding))
-        with pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), "utf-8"))
+        patch.setattr(sys, "stdout", io.TextIOWrapper(stdout, encoding))
+        with pytest.raises(SystemExit) as system_exit:
             main()
         sys.stdout.flush()
-        assert ended.value.code == 0
-        return printed.getvalue()
+        assert system_exit.value.code == 0
+        return stdout.getvalue()
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 @pytest.mark.parametrize("command", ["predict", "predict --json", "chat"])
-def test_an_answer_arrives_in_every_encoding(
+def test_encodings_of_stdout(
     encoding: str, command: str, tiny_exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words, lines = command.split(), "" if "predict" in command else "What is it?\n"
-    words += ["--max_new_tokens", "99"]
-    if not lines:
-        words += ["--prompt", "?", "--output", str(tmp_path / "answer.json")]
-    printed = ask(words, encoding, tiny_exported, monkeypatch, lines)
-    if "--json" in words:
-        text = json.loads(printed.decode(encoding))["text"]
+    """Characters that an encoding lacks are printed as Python's escapes; a file is always in UTF-8."""
+    stdin = "What is it?\n" if command == "chat" else ""
+    arguments = [*command.split(), "--max_new_tokens", "99"]
+    if command != "chat":
+        arguments += ["--prompt", "?", "--output", str(tmp_path / "answer.json")]
+    stdout = run(arguments, encoding, tiny_exported, monkeypatch, stdin)
+    if "--json" in arguments:
+        text = json.loads(stdout.decode(encoding))["text"]
     elif encoding == "utf-8":
-        text = printed.decode()
-    else:  # Python's escapes
-        text = codecs.decode(printed, "unicode_escape")
-    assert text.strip() == SAID
-    if not lines:
-        assert json.loads((tmp_path / "answer.json").read_text("utf-8"))["text"] == SAID
+        text = stdout.decode()
+    else:
+        text = codecs.decode(stdout, "unicode_escape")
+    assert text.strip() == ANSWER
+    if command != "chat":
+        assert json.loads((tmp_path / "answer.json").read_text("utf-8"))["text"] == ANSWER
 
 
 @pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- 2>&-", ">&-", "<&- >&- 2>&-"])
 @pytest.mark.parametrize("command", ["chat", "predict", "export-vision"])
 def test_closed_streams(command: str, closed: str, tiny_exported: Path, tmp_path: Path) -> None:
-    """Other output is complete, and no file receives the printed text."""
+    """Without stdin, `chat` fails; otherwise a command succeeds, and its files do not contain printed text."""
     arguments = {
         "chat": [*stages(tiny_exported), "--max_new_tokens", "2"],
         "predict": [
@@ -84,7 +85,7 @@ def test_closed_streams(command: str, closed: str, tiny_exported: Path, tmp_path
         ],
         "export-vision": ["--model_name_or_path", str(tiny_exported / "model"), "--save_path", "vision"],
     }[command]
-    done = subprocess.run(
+    completed = subprocess.run(
         ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-m", "paddlemix_qwenvl_plugin.cli", command,
          *arguments],
         cwd=tmp_path,
@@ -95,22 +96,23 @@ def test_closed_streams(command: str, closed: str, tiny_exported: Path, tmp_path
         check=False,
     )  # fmt: skip
     no_input = command == "chat" and "<&-" in closed
-    assert done.returncode == (2 if no_input else 0)
-    assert (b"standard input: is closed" in done.stderr) == (no_input and "2>&-" not in closed)
-    assert done.stdout.count(b"\n") == (0 if no_input or " >&-" in f" {closed}" else 1)
+    assert completed.returncode == (2 if no_input else 0)
+    assert (b"standard input: is closed" in completed.stderr) == (no_input and "2>&-" not in closed)
+    stdout_closed = ">&-" in closed.split()
+    assert completed.stdout.count(b"\n") == (0 if no_input or stdout_closed else 1)
     if command == "predict":
         assert json.loads((tmp_path / "answer.json").read_text("utf-8"))["finish_reason"] == "length"
     if command == "export-vision":
         verify(tmp_path / "vision")
 
 
-def test_a_closed_error_output_does_not_go_to_the_answers(tmp_path: Path) -> None:
+def test_errors_are_not_printed_on_stdout_if_stderr_is_closed(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "paddlemix_qwenvl_plugin.cli", "verify", "nothing"]
-    done = subprocess.run(
+    completed = subprocess.run(
         ["sh", "-c", 'exec "$@" 2>&-', "sh", *command],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(REPO)},
         capture_output=True,
         check=False,
     )
-    assert (done.returncode, done.stdout, done.stderr) == (2, b"", b"")
+    assert (completed.returncode, completed.stdout, completed.stderr) == (2, b"", b"")

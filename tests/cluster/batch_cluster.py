@@ -1,4 +1,4 @@
-"""Ray cluster of local nodes, and `qwenvl batch` jobs on it."""
+"""Ray cluster with all nodes on this machine, and processes of `qwenvl batch`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_METRICS_COLLECTION": "0",
-    "RAY_worker_niceness": "0",  # otherwise other programs starve the actors
+    "RAY_worker_niceness": "0",  # with Ray's default, a lower priority, other programs starve the actors
 }
 
-# Detect a killed node after 5 s instead of 15 s; a shorter time would fail live nodes on a busy machine.
-_SYSTEM = {"health_check_period_ms": 1000}
+# Ray then declares a killed node dead after 5 s instead of 15 s. With a shorter period, it would also declare live
+# nodes of a busy machine dead.
+_SYSTEM_CONFIG = {"health_check_period_ms": 1000}
 
 
 class LocalCluster:
@@ -34,22 +35,21 @@ class LocalCluster:
         from ray.cluster_utils import Cluster
 
         os.environ.update(ENVIRONMENT)
-        os.environ["RAY_TMPDIR"] = str(folder)  # as an argument, older versions would write beside it, too
-        # Make Ray start only the agents of its minimal installation: a node waits 15 s for the others, which is too
-        # short on a busy machine.
+        # Given the folder as an argument, older versions of Ray would also write outside it.
+        os.environ["RAY_TMPDIR"] = str(folder)
+        # Make Ray start only the agents of its minimal installation: a node waits at most 15 s for the agents of a
+        # full installation, which is too short on a busy machine.
         ray._private.utils.get_dashboard_dependency_error = lambda: ImportError("not needed here")
-        head = {"_system_config": _SYSTEM, "include_dashboard": False}
-        self._cluster = _with_retries(
-            lambda: Cluster(initialize_head=True, head_node_args={**_node(), **head})
-        )
+        head_arguments = {**_node_arguments(), "_system_config": _SYSTEM_CONFIG, "include_dashboard": False}
+        self._cluster = _with_retries(lambda: Cluster(initialize_head=True, head_node_args=head_arguments))
         self.address: str = self._cluster.address
         self.n_nodes = n_nodes
         self.fill()
 
     def fill(self) -> None:
-        """Add nodes until the cluster has `n_nodes`."""
+        """Add nodes until the cluster has `n_nodes` nodes."""
         while len(self._cluster.list_all_nodes()) < self.n_nodes:
-            _with_retries(lambda: self._cluster.add_node(wait=False, **_node()))
+            _with_retries(lambda: self._cluster.add_node(wait=False, **_node_arguments()))
 
     def kill_node(self, rng: random.Random) -> None:
         """Kill a random worker node with its actors."""
@@ -57,7 +57,7 @@ class LocalCluster:
         self._cluster.remove_node(rng.choice(nodes), allow_graceful=False)
 
     def actors(self) -> list[int]:
-        """List the process ids of the jobs' actors."""
+        """List the process ids of the jobs' actors: child processes of the raylets, with Ray Data's class name."""
         raylets = {
             process.process.pid
             for node in self._cluster.list_all_nodes()
@@ -70,12 +70,12 @@ class LocalCluster:
         del os.environ["RAY_TMPDIR"]
 
 
-def _node() -> dict[str, Any]:
+def _node_arguments() -> dict[str, Any]:
     return {"num_cpus": 1, "object_store_memory": 80 << 20, "include_log_monitor": False, "no_monitor": True}
 
 
 def _with_retries(start: Callable[[], Any]) -> Any:
-    """Start a node, with retries: Ray's timeout is too short for a busy machine."""
+    """Start a node, with three retries: Ray's timeout is too short for a busy machine."""
     for _ in range(3):
         with contextlib.suppress(Exception):
             return start()
@@ -83,20 +83,21 @@ def _with_retries(start: Callable[[], Any]) -> Any:
 
 
 def _processes() -> list[tuple[int, int, bytes]]:
-    """List the processes of this machine as (id, id of the parent, command line)."""
-    found = []
+    """List the processes of this machine as (process id, parent's process id, command line)."""
+    processes = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
+                # The text is "PID (PROGRAM) STATE PARENT ..."; the program's name may contain spaces.
                 parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                found.append((int(folder.name), parent, (folder / "cmdline").read_bytes()))
+                processes.append((int(folder.name), parent, (folder / "cmdline").read_bytes()))
             except (OSError, ValueError):
-                continue  # it has ended
-    return found
+                continue  # the process has ended
+    return processes
 
 
 class BatchProcess:
-    """Process of `qwenvl batch` with the demo model."""
+    """Process of `qwenvl batch` with the demo model; stdout and stderr go to `log` with the suffix .out and .err."""
 
     def __init__(self, stages: Any, log: Path, source: object, target: object, *flags: object) -> None:
         model = ["--first_model_path", stages.vision, "--second_model_path", stages.language]
@@ -113,7 +114,7 @@ class BatchProcess:
         self._streams = log.with_suffix(".out"), log.with_suffix(".err")
         out, err = (path.open("w") for path in self._streams)
         self.process = subprocess.Popen(
-            [str(word) for word in command],
+            [str(argument) for argument in command],
             env={**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "1"},
             stdout=out,
             stderr=err,

@@ -1,4 +1,4 @@
-"""`qwenvl serve --ray` on a cluster of local nodes, and its clients."""
+"""Ray cluster with all nodes on this machine, processes of `qwenvl serve --ray`, and HTTP clients."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 REPO = Path(__file__).resolve().parents[2]
-NAME = "qwen-vl-chat"
+MODEL_NAME = "qwen-vl-chat"
 
-# Seconds; longer than any operation on a busy machine.
-PATIENCE = 300.0
+# Timeout in seconds, longer than any operation takes on a busy machine.
+TIMEOUT = 300.0
 
 _QWENVL = (sys.executable, "-c", "from paddlemix_qwenvl_plugin.cli.main import main; main()")
 
@@ -37,7 +37,7 @@ class Command:
     """Process of `qwenvl serve --ray`.
 
     Attributes:
-        lines: its output lines, of stdout and stderr.
+        lines: the lines of stdout and stderr so far.
     """
 
     def __init__(self, *flags: object) -> None:
@@ -54,36 +54,36 @@ class Command:
         for line in stream:
             self.lines.append(line)
             self._queue.put(line)
-        self._queue.put("")
+        self._queue.put("")  # end of the output
 
-    def wait_for(self, words: str) -> str:
-        """Wait for a line that contains `words`, and return it."""
+    def wait_for(self, text: str) -> str:
+        """Wait for the next line that contains `text`, and return it."""
         while True:
-            line = self._queue.get(timeout=PATIENCE)
+            line = self._queue.get(timeout=TIMEOUT)
             assert line, "".join(self.lines)
-            if words in line:
+            if text in line:
                 return line
 
-    def end(self, number: Optional[int] = None) -> int:
-        """Send a signal, if any, and wait for the exit."""
-        if number is not None:
-            self.process.send_signal(number)
-        code = self.process.wait(PATIENCE)
-        self._reader.join(PATIENCE)
+    def end(self, signal_number: Optional[int] = None) -> int:
+        """Send a signal if one is given, wait for the exit, and return the exit code."""
+        if signal_number is not None:
+            self.process.send_signal(signal_number)
+        code = self.process.wait(TIMEOUT)
+        self._reader.join(TIMEOUT)
         return code
 
 
 @contextlib.contextmanager
 def local_cluster(n_nodes: int, cpus: float) -> Iterator[Any]:
-    """Start a ray.cluster_utils.Cluster of nodes on this machine for the block."""
+    """Run a ray.cluster_utils.Cluster of nodes on this machine during the `with` block."""
     from ray.cluster_utils import Cluster
 
-    shares = {"num_cpus": cpus, "object_store_memory": 100 * 2**20}
-    head = {**shares, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    node_arguments = {"num_cpus": cpus, "object_store_memory": 100 * 2**20}
+    head_arguments = {**node_arguments, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head_arguments)
     try:
         for _ in range(n_nodes - 1):
-            cluster.add_node(wait=False, **shares)
+            cluster.add_node(wait=False, **node_arguments)
         yield cluster
     finally:
         for node in list(cluster.worker_nodes):
@@ -99,29 +99,30 @@ class Client:
         self.headers = {"Authorization": f"Bearer {key}"}
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path, headers=self.headers, timeout=PATIENCE)
+        return httpx.get(self.url + path, headers=self.headers, timeout=TIMEOUT)
 
     def chat(self, messages: Any, **parameters: Any) -> httpx.Response:
-        body = {"model": NAME, "messages": messages, **parameters}
-        return httpx.post(
-            f"{self.url}/v1/chat/completions", json=body, headers=self.headers, timeout=PATIENCE
-        )
+        body = {"model": MODEL_NAME, "messages": messages, **parameters}
+        return httpx.post(f"{self.url}/v1/chat/completions", json=body, headers=self.headers, timeout=TIMEOUT)
 
     def metrics(self, name: str) -> dict[str, float]:
-        """Values of a metric by its label `front` or `engine`, "" without either, summed over the other labels."""
-        found: dict[str, float] = {}
+        """Map each front and engine to its value of a metric, summed over all other labels.
+
+        The key is the label `front` or `engine` of the metric, or "" if it has neither.
+        """
+        values: dict[str, float] = {}
         for family in text_string_to_metric_families(self.get("/metrics").text):
             for sample in family.samples:
                 if sample.name == name:
                     label = sample.labels.get("front") or sample.labels.get("engine") or ""
-                    found[label] = found.get(label, 0.0) + sample.value
-        return found
+                    values[label] = values.get(label, 0.0) + sample.value
+        return values
 
 
-def wait_until(holds: Callable[[], Any], seconds: float = PATIENCE) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, f"condition is still false after {seconds:g} s"
+def wait_until(condition: Callable[[], Any], seconds: float = TIMEOUT) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"condition is still false after {seconds:g} s"
         time.sleep(0.1)
 
 
@@ -130,12 +131,12 @@ def data_url(path: Path) -> str:
 
 
 def engine_pids() -> dict[str, int]:
-    """Map the replica ids of engines to process ids, by the log files that processes hold open."""
-    found = {}
+    """Map the replica ids of engines to process ids: each engine process holds its log file open."""
+    pids = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             for file in (folder / "fd").iterdir():
                 log = re.search(r"/replica_qwenvl_Engine_(\w+)\.log$", str(file.readlink()))
                 if log is not None:
-                    found[log[1]] = int(folder.name)
-    return found
+                    pids[log[1]] = int(folder.name)
+    return pids

@@ -1,4 +1,4 @@
-"""An S3 server for the tests of this folder, and the condition of those that kill nodes."""
+"""Mock S3 server for the cluster tests, and the condition under which tests marked `kills` run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def s3() -> Iterator[None]:
-    """An S3 server, which this process and those that it starts use for `s3://`."""
+    """Run a mock S3 server; environment variables make this process and its child processes use it for `s3://`."""
     server = pytest.importorskip("moto.server", reason="moto is missing; pip install 'moto[server]' s3fs")
     pytest.importorskip("s3fs", reason="s3fs is missing; pip install s3fs")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -38,7 +38,7 @@ def bucket(s3: None) -> str:
     return f"s3://{name}"
 
 
-@pytest.hookimpl(tryfirst=True)  # before the fixtures
+@pytest.hookimpl(tryfirst=True)  # before the fixtures: a skipped test must not start a cluster
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("kills") and not os.environ.get("QWENVL_TEST_CLUSTER_KILLS"):
         pytest.skip(

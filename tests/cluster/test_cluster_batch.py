@@ -20,7 +20,8 @@ from fsspec import filesystem
 
 from paddlemix_qwenvl_plugin.serve.demo_model import DemoStages, demo_stages
 
-N_ROWS, KILLS = 2000, ("actor",) * 4 + ("node",) * 3 + ("driver",) * 3
+N_ROWS = 2000
+KILLS = ("actor",) * 4 + ("node",) * 3 + ("driver",) * 3
 OPTIONS = ("--max_new_tokens", 2)
 
 
@@ -38,7 +39,7 @@ def cluster() -> Iterator[LocalCluster]:
 
 
 def write_input(folder: Path, n_rows: int) -> Path:
-    """Write rows; of each 50, one has an image, one is in OpenAI's form, one is invalid, one is sampled."""
+    """Write a JSONL input: of every 50 rows one has an image, one is in OpenAI's form, one fails, one is sampled."""
     colours = ("red", "green", "blue")
     for colour in colours:
         Image.new("RGB", (8, 8), colour).save(folder / f"{colour}.png")
@@ -53,8 +54,8 @@ def write_input(folder: Path, n_rows: int) -> Path:
     return path
 
 
-def results(path: Path) -> list[Any]:
-    """Read results without their timestamps."""
+def read_results(path: Path) -> list[Any]:
+    """Read the results in a JSONL file, without their timestamps."""
     rows = [json.loads(line) for line in path.read_bytes().splitlines()]
     for row in rows:
         if row.get("response"):
@@ -62,32 +63,34 @@ def results(path: Path) -> list[Any]:
     return rows
 
 
-def all_results(folder: Path) -> list[Any]:
-    return [row for path in sorted(folder.glob("part-*.jsonl")) for row in results(path)]
+def read_parts(folder: Path) -> list[Any]:
+    return [row for path in sorted(folder.glob("part-*.jsonl")) for row in read_results(path)]
 
 
 @pytest.mark.kills
-def test_from_and_to_a_bucket(tmp_path, stages, bucket, cluster):
-    """One of the actors is killed on the way."""
+def test_input_and_output_in_a_bucket(tmp_path, stages, bucket, cluster):
+    """Results in a bucket equal those of one machine, although an actor is killed during the job."""
     n_rows, options = 400, ("--max_new_tokens", 24)
     source = write_input(tmp_path, n_rows)
     s3 = filesystem("s3")
     s3.put([str(path) for path in tmp_path.iterdir()], f"{bucket}/in/")
     alone = BatchProcess(stages, tmp_path / "alone", source, tmp_path / "alone.jsonl", *options)
-    assert alone.finish()[0] == 1
+    assert alone.finish()[0] == 1  # the exit code if rows failed
     expected = (tmp_path / "alone.jsonl").read_text().replace(str(tmp_path), f"{bucket}/in")
     (tmp_path / "alone.jsonl").write_text(expected)
 
-    on_ray = ("--ray", cluster.address, "--ray_actors", "1:2", "--ray_cpus", 0.75, "--batch_size", 8)
-    job = BatchProcess(stages, tmp_path / "job", f"{bucket}/in/in.jsonl", f"{bucket}/out", *options, *on_ray)
-    killed = []
-    while not killed:
+    ray_flags = ("--ray", cluster.address, "--ray_actors", "1:2", "--ray_cpus", 0.75, "--batch_size", 8)
+    job = BatchProcess(
+        stages, tmp_path / "job", f"{bucket}/in/in.jsonl", f"{bucket}/out", *options, *ray_flags
+    )
+    actors: list[int] = []
+    while not actors:
         assert job.process.poll() is None, job.finish()
         time.sleep(0.05)
         s3.invalidate_cache()
-        if s3.exists(f"{bucket}/out/part-00000.jsonl") and (actors := cluster.actors()):
-            kill(actors[0])
-            killed = actors
+        if s3.exists(f"{bucket}/out/part-00000.jsonl"):
+            actors = cluster.actors()
+    kill(actors[0])
     code, out, err = job.finish()
     assert (code, err.splitlines()[-1]) == (
         1,
@@ -97,7 +100,7 @@ def test_from_and_to_a_bucket(tmp_path, stages, bucket, cluster):
     s3.get(f"{bucket}/out", str(tmp_path / "out"), recursive=True)
     parts = sorted((tmp_path / "out").glob("part-*.jsonl"))
     assert f"{bucket}/out: wrote {n_rows} rows in {len(parts)} parts" in out.splitlines()
-    assert all_results(tmp_path / "out") == results(tmp_path / "alone.jsonl")
+    assert read_parts(tmp_path / "out") == read_results(tmp_path / "alone.jsonl")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "job.json",
         "errors.jsonl",
@@ -111,28 +114,31 @@ def test_killed_ten_times(tmp_path, stages, cluster):
     alone = BatchProcess(
         stages, tmp_path / "alone", source, tmp_path / "alone.jsonl", *OPTIONS, "--batch_size", 32
     )
-    on_ray = ("--ray", cluster.address, "--ray_actors", "1:40", "--ray_cpus", 0.75)
+    ray_flags = ("--ray", cluster.address, "--ray_actors", "1:40", "--ray_cpus", 0.75)
 
     def run() -> BatchProcess:
-        return BatchProcess(stages, tmp_path / "job", source, target, *OPTIONS, *on_ray)
+        return BatchProcess(stages, tmp_path / "job", source, target, *OPTIONS, *ray_flags)
 
     def n_parts() -> int:
         return len([*target.glob("part-*.jsonl")])
 
     rng = random.Random(0)
-    kinds, killed, following = rng.sample(KILLS, len(KILLS)), list[str](), 1
+    remaining_kills = rng.sample(KILLS, len(KILLS))
+    killed: list[str] = []
+    parts_before_next_kill = 1  # number of parts that must exist
     job = run()
-    while kinds:
+    while remaining_kills:
         time.sleep(rng.random() * 0.2)
         if job.process.poll() is not None:
-            # All nodes have one address, and in older versions of Ray the driver may belong to the one that was killed.
+            # All nodes have the same IP address: older versions of Ray may attach the driver to the killed node.
             assert killed[-1] == "node", (job.finish(), killed)
+            # No other error of `qwenvl` is printed.
             assert "qwenvl: " not in job.finish()[2].replace("qwenvl: the cluster gave up (", "")
             job = run()
         actors = cluster.actors()
-        if n_parts() < following or not actors:
+        if n_parts() < parts_before_next_kill or not actors:
             continue
-        kind = kinds.pop()
+        kind = remaining_kills.pop()
         if kind == "actor":
             kill(rng.choice(actors))
         elif kind == "node":
@@ -143,7 +149,7 @@ def test_killed_ten_times(tmp_path, stages, cluster):
             job.process.wait()
             job = run()
         killed.append(kind)
-        following = n_parts() + rng.randrange(1, 3)
+        parts_before_next_kill = n_parts() + rng.randrange(1, 3)
         print(f"{time.monotonic():.0f} s, {n_parts()} parts: killed {kind}", flush=True)
     code, out, err = job.finish()
     assert (code, err.splitlines()[-1]) == (
@@ -152,8 +158,8 @@ def test_killed_ten_times(tmp_path, stages, cluster):
     )
     assert f"{target}: wrote {N_ROWS} rows in {n_parts()} parts" in out.splitlines()
     assert alone.finish()[0] == 1
-    expected = results(tmp_path / "alone.jsonl")
-    assert all_results(target) == expected
+    expected = read_results(tmp_path / "alone.jsonl")
+    assert read_parts(target) == expected
     assert len({str(row.get("custom_id", row.get("id"))) for row in expected}) == N_ROWS
-    assert results(target / "errors.jsonl") == [row for row in expected if row.get("error")]
+    assert read_results(target / "errors.jsonl") == [row for row in expected if row.get("error")]
     assert not [*target.glob(".*")]

@@ -1,4 +1,4 @@
-"""Input formats of `qwenvl batch --ray`: rows read in ranges, compared with rows read by other libraries."""
+"""Input formats of `qwenvl batch --ray`: rows read part by part, compared with expected rows."""
 
 from __future__ import annotations
 
@@ -34,22 +34,23 @@ def png(colour: str) -> bytes:
     return buffer.getvalue()
 
 
-def plain(row_id: Any, **values: Any) -> Row:
+def plain_row(row_id: Any, **values: Any) -> Row:
+    """Build an expected row in the plain form (not in OpenAI's form)."""
     return Row(row_id, False, read(values, DEFAULTS))
 
 
 def rows_in_parts(source: object, n_rows: int, prompt: str | None = None) -> list[Row]:
-    """Read the rows of a source part by part; check that numbers ascend and that ids match the parts."""
+    """Read the rows of a source in parts of `n_rows`; check that row numbers ascend and that ids match the parts."""
     files = find(str(source), "in")
     form = files.format(prompt, OPTIONS)
-    rows, last = list[Row](), 0
+    rows, last_number = list[Row](), 0
     for part in cut(index(files, form), n_rows):
         assert Part.load(part.dump()) == part
         ids = []
         for span in part.spans:
             for number, row in form.rows(files.folder, span.name, Entry(span.number, span.start, span.stop)):
-                assert span.base + number > last
-                last = span.base + number
+                assert span.base + number > last_number
+                last_number = span.base + number
                 rows.append(row)
                 ids.append(id_key(row.id))
         assert digest_of_ids(ids) == part.ids
@@ -57,7 +58,7 @@ def rows_in_parts(source: object, n_rows: int, prompt: str | None = None) -> lis
     return rows
 
 
-def same(found: list[Row], expected: list[Row]) -> None:
+def assert_same_rows(rows: list[Row], expected: list[Row]) -> None:
     """Assert that rows are equal; errors are compared by message."""
 
     def comparable(rows: list[Row]) -> list[Any]:
@@ -65,7 +66,7 @@ def same(found: list[Row], expected: list[Row]) -> None:
             row._replace(parsed=str(row.parsed)) if isinstance(row.parsed, Exception) else row for row in rows
         ]
 
-    assert comparable(found) == comparable(expected)
+    assert comparable(rows) == comparable(expected)
 
 
 def write_tar(path: Path, files: list[tuple[str, bytes]]) -> None:
@@ -84,7 +85,7 @@ def test_jsonl(tmp_path, n_rows):
     lines[9] = b"not JSON\n"
     (tmp_path / "in.jsonl").write_bytes(b"".join(lines).rstrip(b"\n"))
     expected = [read_row(number, line, DEFAULTS) for number, line in enumerate(lines, 1) if line.strip()]
-    same(rows_in_parts(tmp_path / "in.jsonl", n_rows), expected)
+    assert_same_rows(rows_in_parts(tmp_path / "in.jsonl", n_rows), expected)
 
 
 @pytest.mark.parametrize("n_rows", [1, 4, 7, 100])
@@ -97,10 +98,10 @@ def test_parquet(tmp_path, n_rows):
     rows[5]["prompt"] = None
     write_table(Table.from_pylist(rows), tmp_path / "in.parquet", row_group_size=5)
     expected = [
-        plain(row["id"], prompt=row["prompt"] or "All?", **({"seed": row["seed"]} if row["seed"] else {}))
+        plain_row(row["id"], prompt=row["prompt"] or "All?", **({"seed": row["seed"]} if row["seed"] else {}))
         for row in rows
     ]
-    same(rows_in_parts(tmp_path / "in.parquet", n_rows, "All?"), expected)
+    assert_same_rows(rows_in_parts(tmp_path / "in.parquet", n_rows, "All?"), expected)
 
 
 def test_images_of_parquet(tmp_path):
@@ -114,12 +115,12 @@ def test_images_of_parquet(tmp_path):
     struct = [{"image": {"bytes": red, "path": "x.png"}}, {"image": {"bytes": None, "path": "x.png"}}]
     write_table(Table.from_pylist(struct), tmp_path / "data" / "b.parquet")
     expected = [
-        plain("a.parquet:1", image=data_url(red), prompt="?"),
-        plain("a.parquet:2", image=data_url(blue), prompt="?"),
-        plain("b.parquet:1", image=data_url(red), prompt="?"),
-        plain("b.parquet:2", image="x.png", prompt="?"),
+        plain_row("a.parquet:1", image=data_url(red), prompt="?"),
+        plain_row("a.parquet:2", image=data_url(blue), prompt="?"),
+        plain_row("b.parquet:1", image=data_url(red), prompt="?"),
+        plain_row("b.parquet:2", image="x.png", prompt="?"),
     ]
-    same(rows_in_parts(tmp_path / "data", 3, "?"), expected)
+    assert_same_rows(rows_in_parts(tmp_path / "data", 3, "?"), expected)
 
 
 @pytest.mark.parametrize("n_rows", [1, 2, 100])
@@ -138,38 +139,43 @@ def test_webdataset(tmp_path, n_rows, prompt):
     ]
     write_tar(tmp_path / "data" / "0.tar", files)
     write_tar(tmp_path / "data" / "1.tar", [("y.jpg", red), ("y.txt", b"why?")])
-    found = rows_in_parts(tmp_path / "data", n_rows, prompt)
-    last = {} if prompt is None else {"prompt": prompt}
+    rows = rows_in_parts(tmp_path / "data", n_rows, prompt)
+    # The prompt of the sample that has neither a .json nor a .txt.
+    job_prompt = {} if prompt is None else {"prompt": prompt}
     expected = [
-        plain("x/0", images=[data_url(red)], prompt=prompt or "zero?"),
-        plain("x/1", images=[data_url(red), data_url(blue)], prompt="one?", seed=7),
-        plain("long" * 40, images=[data_url(blue)], **last),
-        found[3],
-        plain("y", images=[data_url(red)], prompt=prompt or "why?"),
+        plain_row("x/0", images=[data_url(red)], prompt=prompt or "zero?"),
+        plain_row("x/1", images=[data_url(red), data_url(blue)], prompt="one?", seed=7),
+        plain_row("long" * 40, images=[data_url(blue)], **job_prompt),
+        rows[3],  # the error, checked below
+        plain_row("y", images=[data_url(red)], prompt=prompt or "why?"),
     ]
-    same(found, expected)
-    assert found[3].id == "bad"
-    assert "not valid JSON" in str(found[3].parsed)
+    assert_same_rows(rows, expected)
+    assert rows[3].id == "bad"
+    assert "not valid JSON" in str(rows[3].parsed)
 
 
-def test_a_webdataset_of_the_library(tmp_path):
-    """Rows of a file of WebDataset's writer equal those of its reader."""
+def test_rows_equal_the_samples_of_the_webdataset_library(tmp_path):
+    """A file of the library's writer is read as by the library's reader."""
     wds = pytest.importorskip("webdataset")
     with wds.TarWriter(str(tmp_path / "a.tar")) as writer:
         for n in range(5):
             writer.write({"__key__": f"s/{n:03}", "jpg": png("red"), "txt": f"{n}?"})
-    found = rows_in_parts(tmp_path / "a.tar", 2)
+    rows = rows_in_parts(tmp_path / "a.tar", 2)
     samples = [*wds.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)]
-    assert [row.id for row in found] == [sample["__key__"] for sample in samples]
-    same(found, [plain(s["__key__"], images=[data_url(s["jpg"])], prompt=s["txt"].decode()) for s in samples])
+    assert [row.id for row in rows] == [sample["__key__"] for sample in samples]
+    expected = [
+        plain_row(sample["__key__"], images=[data_url(sample["jpg"])], prompt=sample["txt"].decode())
+        for sample in samples
+    ]
+    assert_same_rows(rows, expected)
 
 
 def test_a_folder_of_images(tmp_path):
     for name in ("b.png", "a/c.JPG", "a/notes.txt", ".hidden/d.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(png("red"))
-    expected = [plain(name, image=name, prompt="What?") for name in ("a/c.JPG", "b.png")]
-    same(rows_in_parts(tmp_path, 1, "What?"), expected)
+    expected = [plain_row(name, image=name, prompt="What?") for name in ("a/c.JPG", "b.png")]
+    assert_same_rows(rows_in_parts(tmp_path, 1, "What?"), expected)
 
 
 def test_equal_ids_are_refused(tmp_path):
@@ -195,17 +201,21 @@ def test_refused_folders(tmp_path, names, message):
 
 
 def test_images_by_url():
-    """Images on any fsspec file system are replaced by their bytes; relative paths start at the input's folder."""
+    """Images on an fsspec file system are replaced by their bytes; relative paths start at the input's folder.
+
+    Data URLs and absolute local paths are left to the model.
+    """
     from fsspec import filesystem
 
     memory = filesystem("memory")
     memory.pipe_file("/data/a/red.png", png("red"))
     names = ["a/red.png", "memory://data/a/red.png", "a/none.png", data_url(png("blue")), "/none.png"]
-    rows = [(n, plain(n, image=name, prompt="?")) for n, name in enumerate(names)]
-    found = [*with_images(rows, "memory://data", 2)]
-    assert [number for number, _ in found] == [*range(len(names))]
-    parts = [row.parsed.request.parts[0]["image"] if n != 2 else str(row.parsed) for n, row in found]
-    assert parts == [png("red"), png("red"), "image memory://data/a/none.png does not exist", *names[3:]]
+    rows = [(n, plain_row(n, image=name, prompt="?")) for n, name in enumerate(names)]
+    numbers, loaded = zip(*with_images(rows, "memory://data", ahead=2))
+    assert numbers == (*range(len(names)),)
+    assert str(loaded[2].parsed) == "image memory://data/a/none.png does not exist"
+    images = [row.parsed.request.parts[0]["image"] for n, row in enumerate(loaded) if n != 2]
+    assert images == [png("red"), png("red"), *names[3:]]
 
 
 def test_a_bucket(tmp_path, bucket):
@@ -229,4 +239,4 @@ def test_a_bucket(tmp_path, bucket):
     for name in ("jsonl", "parquet", "tar", "images", "jsonl/1.jsonl", "parquet/1.parquet", "tar/1.tar"):
         expected = rows_in_parts(tmp_path / name, 4, "?")
         assert len(expected) == (2 if name == "images" else 9 if "." in name else 18)
-        same(rows_in_parts(f"{bucket}/data/{name}", 4, "?"), expected)
+        assert_same_rows(rows_in_parts(f"{bucket}/data/{name}", 4, "?"), expected)

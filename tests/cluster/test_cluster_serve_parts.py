@@ -36,74 +36,80 @@ from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 
-def limits(**values: Any) -> ServeSettings:
+def serve_settings(**values: Any) -> ServeSettings:
+    """Create settings with small limits; `values` replace them."""
     return ServeSettings(**{"max_running": 2, "max_waiting": 2, "max_per_key": 3, **values})
 
 
 async def run_pending_tasks() -> None:
+    """Give all tasks time to run until they wait for something."""
     for _ in range(10):
         await asyncio.sleep(0)
 
 
 class TestCoordinator:
-    def test_limits_are_those_of_all_replicas(self) -> None:
+    """Coordinator: acquire(front, lease id, number of slots, API key) returns None, or the error of a refusal."""
+
+    def test_limits_count_the_slots_of_all_replicas(self) -> None:
         async def scenario() -> None:
-            queue = Coordinator(limits(min_replicas=1, max_replicas=2, max_per_key=None))
-            waiting = [asyncio.ensure_future(queue.acquire(f"f{i % 2}", f"l{i}", 1, None)) for i in range(6)]
+            queue = Coordinator(serve_settings(min_replicas=1, max_replicas=2, max_per_key=None))
+            leases = [
+                asyncio.ensure_future(queue.acquire(f"front{i % 2}", f"lease{i}", 1, None)) for i in range(6)
+            ]
             await run_pending_tasks()
             totals = await queue.drain()
             assert (totals.running, totals.waiting) == (4, 2)
             # Accept requests again.
-            await queue.configure(limits(min_replicas=1, max_replicas=2, max_per_key=None))
-            refusal = await queue.acquire("f0", "too many", 1, None)
+            await queue.configure(serve_settings(min_replicas=1, max_replicas=2, max_per_key=None))
+            refusal = await queue.acquire("front0", "too many", 1, None)
             assert refusal is not None
             assert (refusal["status"], refusal["code"]) == (429, "rate_limit_exceeded")
-            await queue.release("l0")
-            await queue.release("l1")
-            assert await asyncio.gather(*waiting) == [None] * 6
+            await queue.release("lease0")
+            await queue.release("lease1")
+            assert await asyncio.gather(*leases) == [None] * 6
 
         asyncio.run(scenario())
 
     def test_limit_of_a_key_holds_over_fronts(self) -> None:
         async def scenario() -> None:
-            queue = Coordinator(limits(max_running=9))
+            queue = Coordinator(serve_settings(max_running=9))
             for i in range(3):
-                assert await queue.acquire(f"f{i}", f"l{i}", 1, "key") is None
-            refusal = await queue.acquire("f3", "l3", 1, "key")
+                assert await queue.acquire(f"front{i}", f"lease{i}", 1, "key") is None
+            refusal = await queue.acquire("front3", "lease3", 1, "key")
             assert refusal is not None
             assert "This API key" in refusal["message"]
-            assert await queue.acquire("f3", "l4", 1, "another") is None
+            assert await queue.acquire("front3", "lease4", 1, "another key") is None
 
         asyncio.run(scenario())
 
-    def test_a_client_that_leaves_the_queue_frees_its_place(self) -> None:
+    def test_a_waiting_request_is_removed_when_its_client_disconnects(self) -> None:
         async def scenario() -> None:
-            queue = Coordinator(limits())
-            assert [await queue.acquire("f", f"l{i}", 1, None) for i in range(2)] == [None, None]
-            waits = asyncio.ensure_future(queue.acquire("f", "waits", 1, None))
+            queue = Coordinator(serve_settings())
+            assert [await queue.acquire("front", f"lease{i}", 1, None) for i in range(2)] == [None, None]
+            waiting = asyncio.ensure_future(queue.acquire("front", "waiting", 1, None))
             await run_pending_tasks()
             assert (await queue.drain()).waiting == 1
-            await queue.release("waits")
-            assert await waits is None
+            await queue.release("waiting")
+            assert await waiting is None
             totals = await queue.drain()
             assert (totals.running, totals.waiting) == (2, 0)
 
         asyncio.run(scenario())
 
-    def test_slots_that_their_front_does_not_hold_are_freed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """They are freed after a grace period, because the grant may still be on its way to the front."""
+    def test_slots_of_unreported_leases_are_freed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Only after a grace period, because a grant may still be on its way to the front."""
         monkeypatch.setattr(coordinator, "_UNCLAIMED_SECONDS", 0.2)
 
         async def scenario() -> None:
-            queue = Coordinator(limits())
-            await queue.release("left")  # arrives before its acquire
-            for lease in ("left", "held"):
-                assert await queue.acquire("f", lease, 1, None) is None
-            held = {"held": (1, None)}
-            assert (await queue.report("f", "front", True, [], held)).running == 2
+            queue = Coordinator(serve_settings())
+            await queue.release("released")  # arrives before its acquire
+            for lease_id in ("released", "held"):
+                assert await queue.acquire("front", lease_id, 1, None) is None
+            leases = {"held": (1, None)}
+            assert (await queue.report("front", "front", True, [], leases)).running == 2
             await asyncio.sleep(0.3)
-            assert (await queue.report("other", "front", True, [], {})).running == 2
-            assert (await queue.report("f", "front", True, [], held)).running == 1
+            assert (await queue.report("another front", "front", True, [], {})).running == 2
+            assert (await queue.report("front", "front", True, [], leases)).running == 1
 
         asyncio.run(scenario())
 
@@ -112,16 +118,16 @@ class TestCoordinator:
         monkeypatch.setattr(coordinator, "_LOST_SECONDS", 0.2)
 
         async def scenario() -> None:
-            queue = Coordinator(limits())
-            for front in ("dies", "lives"):
+            queue = Coordinator(serve_settings())
+            for front in ("lost", "live"):
                 await queue.report(front, "front", True, [])
-                assert await queue.acquire(front, front, 1, "key") is None
-            waits = asyncio.ensure_future(queue.acquire("lives", "waits", 1, None))
-            while not waits.done():
-                totals = await queue.report("lives", "front", True, [], {"lives": (1, "key")})
+                assert await queue.acquire(front, f"lease of {front}", 1, "key") is None
+            waiting = asyncio.ensure_future(queue.acquire("live", "waiting", 1, None))
+            while not waiting.done():  # only the live front continues to report
+                totals = await queue.report("live", "front", True, [], {"lease of live": (1, "key")})
                 await asyncio.sleep(0.02)
             assert totals.running <= 2
-            assert set((await queue.metrics())[0]) == {"lives"}
+            assert set((await queue.metrics())[0]) == {"live"}
 
         asyncio.run(asyncio.wait_for(scenario(), 20))
 
@@ -129,37 +135,41 @@ class TestCoordinator:
         monkeypatch.setattr(coordinator, "REPORT_SECONDS", 0.1)
 
         async def scenario() -> None:
-            queue = Coordinator(limits(), restarted=True)
-            waits = asyncio.ensure_future(queue.acquire("f", "new", 1, None))
-            known = asyncio.ensure_future(queue.acquire("f", "a", 1, "key"))  # granted before the restart
+            queue = Coordinator(serve_settings(), restarted=True)
+            new = asyncio.ensure_future(queue.acquire("front", "new", 1, None))
+            granted = asyncio.ensure_future(queue.acquire("front", "old0", 1, "key"))  # before the restart
             await run_pending_tasks()
-            for _ in range(3):  # a lease counts once, however often it is reported
-                totals = await queue.report("f", "front", True, [], {"a": (1, "key"), "b": (1, None)})
+            leases = {"old0": (1, "key"), "old1": (1, None)}
+            for _ in range(3):  # repeated reports count a lease once
+                totals = await queue.report("front", "front", True, [], leases)
             assert totals.running == 2
-            assert await known is None
+            assert await granted is None
             await run_pending_tasks()
-            assert not waits.done()
-            await queue.release("a")
-            assert await waits is None
+            assert not new.done()
+            await queue.release("old0")
+            assert await new is None
             assert (await queue.drain()).running == 2
 
         asyncio.run(scenario())
 
 
 class Call:
-    """Stub of a streaming call to an engine replica: yields chunks of tokens, then raises or hangs."""
+    """Stub of a streaming call to an engine replica: yields chunks of tokens, then raises the error, if any.
 
-    def __init__(self, chunks: list[Chunk], then: Optional[BaseException]) -> None:
+    Without an error, the call ends if the last chunk has a finish reason and otherwise hangs.
+    """
+
+    def __init__(self, chunks: list[Chunk], error: Optional[BaseException]) -> None:
         self._chunks = chunks
-        self._then = then
+        self._error = error
         self.cancelled = False
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         for chunk in self._chunks:
             await asyncio.sleep(0)
             yield chunk
-        if self._then is not None:
-            raise self._then
+        if self._error is not None:
+            raise self._error
         if not self._chunks or self._chunks[-1].reason is None:
             await asyncio.sleep(60)
 
@@ -168,16 +178,20 @@ class Call:
 
 
 class Replicas:
-    """Stub of a DeploymentHandle: each call generates tokens from n_skip on, of ten tokens 0, 1, … 9.
+    """Stub of the DeploymentHandle of engine replicas that complete every request with the tokens 0 to 9.
 
-    A call takes the next (n, error) of `ends`, and yields tokens up to n - 1; then it raises the error, or hangs if the
-    error is None. Without one left, it completes all tokens.
+    The i-th call takes (stop, error) from `failures[i]`: it yields the tokens from n_skip to stop - 1, and then raises
+    the error, or hangs if the error is None. Calls after the last failure yield all tokens from n_skip on.
+
+    Attributes:
+        calls: request, n_skip and routing arguments of each call.
+        last_call: the last call.
     """
 
-    def __init__(self, *ends: Any) -> None:
-        self._ends = list(ends)
+    def __init__(self, *failures: Any) -> None:
+        self._failures = list(failures)
         self.calls: list[tuple[EngineRequest, int, dict[str, Any]]] = []
-        self.last: Optional[Call] = None
+        self.last_call: Optional[Call] = None
         self.generate = SimpleNamespace(remote=self._generate)
 
     def options(self, stream: bool) -> Replicas:
@@ -185,25 +199,28 @@ class Replicas:
 
     def _generate(self, request: EngineRequest, n_skip: int, **routing: Any) -> Call:
         self.calls.append((request, n_skip, routing))
-        n, error = self._ends.pop(0) if self._ends else (10, None)
-        chunks = [Chunk([Token(i)], 7) for i in range(n_skip, n)]
-        if error is None and n == 10:
+        stop, error = self._failures.pop(0) if self._failures else (10, None)
+        chunks = [Chunk([Token(i)], n_cached=7) for i in range(n_skip, stop)]
+        if error is None and stop == 10:
             chunks.append(Chunk([], 7, "length"))
-        self.last = Call(chunks, error)
-        return self.last
+        self.last_call = Call(chunks, error)
+        return self.last_call
 
 
 def collect(replicas: Replicas, request: Optional[EngineRequest] = None) -> tuple[list[int], Optional[Ended]]:
+    """Run a request on stub replicas; return its token ids and finish reason."""
+
     async def scenario() -> tuple[list[int], Optional[Ended]]:
         stream = HandleEngineClient(replicas).submit(request or engine_request([1, 2, 3]))
-        tokens = [token.id async for new in stream for token in new]
-        return tokens, stream.ended
+        token_ids = [token.id async for tokens in stream for token in tokens]
+        return token_ids, stream.ended
 
     return asyncio.run(asyncio.wait_for(scenario(), 20))
 
 
 def engine_request(prompt: list[int], generated: Any = (), images: Any = (), **options: Any) -> EngineRequest:
-    return EngineRequest(prompt, list(images), [9], GenerationOptions(**options), generated)
+    stop_tokens = [9]
+    return EngineRequest(prompt, list(images), stop_tokens, GenerationOptions(**options), generated)
 
 
 class TestEngineHandle:
@@ -220,18 +237,18 @@ class TestEngineHandle:
         assert len(seeds) == 1
         assert None not in seeds
 
-    def test_a_given_seed_stays(self) -> None:
+    def test_the_seed_of_a_request_is_kept(self) -> None:
         replicas = Replicas()
         collect(replicas, engine_request([1], seed=5))
         assert replicas.calls[0][0].options.seed == 5
 
-    def test_it_gives_up_with_an_error_that_clients_retry(self) -> None:
+    def test_after_four_attempts_the_error_asks_the_client_to_try_again(self) -> None:
         replicas = Replicas(*[(0, RayActorError())] * 4)
         with pytest.raises(EngineUnavailable, match="try again"):
             collect(replicas)
         assert len(replicas.calls) == 4
 
-    def test_an_error_of_the_request_is_not_repeated(self) -> None:
+    def test_an_error_of_the_request_itself_is_not_retried(self) -> None:
         replicas = Replicas((2, QwenVLError("the logits are not finite")))
         with pytest.raises(QwenVLError, match="not finite"):
             collect(replicas)
@@ -241,12 +258,12 @@ class TestEngineHandle:
         async def scenario() -> None:
             replicas = Replicas((4, None))
             stream = HandleEngineClient(replicas).submit(engine_request([1]))
-            async for new in stream:
-                if new[-1].id == 3:
+            async for tokens in stream:
+                if tokens[-1].id == 3:
                     stream.cancel()
             assert stream.ended == Ended("cancelled", 7)
-            assert replicas.last is not None
-            assert replicas.last.cancelled
+            assert replicas.last_call is not None
+            assert replicas.last_call.cancelled
 
         asyncio.run(asyncio.wait_for(scenario(), 20))
 
@@ -255,43 +272,47 @@ IMAGE_END = 99
 
 
 class TestPrefix:
-    def test_turns_of_a_conversation_have_one_prefix(self) -> None:
-        first = engine_request([1, 2, 3])
-        assert prefix_of(engine_request([1, 2, 3, 7, 8, 9, 4], generated=[(3, 5)]), IMAGE_END) == prefix_of(
-            first, IMAGE_END
-        )
-        assert prefix_of(engine_request([1, 2, 4]), IMAGE_END) != prefix_of(first, IMAGE_END)
+    def test_turns_of_a_conversation_have_the_same_prefix(self) -> None:
+        first_turn = prefix_of(engine_request([1, 2, 3]), IMAGE_END)
+        second_turn = engine_request([1, 2, 3, 7, 8, 9, 4], generated=[(3, 5)])  # 7, 8: the completion
+        assert prefix_of(second_turn, IMAGE_END) == first_turn
+        assert prefix_of(engine_request([1, 2, 4]), IMAGE_END) != first_turn
 
-    def test_questions_about_an_image_have_one_prefix(self) -> None:
+    def test_questions_about_an_image_have_the_same_prefix(self) -> None:
         cat, dog = (np.full((4, 4, 3), value, np.uint8) for value in (1, 2))
-        asked = prefix_of(engine_request([1, 99, 5, 6], images=[cat]), IMAGE_END)
-        assert prefix_of(engine_request([1, 99, 7], images=[cat]), IMAGE_END) == asked
-        assert prefix_of(engine_request([1, 99, 7], images=[dog]), IMAGE_END) != asked
-        # An image of a later turn does not matter.
-        later = engine_request([1, 99, 5, 6, 8, 99, 3], generated=[(4, 5)], images=[cat, dog])
-        assert prefix_of(later, IMAGE_END) == asked
+        prefix = prefix_of(engine_request([1, IMAGE_END, 5, 6], images=[cat]), IMAGE_END)
+        assert prefix_of(engine_request([1, IMAGE_END, 7], images=[cat]), IMAGE_END) == prefix
+        assert prefix_of(engine_request([1, IMAGE_END, 7], images=[dog]), IMAGE_END) != prefix
+        # An image of a later turn does not change the prefix.
+        second_turn = engine_request(
+            [1, IMAGE_END, 5, 6, 8, IMAGE_END, 3], generated=[(4, 5)], images=[cat, dog]
+        )
+        assert prefix_of(second_turn, IMAGE_END) == prefix
 
 
-def test_requests_with_the_same_image_can_be_compared() -> None:
-    """Ray compares requests when it removes one from its queue."""
+def test_requests_with_equal_images_can_be_compared() -> None:
+    """Ray compares requests when it removes a request from its queue; a comparison of NumPy arrays would raise."""
     image = np.zeros((4, 4, 3), np.uint8)
-    first, second = (engine_request([1, 99], images=[image.copy()]) for _ in range(2))
-    waiting = [first, second]
-    waiting.remove(second)
-    assert waiting == [first]
+    first, second = (engine_request([1, IMAGE_END], images=[image.copy()]) for _ in range(2))
+    queue = [first, second]
+    queue.remove(second)
+    assert queue == [first]
 
 
 class Router(PrefixRouter):
     """PrefixRouter with fixed queue lengths, without Ray."""
 
-    def __init__(self, queued: dict[str, int]) -> None:
-        self.queued = queued
-        self.replicas: Any = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in queued]
+    def __init__(self, queue_lengths: dict[str, int]) -> None:
+        self.queue_lengths = queue_lengths
+        self.replicas: Any = [
+            SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in queue_lengths
+        ]
 
     def _queued(self, replica: Any) -> int:
-        return self.queued[replica.replica_id.unique_id]
+        return self.queue_lengths[replica.replica_id.unique_id]
 
     def ranking(self, prefix: str, attempt: int = 0) -> list[str]:
+        """List the names of the replicas in the order of preference for a request."""
         request: Any = SimpleNamespace(kwargs={"prefix": prefix, "attempt": attempt})
         ranks: Any = asyncio.run(self.choose_replicas(self.replicas, request))
         assert all(len(rank) == 1 for rank in ranks)
@@ -301,12 +322,18 @@ class Router(PrefixRouter):
 class TestRouter:
     def test_prefixes_are_balanced_and_stable(self) -> None:
         prefixes = [f"p{i}" for i in range(300)]
-        before = {prefix: Router(dict.fromkeys("abc", 0)).ranking(prefix)[0] for prefix in prefixes}
-        assert all(60 < sum(chosen == name for chosen in before.values()) < 140 for name in "abc")
-        after = {prefix: Router(dict.fromkeys("cab", 3)).ranking(prefix)[0] for prefix in prefixes}
-        assert after == before
-        without = {prefix: Router(dict.fromkeys("ab", 0)).ranking(prefix)[0] for prefix in prefixes}
-        assert all(without[prefix] == before[prefix] for prefix in prefixes if before[prefix] != "c")
+
+        def first_replicas(names: str, queue_length: int) -> dict[str, str]:
+            router = Router(dict.fromkeys(names, queue_length))
+            return {prefix: router.ranking(prefix)[0] for prefix in prefixes}
+
+        first = first_replicas("abc", 0)
+        # About 100 of the 300 prefixes for each replica.
+        assert all(60 < [*first.values()].count(name) < 140 for name in "abc")
+        assert first_replicas("cab", 3) == first
+        # Without replica c, only its prefixes move.
+        without_c = first_replicas("ab", 0)
+        assert all(without_c[prefix] == first[prefix] for prefix in prefixes if first[prefix] != "c")
 
     def test_an_overloaded_replica_comes_last(self) -> None:
         first, second, third = Router(dict.fromkeys("abc", 0)).ranking("p")
@@ -319,23 +346,28 @@ class TestRouter:
 
 
 def test_metrics_of_all_processes() -> None:
-    def counted(n: int) -> list[Metric]:
+    def request_counter(n: int) -> list[Metric]:
         registry = CollectorRegistry()
         Counter("qwenvl_requests", "HTTP requests.", ["path"], registry=registry).labels("/").inc(n)
         return list(registry.collect())
 
-    processes = {"a": ("front", counted(3)), "b": ("front", counted(4)), "c": ("engine", counted(5))}
-    page, content_type = render(processes, Totals(6, 7, 1, False, False), "")
+    processes = {
+        "a": ("front", request_counter(3)),
+        "b": ("front", request_counter(4)),
+        "c": ("engine", request_counter(5)),
+    }
+    totals = Totals(running=6, waiting=7, engines=1, draining=False, ending=False)
+    page, content_type = render(processes, totals, "")
     assert content_type.startswith("text/plain")
     families = list(text_string_to_metric_families(page.decode()))
     assert len(families) == len({family.name for family in families})
-    found = {
+    values = {
         (sample.name, *sorted(sample.labels.items())): sample.value
         for family in families
         for sample in family.samples
-        if not sample.name.endswith("_created")
+        if not sample.name.endswith("_created")  # creation times
     }
-    assert found == {
+    assert values == {
         ("qwenvl_slots_running",): 6,
         ("qwenvl_queue_waiting",): 7,
         ("qwenvl_requests_total", ("front", "a"), ("path", "/")): 3,
@@ -344,18 +376,18 @@ def test_metrics_of_all_processes() -> None:
     }
 
 
-def test_fronts_for_all_slots() -> None:
-    """Fronts with one CPU, 1340 tokens/s each, keep up with GPUs, 2890 tokens/s each (docs/scaling.md)."""
-    gpu = limits(device="gpu", max_running=64, min_replicas=16)
+def test_enough_fronts_for_all_slots() -> None:
+    """The fronts, 1340 tokens/s per CPU, send what the GPUs generate, 2890 tokens/s each (docs/scaling.md)."""
+    gpu = serve_settings(device="gpu", max_running=64, min_replicas=16)
     assert max_fronts(gpu) * front_cpus(gpu) * 1340 >= 16 * 2890
     assert max_fronts(gpu) * front_requests(gpu) >= 16 * 64
-    assert max_fronts(limits(max_running=64, max_replicas=10)) == 10
-    assert max_fronts(limits(max_running=65, min_fronts=1)) == 2
-    assert max_fronts(limits(max_running=2)) == limits().min_fronts
+    assert max_fronts(serve_settings(max_running=64, max_replicas=10)) == 10
+    assert max_fronts(serve_settings(max_running=65, min_fronts=1)) == 2
+    assert max_fronts(serve_settings(max_running=2)) == serve_settings().min_fronts
 
 
 @pytest.mark.parametrize(
-    ("found", "protobuf", "message"),
+    ("ray", "protobuf", "message"),
     [
         ("2.49.2", "6.33.6", "qwenvl serve needs Ray 2.50 or newer, and this is 2.49.2; pip install -U 'ray"),
         ("2.56.1", "7.36.2", "Ray Serve 2.56.1 does not work with protobuf 7.36.2; pip install 'protobuf<7'"),
@@ -363,25 +395,25 @@ def test_fronts_for_all_slots() -> None:
         ("2.57.0", "7.36.2", None),
     ],
 )
-def test_an_old_ray_is_refused(
-    monkeypatch: pytest.MonkeyPatch, found: str, protobuf: str, message: Optional[str]
+def test_unsupported_versions_of_ray_are_refused(
+    monkeypatch: pytest.MonkeyPatch, ray: str, protobuf: str, message: Optional[str]
 ) -> None:
-    check_version()
-    monkeypatch.setattr(start, "version", {"ray": found, "protobuf": protobuf}.__getitem__)
+    check_version()  # the installed versions are accepted
+    monkeypatch.setattr(start, "version", {"ray": ray, "protobuf": protobuf}.__getitem__)
     with contextlib.nullcontext() if message is None else pytest.raises(UsageError, match=re.escape(message)):
         check_version()
 
 
-def test_a_controller_that_dies_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_if_the_controller_dies_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray import serve
 
-    def died(*_: Any, **__: Any) -> None:
+    def raise_actor_error(*_: Any, **__: Any) -> None:
         raise RayActorError
 
-    monkeypatch.setattr(serve, "start", died)
-    monkeypatch.setattr(serve, "status", died)
+    monkeypatch.setattr(serve, "start", raise_actor_error)
+    monkeypatch.setattr(serve, "status", raise_actor_error)
     with pytest.raises(QwenVLError, match=r"^the application does not start on the cluster: The actor"):
-        start._deploy(limits(first_model_path="vision", second_model_path="text"))
+        start._deploy(serve_settings(first_model_path="vision", second_model_path="text"))
 
 
 def test_a_restarted_proxy_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

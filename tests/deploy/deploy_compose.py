@@ -1,4 +1,4 @@
-"""The keys of Prometheus's and Grafana's files that deploy/compose uses, as strict models."""
+"""Strict models of the configuration files of Prometheus and Grafana in deploy/compose, with the keys in use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The YAML files of deploy/, and every variant of one with a misspelt key."""
+"""Documents of the YAML files in deploy/, and their variants with a misspelt key."""
 
 from __future__ import annotations
 
@@ -10,51 +10,62 @@ from typing import Any
 import yaml
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
-# Maps whose keys are the user's own.
-FREE = {"args", "labels", "limits", "matchLabels", "rayStartParams", "requests"}
+# Maps whose keys the user chooses, so that no schema knows them.
+MAPS_WITH_USER_KEYS = {"args", "labels", "limits", "matchLabels", "rayStartParams", "requests"}
 
 
 def documents(path: str) -> list[dict[str, Any]]:
-    """The documents of a file."""
-    found: list[dict[str, Any]] = [
-        one for one in yaml.safe_load_all((DEPLOY / path).read_text("utf-8")) if one is not None
+    """Read the documents of a YAML file in deploy/."""
+    contents: list[dict[str, Any]] = [
+        document
+        for document in yaml.safe_load_all((DEPLOY / path).read_text("utf-8"))
+        if document is not None
     ]
-    assert found, path
-    return found
+    assert contents, path
+    return contents
 
 
-def misspelt(document: Any, free: set[str] = FREE) -> Iterator[tuple[str, Any]]:
-    """(path of the key, the document with an x at the end of that key) for each key of a fixed name."""
+def misspellings(
+    document: Any, maps_with_user_keys: set[str] = MAPS_WITH_USER_KEYS
+) -> Iterator[tuple[str, Any]]:
+    """For each key of a document, yield the key's path and a copy of the document with an x appended to the key.
 
-    def keys(node: Any, path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    The keys of `maps_with_user_keys` are left as they are.
+    """
+
+    def key_paths(node: Any, path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
         if isinstance(node, dict):
             for key, value in node.items():
-                if not path or path[-1] not in free:
+                if not path or path[-1] not in maps_with_user_keys:
                     yield (*path, key)
-                yield from keys(value, (*path, key))
+                yield from key_paths(value, (*path, key))
         elif isinstance(node, list):
-            for number, value in enumerate(node):
-                yield from keys(value, (*path, number))
+            for index, value in enumerate(node):
+                yield from key_paths(value, (*path, index))
 
-    for path in list(keys(document, ())):
-        changed = copy.deepcopy(document)
-        parent = changed
-        for step in path[:-1]:
-            parent = parent[step]
+    for path in list(key_paths(document, ())):
+        variant = copy.deepcopy(document)
+        parent = variant
+        for key_or_index in path[:-1]:
+            parent = parent[key_or_index]
         parent[f"{path[-1]}x"] = parent.pop(path[-1])
-        yield ".".join(map(str, path)), changed
+        yield ".".join(map(str, path)), variant
 
 
-def accepted(
-    check: Callable[[Any], Any], document: Any, errors: tuple[type[Exception], ...], free: set[str] = FREE
+def undetected_misspellings(
+    check: Callable[[Any], Any],
+    document: Any,
+    errors: tuple[type[Exception], ...],
+    maps_with_user_keys: set[str] = MAPS_WITH_USER_KEYS,
 ) -> list[str]:
-    """Keys whose misspelling a check does not find."""
-    found, n = [], 0
-    for n, (key, changed) in enumerate(misspelt(document, free), 1):  # noqa: B007
+    """List the keys whose misspelling a check accepts, that is, without raising one of `errors`."""
+    undetected = []
+    variants = list(misspellings(document, maps_with_user_keys))
+    assert variants
+    for key_path, variant in variants:
         try:
-            check(changed)
+            check(variant)
         except errors:
             continue
-        found.append(key)
-    assert n > 0
-    return found
+        undetected.append(key_path)
+    return undetected

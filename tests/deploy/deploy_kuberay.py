@@ -1,7 +1,7 @@
-"""The keys of KubeRay's resources that deploy/ uses, as strict models; pod templates go to the Kubernetes schema.
+"""Strict models of KubeRay's resources, with the keys that deploy/ uses.
 
-Source: the resource definitions of KubeRay 1.6, ray-operator/apis/ray/v1/*_types.go; no package on PyPI has them.
-The values' ranges are those of the controller's validation.go where they are narrower than the types.
+Source of the keys: ray-operator/apis/ray/v1/*_types.go of KubeRay 1.6; no package on PyPI has them. Source of the
+value ranges: the controller's validation.go. Pod templates are validated against the Kubernetes schema.
 """
 
 from __future__ import annotations
@@ -30,23 +30,25 @@ class Metadata(Strict):
     generateName: Optional[str] = None
 
     @model_validator(mode="after")
-    def _named(self) -> Metadata:
+    def _check_name(self) -> Metadata:
         assert (self.name is None) != (self.generateName is None)
         return self
 
 
-def pod(template: dict[str, Any]) -> dict[str, Any]:
+def check_pod(template: dict[str, Any]) -> dict[str, Any]:
+    """Validate a pod template and return it."""
     validate_kubernetes({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, **template})
     return template
 
 
-def container_part(part: dict[str, Any]) -> dict[str, Any]:
-    pod({"spec": {"containers": [{"name": "container", **part}]}})
-    return part
+def check_container(fields: dict[str, Any]) -> dict[str, Any]:
+    """Validate fields of a container and return them."""
+    check_pod({"spec": {"containers": [{"name": "container", **fields}]}})
+    return fields
 
 
-Pod = Annotated[dict[str, Any], AfterValidator(pod)]
-Resources = Annotated[dict[str, Any], AfterValidator(lambda value: container_part({"resources": value}))]
+Pod = Annotated[dict[str, Any], AfterValidator(check_pod)]
+Resources = Annotated[dict[str, Any], AfterValidator(lambda value: check_container({"resources": value}))]
 RayStartParams = dict[str, str]
 
 
@@ -58,7 +60,7 @@ class AutoscalerOptions(Strict):
 class Password(Strict):
     valueFrom: Annotated[
         dict[str, Any],
-        AfterValidator(lambda value: container_part({"env": [{"name": "P", "valueFrom": value}]})),
+        AfterValidator(lambda value: check_container({"env": [{"name": "P", "valueFrom": value}]})),
     ]
 
 
@@ -79,7 +81,7 @@ class WorkerGroup(HeadGroup):
     maxReplicas: int
 
     @model_validator(mode="after")
-    def _bounds(self) -> WorkerGroup:
+    def _check_replicas(self) -> WorkerGroup:
         assert 0 <= self.minReplicas <= self.replicas <= self.maxReplicas
         return self
 
@@ -107,28 +109,29 @@ class JobSpec(Strict):
     rayClusterSpec: ClusterSpec
 
     @model_validator(mode="after")
-    def _ends(self) -> JobSpec:
+    def _check_ttl(self) -> JobSpec:
+        # A time to live applies only to a job that shuts its cluster down.
         assert self.shutdownAfterJobFinishes or not self.ttlSecondsAfterFinished
         return self
 
 
-def known(given: dict[str, Any], model: type[BaseModel]) -> None:
-    """Assert that a model has each key: Ray's models of some levels ignore unknown ones."""
-    assert set(given) <= set(model.model_fields), set(given) - set(model.model_fields)
+def check_keys(values: dict[str, Any], model: type[BaseModel]) -> None:
+    """Assert that all keys are fields of a model: some of Ray's models ignore unknown keys."""
+    assert set(values) <= set(model.model_fields), set(values) - set(model.model_fields)
 
 
-def serve_config(text: str) -> str:
-    """A Serve configuration, by Ray's own models."""
+def check_serve_config(text: str) -> str:
+    """Validate a Serve configuration with Ray's models and return it."""
     document = safe_load(text)
     ServeDeploySchema.model_validate(document)
-    known(document, ServeDeploySchema)
-    known(document["http_options"], HTTPOptionsSchema)
+    check_keys(document, ServeDeploySchema)
+    check_keys(document["http_options"], HTTPOptionsSchema)
     for application in document["applications"]:
-        known(application, ServeApplicationSchema)
+        check_keys(application, ServeApplicationSchema)
         for deployment in application.get("deployments", ()):
-            known(deployment, DeploymentSchema)
-            known(deployment["ray_actor_options"], RayActorOptionsSchema)
-            known(deployment["autoscaling_config"], AutoscalingConfig)
+            check_keys(deployment, DeploymentSchema)
+            check_keys(deployment["ray_actor_options"], RayActorOptionsSchema)
+            check_keys(deployment["autoscaling_config"], AutoscalingConfig)
             AutoscalingConfig(**deployment["autoscaling_config"])
     return text
 
@@ -141,7 +144,7 @@ class ServiceSpec(Strict):
     excludeHeadPodFromServeSvc: bool
     upgradeStrategy: UpgradeStrategy
     rayClusterDeletionDelaySeconds: int
-    serveConfigV2: Annotated[str, AfterValidator(serve_config)]
+    serveConfigV2: Annotated[str, AfterValidator(check_serve_config)]
     rayClusterConfig: ClusterSpec
 
 

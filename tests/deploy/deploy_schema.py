@@ -1,6 +1,6 @@
-"""The strict JSON schemas of Kubernetes that kubernetes-validate carries, each read once.
+"""Validation against the strict JSON schemas of Kubernetes in the package kubernetes-validate.
 
-`kubernetes_validate.validate` reads them anew at each call, too slow for every misspelling of every key.
+Schemas are cached: `kubernetes_validate.validate` reads them at each call, too slow for a check of every misspelling.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from referencing import Registry, Resource
 
 __all__ = ["ValidationError", "validate_kubernetes"]
 
-# The oldest release that its makers still maintain, or newer; the schemas of newer ones have more keys.
+# One of the older releases that Kubernetes still maintains: the schemas of newer releases accept more keys.
 VERSION = "1.34"
 
 
 @functools.cache
 def _contents(name: str) -> dict[str, Any]:
     path = f"kubernetes-json-schema/v{VERSION}.0-local-strict/{name}.json"
-    found: dict[str, Any] = json.loads(
+    schema: dict[str, Any] = json.loads(
         resources.files("kubernetes_validate").joinpath(path).read_text("utf-8")
     )
-    return found
+    return schema
 
 
 @functools.cache
@@ -38,6 +38,7 @@ def _validator(kind: str, api_version: str) -> Draft202012Validator:
 
 def validate_kubernetes(document: dict[str, Any]) -> None:
     """Raise ValidationError unless a resource fits the schema of its kind."""
-    # autoscaling.k8s.io/v1 is autoscaling-v1 there.
+    # The schemas' names have only the first part of a group: autoscaling-v1 for autoscaling.k8s.io/v1.
     group, _, version = document["apiVersion"].rpartition("/")
-    _validator(document["kind"], "/".join(filter(None, [group.split(".")[0], version]))).validate(document)
+    api_version = f"{group.split('.')[0]}/{version}" if group else version
+    _validator(document["kind"], api_version).validate(document)

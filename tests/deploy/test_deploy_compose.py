@@ -1,4 +1,4 @@
-"""deploy/compose: the Compose specification, Prometheus and Grafana, and how they fit together."""
+"""Files in deploy/compose: valid for Compose, Prometheus and Grafana, and consistent with each other."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any
 
 import pytest
 from deploy_compose import MODELS
-from deploy_documents import DEPLOY, accepted, documents, misspelt
+from deploy_documents import DEPLOY, documents, misspellings, undetected_misspellings
 from pydantic import ValidationError
 from yaml import safe_dump
 
 from paddlemix_qwenvl_plugin.serve import server
 from paddlemix_qwenvl_plugin.serve.settings import ENVIRONMENT_PREFIX, ServeSettings
 
-FILES = ["compose/compose.yaml", "compose/gpu.yaml"]
+COMPOSE_FILES = ["compose/compose.yaml", "compose/gpu.yaml"]
 FOLDER = DEPLOY / "compose"
 
 
 def services() -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = documents("compose/compose.yaml")[0]["services"]
-    return found
+    services: dict[str, dict[str, Any]] = documents("compose/compose.yaml")[0]["services"]
+    return services
 
 
-def invalid(paths: list[Path]) -> set[str]:
-    """The files that do not fit the schema of the Compose specification, by check-jsonschema."""
+def invalid_files(paths: list[Path]) -> set[str]:
+    """Check files with check-jsonschema; return those that violate the schema of the Compose specification."""
     pytest.importorskip("check_jsonschema", reason="pip install 'paddlemix-qwenvl-plugin[dev]'")
     command = [
         sys.executable,
@@ -38,39 +38,38 @@ def invalid(paths: list[Path]) -> set[str]:
         "-o",
         "json",
     ]
-    done = subprocess.run(
+    completed = subprocess.run(
         [*command, *map(str, paths)], capture_output=True, text=True, timeout=60, check=False
     )
-    report = json.loads(done.stdout)
+    report = json.loads(completed.stdout)
     assert not report.get("parse_errors"), report
     return {error["filename"] for error in report.get("errors", [])}
 
 
-def test_the_files_fit_the_specification() -> None:
-    assert invalid([DEPLOY / path for path in FILES]) == set()
+def test_the_files_are_valid_for_compose() -> None:
+    assert invalid_files([DEPLOY / path for path in COMPOSE_FILES]) == set()
 
 
-@pytest.mark.parametrize("path", FILES)
+@pytest.mark.parametrize("path", COMPOSE_FILES)
 def test_a_misspelt_key_is_found(path: str, tmp_path: Path) -> None:
     [document] = documents(path)
-    # Names of services, volumes, variables and build arguments are free.
-    free = {"services", "volumes", "secrets", "environment", "args"}
-    changed = {
-        str(tmp_path / f"{number}.yaml"): (key, value)
-        for number, (key, value) in enumerate(misspelt(document, free))
-    }
-    for name, (_, value) in changed.items():
-        Path(name).write_text(safe_dump(value), "utf-8")
-    missed = [changed[name][0] for name in set(changed) - invalid([Path(name) for name in changed])]
-    assert not missed
-    assert len(changed) >= 7
+    # The names of services, volumes, secrets, variables and build arguments.
+    maps_with_user_keys = {"services", "volumes", "secrets", "environment", "args"}
+    key_paths = {}
+    for number, (key_path, variant) in enumerate(misspellings(document, maps_with_user_keys)):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(safe_dump(variant), "utf-8")
+        key_paths[str(file)] = key_path
+    valid_files = set(key_paths) - invalid_files([Path(name) for name in key_paths])
+    assert [key_paths[name] for name in valid_files] == []
+    assert len(key_paths) >= 7
 
 
 @pytest.mark.parametrize("path", MODELS)
-def test_the_models(path: str) -> None:
+def test_the_models_fit_the_file_and_reject_misspelt_keys(path: str) -> None:
     [document] = documents(path)
     MODELS[path].model_validate(document)
-    assert accepted(MODELS[path].model_validate, document, (ValidationError,)) == []
+    assert undetected_misspellings(MODELS[path].model_validate, document, (ValidationError,)) == []
 
 
 def test_mounted_files_exist() -> None:
@@ -81,24 +80,25 @@ def test_mounted_files_exist() -> None:
                 assert (FOLDER / source).is_file(), source
     build = services()["qwenvl"]["build"]
     assert (FOLDER / build["context"] / build["dockerfile"]).is_file()
-    # Keys are not in Git.
+    # Git ignores the files with keys.
     secrets = documents("compose/compose.yaml")[0]["secrets"].values()
     ignored = (FOLDER / ".gitignore").read_text("utf-8").split()
     assert ignored == [f"/{secret['file']}" for secret in secrets]
 
 
-def test_the_server_gets_its_settings_and_its_time() -> None:
+def test_settings_stop_grace_period_and_port_of_the_server() -> None:
     service = services()["qwenvl"]
     for name in service["environment"]:
         assert name[len(ENVIRONMENT_PREFIX) :].lower() in ServeSettings.model_fields
-    ending = 4 * server._LAST_SECONDS + server._CLEANING_SECONDS + server._HANDSHAKE_SECONDS
-    grace = int(service["stop_grace_period"].rstrip("s"))
-    assert grace > ServeSettings().shutdown_timeout + ending
-    [published] = service["ports"]
-    assert published.endswith(f":{ServeSettings().port}")
+    # The timeouts of the steps of a shutdown, in server.py, apart from shutdown_timeout.
+    other_timeouts = 4 * server._LAST_SECONDS + server._CLEANING_SECONDS + server._HANDSHAKE_SECONDS
+    grace_period = int(service["stop_grace_period"].rstrip("s"))
+    assert grace_period > ServeSettings().shutdown_timeout + other_timeouts
+    [port] = service["ports"]
+    assert port.endswith(f":{ServeSettings().port}")
 
 
-def test_prometheus_reaches_the_server_and_grafana_prometheus() -> None:
+def test_addresses_of_the_server_and_of_prometheus() -> None:
     [scrape] = documents("compose/prometheus.yaml")[0]["scrape_configs"]
     [static] = scrape["static_configs"]
     assert static["targets"] == [f"qwenvl:{ServeSettings().port}"]
@@ -114,6 +114,6 @@ def test_prometheus_reaches_the_server_and_grafana_prometheus() -> None:
     )
 
 
-def test_nothing_listens_beyond_this_machine() -> None:
+def test_ports_are_open_on_this_machine_only() -> None:
     for service in services().values():
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))

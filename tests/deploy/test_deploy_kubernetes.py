@@ -1,4 +1,4 @@
-"""deploy/kubernetes: the schemas of Kubernetes, and the server's behaviour."""
+"""Files in deploy/kubernetes: valid for Kubernetes, and consistent with the server's settings and endpoints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deploy_documents import DEPLOY, accepted, documents
+from deploy_documents import DEPLOY, documents, undetected_misspellings
 from yaml import safe_load_all
 
 pytest.importorskip("kubernetes_validate", reason="pip install 'paddlemix-qwenvl-plugin[dev]'")
@@ -26,59 +26,62 @@ FILES = sorted(
 )
 
 
-def only(name: str) -> Any:
+def resource(name: str) -> Any:
+    """Read the resource in a file of the variant for CPUs."""
     [document] = documents(f"kubernetes/cpu/{name}.yaml")
     return document
 
 
 def container() -> Any:
-    [found] = only("deployment")["spec"]["template"]["spec"]["containers"]
-    return found
+    [server_container] = resource("deployment")["spec"]["template"]["spec"]["containers"]
+    return server_container
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_it_fits_the_schema(path: str) -> None:
+def test_resources_are_valid(path: str) -> None:
     for document in documents(path):
-        if path != "kubernetes/gpu/deployment.yaml":  # a patch of another file: kustomize tests it below
+        # This file is a patch of cpu/deployment.yaml: test_kustomize_builds_the_resources validates the result.
+        if path != "kubernetes/gpu/deployment.yaml":
             validate_kubernetes(document)
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if "/cpu/" in path])
 def test_a_misspelt_key_is_found(path: str) -> None:
     for document in documents(path):
-        # A misspelt selector key of the Service is a label like any other.
-        free = {"labels", "limits", "matchLabels", "requests", "selector"}
-        found = accepted(validate_kubernetes, document, (ValidationError, KeyError), free)
-        assert found == []
+        # The selector of a Service consists of labels.
+        maps_with_user_keys = {"labels", "limits", "matchLabels", "requests", "selector"}
+        errors = (ValidationError, KeyError)
+        assert undetected_misspellings(validate_kubernetes, document, errors, maps_with_user_keys) == []
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
-def test_kustomize_builds_it(device: str, tmp_path: Path) -> None:
+def test_kustomize_builds_the_resources(device: str, tmp_path: Path) -> None:
     if shutil.which("kubectl") is None:
         pytest.skip("no kubectl")
     shutil.copytree(FOLDER, tmp_path / "kubernetes")
     (tmp_path / "kubernetes" / "cpu" / "api_keys").write_text("key")
-    done = subprocess.run(
+    completed = subprocess.run(
         ["kubectl", "kustomize", str(tmp_path / "kubernetes" / device)],
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    built = {document["kind"]: document for document in safe_load_all(done.stdout)}
-    for document in built.values():
+    assert completed.returncode == 0, completed.stderr
+    resources = {document["kind"]: document for document in safe_load_all(completed.stdout)}
+    for document in resources.values():
         validate_kubernetes(document)
-    secret = built["Secret"]["metadata"]["name"]
-    pod = built["Deployment"]["spec"]["template"]["spec"]
+    secret = resources["Secret"]["metadata"]["name"]
+    pod = resources["Deployment"]["spec"]["template"]["spec"]
     assert secret in [volume.get("secret", {}).get("secretName") for volume in pod["volumes"]]
-    [one] = pod["containers"]
-    assert one["image"].startswith("registry.example.com/qwenvl-serve:")
-    assert ("nvidia.com/gpu" in one["resources"]["limits"]) == (device == "gpu")
-    assert one["livenessProbe"] == container()["livenessProbe"]  # the patch keeps the rest
+    [server_container] = pod["containers"]
+    assert server_container["image"].startswith("registry.example.com/qwenvl-serve:")
+    assert ("nvidia.com/gpu" in server_container["resources"]["limits"]) == (device == "gpu")
+    # The patch of the variant for GPUs keeps all other fields.
+    assert server_container["livenessProbe"] == container()["livenessProbe"]
 
 
-def test_the_kustomization_lists_the_files() -> None:
+def test_the_kustomization_lists_all_files() -> None:
     [base] = documents("kubernetes/cpu/kustomization.yaml")
     assert {f"kubernetes/cpu/{name}" for name in base["resources"]} == {
         path for path in FILES if "/cpu/" in path
@@ -87,52 +90,53 @@ def test_the_kustomization_lists_the_files() -> None:
     assert [f"/{name}" for name in generated["files"]] == (FOLDER / "cpu/.gitignore").read_text(
         "utf-8"
     ).split()
-    volumes = only("deployment")["spec"]["template"]["spec"]["volumes"]
+    volumes = resource("deployment")["spec"]["template"]["spec"]["volumes"]
     assert generated["name"] in [volume.get("secret", {}).get("secretName") for volume in volumes]
 
 
-def test_settings_exist_and_fit() -> None:
-    settings = {each["name"][len(ENVIRONMENT_PREFIX) :].lower(): each["value"] for each in container()["env"]}
+def test_settings_of_the_server() -> None:
+    settings = {
+        variable["name"][len(ENVIRONMENT_PREFIX) :].lower(): variable["value"]
+        for variable in container()["env"]
+    }
     assert set(settings) <= set(ServeSettings.model_fields)
-    path = Path(settings["api_key_file"])
     mounts = {mount["mountPath"] for mount in container()["volumeMounts"]}
-    assert str(path.parent) in mounts
+    assert str(Path(settings["api_key_file"]).parent) in mounts
     assert container()["ports"][0]["containerPort"] == ServeSettings().port
-    # Kubernetes would set QWENVL_SERVE_… variables for a service of such a name.
-    assert only("deployment")["spec"]["template"]["spec"]["enableServiceLinks"] is False
+    # For a service named qwenvl-serve, Kubernetes would set QWENVL_SERVE_… variables, which the server would reject.
+    assert resource("deployment")["spec"]["template"]["spec"]["enableServiceLinks"] is False
 
 
-def test_requests_end_before_the_pod() -> None:
-    ending = 4 * server._LAST_SECONDS + server._CLEANING_SECONDS + server._HANDSHAKE_SECONDS
-    [sleep, seconds] = container()["lifecycle"]["preStop"]["exec"]["command"]
-    assert sleep == "sleep"
-    shutdown = float(
-        {each["name"]: each["value"] for each in container()["env"]}["QWENVL_SERVE_SHUTDOWN_TIMEOUT"]
-    )
-    grace = only("deployment")["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
-    assert grace > int(seconds) + shutdown + ending
+def test_the_grace_period_of_the_pod_is_longer_than_a_shutdown() -> None:
+    [command, seconds] = container()["lifecycle"]["preStop"]["exec"]["command"]
+    assert command == "sleep"
+    variables = {variable["name"]: variable["value"] for variable in container()["env"]}
+    shutdown_timeout = float(variables["QWENVL_SERVE_SHUTDOWN_TIMEOUT"])
+    # The timeouts of the other steps of a shutdown, in server.py.
+    other_timeouts = 4 * server._LAST_SECONDS + server._CLEANING_SECONDS + server._HANDSHAKE_SECONDS
+    grace_period = resource("deployment")["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert grace_period > int(seconds) + shutdown_timeout + other_timeouts
 
 
-def test_probes_ask_the_health_endpoints() -> None:
+def test_probes_request_the_health_endpoints() -> None:
     for probe, path in (("livenessProbe", "/health/live"), ("readinessProbe", "/health/ready")):
         assert container()[probe]["httpGet"] == {"path": path, "port": "http"}
         assert path in HEALTH_PATHS
 
 
-def test_all_select_the_pods() -> None:
-    labels = only("deployment")["spec"]["template"]["metadata"]["labels"]
-    assert only("deployment")["spec"]["selector"]["matchLabels"] == labels
-    assert only("service")["spec"]["selector"] == labels
-    assert only("disruption")["spec"]["selector"]["matchLabels"] == labels
-    target = only("autoscaler")["spec"]["scaleTargetRef"]
-    assert (target["kind"], target["name"]) == ("Deployment", only("deployment")["metadata"]["name"])
-    # A budget that allows nothing would block the drain of a node for ever.
-    assert only("disruption")["spec"]["maxUnavailable"] >= 1
-    assert only("autoscaler")["spec"]["minReplicas"] >= 2
+def test_all_resources_select_the_pods_of_the_deployment() -> None:
+    labels = resource("deployment")["spec"]["template"]["metadata"]["labels"]
+    assert resource("deployment")["spec"]["selector"]["matchLabels"] == labels
+    assert resource("service")["spec"]["selector"] == labels
+    assert resource("disruption")["spec"]["selector"]["matchLabels"] == labels
+    target = resource("autoscaler")["spec"]["scaleTargetRef"]
+    assert (target["kind"], target["name"]) == ("Deployment", resource("deployment")["metadata"]["name"])
+    # A disruption budget of 0 would prevent the drain of a node.
+    assert resource("disruption")["spec"]["maxUnavailable"] >= 1
+    assert resource("autoscaler")["spec"]["minReplicas"] >= 2
 
 
 def test_the_autoscaler_reads_a_metric_of_the_server() -> None:
-    [metric] = only("autoscaler")["spec"]["metrics"]
-    names = [each.name for each in slot_metrics(0, 0)]
-    assert metric["pods"]["metric"]["name"] in names
+    [metric] = resource("autoscaler")["spec"]["metrics"]
+    assert metric["pods"]["metric"]["name"] in [slot_metric.name for slot_metric in slot_metrics(0, 0)]
     assert int(metric["pods"]["target"]["averageValue"]) < ServeSettings().max_running

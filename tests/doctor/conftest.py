@@ -1,3 +1,5 @@
+"""Fake environments for `qwenvl doctor`."""
+
 from __future__ import annotations
 
 import contextlib
@@ -10,16 +12,18 @@ from doctor_helpers import REPO, Environment
 
 
 @pytest.fixture(scope="session")
-def lone_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Python with this package and its requirements, without Paddle, upstreams and package metadata."""
-    folder = tmp_path_factory.mktemp("lone")
+def isolated_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Python interpreter with this package and its requirements, without Paddle, upstreams and package metadata."""
+    folder = tmp_path_factory.mktemp("isolated")
     modules = folder / "modules"
     modules.mkdir()
-    for site in (Path(folder) for folder in sys.path if folder.endswith(("site-packages", "dist-packages"))):
-        for path in site.iterdir():
+    for entry in sys.path:
+        if not entry.endswith(("site-packages", "dist-packages")):
+            continue
+        for path in Path(entry).iterdir():
             hidden = path.name.startswith(("paddle", "ppdiffusers", "_qwenvl", "qwenvl", "sitecustomize"))
             if not hidden and path.suffix not in (".pth", ".start", ".dist-info", ".egg-info"):
-                with contextlib.suppress(FileExistsError):  # the first on sys.path wins
+                with contextlib.suppress(FileExistsError):  # as in imports, the first on sys.path is used
                     (modules / path.name).symlink_to(path)
     venv.create(folder / "env", symlinks=True, with_pip=False)
     (site_packages,) = (folder / "env" / "lib").rglob("site-packages")
@@ -28,5 +32,5 @@ def lone_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def environment(lone_python: Path, tmp_path: Path) -> Environment:
-    return Environment(lone_python, tmp_path)
+def environment(isolated_python: Path, tmp_path: Path) -> Environment:
+    return Environment(isolated_python, tmp_path)

@@ -1,4 +1,4 @@
-"""Fake environments: a Python with the plugin, its requirements, and the packages that a test creates."""
+"""Fake environments for `qwenvl doctor`: the plugin, its requirements, and fake packages and programs of a test."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from typing import Any
 
 REPO = Path(__file__).resolve().parents[2]
 
-_TABLE = (REPO / "docs" / "doctor.md").read_text("utf-8").split("## What is checked")[1].split("\n## ")[0]
-# Check -> the keys of its `data`, in the order of the document.
+_SECTION = (REPO / "docs" / "doctor.md").read_text("utf-8").split("## What is checked")[1].split("\n## ")[0]
+# Name of each check in the document's table -> the keys of its `data`, in the document's order.
 DOCUMENTED = {
-    row[0]: re.findall(r"`(\w+)`", row[1])
-    for row in re.findall(r"^\| `(.+?)` \|.*\|(.*)\|$", _TABLE, re.MULTILINE)
+    name: re.findall(r"`(\w+)`", data)
+    for name, data in re.findall(r"^\| `(.+?)` \|.*\|(.*)\|$", _SECTION, re.MULTILINE)
 }
 
+# Module `paddle`, formatted by Environment.paddle.
 PADDLE = """
 import types
 print("noise on stdout", flush=True)
@@ -30,7 +31,7 @@ def is_compiled_with_cuda():
 class CUDAPlace:
     def __init__(self, index): pass
 def to_tensor(values, place=None):
-    {adding}
+    {addition}
     return values[0]
 device = types.SimpleNamespace(cuda=types.SimpleNamespace(
     device_count=lambda: {count},
@@ -41,7 +42,7 @@ device = types.SimpleNamespace(cuda=types.SimpleNamespace(
 
 
 def validate(report: dict[str, Any]) -> None:
-    """Compare a report with docs/doctor.md."""
+    """Check that the names, order, keys and counts of a report are as in docs/doctor.md."""
     assert list(report) == ["schema", "plugin", "notes", "problems", "checks"]
     assert report["schema"] == 1
     order = []
@@ -51,10 +52,8 @@ def validate(report: dict[str, Any]) -> None:
         assert check["message"]
         assert "\n" not in check["message"]
         assert check["fix"] is None or check["fix"]
-        documented = re.sub(r"^(combination|entry_point)\..+", r"\1.", check["name"])
-        documented = {"combination.": "combination.NAME", "entry_point.": "entry_point.GROUP"}.get(
-            documented, documented
-        )
+        documented = re.sub(r"^combination\..+", "combination.NAME", check["name"])
+        documented = re.sub(r"^entry_point\..+", "entry_point.GROUP", documented)
         assert list(check["data"]) == DOCUMENTED[documented], check["name"]
         order.append(list(DOCUMENTED).index(documented))
     names = [check["name"] for check in report["checks"]]
@@ -66,6 +65,8 @@ def validate(report: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Result:
+    """Exit code, stdout and stderr of a command."""
+
     code: int
     out: str
     err: str
@@ -78,20 +79,20 @@ class Environment:
         self.python = python
         self.packages = folder / "packages"
         self.programs = folder / "programs"
-        # Hides the driver of the test machine.
+        # Hide the GPUs of this machine.
         self.variables = {"CUDA_VISIBLE_DEVICES": ""}
         self.path = [self.packages]
         self.packages.mkdir()
         self.programs.mkdir()
 
     def module(self, name: str, text: str = "") -> None:
-        """Add a module or, with `/` in the name, a file of one."""
+        """Add a module, or a file if the name contains `/`, as in "package/__init__.py"."""
         path = self.packages / (name if "/" in name else f"{name}.py")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, "utf-8")
 
     def distribution(self, name: str, version: str, **files: str) -> None:
-        """Add the metadata of a package; `files`: further files of its dist-info, with `__` for a dot."""
+        """Add the metadata of a package; `files`: other files of its dist-info folder, with `__` for a dot."""
         folder = self.packages / f"{name.replace('-', '_')}-{version}.dist-info"
         folder.mkdir()
         (folder / "METADATA").write_text(
@@ -101,6 +102,7 @@ class Environment:
             (folder / file.replace("__", ".")).write_text(text, "utf-8")
 
     def program(self, name: str, text: str) -> None:
+        """Add a shell script to PATH."""
         path = self.programs / name
         path.write_text(f"#!/bin/sh\n{text}\n", "utf-8")
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
@@ -117,24 +119,30 @@ class Environment:
         version: str = "3.3.1",
         gpu: bool = False,
         archs: str | None = "[80, 90]",
-        sees: tuple[int, int] | None = None,
-        adding: str = "pass",
+        visible_gpu: tuple[int, int] | None = None,
+        addition: str = "pass",
     ) -> None:
-        """Add a Paddle. `archs`: result of cuda_archs(), None: no such function; `sees`: a GPU visible to it."""
+        """Add a fake Paddle.
+
+        Args:
+            archs: code of the result of cuda_archs(); None: Paddle has no such function.
+            visible_gpu: compute capability of the GPU that Paddle sees, if any.
+            addition: code that a test addition on the GPU runs.
+        """
         self.distribution("paddlepaddle-gpu" if gpu else "paddlepaddle", version)
         text = PADDLE.format(
             version=version,
             cuda="12.6" if gpu else "False",
             archs="" if archs is None else f", cuda_archs=lambda: {archs}",
             gpu=gpu,
-            count=int(sees is not None),
-            capability=sees,
-            adding=adding,
+            count=int(visible_gpu is not None),
+            capability=visible_gpu,
+            addition=addition,
         )
         self.module("paddle", text)
 
     def plugin(self, entry_points: str | None = None, version: str | None = None, **files: str) -> None:
-        """Add the installed plugin, with entry points that need no other package."""
+        """Add the metadata of the installed plugin; by default, its entry points refer to the standard library."""
         from paddlemix_qwenvl_plugin.doctor.installation import ENTRY_POINTS
         from paddlemix_qwenvl_plugin.version import __version__
 
@@ -146,15 +154,16 @@ class Environment:
             "paddlemix-qwenvl-plugin", version or __version__, entry_points__txt=entry_points, **files
         )
 
-    def well(self) -> None:
-        """Add everything needed for a report without problems."""
+    def add_healthy_packages(self) -> None:
+        """Add the packages of a report without problems."""
         self.paddle()
         self.plugin()
         self.distribution("setuptools", "65.5.0")
         self.distribution("pip", "23.2.1")
 
     def run(self, *arguments: str) -> Result:
-        done = subprocess.run(
+        """Run `qwenvl doctor` in this environment."""
+        completed = subprocess.run(
             [self.python, "-m", "paddlemix_qwenvl_plugin.cli", "doctor", *arguments],
             env={
                 "PATH": str(self.programs),
@@ -169,18 +178,19 @@ class Environment:
             timeout=120,
             check=False,
         )
-        return Result(done.returncode, done.stdout, done.stderr)
+        return Result(completed.returncode, completed.stdout, completed.stderr)
 
     def checks(self, *arguments: str) -> dict[str, dict[str, Any]]:
-        """Checks of the `--json` report by name; the report is compared with the document."""
+        """Run the doctor with `--json`, validate the report, and return its checks by name."""
         result = self.run("--json", *arguments)
         report = json.loads(result.out)
         validate(report)
         problems = report["problems"]
         plural = "s" if problems > 1 else ""
-        said = f"qwenvl: doctor: {problems} problem{plural} found\n" if problems else ""
-        assert (result.code, result.err) == (1 if problems else 0, said)
+        error = f"qwenvl: doctor: {problems} problem{plural} found\n" if problems else ""
+        assert (result.code, result.err) == (1 if problems else 0, error)
         return {check["name"]: check for check in report["checks"]}
 
     def problems(self) -> dict[str, dict[str, Any]]:
+        """Run the doctor and return the checks with the status "problem", by name."""
         return {name: check for name, check in self.checks().items() if check["status"] == "problem"}

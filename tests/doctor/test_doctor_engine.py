@@ -1,4 +1,4 @@
-"""Engine checks of `qwenvl doctor` in fake environments without a real Paddle."""
+"""The engine checks of `qwenvl doctor` in fake environments, with a fake Paddle, compiler and CUDA."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from doctor_helpers import Environment
 from engines import needs_compiler
 from fake_cuda import fake_driver, fake_nvrtc, headers
 
+# Fake compiler: prints a version for --version, otherwise creates an empty output file.
 COMPILER = """[ "$1" = --version ] && { echo made-up 1.0; exit 0; }
 while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done
 exit 0"""
@@ -20,7 +21,8 @@ exit 0"""
 
 @pytest.fixture
 def cache(environment: Environment, tmp_path: Path) -> Path:
-    environment.well()
+    """Cache folder of the engine in a healthy environment."""
+    environment.add_healthy_packages()
     environment.variables["QWENVL_CACHE_DIR"] = str(tmp_path / "cache")
     return tmp_path / "cache" / "engine"
 
@@ -29,7 +31,8 @@ def build(
     environment: Environment,
     code: str = "from paddlemix_qwenvl_plugin.engine.build import library; library()",
 ) -> None:
-    """Build with the fake compiler, which may fail."""
+    """Build the engine with the environment's compiler; failures are ignored."""
+    # Only for the build: the checks run without this machine's programs.
     environment.variables["PATH"] = f"{environment.programs}{os.pathsep}{os.environ['PATH']}"
     variables = {**environment.variables, "PYTHONPATH": str(environment.packages)}
     subprocess.run([environment.python, "-c", code], env=variables, capture_output=True, check=False)
@@ -54,17 +57,17 @@ def test_not_built(environment: Environment, cache: Path) -> None:
     assert check["data"]["state"] == "not built"
 
 
-def test_built(environment: Environment, cache: Path) -> None:
+def test_built_and_damaged(environment: Environment, cache: Path) -> None:
     environment.program("c++", COMPILER)
     build(environment)
     check = environment.checks()["engine"]
     assert (check["status"], check["data"]["state"]) == ("ok", "built")
     assert Path(check["data"]["library"]).is_file()
-    Path(check["data"]["library"]).write_text("cut")
+    Path(check["data"]["library"]).write_text("damaged")
     assert environment.checks()["engine"]["data"]["state"] == "not built"
 
 
-def test_a_build_that_failed(environment: Environment, cache: Path) -> None:
+def test_a_failed_build(environment: Environment, cache: Path) -> None:
     environment.program("c++", '[ "$1" = --version ] && { echo made-up 1.0; exit 0; }\nexit 3')
     build(environment)
     check = environment.checks()["engine"]
@@ -74,53 +77,54 @@ def test_a_build_that_failed(environment: Environment, cache: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs Linux's /proc/cpuinfo")
 def test_instruction_set(environment: Environment, cache: Path) -> None:
-    """The best ISA whose CPU flags the operating system's kernel lists."""
-    words = Path("/proc/cpuinfo").read_text().split()
-    best = "generic"
-    if platform.machine() == "x86_64" and {"avx2", "fma", "f16c"} <= set(words):
-        best = "avx2"
-        if {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"} <= set(words):
-            best = "avx512_bf16" if {"avx512_bf16", "avx512vbmi"} <= set(words) else "avx512"
-    assert environment.checks()["engine"]["data"]["instruction_set"] == best
+    """The reported ISA is the best one whose CPU flags are in /proc/cpuinfo."""
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    expected = "generic"
+    if platform.machine() == "x86_64" and {"avx2", "fma", "f16c"} <= flags:
+        expected = "avx2"
+        if {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"} <= flags:
+            expected = "avx512_bf16" if {"avx512_bf16", "avx512vbmi"} <= flags else "avx512"
+    assert environment.checks()["engine"]["data"]["instruction_set"] == expected
 
 
 @needs_compiler
 def test_gpus(environment: Environment, cache: Path, tmp_path: Path) -> None:
-    """Fake driver and NVRTC, from neither to built and failed kernels.
+    """The check for GPUs with a fake driver: no GPU, no usable NVRTC, not built, built, damaged, failed.
 
-    No real NVRTC supports the fake GPU, since one may be installed.
+    The fake GPU has the compute capability 99.6, so that an installed real NVRTC cannot compile for it.
     """
     environment.variables.update(
         LD_LIBRARY_PATH=str(fake_driver(tmp_path).parent), FAKE_CUDA="12080", FAKE_MAJOR="99"
     )
 
-    def check(gpus: int = 1) -> dict[str, Any]:
-        environment.variables["FAKE_GPUS"] = str(gpus)
-        found: dict[str, Any] = environment.checks()["gpu_engine"]
-        return found
+    def run_check(n_gpus: int = 1) -> dict[str, Any]:
+        environment.variables["FAKE_GPUS"] = str(n_gpus)
+        check: dict[str, Any] = environment.checks()["gpu_engine"]
+        return check
 
-    assert (check(0)["status"], check(0)["data"]["driver"]) == ("ok", "12.8")
-    assert check(0)["message"] == "engine on GPUs: driver for CUDA 12.8, which shows no GPU"
-    found = check()
-    assert found["data"]["gpus"] == [{"name": "First", "architecture": 996}]
+    check = run_check(n_gpus=0)
+    assert (check["status"], check["data"]["driver"]) == ("ok", "12.8")
+    assert check["message"] == "engine on GPUs: driver for CUDA 12.8, which shows no GPU"
+    check = run_check()
+    assert check["data"]["gpus"] == [{"name": "First", "architecture": 996}]
     wheel = environment.packages / "nvidia" / "cuda_nvrtc"
     library = fake_nvrtc(wheel / "lib" / "libnvrtc.so.12", 12, 0, 80)
-    found = check()
-    assert (found["status"], found["fix"]) == ("note", "pip install 'paddlemix-qwenvl-plugin[gpu-engine]'")
-    assert found["message"].endswith(f"{library} is NVRTC 12.0, which cannot compile for sm_996")
+    check = run_check()
+    assert (check["status"], check["fix"]) == ("note", "pip install 'paddlemix-qwenvl-plugin[gpu-engine]'")
+    assert check["message"].endswith(f"{library} is NVRTC 12.0, which cannot compile for sm_996")
     fake_nvrtc(library, 12, 7, 996)
     headers(wheel / "include")
-    found = check()
-    assert (found["status"], found["fix"]) == ("note", "qwenvl build-engine --device gpu")
-    assert (found["data"]["nvrtc"], found["data"]["state"]) == ("NVRTC 12.7", "not built")
+    check = run_check()
+    assert (check["status"], check["fix"]) == ("note", "qwenvl build-engine --device gpu")
+    assert (check["data"]["nvrtc"], check["data"]["state"]) == ("NVRTC 12.7", "not built")
 
     environment.program("c++", COMPILER)
     build(environment, "from paddlemix_qwenvl_plugin.engine.gpu import build_for; build_for(0)")
-    found = check()
-    assert (found["status"], found["data"]["state"]) == ("ok", "built")
-    Path(found["data"]["library"]).write_text("cut")
-    assert check()["data"]["state"] == "not built"
-    Path(found["data"]["library"]).with_name("failed").write_text("so it failed")
-    found = check()
-    assert found["data"]["state"] == "failed"
-    assert found["message"].endswith("so it failed")
+    check = run_check()
+    assert (check["status"], check["data"]["state"]) == ("ok", "built")
+    Path(check["data"]["library"]).write_text("damaged")
+    assert run_check()["data"]["state"] == "not built"
+    Path(check["data"]["library"]).with_name("failed").write_text("so it failed")
+    check = run_check()
+    assert check["data"]["state"] == "failed"
+    assert check["message"].endswith("so it failed")

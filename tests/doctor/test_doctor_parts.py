@@ -1,4 +1,4 @@
-"""Parts of the doctor that need the real environment, a real tree or a real model."""
+"""Parts of `qwenvl doctor` with this project's entry points, the real Paddle, a Git checkout and a model folder."""
 
 from __future__ import annotations
 
@@ -25,45 +25,47 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError
 # Entry points
 
 
-def declared() -> list[tuple[str, str, str]]:
-    """(group, name, object) of pyproject.toml."""
+def declared_entry_points() -> list[tuple[str, str, str]]:
+    """List the entry points of pyproject.toml as (group, name, object)."""
     text = (REPO / "pyproject.toml").read_text("utf-8")
     return re.findall(r'^\[project\.entry-points\."(.+)"\]\n(\S+) = "(.+)"$', text, re.MULTILINE)
 
 
-def test_the_doctor_lists_the_declared_entry_points() -> None:
-    assert {group: name for group, name, _ in declared()} == ENTRY_POINTS
+def test_the_doctor_and_its_document_list_the_entry_points() -> None:
+    assert {group: name for group, name, _ in declared_entry_points()} == ENTRY_POINTS
     document = (REPO / "docs" / "doctor.md").read_text("utf-8")
-    for group, name, _ in declared():
+    for group, name, _ in declared_entry_points():
         assert f"| `{group}` | `{name}` |" in document
 
 
-@pytest.mark.parametrize(("group", "name", "value"), declared(), ids=lambda text: text)
+@pytest.mark.parametrize(("group", "name", "value"), declared_entry_points(), ids=lambda text: text)
 def test_entry_points_resolve(group: str, name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(REPO / "activation"))
     assert callable(EntryPoint(name, value, group).load())
 
 
-def test_activation_by_its_entry_point_is_light() -> None:
-    (value,) = [value for group, _, value in declared() if group == "paddlenlp.plugins"]
+def test_the_activation_imports_no_large_modules() -> None:
+    (value,) = [value for group, _, value in declared_entry_points() if group == "paddlenlp.plugins"]
     module, _, function = value.partition(":")
     code = f"import sys, {module}; {module}.{function}(); print(*sys.modules)"
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-S", "-c", code],
         env={"PYTHONPATH": str(REPO / "activation")},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert not {"paddle", "numpy", "importlib.metadata", "paddlemix_qwenvl_plugin"} & set(done.stdout.split())
+    assert not {"paddle", "numpy", "importlib.metadata", "paddlemix_qwenvl_plugin"} & set(
+        completed.stdout.split()
+    )
 
 
-# Questions
+# probe.ask: questions to a child process, because the import of a package may hang or end the process
 
 
-def test_a_question_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "paddle.py").write_text(
-        # The grandchild survives and keeps the output open.
+        # This grandchild of the doctor outlives the timeout and keeps the output open.
         "import subprocess, sys, time\n"
         "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(20)'])\n"
         "time.sleep(60)\n"
@@ -72,8 +74,8 @@ def test_a_question_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert probe.ask("paddle", timeout=1) == Answer({}, "timed out after 1 s")
 
 
-def test_this_machine() -> None:
-    """The real Paddle, with a sys.path that no environment variable passes on."""
+def test_the_real_paddle() -> None:
+    """The child process gets this process's sys.path."""
     import paddle
 
     answer = probe.ask("paddle")
@@ -82,7 +84,7 @@ def test_this_machine() -> None:
     assert answer.value["gpu_build"] == paddle.is_compiled_with_cuda()
 
 
-def test_a_gpu_that_only_the_driver_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_only_the_driver_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")  # no nvidia-smi
     cpu = Answer({"version": "3.3.1", "gpu_build": False, "cuda": None, "architectures": []})
     paddle = machine.check_paddle({"paddlepaddle": "3.3.1"}, True, cpu, False)
@@ -97,9 +99,10 @@ def test_a_gpu_that_only_the_driver_shows(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def git(folder: Path, *arguments: str) -> str:
-    who = ("-c", "user.name=test", "-c", "user.email=test@example.com", "-c", "commit.gpgsign=false")
+    """Run git in a folder and return its output."""
+    identity = ("-c", "user.name=test", "-c", "user.email=test@example.com", "-c", "commit.gpgsign=false")
     return subprocess.run(
-        ["git", *who, *arguments], cwd=folder, check=True, capture_output=True, text=True
+        ["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True
     ).stdout.strip()
 
 
@@ -120,18 +123,19 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def upstream() -> pins.Upstream:
-    [found] = [one for one in pins.load().upstreams if one.name == "paddlemix"]
-    return found
+    [paddlemix] = [upstream for upstream in pins.load().upstreams if upstream.name == "paddlemix"]
+    return paddlemix
 
 
-def look(answer: Answer, **changes: str) -> Any:
-    pinned = upstream().model_copy(update=changes)
-    return upstreams.check_upstream(pinned, {}, answer, paddle_imports=True, has_fix=False)
+def check_paddlemix(answer: Answer, **pin: str) -> Any:
+    """Check the checkout on sys.path; `answer`: result of its import, `pin`: changed fields of the pin."""
+    changed = upstream().model_copy(update=pin)
+    return upstreams.check_upstream(changed, {}, answer, paddle_imports=True, has_fix=False)
 
 
 def test_another_commit(checkout: Path) -> None:
     head, pin = git(checkout, "rev-parse", "HEAD"), upstream().commit
-    check = look(Answer({}))
+    check = check_paddlemix(Answer({}))
     assert (check.status, check.data["commit"], check.data["path"]) == ("note", head, str(checkout))
     assert check.message.endswith(f"at commit {head[:7]}; the plugin is made for {pin[:7]}")
     assert check.fix == f"git -C '{checkout}' checkout {pin}"
@@ -139,29 +143,29 @@ def test_another_commit(checkout: Path) -> None:
 
 def test_the_pinned_commit(checkout: Path) -> None:
     head = git(checkout, "rev-parse", "HEAD")
-    check = look(Answer({}), commit=head)
+    check = check_paddlemix(Answer({}), commit=head)
     assert (check.status, check.fix) == ("ok", None)
     assert check.message.endswith(f"at the pinned commit {head[:7]}")
 
 
 def test_no_git_folder(checkout: Path) -> None:
     shutil.rmtree(checkout / ".git")
-    check = look(Answer({}))
+    check = check_paddlemix(Answer({}))
     assert (check.status, check.data["commit"]) == ("note", None)
     assert "commit unknown" in check.message
 
 
 def test_git_is_missing(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    check = look(Answer({}))
+    check = check_paddlemix(Answer({}))
     assert check.status == "note"
     assert "git: not found" in check.message
 
 
-def test_patches_are_offered_where_the_import_fails(
+def test_the_fix_for_a_failing_import_is_to_apply_the_patches(
     checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A test patch for the fake checkout."""
+    """With a test patch for the fake checkout; once it is applied, there is no fix."""
     head = git(checkout, "rev-parse", "HEAD")
     file = checkout / "paddlemix" / "__init__.py"
     file.write_text("fixed = True\n")
@@ -172,7 +176,7 @@ def test_patches_are_offered_where_the_import_fails(
     git(checkout, "checkout", "-q", ".")
     monkeypatch.setattr(patches, "shipped_dir", lambda: tmp_path / "patches")
     failing = Answer({}, "ValueError: mutable default")
-    check = look(failing, commit=head)
+    check = check_paddlemix(failing, commit=head)
     assert check.status == "problem"
     assert check.message.endswith(
         "import paddlemix fails: ValueError: mutable default; its patches are not applied"
@@ -180,7 +184,7 @@ def test_patches_are_offered_where_the_import_fails(
     assert check.fix == f"qwenvl patches apply --tree '{checkout}'"
     assert check.data["patches"] == {"0001-fix": "applies"}
     file.write_text("fixed = True\n")
-    check = look(failing, commit=head)
+    check = check_paddlemix(failing, commit=head)
     assert (check.status, check.fix) == ("problem", None)
     assert check.data["patches"] == {"0001-fix": "already applied"}
 
@@ -193,7 +197,7 @@ def model(tiny_exported: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_exported / "model", tmp_path / "a model"))
 
 
-def rename(folder: Path, change: Callable[[str], str]) -> None:
+def rename_tensors(folder: Path, change: Callable[[str], str]) -> None:
     weights = load_file(folder / "model.safetensors")
     save_file({change(name): value for name, value in weights.items()}, folder / "model.safetensors")
 
@@ -210,18 +214,19 @@ def to_hugging_face(name: str) -> str:
 
 @pytest.mark.parametrize(
     ("change", "scheme"),
+    # The tiny model has PaddleMIX's names, which `str` leaves unchanged.
     [(str, "PaddleMIX"), (to_static, "Paddle static"), (to_hugging_face, "Hugging Face")],
 )
 def test_a_model_folder(model: Path, change: Callable[[str], str], scheme: str) -> None:
-    rename(model, change)
+    rename_tensors(model, change)
     check = check_model(model)
     assert check.status == "ok", check.message
-    parameters = sum(value.size for value in load_file(model / "model.safetensors").values())
+    n_parameters = sum(value.size for value in load_file(model / "model.safetensors").values())
     assert check.data == {
         "path": str(model),
         "scheme": scheme,
         "dtype": "float32",
-        "parameters": parameters,
+        "parameters": n_parameters,
         "language_layers": 2,
         "hidden_size": 256,
         "vocab_size": check.data["vocab_size"],
@@ -229,7 +234,7 @@ def test_a_model_folder(model: Path, change: Callable[[str], str], scheme: str) 
         "tokenizer": "qwen.tiktoken",
         "cause": None,
     }
-    assert f"{scheme} names, float32, {parameters:,} parameters" in check.message
+    assert f"{scheme} names, float32, {n_parameters:,} parameters" in check.message
 
 
 def test_a_model_without_its_vocabulary(model: Path) -> None:
@@ -254,7 +259,7 @@ def test_a_model_with_another_vocabulary(model: Path) -> None:
     assert "another model's vocabulary" in check.message
 
 
-def test_a_model_that_does_not_open(model: Path) -> None:
+def test_a_model_with_an_invalid_config(model: Path) -> None:
     (model / "config.json").write_text("[]")
     check = check_model(model)
     assert (check.status, check.message) == (
@@ -264,7 +269,7 @@ def test_a_model_that_does_not_open(model: Path) -> None:
     assert check.data["scheme"] is None
 
 
-def test_no_model(tmp_path: Path) -> None:
+def test_no_model_folder(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such model folder"):
         check_model(tmp_path / "none")
     with pytest.raises(UsageError, match=r"no config\.json in it"):

@@ -1,4 +1,4 @@
-"""Apply and revert the patches on fake trees."""
+"""The command `qwenvl patches` on fake checkouts: apply, revert, check and list."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from made_up import MadeUp, git
+from made_up import FakeCheckout, git
 from typer.testing import CliRunner, Result
 
 from paddlemix_qwenvl_plugin.cli.patches import app
@@ -23,17 +23,17 @@ def run(*arguments: object) -> Result:
 
 
 def refusal(result: Result) -> str:
-    """Error line of a refusal with exit code 1."""
+    """Return the error message of a command that must have ended with exit code 1."""
     assert isinstance(result.exception, QwenVLError), result.output
     assert result.exception.exit_code == 1
     return str(result.exception)
 
 
-def states(tree: MadeUp, force: bool = False) -> set[State]:
+def states(tree: FakeCheckout, force: bool = False) -> set[State]:
     return {state for _, state in patches.check(tree.root, force).states}
 
 
-def test_list_names_commit_and_patches(tree: MadeUp) -> None:
+def test_list_names_commit_and_patches(tree: FakeCheckout) -> None:
     lines = run("list", "--tree", tree.root).output.splitlines()
     assert lines[0] == f"{tree.pinned.title} {tree.pinned.commit}"
     names = sorted(path.stem for path in tree.patches.rglob("*.patch"))
@@ -41,7 +41,7 @@ def test_list_names_commit_and_patches(tree: MadeUp) -> None:
     assert len(run("list").output.splitlines()) >= len(lines) + 1  # the other upstream as well
 
 
-def test_check_changes_nothing(tree: MadeUp) -> None:
+def test_check_changes_nothing(tree: FakeCheckout) -> None:
     before = tree.snapshot()
     result = run("check", "--tree", tree.root)
     assert result.exit_code == 0
@@ -49,7 +49,7 @@ def test_check_changes_nothing(tree: MadeUp) -> None:
     assert tree.snapshot() == before
 
 
-def test_apply_gives_the_same_as_git_apply(tree: MadeUp, tmp_path: Path) -> None:
+def test_the_result_equals_that_of_git_apply(tree: FakeCheckout, tmp_path: Path) -> None:
     by_git = tmp_path / "by git"
     shutil.copytree(tree.root, by_git)
     for path in sorted(tree.patches.rglob("*.patch")):
@@ -60,29 +60,29 @@ def test_apply_gives_the_same_as_git_apply(tree: MadeUp, tmp_path: Path) -> None
     assert sorted(line[3:] for line in tree.status().splitlines()) == sorted(tree.touched)
 
 
-def test_apply_twice(tree: MadeUp) -> None:
+def test_apply_twice(tree: FakeCheckout) -> None:
     run("apply", "--tree", tree.root)
-    once = tree.snapshot()
-    again = run("apply", "--tree", tree.root)
-    assert again.exit_code == 0
-    assert all(line.endswith(": already applied") for line in again.output.splitlines())
-    assert len(again.output.splitlines()) == len(tree.touched)
-    assert tree.snapshot() == once
+    patched = tree.snapshot()
+    second = run("apply", "--tree", tree.root)
+    assert second.exit_code == 0
+    assert all(line.endswith(": already applied") for line in second.output.splitlines())
+    assert len(second.output.splitlines()) == len(tree.touched)
+    assert tree.snapshot() == patched
 
 
-def test_revert_is_exact(tree: MadeUp) -> None:
+def test_revert_restores_all_files(tree: FakeCheckout) -> None:
     before = tree.snapshot()
     run("apply", "--tree", tree.root)
     assert tree.snapshot() != before
     assert run("revert", "--tree", tree.root).exit_code == 0
     assert tree.snapshot() == before
     assert tree.status() == ""
-    nothing = run("revert", "--tree", tree.root)
-    assert nothing.exit_code == 0
-    assert all(line.endswith(": not applied") for line in nothing.output.splitlines())
+    second = run("revert", "--tree", tree.root)
+    assert second.exit_code == 0
+    assert all(line.endswith(": not applied") for line in second.output.splitlines())
 
 
-def test_one_applied_by_hand(tree: MadeUp) -> None:
+def test_a_patch_that_was_applied_with_git(tree: FakeCheckout) -> None:
     first = min(tree.patches.rglob("*.patch"))
     git(tree.root, "apply", "-", stdin=first.read_text(encoding="utf-8"))
     assert states(tree) == {State.APPLIED, State.APPLIES}
@@ -96,7 +96,9 @@ def test_one_applied_by_hand(tree: MadeUp) -> None:
 
 @pytest.mark.parametrize("staged", [False, True])
 @pytest.mark.parametrize("command", ["check", "apply", "revert"])
-def test_changes_of_others_in_a_touched_file(tree: MadeUp, command: str, staged: bool) -> None:
+def test_user_changes_in_a_file_of_a_patch_are_refused(
+    tree: FakeCheckout, command: str, staged: bool
+) -> None:
     tree.edit(tree.touched[0])
     if staged:
         git(tree.root, "add", ".")
@@ -107,7 +109,7 @@ def test_changes_of_others_in_a_touched_file(tree: MadeUp, command: str, staged:
 
 
 @pytest.mark.parametrize("command", ["apply", "revert"])
-def test_changes_of_others_on_top_of_a_patch(tree: MadeUp, command: str) -> None:
+def test_user_changes_in_a_patched_file_are_refused(tree: FakeCheckout, command: str) -> None:
     run("apply", "--tree", tree.root)
     tree.edit(tree.touched[-1])
     before = tree.snapshot()
@@ -115,7 +117,7 @@ def test_changes_of_others_on_top_of_a_patch(tree: MadeUp, command: str) -> None
     assert tree.snapshot() == before
 
 
-def test_changes_elsewhere_are_kept(tree: MadeUp) -> None:
+def test_user_changes_in_other_files_are_kept(tree: FakeCheckout) -> None:
     tree.edit("README.md")
     (tree.root / "new.txt").write_text("mine\n", encoding="utf-8")
     before = tree.snapshot()
@@ -124,14 +126,14 @@ def test_changes_elsewhere_are_kept(tree: MadeUp) -> None:
     assert tree.snapshot() == before
 
 
-def test_another_commit(tree: MadeUp) -> None:
+def test_another_commit_needs_force(tree: FakeCheckout) -> None:
     tree.edit("README.md")
     git(tree.root, "commit", "-q", "-a", "-m", "newer")
     before = tree.snapshot()
     for command in ("check", "apply", "revert"):
-        line = refusal(run(command, "--tree", tree.root))
-        assert tree.pinned.commit[:7] in line
-        assert "--force" in line
+        message = refusal(run(command, "--tree", tree.root))
+        assert tree.pinned.commit[:7] in message
+        assert "--force" in message
     assert tree.snapshot() == before
     assert run("apply", "--tree", tree.root, "--force").exit_code == 0
     assert states(tree, force=True) == {State.APPLIED}
@@ -140,7 +142,7 @@ def test_another_commit(tree: MadeUp) -> None:
     assert tree.status() == ""
 
 
-def test_all_or_nothing(tree: MadeUp) -> None:
+def test_nothing_is_applied_if_a_patch_does_not_apply(tree: FakeCheckout) -> None:
     (tree.root / tree.touched[-1]).write_text("# rewritten\n", encoding="utf-8")
     git(tree.root, "commit", "-q", "-a", "-m", "rewritten")
     before = tree.snapshot()
@@ -150,25 +152,27 @@ def test_all_or_nothing(tree: MadeUp) -> None:
     assert "1 of" in refusal(run("check", "--tree", tree.root, "--force"))
 
 
-def test_a_write_that_fails_half_way(tree: MadeUp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A git that writes one file and then fails, as on a full disk.
-    real, fake = shutil.which("git"), tmp_path / "bin" / "git"
-    fake.parent.mkdir()
-    fake.write_text(
+def test_files_are_restored_if_git_fails(
+    tree: FakeCheckout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A git whose `apply` writes a file and then fails, as on a full disk.
+    real_git, fake_git = shutil.which("git"), tmp_path / "bin" / "git"
+    fake_git.parent.mkdir()
+    fake_git.write_text(
         "#!/bin/sh\n"
-        f'case "$*" in *" apply") echo half > "{tree.root / tree.touched[0]}"\n'
-        f'echo "error: disk full" >&2; exit 1;; esac\nexec "{real}" "$@"\n',
+        f'case "$*" in *" apply") echo incomplete > "{tree.root / tree.touched[0]}"\n'
+        f'echo "error: disk full" >&2; exit 1;; esac\nexec "{real_git}" "$@"\n',
         encoding="utf-8",
     )
-    fake.chmod(0o755)
+    fake_git.chmod(0o755)
     before = tree.snapshot()
-    monkeypatch.setenv("PATH", f"{fake.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{fake_git.parent}{os.pathsep}{os.environ['PATH']}")
     assert "disk full" in refusal(run("apply", "--tree", tree.root))
     assert tree.snapshot() == before
 
 
 @pytest.mark.parametrize("inside_another_repository", [False, True])
-def test_a_tree_without_git(tree: MadeUp, inside_another_repository: bool) -> None:
+def test_a_tree_without_git(tree: FakeCheckout, inside_another_repository: bool) -> None:
     shutil.rmtree(tree.root / ".git")
     if inside_another_repository:
         git(tree.root.parent, "init", "-q")
@@ -180,7 +184,7 @@ def test_a_tree_without_git(tree: MadeUp, inside_another_repository: bool) -> No
     assert tree.snapshot() == before
 
 
-def test_a_tree_without_git_of_another_version(tree: MadeUp) -> None:
+def test_a_tree_without_git_of_another_version(tree: FakeCheckout) -> None:
     shutil.rmtree(tree.root / ".git")
     tree.edit(tree.touched[0])
     before = tree.snapshot()
@@ -191,7 +195,9 @@ def test_a_tree_without_git_of_another_version(tree: MadeUp) -> None:
     assert tree.snapshot() == before
 
 
-def test_git_variables_of_the_caller(tree: MadeUp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_git_variables_of_the_caller_are_ignored(
+    tree: FakeCheckout, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "no such .git"))
     monkeypatch.setenv("GIT_INDEX_FILE", str(tmp_path / "index"))
     assert run("apply", "--tree", tree.root).exit_code == 0
@@ -204,12 +210,12 @@ def test_wrong_folder(tmp_path: Path) -> None:
         assert str(folder) in str(error)
 
 
-def test_no_git(tree: MadeUp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_git(tree: FakeCheckout, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert refusal(run("apply", "--tree", tree.root)).startswith("git: not found")
 
 
-def test_patches_that_touch_the_same_file(tree: MadeUp) -> None:
+def test_two_patches_of_the_same_file_are_refused(tree: FakeCheckout) -> None:
     first = min(tree.patches.rglob("*.patch"))
     shutil.copy(first, first.with_name("0099-again.patch"))
     assert "two patches touch" in refusal(run("check", "--tree", tree.root))
@@ -227,29 +233,31 @@ def test_shipped_dir(tmp_path: Path) -> None:
     assert patches.shipped_dir(package) == package / "upstream" / "patches_data"
 
 
-def test_shipped_patches_hold_little_of_upstream() -> None:
-    """At most one line of context next to a change, and none in a hunk's header."""
+def test_context_lines_of_the_shipped_patches() -> None:
+    """The patches contain little of upstream's code: no consecutive context lines, and none in a hunk's header."""
     paths = list(patches.shipped_dir().rglob("*.patch"))
-    assert {path.parent.parent.name for path in paths} == {one.name for one in pins.load().upstreams}
+    assert {path.parent.parent.name for path in paths} == {
+        upstream.name for upstream in pins.load().upstreams
+    }
     for path in paths:
-        run_length = 0
-        head, _, body = path.read_text(encoding="utf-8").partition("\ndiff --git ")
-        assert head
-        for line in body.splitlines():
+        n_context_lines = 0
+        description, _, diff = path.read_text(encoding="utf-8").partition("\ndiff --git ")
+        assert description
+        for line in diff.splitlines():
             if line.startswith("@@"):
                 assert line.endswith("@@"), path
-            run_length = run_length + 1 if line.startswith(" ") or not line else 0
-            assert run_length <= 1, path
+            n_context_lines = n_context_lines + 1 if line.startswith(" ") or not line else 0
+            assert n_context_lines <= 1, path
 
 
 def test_every_patch_folder_is_of_a_pinned_commit() -> None:
     folders = {
         path.parent.relative_to(patches.shipped_dir()) for path in patches.shipped_dir().rglob("*.patch")
     }
-    assert folders == {Path(one.name, one.commit) for one in pins.load().upstreams}
+    assert folders == {Path(upstream.name, upstream.commit) for upstream in pins.load().upstreams}
 
 
-def test_commands_need_no_paddle() -> None:
+def test_the_command_imports_no_large_modules() -> None:
     code = "import sys, paddlemix_qwenvl_plugin.cli.patches; print({'paddle', 'pydantic', 'yaml'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert completed.stdout.strip() == "set()"

@@ -1,4 +1,4 @@
-"""The pins file, compared with packages' rules and recorded facts."""
+"""The pins file: broken combinations of packages, consistency with docs/upstream.md, error messages."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from paddlemix_qwenvl_plugin.upstream import pins
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
-# An environment in which both generations can be imported.
-GOOD = {
+# Versions of packages with which PaddleNLP and PaddleMIX can be imported.
+WORKING = {
     "paddlepaddle": "3.3.1",
     "paddlenlp": "3.0.0b0",
     "ppdiffusers": "0.29.0",
@@ -27,11 +27,9 @@ GOOD = {
 }
 
 
-def broken(**changes: str) -> list[str]:
-    """Names of the broken combinations in GOOD with changes; version "" removes the package."""
-    versions = {**GOOD, **{name.replace("_", "-"): version for name, version in changes.items()}}
-    versions = {name: version for name, version in versions.items() if version}
-    return [one.name for one in pins.load().broken if one.matches(versions)]
+def broken_combinations(versions: dict[str, str]) -> list[str]:
+    """List the names of the broken combinations that apply to installed packages."""
+    return [combination.name for combination in pins.load().broken if combination.matches(versions)]
 
 
 @pytest.mark.parametrize(
@@ -55,43 +53,45 @@ def broken(**changes: str) -> list[str]:
         ({"paddlepaddle": "2.6.2"}, ["paddle-too-old"]),
     ],
 )
-def test_broken(changes: dict[str, str], names: list[str]) -> None:
-    assert broken(**changes) == names
+def test_broken_combinations(changes: dict[str, str], names: list[str]) -> None:
+    """`changes` replaces versions in WORKING; the version "" removes a package."""
+    versions = {**WORKING, **{name.replace("_", "-"): version for name, version in changes.items()}}
+    assert broken_combinations({name: version for name, version in versions.items() if version}) == names
 
 
 def test_names_are_compared_as_pip_does() -> None:
     versions = {"PaddleNLP": "3.0.0b0", "aistudio_sdk": "0.3.0", "pip": "23"}
-    assert [one.name for one in pins.load().broken if one.matches(versions)] == ["aistudio-sdk"]
+    assert broken_combinations(versions) == ["aistudio-sdk"]
 
 
-def test_no_set_of_the_documents_is_broken() -> None:
+def test_the_documented_sets_of_packages_are_not_broken() -> None:
     text = Path("docs/upstream.md").read_text("utf-8")
     block = text.partition("```sh")[2].partition("```")[0].replace("\\\n", "")
     commands = [
         shlex.split(line) for line in block.splitlines() if line.startswith("pip install paddlepaddle==")
     ]
     assert len(commands) == 2
-    for _, _, *requirements in commands:
-        exact = {"pip": "23"}
-        for wanted in map(Requirement, requirements):
-            pinned = [one.version for one in wanted.specifier if one.operator == "=="]
-            below = [one.version for one in wanted.specifier if one.operator == "<"]
-            # "<75": excludes 75, and any lower version will do, such as "0".
-            exact[wanted.name] = pinned[0] if pinned else "0" if below else "1"
-        assert [one.name for one in pins.load().broken if one.matches(exact)] == []
+    for _pip, _install, *requirements in commands:
+        versions = {"pip": "23"}
+        for requirement in map(Requirement, requirements):
+            by_operator = {specifier.operator: specifier.version for specifier in requirement.specifier}
+            # "0" is a version below any upper bound, as in "<75".
+            default = "0" if "<" in by_operator else "1"
+            versions[requirement.name] = by_operator.get("==", default)
+        assert broken_combinations(versions) == []
 
 
-def test_names_are_unique_and_pins_frozen() -> None:
+def test_names_are_unique_and_pins_are_frozen() -> None:
     all_pins = pins.load()
-    for group in (all_pins.upstreams, all_pins.broken):
-        names = [one.name for one in group]
+    for section in (all_pins.upstreams, all_pins.broken):
+        names = [entry.name for entry in section]
         assert len(names) == len(set(names))
     with pytest.raises(ValidationError):
         all_pins.upstreams[0].commit = "0" * 40  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "says"),
+    ("old", "new", "message"),
     [
         ("commit: 498f", "commit: xyz", "upstreams.0.commit"),
         ("upstreams:", "upstream:", "upstreams"),
@@ -100,15 +100,16 @@ def test_names_are_unique_and_pins_frozen() -> None:
         ("upstreams:", "upstreams: [", "pins.yaml"),
     ],
 )
-def test_an_error_in_the_file_is_named(tmp_path: Path, old: str, new: str, says: str) -> None:
+def test_errors_in_the_file(tmp_path: Path, old: str, new: str, message: str) -> None:
+    """`new` in place of `old` makes the file invalid."""
     text = (Path(pins.__file__).with_name("pins.yaml")).read_text(encoding="utf-8")
     assert old in text
     path = tmp_path / "pins.yaml"
     path.write_text(text.replace(old, new), encoding="utf-8")
-    with pytest.raises(QwenVLError) as caught:
+    with pytest.raises(QwenVLError) as error:
         pins.load(path)
-    assert says in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

@@ -1,7 +1,4 @@
-"""Opt-in: the shipped patches on real checkouts, named by QWENVL_PADDLENLP_DIR and QWENVL_PADDLEMIX_DIR.
-
-The checkouts are cloned first, so they are only read.
-"""
+"""The shipped patches on clones of real checkouts, if QWENVL_PADDLENLP_DIR and QWENVL_PADDLEMIX_DIR name them."""
 
 from __future__ import annotations
 
@@ -24,15 +21,16 @@ from paddlemix_qwenvl_plugin.upstream import patches, pins
 from paddlemix_qwenvl_plugin.upstream.patches import State
 
 
-def checkout(name: str, tmp: Path) -> Path:
+def checkout(name: str, folder: Path) -> Path:
+    """Clone an upstream into `folder`, at the pinned commit."""
     variable = f"QWENVL_{name.upper()}_DIR"
-    [upstream] = [one for one in pins.load().upstreams if one.name == name]
+    [upstream] = [upstream for upstream in pins.load().upstreams if upstream.name == name]
     if not os.environ.get(variable):
         pytest.skip(
             f"{variable} is not set: the folder of a git clone that has {upstream.title} {upstream.commit}"
         )
-    root = tmp / name
-    git(tmp, "clone", "-q", "--shared", "--no-checkout", os.environ[variable], str(root))
+    root = folder / name
+    git(folder, "clone", "-q", "--shared", "--no-checkout", os.environ[variable], str(root))
     git(root, "checkout", "-q", upstream.commit)
     return root
 
@@ -52,7 +50,7 @@ def paddlemix(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["paddlenlp", "paddlemix"])
-def test_applies_and_reverts(name: str, tmp_path: Path) -> None:
+def test_apply_and_revert(name: str, tmp_path: Path) -> None:
     root = checkout(name, tmp_path)
     files = [file for patch, _ in patches.check(root).states for file in patch.files]
     before = {file: (root / file).read_bytes() for file in files}
@@ -68,7 +66,7 @@ def test_applies_and_reverts(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["paddlenlp", "paddlemix"])
-def test_an_archive_without_git(name: str, tmp_path: Path) -> None:
+def test_a_tree_without_git(name: str, tmp_path: Path) -> None:
     root = checkout(name, tmp_path)
     shutil.rmtree(root / ".git")
     assert {state for _, state in patches.apply(root).states} == {State.APPLIES}
@@ -79,22 +77,27 @@ def test_an_archive_without_git(name: str, tmp_path: Path) -> None:
 # PaddleNLP
 
 
-def package(folder: Path, name: str, entry_points: str) -> None:
-    """Installed metadata of a package with its entry points."""
+def write_package(folder: Path, name: str, entry_points: str) -> None:
+    """Write the metadata of an installed package with entry points."""
     info = folder / f"{name}-1.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n", encoding="utf-8")
     (info / "entry_points.txt").write_text(entry_points, encoding="utf-8")
 
 
-def run_start(paddlenlp: Path, python: str, *path: Path, then: str = "") -> subprocess.CompletedProcess[str]:
-    """Run the lines above `import paddle` of `paddlenlp`: the rest needs PaddleNLP's requirements."""
+def run_init(
+    paddlenlp: Path, python: str, *python_path: Path, then: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Run paddlenlp/__init__.py up to its `import paddle`, and then the code `then`.
+
+    The lines below `import paddle` would need PaddleNLP's requirements.
+    """
     source = (paddlenlp / "paddlenlp" / "__init__.py").read_text(encoding="utf-8")
     lines = source.partition("\nimport paddle\n")[0]
-    # -S: without site-packages, so no plugins but those of `path`. -W error: not even a warning may be raised.
+    # -S: without site-packages, so that only packages in `python_path` have plugins. -W error: warnings are errors.
     return subprocess.run(
         [python, "-S", "-W", "error", "-c", f"{lines}\n{then}"],
-        env={"PYTHONPATH": os.pathsep.join(map(str, path))},
+        env={"PYTHONPATH": os.pathsep.join(map(str, python_path))},
         capture_output=True,
         text=True,
         check=False,
@@ -102,17 +105,19 @@ def run_start(paddlenlp: Path, python: str, *path: Path, then: str = "") -> subp
 
 
 def interpreter(minor: int) -> str:
-    """Path of the Python 3.`minor` binary: the command on PATH may be a wrapper script."""
-    found = shutil.which(f"python3.{minor}")
-    command = [found or "", "-c", "import sys; print(sys.executable)"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False) if found else None
-    if done is None or done.returncode != 0:
-        pytest.skip(f"no python3.{minor} on PATH; install it")
-    return done.stdout.strip()
+    """Return the path of the Python 3.`minor` binary: the command on PATH may be a wrapper script."""
+    command = shutil.which(f"python3.{minor}")
+    if command is not None:
+        code = "import sys; print(sys.executable)"
+        completed = subprocess.run([command, "-c", code], capture_output=True, text=True, check=False)
+        if completed.returncode == 0:
+            return completed.stdout.strip()
+    pytest.skip(f"no python3.{minor} on PATH; install it")
 
 
 @pytest.mark.parametrize("minor", [None, 8, 9, 10, 11, 12, 13])
 def test_import_calls_every_plugin(paddlenlp: Path, tmp_path: Path, minor: int | None) -> None:
+    """A plugin that fails is reported on stderr and does not prevent the import. None: this interpreter."""
     python = sys.executable if minor is None else interpreter(minor)
     (tmp_path / "plugins.py").write_text(
         "def good(): print('good')\n"
@@ -120,46 +125,48 @@ def test_import_calls_every_plugin(paddlenlp: Path, tmp_path: Path, minor: int |
         "def bad(): raise ValueError('not today')\n",
         encoding="utf-8",
     )
-    package(tmp_path, "one", "[paddlenlp.plugins]\nA = plugins:good\n[console_scripts]\nno = plugins:never\n")
-    package(
+    write_package(
+        tmp_path, "one", "[paddlenlp.plugins]\nA = plugins:good\n[console_scripts]\nno = plugins:never\n"
+    )
+    write_package(
         tmp_path, "two", "[paddlenlp.plugins]\nB = plugins:bad\nC = no_such_module:init\nD = plugins:better\n"
     )
-    done = run_start(paddlenlp, python, tmp_path, then="print(__version__)")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    completed = run_init(paddlenlp, python, tmp_path, then="print(__version__)")
+    assert completed.returncode == 0, completed.stderr
+    lines = completed.stdout.splitlines()
     assert sorted(lines[:-1]) == ["better", "good"]
-    assert lines[-1].startswith("2.")  # and the import continued
-    told = sorted(line for line in done.stderr.splitlines() if line)
-    assert [line.split(" (")[0] for line in told] == [f"paddlenlp.plugins: {one} failed" for one in "BC"]
-    assert "ValueError('not today')" in told[0]
-    assert "no_such_module" in told[1]
+    assert lines[-1].startswith("2.")  # __version__: the import has continued
+    errors = sorted(line for line in completed.stderr.splitlines() if line)
+    assert [line.split(" (")[0] for line in errors] == [f"paddlenlp.plugins: {name} failed" for name in "BC"]
+    assert "ValueError('not today')" in errors[0]
+    assert "no_such_module" in errors[1]
 
 
 def test_import_without_plugins(paddlenlp: Path, tmp_path: Path) -> None:
-    done = run_start(paddlenlp, sys.executable, tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    completed = run_init(paddlenlp, sys.executable, tmp_path)
+    assert (completed.returncode, completed.stdout, completed.stderr) == (0, "", "")
 
 
 def test_import_with_damaged_metadata(paddlenlp: Path, tmp_path: Path) -> None:
-    package(tmp_path, "damaged", "[paddlenlp.plugins]\nno equals sign\n")
-    done = run_start(paddlenlp, sys.executable, tmp_path, then="print('on')")
-    assert (done.returncode, done.stdout) == (0, "on\n")
-    assert done.stderr.startswith("paddlenlp.plugins: ")
+    write_package(tmp_path, "damaged", "[paddlenlp.plugins]\nno equals sign\n")
+    completed = run_init(paddlenlp, sys.executable, tmp_path, then="print('on')")
+    assert (completed.returncode, completed.stdout) == (0, "on\n")
+    assert completed.stderr.startswith("paddlenlp.plugins: ")
 
 
 def test_import_activates_this_plugin(paddlenlp: Path, tmp_path: Path) -> None:
-    """By the installed entry point; with -S Python does not read the .pth file."""
+    """The entry point of pyproject.toml activates it; with -S, Python does not read its .pth file."""
     repo = Path(__file__).resolve().parents[2]
     pyproject = (repo / "pyproject.toml").read_text(encoding="utf-8")
-    declared = re.search(
+    declaration = re.search(
         r'^\[project\.entry-points\."(paddlenlp\.plugins)"\]\n(\w+) = "(.+)"$', pyproject, re.M
     )
-    assert declared is not None
-    package(tmp_path, "ours", "[{}]\n{} = {}\n".format(*declared.groups()))
+    assert declaration is not None
+    write_package(tmp_path, "this-plugin", "[{}]\n{} = {}\n".format(*declaration.groups()))
     code = "print(sys.modules['_qwenvl_activate'].state)"
-    done = run_start(paddlenlp, sys.executable, tmp_path, repo / "activation", then=code)
-    assert done.returncode == 0, done.stderr
-    assert "'armed'" in done.stdout
+    completed = run_init(paddlenlp, sys.executable, tmp_path, repo / "activation", then=code)
+    assert completed.returncode == 0, completed.stderr
+    assert "'armed'" in completed.stdout
 
 
 @pytest.mark.parametrize("pir", ["0", "1"])
@@ -167,16 +174,17 @@ def test_validate_pdmodel_on_a_cpu(paddlenlp: Path, tmp_path: Path, pir: str) ->
     pytest.importorskip("paddle", reason="paddle is not installed: pip install 'paddlepaddle>=3.0,<3.4'")
     script = tmp_path / "validate.py"
     script.write_text(_VALIDATE, encoding="utf-8")
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, str(script), str(paddlenlp / "llm" / "predict" / "export_model.py"), str(tmp_path)],
         env={**os.environ, "FLAGS_enable_pir_api": pir, "QWENVL_PLUGIN": "0"},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "UNEXPECTED OP<print>" in done.stdout  # the graph has one, which the function finds
+    assert completed.returncode == 0, completed.stderr[-2000:]
+    assert "UNEXPECTED OP<print>" in completed.stdout  # the operator of Printing
 
 
+# Runs only the function validate_pdmodel of a source file, on an exported graph with an operator that it reports.
 _VALIDATE = """
 import ast, __future__, os, sys, types
 import paddle
@@ -198,16 +206,20 @@ names["validate_pdmodel"](folder, "model", "cpu")
 
 
 def add_mul(paddlenlp: Path) -> str:
+    """Return the source of the CUDA function add_mul for bfloat16."""
     source = (paddlenlp / "csrc" / "generation" / "quant_int8.cu").read_text(encoding="utf-8")
-    found = re.search(r"^template<>\n[^\n]* add_mul<__nv_bfloat16>\(.*?^\}", source, re.MULTILINE | re.DOTALL)
-    assert found is not None
-    return found.group()
+    match = re.search(r"^template<>\n[^\n]* add_mul<__nv_bfloat16>\(.*?^\}", source, re.MULTILINE | re.DOTALL)
+    assert match is not None
+    return match.group()
 
 
 @pytest.mark.parametrize(
     ("architecture", "intrinsics"), [(None, False), (700, False), (750, False), (800, True)]
 )
-def test_the_guard_picks_a_branch(paddlenlp: Path, architecture: int | None, intrinsics: bool) -> None:
+def test_add_mul_uses_bfloat16_intrinsics_from_sm_80_on(
+    paddlenlp: Path, architecture: int | None, intrinsics: bool
+) -> None:
+    """The preprocessor selects a branch by __CUDA_ARCH__; None: not defined, as in host code."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no g++ on PATH; install one")
@@ -223,17 +235,20 @@ def test_the_guard_picks_a_branch(paddlenlp: Path, architecture: int | None, int
 
 
 def test_add_mul_compiles(paddlenlp: Path, tmp_path: Path) -> None:
-    """For the oldest GPUs that this nvcc supports and for sm_80; the whole file needs a GPU build of Paddle."""
+    """Compile add_mul for sm_70, sm_75 and sm_80, as far as nvcc supports them.
+
+    The complete source file would need a GPU build of Paddle.
+    """
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc on PATH; install the CUDA toolkit")
     source = tmp_path / "add_mul.cu"
-    head = "#include <cuda_bf16.h>\ntemplate <typename T> __device__ T add_mul(T a, T b, T c);\n"
+    declaration = "#include <cuda_bf16.h>\ntemplate <typename T> __device__ T add_mul(T a, T b, T c);\n"
     kernel = "\n__global__ void kernel(__nv_bfloat16* x) { x[3] = add_mul(x[0], x[1], x[2]); }\n"
-    source.write_text(head + add_mul(paddlenlp) + kernel, encoding="utf-8")
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    source.write_text(declaration + add_mul(paddlenlp) + kernel, encoding="utf-8")
+    supported = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     for architecture in ("compute_70", "compute_75", "compute_80"):
-        if architecture not in known.split():
+        if architecture not in supported.split():
             continue
         command = [
             nvcc,
@@ -253,69 +268,69 @@ def test_add_mul_compiles(paddlenlp: Path, tmp_path: Path) -> None:
 
 
 def name_of(node: ast.expr) -> str:
+    """Return the unqualified name of a name, an attribute or a called function; "" for other expressions."""
     if isinstance(node, ast.Call):
         node = node.func
-    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    return node.id if isinstance(node, ast.Name) else ""
 
 
-def has_no_hash(node: ast.ClassDef) -> bool:
-    """Whether a class is unhashable: it, or its dataclass decorator, defines __eq__ without __hash__."""
-    methods = {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
+def is_unhashable(node: ast.ClassDef) -> bool:
+    """Whether a class defines __eq__ without __hash__, itself or by a dataclass decorator without arguments."""
+    methods = {statement.name for statement in node.body if isinstance(statement, ast.FunctionDef)}
     if "__hash__" in methods:
         return False
-    plain = any(
-        name_of(one) == "dataclass" and not getattr(one, "keywords", []) for one in node.decorator_list
+    is_default_dataclass = any(
+        name_of(decorator) == "dataclass" and not getattr(decorator, "keywords", [])
+        for decorator in node.decorator_list
     )
-    return plain or "__eq__" in methods
+    return is_default_dataclass or "__eq__" in methods
 
 
 def unhashable_defaults(roots: list[Path]) -> set[str]:
-    """CLASS.FIELD of each dataclass field whose default is a list, dict or set, or an unhashable instance.
+    """List CLASS.FIELD of dataclass fields whose default is a list, dict or set, or an instance of an unhashable class.
 
-    Classes are matched by unqualified name, so the result may contain false positives, but misses none.
+    Python 3.11 rejects such defaults. Classes are compared by unqualified name: the result may have false positives.
     """
     classes: list[ast.ClassDef] = []
     for path in (path for root in roots for path in root.rglob("*.py")):
-        with contextlib.suppress(SyntaxError):  # nothing can import such a file either
+        with contextlib.suppress(SyntaxError):  # a file that cannot be imported
             tree = ast.parse(path.read_text(encoding="utf-8"))
             classes += [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
-    hashless = {node.name for node in classes if has_no_hash(node)}
-    found = set()
+    unhashable_classes = {node.name for node in classes if is_unhashable(node)} | {"list", "dict", "set"}
+    fields = set()
     for node in classes:
         if "dataclass" not in map(name_of, node.decorator_list):
             continue
-        for part in node.body:
-            if not isinstance(part, ast.AnnAssign) or part.value is None:
+        for statement in node.body:
+            if not isinstance(statement, ast.AnnAssign) or statement.value is None:
                 continue
-            default: ast.expr | None = part.value
+            default: ast.expr | None = statement.value
             if isinstance(default, ast.Call) and name_of(default) == "field":
-                default = next((one.value for one in default.keywords if one.arg == "default"), None)
-            literal = isinstance(default, (ast.List, ast.Dict, ast.Set))
-            instance = isinstance(default, ast.Call) and name_of(default) in {
-                *hashless,
-                "list",
-                "dict",
-                "set",
-            }
-            if literal or instance:
-                found.add(f"{node.name}.{ast.unparse(part.target)}")
-    return found
+                keywords = {keyword.arg: keyword.value for keyword in default.keywords}
+                default = keywords.get("default")
+            is_literal = isinstance(default, (ast.List, ast.Dict, ast.Set))
+            is_instance = isinstance(default, ast.Call) and name_of(default) in unhashable_classes
+            if is_literal or is_instance:
+                fields.add(f"{node.name}.{ast.unparse(statement.target)}")
+    return fields
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::SyntaxWarning")
 def test_no_unhashable_dataclass_defaults(paddlemix: Path, tmp_path: Path) -> None:
     roots = ("paddlemix", "ppdiffusers/ppdiffusers", "deploy")
     assert unhashable_defaults([paddlemix / root for root in roots]) == set()
-    stock = checkout("paddlemix", tmp_path)
-    # The scan finds what the patch fixes.
-    wanted = {"CLAPConfig.audio_cfg", "CLAPConfig.text_cfg"}
-    assert unhashable_defaults([stock / root for root in roots]) == wanted
+    # In the tree without patches, it finds the fields that a patch fixes.
+    unpatched = checkout("paddlemix", tmp_path)
+    expected = {"CLAPConfig.audio_cfg", "CLAPConfig.text_cfg"}
+    assert unhashable_defaults([unpatched / root for root in roots]) == expected
 
 
 def test_paddlemix_imports(paddlemix: Path) -> None:
     if importlib.util.find_spec("ppdiffusers") is None or importlib.util.find_spec("paddlenlp") is None:
         pytest.skip("ppdiffusers or paddlenlp is not installed: the second set of docs/upstream.md has them")
-    done = subprocess.run(
+    completed = subprocess.run(
         [
             sys.executable,
             "-c",
@@ -326,14 +341,15 @@ def test_paddlemix_imports(paddlemix: Path) -> None:
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines()[-1] == f"{paddlemix / 'paddlemix' / '__init__.py'} QwenVLProcessor"
+    assert completed.returncode == 0, completed.stderr[-2000:]
+    assert completed.stdout.splitlines()[-1] == f"{paddlemix / 'paddlemix' / '__init__.py'} QwenVLProcessor"
 
 
 @pytest.fixture
-def stock_reader(paddlemix: Path) -> types.ModuleType:
+def patched_utils(paddlemix: Path) -> types.ModuleType:
+    """The patched module deploy/qwen_vl/utils.py, which reads the token files."""
     spec = importlib.util.spec_from_file_location(
-        "stock_reader", paddlemix / "deploy" / "qwen_vl" / "utils.py"
+        "patched_utils", paddlemix / "deploy" / "qwen_vl" / "utils.py"
     )
     assert spec is not None
     assert spec.loader is not None
@@ -343,8 +359,8 @@ def stock_reader(paddlemix: Path) -> types.ModuleType:
 
 
 @pytest.mark.parametrize("value", [None, "", "other", "a [folder] with 'odd' $names"])
-def test_real_time_save_dir(
-    stock_reader: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None
+def test_folder_of_the_token_files(
+    patched_utils: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if value is None:
@@ -352,14 +368,16 @@ def test_real_time_save_dir(
     else:
         monkeypatch.setenv("QWENVL_REAL_TIME_SAVE_DIR", value)
     (tmp_path / "other").mkdir()
-    for folder in {Path(value or "."), Path(), Path("other")}:
+    token_folder = Path(value or ".")
+    for folder in {token_folder, Path(), Path("other")}:
         folder.mkdir(exist_ok=True)
         for step in (1, 2, 3):
-            # A type byte of 1: int64.
-            wanted = folder == Path(value or ".")
+            token = step * 10 if folder == token_folder else -1
+            # The byte "1" for a complete file, the type byte "1" for int64, and a token.
             (folder / f"real_time_save.temp_ids_rank_0_step_{step}").write_bytes(
-                b"11" + struct.pack("<q", step * 10 if wanted else -1)
+                b"11" + struct.pack("<q", token)
             )
-    assert stock_reader.load_real_time_tokens().tolist() == [[10, 20, 30]]
-    left = {str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("real_time_save.*")}
-    assert left == {".", "other"} - {value or "."}
+    assert patched_utils.load_real_time_tokens().tolist() == [[10, 20, 30]]
+    # Only the files that were read are deleted.
+    remaining = {str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("real_time_save.*")}
+    assert remaining == {".", "other"} - {value or "."}

@@ -1,4 +1,4 @@
-"""Write a recipe file, and run `qwenvl` on it in a process, from an empty folder."""
+"""Recipe files, and processes of `qwenvl` that run them in a folder."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 def recipe(**keys: Any) -> dict[str, Any]:
-    """A valid recipe; `keys` replace or add top-level ones."""
+    """Build a valid recipe; `keys` replace or add top-level keys."""
     return {"schema": 1, "name": "fake", "why": "a test", "steps": [step("only", "print('hello')")], **keys}
 
 
 def step(name: str, code: str, *arguments: str, **keys: Any) -> dict[str, Any]:
-    """A step that runs Python code with arguments."""
+    """Build a step that runs Python code with arguments; `keys` are other keys of the step."""
     return {"name": name, "run": ["${python}", "-c", code, *arguments], **keys}
 
 
 def write(folder: Path, data: Any, name: str = "fake.yaml") -> Path:
-    """Write a recipe's data (or, as a str, its text) and return the file."""
+    """Write a recipe, given as data or as YAML text, and return its path."""
     path = folder / name
     path.write_text(data if isinstance(data, str) else yaml.safe_dump(data, sort_keys=False))
     return path
@@ -41,7 +41,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A test run in the background ignores SIGINT, and children inherit that.
+        # If the test run was started in the background, its child processes would ignore SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
     )
 
@@ -54,12 +54,12 @@ def qwenvl(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def run_folder(folder: Path) -> Path:
-    """The only run folder under `folder`/runs."""
-    (found,) = (folder / "runs").iterdir()
-    return found
+    """Return the only run folder in `folder`/runs."""
+    (run_folder,) = (folder / "runs").iterdir()
+    return run_folder
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """results.json of the only run under `folder`/runs."""
+    """Read results.json of the only run in `folder`/runs."""
     data: dict[str, Any] = json.loads((run_folder(folder) / "results.json").read_text())
     return data

@@ -1,4 +1,4 @@
-"""docs/recipes.md: its worked example runs as printed, and its tables name every key and check."""
+"""docs/recipes.md: its worked example prints what the document shows, and its tables list every key and check."""
 
 from __future__ import annotations
 
@@ -13,28 +13,31 @@ TEXT = (REPO / "docs" / "recipes.md").read_text(encoding="utf-8")
 EXAMPLE = TEXT.split("## A worked example")[1]
 
 
-def block(language: str) -> str:
-    (found,) = re.findall(rf"```{language}\n(.*?)```", EXAMPLE, re.DOTALL)
-    return str(found)
+def code_block(language: str) -> str:
+    """Return the example's code block in a language."""
+    (block,) = re.findall(rf"```{language}\n(.*?)```", EXAMPLE, re.DOTALL)
+    return str(block)
 
 
-def steady(text: str) -> str:
-    """Remove the variable parts: dates, folders, seconds."""
+def without_variable_parts(text: str) -> str:
+    """Replace run folders with their dates, and numbers of seconds."""
     text = re.sub(r"/\S*/runs/\d{8}-\d{6}-", "RUNS/", text)
     return re.sub(r"\d+(\.\d)? s\b", "N s", text)
 
 
 def test_worked_example(tmp_path: Path) -> None:
-    (tmp_path / "dice.yaml").write_text(block("yaml"))
-    (tmp_path / "dice.py").write_text(block("python"))
-    sessions = [part.partition("\n") for part in block("console").split("$ qwenvl ")[1:]]
-    assert len(sessions) == 3
-    for command, _, printed in sessions:
-        done = qwenvl(tmp_path, *command.split())
-        assert steady(done.stdout + done.stderr) == steady(printed)
+    (tmp_path / "dice.yaml").write_text(code_block("yaml"))
+    (tmp_path / "dice.py").write_text(code_block("python"))
+    commands = code_block("console").split("$ qwenvl ")[1:]
+    assert len(commands) == 3
+    for command_and_output in commands:
+        arguments, _, output = command_and_output.partition("\n")
+        completed = qwenvl(tmp_path, *arguments.split())
+        printed = completed.stdout + completed.stderr
+        assert without_variable_parts(printed) == without_variable_parts(output)
 
 
-def test_tables_name_everything() -> None:
+def test_the_tables_list_all_keys_checks_and_references() -> None:
     for name, field in schema.Recipe.model_fields.items():
         assert re.search(rf"^\| `{field.alias or name}(\.[^`]*)?` \|", TEXT, re.MULTILINE), name
     for prefix, model in (

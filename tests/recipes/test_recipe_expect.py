@@ -1,4 +1,4 @@
-"""Each check on values that pass and values that narrowly fail."""
+"""Checks of a recipe's `expect`, with values that pass and similar values that fail."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from paddlemix_qwenvl_plugin.recipes.schema import Expect
 
 
 def evaluated(tmp_path: Path, content: Any, **keys: Any) -> dict[str, Any]:
+    """Evaluate an expectation with `keys` on answer.json; `content`: its data, or its text as a str."""
     file = tmp_path / "answer.json"
     file.write_text(content if isinstance(content, str) else json.dumps(content))
     return evaluate(Expect.model_validate({"file": "answer.json", **keys}), file)
 
 
 @pytest.mark.parametrize(
-    ("check", "wanted", "passing", "missing"),
+    ("check", "expected", "passing", "failing"),
     [
         ("equals", 3, [3, 3.0], [4, "3", None]),
         ("equals", 1, [1], [True]),
@@ -34,17 +35,17 @@ def evaluated(tmp_path: Path, content: Any, **keys: Any) -> dict[str, Any]:
         ("not_empty", True, ["x", [0], {"a": 1}], ["", [], {}, None, 5]),
     ],
 )
-def test_check(tmp_path: Path, check: str, wanted: Any, passing: list[Any], missing: list[Any]) -> None:
+def test_check(tmp_path: Path, check: str, expected: Any, passing: list[Any], failing: list[Any]) -> None:
     for value in passing:
-        assert evaluated(tmp_path, {"v": value}, key="v", **{check: wanted})["ok"] is True, value
-    for value in missing:
-        result = evaluated(tmp_path, {"v": value}, key="v", **{check: wanted})
+        assert evaluated(tmp_path, {"v": value}, key="v", **{check: expected})["ok"] is True, value
+    for value in failing:
+        result = evaluated(tmp_path, {"v": value}, key="v", **{check: expected})
         assert result["ok"] is False, value
         assert result["actual"] == value
         assert result["problem"] is None
 
 
-def test_not_a_number_passes_no_number_check(tmp_path: Path) -> None:
+def test_nan_fails_every_check_of_a_number(tmp_path: Path) -> None:
     for check in ({"min": 0}, {"max": 0}, {"approx": {"value": 0, "tolerance": 1}}):
         assert evaluated(tmp_path, '{"v": NaN}', key="v", **check)["ok"] is False
 
@@ -56,14 +57,14 @@ def test_dotted_key_goes_through_mappings_and_lists(tmp_path: Path) -> None:
     assert (result["ok"], result["problem"]) == (False, "no key '2' on the way to 'boxes.2.x'")
 
 
-def test_file_alone(tmp_path: Path) -> None:
+def test_existence_of_a_file(tmp_path: Path) -> None:
     expect = Expect.model_validate({"file": "x"})
     assert evaluate(expect, tmp_path / "x")["ok"] is False
     (tmp_path / "x").touch()
     assert evaluate(expect, tmp_path / "x")["ok"] is True
 
 
-def test_no_file_and_no_json(tmp_path: Path) -> None:
+def test_missing_file_and_invalid_json(tmp_path: Path) -> None:
     result = evaluate(Expect.model_validate({"file": "x", "key": "a", "min": 1}), tmp_path / "x")
     assert (result["ok"], result["problem"]) == (False, "no such file")
     result = evaluated(tmp_path, "not json", key="a", min=1)

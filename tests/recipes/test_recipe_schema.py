@@ -1,4 +1,4 @@
-"""Recipe schema through the loader; every error is one line that names the key."""
+"""Loading of recipes: schema, references, overrides and paths; an error is one line that names the key."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 
 def error_of(path: Path, *overrides: str) -> str:
+    """Load an invalid recipe and return the error message."""
     with pytest.raises(UsageError) as raised:
         loader.load(path, overrides)
     message = str(raised.value)
@@ -73,7 +74,7 @@ def error_of(path: Path, *overrides: str) -> str:
         ("schema: [1\n", ":2:1: "),
     ],
 )
-def test_mistake_is_one_line_naming_file_and_key(tmp_path: Path, data: Any, expected: str) -> None:
+def test_errors_name_the_file_and_the_key(tmp_path: Path, data: Any, expected: str) -> None:
     path = write(tmp_path, data)
     assert error_of(path).startswith(f"{path}{expected}")
 
@@ -97,7 +98,7 @@ def test_unknown_reference(tmp_path: Path, data: Any, expected: str) -> None:
     assert expected in error_of(write(tmp_path, data))
 
 
-def test_known_references_are_listed(tmp_path: Path) -> None:
+def test_the_error_of_an_unknown_reference_lists_all_references(tmp_path: Path) -> None:
     data = recipe(
         seed=1, assets=[{"name": "pic", "path": "p.png"}], steps=[{"name": "a", "run": "echo ${no}"}]
     )
@@ -121,23 +122,23 @@ def test_recipe_dir_with_a_space_stays_one_argument(tmp_path: Path) -> None:
 
 
 def test_asset_paths_start_at_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipes, elsewhere = tmp_path / "r", tmp_path / "e"
-    recipes.mkdir()
-    elsewhere.mkdir()
-    monkeypatch.chdir(elsewhere)
-    monkeypatch.setenv("HOME", "/home/someone")
+    recipe_folder, working_directory = tmp_path / "recipes", tmp_path / "work"
+    recipe_folder.mkdir()
+    working_directory.mkdir()
+    monkeypatch.chdir(working_directory)
+    monkeypatch.setenv("HOME", "/home/user")
     data = recipe(
         assets=[
-            {"name": "here", "path": "data/x"},
-            {"name": "beside", "path": "${recipe_dir}/x"},
+            {"name": "relative", "path": "data/x"},
+            {"name": "recipe-dir", "path": "${recipe_dir}/x"},
             {"name": "home", "path": "~/x"},
         ]
     )
-    paths = [asset.path for asset in loader.load(write(recipes, data)).assets]
-    assert paths == [f"{elsewhere}/data/x", f"{recipes}/x", "/home/someone/x"]
+    paths = [asset.path for asset in loader.load(write(recipe_folder, data)).assets]
+    assert paths == [f"{working_directory}/data/x", f"{recipe_folder}/x", "/home/user/x"]
 
 
-def test_overrides_set_present_and_absent_keys(tmp_path: Path) -> None:
+def test_overrides_replace_and_add_keys(tmp_path: Path) -> None:
     path = write(tmp_path, recipe(seed=1, dtype="float32", assets=[{"name": "pic", "path": "/a"}]))
     loaded = loader.load(
         path,
@@ -169,14 +170,13 @@ def test_overrides_set_present_and_absent_keys(tmp_path: Path) -> None:
         ("seed=[1", "override 'seed=[1': the value is not plain YAML (expected"),
     ],
 )
-def test_bad_override(tmp_path: Path, override: str, expected: str) -> None:
+def test_invalid_overrides(tmp_path: Path, override: str, expected: str) -> None:
     path = write(tmp_path, recipe(assets=[]))
     assert error_of(path, override).startswith(expected)
 
 
-def test_resolved_recipe_is_a_recipe_for_the_same_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resolved_recipe_loads_as_the_same_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also from another folder, without the overrides."""
     data = recipe(
         seed=3,
         pins={"upstream": "abc"},
@@ -186,31 +186,32 @@ def test_resolved_recipe_is_a_recipe_for_the_same_run(
         expect=[{"file": "${run_dir}/x.json", "key": "a", "equals": None}],
         bench={"step": "a", "repeat": 2},
     )
-    first = loader.load(write(tmp_path, data), ["seed=9"])
+    original = loader.load(write(tmp_path, data), ["seed=9"])
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    again = loader.load(write(elsewhere, yaml.safe_dump(first.resolved())))
-    assert again.resolved() == first.resolved()
-    assert again.seed == 9
-    assert again.steps[0].run[3:] == ["${run_dir}", "${seed}", "${assets.pic}", str(tmp_path)]
-    assert again.expect[0].check == "equals"
+    reloaded = loader.load(write(elsewhere, yaml.safe_dump(original.resolved())))
+    assert reloaded.resolved() == original.resolved()
+    assert reloaded.seed == 9
+    assert reloaded.steps[0].run[3:] == ["${run_dir}", "${seed}", "${assets.pic}", str(tmp_path)]
+    assert reloaded.expect[0].check == "equals"
 
 
-def test_find_prefers_the_wheels_recipes_and_ignores_other_folders(tmp_path: Path) -> None:
-    package, beside = tmp_path / "site" / "package", tmp_path / "site" / "recipes"
+def test_folder_of_the_shipped_recipes(tmp_path: Path) -> None:
+    """The package's folder, or that of a checkout, which has a pyproject.toml; no other folder named recipes."""
+    package, sibling = tmp_path / "site" / "package", tmp_path / "site" / "recipes"
     package.mkdir(parents=True)
-    beside.mkdir()
+    sibling.mkdir()
     with pytest.raises(Exception, match="shipped recipes are missing"):
         loader.shipped_dir(package)
     (tmp_path / "site" / "pyproject.toml").touch()
-    assert loader.shipped_dir(package) == beside
+    assert loader.shipped_dir(package) == sibling
     shipped = package / "recipes" / "shipped"
     shipped.mkdir(parents=True)
     assert loader.shipped_dir(package) == shipped
 
 
-def test_find_unknown() -> None:
+def test_unknown_recipes() -> None:
     with pytest.raises(UsageError, match=r"no recipe named 'nope'; shipped: .*tiny-cpu.*\.yaml file"):
         loader.find("nope")
     for path in ("no/such.yaml", "no/tiny-cpu", "no.yml"):

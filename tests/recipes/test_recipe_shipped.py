@@ -1,4 +1,4 @@
-"""The recipes in recipes/ and the `qwenvl recipes` commands."""
+"""Shipped recipes in recipes/, and the commands `qwenvl recipes`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from paddlemix_qwenvl_plugin.recipes import commands, loader
 
 SHIPPED = sorted((REPO / "recipes").glob("*.yaml"))
 NAMES = [path.stem for path in SHIPPED]
-# Recipes that export both stages and predict, in separate steps.
-FLOWS = [name for name in NAMES if name != "demo-cpu"]
+# The last three steps of these recipes export the vision stage, export the language stage, and predict.
+EXPORTING = [name for name in NAMES if name != "demo-cpu"]
 
 
 def test_recipes_are_shipped() -> None:
@@ -25,78 +25,84 @@ def test_recipes_are_shipped() -> None:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=NAMES)
-def test_shipped_recipe_is_valid_and_heads_with_its_command(path: Path) -> None:
+def test_a_shipped_recipe_is_valid_and_begins_with_its_command(path: Path) -> None:
     assert loader.load(path).name == path.stem
-    head = path.read_text().split("schema:")[0]
-    assert "# Prerequisites: " in head
-    assert f"qwenvl run {path.stem}" in head
+    comment = path.read_text().split("schema:")[0]
+    assert "# Prerequisites: " in comment
+    assert f"qwenvl run {path.stem}" in comment
 
 
-@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("name", EXPORTING)
 def test_dry_run_of_a_shipped_recipe(tmp_path: Path, name: str) -> None:
-    done = qwenvl(tmp_path, "run", name, "--dry_run", "dtype=bfloat16")
-    assert done.returncode == 0
-    assert "${" not in done.stdout
-    commands = [shlex.split(line) for line in done.stdout.splitlines() if line.startswith(sys.executable)]
+    completed = qwenvl(tmp_path, "run", name, "--dry_run", "dtype=bfloat16")
+    assert completed.returncode == 0
+    assert "${" not in completed.stdout
+    commands = [
+        shlex.split(line) for line in completed.stdout.splitlines() if line.startswith(sys.executable)
+    ]
     assert len(commands) == len(loader.load(loader.find(name)).steps)
-    predict = commands[-1]
+    export_vision, export_language, predict = commands[-3:]
     assert predict[3] == "predict"
-    # predict reads the files that the exports before it write.
-    vision, language = commands[-3], commands[-2]
-    value = lambda command, flag: command[command.index(flag) + 1]  # noqa: E731
-    assert value(predict, "--first_model_path") == value(vision, "--save_path")
-    assert value(predict, "--second_model_path") == f"{value(language, '--output_path')}/qwen"
-    assert value(vision, "--dtype") == value(language, "--dtype") == "bfloat16"
+
+    def value(command: list[str], flag: str) -> str:
+        return command[command.index(flag) + 1]
+
+    # `predict` reads the files that the exports write.
+    assert value(predict, "--first_model_path") == value(export_vision, "--save_path")
+    assert value(predict, "--second_model_path") == f"{value(export_language, '--output_path')}/qwen"
+    assert value(export_vision, "--dtype") == value(export_language, "--dtype") == "bfloat16"
     assert value(predict, "--image") == str(REPO / "recipes" / "images" / "street.png")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_commands_of_a_shipped_recipe_take_its_flags(tmp_path: Path, name: str) -> None:
-    known = typer.main.get_command(main.app).commands  # type: ignore[attr-defined]
+def test_flags_in_a_shipped_recipe_exist(tmp_path: Path, name: str) -> None:
+    cli_commands = typer.main.get_command(main.app).commands  # type: ignore[attr-defined]
     recipe = loader.load(loader.find(name))
     for step in recipe.steps:
         program, command, *arguments = commands.argv(step, commands.values(recipe, tmp_path))[2:]
         assert program == "paddlemix_qwenvl_plugin.cli"
-        # Parses the arguments as the command would, without running it; an unknown flag raises.
-        known[command].make_context(command, arguments)
+        # Parse the arguments without running the command: an unknown flag raises.
+        cli_commands[command].make_context(command, arguments)
 
 
-def test_checkpoint_override_reaches_every_step(tmp_path: Path) -> None:
-    done = qwenvl(tmp_path, "run", "qwen-vl-chat-7b", "--dry_run", "assets.checkpoint.path=/models/chat")
-    assert done.stdout.count("--model_name_or_path /models/chat") == 3
-    assert "--chat" in done.stdout
+def test_an_override_of_the_checkpoint_applies_to_every_step(tmp_path: Path) -> None:
+    completed = qwenvl(tmp_path, "run", "qwen-vl-chat-7b", "--dry_run", "assets.checkpoint.path=/models/chat")
+    assert completed.stdout.count("--model_name_or_path /models/chat") == 3
+    assert "--chat" in completed.stdout
 
 
 def test_list(tmp_path: Path) -> None:
-    done = qwenvl(tmp_path, "recipes", "list")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert [line.split()[0] for line in done.stdout.splitlines()] == NAMES
-    assert "no GPU" in done.stdout
+    completed = qwenvl(tmp_path, "recipes", "list")
+    assert (completed.returncode, completed.stderr) == (0, "")
+    assert [line.split()[0] for line in completed.stdout.splitlines()] == NAMES
+    assert "no GPU" in completed.stdout
 
 
 def test_show(tmp_path: Path) -> None:
-    done = qwenvl(tmp_path, "recipes", "show", "tiny-cpu")
-    assert (done.returncode, done.stdout) == (0, (REPO / "recipes" / "tiny-cpu.yaml").read_text())
+    completed = qwenvl(tmp_path, "recipes", "show", "tiny-cpu")
+    assert (completed.returncode, completed.stdout) == (0, (REPO / "recipes" / "tiny-cpu.yaml").read_text())
     assert qwenvl(tmp_path, "recipes", "show", "nope").returncode == 2
 
 
 def test_validate(tmp_path: Path) -> None:
     write(tmp_path, recipe())
     write(tmp_path, recipe(extra=1), "bad.yaml")
-    good = qwenvl(tmp_path, "recipes", "validate", "fake.yaml", *NAMES)
-    assert (good.returncode, good.stdout.count("ok   ")) == (0, 1 + len(NAMES))
-    both = qwenvl(tmp_path, "recipes", "validate", "bad.yaml", "fake.yaml")
-    assert both.returncode == 2
-    assert both.stdout.splitlines()[0].startswith("bad  bad.yaml: extra: unknown key; known keys: ")
-    assert both.stdout.splitlines()[1].startswith("ok   fake.yaml")
-    assert both.stderr == "qwenvl: 1 of 2 recipes are not valid\n"
+    valid = qwenvl(tmp_path, "recipes", "validate", "fake.yaml", *NAMES)
+    assert (valid.returncode, valid.stdout.count("ok   ")) == (0, 1 + len(NAMES))
+    mixed = qwenvl(tmp_path, "recipes", "validate", "bad.yaml", "fake.yaml")
+    assert mixed.returncode == 2
+    assert mixed.stdout.splitlines()[0].startswith("bad  bad.yaml: extra: unknown key; known keys: ")
+    assert mixed.stdout.splitlines()[1].startswith("ok   fake.yaml")
+    assert mixed.stderr == "qwenvl: 1 of 2 recipes are not valid\n"
 
 
-def test_the_command_modules_import_nothing_heavy() -> None:
+def test_the_command_modules_import_no_large_modules() -> None:
     code = (
         "import sys; from paddlemix_qwenvl_plugin.cli import recipes, run;"
         " print([m for m in ('pydantic', 'yaml', 'packaging', 'numpy', 'paddle') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    completed = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True
+    )
+    assert completed.stdout == "[]\n"

@@ -1,4 +1,4 @@
-"""`qwenvl batch --url`: the same results as on exported stages."""
+"""`qwenvl batch --url` with a scripted server: results, concurrency, retries, resumption, errors."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ DATA_URL = "data:image/png;base64," + b64encode(STREET.read_bytes()).decode()
 
 @pytest.fixture
 def server() -> Iterator[FakeServer]:
-    with fake_server() as made:
-        yield made
+    with fake_server() as server:
+        yield server
 
 
 @pytest.fixture
@@ -43,11 +43,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def write(rows: list[dict[str, Any]]) -> None:
+def write_input(rows: list[dict[str, Any]]) -> None:
     Path("in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def results() -> list[dict[str, Any]]:
+def read_results() -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path("out.jsonl").read_text("utf-8").splitlines()]
 
 
@@ -55,29 +55,33 @@ def results() -> list[dict[str, Any]]:
 def batch(
     server: FakeServer, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Any:
-    """Runs `qwenvl batch in.jsonl out.jsonl --url …`: exit code, stdout, stderr."""
+    """Function that runs `qwenvl batch in.jsonl out.jsonl --url … FLAGS` and returns exit code, stdout and stderr."""
 
     def batch(*flags: str) -> tuple[Any, str, str]:
         monkeypatch.setattr(
             sys, "argv", ["qwenvl", "batch", "in.jsonl", "out.jsonl", "--url", server.url, *flags]
         )
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as system_exit:
             main()
-        return ended.value.code, *capsys.readouterr()
+        return system_exit.value.code, *capsys.readouterr()
 
     return batch
 
 
 def openai_row(row_id: str, *messages: Any, **body: Any) -> dict[str, Any]:
-    made = [{"role": role, "content": content} for role, content in messages]
-    return {"custom_id": row_id, "body": {"messages": made, **body}}
+    """Build a row in OpenAI's format from (role, content) of its messages."""
+    message_objects = [{"role": role, "content": content} for role, content in messages]
+    return {"custom_id": row_id, "body": {"messages": message_objects, **body}}
 
 
-def test_as_on_stages(server: FakeServer, batch: Any, tiny_exported: Path) -> None:
-    """The server runs the same model; images as data: URLs, which have no name in either prompt."""
+def test_results_equal_those_of_exported_stages(server: FakeServer, batch: Any, tiny_exported: Path) -> None:
+    """The server runs the tiny model, which the reference job opens in this process.
+
+    Images are data: URLs: the prompt of an image file would contain its path on exported stages only.
+    """
     vl = QwenVL.from_exported(tiny_exported / "vision" / "vision", tiny_exported / "text" / "qwen")
     image = {"type": "image_url", "image_url": {"url": DATA_URL}}
-    write(
+    write_input(
         [
             {"id": 1, "image": DATA_URL, "prompt": "What is it?"},
             {"id": "two", "prompt": "Who are you?", "chat": True, "system": "Be brief.", "max_new_tokens": 3},
@@ -98,9 +102,11 @@ def test_as_on_stages(server: FakeServer, batch: Any, tiny_exported: Path) -> No
         ]
     )
 
-    def parts(content: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def query(content: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Convert OpenAI's content parts to a query of QwenVL."""
         return [
-            {"text": p["text"]} if p["type"] == "text" else {"image": p["image_url"]["url"]} for p in content
+            {"text": part["text"]} if part["type"] == "text" else {"image": part["image_url"]["url"]}
+            for part in content
         ]
 
     def answer(body: dict[str, Any]) -> Reply:
@@ -112,17 +118,21 @@ def test_as_on_stages(server: FakeServer, batch: Any, tiny_exported: Path) -> No
         if "messages" in body:
             system, *turns, question = body["messages"]
             contents = [turn["content"] for turn in turns]
-            history = [(parts(query), reply) for query, reply in zip(contents[::2], contents[1::2])]
-            form: dict[str, Any] = {"chat": True, "system": system["content"], "history": history}
-            stream = vl.stream(parts(question["content"]), **form, **options)
+            history = [
+                (query(content), earlier_answer)
+                for content, earlier_answer in zip(contents[::2], contents[1::2])
+            ]
+            chat: dict[str, Any] = {"chat": True, "system": system["content"], "history": history}
+            stream = vl.stream(query(question["content"]), **chat, **options)
         else:
-            stream = vl.stream(parts(body["prompt"]), chat=False, **options)
-        whole = stream.finish()
-        usage = {"prompt_tokens": stream.n_prompt_tokens, "completion_tokens": len(whole.token_ids)}
-        return Reply(whole.text, whole.finish_reason, usage)
+            stream = vl.stream(query(body["prompt"]), chat=False, **options)
+        completed = stream.finish()
+        usage = {"prompt_tokens": stream.n_prompt_tokens, "completion_tokens": len(completed.token_ids)}
+        return Reply(completed.text, completed.finish_reason, usage)
 
     server.answer = answer
-    # As a server with a base model, which the tiny model is.
+    # Reject chat requests without an explicit system prompt, as a server with a base model does: the client then
+    # uses the base form. Row 3 is a chat with the default system prompt.
     server.refuse = lambda path, body: (
         (400, {"message": "no chat model", "param": "model"}, {})
         if path == "/v1/chat/completions"
@@ -133,25 +143,24 @@ def test_as_on_stages(server: FakeServer, batch: Any, tiny_exported: Path) -> No
     code, out, err = batch("--max_new_tokens", "6", "--batch_size", "3")
     assert (code, out) == (1, "out.jsonl: wrote 7 rows\n")
     assert "2 of 7 rows failed" in err
-    from_server = results()
+    rows = read_results()
     Path("out.jsonl").unlink()
     run(Source(Path("in.jsonl"), GenerationOptions(max_new_tokens=6)), Path("out.jsonl"), vl, 3)
-    for row, expected in zip(from_server, results()):
-        for each in (row, expected):
-            if each.get("response"):
+    for row, expected in zip(rows, read_results()):
+        for result in (row, expected):  # remove the fields that differ between runs
+            if result.get("response"):
                 for key in ("id", "created"):
-                    del each["response"]["body"][key]
-                del each["response"]["request_id"]
-            if "custom_id" in each:
-                del each["id"]
-        if row.get("id") == 5:  # on exported stages the prompt contains the image's path
-            continue
-        assert row == expected
+                    del result["response"]["body"][key]
+                del result["response"]["request_id"]
+            if "custom_id" in result:
+                del result["id"]
+        if row.get("id") != 5:  # the row with an image file
+            assert row == expected
     assert images(server.bodies[-1].get("prompt", [])) in ([], [STREET.read_bytes()])
 
 
 def test_concurrent_requests(server: FakeServer, batch: Any) -> None:
-    """--batch_size concurrent requests: none is answered before all are sent."""
+    """The number of concurrent requests is --batch_size: the server waits for all of them before it answers."""
     barrier = threading.Barrier(4)
 
     def answer(body: dict[str, Any]) -> str:
@@ -159,23 +168,23 @@ def test_concurrent_requests(server: FakeServer, batch: Any) -> None:
         return last_text(body)
 
     server.answer = answer
-    write([{"id": n, "prompt": f"{n}?"} for n in range(12)])
+    write_input([{"id": n, "prompt": f"{n}?"} for n in range(12)])
     assert batch("--batch_size", "4") == (0, "out.jsonl: wrote 12 rows\n", "")
-    assert [row["text"] for row in results()] == [f"{n}?" for n in range(12)]
+    assert [row["text"] for row in read_results()] == [f"{n}?" for n in range(12)]
     assert server.max_concurrent == 4
 
 
 def test_requests_to_a_busy_server_are_retried(
     server: FakeServer, batch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slept: list[float] = []
+    pauses: list[float] = []
 
     async def sleep(seconds: float) -> None:
-        slept.append(seconds)
+        pauses.append(seconds)
 
-    # In this module only: servers that other tests left running sleep in event loops of their own.
+    # Replace asyncio.sleep in this module only: event loops of other tests may still run in this process.
     monkeypatch.setattr(remote, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": sleep}))
-    coming = [
+    refusals = [
         (429, {"Retry-After": "7"}),
         (503, {}),
         (503, {"Retry-After": "soon"}),
@@ -183,30 +192,30 @@ def test_requests_to_a_busy_server_are_retried(
     ]
 
     def refuse(path: str, body: dict[str, Any]) -> Any:
-        if path != "/v1/models" and coming:
-            status, headers = coming.pop(0)
+        if path != "/v1/models" and refusals:
+            status, headers = refusals.pop(0)
             return status, {"message": "full"}, headers
         return None
 
     server.refuse = refuse
-    write([{"id": 1, "prompt": "Hello"}])
+    write_input([{"id": 1, "prompt": "Hello"}])
     assert batch()[0] == 0
-    assert slept == [7, 2, 4, 60]
-    assert results()[0]["text"] == "You said Hello."
+    assert pauses == [7, 2, 4, 60]
+    assert read_results()[0]["text"] == "You said Hello."
 
-    slept.clear()
+    pauses.clear()
     Path("out.jsonl").unlink()
     server.refuse = lambda path, body: None if path == "/v1/models" else (429, {"message": "full"}, {})
     code, _, err = batch()
     assert code == 1
     assert f"qwenvl: {server.url}: full (status 429); try again later\n" in err
-    assert 500 < sum(slept) <= 600
+    assert 500 < sum(pauses) <= 600  # seconds after which the client gives up
     assert not Path("out.jsonl").exists()
 
 
-def test_a_job_continues_with_another_address(server: FakeServer, batch: Any) -> None:
-    """The server exits during the job: one error line, and the same command resumes with the remaining rows."""
-    write([{"id": n, "prompt": f"{n}?"} for n in range(4)])
+def test_a_job_is_resumed_with_another_server(server: FakeServer, batch: Any) -> None:
+    """The first server refuses the third row: the job ends with one error line; a second job continues there."""
+    write_input([{"id": n, "prompt": f"{n}?"} for n in range(4)])
 
     def refuse(path: str, body: dict[str, Any]) -> Any:
         return (403, {"message": "key withdrawn"}, {}) if body and last_text(body) == "2?" else None
@@ -215,24 +224,24 @@ def test_a_job_continues_with_another_address(server: FakeServer, batch: Any) ->
     code, _, err = batch("--batch_size", "1")
     assert code == 1
     assert err.splitlines()[-1].startswith(f"qwenvl: {server.url}: key withdrawn; give its API key")
-    with fake_server() as other:
-        flags = ["--url", other.url, "--batch_size", "1"]
+    with fake_server() as second_server:
+        flags = ["--url", second_server.url, "--batch_size", "1"]
         assert batch(*flags)[:2] == (0, "out.jsonl: wrote 4 rows\n")
-        assert [last_text(body) for body in other.bodies] == ["2?", "3?"]
-    assert [row["text"] for row in results()] == [f"You said {n}?." for n in range(4)]
+        assert [last_text(body) for body in second_server.bodies] == ["2?", "3?"]
+    assert [row["text"] for row in read_results()] == [f"You said {n}?." for n in range(4)]
 
 
-def test_an_invalid_row_fails_alone(server: FakeServer, batch: Any) -> None:
-    errors = {
+def test_an_error_of_a_request_fails_only_its_row(server: FakeServer, batch: Any) -> None:
+    errors = {  # by prompt
         "1?": (400, {"message": "messages: no", "param": "messages"}),
         "2?": (500, {"message": "not finite"}),
     }
     server.refuse = lambda path, body: (
         (*errors[last_text(body)], {}) if body and last_text(body) in errors else None
     )
-    write([{"id": n, "prompt": f"{n}?"} for n in range(4)])
+    write_input([{"id": n, "prompt": f"{n}?"} for n in range(4)])
     assert batch()[0] == 1
-    assert [row.get("error") for row in results()] == [
+    assert [row.get("error") for row in read_results()] == [
         None,
         "messages: no",
         f"{server.url}: not finite",
@@ -241,7 +250,7 @@ def test_an_invalid_row_fails_alone(server: FakeServer, batch: Any) -> None:
 
 
 def test_no_server(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    write([{"id": 1, "prompt": "Hello"}])
+    write_input([{"id": 1, "prompt": "Hello"}])
     monkeypatch.setattr(
         sys, "argv", ["qwenvl", "batch", "in.jsonl", "out.jsonl", "--url", "http://127.0.0.1:9/v1"]
     )
@@ -254,14 +263,15 @@ def test_no_server(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 
 
 @pytest.mark.parametrize(
-    "answer",
+    "models",
     [{}, [], {"data": []}, {"data": [{}]}, "text"],
-    ids=["empty", "list", "no model", "no id", "word"],
+    ids=["empty", "list", "no model", "no id", "string"],
 )
-def test_something_else_than_a_server(server: FakeServer, batch: Any, answer: Any, monkeypatch: Any) -> None:
+def test_a_server_of_another_kind(server: FakeServer, batch: Any, models: Any, monkeypatch: Any) -> None:
+    """The response to GET /v1/models is not in OpenAI's format."""
     handler: Any = server.RequestHandlerClass
-    monkeypatch.setattr(handler, "do_GET", lambda self: self._json(200, answer))
-    write([{"id": 1, "prompt": "Hello"}])
+    monkeypatch.setattr(handler, "do_GET", lambda self: self._json(200, models))
+    write_input([{"id": 1, "prompt": "Hello"}])
     code, _, err = batch()
     assert (code, err) == (
         1,
@@ -269,13 +279,13 @@ def test_something_else_than_a_server(server: FakeServer, batch: Any, answer: An
     )
 
 
-def test_closed_streams_end_their_requests(server: FakeServer) -> None:
-    """A job that ends with an error cancels its running requests on the server."""
-    started, go_on = threading.Semaphore(0), threading.Event()
+def test_a_closed_stream_cancels_its_request(server: FakeServer) -> None:
+    """A job that ends with an error closes the streams of its running requests."""
+    started, continue_answer = threading.Semaphore(0), threading.Event()
 
     def answer(body: dict[str, Any]) -> str:
         started.release()
-        go_on.wait(60)
+        continue_answer.wait(60)
         return "late"
 
     server.answer = answer
@@ -283,4 +293,4 @@ def test_closed_streams_end_their_requests(server: FakeServer) -> None:
     assert started.acquire(timeout=60)
     stream.close()
     assert stream.future.cancelled()
-    go_on.set()
+    continue_answer.set()

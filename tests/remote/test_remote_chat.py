@@ -1,4 +1,4 @@
-"""`qwenvl chat --url` against a scripted server."""
+"""`qwenvl chat --url` with a scripted server."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 REPO = Path(__file__).resolve().parents[2]
 STREET = REPO / "recipes" / "images" / "street.png"
-BOXES = "See <ref>a red house</ref><box>(73,172),(417,676)</box> and\u2028more."
+# U+2028 is no line end of an event stream.
+ANSWER_WITH_BOX = "See <ref>a red house</ref><box>(73,172),(417,676)</box> and\u2028more."
 
 
 @pytest.fixture
 def server() -> Iterator[FakeServer]:
-    with fake_server() as made:
-        yield made
+    with fake_server() as server:
+        yield server
 
 
 @pytest.fixture
@@ -49,6 +50,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def chat_process(server: FakeServer, folder: Path, *flags: str) -> subprocess.Popen[str]:
+    """Start `qwenvl chat` with the server, in the folder; its input is a pipe, so that it runs as a script."""
     return subprocess.Popen(
         [sys.executable, "-m", "paddlemix_qwenvl_plugin.cli", "chat", "--url", server.url, *flags],
         env={**os.environ, "PYTHONPATH": str(REPO)},
@@ -60,8 +62,8 @@ def chat_process(server: FakeServer, folder: Path, *flags: str) -> subprocess.Po
     )
 
 
-def test_a_script(server: FakeServer, folder: Path) -> None:
-    """End to end; the server receives the whole conversation with each question."""
+def test_script_on_standard_input(server: FakeServer, folder: Path) -> None:
+    """Each request contains all earlier turns of the conversation."""
     lines = "/image street.png\nWhat is it?\nSure?\n/save talk.json\n/clear\nAnd now?\n"
     flags = ["--system", "Be brief.", "--max_new_tokens", "9", "--min_new_tokens", "2", "--top_k", "3"]
     with chat_process(server, folder, *flags) as program:
@@ -100,17 +102,17 @@ def test_a_script(server: FakeServer, folder: Path) -> None:
 def test_boxes_are_drawn(
     server: FakeServer, model: ServerModel, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Boxes in pixels of the local image, also for a later question about it."""
-    server.answer = lambda body: BOXES
+    """Boxes are converted to pixels of the local image, also in the answer to a second question about it."""
+    server.answer = lambda body: ANSWER_WITH_BOX
     session = Session(model, "You are a helpful assistant.", GenerationOptions())
     conversation = Conversation(session, Terminal())
     for line in ("/image street.png", "What?", "And?"):
         conversation.run(line)
-    shown = capsys.readouterr().out
-    assert "Image 1: street.png, 960 x 640" in shown
-    assert shown.count("[1] a red house: (70, 110), (400, 433)") == 2
+    output = capsys.readouterr().out
+    assert "Image 1: street.png, 960 x 640" in output
+    assert output.count("[1] a red house: (70, 110), (400, 433)") == 2
     assert (folder / "street-boxes-1.png").is_file()
-    assert session.turns[0].answer.text == BOXES
+    assert session.turns[0].answer.text == ANSWER_WITH_BOX
     assert [segment.ref for segment in session.turns[0].segments if segment.ref] == ["a red house"]
 
 
@@ -125,8 +127,8 @@ def test_segments_are_not_buffered(server: FakeServer, model: ServerModel) -> No
     assert stream.answer.finish_reason == "stop"
 
 
-def test_stopped(server: FakeServer, model: ServerModel) -> None:
-    """Stop from another thread while waiting for a segment: cancel the request, keep the partial answer."""
+def test_stop_while_waiting_for_a_segment(server: FakeServer, model: ServerModel) -> None:
+    """A stop by another thread cancels the request; the conversation keeps the partial answer."""
     server.resume.clear()
     chat = model.chat()
     stream = chat.ask("Hello")
@@ -140,38 +142,40 @@ def test_stopped(server: FakeServer, model: ServerModel) -> None:
     assert server.bodies[1]["messages"][2] == {"role": "assistant", "content": "You"}
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_closed(server: FakeServer, model: ServerModel, when: str) -> None:
+@pytest.mark.parametrize("begun", [False, True], ids=["before the first segment", "after the first segment"])
+def test_close(server: FakeServer, model: ServerModel, begun: bool) -> None:
+    """The conversation keeps a turn that is closed after its first segment."""
     server.resume.clear()
     chat = model.chat()
     stream = chat.ask("Hello").submit()
-    if when == "after":
+    if begun:
         next(stream)
     stream.close()
-    if when == "after":
+    if begun:
         assert server.disconnected.acquire(timeout=60)
     server.resume.set()
     chat.ask("And?").finish()
-    assert len(server.bodies[-1]["messages"]) == (4 if when == "after" else 2)
+    # System prompt and question, with the closed turn's question and partial answer between them.
+    assert len(server.bodies[-1]["messages"]) == (4 if begun else 2)
 
 
-def test_stopped_before_the_first_delta(server: FakeServer, model: ServerModel) -> None:
-    """Stop before the response has begun, as in a queue or a long prompt."""
-    waiting, go_on = threading.Event(), threading.Event()
+def test_stop_before_the_response(server: FakeServer, model: ServerModel) -> None:
+    """A stop while the server has sent nothing yet, as while the request waits or its prompt is computed."""
+    received, continue_answer = threading.Event(), threading.Event()
 
     def answer(body: dict[str, Any]) -> str:
-        waiting.set()
-        go_on.wait(60)
+        received.set()
+        continue_answer.wait(60)
         return "late"
 
     server.answer = answer
     chat = model.chat()
     stream = chat.ask("Hello").submit()
-    assert waiting.wait(60)
+    assert received.wait(60)
     stream.stop()
     assert list(stream) == []
     assert (stream.n_new_tokens, stream.answer.finish_reason) == (0, "cancelled")
-    go_on.set()
+    continue_answer.set()
     chat.ask("And?").finish()
     assert len(server.bodies[-1]["messages"]) == 2
 
@@ -193,6 +197,7 @@ def test_ctrl_c_ends_a_script(server: FakeServer, folder: Path) -> None:
 def test_an_error_leaves_the_conversation_unchanged(server: FakeServer, model: ServerModel) -> None:
     chat = model.chat()
     chat.ask([{"image": str(STREET)}, {"text": "One"}]).finish()
+    # (status, error and headers of the response; exception; pattern of its message)
     refusals: list[tuple[Any, type[QwenVLError], str]] = [
         ((400, {"message": "messages: too long"}, {}), UsageError, "^messages: too long$"),
         (
@@ -213,9 +218,9 @@ def test_an_error_leaves_the_conversation_unchanged(server: FakeServer, model: S
             "no key; give its API key with --api_key_file or QWENVL_API_KEY",
         ),
     ]
-    for refusal, kind, line in refusals:
+    for refusal, exception, message in refusals:
         server.refuse = lambda path, body, refusal=refusal: refusal
-        with pytest.raises(kind, match=line):
+        with pytest.raises(exception, match=message):
             chat.ask("Two").finish()
     server.refuse = lambda path, body: None
     server.truncate = True
@@ -233,17 +238,14 @@ def test_an_error_leaves_the_conversation_unchanged(server: FakeServer, model: S
 
 def test_an_error_in_the_middle_of_a_stream(server: FakeServer, model: ServerModel, monkeypatch: Any) -> None:
     handler: Any = server.RequestHandlerClass
-    event = handler._event
+    send_event = handler._event
 
-    def broken(self: Any, values: dict[str, Any]) -> None:
-        event(
-            self,
-            values
-            if values["choices"]
-            else {"error": {"message": "the engine died", "type": "server_error"}},
-        )
+    def send_error_as_last_event(self: Any, values: dict[str, Any]) -> None:
+        if not values["choices"]:  # the last event, with the token usage
+            values = {"error": {"message": "the engine died", "type": "server_error"}}
+        send_event(self, values)
 
-    monkeypatch.setattr(handler, "_event", broken)
+    monkeypatch.setattr(handler, "_event", send_error_as_last_event)
     stream = model.chat().ask("Hello")
     with pytest.raises(QwenVLError, match="the engine died"):
         stream.finish()
@@ -251,7 +253,7 @@ def test_an_error_in_the_middle_of_a_stream(server: FakeServer, model: ServerMod
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "line"),
+    ("flags", "code", "message"),
     [
         (["--url", "localhost:8000"], 2, "--url localhost:8000: must be of the form http://host:8000"),
         (["--url", "http://"], 2, "--url http://: must be of the form"),
@@ -288,8 +290,13 @@ def test_an_error_in_the_middle_of_a_stream(server: FakeServer, model: ServerMod
         (["--url", "http://h", "--allow_private_http"], 2, "--allow_private_http: requires --allow_http"),
     ],
 )
-def test_flags(
-    flags: list[str], code: int, line: str, folder: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+def test_invalid_flags(
+    flags: list[str],
+    code: int,
+    message: str,
+    folder: Path,
+    monkeypatch: Any,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (folder / "empty").write_text("# none\n\n")
     (folder / "odd").write_text("a b\n")
@@ -297,35 +304,35 @@ def test_flags(
     monkeypatch.setattr(sys, "argv", ["qwenvl", "chat", *flags])
     with (folder / "empty").open() as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as system_exit:
             main()
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "secret" not in err
-    assert line in err
-    assert ended.value.code == code
+    assert message in err
+    assert system_exit.value.code == code
 
 
-@pytest.mark.parametrize("form", ["", "/", "/v1", "/v1/"])
-def test_keys_and_forms_of_the_address(
-    server: FakeServer, form: str, folder: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])
+def test_api_keys_and_suffixes_of_the_url(
+    server: FakeServer, suffix: str, folder: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.key = "sesame"
     (folder / "key").write_text("# mine\nsesame\nanother\n")
     (folder / "in.txt").write_text("Hello\n")
 
     def run(*flags: str) -> tuple[Any, str, str]:
-        monkeypatch.setattr(sys, "argv", ["qwenvl", "chat", "--url", server.url + form, *flags])
+        monkeypatch.setattr(sys, "argv", ["qwenvl", "chat", "--url", server.url + suffix, *flags])
         with (folder / "in.txt").open() as stdin:
             monkeypatch.setattr(sys, "stdin", stdin)
-            with pytest.raises(SystemExit) as ended:
+            with pytest.raises(SystemExit) as system_exit:
                 main()
-        return ended.value.code, *capsys.readouterr()
+        return system_exit.value.code, *capsys.readouterr()
 
-    answered = (0, "You said Hello.\n", "")
-    assert run("--api_key_file", "key") == answered
+    expected = (0, "You said Hello.\n", "")
+    assert run("--api_key_file", "key") == expected
     code, out, err = run()
     assert (code, out) == (1, "")
     assert "wrong API key; give its API key with --api_key_file or QWENVL_API_KEY" in err
     monkeypatch.setenv("QWENVL_API_KEY", "sesame")
-    assert run() == answered
+    assert run() == expected

@@ -1,4 +1,7 @@
-"""Export model folders, each DTYPE FOLDER OUTPUT, like PaddleNLP generation 1's export_model.py; run as a process."""
+"""Export models as PaddleNLP generation 1's export_model.py does.
+
+drive_export_1.py (DTYPE FOLDER OUTPUT)…
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ MAX_LENGTH = 512
 
 
 def validate_pdmodel(model_path: str, model_prefix: str, device: str) -> NoReturn:
+    """Fail where upstream validates the export: its function works only with legacy programs on a GPU."""
     raise SystemExit("upstream's validation, which works on a GPU with legacy programs only, was called")
 
 
@@ -37,5 +41,5 @@ def export(dtype: str, folder: str, output: str) -> None:
 
 
 arguments = iter(sys.argv[1:])
-for one in zip(arguments, arguments, arguments):
-    export(*one)
+for dtype, folder, output in zip(arguments, arguments, arguments):
+    export(dtype, folder, output)

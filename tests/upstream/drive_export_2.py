@@ -1,4 +1,7 @@
-"""Export model folders, each DTYPE FOLDER OUTPUT, like PaddleNLP 3.0.0b4's export_model.py; run as a process."""
+"""Export models as PaddleNLP 3.0.0b4's export_model.py does.
+
+drive_export_2.py (DTYPE FOLDER OUTPUT)…
+"""
 
 from __future__ import annotations
 

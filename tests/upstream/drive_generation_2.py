@@ -1,4 +1,4 @@
-"""Common part of PaddleNLP 3.0.0b4's scripts: tokenizer and model, created like in its create_predictor."""
+"""Common part of the drive_*_2.py scripts: tokenizer and model, created as in PaddleNLP 3.0.0b4's create_predictor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Use AutoModelMIX like PaddleMIX's scripts, MODEL IMAGES.npy FEATURES.npy; run as a process."""
+"""Encode images with AutoModelMIX as PaddleMIX's scripts do: drive_model.py FOLDER IMAGES.npy FEATURES.npy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Answer texts with the model FOLDER like PaddleNLP 3.0.0b4's dynamic predictor, print the tokens; run as a process."""
+"""Answer texts as PaddleNLP 3.0.0b4's dynamic predictor does, and print the tokens.
+
+drive_predict_2.py FOLDER N_TOKENS TEXT…
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,11 @@ inputs = llm_utils.dybatch_preprocess(
     temperature=1.0,
     eos_token_id=llm_utils.get_eos_token_id(tokenizer, model.generation_config),
 )
-rows = len(texts)
-inputs["pre_ids"] = paddle.full([rows, MAX_LENGTH], -1, dtype="int64")
-inputs["attention_mask"] = paddle.zeros([rows, 1, MAX_LENGTH, MAX_LENGTH])
-inputs["tgt_generation_mask"] = paddle.ones([rows, 1, 1, MAX_LENGTH])
+batch_size = len(texts)
+inputs["pre_ids"] = paddle.full([batch_size, MAX_LENGTH], -1, dtype="int64")
+inputs["attention_mask"] = paddle.zeros([batch_size, 1, MAX_LENGTH, MAX_LENGTH])
+inputs["tgt_generation_mask"] = paddle.ones([batch_size, 1, 1, MAX_LENGTH])
 inputs = {name: paddle.to_tensor(value) for name, value in inputs.items()}
-shapes = model.get_cache_kvs_shape(model.config, rows, MAX_LENGTH)
+shapes = model.get_cache_kvs_shape(model.config, batch_size, MAX_LENGTH)
 model.generate(**inputs, cache_kvs=[paddle.zeros(shape) for shape in shapes])
 print(json.dumps(llm_utils.load_real_time_tokens().tolist()))

@@ -1,4 +1,7 @@
-"""Answer queries with a deploy/qwen_vl folder's Predictor, write token ids to a JSON file; run as a process."""
+"""Answer queries with the Predictor of a deploy/qwen_vl folder, and write the token ids to a JSON file.
+
+drive_predictor.py DEPLOY_FOLDER VISION_PREFIX LANGUAGE_PREFIX MODEL_FOLDER QUERIES_AS_JSON OUTPUT
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,13 @@ import json
 import sys
 from pathlib import Path
 
-deploy, first, second, model, queries, out = sys.argv[1:]
+deploy, vision, language, model, queries, output = sys.argv[1:]
 sys.path.insert(0, deploy)
 from run_static_predict import Predictor  # noqa: E402
 
 predictor = Predictor(
     argparse.Namespace(
-        first_model_path=first, second_model_path=second, model_name_or_path=model, device="gpu"
+        first_model_path=vision, second_model_path=language, model_name_or_path=model, device="gpu"
     )
 )
 answers = []
@@ -22,4 +25,4 @@ for query in json.loads(queries):
     features = predictor.encode_images(inputs["images"])
     tokens, _ = predictor.generate_with_image_features(features, inputs["input_ids"])
     answers.append({"input_ids": inputs["input_ids"].tolist(), "tokens": tokens})
-Path(out).write_text(json.dumps(answers))
+Path(output).write_text(json.dumps(answers))

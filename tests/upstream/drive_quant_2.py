@@ -1,4 +1,4 @@
-"""Export FOLDER to OUTPUT with QUANT_TYPE like PaddleNLP 3.0.0b4; run as a process."""
+"""Export a model with quantised weights as PaddleNLP 3.0.0b4 does: drive_quant_2.py FOLDER QUANT_TYPE OUTPUT."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import sys
 
 from drive_generation_2 import create_model
 
-_, model = create_model(sys.argv[1], "float32", sys.argv[2])
-model.to_static(
-    f"{sys.argv[3]}/qwen", {"dtype": "float32", "export_precache": False, "cachekv_int8_type": None}
-)
+folder, quant_type, output = sys.argv[1:]
+_, model = create_model(folder, "float32", quant_type)
+model.to_static(f"{output}/qwen", {"dtype": "float32", "export_precache": False, "cachekv_int8_type": None})

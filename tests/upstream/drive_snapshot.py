@@ -1,6 +1,10 @@
-"""Print the contents of PaddleNLP's and Paddle's modules as JSON, with or without the plugin; run as a process.
+"""Print the origin of every name in PaddleNLP's and Paddle's modules as JSON, with or without the plugin.
 
-Without the plugin the inference models of 3.0.0b4 cannot be imported; this script then provides the missing names.
+QWENVL_PLUGIN is "1" or "0". Without the plugin, the inference models of 3.0.0b4 cannot be imported: this script then
+provides the operators that they import. Keys of the output:
+    failed: error of the first import of the models, or "".
+    operators: errors of the calls of two missing operators, with the plugin only.
+    origins: name -> origin.
 """
 
 from __future__ import annotations
@@ -21,13 +25,16 @@ MODELS = "paddlenlp.experimental.transformers"
 
 
 class Operators(types.ModuleType):
+    """Module that has every public name."""
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
         return print
 
 
-def attempt(call: Any) -> str:
+def error_of(call: Any) -> str:
+    """Call a function and return its error, or "" if it succeeds."""
     try:
         call()
     except Exception as error:
@@ -35,8 +42,8 @@ def attempt(call: Any) -> str:
     return ""
 
 
-def identity(value: Any) -> str:
-    """Origin of a function or class, which a replacement would change; of other values the type."""
+def origin(value: Any) -> str:
+    """Describe the origin of a function or class, which a replacement would change, or the type of another value."""
     if isinstance(value, (classmethod, staticmethod)):
         value = value.__func__
     if inspect.isclass(value):
@@ -48,26 +55,28 @@ def identity(value: Any) -> str:
 
 
 operators = []
-failed = attempt(lambda: importlib.import_module(MODELS))
+failed = error_of(lambda: importlib.import_module(MODELS))
 if os.environ["QWENVL_PLUGIN"] == "1":
-    model: dict[str, Any] = {"__name__": f"{MODELS}.generation_utils"}
-    exec("from paddlenlp_ops import rebuild_padding_v2", model)  # like the models inside their functions
-    operators = [attempt(model["rebuild_padding_v2"]), attempt(lambda: functional.fused_moe())]
+    # Import an operator as the models do inside their functions.
+    namespace: dict[str, Any] = {"__name__": f"{MODELS}.generation_utils"}
+    exec("from paddlenlp_ops import rebuild_padding_v2", namespace)
+    operators = [error_of(namespace["rebuild_padding_v2"]), error_of(lambda: functional.fused_moe())]
 elif failed:
     for name in [name for name in sys.modules if name.startswith(MODELS)]:
         del sys.modules[name]
-    given = Operators("paddlenlp_ops")
-    given.__spec__ = ModuleSpec("paddlenlp_ops", None)
-    sys.modules["paddlenlp_ops"] = given
+    module = Operators("paddlenlp_ops")
+    module.__spec__ = ModuleSpec("paddlenlp_ops", None)
+    sys.modules["paddlenlp_ops"] = module
     if not hasattr(functional, "fused_moe"):
         functional.fused_moe = print
     importlib.import_module(MODELS)
 
-held = {}
-for name, module in sorted(sys.modules.items()):
-    if name.split(".")[0] in ("paddle", "paddlenlp"):
-        for key, value in sorted(vars(module).items()):
-            held[f"{name}.{key}"] = identity(value)
-            if inspect.isclass(value) and getattr(value, "__module__", "") == name:
-                held.update({f"{name}.{key}.{own}": identity(its) for own, its in vars(value).items()})
-print(json.dumps({"failed": failed, "operators": operators, "held": held}))
+origins = {}
+for module_name, module in sorted(sys.modules.items()):
+    if module_name.split(".")[0] in ("paddle", "paddlenlp"):
+        for name, value in sorted(vars(module).items()):
+            origins[f"{module_name}.{name}"] = origin(value)
+            if inspect.isclass(value) and getattr(value, "__module__", "") == module_name:
+                for member_name, member in vars(value).items():
+                    origins[f"{module_name}.{name}.{member_name}"] = origin(member)
+print(json.dumps({"failed": failed, "operators": operators, "origins": origins}))

@@ -1,9 +1,11 @@
 """Run the stock predictor script in a process where most dependencies of PaddleNLP and PaddleMIX are missing.
 
-drive_stock_bare.py TREE IMAGE ARGUMENT…: TREE is a PaddleMIX at the pinned commit, ARGUMENTs are the script's. The
-script, PaddleMIX's processor and tokenizer and PaddleNLP are the real ones, unmodified. Missing packages are replaced
-by stand-in modules that provide any name; PaddleMIX's packages are imported without running their __init__, which
-imports every model. The image that the script would download is the file IMAGE.
+drive_stock_bare.py TREE IMAGE ARGUMENT…
+
+TREE is a checkout of PaddleMIX at the pinned commit, IMAGE a file in place of the image that the script would download,
+and the ARGUMENTs are for the script. The script, PaddleMIX's processor and tokenizer, and PaddleNLP are unmodified.
+Stand-in modules that provide any name replace missing packages. PaddleMIX's packages are registered without running
+their __init__, which would import every model.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ UNUSED = (
     *("aistudio_sdk", "colorlog", "cv2", "datasets", "dill", "emoji", "fastapi", "jieba", "multiprocess"),
     *("omegaconf", "onnx", "paddle2onnx", "ppdiffusers", "rouge", "seqeval", "uvicorn", "visualdl"),
 )
-BARE = ("", ".processors", ".models", ".models.qwen_vl", ".utils")
+# Subpackages of paddlemix that are registered without running their __init__.
+REGISTERED = ("", ".processors", ".models", ".models.qwen_vl", ".utils")
 
 
 class Anything:
@@ -45,6 +48,8 @@ class Anything:
 
 
 class StandIn(ModuleType):
+    """Module in which every public name is a class."""
+
     __path__: Sequence[str] = ()
 
     def __getattr__(self, name: str) -> Any:
@@ -60,8 +65,8 @@ class StandIns(MetaPathFinder, Loader):
         self._packages = packages
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        ours = name.partition(".")[0] in self._packages
-        return ModuleSpec(name, self, is_package=True) if ours else None
+        is_missing = name.partition(".")[0] in self._packages
+        return ModuleSpec(name, self, is_package=True) if is_missing else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         return StandIn(spec.name)
@@ -70,28 +75,28 @@ class StandIns(MetaPathFinder, Loader):
         pass
 
 
-def enter(name: str, folder: Path) -> ModuleType:
-    """Register a package so that its real modules can be imported, without running its __init__."""
+def register(name: str, folder: Path) -> None:
+    """Register a package so that its modules can be imported, without running its __init__."""
     package = ModuleType(name)
     package.__path__ = [str(folder)]
     sys.modules[name] = package
-    return package
 
 
 def main(tree: Path, image: Path, arguments: list[str]) -> None:
     sys.meta_path.append(StandIns({name for name in UNUSED if importlib.util.find_spec(name) is None}))
-    for name, now in {"float_": np.float64, "bool8": np.bool_}.items():  # removed in NumPy 2
+    for name, replacement in {"float_": np.float64, "bool8": np.bool_}.items():  # removed in NumPy 2
         if not hasattr(np, name):
-            setattr(np, name, now)
+            setattr(np, name, replacement)
     import paddlenlp  # noqa: F401
     import requests
 
     requests.get = lambda url, **_: SimpleNamespace(raw=BytesIO(image.read_bytes()))
-    for part in BARE:
-        enter(f"paddlemix{part}", tree / "paddlemix" / part.replace(".", "/").strip("/"))
-    mix: Any = sys.modules["paddlemix"]
-    mix.QwenVLProcessor = importlib.import_module("paddlemix.processors.qwen_vl_processing").QwenVLProcessor
-    mix.QWenVLTokenizer = importlib.import_module("paddlemix.models.qwen_vl.tokenizer").QWenVLTokenizer
+    for suffix in REGISTERED:
+        register(f"paddlemix{suffix}", tree / "paddlemix" / suffix.replace(".", "/").strip("/"))
+    paddlemix: Any = sys.modules["paddlemix"]
+    processing = importlib.import_module("paddlemix.processors.qwen_vl_processing")
+    paddlemix.QwenVLProcessor = processing.QwenVLProcessor
+    paddlemix.QWenVLTokenizer = importlib.import_module("paddlemix.models.qwen_vl.tokenizer").QWenVLTokenizer
     script = tree / "deploy" / "qwen_vl" / "run_static_predict.py"
     sys.argv = [str(script), *arguments]
     sys.path[0] = str(script.parent)

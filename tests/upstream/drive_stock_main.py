@@ -1,4 +1,7 @@
-"""Run the stock predictor script as a program, in a process; the image that it would download is a file here."""
+"""Run the stock predictor script as a program, with a file in place of the image that it would download.
+
+drive_stock_main.py SCRIPT IMAGE ARGUMENT…
+"""
 
 from __future__ import annotations
 

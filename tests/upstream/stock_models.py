@@ -1,4 +1,4 @@
-"""Golden model a as model folders for PaddleNLP."""
+"""Model folders of golden model a, as PaddleNLP reads them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ import numpy as np
 
 from paddlemix_qwenvl_plugin import QwenVL
 
-# The tokenizer appends 208 special tokens, 640 in all: the size of golden model a.
+# All bytes, and further tokens. With the tokenizer's 208 special tokens, it has golden model a's 640 tokens.
 VOCABULARY = [bytes([i]) for i in range(256)] + [f"<{i}>".encode() for i in range(256, 432)]
+# <|endoftext|>, the first special token.
 END = len(VOCABULARY)
-# Naming scheme -> format in which such weights are published.
+# Naming scheme -> checkpoint format in which weights with such names are published.
 SCHEMES = {"paddlemix": "sharded-safetensors", "static": "pdparams", "huggingface": "safetensors"}
 
 
 @dataclass(frozen=True)
 class StockModels:
-    """Golden model, and its folder in each naming scheme."""
+    """Golden model, and its model folder in each naming scheme."""
 
     golden: Any
     folders: dict[str, Path]
@@ -30,19 +31,22 @@ class StockModels:
 
 def write(golden: Any, folder: Path) -> StockModels:
     """Write a folder per scheme, with the minimal tokenizer_config.json of Qwen-VL for AutoTokenizer."""
-    made = {}
-    for scheme, kind in SCHEMES.items():
+    model_folders = {}
+    vocabulary = [f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(VOCABULARY)]
+    tokenizer_config = {"tokenizer_class": "QWenTokenizer", "model_max_length": 8192}
+    for scheme, checkpoint_format in SCHEMES.items():
         weights = folders.renamed(golden.weights, scheme, transpose=scheme == "huggingface")
-        made[scheme] = folders.write(folder / scheme, golden.folder / "config.json", weights, kind)
-        lines = [f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(VOCABULARY)]
-        (made[scheme] / "qwen.tiktoken").write_text("".join(lines))
-        settings = {"tokenizer_class": "QWenTokenizer", "model_max_length": 8192}
-        (made[scheme] / "tokenizer_config.json").write_text(json.dumps(settings))
-    return StockModels(golden, made)
+        model_folder = folders.write(
+            folder / scheme, golden.folder / "config.json", weights, checkpoint_format
+        )
+        (model_folder / "qwen.tiktoken").write_text("".join(vocabulary))
+        (model_folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+        model_folders[scheme] = model_folder
+    return StockModels(golden, model_folders)
 
 
 def answers(stock: StockModels, texts: list[str], n_tokens: int) -> list[list[int]]:
-    """Tokens that the exported golden model generates for ASCII texts, in which each character is a token."""
+    """Generate tokens with the exported golden model for ASCII texts, in which each character is a token."""
     vl = QwenVL.from_exported(stock.golden.vision, stock.golden.language)
     ids = np.full([len(texts), max(map(len, texts))], END)
     for row, text in zip(ids, texts):

@@ -1,4 +1,4 @@
-"""A deferred object is created at its first use, and is then equivalent to upstream's."""
+"""Deferred models: created at their first use, and from then on equivalent to upstream's model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from paddlemix_qwenvl_plugin.upstream.patching import undo_all
 
 
 class Model(paddle.nn.Layer):
-    made = 0
+    n_created = 0
 
     def __init__(self) -> None:
         super().__init__()
-        type(self).made += 1
+        type(self).n_created += 1
         self.visual = paddle.nn.Linear(3, 2)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
@@ -28,48 +28,49 @@ class Model(paddle.nn.Layer):
 
 @pytest.fixture
 def model():
-    Model.made = 0
+    Model.n_created = 0
     yield DeferredModel(Model, "a folder", "float32")
     undo_all()
 
 
+# Uses of a model, each with a check of the result. setattr and delattr return None, so that `or` continues.
 USES: dict[str, Callable[[Any], Any]] = {
-    "isinstance": lambda it: isinstance(it, Model),
-    "call": lambda it: it(paddle.ones([1, 3])).shape == [1, 2],
-    "attribute": lambda it: len(it.parameters()) == 2,
-    "assignment": lambda it: setattr(it, "more", 1) or it.more == 1,
-    "deletion": lambda it: delattr(it, "visual") or not hasattr(it, "visual"),
-    "repr": lambda it: repr(it).startswith("Model("),
-    "copy": lambda it: isinstance(copy.deepcopy(it), Model),
-    "part": lambda it: isinstance(it.visual, paddle.nn.Linear),
-    "part of a layer": lambda it: len(paddle.nn.LayerList([it.visual]).parameters()) == 2,
-    "state of a part": lambda it: set(it.visual.state_dict()) == {"weight", "bias"},
+    "isinstance": lambda model: isinstance(model, Model),
+    "call": lambda model: model(paddle.ones([1, 3])).shape == [1, 2],
+    "attribute": lambda model: len(model.parameters()) == 2,
+    "assignment": lambda model: setattr(model, "more", 1) or model.more == 1,
+    "deletion": lambda model: delattr(model, "visual") or not hasattr(model, "visual"),
+    "repr": lambda model: repr(model).startswith("Model("),
+    "copy": lambda model: isinstance(copy.deepcopy(model), Model),
+    "sublayer": lambda model: isinstance(model.visual, paddle.nn.Linear),
+    "sublayer in another layer": lambda model: len(paddle.nn.LayerList([model.visual]).parameters()) == 2,
+    "state of a sublayer": lambda model: set(model.visual.state_dict()) == {"weight", "bias"},
 }
 
 
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
-def test_any_use_creates_it_once(model, use):
+def test_every_use_creates_the_model_once(model, use):
     encoder = model.visual
     model.eval()
     assert encoder is model.visual
-    assert Model.made == 0
+    assert Model.n_created == 0
     assert use(model)
-    assert Model.made == 1
+    assert Model.n_created == 1
     assert model.training is False
     assert type(model) is Model
 
 
-def test_parts_are_the_model_s(model):
+def test_a_sublayer_shares_its_parameters_with_the_model(model):
     encoder = model.visual
     encoder.weight.set_value(paddle.full([3, 2], 2.0))
     assert model(paddle.ones([1, 3])).numpy().tolist() == [[7.0, 7.0]]
-    assert Model.made == 1
+    assert Model.n_created == 1
 
 
-def test_static_encoder_that_is_run_is_static(model):
+def test_a_static_encoder_creates_the_model_when_it_is_run(model):
     spec = paddle.static.InputSpec([None, 3], "float32")
     encoder = paddle.jit.to_static(model.visual, input_spec=[spec])
-    assert Model.made == 0
+    assert Model.n_created == 0
     assert encoder(paddle.ones([4, 3])).shape == [4, 2]
     assert isinstance(model.visual.forward, paddle.jit.dy2static.program_translator.StaticFunction)
 
@@ -77,10 +78,10 @@ def test_static_encoder_that_is_run_is_static(model):
 @pytest.mark.parametrize("error", [OSError, AttributeError])
 @pytest.mark.parametrize("use", [USES["isinstance"], USES["attribute"]])
 def test_a_failing_creation_raises_at_every_use(error, use):
-    def fails() -> Any:
+    def fail() -> Any:
         raise error("no such weights")
 
-    deferred = Deferred(fails)
+    deferred = Deferred(fail)
     for _ in range(2):
         with pytest.raises((OSError, RuntimeError), match="no such weights"):
             use(deferred)

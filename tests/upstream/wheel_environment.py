@@ -1,7 +1,7 @@
-"""Interpreters with a PaddleNLP wheel and this checkout, independent of the packages of the test interpreter.
+"""Python environments with a PaddleNLP wheel and this checkout, in which the test interpreter's packages come last.
 
-Downloads are cached in the user's cache folder or that of QWENVL_TEST_ENVS: about 45 s and 600 MB for both wheels.
-Paddle, the largest package, is that of the test interpreter.
+Downloads, about 45 s and 600 MB for both wheels, are cached in the folder QWENVL_TEST_ENVS or in the user's cache
+folder. Paddle, the largest package, is not downloaded: the environments use the test interpreter's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from paddlemix_qwenvl_plugin.upstream import pins
 
 REPO = Path(__file__).resolve().parents[2]
 
-# Packages that both wheels import for this model, besides those of Paddle and the plugin: a third of all.
+# Packages that both wheels import for this model, apart from those that Paddle and the plugin require. They are a third
+# of the packages that the wheels require.
 IMPORTED = (
     *("aistudio-sdk", "colorlog", "datasets", "fastapi", "filelock", "huggingface_hub", "jieba", "jinja2"),
     *("ml_dtypes", "numpy", "omegaconf", "scipy", "sentencepiece", "seqeval", "setuptools"),
@@ -53,7 +54,7 @@ NO_INDEX = (
 
 @dataclass(frozen=True)
 class WheelEnvironment:
-    """A Python with a PaddleNLP wheel, the plugin as installed from this checkout, and no PYTHONPATH."""
+    """Python environment with a PaddleNLP wheel and with the plugin as installed from this checkout."""
 
     python: Path
     version: str
@@ -66,12 +67,14 @@ class WheelEnvironment:
     def run(
         self, script: Path | str, *arguments: object, cwd: Path, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        """Run a script as a process."""
-        kept = {n: v for n, v in os.environ.items() if not n.startswith(("PYTHON", "QWENVL_"))}
+        """Run a script as a process, without PYTHONPATH and settings of the plugin unless `environment` has them."""
+        inherited = {
+            name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "QWENVL_"))
+        }
         return subprocess.run(
             [self.python, script, *map(str, arguments)],
             cwd=cwd,
-            env={**kept, **environment},
+            env={**inherited, **environment},
             capture_output=True,
             text=True,
             timeout=600,
@@ -90,21 +93,21 @@ def make(version: str, folder: Path) -> WheelEnvironment:
     )
     venv.create(folder, symlinks=True, with_pip=False)
     site_packages = _site_packages(folder)
-    running = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-    # The first folder with a package wins. The .pth files in these folders are not read, so that the test
-    # interpreter's plugin is not installed twice.
-    path = [REPO, wheel, _site_packages(dependencies), *running]
-    (site_packages / "path.pth").write_text("".join(f"{one}\n" for one in path))
+    test_interpreter = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    # A package is imported from the first folder that has it. The .pth files in these folders are not read: the plugin
+    # that may be installed in the test interpreter is not activated.
+    search_path = [REPO, wheel, _site_packages(dependencies), *test_interpreter]
+    (site_packages / "path.pth").write_text("".join(f"{path}\n" for path in search_path))
     for file in (REPO / "activation").glob("*qwenvl_activate.*"):
         shutil.copy(file, site_packages)
     return WheelEnvironment(folder / "bin" / "python", version)
 
 
 def cached(name: str, build: Callable[[Path], None]) -> Path:
-    """Cached folder of this name. `build` fills it if missing; it gets the name when complete."""
-    named = os.environ.get("QWENVL_TEST_ENVS")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    root = Path(named) if named else cache / "paddlemix-qwenvl-plugin" / "test-envs"
+    """Return a folder of the cache; if it is missing, `build` fills a temporary folder, which is then renamed."""
+    configured = os.environ.get("QWENVL_TEST_ENVS")
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = Path(configured) if configured else user_cache / "paddlemix-qwenvl-plugin" / "test-envs"
     root.mkdir(parents=True, exist_ok=True)
     folder, partial = root / name, root / f"{name}.partial"
     with _locked(root / f"{name}.lock"):
@@ -121,40 +124,41 @@ def _dependencies() -> Path:
     digest = hashlib.sha256("\n".join([python, *IMPORTED, *CONSTRAINTS]).encode()).hexdigest()[:12]
 
     def build(folder: Path) -> None:
-        done = subprocess.run(
+        completed = subprocess.run(
             [sys.executable, "-m", "venv", folder], capture_output=True, text=True, check=False
         )
-        if done.returncode != 0:
-            pytest.fail(f"python -m venv: {(done.stdout + done.stderr).strip()[-500:]}")
-        listed = folder / "constraints.txt"
-        listed.write_text("".join(f"{text}\n" for text in CONSTRAINTS))
-        _pip(folder / "bin" / "python", "--constraint", listed, *IMPORTED)
+        if completed.returncode != 0:
+            pytest.fail(f"python -m venv: {(completed.stdout + completed.stderr).strip()[-500:]}")
+        constraints = folder / "constraints.txt"
+        constraints.write_text("".join(f"{constraint}\n" for constraint in CONSTRAINTS))
+        _pip(folder / "bin" / "python", "--constraint", constraints, *IMPORTED)
 
     return cached(f"dependencies-python-{python}-{digest}", build)
 
 
 def _pip(python: Path, *arguments: object) -> None:
-    # Not compiled: most of it is never imported.
+    """Run `pip install`; skip the test if no package index is reachable."""
+    # --no-compile: most of the modules are never imported.
     command = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--retries", "2", *arguments]
-    done = subprocess.run(
+    completed = subprocess.run(
         [*map(str, command), "--disable-pip-version-check", "--no-warn-conflicts"],
         capture_output=True,
         text=True,
         check=False,
     )
-    if done.returncode == 0:
+    if completed.returncode == 0:
         return
-    if any(sign in done.stderr for sign in NO_INDEX):
+    if any(message in completed.stderr for message in NO_INDEX):
         pytest.skip(
             "pip cannot reach a package index for PaddleNLP's wheels: run once with a network, or point "
             "PIP_INDEX_URL at a mirror, or QWENVL_TEST_ENVS at the cache of a machine that has run these tests"
         )
-    pytest.fail(f"pip install {' '.join(map(str, arguments))}:\n{done.stderr[-3000:]}", pytrace=False)
+    pytest.fail(f"pip install {' '.join(map(str, arguments))}:\n{completed.stderr[-3000:]}", pytrace=False)
 
 
 def _site_packages(folder: Path) -> Path:
-    (found,) = (folder / "lib").glob("python*/site-packages")
-    return found
+    (site_packages,) = (folder / "lib").glob("python*/site-packages")
+    return site_packages
 
 
 @contextlib.contextmanager

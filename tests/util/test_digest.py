@@ -1,4 +1,4 @@
-"""Digests of arrays by parts."""
+"""Digests of arrays, computed in parts by several threads."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import pytest
 
 from paddlemix_qwenvl_plugin.util import digest
 
-SIZE = (1 << 19) // 4  # float32 values of a part
+PART_SIZE = (1 << 19) // 4  # float32 values in a part of 512 KiB
 
 
-@pytest.mark.parametrize("n", [0, 1, SIZE - 1, SIZE, SIZE + 1, 5 * SIZE + 3])
-def test_the_same_by_any_number_of_threads(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    array = np.random.default_rng(n).standard_normal(n).astype(np.float32)
-    found = set()
+@pytest.mark.parametrize("size", [0, 1, PART_SIZE - 1, PART_SIZE, PART_SIZE + 1, 5 * PART_SIZE + 3])
+def test_the_number_of_threads_does_not_change_the_digest(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    array = np.random.default_rng(size).standard_normal(size).astype(np.float32)
+    digests = set()
     for n_threads in (1, 4, 15):
         monkeypatch.setattr(digest, "cpu_threads", lambda n_threads=n_threads: n_threads)
-        found.add(digest.digest_of(array.copy()))
-    assert len(found) == 1
+        digests.add(digest.digest_of(array.copy()))
+    assert len(digests) == 1
 
 
-def test_every_value_counts_and_where_it_is() -> None:
-    array = np.random.default_rng(0).standard_normal([3, SIZE]).astype(np.float32)
-    found = {digest.digest_of(array), digest.digest_of(np.ascontiguousarray(array[::-1]))}
-    for place in (0, SIZE - 1, SIZE, 3 * SIZE - 1):
+def test_every_value_and_the_order_change_the_digest() -> None:
+    array = np.random.default_rng(0).standard_normal([3, PART_SIZE]).astype(np.float32)
+    digests = {digest.digest_of(array), digest.digest_of(np.ascontiguousarray(array[::-1]))}
+    for index in (0, PART_SIZE - 1, PART_SIZE, 3 * PART_SIZE - 1):
         changed = array.copy()
-        changed.reshape(-1)[place] += 1
-        found.add(digest.digest_of(changed))
-    assert len(found) == 6
+        changed.reshape(-1)[index] += 1
+        digests.add(digest.digest_of(changed))
+    assert len(digests) == 2 + 4

@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders."""
+"""Atomic writes of files and folders, and the first line of an error."""
 
 from __future__ import annotations
 
@@ -12,83 +12,84 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError, first_line
 from paddlemix_qwenvl_plugin.util.files import new_folder, write_beside, write_text
 
 
-def test_a_file_is_replaced_whole_or_left(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_file_unchanged(tmp_path: Path) -> None:
     target = tmp_path / "a.json"
     write_text(target, "Grüße\n")
     assert target.read_bytes() == "Grüße\n".encode()
 
     def fail(partial: Path) -> None:
         assert (partial.parent, partial.suffix) == (tmp_path, ".json")
-        partial.write_text("half")
+        partial.write_text("incomplete")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError, match="No space") as caught:
+    with pytest.raises(OSError, match="No space") as error:
         write_beside(target, fail)
-    assert caught.value.filename == str(target)
+    assert error.value.filename == str(target)
     assert target.read_bytes() == "Grüße\n".encode()
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_file_that_two_write_at_once_is_one_of_the_two(tmp_path: Path) -> None:
+def test_of_two_concurrent_writes_the_last_rename_decides(tmp_path: Path) -> None:
     target = tmp_path / "a.json"
 
-    def first(partial: Path) -> None:
-        partial.write_text("first")
-        write_text(target, "second")
-        assert target.read_text() == "second"
+    def write_during_another_write(partial: Path) -> None:
+        partial.write_text("renamed last")
+        write_text(target, "renamed first")
+        assert target.read_text() == "renamed first"
 
-    write_beside(target, first)
-    assert target.read_text() == "first"
+    write_beside(target, write_during_another_write)
+    assert target.read_text() == "renamed last"
     assert list(tmp_path.iterdir()) == [target]
 
 
-def break_off(target: Path, error: BaseException) -> None:
-    """A folder whose creation fails."""
+def fail_to_create(target: Path, error: BaseException) -> None:
+    """Begin to create a folder and raise an error."""
     with new_folder(target) as partial:
         assert not list(partial.iterdir())
-        (partial / "weights").write_text("half")
+        (partial / "weights").write_text("incomplete")
         raise error
 
 
 def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:
-    target = tmp_path / "deep" / "model"
+    target = tmp_path / "parent" / "model"
     for _ in range(2):
-        with pytest.raises(OSError, match="No space") as caught:
-            break_off(target, OSError(errno.ENOSPC, "No space left on device"))
-        assert caught.value.filename == str(target)
+        with pytest.raises(OSError, match="No space") as error:
+            fail_to_create(target, OSError(errno.ENOSPC, "No space left on device"))
+        assert error.value.filename == str(target)
         assert not list(target.parent.iterdir())
     with new_folder(target) as partial:
-        (partial / "weights").write_text("whole")
+        (partial / "weights").write_text("complete")
         assert not target.exists()
-    assert [(path.name, path.read_text()) for path in target.iterdir()] == [("weights", "whole")]
+    assert [(path.name, path.read_text()) for path in target.iterdir()] == [("weights", "complete")]
     assert list(target.parent.iterdir()) == [target]
-    (tmp_path / "plain").mkdir()
-    assert target.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    # The permissions are those of any new folder.
+    (tmp_path / "other").mkdir()
+    assert target.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
-def test_a_folder_that_two_make_at_once_is_the_quicker_ones(tmp_path: Path) -> None:
+def test_of_two_concurrent_creations_the_first_rename_decides(tmp_path: Path) -> None:
     target = tmp_path / "model"
 
-    def slow() -> None:
-        with new_folder(target) as partial:
-            (partial / "slow").write_text("")
-            with new_folder(target) as quick:
-                (quick / "quick").write_text("")
-            assert (partial / "slow").exists()
+    def create_during_another_creation() -> None:
+        with new_folder(target) as slow:
+            (slow / "slow").write_text("")
+            with new_folder(target) as fast:
+                (fast / "fast").write_text("")
+            assert (slow / "slow").exists()
 
     with pytest.raises(UsageError, match="model: exists already"):
-        slow()
-    assert [path.name for path in target.iterdir()] == ["quick"]
+        create_during_another_creation()
+    assert [path.name for path in target.iterdir()] == ["fast"]
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_killed_process_folder_is_removed(tmp_path: Path) -> None:
+def test_the_temporary_folder_of_a_killed_process_is_removed(tmp_path: Path) -> None:
     target = tmp_path / "model"
     child = os.fork()
     if child == 0:
         with new_folder(target) as partial:
             (partial / "old").write_text("")
-            os._exit(0)
+            os._exit(0)  # as if killed: without cleanup
     os.waitpid(child, 0)
     assert [path.name.startswith(".partial-model-") for path in tmp_path.iterdir()] == [True]
     with new_folder(target) as partial:
@@ -97,19 +98,20 @@ def test_a_killed_process_folder_is_removed(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_exists_or_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for target, line in (
+    for target, message in (
         (tmp_path, "exists already; name a new folder"),
         (tmp_path / "file" / "model", "cannot make this folder"),
     ):
-        with pytest.raises(UsageError, match=line):
+        with pytest.raises(UsageError, match=message):
             new_folder(target).__enter__()
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(
-    ("said", "line"), [("", "ValueError"), ("\n \n", "ValueError"), ("\n a\nb", "a"), ("a\rb", "a")]
+    ("message", "expected"),
+    [("", "ValueError"), ("\n \n", "ValueError"), ("\n a\nb", "a"), ("a\rb", "a")],
 )
-def test_first_line(said: str, line: str) -> None:
-    assert first_line(ValueError(said)) == line
+def test_first_line(message: str, expected: str) -> None:
+    assert first_line(ValueError(message)) == expected

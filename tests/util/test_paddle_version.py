@@ -1,4 +1,4 @@
-"""Messages for a missing, old or broken Paddle, and no output otherwise."""
+"""Messages for a missing, old or broken Paddle; no output of a working Paddle."""
 
 from __future__ import annotations
 
@@ -29,36 +29,37 @@ def test_too_old(monkeypatch):
 
 
 def test_broken(tmp_path):
-    """A Paddle that prints at length and fails: one line, which refers to doctor."""
+    """If the import of Paddle prints text and fails, a command prints one line, which refers to `qwenvl doctor`."""
     (tmp_path / "paddle").mkdir()
-    broken = "import sys\nprint('Mac: DYLD_LIBRARY_PATH', file=sys.stderr)\nimport libcublas\n"
-    (tmp_path / "paddle" / "__init__.py").write_text(broken)
+    source = "import sys\nprint('Mac: DYLD_LIBRARY_PATH', file=sys.stderr)\nimport libcublas\n"
+    (tmp_path / "paddle" / "__init__.py").write_text(source)
     for command in (
         ["export-vision", "--model_name_or_path", ".", "--save_path", "v"],
         ["demo", str(tmp_path)],
     ):
-        done = python_with(tmp_path, "-m", "paddlemix_qwenvl_plugin.cli", *command)
-        line = (
+        completed = python_with(tmp_path, "-m", "paddlemix_qwenvl_plugin.cli", *command)
+        message = (
             "Paddle cannot be imported (ModuleNotFoundError: No module named 'libcublas'); see qwenvl doctor"
         )
-        assert (done.returncode, done.stderr) == (1, f"qwenvl: {line}\n")
+        assert (completed.returncode, completed.stderr) == (1, f"qwenvl: {message}\n")
 
 
-def test_nothing_of_paddles_on_the_stderr_of_a_user_of_the_python_interface(tiny_exported, tmp_path):
+def test_paddle_prints_nothing_on_stderr(tiny_exported, tmp_path):
+    """In a program that exports and opens a model with the Python interface."""
     program = f"""
 from paddlemix_qwenvl_plugin import QwenVL, export_vision
 export_vision({str(tiny_exported / "model")!r}, {str(tmp_path / "v")!r}, engine="portable")
 vl = QwenVL.from_exported({str(tiny_exported / "vision" / "vision")!r}, {str(tiny_exported / "text" / "qwen")!r})
 print(len(vl.generate([{{"image": {STREET!r}}}], max_new_tokens=2).token_ids))
 """
-    done = python_with(tmp_path, "-c", program)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "2\n", "")
+    completed = python_with(tmp_path, "-c", program)
+    assert (completed.returncode, completed.stdout, completed.stderr) == (0, "2\n", "")
 
 
 def python_with(folder, *arguments):
-    """Python with `folder` before all others, on portable graphs."""
+    """Run Python on portable graphs, with `folder` as the first folder on PYTHONPATH."""
     environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{REPO}", "QWENVL_ENGINE": "portable"}
-    environment.pop("GLOG_minloglevel", None)
+    environment.pop("GLOG_minloglevel", None)  # the level of Paddle's log
     return subprocess.run(
         [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False
     )

@@ -1,4 +1,4 @@
-"""Messages name the command as it was started."""
+"""Name of the command in messages: as the user started it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ SCRIPT = f"#!{sys.executable}\nfrom paddlemix_qwenvl_plugin.cli.main import main
 
 
 @pytest.mark.parametrize(
-    ("typed", "on_path", "named"),
+    # The start of the command line, the folder on PATH, and the command's name in messages.
+    ("command", "path_folder", "name"),
     [
         (["env/bin/qwenvl"], "", "env/bin/qwenvl"),
         (["./env/bin/qwenvl"], "elsewhere", "./env/bin/qwenvl"),
@@ -24,21 +25,21 @@ SCRIPT = f"#!{sys.executable}\nfrom paddlemix_qwenvl_plugin.cli.main import main
         ([sys.executable, "-m", "paddlemix_qwenvl_plugin.cli"], "", "qwenvl"),
     ],
 )
-def test_the_command_is_named_as_it_was_started(
-    typed: list[str], on_path: str, named: str, tmp_path: Path
-) -> None:
+def test_name_of_the_command(command: list[str], path_folder: str, name: str, tmp_path: Path) -> None:
     for folder in ("env/bin", "my env", "elsewhere"):
         script = tmp_path / folder / "qwenvl"
         script.parent.mkdir(parents=True, exist_ok=True)
         script.write_text(SCRIPT)
         script.chmod(0o755)
-    path = os.pathsep.join([*([str(tmp_path / on_path)] if on_path else []), "/usr/bin", "/bin"])
-    done = subprocess.run(
-        ["/bin/sh", "-c", '"$@"', "sh", *typed, "recipes", "explain"],
+    path = ["/usr/bin", "/bin"]
+    if path_folder:
+        path.insert(0, str(tmp_path / path_folder))
+    completed = subprocess.run(
+        ["/bin/sh", "-c", '"$@"', "sh", *command, "recipes", "explain"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(REPO), "PATH": path},
+        env={**os.environ, "PYTHONPATH": str(REPO), "PATH": os.pathsep.join(path)},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.stderr == f"qwenvl: No such command 'explain'; see {named} recipes --help\n"
+    assert completed.stderr == f"qwenvl: No such command 'explain'; see {name} recipes --help\n"

@@ -1,4 +1,4 @@
-"""Sources: paths and URLs."""
+"""Image sources: distinction of paths and URLs, and URLs without passwords."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_paths(source: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "shown"),
+    ("source", "expected"),
     [
         ("https://me:secret@host/a@b.png", "https://host/a@b.png"),
         ("s3+x://me@host", "s3+x://host"),
@@ -45,5 +45,5 @@ def test_paths(source: str) -> None:
         ("me@host.png", "me@host.png"),
     ],
 )
-def test_passwords(source: str, shown: str) -> None:
-    assert without_password(source) == shown
+def test_without_password(source: str, expected: str) -> None:
+    assert without_password(source) == expected

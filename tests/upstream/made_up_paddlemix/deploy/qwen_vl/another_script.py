@@ -1,3 +1,5 @@
+"""Script that saves an encoder with another input shape and runs it, which needs upstream's model."""
+
 from __future__ import annotations
 
 import argparse

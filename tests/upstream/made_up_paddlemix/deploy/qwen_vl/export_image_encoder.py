@@ -1,3 +1,5 @@
+"""Fake of PaddleMIX's script of this name: exports the vision stage."""
+
 from __future__ import annotations
 
 import argparse

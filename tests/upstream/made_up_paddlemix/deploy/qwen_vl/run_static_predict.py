@@ -1,3 +1,5 @@
+"""Fake of PaddleMIX's script of this name: its Predictor, with the same calls of Paddle Inference."""
+
 from __future__ import annotations
 
 import json
@@ -31,26 +33,26 @@ class Predictor:
         return self.first_predictor.run([pixels])[0]
 
     def generate_with_image_features(self, features, ids):
-        # As in upstream: the number of images as that of rows, one size, one dtype, one stop token.
-        rows, width, half = features.shape[0], ids.shape[1], "float16"
+        # As in upstream: the batch size is the number of images, although ids has one row. Number of layers, size of
+        # the caches, dtype and stop token are constants.
+        rows, width, dtype = features.shape[0], ids.shape[1], "float16"
         starts = paddle.where(ids == self.visual["image_start_id"])
         ends = paddle.where(ids == self.visual["image_start_id"] + 1)
-        img_pos = paddle.concat(
-            [starts[0], starts[1], ends[1]], axis=1
-        )  # columns, as in older versions of Paddle
-        mask = paddle.zeros([rows, 1, MAX_LEN, MAX_LEN], half)
-        mask[:, 0, :width, :width] = paddle.tril(paddle.ones([width, width], half))
+        # Older versions of Paddle, for which upstream is written, return columns here.
+        img_pos = paddle.concat([starts[0], starts[1], ends[1]], axis=1)
+        mask = paddle.zeros([rows, 1, MAX_LEN, MAX_LEN], dtype)
+        mask[:, 0, :width, :width] = paddle.tril(paddle.ones([width, width], dtype))
 
-        def column(value, dtype):
-            return paddle.full([rows, 1], value, dtype)
+        def column(value, column_dtype):
+            return paddle.full([rows, 1], value, column_dtype)
 
         feed = [ids, features, img_pos, mask, paddle.tile(paddle.arange(width), [rows, 1])]
         feed += [column(1.0, "float32"), column(0.0, "float32"), column(0.0, "float32")]
         feed += [column(1, "int64"), column(MAX_LEN - width, "int64")]
         feed += [column(1.0, "float32"), column(0.0, "float32"), paddle.to_tensor([151643])]
         feed += [column(width, "int32"), column(width, "int32"), column(0, "int64"), column(False, "bool")]
-        feed += [column(-123, "int64"), column(width - 1, "int64"), paddle.ones([rows, 1, 1, MAX_LEN], half)]
+        feed += [column(-123, "int64"), column(width - 1, "int64"), paddle.ones([rows, 1, 1, MAX_LEN], dtype)]
         feed += [paddle.full([rows, MAX_LEN], -100, "int64"), paddle.to_tensor([rows])]
-        feed += [paddle.rand([2, rows, 32, MAX_LEN, 128], half) for _ in range(32)]
+        feed += [paddle.rand([2, rows, 32, MAX_LEN, 128], dtype) for _ in range(32)]
         self.second_predictor.run(feed)
         return load_real_time_tokens().tolist(), None

@@ -1,3 +1,5 @@
+"""Fake of PaddleMIX's module of this name: the reader of the token files."""
+
 from __future__ import annotations
 
 from pathlib import Path

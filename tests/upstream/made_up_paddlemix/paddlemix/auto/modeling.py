@@ -1,3 +1,5 @@
+"""Fake of PaddleMIX's module of this name: AutoModelMIX, with a small model that prints that it is loaded."""
+
 from __future__ import annotations
 
 import paddle

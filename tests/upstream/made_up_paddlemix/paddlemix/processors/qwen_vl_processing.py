@@ -1,3 +1,5 @@
+"""Fake of PaddleMIX's module of this name: the processor for queries, with this project's tokenizer."""
+
 from __future__ import annotations
 
 import numpy as np
