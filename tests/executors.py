@@ -102,7 +102,7 @@ def record(vl: QwenVL, monkeypatch: pytest.MonkeyPatch) -> Recording:
     return recording
 
 
-def say(vl: QwenVL, monkeypatch: pytest.MonkeyPatch, tokens: Sequence[int]) -> list[list[int]]:
+def script_completion(vl: QwenVL, monkeypatch: pytest.MonkeyPatch, tokens: Sequence[int]) -> list[list[int]]:
     """Make the model generate `tokens` for every prompt. Return the list in which the prompts are recorded."""
     scripted = Scripted(vl, lambda prompt: tokens)
     monkeypatch.setattr(vl, "_loop", Loop(scripted))

@@ -35,7 +35,7 @@ def renamed(weights: dict[str, np.ndarray], scheme: str, transpose: bool) -> dic
     }
 
 
-def cut_in_ranks(weights: dict[str, np.ndarray], n_ranks: int) -> list[dict[str, np.ndarray]]:
+def split_into_ranks(weights: dict[str, np.ndarray], n_ranks: int) -> list[dict[str, np.ndarray]]:
     """Split PaddleMIX's weights between ranks, as PaddleNLP does for tensor parallelism (`split_or_merge_func`)."""
     ranks: list[dict[str, np.ndarray]] = [{} for _ in range(n_ranks)]
     for name, value in weights.items():

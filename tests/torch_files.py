@@ -93,7 +93,7 @@ def write_legacy(path: Path, weights: dict[str, np.ndarray], dtype: str) -> None
             file.write(struct.pack("<q", len(storage)) + storage.tobytes())
 
 
-def with_table(source: Path, target: Path, table: bytes) -> Path:
+def replace_pickle(source: Path, target: Path, table: bytes) -> Path:
     """Copy `source`, a file of PyTorch 1.6 or newer, to `target` with the pickle `table`."""
     with zipfile.ZipFile(source) as source_file, zipfile.ZipFile(target, "w") as target_file:
         for name in source_file.namelist():
@@ -101,7 +101,7 @@ def with_table(source: Path, target: Path, table: bytes) -> Path:
     return target
 
 
-def table_of(path: Path) -> bytes:
+def pickle_of(path: Path) -> bytes:
     """The pickle in a file of PyTorch 1.6 or newer."""
     with zipfile.ZipFile(path) as archive:
         [name] = [name for name in archive.namelist() if name.endswith("data.pkl")]

@@ -91,7 +91,7 @@ def save_desktop(url: str) -> None:
     browser.ask("Read the text.", "grounded.png")
     browser.ask("Describe the picture with boxes.")
     browser.run(
-        "document.querySelectorAll('.linked')[1].focus()"
+        "document.querySelectorAll('.has-boxes')[1].focus()"
     )  # highlights the box of the second reference
     browser.save(OUT / "serve-desk.png")
     browser.driver.quit()

@@ -9,8 +9,13 @@ from pathlib import Path
 
 from paddlemix_qwenvl_plugin.chat_ui.files import Transcripts
 from paddlemix_qwenvl_plugin.chat_ui.session import Session
-from paddlemix_qwenvl_plugin.chat_ui.terminal import Terminal, do_nothing, on_ctrl_c, raise_keyboard_interrupt
-from paddlemix_qwenvl_plugin.chat_ui.view import Plain
+from paddlemix_qwenvl_plugin.chat_ui.terminal import (
+    TerminalView,
+    do_nothing,
+    on_ctrl_c,
+    raise_keyboard_interrupt,
+)
+from paddlemix_qwenvl_plugin.chat_ui.view import PlainView
 from paddlemix_qwenvl_plugin.util.debug import print_traceback_if_debugging
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, line_of
 from paddlemix_qwenvl_plugin.util.sources import is_address
@@ -52,7 +57,7 @@ def path_of(argument: str) -> str:
 class Conversation:
     """Interpreter of questions and commands: applies them to a session and shows the results in a view."""
 
-    def __init__(self, session: Session, view: Plain) -> None:
+    def __init__(self, session: Session, view: PlainView) -> None:
         self._session = session
         self._view = view
         self._transcripts = Transcripts()
@@ -107,7 +112,7 @@ class Conversation:
                 self._view.answered(turn, self._session.image)
 
 
-def converse(conversation: Conversation, terminal: Terminal, read: Callable[[], str]) -> None:
+def converse(conversation: Conversation, terminal: TerminalView, read: Callable[[], str]) -> None:
     """Run an interactive conversation until Ctrl-D or /quit; an error is shown and the conversation continues.
 
     Ctrl-C between the end of a line's execution and the next prompt has no effect: a user who wants to stop an answer
@@ -137,7 +142,7 @@ def converse(conversation: Conversation, terminal: Terminal, read: Callable[[], 
                 terminal.error(line_of(error))
 
 
-def follow(conversation: Conversation, lines: Iterable[str]) -> None:
+def run_lines(conversation: Conversation, lines: Iterable[str]) -> None:
     """Execute lines, such as those of a pipe, until /quit; the first error is raised."""
     for line in lines:
         if not conversation.run(line):

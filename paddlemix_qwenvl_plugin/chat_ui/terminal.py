@@ -14,7 +14,7 @@ from rich.console import Console
 
 from paddlemix_qwenvl_plugin.chat_ui.files import save_drawn
 from paddlemix_qwenvl_plugin.chat_ui.session import AttachedImage, Turn
-from paddlemix_qwenvl_plugin.chat_ui.view import Plain, box_line, fragments
+from paddlemix_qwenvl_plugin.chat_ui.view import PlainView, box_line, fragments
 from paddlemix_qwenvl_plugin.runtime.model import Stream
 from paddlemix_qwenvl_plugin.runtime.segments import Segment
 from paddlemix_qwenvl_plugin.util.errors import one_line
@@ -33,7 +33,7 @@ _ITERM_PROGRAMS = ("iTerm.app", "WezTerm", "mintty")
 _KITTY_TERMS = ("xterm-kitty", "xterm-ghostty")
 
 
-class Terminal(Plain):
+class TerminalView(PlainView):
     """View of a conversation on a terminal."""
 
     def __init__(self) -> None:

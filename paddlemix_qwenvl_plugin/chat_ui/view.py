@@ -52,7 +52,7 @@ def box_line(number: int, box: Box, image_size: Optional[tuple[int, int]]) -> st
     return f"[{number}]{name}: {corners}{'' if image_size else ' (thousandths)'}"
 
 
-class Plain:
+class PlainView:
     """View for a pipe: prints answers as `qwenvl predict` does, tags included, as they are generated."""
 
     def text(self, text: str) -> None:

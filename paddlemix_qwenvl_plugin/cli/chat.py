@@ -22,10 +22,10 @@ def chat(
     system: str = typer.Option("You are a helpful assistant.", "--system", help="System message."),
 ) -> None:
     """Chat about images with Qwen-VL-Chat, on a terminal or through a pipe."""
-    from paddlemix_qwenvl_plugin.chat_ui.conversation import Conversation, converse, follow
+    from paddlemix_qwenvl_plugin.chat_ui.conversation import Conversation, converse, run_lines
     from paddlemix_qwenvl_plugin.chat_ui.session import Session
-    from paddlemix_qwenvl_plugin.chat_ui.terminal import Terminal
-    from paddlemix_qwenvl_plugin.chat_ui.view import Plain
+    from paddlemix_qwenvl_plugin.chat_ui.terminal import TerminalView
+    from paddlemix_qwenvl_plugin.chat_ui.view import PlainView
     from paddlemix_qwenvl_plugin.cli.options import only_adapter
     from paddlemix_qwenvl_plugin.util import standard_input
 
@@ -36,11 +36,11 @@ def chat(
     attached = [session.attach(source) for source in image or []]
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         model.load()
-        follow(Conversation(session, Plain()), standard_input.lines())
+        run_lines(Conversation(session, PlainView()), standard_input.lines())
         return
     from paddlemix_qwenvl_plugin.chat_ui.line_input import line_reader
 
-    terminal = Terminal()
+    terminal = TerminalView()
     with terminal.waiting("Loading the model"):
         model.load()
     terminal.note("Ask about images; /help lists the commands.")

@@ -91,13 +91,13 @@ def _setting_flags() -> list[Any]:
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     """Parameter from which typer creates a setting's flag. Its default is None: an unset flag overrides nothing."""
     from paddlemix_qwenvl_plugin.runtime.options import allowed
-    from paddlemix_qwenvl_plugin.serve.settings_sources import words
+    from paddlemix_qwenvl_plugin.serve.settings_sources import literal_values
 
     notes = []
     kind: Any = field.annotation
-    if words(field):
+    if literal_values(field):
         kind = str
-        notes.append(", ".join(words(field)))
+        notes.append(", ".join(literal_values(field)))
     elif field.metadata and any(hasattr(limit, bound) for limit in field.metadata for bound in ("ge", "gt")):
         notes.append(allowed(field))
     if field.default not in (None, False, []):

@@ -61,7 +61,7 @@ class ApiKeys:
         return digest.hex()[:_HASH_CHARACTERS] if known else None
 
 
-def keys_of(settings: ServeSettings) -> Optional[ApiKeys]:
+def read_api_keys(settings: ServeSettings) -> Optional[ApiKeys]:
     """Read the configured API keys; None if requests need no key."""
     return None if settings.api_key_file is None else ApiKeys.of_file(settings.api_key_file)
 

@@ -13,7 +13,7 @@ from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
 from paddlemix_qwenvl_plugin.serve import operations
-from paddlemix_qwenvl_plugin.serve.api_keys import ApiKeys, keys_of
+from paddlemix_qwenvl_plugin.serve.api_keys import ApiKeys, read_api_keys
 from paddlemix_qwenvl_plugin.serve.error_response import install_handlers
 from paddlemix_qwenvl_plugin.serve.middleware.auth import Auth
 from paddlemix_qwenvl_plugin.serve.middleware.body import BodyLimit
@@ -43,7 +43,7 @@ def create_app(
         UsageError: the API keys cannot be read.
     """
     settings = service.settings
-    keys = keys or keys_of(settings)
+    keys = keys or read_api_keys(settings)
     # FastAPI's documentation pages load scripts from other hosts.
     app = FastAPI(title="qwenvl serve", version=__version__, docs_url=None, redoc_url=None)
     if router is None:

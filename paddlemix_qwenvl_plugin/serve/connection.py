@@ -7,7 +7,7 @@ from typing import Any, Optional
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEAD_SECONDS = 15.0
+HEADER_SECONDS = 15.0
 """Timeout from the connection, or from the previous response, to the complete headers of the next request."""
 
 _LAST_HEAD_SECONDS = 2.0
@@ -17,7 +17,7 @@ _LAST_HEAD_SECONDS = 2.0
 class Connection(H11Protocol):
     """uvicorn's HTTP connection with two additional timeouts.
 
-    - Headers: the complete headers of a request must arrive within HEAD_SECONDS.
+    - Headers: the complete headers of a request must arrive within HEADER_SECONDS.
     - Send: a client with more unread data than the socket buffer and 64 KiB is disconnected after `send_timeout`
       seconds. Its request sees a disconnect.
     """
@@ -32,7 +32,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the timeout for the request headers."""
         super().connection_made(transport)
-        self._header_timer.start(HEAD_SECONDS)
+        self._header_timer.start(HEADER_SECONDS)
 
     def data_received(self, data: bytes) -> None:
         """Stop the timeout for the headers once a request is being answered."""
@@ -44,7 +44,7 @@ class Connection(H11Protocol):
         """Start the timeout for the headers of the next request."""
         super().on_response_complete()
         if not self._answering and not self.transport.is_closing():
-            self._header_timer.start(HEAD_SECONDS)
+            self._header_timer.start(HEADER_SECONDS)
 
     def connection_lost(self, exc: Optional[Exception]) -> None:
         """Stop both timeouts."""

@@ -34,7 +34,7 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_uint16), ("filters", ctypes.POINTER(_Filter)))
 
 
-def give_to_the_newer(listener: socket.socket) -> None:
+def direct_to_newer_server(listener: socket.socket) -> None:
     """Direct new connections to the server that began to listen after this one. Linux only; no effect elsewhere.
 
     The attached BPF program returns socket index 1; sockets are numbered from 0 in listening order. If no socket has
@@ -48,7 +48,7 @@ def give_to_the_newer(listener: socket.socket) -> None:
         listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_CBPF, bytes(program))
 
 
-def give_to_all(listener: socket.socket) -> None:
+def distribute_to_all_servers(listener: socket.socket) -> None:
     """Distribute new connections over all listening sockets, without the BPF program of an earlier server.
 
     The program stays attached to the port after that server has ended.

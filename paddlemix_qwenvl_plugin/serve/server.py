@@ -18,16 +18,16 @@ from fastapi import FastAPI
 from paddlemix_qwenvl_plugin.serve.connection import Connection
 from paddlemix_qwenvl_plugin.serve.json_log import log
 from paddlemix_qwenvl_plugin.serve.listening import BACKLOG, Listener, accept_queued
-from paddlemix_qwenvl_plugin.serve.reuse_port import give_to_all, give_to_the_newer
+from paddlemix_qwenvl_plugin.serve.reuse_port import direct_to_newer_server, distribute_to_all_servers
 from paddlemix_qwenvl_plugin.serve.service import Service
 
 # Longer than clients keep an idle connection (httpx: 5 s), so that the client closes it: if the server closes it, a
 # request in transit is lost.
 _KEEP_ALIVE_SECONDS = 15
 # Timeout for handlers to send their error events, and for the service's processes to end.
-_LAST_SECONDS = 10.0
+_STEP_TIMEOUT_SECONDS = 10.0
 # Timeout for the cleanup of handlers whose connection was aborted.
-_CLEANING_SECONDS = 1.0
+_CLEANUP_SECONDS = 1.0
 # Time for TCP handshakes in progress to complete.
 _HANDSHAKE_SECONDS = 1.0
 _POLL_SECONDS = 0.05
@@ -64,7 +64,7 @@ async def run(
                     return await _second_signal(loading, server)
             if service.settings.reuse_port and not listener.inherited:
                 listener.socket.listen(BACKLOG)
-                give_to_all(listener.socket)
+                distribute_to_all_servers(listener.socket)
             serving = asyncio.create_task(server.serve(sockets=[listener.socket]))
             await server.wait_for_task_or_signal(loading)
             if loading.done() and loading.exception() is not None:
@@ -123,7 +123,7 @@ class Server(uvicorn.Server):
             self.second_signal = number
             self.force_exit = True
             # If the shutdown takes longer than this, this process exits. The engine process ends with it.
-            asyncio.get_running_loop().call_later(_LAST_SECONDS, os._exit, 128 + number)
+            asyncio.get_running_loop().call_later(_STEP_TIMEOUT_SECONDS, os._exit, 128 + number)
 
     async def wait_for_task_or_signal(self, task: asyncio.Task[Any]) -> None:
         """Wait until a task is done or the first signal arrives."""
@@ -142,7 +142,7 @@ class Server(uvicorn.Server):
         deadline = time.monotonic() + settings.shutdown_timeout
         self._service.draining = True
         if settings.reuse_port:
-            give_to_the_newer(self._listener.socket)
+            direct_to_newer_server(self._listener.socket)
             await self._wait(lambda: True, min(deadline, time.monotonic() + _HANDSHAKE_SECONDS))
         await self._stop_listening()
         # If another server takes over, this server still answers one more request on each open connection: refusing it
@@ -156,12 +156,12 @@ class Server(uvicorn.Server):
             log(logging.WARNING, "requests are ended", requests=len(self.server_state.tasks))
         self._service.admission.refuse_waiting()
         await _with_timeout(self._service.engine.stop(), "the engine does not end")
-        await self._wait(lambda: self.server_state.tasks, time.monotonic() + _LAST_SECONDS)
+        await self._wait(lambda: self.server_state.tasks, time.monotonic() + _STEP_TIMEOUT_SECONDS)
         # The remaining handlers see a disconnect and may clean up.
         for connection in list(self.server_state.connections):
             connection.transport.abort()
         if self.server_state.tasks:
-            await asyncio.wait(self.server_state.tasks, timeout=_CLEANING_SECONDS)
+            await asyncio.wait(self.server_state.tasks, timeout=_CLEANUP_SECONDS)
         for task in list(self.server_state.tasks):
             task.cancel()
 
@@ -204,8 +204,8 @@ def _signal_handlers(numbers: Sequence[int], server: Server) -> Iterator[None]:
 
 
 async def _with_timeout(awaitable: Awaitable[Any], problem: str) -> None:
-    """Await with a timeout of _LAST_SECONDS; after the timeout log `problem`."""
+    """Await with a timeout of _STEP_TIMEOUT_SECONDS; after the timeout log `problem`."""
     try:
-        await asyncio.wait_for(awaitable, _LAST_SECONDS)
+        await asyncio.wait_for(awaitable, _STEP_TIMEOUT_SECONDS)
     except asyncio.TimeoutError:
         log(logging.ERROR, problem)

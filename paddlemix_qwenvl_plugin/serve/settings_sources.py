@@ -120,7 +120,7 @@ def _line(error: ValidationError, origins: Mapping[str, Origin]) -> str:
     if problem["type"] in _OUT_OF_RANGE:
         return f"{subject}: {value} is out of range; it must be {allowed(ServeSettings.model_fields[field])}"
     if problem["type"] == "literal_error":
-        return f"{subject}: {value!r} must be one of {', '.join(words(ServeSettings.model_fields[field]))}"
+        return f"{subject}: {value!r} must be one of {', '.join(literal_values(ServeSettings.model_fields[field]))}"
     type_words = _TYPE_WORDS.get(problem["type"].partition("_")[0])
     if type_words is not None:
         return f"{subject}: {value!r} is not {type_words}"
@@ -128,7 +128,7 @@ def _line(error: ValidationError, origins: Mapping[str, Origin]) -> str:
     return f"{subject}: {message[:1].lower()}{message[1:]}, got {value!r}"
 
 
-def words(field: FieldInfo) -> tuple[str, ...]:
+def literal_values(field: FieldInfo) -> tuple[str, ...]:
     """Allowed values of a Literal setting; empty for other types."""
     annotation: Any = field.annotation
     return getattr(annotation, "__args__", ()) if str(annotation).startswith("typing.Literal") else ()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from batch_helpers import STREET, openai_row, read_rows, text, user, write_rows
-from made_up_net import MadeUpNet
+from fake_network import FakeNetwork
 
 from paddlemix_qwenvl_plugin import QwenVL
 from paddlemix_qwenvl_plugin.cli.main import main
@@ -100,7 +100,7 @@ def test_progress_in_a_log(batch, monkeypatch):
 
 
 def test_allow_http(batch, tmp_path, monkeypatch):
-    MadeUpNet(monkeypatch, {"images.example": [["93.184.215.14"]]})
+    FakeNetwork(monkeypatch, {"images.example": [["93.184.215.14"]]})
     (tmp_path / "web").mkdir()
     shutil.copyfile(STREET, tmp_path / "web" / "street.png")
 

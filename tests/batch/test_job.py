@@ -16,7 +16,7 @@ from batch_helpers import (
     user,
     write_rows,
 )
-from executors import record, say
+from executors import record, script_completion
 from PIL import Image
 
 from paddlemix_qwenvl_plugin import GenerationOptions, QwenVL, QwenVLError, UsageError
@@ -94,7 +94,7 @@ def test_answers_equal_those_of_generate(vl, folder):
 def test_boxes_are_in_pixels_of_the_rows_last_image(tiny_exported, folder, monkeypatch):
     model = open_cheap(tiny_exported)
     completion = "<ref>a</ref><box>(0,0),(500,1000)</box>"
-    say(model, monkeypatch, [*model.tokenizer.encode(completion), model.tokenizer.eod_id])
+    script_completion(model, monkeypatch, [*model.tokenizer.encode(completion), model.tokenizer.eod_id])
     rows = [
         {"id": 1, "images": ["red.png", "street.png"]},
         {"id": 2, "images": ["street.png", "red.png"]},

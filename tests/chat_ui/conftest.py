@@ -23,7 +23,7 @@ def say(vl: QwenVL, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Function that makes the model give this text as every answer from now on."""
 
     def say(text: str) -> None:
-        executors.say(vl, monkeypatch, [*vl.tokenizer.encode(text), vl.tokenizer.im_end_id])
+        executors.script_completion(vl, monkeypatch, [*vl.tokenizer.encode(text), vl.tokenizer.im_end_id])
 
     return say
 

@@ -18,7 +18,7 @@ from PIL import Image
 from paddlemix_qwenvl_plugin import GenerationOptions, QwenVL
 from paddlemix_qwenvl_plugin.chat_ui.conversation import Conversation, converse
 from paddlemix_qwenvl_plugin.chat_ui.session import Session
-from paddlemix_qwenvl_plugin.chat_ui.terminal import Terminal
+from paddlemix_qwenvl_plugin.chat_ui.terminal import TerminalView
 
 # Boxes of two objects, Markdown's special characters, and a malformed box.
 ANSWER = (
@@ -50,7 +50,7 @@ def talk(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TERM", "dumb")
     shutil.copyfile(STREET, "street.png")
-    terminal = Terminal()
+    terminal = TerminalView()
     conversation = Conversation(session, terminal)
 
     def talk(*lines: str | type[BaseException]) -> str:
@@ -122,7 +122,7 @@ def test_colours(
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
     say("See <ref>[red]the house[/red]</ref><box>(1,2),(3,4)</box>!\x1b[5m")
-    terminal = Terminal()
+    terminal = TerminalView()
     conversation = Conversation(session, terminal)
     conversation.run("Where?")
     raw = capsys.readouterr().out
@@ -273,7 +273,7 @@ def test_ctrl_c_between_lines_does_nothing(
             press_ctrl_c()
         return line
 
-    terminal = Terminal()
+    terminal = TerminalView()
     converse(Conversation(session, terminal), terminal, read_line)
     assert capsys.readouterr().out == ""
 

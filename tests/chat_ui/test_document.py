@@ -13,7 +13,7 @@ from chat_helpers import REPO, STREET
 from paddlemix_qwenvl_plugin import GenerationOptions, QwenVL
 from paddlemix_qwenvl_plugin.chat_ui.conversation import Conversation
 from paddlemix_qwenvl_plugin.chat_ui.session import Session
-from paddlemix_qwenvl_plugin.chat_ui.terminal import Terminal
+from paddlemix_qwenvl_plugin.chat_ui.terminal import TerminalView
 
 DOCUMENT = (REPO / "docs" / "chat.md").read_text("utf-8")
 # Question -> the model's answer.
@@ -37,7 +37,9 @@ def test_example_conversation(
     assert match is not None
     monkeypatch.chdir(tmp_path)
     shutil.copyfile(STREET, "street.png")
-    conversation = Conversation(Session(vl, "You are a helpful assistant.", GenerationOptions()), Terminal())
+    conversation = Conversation(
+        Session(vl, "You are a helpful assistant.", GenerationOptions()), TerminalView()
+    )
     output = ""
     for line in re.findall(r"^> (.*)$", match.group(1), re.MULTILINE):
         say(ANSWERS.get(line, ""))

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from folders import renamed
-from torch_files import table_of, with_table, write_bin, write_legacy
+from torch_files import pickle_of, replace_pickle, write_bin, write_legacy
 
 from paddlemix_qwenvl_plugin import QwenVLError
 from paddlemix_qwenvl_plugin.checkpoint import torch_file
@@ -113,7 +113,7 @@ def test_a_pickled_module_is_refused():
 def with_pickle(path, change):
     """Write a copy of float32.bin to `path`, with its pickle replaced by `change(pickle)`."""
     source = WRITTEN_BY_TORCH / "float32.bin"
-    return with_table(source, path, change(table_of(source)))
+    return replace_pickle(source, path, change(pickle_of(source)))
 
 
 class Evil:

@@ -10,7 +10,7 @@ import shutil
 
 import numpy as np
 import pytest
-from folders import cut_in_ranks, renamed, write
+from folders import renamed, split_into_ranks, write
 from quantised_folders import Variant, copy_tool_folder, write_quantised
 from safetensors.numpy import load_file
 from torch_files import write_bin, write_legacy
@@ -99,7 +99,7 @@ def write_ranks(folder, config, weights):
     folder.mkdir()
     content = {**json.loads(config.read_text()), "tensor_parallel_degree": 2, "tensor_parallel_rank": 0}
     (folder / "config.json").write_text(json.dumps(content))
-    for number, rank in enumerate(cut_in_ranks(weights, 2)):
+    for number, rank in enumerate(split_into_ranks(weights, 2)):
         (folder / f"model_state.tp0{number}.pdparams").write_bytes(pickle.dumps(rank, 4))
     return folder
 

@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from torch_files import table_of, with_table
+from torch_files import pickle_of, replace_pickle
 
 from paddlemix_qwenvl_plugin import QwenVLError
 from paddlemix_qwenvl_plugin.checkpoint import pdparams_file, safetensors_file, torch_file
@@ -153,7 +153,7 @@ def test_pickles_of_paddle(tmp_path, monkeypatch, case):
 def test_pickles_of_pytorch(tmp_path, monkeypatch, case):
     """The pickles in a zip archive, and in the format before PyTorch 1.6."""
     monkeypatch.chdir(tmp_path)
-    refused(torch_file.read_header, with_table(BY_TORCH / "float32.bin", Path("a.bin"), PICKLES[case][0]))
+    refused(torch_file.read_header, replace_pickle(BY_TORCH / "float32.bin", Path("a.bin"), PICKLES[case][0]))
     legacy = (BY_TORCH / "float32-before-1.6.bin").read_bytes()
     # The crafted pickle goes before the table: before the first pickle after the one with the key "little_endian".
     system_info = legacy.index(b"}", legacy.index(b"little_endian"))
@@ -176,11 +176,13 @@ def test_pickles_of_pytorch(tmp_path, monkeypatch, case):
     ],
 )
 def test_changed_tables_of_pytorch(tmp_path, old, new, message):
-    table = table_of(BY_TORCH / "float32.bin")
+    table = pickle_of(BY_TORCH / "float32.bin")
     assert old in table
     # A shape changes in one tensor, a class in all.
     table = table.replace(old, new) if b"Storage" in old else table.replace(old, new, 1)
-    found = refused(torch_file.read_header, with_table(BY_TORCH / "float32.bin", tmp_path / "a.bin", table))
+    found = refused(
+        torch_file.read_header, replace_pickle(BY_TORCH / "float32.bin", tmp_path / "a.bin", table)
+    )
     assert re.search(message, found)
 
 
@@ -207,7 +209,7 @@ def test_a_zip_bomb(tmp_path):
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_a_duplicate_member(tmp_path):
     members = [
-        ("a/data.pkl", table_of(BY_TORCH / "float32.bin")),
+        ("a/data.pkl", pickle_of(BY_TORCH / "float32.bin")),
         ("a/data/0", bytes(240)),
         ("a/data/0", bytes(240)),
     ]
@@ -216,7 +218,7 @@ def test_a_duplicate_member(tmp_path):
 
 
 def test_two_tables(tmp_path):
-    table = table_of(BY_TORCH / "float32.bin")
+    table = pickle_of(BY_TORCH / "float32.bin")
     message = refused(
         torch_file.read_header, archive(tmp_path / "a.bin", [("a/data.pkl", table), ("b/data.pkl", table)])
     )
@@ -244,7 +246,7 @@ def test_names_of_members_are_not_paths(tmp_path, name):
 
 
 def test_a_big_endian_archive(tmp_path):
-    table = table_of(BY_TORCH / "float32.bin")
+    table = pickle_of(BY_TORCH / "float32.bin")
     path = archive(tmp_path / "a.bin", [("a/data.pkl", table), ("a/byteorder", b"big")])
     assert "its values are big-endian" in refused(torch_file.read_header, path)
 

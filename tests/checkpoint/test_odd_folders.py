@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import paddle
 import pytest
-from folders import cut_in_ranks, renamed, write
+from folders import renamed, split_into_ranks, write
 from safetensors.numpy import load_file, save_file
 from torch_files import write_bin
 
@@ -290,7 +290,7 @@ def write_ranks(folder, config, ranks):
 @pytest.mark.parametrize("n_ranks", [1, 2, 4])
 @pytest.mark.parametrize("scheme", ["paddlemix", "static"])
 def test_ranks_are_joined(model, tmp_path, n_ranks, scheme):
-    ranks = [renamed(rank, scheme, transpose=False) for rank in cut_in_ranks(model.weights, n_ranks)]
+    ranks = [renamed(rank, scheme, transpose=False) for rank in split_into_ranks(model.weights, n_ranks)]
     folder = write_ranks(tmp_path / "ranks", model.folder / "config.json", ranks)
     joined, expected = read(folder), read(model.folder)
     assert joined.keys() == expected.keys()
@@ -345,7 +345,7 @@ def change_shape(folder):
     ],
 )
 def test_ranks_that_do_not_fit(model, tmp_path, damage, message):
-    folder = write_ranks(tmp_path / "ranks", model.folder / "config.json", cut_in_ranks(model.weights, 2))
+    folder = write_ranks(tmp_path / "ranks", model.folder / "config.json", split_into_ranks(model.weights, 2))
     damage(folder)
     with pytest.raises(QwenVLError, match=message):
         read(folder)

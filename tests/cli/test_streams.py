@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from executors import say
+from executors import script_completion
 
 from paddlemix_qwenvl_plugin import QwenVL
 from paddlemix_qwenvl_plugin.artifact.verify import verify
@@ -32,7 +32,7 @@ def run(
 ) -> bytes:
     """Run a command with ANSWER as the model's answer and stdout in an encoding; return the bytes of stdout."""
     model = QwenVL.from_exported(exported / "vision" / "vision", exported / "text" / "qwen")
-    say(model, monkeypatch, [*model.tokenizer.encode(ANSWER), model.tokenizer.eod_id])
+    script_completion(model, monkeypatch, [*model.tokenizer.encode(ANSWER), model.tokenizer.eod_id])
     stdout = io.BytesIO()
     with monkeypatch.context() as patch:
         patch.setattr(QwenVL, "from_exported", lambda *arguments: model)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from error_cases import LM_HEAD, WTE, Bench, Call, case, cases, header, pdparams, with_model
-from folders import cut_in_ranks
+from folders import split_into_ranks
 
 N_PADDED_TOKENS = 64
 
@@ -24,10 +24,10 @@ def pad_vocabulary(bench: Bench) -> list[str]:
     return bench.export()
 
 
-def split_into_ranks(bench: Bench) -> list[Path]:
+def split_model_into_ranks(bench: Bench) -> list[Path]:
     """Split the weights of model/ into two tensor-parallel ranks; return the paths of their files."""
     paths = [Path(f"model/model_state.tp0{i}.pdparams") for i in range(2)]
-    for path, rank in zip(paths, cut_in_ranks(bench.weights(), 2)):
+    for path, rank in zip(paths, split_into_ranks(bench.weights(), 2)):
         path.write_bytes(pickle.dumps(rank, 4))
     return paths
 
@@ -111,19 +111,19 @@ def _(bench: Bench) -> list[str]:
 
 @case("a tensor-parallel rank is missing")
 def _(bench: Bench) -> list[str]:
-    split_into_ranks(bench)[0].unlink()
+    split_model_into_ranks(bench)[0].unlink()
     return bench.export()
 
 
 @case("a rank of pipeline parallelism")
 def _(bench: Bench) -> list[str]:
-    split_into_ranks(bench)[1].rename("model/model_state.tp01_pp00.pdparams")
+    split_model_into_ranks(bench)[1].rename("model/model_state.tp01_pp00.pdparams")
     return bench.export()
 
 
 @case("tensor-parallel ranks of different steps")
 def _(bench: Bench) -> list[str]:
-    path = split_into_ranks(bench)[1]
+    path = split_model_into_ranks(bench)[1]
     tensors: dict[str, Any] = pickle.loads(path.read_bytes())
     tensors["visual.ln_post.bias"] = tensors["visual.ln_post.bias"] + 1
     path.write_bytes(pickle.dumps(tensors, 4))

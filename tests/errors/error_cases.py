@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 import yaml
 from corrupted import corrupt
-from made_up_net import MadeUpNet
+from fake_network import FakeNetwork
 from PIL import Image
 from quantised_folders import CONFIG, Variant, quantised_tensors, write_tensors
 from safetensors.numpy import load_file, save_file
@@ -1008,8 +1008,8 @@ def _(bench: Bench) -> list[str]:
 
 @case("an image from the web that cannot be had")
 def _(bench: Bench) -> list[str]:
-    net = MadeUpNet(bench.monkeypatch, {"images.example": [["93.184.215.14"]]})
-    net.dead = {"93.184.215.14"}
+    net = FakeNetwork(bench.monkeypatch, {"images.example": [["93.184.215.14"]]})
+    net.refusing_addresses = {"93.184.215.14"}
     return bench.predict("--image", "http://images.example/dog.png", "--allow_http")
 
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from folders import cut_in_ranks
+from folders import split_into_ranks
 from PIL import Image
 from quantised_folders import Variant, write_quantised
 from safetensors.numpy import save, save_file
-from torch_files import table_of, with_table, write_bin, write_legacy
+from torch_files import pickle_of, replace_pickle, write_bin, write_legacy
 
 from paddlemix_qwenvl_plugin.checkpoint.config import parse_config
 from paddlemix_qwenvl_plugin.checkpoint.convert import convert
@@ -184,7 +184,7 @@ def targets(base: Path) -> dict[str, Target]:
     def bin_table(data: bytes, folder: Path) -> list[str]:
         """Lay out the small model with this pickle in its .bin file."""
         _link(base / "small", folder / "model")
-        with_table(small["bin"], folder / "model" / "pytorch_model.bin", data)
+        replace_pickle(small["bin"], folder / "model" / "pytorch_model.bin", data)
         return CONVERT
 
     def index(data: bytes, folder: Path) -> list[str]:
@@ -239,9 +239,11 @@ def targets(base: Path) -> dict[str, Target]:
 
     def peft_bin(data: bytes, folder: Path) -> list[str]:
         """Lay out PEFT's adapter with this pickle in its .bin file."""
-        # Written as an empty file first: `with_table` replaces it.
+        # Written as an empty file first: `replace_pickle` replaces it.
         adapter_file("peft_bin", "adapter_model.bin")(b"", folder)
-        with_table(base / "peft_bin" / "adapter_model.bin", folder / "adapter" / "adapter_model.bin", data)
+        replace_pickle(
+            base / "peft_bin" / "adapter_model.bin", folder / "adapter" / "adapter_model.bin", data
+        )
         return MERGE
 
     def manifest(stage: str, prefix: str) -> Callable[[bytes, Path], list[str]]:
@@ -288,7 +290,7 @@ def targets(base: Path) -> dict[str, Target]:
             [(base / "sharded" / "model.safetensors.index.json").read_bytes()], index, is_json=True
         ),
         "bin": Target([_without_zeros(small["bin"])], weight_file("pytorch_model.bin"), PICKLE_WORDS),
-        "bin_table": Target([table_of(small["bin"])], bin_table, PICKLE_WORDS),
+        "bin_table": Target([pickle_of(small["bin"])], bin_table, PICKLE_WORDS),
         "bin_legacy": Target(
             [_without_zeros(small["legacy"])], weight_file("pytorch_model.bin"), PICKLE_WORDS
         ),
@@ -302,7 +304,7 @@ def targets(base: Path) -> dict[str, Target]:
         ),
         "gptq": Target([gptq_seed], gptq, is_json=True),
         "lora_peft": Target(peft_seeds, peft, is_json=True),
-        "lora_peft_bin": Target([table_of(base / "peft_bin" / "adapter_model.bin")], peft_bin, PICKLE_WORDS),
+        "lora_peft_bin": Target([pickle_of(base / "peft_bin" / "adapter_model.bin")], peft_bin, PICKLE_WORDS),
         "lora_paddlenlp": Target(
             [paddlenlp["lora_config.json"]], adapter_file("paddlenlp", "lora_config.json"), is_json=True
         ),
@@ -340,7 +342,7 @@ def _small_weight_files(base: Path) -> dict[str, Path]:
     write_legacy(files["legacy"], weights, "float16")
     for protocol in (2, 4):
         files[f"protocol{protocol}"].write_bytes(pickle.dumps(weights, protocol))
-    ranks = cut_in_ranks(weights, 2)
+    ranks = split_into_ranks(weights, 2)
     files["rank"].write_bytes(pickle.dumps(ranks[0], 4))
     (base / "ranks" / "model_state.tp01.pdparams").write_bytes(pickle.dumps(ranks[1], 4))
     return files

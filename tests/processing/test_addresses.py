@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up_net import MadeUpNet
+from fake_network import FakeNetwork
 from PIL import Image
 
 from paddlemix_qwenvl_plugin.processing.download import is_public
@@ -146,32 +146,32 @@ def test_a_private_address_can_be_allowed(server: ThreadingHTTPServer) -> None:
 
 
 def test_a_public_name(server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    net = MadeUpNet(monkeypatch, {"images.example": [[PUBLIC]]})
+    net = FakeNetwork(monkeypatch, {"images.example": [[PUBLIC]]})
     assert load(f"http://images.example:{server.server_port}/a.png").size == (6, 4)
-    assert (net.asked, net.reached) == (["images.example"], [PUBLIC])
+    assert (net.resolved_names, net.connected_addresses) == (["images.example"], [PUBLIC])
     assert hosts(server) == [f"images.example:{server.server_port}"]
 
 
 def test_the_next_address_is_tried(server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Addresses that are not public are skipped."""
-    net = MadeUpNet(monkeypatch, {"images.example": [["10.0.0.1", OTHER_PUBLIC, PUBLIC]]})
-    net.dead = {OTHER_PUBLIC}
+    net = FakeNetwork(monkeypatch, {"images.example": [["10.0.0.1", OTHER_PUBLIC, PUBLIC]]})
+    net.refusing_addresses = {OTHER_PUBLIC}
     url = f"http://images.example:{server.server_port}/a.png"
     assert load(url).size == (6, 4)
-    assert net.reached == [OTHER_PUBLIC, PUBLIC]
-    net.dead = {OTHER_PUBLIC, PUBLIC}
+    assert net.connected_addresses == [OTHER_PUBLIC, PUBLIC]
+    net.refusing_addresses = {OTHER_PUBLIC, PUBLIC}
     with pytest.raises(QwenVLError, match="cannot be downloaded"):
         load(url)
 
 
 def test_dns_rebinding(server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The name resolves to a public address at first, and to this machine at the next query: it is resolved once."""
-    net = MadeUpNet(monkeypatch, {"rebinding.example": [[PUBLIC], ["127.0.0.1"]]})
+    net = FakeNetwork(monkeypatch, {"rebinding.example": [[PUBLIC], ["127.0.0.1"]]})
     assert load(f"http://rebinding.example:{server.server_port}/a.png").size == (6, 4)
-    assert (net.asked, net.reached) == (["rebinding.example"], [PUBLIC])
+    assert (net.resolved_names, net.connected_addresses) == (["rebinding.example"], [PUBLIC])
     with pytest.raises(UsageError, match=f"rebinding.example {REFUSED}"):
         load(f"http://rebinding.example:{server.server_port}/a.png")
-    assert net.reached == [PUBLIC]
+    assert net.connected_addresses == [PUBLIC]
 
 
 @pytest.mark.parametrize(
@@ -180,13 +180,13 @@ def test_dns_rebinding(server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPa
 def test_redirect_to_a_private_address(
     server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
-    net = MadeUpNet(monkeypatch, {"images.example": [[PUBLIC]], "inside.example": [["10.1.2.3"]]})
+    net = FakeNetwork(monkeypatch, {"images.example": [[PUBLIC]], "inside.example": [["10.1.2.3"]]})
     # Two redirects: to another path of the public name, then to `target`.
     public = f"http://images.example:{server.server_port}"
     url = f"{public}/to/{public}/to/{target.format(port=server.server_port)}"
     with pytest.raises(UsageError, match=REFUSED):
         load(url)
-    assert net.reached == [PUBLIC, PUBLIC]
+    assert net.connected_addresses == [PUBLIC, PUBLIC]
     assert len(hosts(server)) == 2
 
 
@@ -194,11 +194,11 @@ def test_proxies_of_the_environment_are_ignored(
     server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A proxy would connect to unchecked addresses. The proxy of this test is the server itself."""
-    net = MadeUpNet(monkeypatch, {"images.example": [[PUBLIC]]})
+    net = FakeNetwork(monkeypatch, {"images.example": [[PUBLIC]]})
     monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("ALL_PROXY", f"http://127.0.0.1:{server.server_port}")
     assert load(f"http://images.example:{server.server_port}/a.png").size == (6, 4)
-    assert net.reached == [PUBLIC]
+    assert net.connected_addresses == [PUBLIC]
 
 
 def test_the_certificate_is_checked_by_host_name(
@@ -222,7 +222,7 @@ def test_the_certificate_is_checked_by_host_name(
     context.sni_callback = lambda connection, name, _: sent_names.append(name)
     server.socket = context.wrap_socket(server.socket, server_side=True)
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    MadeUpNet(monkeypatch, {name: [[PUBLIC]] for name in ("images.example", "other.example")})
+    FakeNetwork(monkeypatch, {name: [[PUBLIC]] for name in ("images.example", "other.example")})
     images, other = (f"https://{name}.example:{server.server_port}" for name in ("images", "other"))
     assert load(f"{images}/a.png").size == (6, 4)
     for url in (f"{other}/a.png", f"{images}/to/{other}/a.png"):

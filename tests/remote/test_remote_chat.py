@@ -18,7 +18,7 @@ from remote_server import MODEL, FakeServer, fake_server, images
 
 from paddlemix_qwenvl_plugin.chat_ui.conversation import Conversation
 from paddlemix_qwenvl_plugin.chat_ui.session import Session
-from paddlemix_qwenvl_plugin.chat_ui.terminal import Terminal
+from paddlemix_qwenvl_plugin.chat_ui.terminal import TerminalView
 from paddlemix_qwenvl_plugin.cli.main import main
 from paddlemix_qwenvl_plugin.remote.model import ServerModel
 from paddlemix_qwenvl_plugin.remote.server import Server
@@ -105,7 +105,7 @@ def test_boxes_are_drawn(
     """Boxes are converted to pixels of the local image, also in the answer to a second question about it."""
     server.answer = lambda body: ANSWER_WITH_BOX
     session = Session(model, "You are a helpful assistant.", GenerationOptions())
-    conversation = Conversation(session, Terminal())
+    conversation = Conversation(session, TerminalView())
     for line in ("/image street.png", "What?", "And?"):
         conversation.run(line)
     output = capsys.readouterr().out

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engines import ENGINES, open_model
-from executors import say
+from executors import script_completion
 from PIL import Image
 
 from paddlemix_qwenvl_plugin import QwenVL, QwenVLError, UsageError, load_image, preprocess
@@ -59,7 +59,7 @@ def test_text_only(vl):
 
 def test_chat_stops_at_turn_tokens(vl, monkeypatch):
     tokenizer = vl.tokenizer
-    prompts = say(vl, monkeypatch, [72, 105, tokenizer.im_end_id, 72])
+    prompts = script_completion(vl, monkeypatch, [72, 105, tokenizer.im_end_id, 72])
     answer = vl.generate("How?", chat=True, history=[("Who?", "Me.")])
     assert answer.text == "Hi"
     assert answer.finish_reason == "stop"
@@ -72,7 +72,7 @@ def test_chat_stops_at_turn_tokens(vl, monkeypatch):
 
 def test_boxes_of_the_answer(vl, monkeypatch):
     completion = vl.tokenizer.encode("<ref>the car</ref><box>(100,200),(500,1000)</box> and <box>(1,2)</box>")
-    say(vl, monkeypatch, [*completion, vl.tokenizer.eod_id])
+    script_completion(vl, monkeypatch, [*completion, vl.tokenizer.eod_id])
     answer = vl.generate([{"image": str(STREET)}, {"text": "Where?"}])
     assert answer.boxes == (Box("box", ((100, 200), (500, 1000)), "the car"),)
     assert answer.boxes[0].to_pixels(*answer.image_size) == ((96.0, 128.0), (480.0, 640.0))

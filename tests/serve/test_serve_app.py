@@ -302,7 +302,7 @@ def test_client_disconnects_while_sending_its_body(log: io.StringIO) -> None:
         while not plugin_records(log) and time.monotonic() < deadline:
             time.sleep(0.01)
     (record,) = (record for record in plugin_records(log) if record["event"] == "request")
-    assert (record["status"], record["client_left"]) == (499, True)
+    assert (record["status"], record["client_disconnected"]) == (499, True)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up_net import MadeUpNet
+from fake_network import FakeNetwork
 
 from paddlemix_qwenvl_plugin.serve import image_hosts
 from paddlemix_qwenvl_plugin.serve.errors import ApiError
@@ -83,10 +83,10 @@ def server() -> Iterator[Any]:
 
 
 @pytest.fixture
-def net(monkeypatch: pytest.MonkeyPatch) -> MadeUpNet:
+def net(monkeypatch: pytest.MonkeyPatch) -> FakeNetwork:
     """Name resolution by DNS; connections to public addresses reach this machine, except to UNREACHABLE."""
-    net = MadeUpNet(monkeypatch, {name: [*lookups] for name, lookups in DNS.items()})
-    net.dead = {UNREACHABLE}
+    net = FakeNetwork(monkeypatch, {name: [*lookups] for name, lookups in DNS.items()})
+    net.refusing_addresses = {UNREACHABLE}
     return net
 
 
@@ -131,7 +131,7 @@ def test_host_patterns(host: str, allowed: bool) -> None:
     assert ImageHosts(hosts, 1, 1).allows(host) is allowed
 
 
-def test_allowed_hosts(server: Any, net: MadeUpNet) -> None:
+def test_allowed_hosts(server: Any, net: FakeNetwork) -> None:
     async def load(url: str) -> LoadedImage:
         loader = WorkerImageLoader(settings(), 224)
         try:
@@ -158,17 +158,17 @@ def test_allowed_hosts(server: Any, net: MadeUpNet) -> None:
         "http:///a.png",
     ],
 )
-def test_host_that_is_not_allowed_is_not_contacted(server: Any, net: MadeUpNet, url: str) -> None:
+def test_host_that_is_not_allowed_is_not_contacted(server: Any, net: FakeNetwork, url: str) -> None:
     error = error_of(lambda: fetch(url.format(port=server.server_port)))
     assert error.code in ("image_host_not_allowed", "invalid_image_url")
-    assert (net.asked, net.reached, server.requests) == ([], [], [])
+    assert (net.resolved_names, net.connected_addresses, server.requests) == ([], [], [])
 
 
-def test_no_downloads_without_allowed_hosts(server: Any, net: MadeUpNet) -> None:
+def test_no_downloads_without_allowed_hosts(server: Any, net: FakeNetwork) -> None:
     error = error_of(lambda: fetch("http://images.example/a.png", hosts=[]))
     assert error.code == "image_host_not_allowed"
     assert "send the image as a data: URL" in str(error)
-    assert net.asked == []
+    assert net.resolved_names == []
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_no_downloads_without_allowed_hosts(server: Any, net: MadeUpNet) -> None
     ],
 )
 def test_all_failures_have_the_same_message(
-    server: Any, net: MadeUpNet, caplog: pytest.LogCaptureFixture, url: str, n_requests: int
+    server: Any, net: FakeNetwork, caplog: pytest.LogCaptureFixture, url: str, n_requests: int
 ) -> None:
     caplog.set_level(logging.INFO)
     url = url.format(port=server.server_port)
@@ -207,26 +207,26 @@ def test_all_failures_have_the_same_message(
     assert "secret" not in caplog.text
 
 
-def test_up_to_five_redirects_between_allowed_hosts(server: Any, net: MadeUpNet) -> None:
+def test_up_to_five_redirects_between_allowed_hosts(server: Any, net: FakeNetwork) -> None:
     base = f"http://images.example:{server.server_port}"
     assert fetch(f"{base}/to/http://a.cdn.example:{server.server_port}/b.png") == STREET.read_bytes()
     assert fetch(base + f"/to/{base}" * 5 + "/c.png") == STREET.read_bytes()
     assert error_of(lambda: fetch(base + f"/to/{base}" * 6 + "/c.png")).code == "image_download_failed"
 
 
-def test_dns_rebinding(server: Any, net: MadeUpNet) -> None:
+def test_dns_rebinding(server: Any, net: FakeNetwork) -> None:
     """The name has a public address at the first lookup, and a local one at the second.
 
     A download makes only one lookup, so that it connects to the address that it has checked.
     """
     url = f"http://rebinding.example:{server.server_port}/a.png"
     assert fetch(url) == STREET.read_bytes()
-    assert (net.asked, net.reached) == (["rebinding.example"], [PUBLIC])
+    assert (net.resolved_names, net.connected_addresses) == (["rebinding.example"], [PUBLIC])
     assert error_of(lambda: fetch(url)).code == "image_download_failed"
-    assert net.reached == [PUBLIC]
+    assert net.connected_addresses == [PUBLIC]
 
 
-def test_size_limit_and_timeout(server: Any, net: MadeUpNet) -> None:
+def test_size_limit_and_timeout(server: Any, net: FakeNetwork) -> None:
     base = f"http://images.example:{server.server_port}"
     error = error_of(lambda: fetch(f"{base}/large"))
     assert (error.code, "larger than the limit of 0.5 MiB" in str(error)) == ("image_too_large", True)
@@ -236,7 +236,7 @@ def test_size_limit_and_timeout(server: Any, net: MadeUpNet) -> None:
 
 
 def test_slow_downloads_do_not_delay_other_images(
-    server: Any, net: MadeUpNet, monkeypatch: pytest.MonkeyPatch
+    server: Any, net: FakeNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Five downloads, of which three run at the same time, and one image process for a data: URL."""
     monkeypatch.setattr(image_hosts, "_MAX_DOWNLOADS", 3)

@@ -81,8 +81,8 @@ def test_only_characters_outside_of_strings_count(value: Any, ascii_only: bool) 
         elif not in_string:
             n_outside += 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_size, "_MAX_OUTSIDE_BYTES", n_outside)
+        patch.setattr(json_size, "_MAX_BYTES_OUTSIDE_STRINGS", n_outside)
         json_size.check_size(body)
-        patch.setattr(json_size, "_MAX_OUTSIDE_BYTES", n_outside - 1)
+        patch.setattr(json_size, "_MAX_BYTES_OUTSIDE_STRINGS", n_outside - 1)
         with pytest.raises(ApiError):
             json_size.check_size(body)

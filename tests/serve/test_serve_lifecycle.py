@@ -21,7 +21,7 @@ from serve_service_helpers import PATH, CountingEngine, fake_service, served
 
 from paddlemix_qwenvl_plugin.serve import connection
 from paddlemix_qwenvl_plugin.serve.listening import accept_queued, bound_socket
-from paddlemix_qwenvl_plugin.serve.reuse_port import give_to_all, give_to_the_newer
+from paddlemix_qwenvl_plugin.serve.reuse_port import direct_to_newer_server, distribute_to_all_servers
 from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 from paddlemix_qwenvl_plugin.serve.start import start as run_start
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
@@ -354,7 +354,7 @@ def test_send_timeout_ends_the_request_of_a_client_that_does_not_read() -> None:
 
 
 def test_connection_without_a_complete_request_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(connection, "HEADER_SECONDS", 0.5)
     engine = CountingEngine()
     with served(fake_service(engine)) as url:
         parts = httpx.URL(url)
@@ -402,7 +402,7 @@ def test_new_connections_go_to_the_newest_server(unused_port: int) -> None:
         )
         listeners = [old]
         old.listen()
-        give_to_the_newer(old)
+        direct_to_newer_server(old)
         assert counts_of_connections(20) == [20]  # the other sockets do not listen yet
         listeners.append(new)
         new.listen()
@@ -410,8 +410,8 @@ def test_new_connections_go_to_the_newest_server(unused_port: int) -> None:
         listeners.remove(old)
         old.close()
         assert counts_of_connections(20) == [20]
-        # After give_to_all, both servers get connections.
+        # After distribute_to_all_servers, both servers get connections.
         listeners.append(newest)
         newest.listen()
-        give_to_all(newest)
+        distribute_to_all_servers(newest)
         assert all(counts_of_connections(100))

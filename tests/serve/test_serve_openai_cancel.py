@@ -10,7 +10,7 @@ import threading
 import httpx
 import openai
 import pytest
-from executors import say
+from executors import script_completion
 from serve_openai_helpers import NAME, chat, demo_question, question, wait_for
 
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
@@ -22,7 +22,7 @@ pytest_plugins = ("serve_openai_fixtures",)
 def slow_completion(server, monkeypatch):
     """Make every completion 2000 tokens long, at 10 ms per token; each test ends it early."""
     tokenizer = server.service.tokenizer
-    say(server.engine.vl, monkeypatch, tokenizer.encode("on and on ")[:1] * 2000)
+    script_completion(server.engine.vl, monkeypatch, tokenizer.encode("on and on ")[:1] * 2000)
     server.engine.step_seconds = 0.01
     yield
     for stream in server.engine.submitted:

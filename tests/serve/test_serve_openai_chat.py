@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from executors import say
+from executors import script_completion
 from serve_openai_engine import N_CACHED, logprob_of, top_logprobs_of
 from serve_openai_helpers import NAME, chat, chat_chunks, demo_question, question, text_of
 
@@ -210,7 +210,7 @@ def test_logprobs(server, monkeypatch):
     tokenizer = server.service.tokenizer
     text = "A 狗 <ref>dog</ref><box>(1,2),(3,4)</box> é!"
     tokens = tokenizer.encode(text)
-    say(server.engine.vl, monkeypatch, [*tokens, tokenizer.im_end_id])
+    script_completion(server.engine.vl, monkeypatch, [*tokens, tokenizer.im_end_id])
     completion = chat(server, question("?"), logprobs=True, top_logprobs=2)
     chunks = chat_chunks(server, question("?"), logprobs=True, top_logprobs=2)
     entries = completion.choices[0].logprobs.content
@@ -241,7 +241,7 @@ MODEL_OUTPUTS = [
 @pytest.mark.parametrize("text", MODEL_OUTPUTS)
 def test_any_model_output(server, monkeypatch, text):
     tokenizer = server.service.tokenizer
-    say(server.engine.vl, monkeypatch, [*tokenizer.encode(text), tokenizer.im_end_id])
+    script_completion(server.engine.vl, monkeypatch, [*tokenizer.encode(text), tokenizer.im_end_id])
     chunks = chat_chunks(server, question("?"))
     (choice,) = chat(server, question("?")).choices
     assert text_of(chunks) == choice.message.content == text
@@ -263,7 +263,7 @@ def test_any_model_output(server, monkeypatch, text):
 def test_output_that_is_not_utf8(server, monkeypatch):
     tokenizer = server.service.tokenizer
     invalid_utf8 = [0xE7, 0x8B, 0x61, 0xE7]  # the token id of a byte is its value
-    say(server.engine.vl, monkeypatch, [*invalid_utf8, tokenizer.im_end_id])
+    script_completion(server.engine.vl, monkeypatch, [*invalid_utf8, tokenizer.im_end_id])
     expected = tokenizer.decode(invalid_utf8)
     assert chat(server, question("?")).choices[0].message.content == expected
     chunks = chat_chunks(server, question("?"), logprobs=True)

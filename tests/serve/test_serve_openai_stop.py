@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from executors import say
+from executors import script_completion
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serve_openai_helpers import NAME, chat, chat_chunks, question, text_of, wait_for
@@ -130,7 +130,7 @@ def test_a_stop_string_cancels_the_completion(server, monkeypatch):
     tokenizer = server.service.tokenizer
     tokens = tokenizer.encode("well stop " + "and on " * 200)
     n_until_stop = len(tokenizer.encode("well stop"))
-    say(server.engine.vl, monkeypatch, tokens)
+    script_completion(server.engine.vl, monkeypatch, tokens)
     server.engine.step_seconds = 0.01
     completion = chat(server, question("?"), stop="stop", max_tokens=len(tokens), logprobs=True)
     assert completion.choices[0].message.content == "well "
@@ -145,7 +145,7 @@ def test_a_stop_string_cancels_the_completion(server, monkeypatch):
 def test_box_cut_by_a_stop_string_is_not_parsed(server, monkeypatch):
     tokenizer = server.service.tokenizer
     text = "<ref>dog</ref><box>(1,2),(3,4)</box><box>(5,6),(7,8)</box>"
-    say(server.engine.vl, monkeypatch, [*tokenizer.encode(text), tokenizer.im_end_id])
+    script_completion(server.engine.vl, monkeypatch, [*tokenizer.encode(text), tokenizer.im_end_id])
     message = chat(server, question("?"), stop=["</box><", "(7"]).choices[0].message
     assert message.content == "<ref>dog</ref><box>(1,2),(3,4)"
     assert message.boxes == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import openai
 import pytest
-from executors import say
+from executors import script_completion
 from serve_openai_engine import logprob_of, top_logprobs_of
 from serve_openai_helpers import NAME, demo_question, question
 
@@ -72,7 +72,7 @@ def test_logprobs(server, monkeypatch):
     tokenizer = server.service.tokenizer
     text = "A 狗!"
     tokens = tokenizer.encode(text)
-    say(server.engine.vl, monkeypatch, [*tokens, tokenizer.eod_id])
+    script_completion(server.engine.vl, monkeypatch, [*tokens, tokenizer.eod_id])
     logprobs = complete(server, "x", logprobs=2).choices[0].logprobs
     assert logprobs.token_logprobs == [logprob_of(token) for token in tokens]
     # A token that is not valid UTF-8, a part of a character, is written as "bytes:" with escapes.

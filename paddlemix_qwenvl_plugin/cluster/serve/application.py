@@ -18,7 +18,7 @@ from paddlemix_qwenvl_plugin.cluster.serve.replicas import (
     replica_gpus,
 )
 from paddlemix_qwenvl_plugin.cluster.serve.routing import PrefixRouter
-from paddlemix_qwenvl_plugin.serve.api_keys import keys_of
+from paddlemix_qwenvl_plugin.serve.api_keys import read_api_keys
 from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 from paddlemix_qwenvl_plugin.serve.start import check_model
 
@@ -81,7 +81,7 @@ def application(settings: ServeSettings) -> serve.Application:
         # The maximum time of a request, so that an update of the application ends no request.
         graceful_shutdown_timeout_s=settings.waiting_timeout + settings.running_timeout,
     )(ingress())
-    bound: serve.Application = front.bind(settings, keys_of(settings), engine.bind(settings))
+    bound: serve.Application = front.bind(settings, read_api_keys(settings), engine.bind(settings))
     return bound
 
 

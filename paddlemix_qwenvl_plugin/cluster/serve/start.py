@@ -15,7 +15,7 @@ from packaging.version import Version
 
 from paddlemix_qwenvl_plugin.cluster.connect import connect
 from paddlemix_qwenvl_plugin.cluster.serve.replicas import max_replicas, needs
-from paddlemix_qwenvl_plugin.serve.api_keys import check_exposure, keys_of
+from paddlemix_qwenvl_plugin.serve.api_keys import check_exposure, read_api_keys
 from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 from paddlemix_qwenvl_plugin.serve.start import check_model
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, first_line
@@ -99,7 +99,7 @@ def _check(settings: ServeSettings) -> None:
     max_replicas(settings)
     if settings.port == 0:
         raise UsageError("--port 0: on a Ray cluster every machine listens on the same port; name one")
-    keys_of(settings)
+    read_api_keys(settings)
     check_exposure(settings, settings.host)
 
 

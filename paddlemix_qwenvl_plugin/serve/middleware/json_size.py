@@ -5,7 +5,7 @@ from __future__ import annotations
 from paddlemix_qwenvl_plugin.serve.errors import ApiError
 
 _MAX_QUOTES = 2**17
-_MAX_OUTSIDE_BYTES = 2**20  # bytes outside of strings; 8 prompts of 8191 token ids take half of it
+_MAX_BYTES_OUTSIDE_STRINGS = 2**20  # bytes outside of strings; 8 prompts of 8191 token ids take half of it
 
 
 def check_size(body: bytes) -> None:
@@ -20,8 +20,8 @@ def check_size(body: bytes) -> None:
         body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     # The parts between quotation marks are alternately outside and inside of a string.
     outside_strings = body.split(b'"')[::2]
-    if sum(map(len, outside_strings)) > _MAX_OUTSIDE_BYTES:
-        raise _too_large(f"{_MAX_OUTSIDE_BYTES} bytes outside of strings")
+    if sum(map(len, outside_strings)) > _MAX_BYTES_OUTSIDE_STRINGS:
+        raise _too_large(f"{_MAX_BYTES_OUTSIDE_STRINGS} bytes outside of strings")
 
 
 def _too_large(limit: str) -> ApiError:

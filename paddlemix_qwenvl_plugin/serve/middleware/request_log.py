@@ -91,7 +91,7 @@ class RequestLog:
             "completions": info.completions,
             "key": info.key,
             "error": info.error,
-            "client_left": True if not complete else None,
+            "client_disconnected": True if not complete else None,
         }
         level = logging.DEBUG if path in _POLLED_PATHS else logging.INFO
         log(level, "request", **{name: value for name, value in fields.items() if value is not None})

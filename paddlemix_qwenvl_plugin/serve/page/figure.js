@@ -46,8 +46,8 @@ export class BoxFigure {
     this.frame.classList.toggle('dimmed', numbers.length > 0);
     for (const { box, shape, badge } of this.drawn) {
       const isHighlighted = numbers.includes(box.number);
-      shape.classList.toggle('lit', isHighlighted);
-      badge.classList.toggle('lit', isHighlighted);
+      shape.classList.toggle('highlighted', isHighlighted);
+      badge.classList.toggle('highlighted', isHighlighted);
     }
   }
 

@@ -44,7 +44,7 @@ export class TextView {
   /** Highlight the words of the boxes with these numbers. */
   highlight(numbers) {
     for (const part of this.parts) {
-      if (part.isMark) part.node.classList.toggle('lit', part.numbers.some((number) => numbers.includes(number)));
+      if (part.isMark) part.node.classList.toggle('highlighted', part.numbers.some((number) => numbers.includes(number)));
     }
   }
 
@@ -78,7 +78,7 @@ export class TextView {
     const follow = () => this.callbacks.follow(box.number);
     node.tabIndex = 0;
     node.setAttribute('role', 'button');
-    node.classList.add('linked');
+    node.classList.add('has-boxes');
     colour(node, box);
     node.addEventListener('pointerenter', () => this.callbacks.hover(mark.numbers));
     node.addEventListener('pointerleave', () => this.callbacks.hover([]));

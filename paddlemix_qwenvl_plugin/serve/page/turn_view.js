@@ -36,8 +36,8 @@ export class TurnView {
     this.copy = iconButton('copy', 'copy', callbacks.copy);
     this.retry = iconButton('retry', 'retry', callbacks.retry);
     this.tools = element('div', { class: 'turn-tools' }, this.copy, this.retry, this.note);
-    this.said = element('div', { class: 'said' }, this.waiting, this.text.node, this.problem, this.tools);
-    this.answer = element('article', { class: 'answer' }, heading('heading.answer', number), this.said);
+    this.answerBody = element('div', { class: 'answer-body' }, this.waiting, this.text.node, this.problem, this.tools);
+    this.answer = element('article', { class: 'answer' }, heading('heading.answer', number), this.answerBody);
     this.node = element('section', { class: 'turn' }, this.#question(number), this.answer);
     this.update();
   }

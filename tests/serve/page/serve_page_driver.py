@@ -118,7 +118,7 @@ class Page:
 
     def error(self) -> list[str]:
         """The lines of the last error: the explanation, the server's message, the button."""
-        return str(self.find_all(".said > .problem")[-1].text).splitlines()
+        return str(self.find_all(".answer-body > .problem")[-1].text).splitlines()
 
     def rectangles(self, selector: str) -> list[list[float]]:
         """[left, top, right, bottom] of all matching elements, in pixels of the window."""

@@ -106,10 +106,10 @@ def test_error_with_explanation_and_retry(
     page.open()
     page.ask("How are you?")
     assert page.error() == [*error, "Retry"]
-    page.click(".said .problem button")
+    page.click(".answer-body .problem button")
     page.wait(lambda: page.answers() == ["All is well."])
     page.wait_for_end()
-    assert not page.find(".said .problem").is_displayed()
+    assert not page.find(".answer-body .problem").is_displayed()
     assert server.bodies[0] == server.bodies[1]
 
 
@@ -127,7 +127,7 @@ def test_loss_of_the_network(page: Page, server: PageServer) -> None:
     finally:
         page.browser.call("Network.emulateNetworkConditions", offline=False, **network)
     page.wait(lambda: page.find("#state").text == "Ready")
-    page.click(".said .problem button")
+    page.click(".answer-body .problem button")
     page.wait(lambda: page.answers() == ["Back."])
     page.wait_for_end()
 

@@ -59,7 +59,7 @@ def while_editing(page: Page, tmp_path: Path) -> None:
 
 def with_highlight(page: Page, tmp_path: Path) -> None:
     conversation(page, tmp_path)
-    page.js("document.querySelector('.linked').focus()")
+    page.js("document.querySelector('.has-boxes').focus()")
 
 
 def with_key_dialog(page: Page, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_no_horizontal_scrolling(page: Page, server: PageServer, tmp_path: Path,
     page.attach(*(image_file(tmp_path, f"{'n' * 80}{i}.png", (400, 100)) for i in range(3)))
     check()
     page.ask("z" * 300)
-    for selector in (".linked", ".box-badge"):
+    for selector in (".has-boxes", ".box-badge"):
         page.js("[...document.querySelectorAll(arguments[0])].at(-1).focus()", selector)
         check()
     page.ask("again")
@@ -170,7 +170,7 @@ def test_use_without_a_mouse(page: Page, server: PageServer, tmp_path: Path) -> 
         assert "solid" in (outline, border), reached
     assert len(reached) == n_controls
     assert reached[-1] == "question"
-    page.js("document.querySelector('.linked').focus()")
+    page.js("document.querySelector('.has-boxes').focus()")
     page.press("\n")
     assert page.js("return document.activeElement.ariaLabel") == "Box 1: a dog"
     page.press("\n")
@@ -285,7 +285,7 @@ def test_texts_never_become_html(page: Page, server: PageServer, tmp_path: Path)
     before = page.js(count_tags)
     page.ask(HTML, image_file(tmp_path, "<img src=x onerror=hacked=1>.png"))
     page.ask(HTML)
-    page.js("document.querySelector('.linked').focus()")
+    page.js("document.querySelector('.has-boxes').focus()")
     assert page.answers()[0] == f"{HTML}{HTML}{html_after_quote}"
     assert page.error()[1] == HTML
     questions = page.js("return [...document.querySelectorAll('.question .words')].map(e => e.textContent)")

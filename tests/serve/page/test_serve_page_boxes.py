@@ -80,9 +80,12 @@ def test_each_box_is_drawn_when_it_is_complete(page: Page, server: PageServer, t
 
 def highlighted(page: Page) -> tuple[list[str], list[int]]:
     """The highlighted words and the numbers of the highlighted boxes."""
-    words = page.js("return [...document.querySelectorAll('.linked.lit')].map(e => e.firstChild.data)")
+    words = page.js(
+        "return [...document.querySelectorAll('.has-boxes.highlighted')].map(e => e.firstChild.data)"
+    )
     boxes = page.js(
-        "return [...document.querySelectorAll('.box')].flatMap((e, i) => e.classList.contains('lit') ? [i + 1] : [])"
+        "return [...document.querySelectorAll('.box')]"
+        ".flatMap((e, i) => e.classList.contains('highlighted') ? [i + 1] : [])"
     )
     return words, boxes
 
@@ -92,7 +95,7 @@ def test_words_and_boxes_are_highlighted_together(page: Page, server: PageServer
     page.open()
     page.ask("What is there?", image_file(tmp_path, size=(300, 200)))
     mouse = ActionChains(page.browser.driver, duration=0)
-    dog, balls, _ = page.find_all(".linked")
+    dog, balls, _ = page.find_all(".has-boxes")
     image = page.find(".frame")
     width, height = image.size["width"], image.size["height"]
 
@@ -138,7 +141,7 @@ def test_tap_on_a_phone(page: Page, server: PageServer, tmp_path: Path) -> None:
         page.browser.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[point])
         page.browser.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
-    tap(".linked", 1)
+    tap(".has-boxes", 1)
     page.wait(lambda: highlighted(page) == (["two balls"], [2, 3]))
     tap(".box", 3)
     page.wait(lambda: highlighted(page) == ([""], [4]))
@@ -176,7 +179,7 @@ def test_answer_with_boxes_but_no_image(page: Page, server: PageServer) -> None:
     server.answers.append([ANSWER])
     page.open()
     page.ask("What is there?")
-    page.find_all(".linked")[0].click()
+    page.find_all(".has-boxes")[0].click()
     assert page.answers() == [parse_boxes(ANSWER).text]
     assert page.find_all("figure") == []
 

@@ -89,7 +89,7 @@ def test_answer_stop_and_retry_after_the_engine_is_killed(
     assert message.startswith("the engine process was killed (SIGKILL)")
     assert button == "Retry"
     page.wait(lambda: page.find("#state").text == "Ready")
-    page.find_all(".said > .problem button")[-1].click()
+    page.find_all(".answer-body > .problem button")[-1].click()
     page.wait_for_end()
     _check(page, local_model)
     assert page.problems() == []

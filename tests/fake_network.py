@@ -9,29 +9,29 @@ from typing import Any
 import pytest
 
 
-class MadeUpNet:
+class FakeNetwork:
     """Patches the resolver and connections. `names` maps a name to its successive resolutions; the last one repeats.
 
     Attributes:
-        asked: the names that were resolved, in order.
-        reached: the addresses to which a connection was opened or tried, in order.
-        dead: addresses that refuse connections.
+        resolved_names: the names that were resolved, in order.
+        connected_addresses: the addresses to which a connection was opened or tried, in order.
+        refusing_addresses: addresses that refuse connections.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, names: dict[str, list[list[str]]]) -> None:
         self._names = names
         self._lookup = socket.getaddrinfo
         self._connect = socket.create_connection
-        self.asked: list[str] = []
-        self.reached: list[str] = []
-        self.dead: set[str] = set()
+        self.resolved_names: list[str] = []
+        self.connected_addresses: list[str] = []
+        self.refusing_addresses: set[str] = set()
         monkeypatch.setattr(socket, "getaddrinfo", self._getaddrinfo)
         monkeypatch.setattr(socket, "create_connection", self._create_connection)
 
     def _getaddrinfo(self, host: str, *args: Any, **kwargs: Any) -> list[Any]:
         if host not in self._names:
             return self._lookup(host, *args, **kwargs)  # numeric addresses in any spelling
-        self.asked.append(host)
+        self.resolved_names.append(host)
         answers = self._names[host]
         addresses = answers.pop(0) if len(answers) > 1 else answers[0]
         return [
@@ -43,8 +43,8 @@ class MadeUpNet:
         host, port = address
         if host in self._names:  # connecting by name queries the resolver again
             [(*_, (host, _))] = self._getaddrinfo(host)[:1]
-        self.reached.append(host)
-        if host in self.dead:
+        self.connected_addresses.append(host)
+        if host in self.refusing_addresses:
             raise ConnectionRefusedError(f"{host} does not answer")
         assert ip_address(host).is_global or host == "127.0.0.1"
         return self._connect(("127.0.0.1", port), *args, **kwargs)
