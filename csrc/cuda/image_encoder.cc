@@ -87,12 +87,12 @@ ImageEncoder::ImageEncoder(const Gpu& gpu, CUstream stream, const qvl_config& co
   const Norm ln_q = weights.norm(kPool + "ln_q");
   layer_norm(gpu, stream, weights.floats(kPool + "query"), ln_q.weight, ln_q.bias, kEpsilon, n, hidden,
              weights.floats(kPool + "pos_embed"), n, normed_.get(), nullptr);
-  product(stream, slice(in_proj, 0, hidden), normed_.get(), hidden, n, Into::kHalf, queries_.get());
+  product(stream, slice(in_proj, 0, hidden), normed_.get(), hidden, n, Epilogue::kHalf, queries_.get());
 }
 
 void ImageEncoder::product(CUstream stream, const Matrix& matrix, const void* x, int64_t x_stride, int64_t n,
-                           Into into, void* y) {
-  linear_prompt(gpu_, stream, matrix, x, x_stride, static_cast<int>(n), into, y, scratch_.get());
+                           Epilogue epilogue, void* y) {
+  linear_prompt(gpu_, stream, matrix, x, x_stride, static_cast<int>(n), epilogue, y, scratch_.get());
 }
 
 void ImageEncoder::encode(CUstream stream, int64_t n, const float* images, float* features) {
@@ -110,7 +110,7 @@ void ImageEncoder::tower(CUstream stream, int n, const float* images) {
   const int width = config_.vision_width, head_dim = width / config_.vision_heads, rows = n * patches_;
   auto* x = x_.get<float>();
   cut_patches(gpu_, stream, images, n, config_.image_size, config_.patch_size, conv1_.stride, wide_.get());
-  product(stream, conv1_, wide_.get(), conv1_.stride, rows, Into::kFloat, x);
+  product(stream, conv1_, wide_.get(), conv1_.stride, rows, Epilogue::kFloat, x);
   add_rows(gpu_, stream, x, positions_, rows, width, patches_);
   layer_norm(gpu_, stream, x, ln_pre_.weight, ln_pre_.bias, kEpsilon, rows, width, nullptr, 1, nullptr, x);
   // Query, key and value of a head are adjacent: [heads][3][head_dim].
@@ -129,13 +129,13 @@ void ImageEncoder::tower(CUstream stream, int n, const float* images) {
   for (const Block& block : blocks_) {
     layer_norm(gpu_, stream, x, block.ln_1.weight, block.ln_1.bias, kEpsilon, rows, width, nullptr, 1,
                normed_.get(), nullptr);
-    product(stream, block.in_proj, normed_.get(), width, rows, Into::kHalf, qkv_.get());
+    product(stream, block.in_proj, normed_.get(), width, rows, Epilogue::kHalf, qkv_.get());
     attention_dense(gpu_, stream, attention, normed_.get());
-    product(stream, block.out_proj, normed_.get(), width, rows, Into::kAdd, x);
+    product(stream, block.out_proj, normed_.get(), width, rows, Epilogue::kAdd, x);
     layer_norm(gpu_, stream, x, block.ln_2.weight, block.ln_2.bias, kEpsilon, rows, width, nullptr, 1,
                normed_.get(), nullptr);
-    product(stream, block.c_fc, normed_.get(), width, rows, Into::kGelu, wide_.get());
-    product(stream, block.c_proj, wide_.get(), config_.vision_mlp_width, rows, Into::kAdd, x);
+    product(stream, block.c_fc, normed_.get(), width, rows, Epilogue::kGelu, wide_.get());
+    product(stream, block.c_proj, wide_.get(), config_.vision_mlp_width, rows, Epilogue::kAdd, x);
   }
 }
 
@@ -145,14 +145,14 @@ void ImageEncoder::resample(CUstream stream, int n, float* features) {
   auto* x = x_.get<float>();
   if (has_kv_proj_) {
     to_half(gpu_, stream, x, int64_t{rows} * config_.vision_width, normed_.get());
-    product(stream, kv_proj_, normed_.get(), config_.vision_width, rows, Into::kFloat, x);
+    product(stream, kv_proj_, normed_.get(), config_.vision_width, rows, Epilogue::kFloat, x);
   }
   layer_norm(gpu_, stream, x, ln_kv_.weight, ln_kv_.bias, kEpsilon, rows, hidden, key_positions_, patches_,
              normed_.get(), nullptr);
   layer_norm(gpu_, stream, x, ln_kv_.weight, ln_kv_.bias, kEpsilon, rows, hidden, nullptr, 1, wide_.get(),
              nullptr);
-  product(stream, key_, normed_.get(), hidden, rows, Into::kHalf, keys_.get());
-  product(stream, value_, wide_.get(), hidden, rows, Into::kHalf, values_.get());
+  product(stream, key_, normed_.get(), hidden, rows, Epilogue::kHalf, keys_.get());
+  product(stream, value_, wide_.get(), hidden, rows, Epilogue::kHalf, values_.get());
 
   DenseAttention attention{};
   attention.q = queries_.get();
@@ -171,10 +171,10 @@ void ImageEncoder::resample(CUstream stream, int n, float* features) {
   attention.head_dim = kResamplerHeadDim;
   attention.scale = 1 / std::sqrt(static_cast<float>(kResamplerHeadDim));
   attention_dense(gpu_, stream, attention, qkv_.get());
-  product(stream, out_proj_, qkv_.get(), hidden, int64_t{n} * n_queries, Into::kFloat, x);
+  product(stream, out_proj_, qkv_.get(), hidden, int64_t{n} * n_queries, Epilogue::kFloat, x);
   layer_norm(gpu_, stream, x, ln_post_.weight, ln_post_.bias, kEpsilon, n * n_queries, hidden, nullptr, 1,
              normed_.get(), nullptr);
-  product(stream, proj_, normed_.get(), hidden, int64_t{n} * n_queries, Into::kFloat, features);
+  product(stream, proj_, normed_.get(), hidden, int64_t{n} * n_queries, Epilogue::kFloat, features);
 }
 
 }  // namespace qvl::cuda

@@ -24,8 +24,8 @@ class ImageEncoder {
   // The vision tower and the resampler, for a batch of up to 8 images.
   void tower(CUstream stream, int n, const float* images);
   void resample(CUstream stream, int n, float* features);
-  void product(CUstream stream, const Matrix& matrix, const void* x, int64_t x_stride, int64_t n, Into into,
-               void* y);
+  void product(CUstream stream, const Matrix& matrix, const void* x, int64_t x_stride, int64_t n,
+               Epilogue epilogue, void* y);
 
   const Gpu& gpu_;
   const qvl_config config_;

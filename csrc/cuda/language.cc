@@ -12,12 +12,12 @@ constexpr int kMaxDecodeRows = 256;  // maximum number of rows of linear_decode
 constexpr uint64_t kRowUnit = 8;     // the stride of x is a multiple of 8 values
 
 // Bytes per row of a product's result.
-uint64_t row_bytes(const Matrix& matrix, Into into) {
-  switch (into) {
-    case Into::kFloat:
-    case Into::kAdd:
+uint64_t row_bytes(const Matrix& matrix, Epilogue epilogue) {
+  switch (epilogue) {
+    case Epilogue::kFloat:
+    case Epilogue::kAdd:
       return to_size(matrix.out) * 4;
-    case Into::kSiluTimes:
+    case Epilogue::kSiluTimes:
       return to_size(matrix.out);
     default:
       return to_size(matrix.out) * 2;
@@ -243,7 +243,7 @@ const void* Language::permuted(CUstream stream, const Matrix& matrix, const void
 }
 
 void Language::product(CUstream stream, int number, const Matrix& matrix, const void* x, int x_stride,
-                       const InputArrays& inputs, const PassShape& shape, Into into, void* y) {
+                       const InputArrays& inputs, const PassShape& shape, Epilogue epilogue, void* y) {
   const int n_prompt = shape.n_prompt;
   const bool adapted = shape.is_adapted && products_adapted_[to_size(number)];
   const auto decode_offset = to_size(n_prompt) * to_size(x_stride) * 2;  // bytes
@@ -256,8 +256,8 @@ void Language::product(CUstream stream, int number, const Matrix& matrix, const 
   // Without adapters the product applies its epilogue. With adapters it writes raw sums, float32, to which
   // the updates are added before the epilogue; kFloat and kAdd need no separate raw sums, since their results
   // are such sums.
-  const bool raw = adapted && (into == Into::kHalf || into == Into::kSiluTimes);
-  const Into base = raw ? Into::kFloat : into;
+  const bool raw = adapted && (epilogue == Epilogue::kHalf || epilogue == Epilogue::kSiluTimes);
+  const Epilogue base = raw ? Epilogue::kFloat : epilogue;
   void* const base_y = raw ? raw_.get() : y;
   int stride = x_stride;
   const void* const permuted_x = permuted(stream, matrix, x, stride, shape.rows());
@@ -277,16 +277,16 @@ void Language::product(CUstream stream, int number, const Matrix& matrix, const 
       const LowRank* const update = prompt.adapter->product(number);
       if (update == nullptr) continue;
       linear_prompt(gpu_, stream, update->a, bytes(x) + to_size(prompt.first) * to_size(x_stride) * 2,
-                    x_stride, prompt.n, Into::kHalf, low_.get(), nullptr);
-      linear_prompt(gpu_, stream, update->b, low_.get(), update->b.in, prompt.n, Into::kAdd,
+                    x_stride, prompt.n, Epilogue::kHalf, low_.get(), nullptr);
+      linear_prompt(gpu_, stream, update->b, low_.get(), update->b.in, prompt.n, Epilogue::kAdd,
                     bytes(base_y) + to_size(prompt.first) * to_size(matrix.out) * 4, nullptr);
     }
-    if (raw) finish_raw(gpu_, stream, raw_.get<float>(), n_prompt, matrix.out, into, y);
+    if (raw) finish_raw(gpu_, stream, raw_.get<float>(), n_prompt, matrix.out, epilogue, y);
   }
   if (shape.n_decode > 0) {
     low_rank_up(gpu_, stream, rows, low, max_rank_, matrix.out,
-                raw ? raw_.get<float>() + to_size(n_prompt) * to_size(matrix.out) : nullptr, into,
-                bytes(y) + to_size(n_prompt) * row_bytes(matrix, into));
+                raw ? raw_.get<float>() + to_size(n_prompt) * to_size(matrix.out) : nullptr, epilogue,
+                bytes(y) + to_size(n_prompt) * row_bytes(matrix, epilogue));
   }
 }
 
@@ -325,16 +325,16 @@ void Language::layers(CUstream stream, const CudaKvPool& pool, const InputArrays
     const KvLayer kv = pool.layer(i);
     const int first = i * kLayerProducts;
     rms_norm(gpu_, stream, x, layer.ln_1, config_.norm_epsilon, n, hidden, normed_.get());
-    product(stream, first + kAttnProduct, layer.c_attn, normed_.get(), hidden, inputs, shape, Into::kHalf,
+    product(stream, first + kAttnProduct, layer.c_attn, normed_.get(), hidden, inputs, shape, Epilogue::kHalf,
             qkv_.get());
     attention(stream, metadata, inputs, shape, kv);
     product(stream, first + kAttnProjProduct, layer.attn_proj, attended_.get(), hidden, inputs, shape,
-            Into::kAdd, x);
+            Epilogue::kAdd, x);
     rms_norm(gpu_, stream, x, layer.ln_2, config_.norm_epsilon, n, hidden, normed_.get());
     product(stream, first + kGateUpProduct, layer.gate_up, normed_.get(), hidden, inputs, shape,
-            Into::kSiluTimes, mlp_.get());
+            Epilogue::kSiluTimes, mlp_.get());
     product(stream, first + kMlpProjProduct, layer.mlp_proj, mlp_.get(), layer.gate_up.out / 2, inputs, shape,
-            Into::kAdd, x);
+            Epilogue::kAdd, x);
   }
 }
 
@@ -351,7 +351,7 @@ void Language::lm_head(CUstream stream, const InputArrays& inputs, int first, in
     row_inputs.adapter_order = nullptr;  // an order of the decode rows, not of these rows
   }
   product(stream, config_.layers * kLayerProducts, lm_head_, normed_.get(), hidden, row_inputs, shape,
-          Into::kFloat, logits);
+          Epilogue::kFloat, logits);
 }
 
 }  // namespace qvl::cuda

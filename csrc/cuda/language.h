@@ -71,7 +71,7 @@ class Language {
                  const PassShape& shape, const KvLayer& kv);
   // Compute a product, with the adapters of the rows. `number`: index of the product in an adapter.
   void product(CUstream stream, int number, const Matrix& matrix, const void* x, int x_stride,
-               const InputArrays& inputs, const PassShape& shape, Into into, void* y);
+               const InputArrays& inputs, const PassShape& shape, Epilogue epilogue, void* y);
   // Permute the columns of x to the input order of the matrix; return the result and set x_stride to its
   // stride. Returns x if the matrix has no input order.
   const void* permuted(CUstream stream, const Matrix& matrix, const void* x, int& x_stride, int n);

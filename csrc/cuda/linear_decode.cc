@@ -156,12 +156,12 @@ void upload_matrix(const Gpu& gpu, CUstream stream, qvl_dtype dtype, const void*
 }
 
 void linear_decode(const Gpu& gpu, CUstream stream, const Matrix& matrix, const void* x, int64_t x_stride,
-                   int n, Into into, void* y, const LowRankParams* low_rank) {
+                   int n, Epilogue epilogue, void* y, const LowRankParams* low_rank) {
   QVL_REQUIRE(n >= 1 && n <= kMaxRows, QVL_INTERNAL, "linear_decode: %d rows", n);
   QVL_REQUIRE(x_stride % 8 == 0, QVL_INTERNAL, "linear_decode: rows of x %lld values apart",
               static_cast<long long>(x_stride));
   if (has_tensor_maps(gpu))
-    return linear_decode_hopper(gpu, stream, matrix, x, x_stride, n, into, y, low_rank);
+    return linear_decode_hopper(gpu, stream, matrix, x, x_stride, n, epilogue, y, low_rank);
   if (low_rank != nullptr) low_rank_down(gpu, stream, *low_rank);
   LinearDecode p{};
   p.values = matrix.values;
@@ -175,7 +175,7 @@ void linear_decode(const Gpu& gpu, CUstream stream, const Matrix& matrix, const 
   p.in = matrix.in;
   p.stride = matrix.stride;
   p.n = n;
-  p.into = static_cast<int>(into);
+  p.epilogue = static_cast<int>(epilogue);
 
   if (n > kMaxColumns && gpu.arch() >= 80 && !info(matrix.storage).zeros &&
       launch_wide(gpu, stream, matrix, p))

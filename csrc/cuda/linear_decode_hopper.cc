@@ -78,7 +78,8 @@ TensorMap boxes_of(const Gpu& gpu, const void* base, int64_t rows, int64_t in, i
 }  // namespace
 
 void linear_decode_hopper(const Gpu& gpu, CUstream stream, const Matrix& matrix, const void* x,
-                          int64_t x_stride, int n, Into into, void* y, const LowRankParams* low_rank) {
+                          int64_t x_stride, int n, Epilogue epilogue, void* y,
+                          const LowRankParams* low_rank) {
   const bool half = matrix.storage == Storage::kHalf;
   const Kind kind = kind_of(matrix.storage);
   int columns = n <= 8 ? 8 : n <= 16 ? 16 : n <= 32 ? 32 : 64;
@@ -88,7 +89,7 @@ void linear_decode_hopper(const Gpu& gpu, CUstream stream, const Matrix& matrix,
 
   LinearHopper p{};
   p.row_scales = static_cast<const float*>(matrix.scales);
-  p.result = {matrix.bias, y, n, matrix.out, static_cast<int>(into)};
+  p.result = {matrix.bias, y, n, matrix.out, static_cast<int>(epilogue)};
   p.whole_boxes = matrix.in % 64 == 0;
   p.total_steps = divide_up(matrix.in, 64 * kind.boxes);
   const int max_rows = 64 * kind.max_parts[columns <= 16 ? 0 : columns / 32];

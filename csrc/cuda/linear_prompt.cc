@@ -81,10 +81,10 @@ namespace {
 
 // written: whether the preceding kernel writes the matrix.
 void launch(const Gpu& gpu, CUstream stream, int tile, const Matrix& matrix, const void* x, int64_t x_stride,
-            int n, Into into, void* y, bool written) {
+            int n, Epilogue epilogue, void* y, bool written) {
   QVL_REQUIRE(matrix.stride % 8 == 0 && x_stride % 8 == 0, QVL_INTERNAL,
               "the strides of matrices and activations must be multiples of 8 values");
-  const Result result{matrix.bias, y, n, matrix.out, static_cast<int>(into)};
+  const Result result{matrix.bias, y, n, matrix.out, static_cast<int>(epilogue)};
   if (tile < 0) {
     constexpr int kTile = 128, kThreads = 256, kShared = 3 * 2 * kTile * (32 + 8) * 2;
     const LinearPrompt params{result, x, matrix.values, x_stride, matrix.in, matrix.stride};
@@ -114,8 +114,8 @@ void launch(const Gpu& gpu, CUstream stream, int tile, const Matrix& matrix, con
 }  // namespace
 
 void linear_prompt_with(const Gpu& gpu, CUstream stream, int tile, const Matrix& matrix, const void* x,
-                        int64_t x_stride, int n, Into into, void* y) {
-  launch(gpu, stream, tile, matrix, x, x_stride, n, into, y, false);
+                        int64_t x_stride, int n, Epilogue epilogue, void* y) {
+  launch(gpu, stream, tile, matrix, x, x_stride, n, epilogue, y, false);
 }
 
 uint64_t linear_prompt_scratch(const Matrix& matrix) {
@@ -123,7 +123,7 @@ uint64_t linear_prompt_scratch(const Matrix& matrix) {
 }
 
 void linear_prompt(const Gpu& gpu, CUstream stream, const Matrix& matrix, const void* x, int64_t x_stride,
-                   int n, Into into, void* y, void* scratch) {
+                   int n, Epilogue epilogue, void* y, void* scratch) {
   Matrix half = matrix;
   if (matrix.storage != Storage::kHalf) {
     half.storage = Storage::kHalf;
@@ -135,7 +135,7 @@ void linear_prompt(const Gpu& gpu, CUstream stream, const Matrix& matrix, const 
     gpu.launch(stream, name.c_str(), {static_cast<unsigned>((threads + kThreads - 1) / kThreads)}, kThreads,
                0, params, true);
   }
-  launch(gpu, stream, linear_prompt_tile(gpu, matrix.out, matrix.in, n), half, x, x_stride, n, into, y,
+  launch(gpu, stream, linear_prompt_tile(gpu, matrix.out, matrix.in, n), half, x, x_stride, n, epilogue, y,
          matrix.storage != Storage::kHalf);
 }
 

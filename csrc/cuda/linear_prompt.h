@@ -15,6 +15,6 @@ int linear_prompt_tile(const Gpu&, int out, int in, int n);
 
 // linear_prompt with a kHalf matrix and the variant `tile`.
 void linear_prompt_with(const Gpu&, CUstream, int tile, const Matrix&, const void* x, int64_t x_stride, int n,
-                        Into, void* y);
+                        Epilogue, void* y);
 
 }  // namespace qvl::cuda

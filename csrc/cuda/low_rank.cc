@@ -136,18 +136,19 @@ void low_rank_down(const Gpu& gpu, CUstream stream, const LowRankParams& p) {
 }
 
 void low_rank_up(const Gpu& gpu, CUstream stream, const AdaptedRows& rows, const void* low, int low_stride,
-                 int out, const float* raw, Into into, void* y) {
+                 int out, const float* raw, Epilogue epilogue, void* y) {
   LowRankParams p = params_of(rows, low_stride);
   p.low = const_cast<void*>(low);
   p.raw = raw;
-  const Into epilogue = into == Into::kFloat ? Into::kAdd : into;  // B low is added to y
+  if (epilogue == Epilogue::kFloat) epilogue = Epilogue::kAdd;  // B low is added to y
   p.result = {nullptr, y, rows.n, out, static_cast<int>(epilogue)};
   gpu.launch(stream, "low_rank_up", {blocks(out, kLowRankUp), blocks(rows.n, kLowRankRows)}, kLowRankThreads,
              0, p, true);
 }
 
-void finish_raw(const Gpu& gpu, CUstream stream, const float* raw, int n, int out, Into into, void* y) {
-  const FinishParams p{raw, {nullptr, y, n, out, static_cast<int>(into)}};
+void finish_raw(const Gpu& gpu, CUstream stream, const float* raw, int n, int out, Epilogue epilogue,
+                void* y) {
+  const FinishParams p{raw, {nullptr, y, n, out, static_cast<int>(epilogue)}};
   gpu.launch(stream, "finish_raw", {blocks(out, 2 * kFinishThreads), static_cast<unsigned>(n)},
              kFinishThreads, 0, p, true);
 }

@@ -80,9 +80,9 @@ void low_rank_down(const Gpu&, CUstream, const LowRankParams&);
 // y = epilogue(raw + B low), for each row with its adapter. raw: float32 [n, out], W x; with kAdd and kFloat
 // it is NULL, and B low is added to y.
 void low_rank_up(const Gpu&, CUstream, const AdaptedRows&, const void* low, int low_stride, int out,
-                 const float* raw, Into into, void* y);
+                 const float* raw, Epilogue epilogue, void* y);
 
 // y = epilogue(raw); raw: float32 [n, out].
-void finish_raw(const Gpu&, CUstream, const float* raw, int n, int out, Into into, void* y);
+void finish_raw(const Gpu&, CUstream, const float* raw, int n, int out, Epilogue epilogue, void* y);
 
 }  // namespace qvl::cuda

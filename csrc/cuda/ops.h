@@ -59,7 +59,7 @@ constexpr const StorageInfo& info(Storage storage) {
 }
 
 // Epilogue of a product: activation, type and destination of the result. n: number of rows.
-enum class Into {
+enum class Epilogue {
   kHalf,      // H [n, out]
   kFloat,     // float32 [n, out]
   kAdd,       // added to float32 [n, out]
@@ -90,8 +90,8 @@ void upload_matrix(const Gpu&, CUstream, qvl_dtype dtype, const void* from, int 
 // y = x W^T + bias, x H [n, x_stride], x_stride a multiple of 8. The columns of x are already in the order of
 // the matrix (gather_columns). low_rank: also compute A x, as low_rank_down of low_rank.h does; the rows and
 // inputs in low_rank may differ from x.
-void linear_decode(const Gpu&, CUstream, const Matrix&, const void* x, int64_t x_stride, int n, Into, void* y,
-                   const LowRankParams* low_rank = nullptr);
+void linear_decode(const Gpu&, CUstream, const Matrix&, const void* x, int64_t x_stride, int n, Epilogue,
+                   void* y, const LowRankParams* low_rank = nullptr);
 
 // y[i, j] = x[i, order[j]] for j < in: x H [n, x_stride] -> H [n, y_stride]. Columns of y from `in` on are
 // not written.
@@ -161,8 +161,8 @@ void attention_step(const Gpu&, CUstream, const void* qkv, const RowMetadata&, c
 
 // As linear_decode. scratch: linear_prompt_scratch bytes, 0 unless the matrix is quantised.
 uint64_t linear_prompt_scratch(const Matrix&);
-void linear_prompt(const Gpu&, CUstream, const Matrix&, const void* x, int64_t x_stride, int n, Into, void* y,
-                   void* scratch);
+void linear_prompt(const Gpu&, CUstream, const Matrix&, const void* x, int64_t x_stride, int n, Epilogue,
+                   void* y, void* scratch);
 
 // Chunk of a prompt: rows first to first + n - 1 of q are the queries at positions past to past + n - 1 of a
 // sequence; `table`: index of the sequence in `blocks`. A query attends to the keys up to its position.

@@ -1,5 +1,5 @@
 // C interface to the launchers of decode steps in cuda/ops.h, for tests/cuda. Functions return NULL or an
-// error message. storage, dtype and into: values of Storage, qvl_dtype and Into.
+// error message. storage, dtype and into: values of Storage, qvl_dtype and Epilogue.
 #include <exception>
 #include <string>
 
@@ -55,10 +55,10 @@ EXPORT const char* decode_upload(int half, CUstream stream, int dtype, const voi
 
 EXPORT const char* decode_linear(int half, CUstream stream, int storage, int out, int in, int stride,
                                  void* values, void* scales, const float* bias, const void* x,
-                                 int64_t x_stride, int n, int into, void* y) {
+                                 int64_t x_stride, int n, int epilogue, void* y) {
   return error_message([&] {
     linear_decode(gpu(half), stream, matrix(storage, out, in, stride, values, scales, bias), x, x_stride, n,
-                  static_cast<Into>(into), y);
+                  static_cast<Epilogue>(epilogue), y);
   });
 }
 
@@ -66,22 +66,22 @@ EXPORT const char* decode_linear(int half, CUstream stream, int storage, int out
 // and low_stride: as for qvlt_gpu_low_rank (cuda_small.cc).
 EXPORT const char* decode_adapted(int half, CUstream stream, int storage, int out, int in, int stride,
                                   void* values, void* scales, const void* x, int64_t x_stride, int n,
-                                  int into, void* y, const uint64_t* adapters, const int32_t* order,
+                                  int epilogue, void* y, const uint64_t* adapters, const int32_t* order,
                                   int product, void* low, int low_stride) {
   return error_message([&] {
     const AdaptedRows rows{adapters, order, n, product};
     const LowRankParams low_rank = low_rank_params(rows, x, x_stride, in, low, low_stride);
     linear_decode(gpu(half), stream, matrix(storage, out, in, stride, values, scales, nullptr), x, x_stride,
-                  n, static_cast<Into>(into), y, &low_rank);
+                  n, static_cast<Epilogue>(epilogue), y, &low_rank);
   });
 }
 
 EXPORT const char* decode_prompt_linear(int half, CUstream stream, int storage, int out, int in, int stride,
                                         void* values, void* scales, const float* bias, const void* x,
-                                        int64_t x_stride, int n, int into, void* y, void* scratch) {
+                                        int64_t x_stride, int n, int epilogue, void* y, void* scratch) {
   return error_message([&] {
     linear_prompt(gpu(half), stream, matrix(storage, out, in, stride, values, scales, bias), x, x_stride, n,
-                  static_cast<Into>(into), y, scratch);
+                  static_cast<Epilogue>(epilogue), y, scratch);
   });
 }
 

@@ -44,7 +44,7 @@ EXPORT int64_t qvlt_gpu_linear_prompt_tile(int64_t out, int64_t in, int64_t n) {
 EXPORT const char* qvlt_gpu_linear_prompt(int64_t bfloat16, CUstream stream, int64_t tile, int64_t storage,
                                           int64_t out, int64_t in, int64_t stride, void* values, void* scales,
                                           const float* bias, const void* x, int64_t x_stride, int64_t n,
-                                          int64_t into, void* y, void* scratch) {
+                                          int64_t epilogue, void* y, void* scratch) {
   return error_message([&] {
     const Gpu& gpu = prompt_gpu(bfloat16);
     const CurrentContext current(gpu.context());
@@ -56,11 +56,11 @@ EXPORT const char* qvlt_gpu_linear_prompt(int64_t bfloat16, CUstream stream, int
                         scales,
                         bias};
     if (tile == -2) {
-      linear_prompt(gpu, stream, matrix, x, x_stride, static_cast<int>(n), static_cast<Into>(into), y,
+      linear_prompt(gpu, stream, matrix, x, x_stride, static_cast<int>(n), static_cast<Epilogue>(epilogue), y,
                     scratch);
     } else {
       linear_prompt_with(gpu, stream, static_cast<int>(tile), matrix, x, x_stride, static_cast<int>(n),
-                         static_cast<Into>(into), y);
+                         static_cast<Epilogue>(epilogue), y);
     }
   });
 }

@@ -56,18 +56,19 @@ EXPORT const char* qvlt_gpu_gather_columns(int64_t bfloat16, CUstream stream, co
 EXPORT const char* qvlt_gpu_low_rank(int64_t bfloat16, CUstream stream, const uint64_t* adapters,
                                      const int32_t* order, int64_t product, const void* x, int64_t x_stride,
                                      int64_t in, int64_t n, void* low, int64_t low_stride, int64_t out,
-                                     const float* raw, int64_t into, void* y) {
+                                     const float* raw, int64_t epilogue, void* y) {
   return on_gpu(bfloat16, [&](const Gpu& gpu) {
     const AdaptedRows rows{adapters, order, as_int(n), as_int(product)};
     low_rank_down(gpu, stream, low_rank_params(rows, x, x_stride, as_int(in), low, as_int(low_stride)));
-    low_rank_up(gpu, stream, rows, low, as_int(low_stride), as_int(out), raw, static_cast<Into>(into), y);
+    low_rank_up(gpu, stream, rows, low, as_int(low_stride), as_int(out), raw, static_cast<Epilogue>(epilogue),
+                y);
   });
 }
 
 EXPORT const char* qvlt_gpu_finish_raw(int64_t bfloat16, CUstream stream, const float* raw, int64_t n,
-                                       int64_t out, int64_t into, void* y) {
+                                       int64_t out, int64_t epilogue, void* y) {
   return on_gpu(bfloat16, [&](const Gpu& gpu) {
-    finish_raw(gpu, stream, raw, as_int(n), as_int(out), static_cast<Into>(into), y);
+    finish_raw(gpu, stream, raw, as_int(n), as_int(out), static_cast<Epilogue>(epilogue), y);
   });
 }
 

@@ -24,7 +24,7 @@ for _name in ("tiles", "tile"):
     getattr(DLL, f"qvlt_gpu_linear_prompt_{_name}").restype = ctypes.c_int64
 DLL.qvlt_gpu_linear_prompt_tile_name.restype = ctypes.c_char_p
 HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
-HALF, FLOAT, ADD, GELU, SILU_TIMES = range(5)  # enum class Into of csrc/cuda/ops.h
+HALF, FLOAT, ADD, GELU, SILU_TIMES = range(5)  # enum class Epilogue of csrc/cuda/ops.h
 PORTABLE, CHOSEN = -1, -2  # in place of a tile: the portable kernel, and the tile that linear_prompt chooses
 
 

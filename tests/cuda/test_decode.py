@@ -19,7 +19,7 @@ DTYPES = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16, FLOAT16: torch.float
 # Storage on the GPU -> qvl_dtype; in the order of the launchers.
 STORAGES = {"half": BFLOAT16, "int8": INT8, "int4_g64": INT4_G64, "int4_g128": INT4_G128}
 STORAGES.update({"uint4_g32": 6, "uint4_g64": 7, "uint4_g128": 8, "uint8_g32": 9, "uint8_g64": 10})
-INTOS = ("half", "float", "add", "gelu", "silu_times")  # enum class Into of csrc/cuda/ops.h
+EPILOGUES = ("half", "float", "add", "gelu", "silu_times")  # enum class Epilogue of csrc/cuda/ops.h
 
 
 def round_up(value, unit):
@@ -89,17 +89,19 @@ class Matrix:
         for stored, dtype, rows, first, step in parts:
             launch("decode_upload", half, dtype, stored, rows, *self.shape, first, step)
 
-    def product(self, x, into, y, bias=None, stride=None):
+    def product(self, x, epilogue, y, bias=None, stride=None):
         stride = ctypes.c_int64(stride or x.shape[1])
-        self.launch("decode_linear", self.half, *self.shape, bias, x, stride, len(x), INTOS.index(into), y)
+        self.launch(
+            "decode_linear", self.half, *self.shape, bias, x, stride, len(x), EPILOGUES.index(epilogue), y
+        )
         return y
 
-    def prompt_product(self, x, into, y, bias=None):
+    def prompt_product(self, x, epilogue, y, bias=None):
         out, stride = self.shape[1], self.shape[3]
         scratch = torch.full((out, stride), math.nan, dtype=HALVES[self.half], device="cuda")
         self.launch(
             *("decode_prompt_linear", self.half, *self.shape, bias, x, ctypes.c_int64(x.shape[1]), len(x)),
-            *(INTOS.index(into), y, scratch),
+            *(EPILOGUES.index(epilogue), y, scratch),
         )
         return y
 
@@ -147,27 +149,27 @@ def test_a_product_is_that_of_float64(cuda_library, launch, half, storage, out, 
         "gelu": (product * torch.special.ndtr(product), sum_error * 1.2 + 5e-5),
         "silu_times": (silu, silu_error + silu.abs() * 2.0**-19),
     }
-    for into, (reference, bound) in expected.items():
-        as_float = into in ("float", "add")
+    for epilogue, (reference, bound) in expected.items():
+        as_float = epilogue in ("float", "add")
         y = torch.full((n + 1, reference.shape[1]), math.nan, device="cuda")
         y = y if as_float else y.to(HALVES[half])
-        if into == "add":
+        if epilogue == "add":
             y[:n] = before
-        matrix.product(x, into, y, bias, x.shape[1])
+        matrix.product(x, epilogue, y, bias, x.shape[1])
         if not as_float:
             # The kernels limit float16 results to the largest float16 number.
             reference = reference.clamp(-65504, 65504) if half else reference
             bound = bound + reference.abs() * EPSILON[half] + 2.0**-25
         error = (y[:n].double() - reference).abs()
-        assert (error <= bound).all(), (into, (error / bound).nan_to_num(math.inf).max().item())
-        assert y[n].isnan().all(), into
+        assert (error <= bound).all(), (epilogue, (error / bound).nan_to_num(math.inf).max().item())
+        assert y[n].isnan().all(), epilogue
 
 
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize(("out", "width", "n"), [(16, 128, 3), (30, 200, 77), (640, 1000, 284)])
-@pytest.mark.parametrize("into", ["float", "silu_times"])
-def test_a_prompt_product_is_that_of_float64(cuda_library, launch, half, storage, out, width, n, into):
+@pytest.mark.parametrize("epilogue", ["float", "silu_times"])
+def test_a_prompt_product_is_that_of_float64(cuda_library, launch, half, storage, out, width, n, epilogue):
     """Compared with float64, from weights rounded to the compute type."""
     matrix, exact = random_matrix(cuda_library, launch, half, storage, out, width)
     exact = exact.to(HALVES[half]).double()
@@ -175,14 +177,14 @@ def test_a_prompt_product_is_that_of_float64(cuda_library, launch, half, storage
     exact_x = x[:, :width].double()
     expected = exact_x @ exact.T
     bound = exact_x.abs() @ exact.abs().T * 2.0**-16 + 1e-5
-    if into == "silu_times":
+    if epilogue == "silu_times":
         gate = expected[:, 1::2]
         bound = bound[:, 0::2] * gate.abs() + bound[:, 1::2] * expected[:, 0::2].abs() * 1.1 + 1e-5
         expected = expected[:, 0::2] * (gate * torch.sigmoid(gate))
         bound = bound + expected.abs() * EPSILON[half]
     y = torch.full((n + 1, expected.shape[1]), math.nan, device="cuda")
-    y = y if into == "float" else y.to(HALVES[half])
-    matrix.prompt_product(x, into, y)
+    y = y if epilogue == "float" else y.to(HALVES[half])
+    matrix.prompt_product(x, epilogue, y)
     error = (y[:n].double() - expected).abs()
     assert (error <= bound).all(), (error / bound).nan_to_num(math.inf).max().item()
     assert y[n].isnan().all()

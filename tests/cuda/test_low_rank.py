@@ -9,7 +9,7 @@ import test_decode
 from small import HALVES, ROUNDING, normal, poisoned, run, same_bits, torch
 
 N_PRODUCTS = 3  # products with adapters, in a table
-INTOS = {"half": 0, "add": 2, "silu_times": 4}  # enum class Into of csrc/cuda/ops.h
+EPILOGUES = {"half": 0, "add": 2, "silu_times": 4}  # enum class Epilogue of csrc/cuda/ops.h
 PRODUCT = 1  # the index of the computed product
 
 
@@ -47,10 +47,10 @@ class Table:
 
 @pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
 @pytest.mark.parametrize(("out", "width"), [(1, 8), (75, 72), (4096, 4096), (200, 11008)])
-@pytest.mark.parametrize("into", ["half", "add", "silu_times"])
-def test_rows_of_several_adapters(half, out, width, into):
+@pytest.mark.parametrize("epilogue", ["half", "add", "silu_times"])
+def test_rows_of_several_adapters(half, out, width, epilogue):
     """Each epilogue, for rows with different adapters and without one, in one launch and in a launch for each row."""
-    silu = into == "silu_times"
+    silu = epilogue == "silu_times"
     out += out % 2 if silu else 0
     parts = 2 if silu else 1
     tables = [Table(half, rank, out, width, parts) for rank in (0, 16, 48, 64, 208, 320)]
@@ -62,25 +62,25 @@ def test_rows_of_several_adapters(half, out, width, into):
     base = normal(n, out)
 
     def product(rows, ordered=True):
-        y = poisoned(len(rows) + 1, out // parts, dtype=torch.float32 if into == "add" else half)
+        y = poisoned(len(rows) + 1, out // parts, dtype=torch.float32 if epilogue == "add" else half)
         base_rows = base[rows].contiguous()
-        if into == "add":
+        if epilogue == "add":
             y[:-1], base_rows = base_rows, None
         low = poisoned(len(rows), 320, dtype=half)
         adapters = torch.tensor([addresses[i] for i in rows], dtype=torch.int64, device="cuda")
         order = adapters.sort(descending=True).indices.int() if ordered else None
         x_rows = x[rows].contiguous()
         sizes = (width + 8, width, len(rows), low, 320, out)
-        run("low_rank", half, adapters, order, PRODUCT, x_rows, *sizes, base_rows, INTOS[into], y)
+        run("low_rank", half, adapters, order, PRODUCT, x_rows, *sizes, base_rows, EPILOGUES[epilogue], y)
         assert bool(y[-1].isnan().all())
         return y[:-1]
 
     y = product(list(range(n)))
     assert same_bits(product(list(range(n)), ordered=False), y)
-    if into != "add":
+    if epilogue != "add":
         # Rows without an adapter have the result of the base weight.
         finished = poisoned(n, out // parts, dtype=half)
-        run("finish_raw", half, base, n, out, INTOS[into], finished)
+        run("finish_raw", half, base, n, out, EPILOGUES[epilogue], finished)
         assert all(same_bits(y[i], finished[i]) for i in range(0, n, 7))
     for i, table in enumerate(row_tables):
         expected, bound = base[i].double(), 2.0**-20
@@ -114,11 +114,11 @@ def test_adapted_products(cuda_library, launch, half, storage, out, width):
         y, expected = (poisoned(n, out, dtype=torch.float32) for _ in range(2))
         stride = ctypes.c_int64(width)
         launch(
-            *("decode_adapted", half, *matrix.shape, x, stride, n, test_decode.INTOS.index("float"), y),
+            *("decode_adapted", half, *matrix.shape, x, stride, n, test_decode.EPILOGUES.index("float"), y),
             *(adapters, order, PRODUCT, low, 208),
         )
         assert same_bits(y, matrix.product(x, "float", expected))
         sizes = (width, width, n, low_alone, 208, out)
         finished = poisoned(n, out, dtype=dtype)
-        run("low_rank", dtype, adapters, order, PRODUCT, x, *sizes, y, INTOS["half"], finished)
+        run("low_rank", dtype, adapters, order, PRODUCT, x, *sizes, y, EPILOGUES["half"], finished)
         assert same_bits(low, low_alone)

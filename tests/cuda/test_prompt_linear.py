@@ -11,7 +11,7 @@ from prompt import ADD, CHOSEN, FLOAT, GELU, HALF, HALVES, PORTABLE, SILU_TIMES,
 
 def product(
     tile: int,
-    into: int,
+    epilogue: int,
     w: torch.Tensor,
     x: torch.Tensor,
     columns: int,
@@ -22,8 +22,8 @@ def product(
 
     `tile`: an index, CHOSEN or PORTABLE. `start`: y before the product is added to it.
     """
-    out = w.shape[0] // 2 if into == SILU_TIMES else w.shape[0]
-    dtype = torch.float32 if into in (FLOAT, ADD) else w.dtype
+    out = w.shape[0] // 2 if epilogue == SILU_TIMES else w.shape[0]
+    dtype = torch.float32 if epilogue in (FLOAT, ADD) else w.dtype
     y = torch.full((x.shape[0] + 1, out), float("nan"), dtype=dtype, device="cuda")
     if start is not None:
         y[:-1] = start
@@ -31,7 +31,7 @@ def product(
         "linear_prompt",
         w.dtype,
         *(tile, 0, w.shape[0], columns, w.stride(0), w, None, bias),  # 0: storage without quantization
-        *(x, x.stride(0), x.shape[0], into, y, None),
+        *(x, x.stride(0), x.shape[0], epilogue, y, None),
     )
     torch.cuda.synchronize()
     assert y[-1].isnan().all(), "the kernel wrote after the last row"
@@ -39,14 +39,14 @@ def product(
 
 
 def reference(
-    into: int, w: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, start: torch.Tensor | None
+    epilogue: int, w: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, start: torch.Tensor | None
 ) -> torch.Tensor:
     y = x.double() @ w.double().T
     if bias is not None:
         y += bias.double()
-    if into == GELU:
+    if epilogue == GELU:
         return y * 0.5 * (1 + torch.erf(y / 2**0.5))
-    if into == SILU_TIMES:
+    if epilogue == SILU_TIMES:
         return y[:, 0::2] * torch.nn.functional.silu(y[:, 1::2])
     return y if start is None else y + start.double()
 
@@ -64,22 +64,22 @@ SIZES = [
 
 
 @pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
-@pytest.mark.parametrize("into", [HALF, FLOAT, ADD, GELU, SILU_TIMES])
+@pytest.mark.parametrize("epilogue", [HALF, FLOAT, ADD, GELU, SILU_TIMES])
 @pytest.mark.parametrize(("n", "out", "columns"), SIZES)
-def test_every_tile_at_odd_sizes(half: torch.dtype, into: int, n: int, out: int, columns: int) -> None:
-    if into == SILU_TIMES:
+def test_every_tile_at_odd_sizes(half: torch.dtype, epilogue: int, n: int, out: int, columns: int) -> None:
+    if epilogue == SILU_TIMES:
         out += out % 2
     w = torch.randn(out, columns, device="cuda").to(half)
     x = rows_of(torch.randn(n, columns, device="cuda").to(half), columns + 8)
     bias = torch.randn(out, device="cuda") if n % 2 else None
-    start = torch.randn(n, out, device="cuda") if into == ADD else None
-    expected = reference(into, w, x[:, :columns], bias, start)
+    start = torch.randn(n, out, device="cuda") if epilogue == ADD else None
+    expected = reference(epilogue, w, x[:, :columns], bias, start)
     half_bound = 4e-3 if half == torch.bfloat16 else 5e-4
-    bound = 1e-5 if into in (FLOAT, ADD) else half_bound
+    bound = 1e-5 if epilogue in (FLOAT, ADD) else half_bound
     tile_name = prompt.DLL.qvlt_gpu_linear_prompt_tile_name
     results = {}
     for tile in [CHOSEN, PORTABLE, *prompt.tiles()]:
-        results[tile] = product(tile, into, w, x, columns, bias, start)
+        results[tile] = product(tile, epilogue, w, x, columns, bias, start)
         assert error_of(results[tile], expected) < bound, tile_name(max(tile, -1))
     for tile in prompt.tiles():
         assert torch.equal(results[tile], results[CHOSEN]), tile_name(tile)

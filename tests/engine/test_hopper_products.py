@@ -22,7 +22,7 @@ FOLDER = Path(__file__).parent / "host_gpu"
 FLOAT32, BFLOAT16, INT8, INT4_G64, INT4_G128 = range(5)  # qvl_dtype
 # qvl_dtype of the types with zero points -> (bits, group size).
 GROUPS = {6: (4, 32), 7: (4, 64), 8: (4, 128), 9: (8, 32), 10: (8, 64), 11: (8, 128)}
-INTOS = ("half", "float", "add", "gelu", "silu_times")  # enum class Into of csrc/cuda/ops.h
+EPILOGUES = ("half", "float", "add", "gelu", "silu_times")  # enum class Epilogue of csrc/cuda/ops.h
 
 
 @pytest.fixture(scope="module")
@@ -126,18 +126,18 @@ class Product:
     def run(
         self,
         x: np.ndarray,
-        into: str = "float",
+        epilogue: str = "float",
         y: Optional[np.ndarray] = None,
         adapted: Optional[Adapted] = None,
     ) -> np.ndarray:
-        """Compute y = x W^T + bias in the form `into`. x: bfloat16 bits [n, stride]; only the first `width` count."""
+        """Compute y = x W^T + bias with an epilogue. x: bfloat16 bits [n, stride]; only the first `width` count."""
         n = len(x)
         if y is None:
-            y = np.full((n, self.out // 2 if into == "silu_times" else self.out), np.nan, np.float32)
-            y = y if into == "float" else bfloat16(y)
+            y = np.full((n, self.out // 2 if epilogue == "silu_times" else self.out), np.nan, np.float32)
+            y = y if epilogue == "float" else bfloat16(y)
         error = self.library.host_linear(
             *(self.dtype, self.out, self.width, self.stored, self.bias.ctypes.data_as(ctypes.c_void_p)),
-            *(x.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(x.shape[1]), n, INTOS.index(into)),
+            *(x.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(x.shape[1]), n, EPILOGUES.index(epilogue)),
             *(y.ctypes.data_as(ctypes.c_void_p), None if adapted is None else ctypes.byref(adapted)),
         )
         assert error is None, error.decode()

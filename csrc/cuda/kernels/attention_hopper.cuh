@@ -2,7 +2,7 @@
 //
 // Layout. Two warpgroups have 64 queries each; a third one loads tiles of 128 keys and values into two
 // buffers: by the copy engine, by cp.async, or by loads and a conversion to H. Rows are divided into columns
-// of 64 values, [column][row] of 128 bytes, the layout of describe() in hopper.cuh. D is kPaddedDim:
+// of 64 values, [column][row] of 128 bytes, the layout of wgmma_descriptor() in hopper.cuh. D is kPaddedDim:
 //
 //   shared:  queries [D / 64][128][64]  |  keys [2][D / 64][128][64]  |  values [2][..]  |  offsets, barriers
 //
@@ -144,14 +144,14 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
   // (release).
   auto score = [&](int tile) {
     barrier_wait(full(0, tile), tile / 2 % 2);
-    products_begin();
-    const uint64 a = describe(queries + group * 64 * 128), b = describe(keys + tile % 2 * kTile);
+    wgmma_fence();
+    const uint64 a = wgmma_descriptor(queries + group * 64 * 128), b = wgmma_descriptor(keys + tile % 2 * kTile);
 #pragma unroll
     for (int k = 0; k < (kPaddedDim + 15) / 16; ++k) {
       const int step = (k / 4 * kColumn + k % 4 * 32) / 16;
       Product<kKeys>::run(scores, a + step, b + step, k != 0);
     }
-    products_commit();
+    wgmma_commit();
   };
   auto release = [&](int part, int tile) {
     if (lane == 0) barrier_arrive(empty(part, tile));
@@ -200,37 +200,37 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
 
   auto add_values = [&](int tile) {
     barrier_wait(full(1, tile), tile / 2 % 2);
-    products_begin();
-    const uint64 v = describe(values + tile % 2 * kTile, kColumn);
+    wgmma_fence();
+    const uint64 v = wgmma_descriptor(values + tile % 2 * kTile, kColumn);
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k)
       ProductRegisters<kPaddedDim>::run(sums, weights[k], v + k * 16 * 128 / 16);
-    products_commit();
+    wgmma_commit();
   };
 
   score(0);
-  products_wait<0>();
-  settle(scores);
+  wgmma_wait<0>();
+  fence_registers(scores);
   release(0, 0);
   compute_weights(0);
   pack();
   for (int tile = 0; tile + 1 < tiles; ++tile) {
     score(tile + 1);
     add_values(tile);
-    products_wait<1>();
-    settle(scores);
+    wgmma_wait<1>();
+    fence_registers(scores);
     release(0, tile + 1);
     compute_weights(tile + 1);
-    products_wait<0>();
-    settle(sums);
+    wgmma_wait<0>();
+    fence_registers(sums);
     release(1, tile);
 #pragma unroll
     for (int i = 0; i < kPaddedDim / 2; ++i) sums[i] *= factor[i / 2 % 2];
     pack();
   }
   add_values(tiles - 1);
-  products_wait<0>();
-  settle(sums);
+  wgmma_wait<0>();
+  fence_registers(sums);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     total[half] += __shfl_xor_sync(0xFFFFFFFFu, total[half], 1);

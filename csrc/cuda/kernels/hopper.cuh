@@ -170,27 +170,27 @@ __device__ inline void copy_bytes(uint32 to, const void* from, int bytes, uint32
 
 // wgmma descriptor of an operand: swizzled rows of 64 values, at an address that is a multiple of 1024.
 // columns: bytes from 64 values of a row to its next 64 values (used only for B with rows of N).
-__device__ inline uint64 describe(uint32 address, uint32 columns = 16) {
+__device__ inline uint64 wgmma_descriptor(uint32 address, uint32 columns = 16) {
   return static_cast<uint64>(address >> 4 & 0x3FFF) | static_cast<uint64>(columns >> 4) << 16 |
          uint64{1024 >> 4} << 32 | uint64{1} << 62;
 }
 
-// wgmma is asynchronous: products_begin, products, products_commit form a group; products_wait<n> waits until
+// wgmma is asynchronous: wgmma_fence, products, wgmma_commit form a group; wgmma_wait<n> waits until
 // at most n groups are in flight.
-__device__ inline void products_begin() {
+__device__ inline void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
-__device__ inline void products_commit() {
+__device__ inline void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 template <int n>
-__device__ inline void products_wait() {
+__device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(n) : "memory");
 }
 
-// Prevent the compiler from moving uses of the sums before the preceding products_wait().
+// Prevent the compiler from moving uses of the sums before the preceding wgmma_wait().
 template <int n>
-__device__ inline void settle(float (&sums)[n]) {
+__device__ inline void fence_registers(float (&sums)[n]) {
 #pragma unroll
   for (int i = 0; i < n; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
@@ -245,9 +245,9 @@ __device__ inline void settle(float (&sums)[n]) {
     }                                                                                                   \
   };
 
-#define QVL_PRODUCT_LEFT(N, LIST, A0, A1, A2, A3, B, ADD, ...)                                               \
+#define QVL_PRODUCT_FROM_REGISTERS(N, LIST, A0, A1, A2, A3, B, ADD, ...)                                     \
   template <>                                                                                                \
-  struct ProductLeft<N> {                                                                                    \
+  struct ProductFromRegisters<N> {                                                                           \
     static __device__ inline void run(float* d, const uint32* a, uint64 b, int add) {                        \
       asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" ADD ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N \
                    "k16" QVL_TYPES " {" LIST "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" B                  \
@@ -287,11 +287,11 @@ QVL_PRODUCT_REGISTERS(128, QVL_L64, "64", "65", "66", "67", "68", QVL_F16(0), QV
 
 // d [64, N] (+)= a [64, 16] b [N, 16]^T: a in registers, b in shared memory, rows of k.
 template <int N>
-struct ProductLeft;
-QVL_PRODUCT_LEFT(8, QVL_L4, "4", "5", "6", "7", "8", "9", QVL_F4(0))
-QVL_PRODUCT_LEFT(16, QVL_L8, "8", "9", "10", "11", "12", "13", QVL_F8(0))
-QVL_PRODUCT_LEFT(32, QVL_L16, "16", "17", "18", "19", "20", "21", QVL_F16(0))
-QVL_PRODUCT_LEFT(64, QVL_L32, "32", "33", "34", "35", "36", "37", QVL_F16(0), QVL_F16(16))
+struct ProductFromRegisters;
+QVL_PRODUCT_FROM_REGISTERS(8, QVL_L4, "4", "5", "6", "7", "8", "9", QVL_F4(0))
+QVL_PRODUCT_FROM_REGISTERS(16, QVL_L8, "8", "9", "10", "11", "12", "13", QVL_F8(0))
+QVL_PRODUCT_FROM_REGISTERS(32, QVL_L16, "16", "17", "18", "19", "20", "21", QVL_F16(0))
+QVL_PRODUCT_FROM_REGISTERS(64, QVL_L32, "32", "33", "34", "35", "36", "37", QVL_F16(0), QVL_F16(16))
 
 }  // namespace qvl::cuda
 

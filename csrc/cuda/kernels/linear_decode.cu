@@ -272,7 +272,7 @@ __device__ inline float sum_slices(const float* sums, int pitch) {
 template <class Weights>
 __device__ void write_sums(const LinearDecode& p, const float* sums, int pitch, int tile, int local_row,
                            int64 column) {
-  const int step = p.into == kSiluTimes ? 2 : 1, row = tile * kTileRows + step * local_row;
+  const int step = p.epilogue == kSiluTimes ? 2 : 1, row = tile * kTileRows + step * local_row;
   if (row >= p.out) return;
   const auto value = [&](int i) {
     const float sum = Weights::finish(p, row + i, sum_slices(sums + step * local_row + i, pitch));
@@ -370,7 +370,7 @@ __device__ void linear_decode(const LinearDecode& p) {
   float* sums = reinterpret_cast<float*>(bytes + p.sums_at);
   const int tile_sums = columns * kSumsPitch, pitch = p.tiles_at_once * tile_sums;  // floats: tile, slice
   int other_half = kSlices * pitch;  // offset between the halves of the sums' double buffer
-  const int rows = p.into == kSiluTimes ? kTileRows / 2 : kTileRows;
+  const int rows = p.epilogue == kSiluTimes ? kTileRows / 2 : kTileRows;
   for (int next = first_tile; next < tiles; next += p.tiles_at_once * next_tile) {
     const int n_tiles = min(p.tiles_at_once, (tiles - next + next_tile - 1) / next_tile);
     for (int j = 0; j < n_tiles; ++j) {

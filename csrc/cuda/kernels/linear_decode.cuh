@@ -52,14 +52,14 @@ __device__ inline float sum_of_run(const uint4& run) {
   return sum;
 }
 
-// Epilogues, as enum class Into of ops.h.
+// Epilogues, as enum class Epilogue of ops.h.
 constexpr int kHalf = 0, kFloat = 1, kAdd = 2, kGelu = 3, kSiluTimes = 4;
 
 // Apply the epilogue to the product of row `row` of the matrix and row `column` of x, and write the result to
 // y. kSiluTimes: `value` and `gate` are the products of rows `row` and row + 1.
 __device__ inline void write_result(const LinearDecode& p, int row, int64 column, float value, float gate) {
   const int64 to = column * p.out + row;
-  switch (p.into) {
+  switch (p.epilogue) {
     case kHalf:
       static_cast<H*>(p.y)[to] = to_half(value);
       break;

@@ -61,7 +61,7 @@ struct LinearDecode {
   long long tile_bytes;  // from the values of a tile to those of the next tile
   int out, in, stride;
   int n, columns;     // rows of x in total and per block
-  int into;           // Into
+  int epilogue;       // Epilogue
   int tiles_at_once;  // tiles that a block sums between two barriers
   // Only linear_decode.cu. Shared memory: byte offsets of the areas after the ring, and their pitches.
   int x_pitch;        // bytes from a row of x to the next

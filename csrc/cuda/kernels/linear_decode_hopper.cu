@@ -17,16 +17,16 @@ struct HalfWeights {
 
   template <int N, int kSubtiles>
   __device__ static void add(float (&sums)[kSubtiles][N / 2], const Step& step) {
-    products_begin();
+    wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
 #pragma unroll
       for (int m = 0; m < kSubtiles; ++m) {
-        Product<N>::run(sums[m], describe(step.weights + m * 64 * kBoxBytes) + 2 * k,
+        Product<N>::run(sums[m], wgmma_descriptor(step.weights + m * 64 * kBoxBytes) + 2 * k,
                         describe_x<N>(step.x, 16 * k), 1);
       }
     }
-    products_commit();
+    wgmma_commit();
   }
 
   __device__ static float scale(const LinearHopper&, int) { return 1; }
@@ -64,14 +64,14 @@ struct Int8Weights {
             }
           }
         }
-        products_begin();
+        wgmma_fence();
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          ProductLeft<N>::run(sums[m], a[i], describe_x<N>(step.x, 64 * half + 16 * i), 1);
-        products_commit();
+          ProductFromRegisters<N>::run(sums[m], a[i], describe_x<N>(step.x, 64 * half + 16 * i), 1);
+        wgmma_commit();
         // With one subtile the compiler serialises all products unless none is in flight while registers are
         // filled.
-        products_wait<(kSubtiles > 1)>();
+        wgmma_wait<(kSubtiles > 1)>();
       }
     }
   }
@@ -118,23 +118,23 @@ struct Int4Weights {
             }
           }
         }
-        products_begin();
+        wgmma_fence();
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          ProductLeft<N>::run(parts[i % kBuffers], a[j], describe_x<N>(step.x, 64 * half + 16 * j),
-                              half > begin || j > 0);
+          ProductFromRegisters<N>::run(parts[i % kBuffers], a[j], describe_x<N>(step.x, 64 * half + 16 * j),
+                                       half > begin || j > 0);
         }
       }
-      products_commit();
+      wgmma_commit();
       scales[i % kBuffers] = valid ? load_shared4(step.scales + tile * kTileScales +
                                                   4 * (step.lane / 4 * kTileGroups + i % kTileGroups))
                                    : 0;
       if (i + 1 < kBuffers) continue;
-      products_wait<kBuffers - 1>();
+      wgmma_wait<kBuffers - 1>();
       fold(i + 1 - kBuffers);
     }
     if (kBuffers == 1) return;
-    products_wait<0>();
+    wgmma_wait<0>();
     fold(kSubtiles * kTileGroups - 1);
   }
 

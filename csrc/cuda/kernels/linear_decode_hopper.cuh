@@ -62,14 +62,14 @@ struct Step {
 // Descriptor of x in a stage from value k on, a multiple of 16.
 template <int N>
 __device__ inline uint64 describe_x(uint32 x, int k) {
-  return describe(x + k / 64 * (N * kBoxBytes)) + k % 64 / 8;
+  return wgmma_descriptor(x + k / 64 * (N * kBoxBytes)) + k % 64 / 8;
 }
 
 // Add the products of a group to the sums, multiplied by the scales of rows g (`first`) and g + 8 (`second`)
 // of a warp's tile.
 template <int kSums>
 __device__ inline void fold_group(float (&sums)[kSums], float (&part)[kSums], float first, float second) {
-  settle(part);
+  fence_registers(part);
 #pragma unroll
   for (int j = 0; j < kSums; ++j) sums[j] += (j % 4 < 2 ? first : second) * part[j];
 }
@@ -224,12 +224,12 @@ __device__ inline void linear_decode(const LinearHopper& p, const Begin& start) 
         step.weights += step_bytes;
         step.scales += scale_bytes;
       }
-      products_wait<0>();
+      wgmma_wait<0>();
       if (lane == 0) barrier_arrive(empty + 8 * position.stage);
     }
 
 #pragma unroll
-    for (int m = 0; m < kSubtiles; ++m) settle(sums[m]);
+    for (int m = 0; m < kSubtiles; ++m) fence_registers(sums[m]);
 #pragma unroll
     for (int first = 0; first < kSubtiles; first += kParts) {
 #pragma unroll

@@ -90,21 +90,21 @@ struct GroupWeights {
             convert(a + (quarter - k) / 16, w, quarter, group_words.y);
           }
         }
-        products_begin();
+        wgmma_fence();
 #pragma unroll
         for (int j = 0; j < kConverted / 16; ++j) {
-          ProductLeft<N>::run(parts[i % kBuffers], a[j], describe_x<N>(step.x, k + 16 * j),
-                              k > begin || j > 0);
+          ProductFromRegisters<N>::run(parts[i % kBuffers], a[j], describe_x<N>(step.x, k + 16 * j),
+                                       k > begin || j > 0);
         }
       }
-      products_commit();
+      wgmma_commit();
       words[i % kBuffers] = group_words;
       if (i + 1 < kBuffers) continue;
-      products_wait<kBuffers - 1>();
+      wgmma_wait<kBuffers - 1>();
       fold(i + 1 - kBuffers);
     }
     if (kBuffers == 1) return;
-    products_wait<0>();
+    wgmma_wait<0>();
     fold(kSubtiles * kTileGroups - 1);
   }
 

@@ -317,7 +317,7 @@ __device__ void linear_wide(const LinearDecode& p) {
     }
   }
   __syncthreads();
-  const int step = p.into == kSiluTimes ? 2 : 1, rows = kRows / step;
+  const int step = p.epilogue == kSiluTimes ? 2 : 1, rows = kRows / step;
   for (int i = threadIdx.x; i < columns * rows; i += kWideThreads) {
     const int column = i / rows, local = i % rows * step, row = blockIdx.x * kRows + local;
     if (row >= p.out) continue;

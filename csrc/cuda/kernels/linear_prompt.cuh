@@ -1,8 +1,8 @@
-// Epilogue of a product: bias, activation, type (Into of ops.h). A thread finishes two adjacent columns of a
+// Epilogue of a product: bias, activation, type (Epilogue of ops.h). A thread finishes two adjacent columns of a
 // row:
 //
 //   sums (a, b) of columns c, c + 1 -> H [n, out] | float32 [n, out] | += float32 [n, out] | gelu: H [n, out]
-//   kIntoSiluTimes: a and b are a value of w1 x and of w2 x; a silu(b) -> H [n, out / 2]
+//   kEpilogueSiluTimes: a and b are a value of w1 x and of w2 x; a silu(b) -> H [n, out / 2]
 //
 // Cost: y once, 2 to 8 bytes per element, negligible compared with the 2 in operations of the product.
 //
@@ -53,14 +53,14 @@ __device__ inline void finish_pair(const Result& p, int row, int column, float a
     a += p.bias[column];
     if (has_second) b += p.bias[column + 1];
   }
-  if (p.into == kIntoSiluTimes) {
+  if (p.epilogue == kEpilogueSiluTimes) {
     static_cast<H*>(p.y)[static_cast<int64>(row) * (p.out / 2) + column / 2] = to_half(silu_times(a, b));
     return;
   }
   const int64 at = static_cast<int64>(row) * p.out + column;
-  if (p.into == kIntoHalf || p.into == kIntoGelu) {
+  if (p.epilogue == kEpilogueHalf || p.epilogue == kEpilogueGelu) {
     H* y = static_cast<H*>(p.y) + at;
-    if (p.into == kIntoGelu) a = gelu(a), b = gelu(b);
+    if (p.epilogue == kEpilogueGelu) a = gelu(a), b = gelu(b);
     if (p.out % 2 == 0) {
       *reinterpret_cast<H2*>(y) = to_half2(a, b);
     } else {
@@ -69,7 +69,7 @@ __device__ inline void finish_pair(const Result& p, int row, int column, float a
     }
   } else {
     float* y = static_cast<float*>(p.y) + at;
-    if (p.into == kIntoAdd) {
+    if (p.epilogue == kEpilogueAdd) {
       add_to(y, a);
       if (has_second) add_to(y + 1, b);
     } else {

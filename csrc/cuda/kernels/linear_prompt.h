@@ -5,15 +5,16 @@
 
 namespace qvl::cuda {
 
-// Epilogues: the values of `Into` of ops.h.
-constexpr int kIntoHalf = 0, kIntoFloat = 1, kIntoAdd = 2, kIntoGelu = 3, kIntoSiluTimes = 4;
+// Epilogues: the values of `Epilogue` of ops.h.
+constexpr int kEpilogueHalf = 0, kEpilogueFloat = 1, kEpilogueAdd = 2, kEpilogueGelu = 3,
+              kEpilogueSiluTimes = 4;
 
 // Destination of a product and its epilogue.
 struct Result {
   const float* bias;  // [out], or NULL
   void* y;
-  int n, out;  // rows and columns of the product
-  int into;    // epilogue
+  int n, out;    // rows and columns of the product
+  int epilogue;  // epilogue
 };
 
 // y [n, out] = x [n, x_stride] W^T, W [out, stride]; only the first `in` values of a row are used.

@@ -46,19 +46,19 @@ __device__ inline void finish_four(const Result& p, int row, int column, const f
   }
   const int valid = column < p.out ? (p.n - row + 7) / 8 : 0;
   const int64 step = static_cast<int64>(8) * p.out, at = static_cast<int64>(row) * p.out + column;
-  if (p.into == kIntoSiluTimes) {
+  if (p.epilogue == kEpilogueSiluTimes) {
     H2* const y = static_cast<H2*>(p.y) + at / 4;
 #pragma unroll
     for (int j = 0; j < kFinishRows; ++j) {
       if (j < valid) y[j * step / 4] = to_half2(silu_times(v[j].x, v[j].y), silu_times(v[j].z, v[j].w));
     }
-  } else if (p.into == kIntoFloat) {
+  } else if (p.epilogue == kEpilogueFloat) {
     float* const y = static_cast<float*>(p.y) + at;
 #pragma unroll
     for (int j = 0; j < kFinishRows; ++j) {
       if (j < valid) *reinterpret_cast<float4*>(y + j * step) = v[j];
     }
-  } else if (p.into == kIntoAdd) {
+  } else if (p.epilogue == kEpilogueAdd) {
     float* const y = static_cast<float*>(p.y) + at;
 #pragma unroll
     for (int j = 0; j < kFinishRows; ++j) {
@@ -69,7 +69,7 @@ __device__ inline void finish_four(const Result& p, int row, int column, const f
       }
     }
   } else {
-    if (p.into == kIntoGelu) {
+    if (p.epilogue == kEpilogueGelu) {
 #pragma unroll
       for (int j = 0; j < kFinishRows; ++j)
         v[j] = make_float4(gelu(v[j].x), gelu(v[j].y), gelu(v[j].z), gelu(v[j].w));
@@ -194,9 +194,9 @@ __device__ inline void linear(const LinearTensors& p) {
     for (int group = first_group; group < groups; group += stride) {
       for (int step = 0; step < p.steps; ++step) {
         barrier_wait(full + 8 * slot, phase);
-        const uint64 w = describe(tiles_w + slot * kBytesW + part * 64 * 128);
-        const uint64 x = describe(tiles_x + slot * kBytesX);
-        products_begin();
+        const uint64 w = wgmma_descriptor(tiles_w + slot * kBytesW + part * 64 * 128);
+        const uint64 x = wgmma_descriptor(tiles_x + slot * kBytesX);
+        wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
 #pragma unroll
@@ -204,14 +204,14 @@ __device__ inline void linear(const LinearTensors& p) {
             Product<kWidth>::run(sums + j * kWidth / 2, w + 2 * k, x + 2 * k + j * kWidth * 8, step + k != 0);
           }
         }
-        products_commit();
-        products_wait<1>();
+        wgmma_commit();
+        wgmma_wait<1>();
         if (step > 0) release(slot == 0 ? kStages - 1 : slot - 1);
         if (++slot == kStages) slot = 0, phase ^= 1;
       }
-      products_wait<0>();
+      wgmma_wait<0>();
       release(slot == 0 ? kStages - 1 : slot - 1);
-      settle(sums);
+      fence_registers(sums);
 
       const int first_out = (group / p.n_groups * kClusterRows + rank_m) * kRows + part * 64;
       const int first_token = (group % p.n_groups * kClusterTokens + rank_n) * kTokens;

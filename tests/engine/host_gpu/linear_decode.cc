@@ -328,7 +328,7 @@ struct HostAdapted {
 // y = x W^T + bias, and A x unless `adapted` is NULL. `stored`: W in the layout of files (qwenvl.h). Returns
 // NULL or an error message.
 EXPORT const char* host_linear(int dtype, int out, int in, const void* stored, const float* bias,
-                               const void* x, int64_t x_stride, int n, int into, void* y,
+                               const void* x, int64_t x_stride, int n, int epilogue, void* y,
                                const HostAdapted* adapted) {
   using namespace qvl;
   using namespace qvl::cuda;
@@ -362,7 +362,7 @@ EXPORT const char* host_linear(int dtype, int out, int in, const void* stored, c
       low_rank.low = adapted->low;
       low_rank.low_stride = adapted->rank;
     }
-    linear_decode(gpu, nullptr, matrix, x, x_stride, n, static_cast<Into>(into), y,
+    linear_decode(gpu, nullptr, matrix, x, x_stride, n, static_cast<Epilogue>(epilogue), y,
                   adapted != nullptr ? &low_rank : nullptr);
     return nullptr;
   } catch (const std::exception& error) {

@@ -58,7 +58,7 @@ inline uint32 load_shared4(uint32 address) {
 }
 
 // A matrix descriptor: the address in units of 16 bytes. Rows of 64 values are swizzled as in hopper.cuh.
-inline uint64 describe(uint32 address) {
+inline uint64 wgmma_descriptor(uint32 address) {
   return address >> 4;
 }
 inline float described(uint64 matrix, int row, int k) {
@@ -70,19 +70,19 @@ inline float described(uint64 matrix, int row, int k) {
 
 inline thread_local std::vector<std::pair<int, std::function<void()>>> products;  // (group, product) in order
 inline thread_local int product_group;
-inline void products_begin() {}
-inline void products_commit() {
+inline void wgmma_fence() {}
+inline void wgmma_commit() {
   ++product_group;
 }
 template <int n>  // all lanes of a warp wait together
-inline void products_wait() {
+inline void wgmma_wait() {
   size_t done = 0;
   for (; done < products.size() && products[done].first < product_group - n; ++done) products[done].second();
   products.erase(products.begin(), products.begin() + static_cast<std::ptrdiff_t>(done));
   meet(kOfWarps + static_cast<int>(threadIdx.x / 32), 32);
 }
 template <int n>
-inline void settle(float (&)[n]) {}
+inline void fence_registers(float (&)[n]) {}
 
 // A thread's part of d [64, N] = a [64, 16] b [N, 16]^T, plus d if `add`: the rows g and g + 8 of the warp's
 // 16 rows, and the columns 8 j + 2 t and 8 j + 2 t + 1. a(upper, k): value k of row g (upper: g + 8).
@@ -110,7 +110,7 @@ struct Product {
 // `a` is in registers of the four lanes of a row. The lanes exchange them through registers_of.
 extern uint32 registers_of[544][4];
 template <int N>
-struct ProductLeft {
+struct ProductFromRegisters {
   static void run(float* d, const uint32* a, uint64 b, int add) {
     const int group = threadIdx.x / 128;
     std::vector<float> rows(32);
