@@ -11,8 +11,9 @@ from pathlib import Path
 from paddlemix_qwenvl_plugin.util.shipped import shipped_folder
 
 _COMMON = ("-std=gnu++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-DNDEBUG")
-# Contract multiply and add everywhere or a row's bits depend on its batch: GCC 13 and later, and GCC tuned for some
-# processors, otherwise keep them apart in loops with a single sum (avoid-fma-max-bits). Clang ignores --param.
+# Fuse multiplication and addition everywhere, so that the result of a row does not depend on its batch. Without
+# --param, GCC from version 13 on, or tuned for some processors, does not fuse them in loops with a single sum. Clang
+# ignores --param.
 _CONTRACT = ("-ffp-contract=fast", "--param=avoid-fma-max-bits=0")
 _KERNELS = (*_CONTRACT, "-fno-math-errno", "-fno-trapping-math", "-w")
 
@@ -27,13 +28,14 @@ class Isa:
 
     def runs_here(self) -> bool:
         """Whether this processor supports the ISA."""
-        needed = {flag[2:] for flag in self.flags if "=" not in flag and "prefer" not in flag}
-        return needed <= _cpu_features()
+        # The other flags (-march=…, -mprefer-…) select no feature.
+        features = {flag[2:] for flag in self.flags if "=" not in flag and "prefer" not in flag}
+        return features <= _cpu_features()
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One run of a compiler; `name` is the output file."""
+    """One run of a compiler; `name` is the name of the output file."""
 
     name: str
     source: Path
@@ -53,29 +55,32 @@ def all_isas(csrc: Path) -> list[Isa]:
 
 
 def isas_here(csrc: Path) -> list[Isa]:
-    """The generic ISA and the best one that this processor supports."""
-    generic, *better = all_isas(csrc)
-    return [generic, *[isa for isa in better if isa.runs_here()][-1:]]
+    """The generic ISA, and the most capable ISA of this processor if there is another one."""
+    generic, *others = all_isas(csrc)
+    supported = [isa for isa in others if isa.runs_here()]
+    return [generic, *supported[-1:]]
 
 
 def library_units(csrc: Path, isas: Sequence[Isa]) -> list[Unit]:
-    """Compiler runs for `libqwenvl.so`; the kernels come first because they take longest.
+    """Compiler runs for `libqwenvl.so`; the kernels are first because they take longest.
 
-    With two ISAs (a build for this machine), the generic kernels serve only for comparison and are compiled without
-    optimisation, which would take most of the compile time. With more ISAs, each is the best one of some machine.
+    With two ISAs (a build for this machine), the generic kernels serve only for comparison. They are compiled without
+    optimisation, which would take most of the compile time. With more ISAs (a release), machines run any of them.
     """
-    found = []
+    units = []
     for isa in reversed(isas):
         level = "-O0" if isa.name == "generic" and len(isas) == 2 else "-O3"
-        names = (f"-DQVL_KERNELS={isa.name}_kernels", f"-DQVL_KERNELS_ISA={isa.code}")
+        defines = (f"-DQVL_KERNELS={isa.name}_kernels", f"-DQVL_KERNELS_ISA={isa.code}")
         for stem in ("kernels", "groups"):
             path = csrc / "cpu" / "kernels" / f"{stem}.cc"
-            found.append(Unit(f"{stem}_{isa.name}.o", path, (*_COMMON, *_KERNELS, level, *isa.flags, *names)))
-    without = tuple(f"-DQVL_WITHOUT_{isa.name.upper()}" for isa in all_isas(csrc) if isa not in isas)
+            units.append(
+                Unit(f"{stem}_{isa.name}.o", path, (*_COMMON, *_KERNELS, level, *isa.flags, *defines))
+            )
+    excluded = tuple(f"-DQVL_WITHOUT_{isa.name.upper()}" for isa in all_isas(csrc) if isa not in isas)
     for folder in ("core", "cpu"):
         for source in sorted((csrc / folder).glob("*.cc")):
-            found.append(_unit(source, *without))
-    return found
+            units.append(_unit(source, *excluded))
+    return units
 
 
 def operators_units(csrc: Path, paddle_flags: Sequence[str]) -> list[Unit]:
@@ -92,30 +97,30 @@ def cuda_units(csrc: Path) -> list[Unit]:
 
 
 def kernel_units(csrc: Path, architectures: Iterable[int]) -> list[Unit]:
-    """Compiler runs for the GPU kernels: each file for each architecture, in float16 and, from 8.0 on, in bfloat16.
+    """Compiler runs for the GPU kernels: every file for every architecture, in float16 and in bfloat16.
 
     Args:
-        architectures: compute capabilities times ten.
+        architectures: compute capabilities times ten; below 80 (8.0) there is no bfloat16.
     """
-    found = []
+    units = []
     for architecture in architectures:
-        # Compute capability 9.0 has instructions that later GPUs lack.
+        # 9.0 is compiled as sm_90a, which has instructions that later GPUs lack.
         code = "sm_90a" if architecture == 90 else f"sm_{architecture}"
         flags = ("--std=c++17", f"--gpu-architecture={code}")
         for source in sorted((csrc / "cuda" / "kernels").glob("*.cu")):
-            found.append(Unit(f"{source.stem}.{code}.f16.cubin", source, flags))
+            units.append(Unit(f"{source.stem}.{code}.f16.cubin", source, flags))
             if architecture >= 80:
                 bfloat16 = (*flags, "-DQVL_COMPUTE_BFLOAT16")
-                found.append(Unit(f"{source.stem}.{code}.bf16.cubin", source, bfloat16))
-    return found
+                units.append(Unit(f"{source.stem}.{code}.bf16.cubin", source, bfloat16))
+    return units
 
 
-def digest(csrc: Path, folders: Iterable[str], *more: str) -> str:
-    """Cache key: digest of the names and contents of all files in some folders of csrc/, and of `more`."""
+def digest(csrc: Path, folders: Iterable[str], *texts: str) -> str:
+    """Cache key: digest of the names and contents of all files in some folders of csrc/, and of `texts`."""
     value = hashlib.sha256()
     for path in sorted(path for folder in folders for path in (csrc / folder).rglob("*") if path.is_file()):
         value.update(f"{path.relative_to(csrc)}\0".encode() + path.read_bytes() + b"\0")
-    for text in more:
+    for text in texts:
         value.update(text.encode() + b"\0")
     return value.hexdigest()[:24]
 

@@ -1,7 +1,7 @@
 """Build prompts in the forms that Qwen-VL was trained on: plain (base model) and ChatML (chat model).
 
-A `str` query is a rendered prompt: the paths between its image tags become image sources. Pass text from untrusted
-clients as parts, in which those tags are rejected.
+A `str` query is a rendered prompt: the paths between its image tags become image sources. Text from untrusted clients
+must be passed as parts, in which image tags are rejected.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Prompt:
     Attributes:
         input_ids: the token ids, image slots included.
         images: the image sources, one for each `<img>`, in order.
-        generated: the [start, end) ranges of `input_ids` with earlier answers, each with its closing `<|im_end|>`, in
-            order: tokens computed by decode steps rather than by a prefill.
+        generated: the [start, end) ranges of the earlier answers in `input_ids`, each with its `<|im_end|>`, in order.
+            Decode steps computed these tokens, not a prefill.
     """
 
     input_ids: list[int]
@@ -106,13 +106,13 @@ def chat_prompt(
 ) -> Prompt:
     """Build the prompt of the chat model: system text, (query, answer) turns of `history`, and the new query.
 
-    Turns are kept from the newest backwards while they and the system text take less than `max_window` tokens; the new
-    query is always kept and not counted. The images of a dropped turn are dropped with it. Images are numbered through
-    the whole conversation, dropped turns included.
+    The newest turns are kept that, together with the system text, take less than `max_window` tokens. Older turns are
+    dropped with their images. The new query is always kept and not counted. The numbers of the images count those of
+    dropped turns.
 
-    Role and content are tokenised separately, and ChatML's own tokens are plain text in a content. Image tags in an
-    answer or in the system text are plain text, too. Answers are not stripped: the official code strips the white space
-    around an answer before it appends it to the history.
+    Role and content are tokenised separately, and the special tokens of ChatML are plain text in a content, as are
+    image tags in an answer or in the system text. Answers are not stripped here; the official code strips an answer
+    before it appends it to the history.
 
     Raises:
         UsageError: an invalid query, history or system text.
@@ -157,7 +157,7 @@ def chat_prompt(
 
 
 def image_spans(input_ids: Sequence[int], img_start_id: int, n_image_slots: int) -> list[tuple[int, int]]:
-    """Find the images in token ids: (index of `<img>`, index of `</img>`) of each, in order.
+    """Find the images in token ids; return (index of `<img>`, index of `</img>`) for each, in order.
 
     Raises:
         QwenVLError: a span does not have `n_image_slots` ids between its tags, or a tag is unmatched.

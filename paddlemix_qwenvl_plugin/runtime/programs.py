@@ -97,10 +97,8 @@ class Stage:
         if has_operator and engine_available(self._choice(), operators=True, gpu=self.gpu):
             operators.load()
             before_run = functools.partial(operators.use_device, self.gpu)
-            target, paddle_gpu = (
-                ".fused",
-                None,
-            )  # Paddle stays on the CPU; the operator copies to and from the GPU
+            target = ".fused"
+            paddle_gpu = None  # the operator's tensors are on the CPU, even if the engine runs on a GPU
         elif self.gpu is None and self.manifest.dtype != "float32":
             target = ".cpu"
         programs = [
