@@ -359,11 +359,11 @@ def _deferred_signals() -> Iterator[None]:
     if threading.current_thread() is threading.main_thread():  # the only thread that runs Python's handlers
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in handlers:
-        signal.signal(number, lambda received_number, frame: received.append(received_number))
+        signal.signal(number, lambda signal_number, frame: received.append(signal_number))
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)
-    for number in received:
-        signal.raise_signal(number)
+    for received_number in received:
+        signal.raise_signal(received_number)

@@ -31,8 +31,8 @@ def language_parameters(
 ) -> Parameters:
     """Yield (parameter name, values in the storage type) of the language model.
 
-    `quantised`: name -> quantized storage type (engine/quantize.py). If the checkpoint stores these weights as integers,
-    the integers are only repacked.
+    `quantised`: name -> quantized storage type (engine/quantize.py). If the checkpoint stores these weights as
+    integers, the integers are only repacked.
     """
     kinds = quantised or {}
     unquantised = {name: spec for name, spec in checkpoint.language.items() if name not in kinds}

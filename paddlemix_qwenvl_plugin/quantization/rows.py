@@ -125,9 +125,8 @@ class CalibrationRows:
                 raise type(error)(f"{where}: {text}") from error
 
     def _drawn(self, number: int) -> CalibrationRow:
-        rng = random.Random(
-            f"calibration {number}"
-        )  # a seed of neither the training set nor the held-out set
+        # A seed that neither the training set nor the held-out set uses.
+        rng = random.Random(f"calibration {number}")
         sample = random_sample(rng)
         parts = sample.parts([draw(scene) for scene in sample.scenes])
         request = Request(parts, chat=sample.form == "chat")
