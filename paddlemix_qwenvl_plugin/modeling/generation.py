@@ -64,15 +64,14 @@ class StockGeneration(nn.Layer):
             tgt_pos int64 [B, 1], and tokens int64 [B, max(max_length)], -1 after the end of a row.
         """
         vocabulary = ops.iota(self.vocab_size)
-        is_end = (
-            ops.total((vocabulary.unsqueeze(0) == eos_token_id.unsqueeze(1)).astype("int32"), 0).flatten() > 0
-        )
+        matches = (vocabulary.unsqueeze(0) == eos_token_id.unsqueeze(1)).astype("int32")
+        is_stop = ops.total(matches, 0).flatten() > 0  # [vocab_size]
         n_tokens = paddle.shape(input_ids)[1]
         columns = paddle.arange(max_length.max(), dtype="int64").unsqueeze(0)  # of the output `tokens`
 
         def pick(logits: paddle.Tensor, counts: paddle.Tensor, n_done: paddle.Tensor) -> paddle.Tensor:
-            early = (n_done < min_length).astype("float32") * is_end.astype("float32").unsqueeze(0)
-            logits = paddle.where(early > 0, paddle.full_like(logits, FORBIDDEN), logits)
+            forbidden = (n_done < min_length).astype("float32") * is_stop.astype("float32").unsqueeze(0)
+            logits = paddle.where(forbidden > 0, paddle.full_like(logits, FORBIDDEN), logits)
             logits = penalise(logits, counts, penalty_score, frequency_score, presence_score)
             return sample(logits, temperature, top_p)
 
@@ -87,7 +86,7 @@ class StockGeneration(nn.Layer):
             one_hot = (vocabulary.unsqueeze(0) == token).astype("int64")
             counts = counts + one_hot * running.astype("int64")
             n_done = n_done + running.astype("int64")
-            is_stop_token = paddle.gather(is_end.astype("int32"), token.flatten()).reshape([-1, 1]) > 0
+            is_stop_token = paddle.gather(is_stop.astype("int32"), token.flatten()).reshape([-1, 1]) > 0
             stopped = ops.logical_or(stopped, ops.logical_or(is_stop_token, n_done >= max_length))
             length = paddle.where(stopped, paddle.zeros_like(length), length)
             position = position + running.astype("int64")
@@ -95,8 +94,8 @@ class StockGeneration(nn.Layer):
 
         embeddings = self.model.embed(input_ids, image_features, img_pos)
         logits, caches = self.model(embeddings, position_ids, seq_len_encoder, seq_len_encoder)
-        order = paddle.arange(n_tokens, dtype="int64").unsqueeze(0)
-        valid = order < seq_len_encoder.astype("int64")
+        indices = paddle.arange(n_tokens, dtype="int64").unsqueeze(0)
+        prompt_valid = indices < seq_len_encoder.astype("int64")  # False for padding
         zeros = paddle.zeros_like(tgt_pos)  # [B, 1]
         state = [
             paddle.zeros([1], dtype="int64"),  # step
@@ -112,27 +111,28 @@ class StockGeneration(nn.Layer):
         flat_caches = [tensor for cache in caches for tensor in cache]
 
         def unfinished(*loop: paddle.Tensor) -> paddle.Tensor:
-            return ops.total(loop[3].astype("int64")) < stop_nums
+            stopped = loop[3]
+            return ops.total(stopped.astype("int64")) < stop_nums
 
         def decode(*loop: paddle.Tensor) -> list[paddle.Tensor]:
             state, cache_valid, flat = list(loop[:8]), loop[8], loop[9:]
             token, stopped, length, position = state[1], state[3], state[4], state[5]
             layer_caches = [(flat[i], flat[i + 1]) for i in range(0, len(flat), 2)]
-            one = paddle.ones_like(token)
-            logits, grown = self.model(
+            ones = paddle.ones_like(token)  # number of new tokens of each row
+            logits, caches = self.model(
                 self.model.embed_tokens(token),
                 position,
                 seq_len_encoder,
-                one,
+                ones,
                 cache_valid=cache_valid,
                 caches=layer_caches,
             )
             state[4] = paddle.where(stopped, length, length + 1)
             state = advance(logits, state)
-            cache_valid = paddle.concat([cache_valid, one.astype("bool")], axis=1)
-            return [*state, cache_valid, *(tensor for cache in grown for tensor in cache)]
+            cache_valid = paddle.concat([cache_valid, ones.astype("bool")], axis=1)
+            return [*state, cache_valid, *(tensor for cache in caches for tensor in cache)]
 
-        loop = repeat(unfinished, decode, [*state, valid, *flat_caches])
+        loop = repeat(unfinished, decode, [*state, prompt_valid, *flat_caches])
         _, token, n_done, stopped, length, position, _, tokens = loop[:8]
         return token, n_done, stopped.astype("int32"), length, position, tokens
 
@@ -161,10 +161,10 @@ class Step(nn.Layer):
             logits float32 [B, vocab_size] of each row's last token, then the keys and values of every layer, each
             [B, heads, P + S, head_dim].
         """
-        order = paddle.arange(paddle.shape(input_ids)[1], dtype="int64").unsqueeze(0)
+        indices = paddle.arange(paddle.shape(input_ids)[1], dtype="int64").unsqueeze(0)
         logits, caches = self.model(
             self.model.embed(input_ids, image_features, img_pos),
-            past_len + order,
+            past_len + indices,
             prompt_len,
             seq_len,
             cache_valid,

@@ -110,8 +110,9 @@ class EngineExecutor:
             sampling_size=ctypes.sizeof(c.Sampling),
             batch=ctypes.pointer(self._batch),
         )
-        # Output buffers; the last element is the most recently written, from which a step ahead reads its input tokens.
+        # One number for all steps with top tokens: each number would need its own CUDA graph.
         self._n_top = min(MAX_LOGPROBS, config.vocab_size)
+        # The last element was written by the latest step; a step that is started ahead reads its input tokens from it.
         self._outputs = [
             StepOutput(self._language, _MAX_RUNNING, self._n_top) for _ in range(1 + self._ahead)
         ]
@@ -235,7 +236,7 @@ class EngineExecutor:
         self._outputs.reverse()
         output = self._outputs[-1]
         args.tokens = output.tokens
-        args.n_logprobs = self._n_top if any(n_logprobs) else 0
+        args.n_logprobs = self._n_top if any(n_logprobs) else 0  # any: a request wants more than 0 top tokens
         with_logprobs = any(n is not None for n in n_logprobs)
         args.logprobs = output.logprobs if with_logprobs else None
         args.top_tokens = output.top_tokens if args.n_logprobs else None
@@ -257,7 +258,6 @@ class EngineExecutor:
         tokens = output.wait(len(n_logprobs))
         if all(n is None for n in n_logprobs):
             return Picked(tokens)
-        # The engine writes the same number of top tokens in every step: each number would need its own CUDA graph.
         n_written = self._n_top if any(n_logprobs) else 0
         return Picked(
             tokens,

@@ -163,12 +163,12 @@ class Scheduler:
     def done(self, chunk: Chunk) -> None:
         """Record that a chunk was computed, before its picked token is added; register its full blocks."""
         generation = chunk.generation
-        n_registered = generation.n_computed // self.limits.block_tokens
+        n_full_before = generation.n_computed // self.limits.block_tokens
         generation.n_computed += chunk.n
         n_full = generation.n_computed // self.limits.block_tokens
-        if self.limits.prefix_cache and n_full > n_registered:
+        if self.limits.prefix_cache and n_full > n_full_before:
             keys = generation.block_keys(n_full, self.limits.block_tokens)
-            for i in range(n_registered, n_full):
+            for i in range(n_full_before, n_full):
                 self.pool.register(generation.blocks[i], keys[i])
 
     def preempt_all(self) -> None:
@@ -217,9 +217,9 @@ class Scheduler:
             self.n_cached_tokens += generation.n_cached
 
     def _plan(self, generation: Generation, n: int, planned: dict[Generation, int]) -> int:
-        """Plan `n` more tokens of a request and allocate their blocks, preempting the requests admitted last if needed.
+        """Plan `n` tokens of a request in the step and allocate their blocks.
 
-        Returns n, or 0 if the request itself was preempted.
+        If blocks run out, the requests admitted last are preempted. Returns n, or 0 if the request itself was.
         """
         if n <= 0 or generation in self._preempted:
             return 0
