@@ -50,6 +50,7 @@ def unpack(tensors: Mapping[str, NDArray[Any]], config: QuantConfig, name: str) 
     n_in = integers.shape[1]
     words = tensors["qzeros"]
     if config.zeros_minus_one and config.zeros_borrow:
+        # Undo the subtraction, borrows included: add one to every zero point by one addition per word.
         one_per_field = sum(1 << (config.bits * place) for place in places)
         words = (words.view(np.uint32) + np.uint32(one_per_field)).view(np.int32)
     zeros = unpack_words(words, config.bits, places, axis=1)

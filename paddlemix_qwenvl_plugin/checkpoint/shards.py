@@ -42,7 +42,8 @@ class Stored:
 class Shards:
     """The shards of one folder.
 
-    `tensors` maps every stored name to its shape and dtype; the values are read tensor by tensor.
+    `kind` is their format, a key of _READERS. `tensors` maps every stored name to its shape and dtype; the values are
+    read tensor by tensor.
     """
 
     def __init__(self, files: list[Path], kind: str, index: dict[str, str] | None = None) -> None:

@@ -106,9 +106,9 @@ def chat_prompt(
 ) -> Prompt:
     """Build the prompt of the chat model: system text, (query, answer) turns of `history`, and the new query.
 
-    The newest turns are kept that, together with the system text, take less than `max_window` tokens. Older turns are
-    dropped with their images. The new query is always kept and not counted. The numbers of the images count those of
-    dropped turns.
+    Keeps the newest turns, as many as take less than `max_window` tokens together with the system text. Older turns are
+    dropped with their images. The new query is always kept and not counted. Images are numbered through all turns,
+    including the dropped turns.
 
     Role and content are tokenised separately, and the special tokens of ChatML are plain text in a content, as are
     image tags in an answer or in the system text. Answers are not stripped here; the official code strips an answer
@@ -136,7 +136,7 @@ def chat_prompt(
     last_text, last_images = _query_text(query, "query", n_images + 1, label)
 
     ids = message("system", _checked_text(system, (), "system text"), tags_without_images)
-    assistant = opening("assistant")
+    assistant_opening = opening("assistant")
     kept: list[tuple[list[int], int, list[Any]]] = []  # ids, number of answer tokens, images
     n_tokens = len(ids)
     for text, images, answer in reversed(turns):
@@ -145,14 +145,14 @@ def chat_prompt(
         n_tokens += len(turn_ids)
         if n_tokens >= max_window:
             break
-        kept.append((turn_ids, len(answer_ids) - len(assistant), images))
+        kept.append((turn_ids, len(answer_ids) - len(assistant_opening), images))
 
     all_images, generated = list[Any](), list[tuple[int, int]]()
     for turn_ids, n_answer, images in reversed(kept):
         ids = ids + turn_ids
         all_images += images
         generated.append((len(ids) - n_answer, len(ids)))
-    ids = ids + new_line + message("user", last_text) + new_line + assistant
+    ids = ids + new_line + message("user", last_text) + new_line + assistant_opening
     return Prompt(ids, all_images + last_images, generated)
 
 
