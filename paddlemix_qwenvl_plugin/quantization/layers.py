@@ -16,7 +16,7 @@ from paddlemix_qwenvl_plugin.quantization.rounding import Hessian, quantise, rel
 from paddlemix_qwenvl_plugin.quantization.states import States
 
 # Tokens per product that is added to X^T X. Large products are faster, and the sum is updated less often.
-_TOKENS_PER_PRODUCT = 2048
+_TOKENS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class LayerQuantiser:
             inputs = self._quantised.inputs(stage, states.read(row), self._batch.prompt_lengths[row])
             pending.append(inputs)
             n_pending += len(inputs)
-            if n_pending >= _TOKENS_PER_PRODUCT or number == len(self._batch.calibration):
+            if n_pending >= _TOKENS_AT_ONCE or number == len(self._batch.calibration):
                 chunk = np.concatenate(pending)
                 gram = chunk.T @ chunk if gram is None else np.add(gram, chunk.T @ chunk, out=gram)
                 pending, n_pending = [], 0
