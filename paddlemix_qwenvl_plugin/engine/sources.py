@@ -28,7 +28,7 @@ class Isa:
 
     def runs_here(self) -> bool:
         """Whether this processor supports the ISA."""
-        # The other flags (-march=…, -mprefer-…) select no feature.
+        # The flag -mprefer-… selects no feature.
         features = {flag[2:] for flag in self.flags if "=" not in flag and "prefer" not in flag}
         return features <= _cpu_features()
 
@@ -55,32 +55,36 @@ def all_isas(csrc: Path) -> list[Isa]:
 
 
 def isas_here(csrc: Path) -> list[Isa]:
-    """The generic ISA, and the most capable ISA of this processor if there is another one."""
+    """The ISAs of a build for this machine: generic, and the best one that this processor supports.
+
+    If that is avx512_bf16, also avx512: QVL_COMPUTE_FLOAT32 needs kernels without bfloat16 products.
+    """
     generic, *others = all_isas(csrc)
     supported = [isa for isa in others if isa.runs_here()]
-    return [generic, *supported[-1:]]
+    n_best = 2 if supported and supported[-1].name == "avx512_bf16" else 1
+    return [generic, *supported[-n_best:]]
 
 
 def library_units(csrc: Path, isas: Sequence[Isa]) -> list[Unit]:
-    """Compiler runs for `libqwenvl.so`; the kernels are first because they take longest.
+    """Compiler runs for `libqwenvl.so`; the kernels come first because they take longest.
 
-    With two ISAs (a build for this machine), the generic kernels serve only for comparison. They are compiled without
-    optimisation, which would take most of the compile time. With more ISAs (a release), machines run any of them.
+    In a build for a machine with a better ISA, the generic kernels serve only for comparison and are compiled without
+    optimisation, which would take most of the compile time. In a build of all ISAs, each is the best
+    one of some machine.
     """
-    units = []
+    found = []
     for isa in reversed(isas):
-        level = "-O0" if isa.name == "generic" and len(isas) == 2 else "-O3"
-        defines = (f"-DQVL_KERNELS={isa.name}_kernels", f"-DQVL_KERNELS_ISA={isa.code}")
+        for_comparison = isa.name == "generic" and len(isas) > 1 and list(isas) != all_isas(csrc)
+        level = "-O0" if for_comparison else "-O3"
+        names = (f"-DQVL_KERNELS={isa.name}_kernels", f"-DQVL_KERNELS_ISA={isa.code}")
         for stem in ("kernels", "groups"):
             path = csrc / "cpu" / "kernels" / f"{stem}.cc"
-            units.append(
-                Unit(f"{stem}_{isa.name}.o", path, (*_COMMON, *_KERNELS, level, *isa.flags, *defines))
-            )
+            found.append(Unit(f"{stem}_{isa.name}.o", path, (*_COMMON, *_KERNELS, level, *isa.flags, *names)))
     excluded = tuple(f"-DQVL_WITHOUT_{isa.name.upper()}" for isa in all_isas(csrc) if isa not in isas)
     for folder in ("core", "cpu"):
         for source in sorted((csrc / folder).glob("*.cc")):
-            units.append(_unit(source, *excluded))
-    return units
+            found.append(_unit(source, *excluded))
+    return found
 
 
 def operators_units(csrc: Path, paddle_flags: Sequence[str]) -> list[Unit]:
