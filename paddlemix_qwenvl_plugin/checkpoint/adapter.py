@@ -180,8 +180,8 @@ class Adapter:
     def _check_shape(self, stored: str, shape: tuple[int, ...], reverse: bool, rank: int = 0) -> None:
         """Raise QwenVLError unless a tensor has a shape, or the reverse; a `rank` above 0 is named in the message."""
         required = shape[::-1] if reverse else shape
-        found = self._shards.tensors[stored].shape
-        if found != required:
+        actual = self._shards.tensors[stored].shape
+        if actual != required:
             source = (
                 f"config.json and {self.config.path.name} (rank {rank}) require"
                 if rank
@@ -189,7 +189,7 @@ class Adapter:
             )
             base = f"; the adapter is for {self.config.base}" if self.config.base else ""
             raise QwenVLError(
-                f"{self._where(stored)} has shape {list(found)}, {source} {list(required)}{base}"
+                f"{self._where(stored)} has shape {list(actual)}, {source} {list(required)}{base}"
             )
 
     def _note_missing(self) -> None:

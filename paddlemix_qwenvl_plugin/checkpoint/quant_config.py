@@ -32,8 +32,8 @@ class QuantConfig:
         group_size: input values that share a scale and a zero point; -1: all of them.
         act_order: whether columns may belong to groups in any order (`desc_act`), given by `g_idx`.
         zeros_minus_one: whether zero points are stored minus one, as in AutoGPTQ's first format.
-        zeros_borrow: if zeros_minus_one: whether the subtraction was one of int32 words, with borrows between the zero
-            points, as in GPTQModel; AutoGPTQ subtracts from each zero point separately.
+        zeros_borrow: if zeros_minus_one: whether the quantizer subtracted from int32 words, with borrows between their
+            zero points, as GPTQModel does; AutoGPTQ subtracts from each zero point separately.
         origin: the file, for messages.
     """
 
@@ -54,9 +54,9 @@ def load_quant_config(folder: Path) -> Optional[QuantConfig]:
     """
     path = folder / "config.json"
     data = read_json(path)
-    found = data.get("quantization_config") if isinstance(data, dict) else None
-    if found is not None:
-        return _parse(found, path, None)
+    section = data.get("quantization_config") if isinstance(data, dict) else None
+    if section is not None:
+        return _parse(section, path, None)
     for name, method in _SIDE_FILES.items():
         path = folder / name
         if path.is_file():

@@ -109,7 +109,7 @@ class QuantisedLinears:
                 f"{self._folder}: tensor {canonical[name]} is not quantised; quantise all linear layers of the blocks, "
                 "or none"
             )
-        found = {
+        stored_names = {
             suffix: canonical.pop(f"{layer}.{suffix}")
             for suffix in _SUFFIXES
             if f"{layer}.{suffix}" in canonical and f"{layer}.{suffix}" not in specs
@@ -117,17 +117,17 @@ class QuantisedLinears:
         n_in, n_out = self._specs[name].shape
         shapes = (awq if self._config.method == "awq" else gptq).shapes(n_in, n_out, self._config)
         for suffix in shapes:
-            if suffix not in found and (suffix != "g_idx" or self._config.act_order):
+            if suffix not in stored_names and (suffix != "g_idx" or self._config.act_order):
                 raise QwenVLError(f"{self._folder}: tensor {layer}.{suffix} is missing")
         if n_in * self._config.bits % 32 or n_out * self._config.bits % 32:
             raise QwenVLError(
                 f"{self._folder}: {layer} has {n_in} inputs and {n_out} outputs, which do not fill int32 words"
             )
-        for suffix, stored_name in found.items():
+        for suffix, stored_name in stored_names.items():
             self._check(suffix, stored_name, shapes.get(suffix, (n_out,)))
-        if "bias" in found:
-            self._check_zero(found["bias"])
-        return found
+        if "bias" in stored_names:
+            self._check_zero(stored_names["bias"])
+        return stored_names
 
     def _check(self, suffix: str, stored_name: str, shape: tuple[int, ...]) -> None:
         stored = self._shards.tensors[stored_name]

@@ -7,7 +7,7 @@ The split is that of PaddleNLP's `QWenPretrainedModel._get_tensor_parallel_mappi
 | `lm_head`, `w1`, `w2` | columns |
 | `c_attn`, weight and bias | columns of query, then of key, then of value |
 | `wte`, `attn.c_proj`, `mlp.c_proj` | rows |
-| all others | the whole tensor |
+| all other tensors | the complete tensor |
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Ranks:
         Raises:
             QwenVLError: a rank is missing, or the model is also split in another way.
         """
-        found = {path: _RANK.fullmatch(path.name) for path in sorted(folder.iterdir())}
-        matches = {path: match for path, match in found.items() if match}
+        all_matches = {path: _RANK.fullmatch(path.name) for path in sorted(folder.iterdir())}
+        matches = {path: match for path, match in all_matches.items() if match}
         if not matches:
             return None
         for path, match in matches.items():

@@ -122,7 +122,7 @@ class Engine:
 
 
 def _free_before(engine: Engine, owner: Any, function: Any, *arguments: Any) -> None:
-    """Call `function` when `owner` is garbage-collected, before the engine is, even if both are in one cycle."""
+    """Call `function` when `owner` is garbage-collected, before the engine is freed, even if both are in one cycle."""
     # The finalizer's reference keeps the engine alive until the call.
     weakref.finalize(owner, _call, engine, function, arguments)
 

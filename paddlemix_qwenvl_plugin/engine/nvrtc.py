@@ -42,19 +42,19 @@ def find(architectures: Collection[int], newest: int) -> Nvrtc:
     """
     problems = []
     for library in _libraries():
-        found = _opened(library)
-        if found is None:
+        candidate = _opened(library)
+        if candidate is None:
             continue
-        missing = [f"sm_{number}" for number in architectures if number not in found.architectures]
+        missing = [f"sm_{number}" for number in architectures if number not in candidate.architectures]
         include = _include(library)
-        if found.version[0] > newest:
-            problems.append(f"{library} is {found}, and the NVIDIA driver knows CUDA {newest} only")
+        if candidate.version[0] > newest:
+            problems.append(f"{library} is {candidate}, and the NVIDIA driver knows CUDA {newest} only")
         elif missing:
-            problems.append(f"{library} is {found}, which cannot compile for {', '.join(missing)}")
+            problems.append(f"{library} is {candidate}, which cannot compile for {', '.join(missing)}")
         elif not include:
-            problems.append(f"{library} is {found}, without its header cuda_fp16.h")
+            problems.append(f"{library} is {candidate}, without its header cuda_fp16.h")
         else:
-            return found._replace(include=include)
+            return candidate._replace(include=include)
     if not problems:
         problems.append("no NVRTC (libnvrtc.so.12 or libnvrtc.so.13), which compiles the GPU kernels")
     raise QwenVLError(f"{problems[0]}: {INSTALL}")

@@ -77,7 +77,7 @@ def download(
 
 
 def is_public(address: Union[ipaddress.IPv4Address, ipaddress.IPv6Address]) -> bool:
-    """Whether an address is public; an IPv6 address with an embedded IPv4 address is if the embedded one is."""
+    """Whether an address is public; of an IPv6 address with an embedded IPv4 address, the latter is checked."""
     if isinstance(address, ipaddress.IPv6Address):
         embedded = address.ipv4_mapped or address.sixtofour
         if address in _NAT64:

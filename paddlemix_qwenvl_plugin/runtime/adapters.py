@@ -1,4 +1,4 @@
-"""LoRA adapters at run time: kept apart from the model's weights and chosen by name for each request."""
+"""LoRA adapters at run time: separate from the model's weights, chosen by name for each request."""
 
 from __future__ import annotations
 

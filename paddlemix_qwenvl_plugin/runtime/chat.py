@@ -42,7 +42,9 @@ class Chat:
         self._image_size: Optional[tuple[int, int]] = None
 
     def ask(self, query: Query, **options: Any) -> AnswerStream:
-        """Ask the next question and return a stream of the answer's segments; one turn at a time.
+        """Ask the next question and return a stream of the answer's segments.
+
+        The next turn can be asked when the stream has ended.
 
         A stream that is closed after its first token adds a turn with the text so far.
 

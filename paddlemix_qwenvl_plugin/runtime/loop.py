@@ -167,7 +167,7 @@ class Loop:
             raise
 
     def _encode_next(self) -> bool:
-        """Encode one image if a request waits for it; only one, so that running requests have a step between images."""
+        """Encode the next image that a request waits for, if any; running requests have a step between two images."""
         next_image = self._scheduler.image_to_encode()
         if next_image is None:
             return False

@@ -63,7 +63,7 @@ class Model(Protocol[S]):
 
     @property
     def weights(self) -> list[str]:
-        """Digests or other identifiers of the weights, which depend on the dtype too."""
+        """Identifiers of the weights, such as digests; they differ between dtypes."""
 
     @property
     def picture_label(self) -> str:

@@ -83,7 +83,7 @@ class QwenVL:
 
         Args:
             vision: prefix of the vision stage, or its program file (`.json` or `.pdmodel`) to choose the form.
-            language: the same for the language stage.
+            language: prefix or program file of the language stage.
             model: the model folder, or any folder with `qwen.tiktoken`; None: the folder of the language stage.
             device: "cpu", "gpu" or "gpu:N".
             allow_http: allow images from http(s) URLs.
@@ -91,8 +91,8 @@ class QwenVL:
             verify: compare the digests of all files with the manifests; otherwise weights of more than 64 MiB are
                 compared by samples.
             gpu_memory: share of the GPU memory left by the weights that the KV cache may take, up to 1.
-            adapters: LoRA adapters (folders of PEFT or PaddleNLP) by the names with which requests choose them; on a
-                CPU, with the engine.
+            adapters: folders of LoRA adapters, as saved by PEFT or PaddleNLP, by the names with which requests choose
+                them. Adapters need the engine.
 
         Raises:
             UsageError: a path or the device does not exist, or an adapter cannot be used at run time.
@@ -228,7 +228,7 @@ class QwenVL:
         Args:
             input_ids: int64 [B, T]; a row shorter than T is padded on the right.
             features: float32 [N, n_queries, hidden_size], of the batch's images in order of appearance, row by row.
-            lengths: length of each row; None: T for all.
+            lengths: length of each row; None: T for all rows.
             eos_token_ids: stop tokens, kept as the last token of a row; None: the tokenizer's end-of-text token, or
                 none if the model folder has no tokenizer; empty: only max_new_tokens ends a row.
             adapter: name of an adapter, for all rows.
@@ -291,7 +291,7 @@ class QwenVL:
         return stream.finish()
 
     def generate_batch(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer several prompts in one batch, each with its own options; each answer is the same as without a batch.
+        """Answer several prompts in one batch, each with separate options; the answers are the same as without a batch.
 
         Raises:
             UsageError, QwenVLError: the error of the first request that fails; no answers are returned.
