@@ -1,4 +1,4 @@
-"""Inputs of the exported programs: names, order, shapes and dtypes. -1 is any size."""
+"""Inputs of the exported programs: names, order, shapes and dtypes. In a shape, -1 is any size."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
 
 CONTRACT_VERSION = 3
-# Version 2 has parameter files without names and without alignment; its portable programs are the same.
+# The supported versions. Version 2 has the same portable programs, but parameter files without names and alignment.
 CONTRACT_VERSIONS = (2, 3)
 
 
@@ -29,7 +29,7 @@ def vision_inputs(config: ModelConfig, dtype: str, compute_dtype: str) -> list[I
 def stock_inputs(config: ModelConfig, dtype: str, compute_dtype: str) -> list[Input]:
     """Inputs of the language stage as the stock predictor feeds it: 22 inputs, then a cache per layer.
 
-    attention_mask is declared with 2 axes and fed with 4 by the stock scripts; both are accepted.
+    attention_mask is declared with 2 axes, but the stock scripts feed it with 4; both are accepted.
     """
     cache = (2, -1, config.num_attention_heads, -1, config.head_dim)
     return [

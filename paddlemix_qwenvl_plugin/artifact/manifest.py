@@ -16,10 +16,10 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.util.program import program
 from paddlemix_qwenvl_plugin.util.progress import track
 
-_BLOCK = 1 << 22
+_BLOCK_BYTES = 1 << 22
 
-# A parameter file of up to 64 MiB is hashed completely when it is opened, which takes about 50 ms; of a larger one, 64
-# samples of 64 KiB (4 MiB, a few milliseconds).
+# When a stage is opened, a parameter file of up to 64 MiB is hashed completely, which takes about 50 ms. Of a larger
+# file, 64 samples of 64 KiB are hashed (4 MiB, a few milliseconds).
 _MAX_FULL_BYTES = 1 << 26
 _N_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
@@ -37,9 +37,9 @@ class FileDigest(BaseModel):
         """Compute the digest of a file; with a label, report progress under it."""
         digest, size = hashlib.sha256(), 0
         with path.open("rb") as file:
-            blocks: Iterable[bytes] = iter(lambda: file.read(_BLOCK), b"")
+            blocks: Iterable[bytes] = iter(lambda: file.read(_BLOCK_BYTES), b"")
             if label is not None:
-                blocks = track(blocks, label, -(-path.stat().st_size // _BLOCK))
+                blocks = track(blocks, label, -(-path.stat().st_size // _BLOCK_BYTES))
             for block in blocks:
                 digest.update(block)
                 size += len(block)
@@ -69,9 +69,9 @@ class MergedAdapter(BaseModel):
 class Manifest(BaseModel):
     """The manifest of an exported stage.
 
-    `model` is the checkpoint's fingerprint, the same in both stages of a model. `quant_type` is the storage of matrices
-    that are not stored as `dtype`. `lora`: the adapters merged at export. `weights_samples` is `digest_of_samples` of
-    the parameter file; exports of contract version 2 lack it.
+    `model` is the checkpoint's fingerprint, the same in both stages of a model. `quant_type` is the quantization of the
+    matrices that are not stored as `dtype`. `lora`: the adapters merged at export. `weights_samples` is the
+    `digest_of_samples` of the parameter file; exports of contract version 2 lack it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -112,15 +112,20 @@ def read_manifest(prefix: Path, stage: Optional[str] = None) -> Manifest:
     """
     path = manifest_path(prefix)
     if not path.is_file():
-        what, command = (f"{stage} stage", f"{program()} export-{stage}") if stage else ("stage", "an export")
-        raise UsageError(f"{prefix}: no exported {what} there ({path.name} is missing); run {command} first")
+        if stage:
+            missing, command = f"{stage} stage", f"{program()} export-{stage}"
+        else:
+            missing, command = "stage", "an export"
+        raise UsageError(
+            f"{prefix}: no exported {missing} there ({path.name} is missing); run {command} first"
+        )
     try:
         data = json.loads(path.read_text("utf-8"))
-        found = data.get("contract") if isinstance(data, dict) else None
-        if isinstance(found, int) and found not in CONTRACT_VERSIONS:
+        contract = data.get("contract") if isinstance(data, dict) else None
+        if isinstance(contract, int) and contract not in CONTRACT_VERSIONS:
             versions = " and ".join(map(str, CONTRACT_VERSIONS))
             raise QwenVLError(
-                f"{path}: contract version {found}, this plugin runs versions {versions}; export again"
+                f"{path}: contract version {contract}, this plugin runs versions {versions}; export again"
             )
         manifest = Manifest.model_validate(data)
     except ValidationError as error:
@@ -133,7 +138,7 @@ def read_manifest(prefix: Path, stage: Optional[str] = None) -> Manifest:
 
 
 def check_weights(path: Path, manifest: Manifest) -> None:
-    """Check that a parameter file is the exported one; of files over 64 MiB, only samples are read.
+    """Check that a parameter file is the exported file; of a file over 64 MiB, only samples are read.
 
     Raises:
         QwenVLError: the file is missing, or its size or content differs from the manifest.

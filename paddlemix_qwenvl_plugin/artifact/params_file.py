@@ -8,9 +8,9 @@ From contract version 3 on, the message ends in a field that Paddle skips as unk
 of exactly 3 bytes, then
 
     4 bytes "qvl1", uint8 qvl_dtype, uint8 n_dims (1 to 4), uint16 length of the name, int64 [n_dims] shape of the
-    values (not of their storage), the canonical name (csrc/include/qwenvl.h) in UTF-8, zeros
+    values (not of their storage), the canonical name (csrc/include/qwenvl.h) in UTF-8, zero bytes
 
-all little-endian. The zeros align the raw values to 64 bytes.
+All numbers are little-endian. The zero bytes align the raw values to 64 bytes.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 ALIGNMENT = 64
 
+# Storage type -> data type in the TensorDesc message, and the size of a value of each data type.
 _TYPE_CODES = {"float16": 4, "float32": 5, "uint8": 20, "bfloat16": 22}
 _ITEM_BYTES = {4: 2, 5: 4, 20: 1, 22: 2}
 _STORAGE = {**STORAGE, "uint8": np.dtype("u1")}
 _NAMES = {code: name for name, code in DTYPES.items()}
 
-_FIELD = 0x7A  # number 15, bytes
+_FIELD = 0x7A  # tag of the field: number 15, length-delimited
 _MAGIC = b"qvl1"
-_MAX_MESSAGE_BYTES = 1 << 12  # names have some fifty bytes
+_MAX_MESSAGE_BYTES = 1 << 12  # ample: names have about 50 bytes
 
 
 class Record(NamedTuple):
@@ -89,10 +90,11 @@ def write_params(
                 record = records[name]
                 if values.shape != record.shape or values.dtype != _STORAGE[record.dtype]:
                     raise AssertionError(f"{name}: {values.dtype} {values.shape}, program has {record}")
-                bad = 0 if record.dtype == "uint8" else n_not_finite(values, record.dtype)
-                if bad:  # quantised values were checked when they were packed
+                # Quantised values (uint8) were checked when they were packed.
+                n_bad = 0 if record.dtype == "uint8" else n_not_finite(values, record.dtype)
+                if n_bad:
                     raise QwenVLError(
-                        f"{name}: {bad} of its values are infinite or not a number; fix the weights"
+                        f"{name}: {n_bad} of its values are infinite or not a number; fix the weights"
                     )
                 file.seek(offsets.pop(name))
                 file.write(np.ascontiguousarray(values).data)
@@ -107,7 +109,7 @@ def write_params(
 
 def n_not_finite(values: NDArray[np.generic], dtype: str) -> int:
     """Count the values that are infinite or not a number, in the storage type of `dtype`."""
-    # NumPy has no bfloat16: an exponent of all ones is infinity or not a number.
+    # NumPy has no bfloat16. An exponent of all ones is infinity or NaN.
     finite = (values & 0x7F80) != 0x7F80 if dtype == "bfloat16" else np.isfinite(values)  # type: ignore[operator]
     return int(finite.size - finite.sum())
 
@@ -140,7 +142,7 @@ def check_records(path: Path) -> None:
     """Check that the records fill the file; only their headers are read.
 
     Raises:
-        QwenVLError: they do not, as after an interrupted copy.
+        QwenVLError: the file is damaged or cut off, as after an interrupted copy.
     """
     for _ in _records(path):
         pass
@@ -160,32 +162,38 @@ class _FileRecord(NamedTuple):
 
 
 def _records(path: Path) -> Iterator[_FileRecord]:
+    """Yield the records of a file from their headers; raise QwenVLError if the file is damaged or cut off."""
     position, end = 0, path.stat().st_size
     with path.open("rb") as file:
         while position < end:
             file.seek(position)
             head = file.read(20)
+            # 16 zero bytes, then the length of the message.
             length = struct.unpack("<16xi", head)[0] if len(head) == 20 and not any(head[:16]) else 0
             message = file.read(length) if 0 < length <= _MAX_MESSAGE_BYTES else b""
             try:
-                found = _parse(message, position + 20 + length)
+                record = _parse(message, position + 20 + length)
             except (IndexError, KeyError, ValueError, struct.error) as error:
                 raise QwenVLError(f"{path}: damaged at byte {position}; export again") from error
-            yield found
-            position = found.offset + found.n_bytes
+            yield record
+            position = record.offset + record.n_bytes
         if position != end:
             raise QwenVLError(f"{path}: cut off; export again")
 
 
 def _parse(message: bytes, offset: int) -> _FileRecord:
-    n_bytes, at, content = _ITEM_BYTES[message[1]], 2, b""
-    while at < len(message):
-        value, after = _read_varint(message, at + 1)
-        if message[at] == _FIELD:
-            content, after = message[after : after + value], after + value
+    """Parse the TensorDesc message of a record whose values begin at `offset`; exceptions as in `_records`."""
+    # The message begins with the tag and the value of field 1. Then each field is a tag and a varint: a dimension, or
+    # the length of the content of _FIELD.
+    n_bytes, position, content = _ITEM_BYTES[message[1]], 2, b""
+    while position < len(message):
+        tag = message[position]
+        value, position = _read_varint(message, position + 1)
+        if tag == _FIELD:
+            content = message[position : position + value]
+            position += value
         else:
             n_bytes *= value
-        at = after
     if not content:
         return _FileRecord(offset, n_bytes, None)
     magic, code, n_dims, length = struct.unpack_from("<4sBBH", content)
@@ -198,13 +206,15 @@ def _parse(message: bytes, offset: int) -> _FileRecord:
 
 def _record_head(record: Record, name: str, weight: Weight, position: int) -> bytes:
     """The header of a record that begins at `position`, padded so that the values are aligned."""
-    sizes = b"".join(b"\x10" + _varint(n) for n in record.shape)
+    sizes = b"".join(b"\x10" + _varint(size) for size in record.shape)
     message = b"\x08" + _varint(_TYPE_CODES[record.dtype]) + sizes
     content = struct.pack("<4sBBH", _MAGIC, DTYPES[weight.dtype], len(weight.shape), len(name.encode()))
     content += struct.pack(f"<{len(weight.shape)}q", *weight.shape) + name.encode()
+    # 20 bytes before the message, 4 bytes of tag and length before the content.
     content += bytes(-(position + 20 + len(message) + 4 + len(content)) % ALIGNMENT)
-    n = len(content)
-    message += bytes((_FIELD, n & 127 | 128, n >> 7 & 127 | 128, n >> 14)) + content
+    length = len(content)
+    length_varint = bytes((length & 127 | 128, length >> 7 & 127 | 128, length >> 14))  # always 3 bytes
+    message += bytes([_FIELD]) + length_varint + content
     return struct.pack("<IQIi", 0, 0, 0, len(message)) + message
 
 

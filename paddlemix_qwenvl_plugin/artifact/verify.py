@@ -27,7 +27,7 @@ def verify(prefix: Path) -> Manifest:
     Raises:
         UsageError: nothing was exported under this prefix.
         QwenVLError: a file is missing or was changed, or a weight is infinite or not a number (earlier versions
-            exported such weights).
+            of the plugin exported such weights).
     """
     manifest = read_manifest(prefix)
     for name, expected in {params_path(prefix).name: manifest.weights, **manifest.programs}.items():
@@ -48,9 +48,9 @@ def _check_numbers(path: Path, manifest: Manifest) -> None:
         n_values = entry.n_bytes // storage.itemsize
         values = np.memmap(path, storage, "r", entry.offset, n_values)
         starts = range(0, n_values, _CHUNK_VALUES)
-        bad = sum(n_not_finite(values[i : i + _CHUNK_VALUES], entry.dtype) for i in starts)
-        if bad:
+        n_bad = sum(n_not_finite(values[i : i + _CHUNK_VALUES], entry.dtype) for i in starts)
+        if n_bad:
             raise QwenVLError(
-                f"{path}: {entry.name}: {bad} of its values are infinite or not a number; fix the weights of the "
+                f"{path}: {entry.name}: {n_bad} of its values are infinite or not a number; fix the weights of the "
                 "model, and export again"
             )

@@ -9,7 +9,7 @@ from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
 from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec, language_specs, vision_specs
 from paddlemix_qwenvl_plugin.engine.quantize import ORDER, has_order, quantised
 
-# Position tables resized to the patch grid -> the table that they are resized from.
+# Position table resized to the patch grid -> table of the checkpoint from which it is resized.
 TABLES = {
     "visual.positional_embedding": "visual.positional_embedding",
     "visual.attn_pool.key_pos_embed": "visual.attn_pool.pos_embed",
@@ -17,7 +17,7 @@ TABLES = {
 
 
 class Weight(NamedTuple):
-    """Shape of a weight's values, matrices [out, in], and their storage type (a key of library.DTYPES)."""
+    """Shape of a weight's values (a matrix is [out, in]) and their storage type (a key of library.DTYPES)."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -40,7 +40,7 @@ def stage_weights(
 def parameter_shapes(specs: Mapping[str, TensorSpec], config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of a stage's parameters in the engine's layout (matrices [out, in]), in the order of the specs."""
     shapes = {name: spec.shape[::-1] if spec.linear else spec.shape for name, spec in specs.items()}
-    for table, like in TABLES.items():
-        if like in specs:
-            shapes[table] = (config.visual.grid**2, specs[like].shape[1])
+    for table, source in TABLES.items():
+        if source in specs:
+            shapes[table] = (config.visual.grid**2, specs[source].shape[1])
     return shapes

@@ -29,7 +29,9 @@ class _Format(NamedTuple):
     config: str
     read_config: Callable[[Path], LoraConfig]
     weights: tuple[tuple[str, str], ...]  # as WEIGHT_FILES of shards.py
-    out_in: bool  # whether matrices are [out, in], A and B of an update included
+    out_in: (
+        bool  # whether matrices are stored as [out, in], and A and B likewise as [rank, in] and [out, rank]
+    )
 
 
 _FORMATS = (
@@ -48,8 +50,9 @@ _FORMATS = (
 )
 
 _PEFT_PREFIX = "base_model.model."
-_HALF = re.compile(r"(?P<module>.+)\.lora_(embedding_)?(?P<half>[AB])(\.default)?(\.weight)?")
-# Names that PEFT inserts for a module that it saves completely.
+# Stored name of A or B, such as h.0.attn.c_attn.lora_A.default.weight.
+_LOW_RANK = re.compile(r"(?P<module>.+)\.lora_(embedding_)?(?P<matrix>[AB])(\.default)?(\.weight)?")
+# Name components that PEFT inserts for a module that it saves completely.
 _WRAPPERS = re.compile(r"\.(base_layer|modules_to_save)(\.default)?(?=\.)")
 
 
@@ -65,7 +68,7 @@ class LowRank:
 class Adapter:
     """The tensors of an adapter under the canonical names of the weights that they change.
 
-    `updates`: weight -> low-rank update. `whole`: tensor -> stored name of the values that replace it (PEFT's
+    `updates`: weight -> low-rank update. `replacements`: tensor -> stored name of its new values (PEFT's
     modules_to_save and trained biases, PaddleNLP's trainable_modules and trainable_bias).
 
     Args:
@@ -80,28 +83,28 @@ class Adapter:
     def __init__(self, folder: Path, specs: Mapping[str, TensorSpec]) -> None:
         if not folder.is_dir():
             raise UsageError(f"{folder}: no such adapter folder")
-        found = next((form for form in _FORMATS if (folder / form.config).is_file()), None)
-        if found is None:
-            names = " or ".join(form.config for form in _FORMATS)
+        detected = next((entry for entry in _FORMATS if (folder / entry.config).is_file()), None)
+        if detected is None:
+            names = " or ".join(entry.config for entry in _FORMATS)
             raise UsageError(f"{folder}: no {names} in it; is it a LoRA adapter?")
         self.folder = folder
-        self.config = found.read_config(folder / found.config)
-        self._out_in = found.out_in
-        self._shards = Shards.open(folder, found.weights)
+        self.config = detected.read_config(folder / detected.config)
+        self._out_in = detected.out_in
+        self._shards = Shards.open(folder, detected.weights)
         self._specs = specs
         self.updates: dict[str, LowRank] = {}
-        self.whole: dict[str, str] = {}
+        self.replacements: dict[str, str] = {}
         self._match()
 
     def update(self, name: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Read the matrices of a weight's update, A [in, rank] and B [rank, out] (Paddle's layout), without scaling."""
-        pair = self.updates[name]
-        a, b = self._read(pair.a), self._read(pair.b)
+        stored = self.updates[name]
+        a, b = self._read(stored.a), self._read(stored.b)
         return (a.T, b.T) if self._out_in else (a, b)
 
     def replacement(self, name: str) -> NDArray[np.float32]:
         """Read the values that replace a tensor; a linear weight is [in, out]."""
-        values = self._read(self.whole[name])
+        values = self._read(self.replacements[name])
         return values.T if self._out_in and self._specs[name].linear else values
 
     def fingerprint(self, names: Iterable[str]) -> str:
@@ -111,11 +114,11 @@ class Adapter:
         """
         digest = hashlib.sha256()
         for name in sorted(names):
-            halves = self.update(name) if name in self.updates else ()
-            whole = (self.replacement(name),) if name in self.whole else ()
+            update = self.update(name) if name in self.updates else ()
+            replacement = (self.replacement(name),) if name in self.replacements else ()
             scaling = self.updates[name].scaling if name in self.updates else 1.0
             digest.update(f"{name} {scaling:.6g}".encode())
-            for values in (*halves, *whole):
+            for values in (*update, *replacement):
                 with np.errstate(over="ignore"):
                     digest.update(values.reshape(-1)[:64].astype(np.float16).tobytes())
         return digest.hexdigest()
@@ -123,18 +126,19 @@ class Adapter:
     @property
     def names(self) -> set[str]:
         """Names of the tensors that the adapter changes."""
-        return {*self.updates, *self.whole}
+        return {*self.updates, *self.replacements}
 
     def _read(self, stored_name: str) -> NDArray[np.float32]:
         [(_, values)] = self._shards.read({stored_name})
         return to_float32(values, self._shards.tensors[stored_name].dtype)
 
     def _match(self) -> None:
+        """Fill `updates` and `replacements` from the stored names; check the tensors' shapes and dtypes."""
         modules: dict[str, str] = {}
-        halves: dict[str, dict[str, str]] = {}
+        matrices: dict[str, dict[str, str]] = {}  # weight -> "A" or "B" -> stored name
         for stored in self._shards.tensors:
-            half = _HALF.fullmatch(stored)
-            name = f"{_canonical(half['module'])}.weight" if half else _canonical(_WRAPPERS.sub("", stored))
+            match = _LOW_RANK.fullmatch(stored)
+            name = f"{_canonical(match['module'])}.weight" if match else _canonical(_WRAPPERS.sub("", stored))
             if name not in self._specs:
                 raise QwenVLError(f"{self._where(stored)} is not part of this model (see config.json)")
             if self._shards.tensors[stored].dtype not in FLOATS:
@@ -142,37 +146,42 @@ class Adapter:
                     f"{self._where(stored)} has dtype {self._shards.tensors[stored].dtype}, "
                     f"it must be {', '.join(FLOATS[:-1])} or {FLOATS[-1]}"
                 )
-            table, key = (halves.setdefault(name, {}), half["half"]) if half else (self.whole, name)
+            if match:
+                table, key = matrices.setdefault(name, {}), match["matrix"]
+                modules[name] = match["module"].removeprefix(_PEFT_PREFIX)
+            else:
+                table, key = self.replacements, name
             if key in table:
                 raise QwenVLError(f"{self._where(stored)} and {table[key]} are the same tensor twice")
             table[key] = stored
-            if half:
-                modules[name] = half["module"].removeprefix(_PEFT_PREFIX)
-        for name, stored in self.whole.items():
+        for name, stored in self.replacements.items():
             self._check_shape(stored, self._specs[name].shape, self._out_in and self._specs[name].linear)
-        for name, pair in halves.items():
-            self.updates[name] = self._update(name, modules[name], pair)
+        for name, stored_names in matrices.items():
+            self.updates[name] = self._update(name, modules[name], stored_names)
         self._note_missing()
 
-    def _update(self, name: str, module: str, pair: dict[str, str]) -> LowRank:
-        for half, other in ("AB", "BA"):
-            if half not in pair:
-                raise QwenVLError(f"{self._where(pair[other])} has no matching lora_{half}")
+    def _update(self, name: str, module: str, stored: dict[str, str]) -> LowRank:
+        """The low-rank update of a weight; `stored` maps "A" and "B" to stored names."""
+        for missing, present in ("AB", "BA"):
+            if missing not in stored:
+                raise QwenVLError(f"{self._where(stored[present])} has no matching lora_{missing}")
         shape, rank = self._specs[name].shape, self.config.rank_of(module)
         if len(shape) != 2:
-            raise QwenVLError(f"{self._where(pair['A'])} is for {name}; only matrices can be updated")
-        self._check_shape(pair["A"], (shape[0], rank), self._out_in, rank)
-        self._check_shape(pair["B"], (rank, shape[1]), self._out_in, rank)
+            raise QwenVLError(f"{self._where(stored['A'])} is for {name}; only matrices can be updated")
+        self._check_shape(stored["A"], (shape[0], rank), self._out_in, rank)
+        self._check_shape(stored["B"], (rank, shape[1]), self._out_in, rank)
         scaling = self.config.scaling(module)
         if abs(scaling) > float(np.finfo(np.float32).max):
             raise QwenVLError(
                 f"{self.config.path}: the scaling of {module} is {scaling:.3g}, beyond float32; correct its alpha"
             )
-        return LowRank(pair["A"], pair["B"], scaling)
+        return LowRank(stored["A"], stored["B"], scaling)
 
     def _check_shape(self, stored: str, shape: tuple[int, ...], reverse: bool, rank: int = 0) -> None:
-        required, found = shape[::-1] if reverse else shape, self._shards.tensors[stored].shape
-        if found != required:
+        """Raise QwenVLError unless a tensor has a shape, or the reverse; a `rank` above 0 is named in the message."""
+        required = shape[::-1] if reverse else shape
+        actual = self._shards.tensors[stored].shape
+        if actual != required:
             source = (
                 f"config.json and {self.config.path.name} (rank {rank}) require"
                 if rank
@@ -180,13 +189,13 @@ class Adapter:
             )
             base = f"; the adapter is for {self.config.base}" if self.config.base else ""
             raise QwenVLError(
-                f"{self._where(stored)} has shape {list(found)}, {source} {list(required)}{base}"
+                f"{self._where(stored)} has shape {list(actual)}, {source} {list(required)}{base}"
             )
 
     def _note_missing(self) -> None:
         # finetune.py of Qwen-VL lists wte and lm_head, but saves them only under DeepSpeed ZeRO 3.
         for module in self.config.modules_to_save:
-            if not any(f".{module}." in f".{name}" for name in self.whole):
+            if not any(f".{module}." in f".{name}" for name in self.replacements):
                 notice(
                     f"{self.config.path}: modules_to_save has {module}, but no tensor of it is in the adapter; "
                     "the base's is kept"

@@ -37,8 +37,8 @@ Value = TypeVar("Value", int, float)
 class LoraConfig:
     """Rank and scaling of an adapter's low-rank updates.
 
-    `rank_pattern` and `alpha_pattern` override `rank` and `alpha` for single modules. `modules_to_save`: modules that
-    the adapter replaces completely. `base`: name of the model that the adapter was trained on.
+    `rank_pattern` and `alpha_pattern`: module name -> value that overrides `rank` or `alpha`. `modules_to_save`:
+    modules that the adapter replaces completely. `base`: name of the model that the adapter was trained on.
     """
 
     path: Path
@@ -52,12 +52,12 @@ class LoraConfig:
 
     def rank_of(self, module: str) -> int:
         """The rank of a module's update."""
-        return _match(self.rank_pattern, module, self.rank)
+        return _value_for(self.rank_pattern, module, self.rank)
 
     def scaling(self, module: str) -> float:
         """The factor of a module's update B A: alpha / rank, with rsLoRA alpha / sqrt(rank)."""
         rank = self.rank_of(module)
-        return _match(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+        return _value_for(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
 
 
 class _Strict(BaseModel):
@@ -105,8 +105,8 @@ def read_peft_config(path: Path) -> LoraConfig:
         config.r,
         config.lora_alpha,
         config.use_rslora,
-        _literal(config.rank_pattern, path, "rank_pattern"),
-        _literal(config.alpha_pattern, path, "alpha_pattern"),
+        _literal_names(config.rank_pattern, path, "rank_pattern"),
+        _literal_names(config.alpha_pattern, path, "alpha_pattern"),
         tuple(config.modules_to_save or ()),
         config.base_model_name_or_path or None,
     )
@@ -154,8 +154,8 @@ def _refuse_variants(path: Path, data: dict[str, Any], keys: tuple[str, ...]) ->
             raise QwenVLError(f"{path}: {key} is set; only plain LoRA can be merged, not its variants")
 
 
-def _literal(pattern: Optional[dict[str, Value]], path: Path, key: str) -> dict[str, Value]:
-    """Check that the keys of a pattern are module names (PEFT also allows regular expressions); return it unescaped."""
+def _literal_names(pattern: Optional[dict[str, Value]], path: Path, key: str) -> dict[str, Value]:
+    """Return a pattern with unescaped keys. Raises QwenVLError unless they are module names: PEFT allows regexes."""
     names = {name.replace("\\.", "."): value for name, value in (pattern or {}).items()}
     for name, value in names.items():
         # Matching a regular expression from a file could take forever.
@@ -166,8 +166,8 @@ def _literal(pattern: Optional[dict[str, Value]], path: Path, key: str) -> dict[
     return names
 
 
-def _match(pattern: Mapping[str, Value], module: str, default: Value) -> Value:
-    """The value of the first key that is the module's name or, without a leading ^, its end."""
+def _value_for(pattern: Mapping[str, Value], module: str, default: Value) -> Value:
+    """The value of the first key that matches a module: `^` and its full name, or the last components of its name."""
     for key, value in pattern.items():
         if key == f"^{module}" or f".{module}".endswith(f".{key}"):
             return value

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from paddlemix_qwenvl_plugin.checkpoint.grouped import GroupedMatrix, n_groups, repeated, unpack_words
 from paddlemix_qwenvl_plugin.checkpoint.quant_config import QuantConfig
 
+# The output in each 4-bit field of a word, from the low bits up.
 _PLACES = (0, 2, 4, 6, 1, 3, 5, 7)
 
 

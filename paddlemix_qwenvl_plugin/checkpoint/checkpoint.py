@@ -24,7 +24,7 @@ from paddlemix_qwenvl_plugin.checkpoint.tensor_parallel import Ranks
 from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec, language_specs, vision_specs
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
-# Buffers in some checkpoints; the config determines them.
+# Buffers that some checkpoints contain; ignored, because their values follow from the config.
 _BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias|logn_tensor)$")
 
 
@@ -38,8 +38,8 @@ class _Entry:
 class Checkpoint:
     """The weights of a model folder under canonical names, in Paddle's [in, out] layout.
 
-    The checkpoint must contain exactly the tensors of the model, with the right shapes. The naming scheme and the
-    layout of each half of the model are detected from the names and shapes.
+    The checkpoint must contain exactly the tensors of the model, with the right shapes. The naming scheme is detected
+    from the names; the layouts of the language model and of the vision tower are detected from the shapes.
 
     Args:
         folder: the model folder.
@@ -114,33 +114,32 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """Compute a digest of the model, independent of naming scheme and layout.
 
-        It covers only those changes of the adapters that affect the vision stage, so one vision stage fits all language
-        stages whose adapters change the language model only.
+        Of the adapters' changes, it covers only those to the vision stage. One vision stage therefore fits all language
+        stages whose adapters change only the language model.
 
-        Hashes the config and up to 64 values of each norm and bias, rounded to float16: a conversion of the folder to
-        float16, or an exact one to bfloat16, keeps the digest.
+        Hashes the config and up to 64 values of each norm and bias, rounded to float16. A conversion of the folder to
+        float16, or one to bfloat16 without rounding, keeps the digest.
         """
         digest = hashlib.sha256(self.config.model_dump_json().encode())
-        small = {
-            name: spec for name, spec in {**self.language, **self.vision}.items() if len(spec.shape) == 1
-        }
-        names = {self._entries[name].stored_name: name for name in small}
-        rows = {}
+        specs = {**self.language, **self.vision}
+        vectors = [name for name, spec in specs.items() if len(spec.shape) == 1]
+        names = {self._entries[name].stored_name: name for name in vectors}
+        hashed: dict[str, bytes] = {}
         for stored_name, array in self._shards.read(set(names)):
             name = names[stored_name]
             with np.errstate(over="ignore"):
-                rows[name] = to_float32(array[:64], self._entries[name].dtype).astype(np.float16).tobytes()
-        for name in sorted(rows):
-            digest.update(name.encode() + rows[name])
+                hashed[name] = to_float32(array[:64], self._entries[name].dtype).astype(np.float16).tobytes()
+        for name in sorted(hashed):
+            digest.update(name.encode() + hashed[name])
         digest.update(self.merge.fingerprint(self.vision).encode())
         return digest.hexdigest()
 
     def _check_merge(self) -> None:
-        integers = set() if self.quantised is None else self.merge.names & set(self.quantised.names)
-        if integers:
+        quantised = set() if self.quantised is None else self.merge.names & set(self.quantised.names)
+        if quantised:
             raise UsageError(
-                f"--lora: {min(integers)} of {self.folder} is stored as integers, into which no adapter can be merged; "
-                "load it at run time with --adapter"
+                f"--lora: {min(quantised)} of {self.folder} is stored as integers, into which no adapter can be "
+                "merged; load it at run time with --adapter"
             )
         tied = self.merge.names & {"wte.weight", "lm_head.weight"}
         if tied and self.config.tie_word_embeddings:
@@ -165,13 +164,14 @@ class Checkpoint:
                 self.vision[name] = TensorSpec((rows, *self.vision[name].shape[1:]))
 
     def _hint_about_missing(self, name: str) -> str:
-        """Possible cause of a missing tensor, as the end of a message."""
+        """Possible cause of a missing tensor, to append to the error message; empty if there is none."""
         if name == "lm_head.weight":
             return "; if it is the token embedding, set tie_word_embeddings to true in config.json"
         unlisted = self._shards.unlisted()
         return f"; {unlisted[0]} is not in the index" if unlisted else ""
 
     def _match(self) -> dict[str, _Entry]:
+        """Match stored names to canonical names, check shapes and dtypes; set `quantised`."""
         specs = {**self.language, **self.vision}
         canonical = self._canonical_names()
         quantization = load_quant_config(self.folder)
@@ -201,10 +201,10 @@ class Checkpoint:
                     f"{self.folder}: tensor {stored_name} is not part of this model (see config.json)"
                 )
         entries: dict[str, _Entry] = {}
-        for part in (self.language, self.vision):
-            part = {name: spec for name, spec in part.items() if name in specs}
-            transposed = self._layout(part, canonical)
-            for name, spec in part.items():
+        for stage_specs in (self.language, self.vision):
+            float_specs = {name: spec for name, spec in stage_specs.items() if name in specs}
+            transposed = self._layout(float_specs, canonical)
+            for name, spec in float_specs.items():
                 stored_name = canonical[name]
                 stored = self._shards.tensors[stored_name]
                 if stored.dtype not in FLOATS:
@@ -220,13 +220,13 @@ class Checkpoint:
         """Map canonical names to stored names."""
         stored = [name for name in self._shards.tensors if not _BUFFERS.search(name)]
         prefixes = [scheme.language for scheme in SCHEMES.values()]
-        scheme = next((p for p in prefixes if f"{p}wte.weight" in stored), None)
-        if scheme is None:
+        scheme_prefix = next((prefix for prefix in prefixes if f"{prefix}wte.weight" in stored), None)
+        if scheme_prefix is None:
             candidates = " or ".join(f"{prefix}wte.weight" for prefix in prefixes)
             raise QwenVLError(f"{self.folder}: not a Qwen-VL checkpoint, tensor {candidates} is missing")
         canonical: dict[str, str] = {}
         for name in stored:
-            key = re.sub(r"^visual\.vit\.", "visual.", name.removeprefix(scheme))
+            key = re.sub(r"^visual\.vit\.", "visual.", name.removeprefix(scheme_prefix))
             if key in canonical:
                 raise QwenVLError(
                     f"{self.folder}: tensors {canonical[key]} and {name} are the same tensor twice"
@@ -235,7 +235,7 @@ class Checkpoint:
         return canonical
 
     def _layout(self, specs: dict[str, TensorSpec], canonical: dict[str, str]) -> bool:
-        """Check every shape; return whether this half's linear weights are stored as [out, in]."""
+        """Check the shapes of one stage's tensors; return whether its linear weights are stored as [out, in]."""
         evidence: Optional[tuple[bool, str]] = None
         for name, spec in specs.items():
             shape = self._shards.tensors[canonical[name]].shape
@@ -256,7 +256,7 @@ class Checkpoint:
                         f"{'[out, in]' if transposed else '[in, out]'}, unlike {evidence[1]}"
                     )
                 evidence = (transposed, canonical[name])
-        # Each half has a fused projection to 3 times the width, which is never square. Only a quantised language model
+        # Each stage has a fused projection to 3 times the width, which is never square. Only a quantised language model
         # with a square lm_head gives no evidence; every quantizer stores lm_head as [out, in].
         return evidence is None or evidence[0]
 
@@ -278,7 +278,7 @@ def open_weights(folder: Path) -> Union[Shards, Ranks]:
 
 
 def _hint_about_shape(name: str, shape: tuple[int, ...], spec: TensorSpec) -> str:
-    """The key of config.json that contradicts a shape, as the end of a message."""
+    """The key of config.json that contradicts a shape, to append to the error message; empty if there is none."""
     if name not in _ROWS or len(shape) != 2:
         return ""
     width = spec.shape[0] if spec.linear else spec.shape[1]

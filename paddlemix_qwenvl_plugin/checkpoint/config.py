@@ -61,7 +61,7 @@ class VisionConfig(BaseModel):
 
 
 class ModelConfig(BaseModel):
-    """Sizes of the whole model. Other keys of config.json belong to upstream and are ignored."""
+    """Sizes of the model. Keys of config.json that only upstream uses are ignored."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
@@ -99,7 +99,7 @@ class ModelConfig(BaseModel):
         return max(1, math.ceil(math.log2(ratio)) + 1) if self.use_dynamic_ntk else 0
 
     def ntk_doublings(self, n_tokens: int) -> int:
-        """Number of thresholds seq_length x 1, 2, 4 … that a prompt of `n_tokens` exceeds; it sets the rotary base."""
+        """Number of the thresholds seq_length x 1, 2, 4, … that a prompt exceeds; it determines the rotary base."""
         return sum(n_tokens > self.seq_length * 2**k for k in range(self.max_ntk_doublings))
 
     @model_validator(mode="after")
@@ -152,7 +152,7 @@ def read_json(path: Path, unique: bool = False) -> Any:
         unique: refuse objects with a duplicate key, of which Python would keep the last value.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:  # parsed, some files take 50 times their size in memory
+        if path.stat().st_size > MAX_JSON_BYTES:  # parsed JSON can take 50 times its size in memory
             raise QwenVLError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB")
         return parse_json(path.read_bytes(), unique)
     except OSError as error:
@@ -163,16 +163,16 @@ def read_json(path: Path, unique: bool = False) -> Any:
 
 def parse_json(text: bytes, unique: bool) -> Any:
     """Parse UTF-8 JSON; raise ValueError or RecursionError if it is invalid. `unique`: see read_json."""
-    return json.loads(text.decode("utf-8"), object_pairs_hook=_unique if unique else None)
+    return json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates if unique else None)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys: dict[str, Any] = {}
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
     for key, value in pairs:
-        if key in keys:
+        if key in content:
             raise ValueError(f"{key} is listed twice")
-        keys[key] = value
-    return keys
+        content[key] = value
+    return content
 
 
 def parse_config(data: Any, origin: str) -> ModelConfig:
@@ -192,9 +192,9 @@ def first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
-    more = len(error.errors()) - 1
+    n_more = len(error.errors()) - 1
     line = f"{where}: {message}" if where else message
-    return f"{line} (and {more} more)" if more else line
+    return f"{line} (and {n_more} more)" if n_more else line
 
 
 def _require(condition: bool, message: str) -> None:

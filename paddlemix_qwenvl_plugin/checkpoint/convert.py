@@ -1,4 +1,4 @@
-"""Convert a model folder to sharded safetensors in any of the three naming schemes, one shard at a time."""
+"""Conversion of a model folder to sharded safetensors in any of the three naming schemes, one shard at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from paddlemix_qwenvl_plugin.util.files import new_folder
 
 MAX_SHARD_BYTES = 2 * 1024**3
 # Suffixes of files that are not copied: weights in any format, and training state.
-_LEFT_OUT = (
+_NOT_COPIED = (
     ".safetensors",
     ".pdparams",
     ".bin",
@@ -33,7 +33,7 @@ _LEFT_OUT = (
     ".pth",
 )
 # Keys that PaddleNLP adds to config.json for tensor-parallel weights; removed, since the new weights are joined.
-_CUTS = ("tensor_parallel_degree", "tensor_parallel_rank")
+_TENSOR_PARALLEL_KEYS = ("tensor_parallel_degree", "tensor_parallel_rank")
 
 
 def convert(
@@ -66,9 +66,9 @@ def convert(
     with new_folder(target) as partial:
         _write_shards(checkpoint, partial, tensors, SCHEMES[to], max_shard_bytes)
         for path in sorted(source.iterdir()):
-            if path.is_file() and not path.name.endswith(_LEFT_OUT):
+            if path.is_file() and not path.name.endswith(_NOT_COPIED):
                 shutil.copyfile(path, partial / path.name)
-        _remove_cuts(partial / "config.json")
+        _remove_tensor_parallel_keys(partial / "config.json")
 
 
 def _tensors(checkpoint: Checkpoint, dtype: Optional[str]) -> dict[str, Stored]:
@@ -117,8 +117,8 @@ def _read(checkpoint: Checkpoint, name: str, dtype: str, scheme: Scheme) -> NDAr
     return values
 
 
-def _remove_cuts(config: Path) -> None:
+def _remove_tensor_parallel_keys(config: Path) -> None:
     content = json.loads(config.read_text("utf-8"))
-    if any(key in content for key in _CUTS):
-        kept = {key: value for key, value in content.items() if key not in _CUTS}
+    if any(key in content for key in _TENSOR_PARALLEL_KEYS):
+        kept = {key: value for key, value in content.items() if key not in _TENSOR_PARALLEL_KEYS}
         config.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", "utf-8")

@@ -1,6 +1,6 @@
 """Floating-point storage types of weights in NumPy, and conversions between them.
 
-NumPy has no bfloat16: its bits are uint16.
+NumPy has no bfloat16: such values are held as their bits, in uint16.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def cast(array: NDArray[np.generic], source: str, target: str, name: str) -> NDA
 
     Args:
         array: values of any shape, in the storage type of `source`.
-        source, target: one of DTYPES (`source` may be float64 as well).
+        source: one of FLOATS.
+        target: one of DTYPES.
         name: the tensor's name, for the error message.
 
     Raises:
@@ -67,5 +68,5 @@ def to_float32(array: NDArray[np.generic], source: str) -> NDArray[np.float32]:
 def _round_to_bfloat16(wide: NDArray[np.float32]) -> NDArray[np.uint16]:
     bits = np.ascontiguousarray(wide).view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    # The carry would turn a NaN with a full mantissa into zero or infinity.
+    # Rounding up a NaN could carry into its exponent and sign, which would turn it into zero or infinity.
     return np.where(np.isnan(wide), np.uint16(0x7FC0), rounded)

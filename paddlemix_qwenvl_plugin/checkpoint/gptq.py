@@ -5,13 +5,14 @@ For a linear layer with `in` inputs and `out` outputs:
 | tensor | dtype, shape | content |
 | --- | --- | --- |
 | `qweight` | int32 [in * bits / 32, out] | for each output, consecutive inputs in a word; the first in the low bits |
-| `qzeros` | int32 [groups, out * bits / 32] | zero points of consecutive outputs; in format "gptq" minus one |
+| `qzeros` | int32 [groups, out * bits / 32] | zero points of consecutive outputs; in format "gptq", minus one |
 | `scales` | float16 [groups, out] | |
 | `g_idx` | int32 [in] | group of each input; absent: input // group size |
 
-Zero points range from 0 to 2^bits - 1, so that a zero point of 0, minus one, is stored as 2^bits - 1. It is read as 0,
-as by AutoGPTQ's CUDA kernels in 4 bits; other readers return 2^bits, which no quantizer produces. GPTQModel subtracts
-from whole words instead, in which a zero point of 0 borrows from the next one.
+Zero points range from 0 to 2^bits - 1. In format "gptq", a zero point of 0 is stored as -1 modulo 2^bits, 2^bits - 1.
+This module reads it as 0, like AutoGPTQ's CUDA kernels for 4 bits; other readers return 2^bits, which no quantizer
+produces. GPTQModel instead subtracts one from every zero point of an int32 word by a single subtraction, in which a
+zero point of 0 borrows from the next zero point.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ def unpack(tensors: Mapping[str, NDArray[Any]], config: QuantConfig, name: str) 
     n_in = integers.shape[1]
     words = tensors["qzeros"]
     if config.zeros_minus_one and config.zeros_borrow:
-        ones = sum(1 << (config.bits * place) for place in places)
-        words = (words.view(np.uint32) + np.uint32(ones)).view(np.int32)
+        # Undo the subtraction, borrows included: add one to every zero point by one addition per word.
+        one_per_field = sum(1 << (config.bits * place) for place in places)
+        words = (words.view(np.uint32) + np.uint32(one_per_field)).view(np.int32)
     zeros = unpack_words(words, config.bits, places, axis=1)
     if config.zeros_minus_one and not config.zeros_borrow:
         zeros = (zeros + np.uint8(1)) & np.uint8(2**config.bits - 1)
@@ -66,7 +68,7 @@ def unpack(tensors: Mapping[str, NDArray[Any]], config: QuantConfig, name: str) 
 def sorted_inputs(
     g_idx: Optional[NDArray[Any]], n_in: int, group_size: int, name: str
 ) -> Optional[NDArray[np.int32]]:
-    """Sort the input indices by group, int32 [in]; None if they are in order.
+    """Return the input indices sorted by group, int32 [in]; None if they are already in that order.
 
     Raises:
         QwenVLError: the groups of `g_idx` have other sizes than `group_size`.

@@ -7,7 +7,7 @@ from typing import NamedTuple, Optional
 import numpy as np
 from numpy.typing import NDArray
 
-# Largest group size of the engine's storage types; larger groups are stored as several with the same scale.
+# Largest group size of the engine's storage types; a larger group is stored as several groups with the same scale.
 MAX_GROUP = 128
 
 
@@ -17,7 +17,7 @@ class GroupedMatrix(NamedTuple):
     Attributes:
         integers: uint8 [out, in].
         scales, zeros: float16 [out, groups].
-        order: int32 [in], the input that column i multiplies; None: input i.
+        order: int32 [in], for each column i the input that it multiplies; None: column i multiplies input i.
     """
 
     integers: NDArray[np.uint8]
@@ -32,12 +32,12 @@ def engine_group(group_size: int) -> int:
 
 
 def n_groups(n_in: int, group_size: int) -> int:
-    """Number of groups in the checkpoint; the last one may be shorter."""
+    """Number of groups of `n_in` inputs in the checkpoint; the last group may be smaller."""
     return 1 if group_size == -1 else -(-n_in // group_size)
 
 
 def repeated(per_group: NDArray[np.float16], n_in: int, group_size: int) -> NDArray[np.float16]:
-    """Repeat values [out, groups] of a checkpoint with groups above 128 for the engine's smaller groups."""
+    """Repeat the values of a checkpoint's groups, [out, groups], for the engine's groups of at most 128 inputs."""
     size = engine_group(group_size)
     starts = np.arange(0, n_in, size)
     return per_group[:, starts // (n_in if group_size == -1 else group_size)]
@@ -48,7 +48,7 @@ def unpack_words(
 ) -> NDArray[np.uint8]:
     """Unpack unsigned integers of `bits` bits from int32 words along `axis`.
 
-    The k-th lowest `bits` bits of a word hold integer places[k] of its 32 // bits integers.
+    A word has 32 // bits fields, numbered from the low bits up; field k holds the word's integer places[k].
     """
     per_word = 32 // bits
     shape = list(words.shape)
@@ -57,6 +57,6 @@ def unpack_words(
     unsigned = words.view(np.uint32)
     mask = np.uint32(2**bits - 1)
     for k, place in enumerate(places):
-        part = (slice(place, None, per_word), slice(None))
-        values[part if axis == 0 else part[::-1]] = (unsigned >> np.uint32(bits * k)) & mask
+        strided = (slice(place, None, per_word), slice(None))
+        values[strided if axis == 0 else strided[::-1]] = (unsigned >> np.uint32(bits * k)) & mask
     return values

@@ -29,13 +29,13 @@ class Merge:
     """
 
     def __init__(self, lora: Union[PathLike, Sequence[Lora]], specs: Mapping[str, TensorSpec]) -> None:
-        given = [lora] if isinstance(lora, (str, Path)) else lora
-        weighted = [one if isinstance(one, tuple) else (one, 1.0) for one in given]
+        entries = [lora] if isinstance(lora, (str, Path)) else lora
+        weighted = [entry if isinstance(entry, tuple) else (entry, 1.0) for entry in entries]
         self.adapters = [(Adapter(Path(path), specs), float(weight)) for path, weight in weighted]
         self.names = {name for adapter, _ in self.adapters for name in adapter.names}
         replaced: dict[str, Adapter] = {}
         for adapter, _ in self.adapters:
-            for name in adapter.whole:
+            for name in adapter.replacements:
                 if name in replaced:
                     raise UsageError(
                         f"--lora: {replaced[name].folder} and {adapter.folder} both replace {name}; merge one of them"
@@ -45,10 +45,10 @@ class Merge:
     def apply(self, name: str, values: NDArray[np.float32], transposed: bool) -> None:
         """Merge the adapters into a tensor in place; `transposed`: the values are [out, in]."""
         for adapter, weight in self.adapters:
-            if name in adapter.whole:
-                whole = adapter.replacement(name)
-                whole = whole.T if transposed else whole
-                values[...] = whole if weight == 1 else values + np.float32(weight) * (whole - values)
+            if name in adapter.replacements:
+                target = adapter.replacement(name)
+                target = target.T if transposed else target
+                values[...] = target if weight == 1 else values + np.float32(weight) * (target - values)
         for adapter, weight in self.adapters:
             if name in adapter.updates:
                 a, b = adapter.update(name)
@@ -56,7 +56,7 @@ class Merge:
                 values += b.T @ a.T if transposed else a @ b
 
     def fingerprint(self, names: Iterable[str]) -> str:
-        """Compute a digest of the changes to the named tensors; empty without changes."""
+        """Compute a digest of the changes to the named tensors; the empty string if no adapter changes them."""
         changed = self.names.intersection(names)
         parts = [
             f"{weight!r} {adapter.fingerprint(adapter.names & changed)}"

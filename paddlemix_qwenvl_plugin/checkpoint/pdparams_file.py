@@ -1,12 +1,12 @@
-"""Reader of the tensors of a .pdparams file, a pickle of a table of NumPy arrays; code in the pickle is not run.
+"""Reader of the tensors of a .pdparams file, a pickle of a dict of NumPy arrays; code in the pickle is not run.
 
 | in the pickle | meaning |
 | --- | --- |
 | an array | a tensor of a state dict; bfloat16 as uint16 bits |
 | `(name, array)` | a tensor of any other dict |
 | `eval("data", {"data": array})` | a tensor of a static program |
-| `UnpackBigParamInfor@@` | arrays above 1 GiB, which protocols 2 and 3 split: shape, and names of the parts |
-| `StructuredToParameterName@@` | names of variables, not needed |
+| `UnpackBigParamInfor@@` | shape and names of the parts of each array above 1 GiB, which protocols 2 and 3 split |
+| `StructuredToParameterName@@` | names of variables; ignored |
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from paddlemix_qwenvl_plugin.checkpoint.table_pickle import (
 )
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, first_line
 
-_SPLIT = "UnpackBigParamInfor@@"
-_VARIABLES = "StructuredToParameterName@@"
-_CODES = {*("f2", "f4", "f8"), *("i1", "i2", "i4", "i8"), *("u1", "u2", "u4", "u8"), "b1"}
+_SPLIT_KEY = "UnpackBigParamInfor@@"
+_VARIABLES_KEY = "StructuredToParameterName@@"
+_NUMERIC_CODES = {*("f2", "f4", "f8"), *("i1", "i2", "i4", "i8"), *("u1", "u2", "u4", "u8"), "b1"}
 _Content = Union[Span, bytes, str]
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Shape and dtype of a tensor in a .pdparams file, and its arrays: one, or the parts of a split tensor.
+    """Shape and dtype of a tensor in a .pdparams file, and its arrays: a single one, or the parts of a split tensor.
 
     `numpy_dtype` is the dtype of the arrays in the file, in any byte order.
     """
@@ -66,16 +66,16 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             table = TableUnpickler(file, _KNOWN).load()
         if not isinstance(table, dict) or not table:
             raise QwenVLError(f"{path}: holds no table of tensors")
-        split = table.pop(_SPLIT, {})
-        table.pop(_VARIABLES, None)
-        arrays = {name: _array(value, f"{path}: {name}") for name, value in table.items()}
+        split_tensors = table.pop(_SPLIT_KEY, {})
+        table.pop(_VARIABLES_KEY, None)
+        arrays = {name: _require_array(value, f"{path}: {name}") for name, value in table.items()}
         tensors = {}
-        for name, parts in split.items():
-            whole = tuple(arrays.pop(part) for part in parts["slices"])
-            shape = check_shape(parts["OriginShape"])
-            if sum(part.size for part in whole) != math.prod(shape):
-                raise ValueError(f"the parts of {name} do not make its shape")
-            tensors[name] = StoredTensor(shape, whole[0].dtype, whole)
+        for name, entry in split_tensors.items():
+            parts = tuple(arrays.pop(part_name) for part_name in entry["slices"])
+            shape = check_shape(entry["OriginShape"])
+            if sum(part.size for part in parts) != math.prod(shape):
+                raise ValueError(f"the sizes of the parts of {name} do not add up to its shape")
+            tensors[name] = StoredTensor(shape, parts[0].dtype, parts)
         for name, array in arrays.items():
             tensors[name] = StoredTensor(array.shape, array.dtype, (array,))
     except RefusedError as error:
@@ -94,8 +94,8 @@ def read_tensor(path: Path, tensor: StoredTensor) -> NDArray[np.generic]:
         QwenVLError: the values are damaged.
     """
     try:
-        parts = [part.read(path) for part in tensor.parts]
-        values = parts[0] if len(parts) == 1 else np.concatenate([part.ravel() for part in parts])
+        arrays = [part.read(path) for part in tensor.parts]
+        values = arrays[0] if len(arrays) == 1 else np.concatenate([array.ravel() for array in arrays])
         return values.reshape(tensor.shape)
     except DAMAGED as error:
         raise QwenVLError(f"{path}: a tensor cannot be read ({first_line(error)[:200]})") from error
@@ -112,15 +112,15 @@ class _Dtype:
         self.order = state[1]
 
     def numpy(self) -> np.dtype[np.generic]:
-        """The dtype in NumPy; RefusedError for anything but numbers."""
+        """The dtype in NumPy. Raises RefusedError for a dtype that is not numeric."""
         if (
             not isinstance(self.code, str)
-            or self.code not in _CODES
+            or self.code not in _NUMERIC_CODES
             or self.order not in ("<", ">", "=", "|")
         ):
             raise RefusedError("an array in it holds no numbers")
-        made: np.dtype[np.generic] = np.dtype(self.code).newbyteorder(self.order)
-        return made
+        dtype: np.dtype[np.generic] = np.dtype(self.code).newbyteorder(self.order)
+        return dtype
 
 
 class _Latin1:
@@ -133,7 +133,7 @@ class _Latin1:
 
 
 class _Array:
-    """Stand-in for numpy.ndarray, with checks: NumPy trusts the content of a pickle."""
+    """Stand-in for numpy.ndarray that checks the state in the pickle, which NumPy would trust."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[np.generic]
@@ -144,19 +144,19 @@ class _Array:
         return math.prod(self.shape)
 
     def __setstate__(self, state: Any) -> None:
-        _, shape, dtype, by_columns, content = state
+        _, shape, dtype, fortran_order, content = state
         if not isinstance(dtype, _Dtype):
             raise RefusedError("an array in it holds no numbers")
         self.dtype = dtype.numpy()
         self.shape = check_shape(shape)
-        self._by_columns = bool(by_columns)
+        self._fortran_order = bool(fortran_order)
         self._content = content.content if isinstance(content, _Latin1) else content
         n_bytes = self.size * self.dtype.itemsize
-        # Protocol 2 writes bytes as text with a latin1 character for each, one or two bytes in UTF-8, which a Span
-        # counts: the size is only bounded here.
+        # Protocol 2 writes bytes as latin1 text, one character per byte. A Span has the length of the text in UTF-8,
+        # one or two bytes per character, which only bounds the number of characters. `read` checks it exactly.
         stored = self._content.n_bytes if isinstance(self._content, Span) else len(self._content)
-        fits = stored // 2 <= n_bytes <= stored if self._is_text else stored == n_bytes
-        if not fits:
+        possible = stored // 2 <= n_bytes <= stored if self._is_text else stored == n_bytes
+        if not possible:
             raise ValueError(f"an array of {stored} bytes where {list(self.shape)} is declared")
 
     @property
@@ -176,25 +176,27 @@ class _Array:
         if values.size != self.size:
             raise ValueError(f"an array of {values.size} values where {list(self.shape)} is declared")
         values = values.astype(self.dtype.newbyteorder("="), copy=False)
-        return values.reshape(self.shape, order="F" if self._by_columns else "C")
+        return values.reshape(self.shape, order="F" if self._fortran_order else "C")
 
 
 def _reconstruct(*_: Any) -> _Array:
+    """Stand-in for NumPy's `_reconstruct`, which makes an array without content; `__setstate__` fills it."""
     return _Array()
 
 
-def _pair(items: Any) -> Any:
-    """Stand-in for `tuple`: a name and its array."""
+def _name_and_array(items: Any) -> Any:
+    """Stand-in for `tuple`, with which Paddle pickles (name, array)."""
     if not isinstance(items, (tuple, list)) or len(items) != 2:
         raise RefusedError("a tuple in it is not a (name, tensor) pair")
     return tuple(items)
 
 
-def _data(expression: Any, names: Any) -> Any:
+def _eval_data(expression: Any, variables: Any) -> Any:
+    """Stand-in for `eval` that accepts only `eval("data", {"data": array})`, with which Paddle pickles an array."""
     if not isinstance(expression, str) or expression != "data":
-        shown = expression[:100] if isinstance(expression, str) else "something"
-        raise RefusedError(f"its pickle evaluates {shown!r}")
-    return names["data"]
+        shown = repr(expression[:100]) if isinstance(expression, str) else "an object that is not text"
+        raise RefusedError(f"its pickle evaluates {shown}")
+    return variables["data"]
 
 
 _KNOWN = {
@@ -203,12 +205,13 @@ _KNOWN = {
     ("numpy", "dtype"): _Dtype,
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},
     ("_codecs", "encode"): _Latin1,
-    **{(builtins, "tuple"): _pair for builtins in ("builtins", "__builtin__")},
-    **{(builtins, "eval"): _data for builtins in ("builtins", "__builtin__")},
+    **{(builtins, "tuple"): _name_and_array for builtins in ("builtins", "__builtin__")},
+    **{(builtins, "eval"): _eval_data for builtins in ("builtins", "__builtin__")},
 }
 
 
-def _array(value: Any, where: str) -> _Array:
+def _require_array(value: Any, where: str) -> _Array:
+    """Return the array of a table entry, `array` or `(name, array)`; `where` begins the error message."""
     if isinstance(value, tuple) and len(value) == 2:
         value = value[1]
     if not isinstance(value, _Array) or not hasattr(value, "dtype"):

@@ -18,6 +18,7 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 _BITS = {"gptq": (4, 8), "awq": (4,)}
 _MAX_GROUP = 1 << 20  # maximum number of inputs of a layer (config.py)
+# The quantizer's JSON file -> method.
 _SIDE_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
@@ -31,8 +32,8 @@ class QuantConfig:
         group_size: input values that share a scale and a zero point; -1: all of them.
         act_order: whether columns may belong to groups in any order (`desc_act`), given by `g_idx`.
         zeros_minus_one: whether zero points are stored minus one, as in AutoGPTQ's first format.
-        zeros_borrow: whether the one was subtracted from whole int32 words, with borrows between the zero points, as
-            GPTQModel does; AutoGPTQ subtracts it from each zero point.
+        zeros_borrow: if zeros_minus_one: whether the quantizer subtracted from int32 words, with borrows between their
+            zero points, as GPTQModel does; AutoGPTQ subtracts from each zero point separately.
         origin: the file, for messages.
     """
 
@@ -53,9 +54,9 @@ def load_quant_config(folder: Path) -> Optional[QuantConfig]:
     """
     path = folder / "config.json"
     data = read_json(path)
-    found = data.get("quantization_config") if isinstance(data, dict) else None
-    if found is not None:
-        return _parse(found, path, None)
+    section = data.get("quantization_config") if isinstance(data, dict) else None
+    if section is not None:
+        return _parse(section, path, None)
     for name, method in _SIDE_FILES.items():
         path = folder / name
         if path.is_file():

@@ -26,14 +26,14 @@ class QuantisedLinears:
     """The quantised weights of a checkpoint: all linear weights of the language model except lm_head.
 
     Attributes:
-        quant_type: the export's name for this storage, such as "gptq_int4_g128", with "_order" if columns of a weight
-            are sorted by group.
+        quant_type: the export's name for this storage, such as "gptq_int4_g128"; ends with "_order" if the columns of
+            a weight are sorted by group.
 
     Args:
         folder: the model folder, for messages.
         specs: the language model's tensors.
-        canonical: canonical name -> stored name of all tensors. The tensors of the quantised layers are removed from
-            it, with the zero biases that quantizers store and the model lacks.
+        canonical: canonical name -> stored name of all tensors. The constructor removes the tensors of the quantised
+            layers from it, and the zero biases that quantizers store for layers without bias.
 
     Raises:
         QwenVLError: a tensor is missing, mis-shaped, of a wrong dtype, or quantised where others are not.
@@ -57,7 +57,7 @@ class QuantisedLinears:
                     "may be"
                 )
         bits, group = config.bits, engine_group(config.group_size)
-        orders = [self._order(name) for name in self._specs]
+        orders = [self._input_order(name) for name in self._specs]
         suffix = "_order" if any(order is not None for order in orders) else ""
         self.quant_type = f"{config.method}_int{bits}_g{group}{suffix}"
 
@@ -89,10 +89,10 @@ class QuantisedLinears:
             for stored_name, values in self._shards.read(set(by_stored_name))
         }
         scales = stored["scales"]
-        tensors["scales"] = self._exact(tensors["scales"], self._shards.tensors[scales].dtype, scales)
+        tensors["scales"] = self._exact_float16(tensors["scales"], self._shards.tensors[scales].dtype, scales)
         if self._config.method == "awq":
             return awq.unpack(tensors, self._config)
-        return gptq.unpack(tensors, self._config, self._stem(name))
+        return gptq.unpack(tensors, self._config, self._layer_for_message(name))
 
     def _stored_names(self) -> dict[str, str]:
         return {
@@ -102,14 +102,14 @@ class QuantisedLinears:
         }
 
     def _match(self, name: str, specs: Mapping[str, TensorSpec], canonical: dict[str, str]) -> dict[str, str]:
-        """Take the tensors of a linear layer out of `canonical`; return suffix -> stored name."""
+        """Remove the tensors of a linear layer from `canonical`; return suffix -> stored name."""
         layer = name[: -len(".weight")]
         if name in canonical:
             raise QwenVLError(
                 f"{self._folder}: tensor {canonical[name]} is not quantised; quantise all linear layers of the blocks, "
                 "or none"
             )
-        found = {
+        stored_names = {
             suffix: canonical.pop(f"{layer}.{suffix}")
             for suffix in _SUFFIXES
             if f"{layer}.{suffix}" in canonical and f"{layer}.{suffix}" not in specs
@@ -117,17 +117,17 @@ class QuantisedLinears:
         n_in, n_out = self._specs[name].shape
         shapes = (awq if self._config.method == "awq" else gptq).shapes(n_in, n_out, self._config)
         for suffix in shapes:
-            if suffix not in found and (suffix != "g_idx" or self._config.act_order):
+            if suffix not in stored_names and (suffix != "g_idx" or self._config.act_order):
                 raise QwenVLError(f"{self._folder}: tensor {layer}.{suffix} is missing")
         if n_in * self._config.bits % 32 or n_out * self._config.bits % 32:
             raise QwenVLError(
                 f"{self._folder}: {layer} has {n_in} inputs and {n_out} outputs, which do not fill int32 words"
             )
-        for suffix, stored_name in found.items():
+        for suffix, stored_name in stored_names.items():
             self._check(suffix, stored_name, shapes.get(suffix, (n_out,)))
-        if "bias" in found:
-            self._check_zero(found["bias"])
-        return found
+        if "bias" in stored_names:
+            self._check_zero(stored_names["bias"])
+        return stored_names
 
     def _check(self, suffix: str, stored_name: str, shape: tuple[int, ...]) -> None:
         stored = self._shards.tensors[stored_name]
@@ -152,18 +152,18 @@ class QuantisedLinears:
                 f"{self._folder}: tensor {stored_name} is not zero; the model has no such bias, and none is exported"
             )
 
-    def _order(self, name: str) -> Optional[NDArray[np.int32]]:
+    def _input_order(self, name: str) -> Optional[NDArray[np.int32]]:
         if "g_idx" not in self._tensors[name]:
             return None
         [(_, g_idx)] = self._shards.read({self._tensors[name]["g_idx"]})
         n_in, _ = self._specs[name].shape
-        return gptq.sorted_inputs(g_idx, n_in, self._config.group_size, self._stem(name))
+        return gptq.sorted_inputs(g_idx, n_in, self._config.group_size, self._layer_for_message(name))
 
-    def _stem(self, name: str) -> str:
+    def _layer_for_message(self, name: str) -> str:
         stored_name = self._tensors[name]["qweight"]
         return f"{self._folder}: {stored_name[: -len('.qweight')]}"
 
-    def _exact(self, values: NDArray[Any], dtype: str, stored_name: str) -> NDArray[np.float16]:
+    def _exact_float16(self, values: NDArray[Any], dtype: str, stored_name: str) -> NDArray[np.float16]:
         wide = to_float32(values, dtype)
         with np.errstate(over="ignore"):
             half = wide.astype(np.float16)

@@ -1,8 +1,8 @@
 """Read safetensors files one tensor at a time, and write them.
 
-The safetensors library maps the whole file, so every page that it touches stays resident; its NumPy functions lack
-bfloat16, and the functions that have it change between versions. This module reads by offset instead, one tensor in
-memory at a time. Format: 8 bytes little-endian header length, a JSON header, then the raw values.
+The safetensors library maps the complete file, so that every page it touches stays resident. Its NumPy functions lack
+bfloat16, and its functions with bfloat16 change between versions. This module reads by offset instead, with one tensor
+in memory at a time. Format: 8 bytes little-endian header length, a JSON header, then the raw values.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from paddlemix_qwenvl_plugin.checkpoint.config import MAX_JSON_BYTES, parse_json
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
-# NumPy has neither bfloat16 nor float8: their bits are integers.
+# Code in the header -> storage type.
 _DTYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -39,6 +39,7 @@ _DTYPES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
+# NumPy has neither bfloat16 nor float8: their bits are read as unsigned integers.
 _BITS = {"bfloat16": "<u2", "float8_e4m3fn": "|u1", "float8_e5m2": "|u1"}
 _MAX_DIMS = 8
 
@@ -62,8 +63,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        length_field = file.read(8)
+        length = struct.unpack("<Q", length_field)[0] if len(length_field) == 8 else 0
         if not 2 <= length <= min(MAX_JSON_BYTES, size - 8):
             raise QwenVLError(f"{path}: not a safetensors file, or cut off in its header")
         try:
@@ -109,7 +110,7 @@ def write(
     dtype: Union[str, Mapping[str, str]],
     framework: str = "pd",
 ) -> None:
-    """Write a safetensors file, the tensors in the given order.
+    """Write a safetensors file with the tensors in the given order.
 
     Args:
         tensors: name -> values in the storage type (bfloat16 as uint16 bits).
@@ -140,7 +141,9 @@ def _entry(where: str, value: dict[str, Any], base: int) -> StoredTensor:
     if not isinstance(code, str) or code not in _DTYPES:
         raise QwenVLError(f"{where} has dtype {code if isinstance(code, str) else '?'}, which no weight has")
     [begin, end], shape = value["data_offsets"], value["shape"]
-    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
+    if not isinstance(shape, list) or not all(
+        type(number) is int and number >= 0 for number in (begin, end, *shape)
+    ):
         raise ValueError("a size or an offset is not a whole number from 0 on")
     if end < begin:
         raise ValueError("negative size")
@@ -150,5 +153,6 @@ def _entry(where: str, value: dict[str, Any], base: int) -> StoredTensor:
 
 
 def _numpy(dtype: str) -> np.dtype[np.generic]:
-    stored: np.dtype[np.generic] = np.dtype(_BITS.get(dtype) or dtype).newbyteorder("<")
-    return stored
+    """The little-endian NumPy dtype of a storage type."""
+    numpy_dtype: np.dtype[np.generic] = np.dtype(_BITS.get(dtype) or dtype).newbyteorder("<")
+    return numpy_dtype

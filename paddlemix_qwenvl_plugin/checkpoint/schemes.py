@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+# Beginnings of the names in the vision tower, after "visual."; the other names belong to the resampler.
 _TOWER = ("conv1.", "positional_embedding", "ln_pre.", "transformer.")
 
 
 class Scheme(NamedTuple):
     """A naming scheme: prefixes of the names, and the layout that its model class loads.
 
+    `language`, `tower` and `vision` are the prefixes of the language model, the vision tower and the resampler.
     `format` is the value of "format" in the metadata of safetensors files: "pt" for PyTorch, "pd" for Paddle.
     """
 
@@ -35,8 +37,8 @@ class Scheme(NamedTuple):
             return canonical
         if not canonical.startswith("visual."):
             return self.language + canonical
-        rest = canonical[len("visual.") :]
-        return (self.tower if rest.startswith(_TOWER) else self.vision) + rest
+        name = canonical.removeprefix("visual.")
+        return (self.tower if name.startswith(_TOWER) else self.vision) + name
 
 
 SCHEMES = {

@@ -25,14 +25,15 @@ WEIGHT_FILES = (
     ("pytorch_model.bin", "bin"),
 )
 _READERS: dict[str, Any] = {"safetensors": safetensors_file, "pdparams": pdparams_file, "bin": torch_file}
-# AutoGPTQ's own names, such as gptq_model-4bit-128g.safetensors; a folder without the files above may have one.
+# File names of AutoGPTQ, such as gptq_model-4bit-128g.safetensors, for folders without any of the files above.
 _AUTOGPTQ = re.compile(r"gptq_model-[48]bit-(?:-1|\d{2,4})g\.(safetensors|bin)(\.index\.json)?")
+# End of the name of a shard, such as -00001-of-00010.safetensors.
 _SHARD = re.compile(r"-\d+-of-\d+\.(safetensors|pdparams|bin)")
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Shape and dtype of a tensor in its shard, such as float32, bfloat16 or int32."""
+    """Shape and storage type (float32, bfloat16, int32, …) of a tensor in its shard."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -41,24 +42,25 @@ class Stored:
 class Shards:
     """The shards of one folder.
 
-    `tensors` maps every stored name to its shape and dtype; the values are read tensor by tensor.
+    `kind` is their format, a key of _READERS. `tensors` maps every stored name to its shape and dtype; the values are
+    read tensor by tensor.
     """
 
     def __init__(self, files: list[Path], kind: str, index: dict[str, str] | None = None) -> None:
         self.files = files
         self.kind = kind
-        self._entries: dict[str, Any] = {}
-        self._where: dict[str, Path] = {}
+        self._headers: dict[str, Any] = {}
+        self._file_of: dict[str, Path] = {}
         self.tensors: dict[str, Stored] = {}
         for path in files:
             for name, entry in _READERS[kind].read_header(path).items():
-                if name in self._where:
-                    raise QwenVLError(f"{path}: tensor {name} is also in {self._where[name].name}")
-                self._where[name] = path
-                self._entries[name] = entry
+                if name in self._file_of:
+                    raise QwenVLError(f"{path}: tensor {name} is also in {self._file_of[name].name}")
+                self._file_of[name] = path
+                self._headers[name] = entry
                 self.tensors[name] = Stored(entry.shape, entry.dtype)
         for name, file_name in (index or {}).items():
-            if self._where.get(name) is None or self._where[name].name != file_name:
+            if self._file_of.get(name) is None or self._file_of[name].name != file_name:
                 raise QwenVLError(
                     f"{files[0].parent}: the index lists {name} in {file_name}, which does not contain it"
                 )
@@ -71,9 +73,10 @@ class Shards:
             UsageError: the folder has no weight file with a known name.
             QwenVLError: a file of the index is missing, or a file is damaged.
         """
-        by_autogptq = [_AUTOGPTQ.fullmatch(path.name) for path in sorted(folder.iterdir(), reverse=True)]
-        names = [*weight_files, *((match[0], match[1]) for match in by_autogptq if match)]
-        for name, kind in names:
+        # In reverse order, an index (….safetensors.index.json) precedes a file without shards (….safetensors).
+        matches = [_AUTOGPTQ.fullmatch(path.name) for path in sorted(folder.iterdir(), reverse=True)]
+        candidates = [*weight_files, *((match[0], match[1]) for match in matches if match)]
+        for name, kind in candidates:
             path = folder / name
             if not path.is_file():
                 continue
@@ -92,18 +95,18 @@ class Shards:
             raise UsageError(
                 f"{folder}: holds shards, such as {unlisted[0]}, but not their .index.json; copy it, too"
             )
-        known = ", ".join(name for name, _ in weight_files)
-        raise UsageError(f"{folder}: no weights in it (looked for {known})")
+        searched = ", ".join(name for name, _ in weight_files)
+        raise UsageError(f"{folder}: no weights in it (looked for {searched})")
 
     def read(self, names: set[str]) -> Iterator[tuple[str, NDArray[np.generic]]]:
         """Yield the named tensors in storage type, shard by shard."""
-        for name, path in self._where.items():
+        for name, path in self._file_of.items():
             if name in names:
-                yield name, _READERS[self.kind].read_tensor(path, self._entries[name])
+                yield name, _READERS[self.kind].read_tensor(path, self._headers[name])
 
     def file_of(self, name: str) -> Path:
         """The file that contains a tensor."""
-        return self._where[name]
+        return self._file_of[name]
 
     def unlisted(self) -> list[str]:
         """Names of shards in the folder that the index does not name."""

@@ -1,4 +1,4 @@
-"""A restricted unpickler for tables of tensors: a pickle can run code, so it allows only listed names and opcodes.
+"""A restricted unpickler for dicts of tensors: a pickle can run code, so only listed names and opcodes are allowed.
 
 Values of tensors are not read: a long string of bytes or text in the pickle becomes a `Span`, its location in the file.
 """
@@ -19,7 +19,7 @@ MAX_DIMS = 8
 
 # Limit on executed opcodes; the 7B model's table needs 30,000.
 _MAX_OPCODES = 300_000
-# A longer string is a span. Names are shorter, norms and biases mostly longer.
+# A longer string becomes a Span. Names are shorter; the values of norms and biases are mostly longer.
 _MAX_STRING_BYTES = 1024
 _OPCODES = (
     *("PROTO", "FRAME", "MARK", "STOP", "NONE", "NEWTRUE", "NEWFALSE", "POP", "POP_MARK"),
@@ -31,7 +31,7 @@ _OPCODES = (
 
 
 class RefusedError(Exception):
-    """A pickle uses a feature that no table of tensors needs."""
+    """Error for a pickle with a feature that no table of tensors needs."""
 
 
 class Span(NamedTuple):
@@ -42,8 +42,8 @@ class Span(NamedTuple):
     is_text: bool
 
 
-class _File:
-    """A file whose reads are bounded by its size: `read` with a false length allocates nothing."""
+class _BoundedFile:
+    """A file that raises EOFError for reads beyond its end: a `read` with a false length allocates nothing."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -51,9 +51,9 @@ class _File:
         self._size = file.seek(0, 2)
         file.seek(self.offset)
 
-    def read(self, n: int) -> bytes:
-        self._advance(n)
-        return self._file.read(n)
+    def read(self, n_bytes: int) -> bytes:
+        self._advance(n_bytes)
+        return self._file.read(n_bytes)
 
     def readline(self) -> bytes:
         line = self._file.readline(_MAX_STRING_BYTES)
@@ -62,17 +62,17 @@ class _File:
         self._advance(len(line))
         return line
 
-    def skip(self, n: int) -> None:
-        self._advance(n)
-        self._file.seek(n, 1)
+    def skip(self, n_bytes: int) -> None:
+        self._advance(n_bytes)
+        self._file.seek(n_bytes, 1)
 
-    def _advance(self, n: int) -> None:
-        self.offset += n
+    def _advance(self, n_bytes: int) -> None:
+        self.offset += n_bytes
         if self.offset > self._size:
             raise EOFError("a length reaches beyond the end of the file")
 
 
-# Derived from the pure-Python unpickler: the C version allocates gigabytes if a few bytes of a file request it.
+# Derived from the pure-Python unpickler: the C version allocates gigabytes if a length in a damaged file is that large.
 class TableUnpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
     """Unpickler for any protocol that resolves only the names in `known`.
 
@@ -90,9 +90,9 @@ class TableUnpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
     }
 
     def __init__(self, file: IO[bytes], known: Mapping[tuple[str, str], Any]) -> None:
-        self._bounded = _File(file)
-        super().__init__(self._bounded, encoding="latin1")  # as Paddle does
-        self.dispatch = _Counted(type(self).dispatch)  # type: ignore[misc]
+        self._bounded_file = _BoundedFile(file)
+        super().__init__(self._bounded_file, encoding="latin1")  # as Paddle does
+        self.dispatch = _CountedDispatch(type(self).dispatch)  # type: ignore[misc]
         self._known = known
 
     def find_class(self, module: str, name: str) -> Any:
@@ -103,16 +103,18 @@ class TableUnpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
             raise RefusedError(f"its pickle imports {module}.{name}") from None
 
     def _string(self: Any, n_bytes: int, is_text: bool) -> None:
+        """Push a string of the pickle on the stack: its content if it is short, else a Span."""
         if n_bytes <= _MAX_STRING_BYTES:
             content = self.read(n_bytes)
             self.append(str(content, "utf-8", "surrogatepass") if is_text else content)
             return
         frame = self._unframer.current_frame
-        ahead = 0 if frame is None else len(frame.getbuffer()) - frame.tell()
-        self.append(Span(self._bounded.offset - ahead, n_bytes, is_text))
-        if not ahead:
-            self._bounded.skip(n_bytes)
-        elif n_bytes > ahead:
+        # The file has been read up to the end of the frame, the unpickler only up to the string.
+        n_buffered = 0 if frame is None else len(frame.getbuffer()) - frame.tell()
+        self.append(Span(self._bounded_file.offset - n_buffered, n_bytes, is_text))
+        if not n_buffered:
+            self._bounded_file.skip(n_bytes)
+        elif n_bytes > n_buffered:
             raise EOFError("a length reaches beyond the end of its frame")
         else:
             frame.seek(n_bytes, 1)
@@ -130,13 +132,14 @@ class TableUnpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
 
     def _build(self: Any) -> None:
         state = self.stack.pop()
-        made = self.stack[-1]
-        if isinstance(made, dict):  # ignore the module versions that a state dict has as its state
+        target = self.stack[-1]
+        if isinstance(target, dict):  # PyTorch stores a state dict's module versions as its state; not needed
             return
-        if callable(made) or not hasattr(type(made), "__setstate__"):
+        if callable(target) or not hasattr(type(target), "__setstate__"):
             raise RefusedError("its pickle sets the state of an unexpected object")
-        made.__setstate__(state)
+        target.__setstate__(state)
 
+    # The content of a string follows its length, 4 or 8 bytes, little-endian.
     dispatch[pickle.BINUNICODE[0]] = lambda self: self._string(*struct.unpack("<I", self.read(4)), True)
     dispatch[pickle.BINUNICODE8[0]] = lambda self: self._string(*struct.unpack("<Q", self.read(8)), True)
     dispatch[pickle.BINBYTES[0]] = lambda self: self._string(*struct.unpack("<I", self.read(4)), False)
@@ -147,14 +150,14 @@ class TableUnpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
     dispatch[pickle.BUILD[0]] = _build
 
 
-class _Counted(dict[int, Callable[[Any], None]]):
-    """The opcodes, with a limit on how many are executed."""
+class _CountedDispatch(dict[int, Callable[[Any], None]]):
+    """The dispatch table of the opcodes, which counts each lookup, that is each executed opcode."""
 
-    left = _MAX_OPCODES
+    n_left = _MAX_OPCODES
 
     def __getitem__(self, code: int) -> Callable[[Any], None]:
-        self.left -= 1
-        if self.left < 0:
+        self.n_left -= 1
+        if self.n_left < 0:
             raise RefusedError(f"its pickle has more than {_MAX_OPCODES} operations")
         operation = self.get(code)
         if operation is None:

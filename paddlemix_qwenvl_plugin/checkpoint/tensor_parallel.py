@@ -1,4 +1,4 @@
-"""Join the weights of tensor-parallel ranks, which PaddleNLP saves as `model_state.tp00.pdparams`, `….tp01.pdparams`.
+"""The joined weights of tensor-parallel ranks, which PaddleNLP saves as `model_state.tp00.pdparams`, `….tp01.pdparams`.
 
 The split is that of PaddleNLP's `QWenPretrainedModel._get_tensor_parallel_mappings`; the layout is Paddle's [in, out].
 
@@ -7,7 +7,7 @@ The split is that of PaddleNLP's `QWenPretrainedModel._get_tensor_parallel_mappi
 | `lm_head`, `w1`, `w2` | columns |
 | `c_attn`, weight and bias | columns of query, then of key, then of value |
 | `wte`, `attn.c_proj`, `mlp.c_proj` | rows |
-| all others | the whole tensor |
+| all other tensors | the complete tensor |
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from paddlemix_qwenvl_plugin.checkpoint.config import read_json
 from paddlemix_qwenvl_plugin.checkpoint.shards import Shards, Stored
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
+# File name: rank number, and for other kinds of parallelism a suffix such as _pp00.
 _RANK = re.compile(r"(?:model_state|model)\.tp(\d\d)(_\w+)?\.(pdparams|safetensors)")
-# (names, axis along which the ranks are joined, number of fused matrices)
-_CUTS = (
+# (stored names, axis along which the ranks are joined, number of matrices fused along this axis)
+_SPLITS = (
     (re.compile(r"(^|\.)(lm_head|h\.\d+\.mlp\.w[12])\.weight$"), -1, 1),
     (re.compile(r"(^|\.)h\.\d+\.attn\.c_attn\.(weight|bias)$"), -1, 3),
     (re.compile(r"(^|\.)(wte|h\.\d+\.(attn|mlp)\.c_proj)\.weight$"), 0, 1),
@@ -40,16 +41,16 @@ class Ranks:
         self._ranks = ranks
         self.tensors: dict[str, Stored] = {}
         for rank in ranks[1:]:
-            odd = sorted(rank.tensors.keys() ^ ranks[0].tensors.keys())
-            if odd:
+            unshared = sorted(rank.tensors.keys() ^ ranks[0].tensors.keys())
+            if unshared:
                 raise QwenVLError(
-                    f"{rank.files[0]}: its tensors are not those of {ranks[0].files[0].name}, such as {odd[0]}"
+                    f"{rank.files[0]}: its tensors are not those of {ranks[0].files[0].name}, such as {unshared[0]}"
                 )
         for name, first in ranks[0].tensors.items():
             for rank in ranks[1:]:
                 if rank.tensors[name] != first:
                     raise QwenVLError(
-                        f"{rank.files[0]}: {name} is {_form(rank.tensors[name])}, but {_form(first)} in "
+                        f"{rank.files[0]}: {name} is {_describe(rank.tensors[name])}, but {_describe(first)} in "
                         f"{ranks[0].files[0].name}"
                     )
             self.tensors[name] = Stored(_joined_shape(name, first.shape, len(ranks)), first.dtype)
@@ -61,8 +62,8 @@ class Ranks:
         Raises:
             QwenVLError: a rank is missing, or the model is also split in another way.
         """
-        found = {path: _RANK.fullmatch(path.name) for path in sorted(folder.iterdir())}
-        matches = {path: match for path, match in found.items() if match}
+        all_matches = {path: _RANK.fullmatch(path.name) for path in sorted(folder.iterdir())}
+        matches = {path: match for path, match in all_matches.items() if match}
         if not matches:
             return None
         for path, match in matches.items():
@@ -85,18 +86,19 @@ class Ranks:
         """Yield the named tensors in storage type; one tensor of all ranks is in memory at a time."""
         for name in self.tensors:
             if name in names:
-                cut = _cut(name)
-                small = len(self.tensors[name].shape) == 1
-                ranks = self._ranks if cut or small else self._ranks[:1]
+                split = _split(name)
+                # A matrix that is not split is read from the first rank only; a vector is cheap to compare.
+                is_vector = len(self.tensors[name].shape) == 1
+                ranks = self._ranks if split or is_vector else self._ranks[:1]
                 parts = [array for rank in ranks for _, array in rank.read({name})]
-                if cut is None and any(
+                if split is None and any(
                     not np.array_equal(part, parts[0], equal_nan=True) for part in parts[1:]
                 ):
                     raise QwenVLError(
                         f"{self._ranks[0].files[0].parent}: {name} differs between the tensor-parallel ranks; "
                         "they are of different models or steps"
                     )
-                yield name, _join(parts, *cut) if cut else parts[0]
+                yield name, _join(parts, *split) if split else parts[0]
 
     def file_of(self, name: str) -> Path:
         """The file that contains a tensor, or the first rank's part of it."""
@@ -107,25 +109,26 @@ class Ranks:
         return []
 
 
-def _cut(name: str) -> Optional[tuple[int, int]]:
-    """The axis along which a tensor is joined and the number of its fused matrices; None if each rank has all of it."""
-    return next(((axis, fused) for pattern, axis, fused in _CUTS if pattern.search(name)), None)
+def _split(name: str) -> Optional[tuple[int, int]]:
+    """The axis along which a tensor is joined and the number of its fused matrices; None if it is not split."""
+    return next(((axis, n_fused) for pattern, axis, n_fused in _SPLITS if pattern.search(name)), None)
 
 
 def _joined_shape(name: str, shape: tuple[int, ...], n_ranks: int) -> tuple[int, ...]:
-    cut = _cut(name)
-    if cut is None or not shape:
+    split = _split(name)
+    if split is None or not shape:
         return shape
+    axis, _ = split
     joined = list(shape)
-    joined[cut[0]] *= n_ranks
+    joined[axis] *= n_ranks
     return tuple(joined)
 
 
-def _join(parts: list[NDArray[np.generic]], axis: int, fused: int) -> NDArray[np.generic]:
-    """Join the parts of all ranks: the first fused matrix of each rank, then the second of each, then the third."""
-    blocks = [np.array_split(part, fused, axis=axis) for part in parts]
-    return np.concatenate([rank[i] for i in range(fused) for rank in blocks], axis=axis)
+def _join(parts: list[NDArray[np.generic]], axis: int, n_fused: int) -> NDArray[np.generic]:
+    """Join the ranks' parts: the first fused matrix of all ranks, then the second of all ranks, then the third."""
+    matrices = [np.array_split(part, n_fused, axis=axis) for part in parts]
+    return np.concatenate([rank[i] for i in range(n_fused) for rank in matrices], axis=axis)
 
 
-def _form(stored: Stored) -> str:
+def _describe(stored: Stored) -> str:
     return f"{stored.dtype} {list(stored.shape)}"

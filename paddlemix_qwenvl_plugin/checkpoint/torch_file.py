@@ -1,7 +1,7 @@
 """Read PyTorch weight files one tensor at a time, without PyTorch.
 
 Since PyTorch 1.6 such a file is a zip archive of `data.pkl`, a pickle of the table of tensors, and `data/KEY`, the raw
-values of each storage. Before, it was a sequence of pickles, one of them the table, followed by the storages
+values of each storage. Older files are a sequence of pickles, one of them the table, followed by the storages
 (torch_legacy_file.py).
 """
 
@@ -22,6 +22,7 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, first_line
 _DAMAGED = (zipfile.BadZipFile, *DAMAGED)
 # The table of a 7B model takes 100 KB.
 _MAX_TABLE_BYTES = 16 << 20
+# Local file header before the content of each zip member, without the file name.
 _ZIP_HEADER_BYTES = 30
 
 
@@ -68,9 +69,9 @@ def read_tensor(path: Path, tensor: StoredTensor) -> NDArray[np.generic]:
 
 
 def _folder(archive: zipfile.ZipFile) -> str:
-    """The folder of the archive's members, with a trailing slash."""
-    [pickled] = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
-    return pickled[: -len("data.pkl")]
+    """The folder of the archive's members, with a trailing slash, or empty."""
+    [pickle_name] = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
+    return pickle_name.removesuffix("data.pkl")
 
 
 def _check_members(path: Path, archive: zipfile.ZipFile) -> None:

@@ -16,6 +16,7 @@ from paddlemix_qwenvl_plugin.checkpoint.table_pickle import RefusedError
 from paddlemix_qwenvl_plugin.checkpoint.torch_table import StoredTensor, TorchUnpickler, check, check_table
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
+# The pickle of the magic number 0x1950a86a20f9469cfc6c.
 _MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 _VERSION = 1001
 
@@ -27,26 +28,34 @@ def is_legacy(path: Path) -> bool:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """List the tensors of a legacy file. Raises QwenVLError, and the exceptions of a damaged pickle."""
-    table, places = _read(path, path.stat().st_mtime_ns)
+    """List the tensors of a legacy file.
+
+    Raises:
+        QwenVLError: a file of another version, or a tensor beyond its storage.
+        RefusedError, or one of DAMAGED: see table_pickle.
+    """
+    table, locations = _read(path, path.stat().st_mtime_ns)
     tensors = check_table(path, table)
     for name, tensor in tensors.items():
-        check(f"{path}: {name}", tensor, places[tensor.storage.key][1])
+        check(f"{path}: {name}", tensor, locations[tensor.storage.key][1])
     return tensors
 
 
 def read_storage(path: Path, key: str) -> bytes:
     """Read the raw values of a storage by its key."""
-    _, places = _read(path, path.stat().st_mtime_ns)
-    offset, n_bytes = places[key]
+    _, locations = _read(path, path.stat().st_mtime_ns)
+    offset, n_bytes = locations[key]
     with path.open("rb") as file:
         file.seek(offset)
         return file.read(n_bytes)
 
 
 @lru_cache(maxsize=8)
-def _read(path: Path, changed: int) -> tuple[Any, dict[str, tuple[int, int]]]:
-    """Read the table and the location of each storage, key -> (offset, bytes); `changed` keeps the cache current."""
+def _read(path: Path, mtime_ns: int) -> tuple[Any, dict[str, tuple[int, int]]]:
+    """Read the table, and the location of each storage: key -> (offset, number of bytes).
+
+    `mtime_ns` is part of the cache key, so that a changed file is read again.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         file.seek(len(_MAGIC))
@@ -56,23 +65,23 @@ def _read(path: Path, changed: int) -> tuple[Any, dict[str, tuple[int, int]]]:
             raise QwenVLError(
                 f"{path}: of another version of PyTorch, or big-endian; save it again with PyTorch 2"
             )
-        unpickler = _Storages(file)
+        unpickler = _RecordingUnpickler(file)
         table = unpickler.load()
         keys = TorchUnpickler(file).load()
         if not isinstance(keys, list) or any(not isinstance(key, str) for key in keys):
             raise RefusedError("its storages have no list of keys")
-        places: dict[str, tuple[int, int]] = {}
+        locations: dict[str, tuple[int, int]] = {}
         for key in keys:
-            [n] = struct.unpack("<q", file.read(8))
-            n_bytes = n * unpickler.item_bytes[key]
-            if key in places or n < 0 or file.tell() + n_bytes > size:
+            [n_values] = struct.unpack("<q", file.read(8))
+            n_bytes = n_values * unpickler.item_bytes[key]
+            if key in locations or n_values < 0 or file.tell() + n_bytes > size:
                 raise EOFError("a storage is listed twice, or reaches beyond the end of the file")
-            places[key] = (file.tell(), n_bytes)
+            locations[key] = (file.tell(), n_bytes)
             file.seek(n_bytes, 1)
-    return table, places
+    return table, locations
 
 
-class _Storages(TorchUnpickler):
+class _RecordingUnpickler(TorchUnpickler):
     """Unpickler that records the bytes per value of each storage."""
 
     def __init__(self, file: Any) -> None:

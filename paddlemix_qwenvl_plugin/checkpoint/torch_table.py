@@ -17,7 +17,7 @@ from paddlemix_qwenvl_plugin.checkpoint.table_pickle import (
 )
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
-# Class of a storage in the pickle, or dtype of a tensor in an untyped storage -> dtype, NumPy dtype.
+# Class of a storage in the pickle, or dtype of a tensor in an untyped storage -> (storage type, NumPy dtype).
 _KINDS = {
     "FloatStorage": ("float32", "<f4"),
     "HalfStorage": ("float16", "<f2"),
@@ -35,7 +35,7 @@ _KINDS = {
 
 
 class Storage(NamedTuple):
-    """A storage in the pickle: class, key in the file, number of values (of bytes, if the class is UntypedStorage)."""
+    """A storage in the pickle: class, key in the file, and number of values (of bytes in an UntypedStorage)."""
 
     kind: str
     key: str
@@ -43,13 +43,16 @@ class Storage(NamedTuple):
 
     @property
     def item_bytes(self) -> int:
-        """Bytes of a value; 1 for an untyped storage. Raises KeyError for an unknown type."""
+        """Bytes per value; 1 for an untyped storage. Raises KeyError for an unknown type."""
         return 1 if self.kind == "UntypedStorage" else np.dtype(_KINDS[self.kind][1]).itemsize
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as a view of a storage; `start` and `strides` count values of the storage."""
+    """A tensor as a view of a storage.
+
+    `kind` is a key of _KINDS. `start` and `strides` count values of the storage.
+    """
 
     shape: tuple[int, ...]
     kind: str
@@ -82,7 +85,7 @@ class TorchUnpickler(TableUnpickler):
         super().__init__(file, _KNOWN)
 
     def find_class(self, module: str, name: str) -> Any:
-        """Resolve storages and dtypes to their names, functions to stand-ins."""
+        """Resolve storage classes and dtypes to their names, and functions to stand-ins."""
         if module in ("torch", "torch.storage") and name.endswith("Storage"):
             return name
         if module == "torch" and name.startswith(("float", "bfloat", "int", "uint")):
@@ -90,14 +93,9 @@ class TorchUnpickler(TableUnpickler):
         return super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> Storage:
-        """Resolve ("storage", class, key, device, size); files before PyTorch 1.6 have a sixth entry."""
-        what, kind, key, _, size, *view = pid
-        if (
-            what != "storage"
-            or not isinstance(kind, str)
-            or not isinstance(key, str)
-            or type(size) is not int
-        ):
+        """Resolve ("storage", class, key, device, size); in files before PyTorch 1.6 a sixth entry describes a view."""
+        tag, kind, key, _, size, *view = pid
+        if tag != "storage" or not isinstance(kind, str) or not isinstance(key, str) or type(size) is not int:
             raise RefusedError("its pickle refers to something that is not a storage")
         if view not in ([], [None]):
             raise RefusedError("a storage in it is a part of another one")
@@ -105,24 +103,25 @@ class TorchUnpickler(TableUnpickler):
 
 
 def check(where: str, tensor: Any, n_bytes: int) -> None:
-    """Check that a tensor lies within its storage: NumPy does not check, and would read outside it.
+    """Check that a tensor lies within its storage. NumPy does not check it and would read beyond the storage.
 
     Raises:
         QwenVLError: not a tensor, or it reaches beyond the `n_bytes` of its storage.
     """
-    item = tensor.numpy_dtype.itemsize
+    item_bytes = tensor.numpy_dtype.itemsize
     valid = (
         len(tensor.shape) == len(tensor.strides)
         and tensor.start >= 0
-        and math.prod(tensor.shape) * item <= n_bytes
+        and math.prod(tensor.shape) * item_bytes <= n_bytes
     )
+    # Offset of the last value from the first.
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides))
-    if not valid or (tensor.start + last + 1) * item > n_bytes:
+    if not valid or (tensor.start + last + 1) * item_bytes > n_bytes:
         raise QwenVLError(f"{where} reaches beyond its {n_bytes} bytes; copy the file again")
 
 
 def check_table(path: Any, table: Any) -> dict[str, StoredTensor]:
-    """Return the table if it is a dict of tensors of known types; otherwise raise QwenVLError."""
+    """Return the table if it is a dict of tensors of the types in _KINDS; otherwise raise QwenVLError."""
     if not isinstance(table, dict) or not table:
         raise QwenVLError(f"{path}: holds no table of tensors")
     for name, tensor in table.items():

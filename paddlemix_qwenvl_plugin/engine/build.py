@@ -1,7 +1,7 @@
 """The engine's libraries: shipped, or compiled on first use into a cache shared by all processes of a user.
 
-`libqwenvl.so` is the engine, independent of Paddle. `libqwenvl_paddle.so` binds it to the installed Paddle.
-`libqwenvl_cuda.so` is its GPU part; the kernels for the GPUs of this machine are separate files.
+`libqwenvl.so` is the engine, independent of Paddle. `libqwenvl_paddle.so` binds the engine to the installed Paddle.
+`libqwenvl_cuda.so` is the engine's GPU part; the kernels for the GPUs of this machine are separate files.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ OPERATORS = "libqwenvl_paddle.so"
 SHIPPED = Path(__file__).with_name(LIBRARY)
 
 _GPU_FOLDERS = ("include", "core", "cuda")
-# `what` and `again` of targets for GPUs.
-_GPU_WORDS = ("the engine for GPUs", "build-engine --device gpu")
+# `title` and `subcommand` of targets for GPUs.
+_GPU_LABELS = ("the engine for GPUs", "build-engine --device gpu")
 
-# Hide a statically linked C++ runtime: if Paddle's and the engine's copies see each other, the process crashes.
+# Hide the symbols of a statically linked C++ runtime: the process crashes if they mix with those of Paddle's copy.
 _LINK = ("-Wl,--exclude-libs,ALL",)
 
 # Compiler messages of transient failures, after which a retry may succeed.
@@ -101,8 +101,8 @@ def cache_folder() -> Path:
     """Cache folder of built libraries: QWENVL_CACHE_DIR/engine, else qwenvl/engine in the user's cache folder."""
     from platformdirs import user_cache_path
 
-    named = env.CACHE_DIR.read()
-    return (named.absolute() if named else user_cache_path("qwenvl")) / "engine"
+    configured = env.CACHE_DIR.read()
+    return (configured.absolute() if configured else user_cache_path("qwenvl")) / "engine"
 
 
 def compiler() -> list[str]:
@@ -123,8 +123,8 @@ class Target(NamedTuple):
 
     Attributes:
         folders: folders of csrc/ whose files are part of the cache key, in addition to the flags and `identity`.
-        what: name of the target in error messages.
-        again: the `qwenvl` subcommand that builds the target.
+        title: name of the target in error messages.
+        subcommand: the subcommand of `qwenvl` that builds the target.
     """
 
     name: str
@@ -133,8 +133,8 @@ class Target(NamedTuple):
     compiler: list[str]
     identity: tuple[str, ...]
     link: Optional[tuple[str, ...]] = ()
-    what: str = "the engine"
-    again: str = "build-engine"
+    title: str = "the engine"
+    subcommand: str = "build-engine"
 
     @property
     def files(self) -> list[str]:
@@ -150,11 +150,11 @@ def build(target: Target, folder: Path, log: IO[str]) -> None:
     """
     csrc = source_folder()
     include = (f"-I{csrc}", f"-I{csrc / 'include'}")
-    compile_all = [
+    compile_commands = [
         [*target.compiler, *unit.flags, *include, "-c", str(unit.source), "-o", str(folder / unit.name)]
         for unit in target.units
     ]
-    rounds = [(f"building {target.name}", compile_all)]
+    rounds = [(f"building {target.name}", compile_commands)]
     if target.link is not None:
         link = [*target.compiler, "-shared", f"-Wl,-soname,{target.name}", "-o", str(folder / target.name)]
         link += [*(str(folder / unit.name) for unit in target.units), *target.link, "-pthread"]
@@ -169,7 +169,7 @@ def build(target: Target, folder: Path, log: IO[str]) -> None:
 
 
 class BuildFailed(Exception):
-    """A compiler ended with an error; `transient` if a retry may succeed."""
+    """Error of a compiler run; `transient` if a retry may succeed."""
 
     def __init__(self, done: subprocess.CompletedProcess[str]) -> None:
         lines = [line.strip() for line in done.stdout.splitlines()]
@@ -198,8 +198,8 @@ def library_target(units: list[Unit], link: tuple[str, ...] = ()) -> Target:
 def cuda_target(link: tuple[str, ...] = ()) -> Target:
     """Build target of the engine's part for GPUs."""
     units = cuda_units(source_folder())
-    link = (*_LINK, "-Wl,-z,defs", *link, "-ldl")  # report undefined symbols now, not at load time
-    return Target(CUDA_LIBRARY, _GPU_FOLDERS, units, compiler(), _compiler_identity(), link, *_GPU_WORDS)
+    link = (*_LINK, "-Wl,-z,defs", *link, "-ldl")  # defs: undefined symbols are errors now, not at load time
+    return Target(CUDA_LIBRARY, _GPU_FOLDERS, units, compiler(), _compiler_identity(), link, *_GPU_LABELS)
 
 
 def kernel_target(nvrtc: Nvrtc, architectures: Iterable[int]) -> Target:
@@ -207,7 +207,7 @@ def kernel_target(nvrtc: Nvrtc, architectures: Iterable[int]) -> Target:
     units = kernel_units(source_folder(), sorted(set(architectures)))
     command = [sys.executable, nvrtc_compile.__file__, nvrtc.library]
     command += [f"-I{folder}" for folder in nvrtc.include]
-    return Target("GPU kernels", _GPU_FOLDERS, units, command, (str(nvrtc),), None, *_GPU_WORDS)
+    return Target("GPU kernels", _GPU_FOLDERS, units, command, (str(nvrtc),), None, *_GPU_LABELS)
 
 
 def _compiler_identity() -> tuple[str, ...]:
@@ -215,7 +215,7 @@ def _compiler_identity() -> tuple[str, ...]:
 
 
 def _operators(engine: Path) -> Target:
-    """Build target of the operators, linked to the engine by path and to the loading process's Paddle libraries."""
+    """Build target of the operators, linked to the engine by its path and to the Paddle libraries of the process."""
     import paddle
 
     package, include = Path(paddle.__file__).parent, Path(paddle.sysconfig.get_include())
@@ -251,13 +251,13 @@ def built(target: Target, allowed: bool = False) -> Path:
         return folder
     if not allowed and env.NO_BUILD.read():
         raise QwenVLError(
-            f"{target.what} is not built, and {env.NO_BUILD.name} is set: run {program()} {target.again}"
+            f"{target.title} is not built, and {env.NO_BUILD.name} is set: run {program()} {target.subcommand}"
         )
     if not allowed and failed.is_file():  # do not repeat a failing build at the start of every process
-        raise QwenVLError(f"{failed.read_text('utf-8')} ({program()} {target.again} tries again)")
+        raise QwenVLError(f"{failed.read_text('utf-8')} ({program()} {target.subcommand} tries again)")
     if shutil.which(command) is None:
         raise QwenVLError(
-            f"{target.what} needs a C++17 compiler, and {command} was not found: apt-get install g++"
+            f"{target.title} needs a C++17 compiler, and {command} was not found: apt-get install g++"
         )
     from filelock import FileLock
 
@@ -277,36 +277,36 @@ def _build_into(target: Target, folder: Path, failed: Path) -> None:
     """Build in a scratch folder inside `folder`; the file `failed` records the reason of a permanent failure."""
     log_path = folder / "build.log"
     failed.unlink(missing_ok=True)
-    for stale in folder.glob("scratch-*"):  # left by killed builds: this process holds the lock
+    for stale in folder.glob("scratch-*"):  # left by killed builds, since this process holds the lock
         shutil.rmtree(stale, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix="scratch-") as scratch:
         try:
             with log_path.open("w", encoding="utf-8") as log:
                 build(target, Path(scratch), log)
         except BuildFailed as error:
-            line = f"{target.what} does not compile here: {error}; see {log_path}"
+            line = f"{target.title} does not compile here: {error}; see {log_path}"
             if not error.transient:
                 failed.write_text(line, "utf-8")
             raise QwenVLError(line) from error
         for name in target.files:
-            made = Path(scratch, name)
-            _digest_of(folder / name).write_text(_sha256(made), "utf-8")
-            made.replace(folder / name)
+            output = Path(scratch, name)
+            _digest_path(folder / name).write_text(_sha256(output), "utf-8")
+            output.replace(folder / name)
 
 
 def _is_complete(target: Target, folder: Path) -> bool:
     """Whether all files exist and match their digests: loading a truncated library would crash the process."""
     try:
         return all(
-            _digest_of(path).read_text("utf-8") == _sha256(path)
+            _digest_path(path).read_text("utf-8") == _sha256(path)
             for path in map(folder.joinpath, target.files)
         )
     except (FileNotFoundError, NotADirectoryError):
         return False
 
 
-def _digest_of(built: Path) -> Path:
-    return built.with_name(f"{built.name}.sha256")
+def _digest_path(file: Path) -> Path:
+    return file.with_name(f"{file.name}.sha256")
 
 
 def _sha256(path: Path) -> str:
@@ -316,9 +316,9 @@ def _sha256(path: Path) -> str:
 def _run_all(
     commands: Sequence[Sequence[str]], folder: Path
 ) -> Generator[subprocess.CompletedProcess[str], None, None]:
-    """Run commands in parallel, yielding each result as it ends; all are killed if the generator is closed or fails.
+    """Run commands in parallel and yield their results as they end; closing the generator kills the running commands.
 
-    Their output goes to files in `folder`: pipes would have to be read while the commands run.
+    The output of the commands goes to files in `folder`: pipes would have to be read while the commands run.
     """
     waiting = list(enumerate(commands))
     running: dict[int, subprocess.Popen[bytes]] = {}
@@ -334,14 +334,12 @@ def _run_all(
                         stdout=out,
                         stderr=out,
                         env=environment,
-                        start_new_session=True,  # a process group, killed as a whole
+                        start_new_session=True,  # a process group, so that child processes are killed as well
                     )
             ended = [number for number, process in running.items() if process.poll() is not None]
             for number in ended:
-                process, output = (
-                    running.pop(number),
-                    (folder / f"{number}.out").read_text("utf-8", "replace"),
-                )
+                process = running.pop(number)
+                output = (folder / f"{number}.out").read_text("utf-8", "replace")
                 yield subprocess.CompletedProcess(list(commands[number]), process.returncode, output)
             if not ended:
                 time.sleep(0.02)
@@ -361,11 +359,11 @@ def _deferred_signals() -> Iterator[None]:
     if threading.current_thread() is threading.main_thread():  # the only thread that runs Python's handlers
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in handlers:
-        signal.signal(number, lambda number, frame: received.append(number))
+        signal.signal(number, lambda signal_number, frame: received.append(signal_number))
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)
-    for late in received:
-        signal.raise_signal(late)
+    for received_number in received:
+        signal.raise_signal(received_number)

@@ -1,6 +1,6 @@
 """Python objects for the engine library's weights, engines, KV pools, adapters and step outputs.
 
-Each frees its C counterpart when it is garbage-collected.
+An object frees its C counterpart when it is garbage-collected.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from paddlemix_qwenvl_plugin.util.threads import cpu_threads
 
 
 class NamedTensor(NamedTuple):
-    """A weight in memory: canonical name (qwenvl.h), dtype (a key of library.DTYPES), shape of its values, bytes."""
+    """A weight in memory: canonical name (qwenvl.h), dtype (a key of library.DTYPES), shape, raw bytes."""
 
     name: str
     dtype: str
@@ -50,16 +50,16 @@ class Weights:
     @classmethod
     def of(cls, tensors: Sequence[NamedTensor]) -> Weights:
         """Wrap tensors in memory, aligned to 64 bytes, without copying them."""
-        rows = (c.Tensor * len(tensors))()
-        for row, tensor in zip(rows, tensors):
-            row.name = tensor.name.encode()
-            row.data = tensor.data.ctypes.data
-            row.dtype = c.DTYPES[tensor.dtype]
-            row.n_dims = len(tensor.shape)
-            row.shape[: len(tensor.shape)] = tensor.shape
-            row.bytes = tensor.data.nbytes
+        c_tensors = (c.Tensor * len(tensors))()
+        for c_tensor, tensor in zip(c_tensors, tensors):
+            c_tensor.name = tensor.name.encode()
+            c_tensor.data = tensor.data.ctypes.data
+            c_tensor.dtype = c.DTYPES[tensor.dtype]
+            c_tensor.n_dims = len(tensor.shape)
+            c_tensor.shape[: len(tensor.shape)] = tensor.shape
+            c_tensor.bytes = tensor.data.nbytes
         handle = c_void_p()
-        c.call("qvl_weights_create", rows, len(tensors), sizeof(c.Tensor), byref(handle))
+        c.call("qvl_weights_create", c_tensors, len(tensors), sizeof(c.Tensor), byref(handle))
         return cls(handle, tensors)
 
 
@@ -122,11 +122,12 @@ class Engine:
 
 
 def _free_before(engine: Engine, owner: Any, function: Any, *arguments: Any) -> None:
-    """Call `function` when `owner` is garbage-collected; the engine lives until then, even if both are in one cycle."""
-    weakref.finalize(owner, _call_of, engine, function, arguments)
+    """Call `function` when `owner` is garbage-collected, before the engine is freed, even if both are in one cycle."""
+    # The finalizer's reference keeps the engine alive until the call.
+    weakref.finalize(owner, _call, engine, function, arguments)
 
 
-def _call_of(_: Engine, function: Any, arguments: tuple[Any, ...]) -> None:
+def _call(_: Engine, function: Any, arguments: tuple[Any, ...]) -> None:
     function(*arguments)
 
 
@@ -164,7 +165,7 @@ class LowRank(NamedTuple):
 
 
 class Adapter:
-    """A LoRA adapter in a language-stage engine, apart from the weights; a step applies it to chosen sequences."""
+    """A LoRA adapter of a language-stage engine, separate from the weights; a step applies it to chosen sequences."""
 
     def __init__(self, engine: Engine, updates: Iterable[LowRank]) -> None:
         """Copy the updates into the engine's memory.
@@ -172,17 +173,17 @@ class Adapter:
         Raises:
             QwenVLError: an update does not fit its matrix, or the device has too little memory.
         """
-        kept = list(updates)
-        rows = (c.AdapterMatrix * len(kept))()
-        for row, update in zip(rows, kept):
-            row.name = update.name.encode()
-            row.a, row.b = update.a.ctypes.data, update.b.ctypes.data
-            row.dtype = c.DTYPES[update.dtype]
-            row.scale = update.scale
-            row.n_out, row.n_in, row.rank = len(update.b), update.a.shape[1], len(update.a)
+        update_list = list(updates)  # keeps the arrays alive until they are copied
+        matrices = (c.AdapterMatrix * len(update_list))()
+        for matrix, update in zip(matrices, update_list):
+            matrix.name = update.name.encode()
+            matrix.a, matrix.b = update.a.ctypes.data, update.b.ctypes.data
+            matrix.dtype = c.DTYPES[update.dtype]
+            matrix.scale = update.scale
+            matrix.n_out, matrix.n_in, matrix.rank = len(update.b), update.a.shape[1], len(update.a)
         self.handle = c_void_p()
         c.call(
-            *("qvl_adapter_create", engine.handle, rows, len(rows), sizeof(c.AdapterMatrix)),
+            *("qvl_adapter_create", engine.handle, matrices, len(matrices), sizeof(c.AdapterMatrix)),
             byref(self.handle),
         )
         _free_before(engine, self, c.load().qvl_adapter_free, self.handle)
@@ -202,12 +203,13 @@ class DeviceArray:
 class StepOutput:
     """Output buffers of a step for up to `n_rows` rows, in memory accessible to host and device, and the step's event.
 
-    Per row: a token int32 and its log probability float32, and the `n_top` likeliest tokens with theirs. `tokens`,
-    `logprobs`, `top_tokens` and `top_logprobs` are the addresses.
+    A row has a token (int32) and its log probability (float32), and the same of the `n_top` most likely tokens.
+    `tokens`, `logprobs`, `top_tokens` and `top_logprobs` are the addresses of the buffers.
     """
 
     def __init__(self, engine: Engine, n_rows: int, n_top: int) -> None:
         memory, self._event = c_void_p(), c_void_p()
+        # Each row has 2 + 2 * n_top values of 4 bytes.
         c.call("qvl_host_alloc", engine.handle, 4 * n_rows * (2 + 2 * n_top), byref(memory))
         _free_before(engine, self, c.load().qvl_host_free, engine.handle, memory)
         c.call("qvl_event_create", engine.handle, byref(self._event))
@@ -227,20 +229,26 @@ class StepOutput:
         """Record the event after a step that writes to these buffers."""
         c.call("qvl_event_record", self._event, None)
 
-    def wait(self, n: int) -> list[int]:
-        """Wait for the step to end and return the first n tokens.
+    def wait(self, n_tokens: int) -> list[int]:
+        """Wait for the step to end and return the first `n_tokens` tokens.
 
         Raises:
             QwenVLError: the step failed.
         """
         c.call("qvl_event_wait", self._event)
-        return self._tokens[:n]
+        return self._tokens[:n_tokens]
 
     def logprob(self, row: int) -> float:
         """Log probability of a row's token. Call after `wait`, for a step that computes log probabilities."""
         return self._logprobs[row]
 
     def top(self, row: int, n: int, n_written: int) -> list[tuple[int, float]]:
-        """The n likeliest tokens of a row, of `n_written` by the step, with log probabilities. Call after `wait`."""
-        part = slice(row * n_written, row * n_written + n)
-        return list(zip(self._top_tokens[part], self._top_logprobs[part]))
+        """(token, log probability) of the n most likely tokens of a row. Call after `wait`.
+
+        Args:
+            row: index of the row.
+            n: number of tokens to return.
+            n_written: number of most likely tokens per row that the step wrote, at least n.
+        """
+        entries = slice(row * n_written, row * n_written + n)
+        return list(zip(self._top_tokens[entries], self._top_logprobs[entries]))

@@ -1,4 +1,4 @@
-"""The engine on GPUs: device selection, and building and loading of its library and kernels."""
+"""The engine on GPUs: selection of the device, and building and loading of the library and kernels."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from paddlemix_qwenvl_plugin.util import env
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 from paddlemix_qwenvl_plugin.util.machine import CudaDriver, Gpu, cuda_driver
 
-_OLDEST_DRIVER = 12
-_OLDEST_GPU = 70
+_MIN_CUDA = 12  # major version of CUDA that the driver supports
+_MIN_ARCHITECTURE = 70  # compute capability times ten
 
 
 def gpu_index(device: str, flag: str = "--device") -> Optional[int]:
@@ -37,14 +37,14 @@ def usable(index: int) -> Gpu:
     """
     gpus = _driver().gpus
     if index >= len(gpus):
-        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-        why = "" if hidden is None else f"; CUDA_VISIBLE_DEVICES is {hidden!r}"
-        raise UsageError(f"--device gpu:{index}: the NVIDIA driver shows {len(gpus)} GPU(s) here{why}")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        hint = "" if visible is None else f"; CUDA_VISIBLE_DEVICES is {visible!r}"
+        raise UsageError(f"--device gpu:{index}: the NVIDIA driver shows {len(gpus)} GPU(s) here{hint}")
     gpu = gpus[index]
-    if gpu.architecture < _OLDEST_GPU:
+    if gpu.architecture < _MIN_ARCHITECTURE:
         raise UsageError(
             f"--device gpu:{index}: {gpu.name} has compute capability {gpu.architecture / 10}; "
-            f"the engine needs {_OLDEST_GPU / 10}"
+            f"the engine needs {_MIN_ARCHITECTURE / 10}"
         )
     return gpu
 
@@ -64,7 +64,7 @@ def kernels() -> build.Target:
 
 
 def _architectures() -> set[int]:
-    return {gpu.architecture for gpu in _driver().gpus if gpu.architecture >= _OLDEST_GPU}
+    return {gpu.architecture for gpu in _driver().gpus if gpu.architecture >= _MIN_ARCHITECTURE}
 
 
 def build_for(index: int, allowed: bool = False) -> tuple[Path, Path]:
@@ -81,7 +81,7 @@ def build_for(index: int, allowed: bool = False) -> tuple[Path, Path]:
     folder = env.CUDA_KERNELS.read()
     if folder is not None:
         return build.cuda_library(allowed), folder
-    target = kernels()  # first: without NVRTC the library is of no use
+    target = kernels()  # before the library, which is useless if NVRTC is missing
     return build.cuda_library(allowed), build.built(target, allowed)
 
 
@@ -89,7 +89,7 @@ def build_for(index: int, allowed: bool = False) -> tuple[Path, Path]:
 def load(index: int) -> None:
     """Load the engine's part for GPUs and set the path of its kernels. Errors as for `build_for`."""
     library, folder = build_for(index)
-    # libqwenvl.so opens it by name; the dynamic loader resolves the name once the library is loaded.
+    # libqwenvl.so later opens this library by its name alone, which the dynamic loader resolves to the loaded one.
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     os.environ[env.CUDA_KERNELS.name] = str(folder)
 
@@ -100,9 +100,9 @@ def _driver() -> CudaDriver:
         raise UsageError(
             "--device gpu: no NVIDIA driver found (libcuda.so.1); install it or use --device cpu"
         )
-    if driver.version < 1000 * _OLDEST_DRIVER:
+    if driver.version < 1000 * _MIN_CUDA:
         raise UsageError(
             f"--device gpu: the NVIDIA driver knows CUDA {driver.cuda} only; "
-            f"install one for CUDA {_OLDEST_DRIVER} or newer"
+            f"install one for CUDA {_MIN_CUDA} or newer"
         )
     return driver

@@ -209,6 +209,7 @@ class StepArgs(Structure):
 
 _HANDLE, _ERROR = c_void_p, POINTER(Error)
 
+# Function -> (type of its result, types of its arguments).
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "qvl_version": (c_char_p, []),
     "qvl_packed_bytes": (c_uint64, [c_int32, c_int64, c_int64]),
@@ -254,12 +255,12 @@ def load() -> ctypes.CDLL:
     Raises:
         QwenVLError: the library cannot be built.
     """
-    # Global, so that the operators for Paddle (csrc/paddle) resolve to the same engine.
-    built = ctypes.CDLL(str(library_path()), mode=ctypes.RTLD_GLOBAL)
+    # RTLD_GLOBAL, so that the symbols of the operators for Paddle (csrc/paddle) resolve to this library.
+    library = ctypes.CDLL(str(library_path()), mode=ctypes.RTLD_GLOBAL)
     for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(built, name)
+        function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    return built
+    return library
 
 
 def call(function: str, *arguments: Any) -> None:
@@ -279,7 +280,7 @@ def failure(error: Error) -> QwenVLError:
 
 
 def device_info(gpu: Optional[int] = None) -> DeviceInfo:
-    """Query the GPU with index `gpu`, or (None) the CPU and the memory available to this process."""
+    """Query the GPU with index `gpu`; None: the CPU and the memory available to this process."""
     info = DeviceInfo(size=ctypes.sizeof(DeviceInfo))
     call("qvl_get_device_info", CPU if gpu is None else CUDA, gpu or 0, byref(info))
     return info

@@ -31,40 +31,42 @@ class Nvrtc(NamedTuple):
 
 
 def find(architectures: Collection[int], newest: int) -> Nvrtc:
-    """Find the first NVRTC with headers that compiles for some architectures.
+    """Find the first NVRTC that compiles for all given architectures and has its headers.
 
     Args:
         architectures: compute capabilities times ten.
-        newest: major version of CUDA that the driver supports.
+        newest: newest major version of CUDA that the driver supports.
 
     Raises:
         QwenVLError: no suitable NVRTC; the message names the package to install.
     """
     problems = []
     for library in _libraries():
-        found = _opened(library)
-        if found is None:
+        candidate = _opened(library)
+        if candidate is None:
             continue
-        missing = [f"sm_{each}" for each in architectures if each not in found.architectures]
+        missing = [f"sm_{number}" for number in architectures if number not in candidate.architectures]
         include = _include(library)
-        if found.version[0] > newest:
-            problems.append(f"{library} is {found}, and the NVIDIA driver knows CUDA {newest} only")
+        if candidate.version[0] > newest:
+            problems.append(f"{library} is {candidate}, and the NVIDIA driver knows CUDA {newest} only")
         elif missing:
-            problems.append(f"{library} is {found}, which cannot compile for {', '.join(missing)}")
+            problems.append(f"{library} is {candidate}, which cannot compile for {', '.join(missing)}")
         elif not include:
-            problems.append(f"{library} is {found}, without its header cuda_fp16.h")
+            problems.append(f"{library} is {candidate}, without its header cuda_fp16.h")
         else:
-            return found._replace(include=include)
-    none = "no NVRTC (libnvrtc.so.12 or libnvrtc.so.13), which compiles the GPU kernels"
-    raise QwenVLError(f"{(problems or [none])[0]}: {INSTALL}")
+            return candidate._replace(include=include)
+    if not problems:
+        problems.append("no NVRTC (libnvrtc.so.12 or libnvrtc.so.13), which compiles the GPU kernels")
+    raise QwenVLError(f"{problems[0]}: {INSTALL}")
 
 
 def _libraries() -> Iterator[str]:
-    """Candidates: paths, then names for the system's loader."""
+    """Yield candidates: paths, then names that the dynamic loader resolves."""
     patterns = ("nvidia/*/lib/libnvrtc.so.*", "paddle/libs/libnvrtc*.so*", "torch/lib/libnvrtc*.so*")
-    for site in _sites():
+    for folder in _sites():
         for pattern in patterns:
-            for path in sorted(site.glob(pattern), reverse=True):
+            for path in sorted(folder.glob(pattern), reverse=True):
+                # Other libraries of NVRTC that match the pattern.
                 if not any(word in path.name for word in ("builtins", ".alt.")):
                     yield str(path)
     for toolkit in _toolkits():
@@ -78,35 +80,36 @@ def _opened(library: str) -> Optional[Nvrtc]:
         nvrtc = ctypes.CDLL(library)
     except OSError:
         return None
-    major, minor, n = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    major, minor, n_architectures = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     if major.value not in _MAJORS:
         return None
-    nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(n))
-    architectures = (ctypes.c_int * n.value)()
+    nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(n_architectures))
+    architectures = (ctypes.c_int * n_architectures.value)()
     nvrtc.nvrtcGetSupportedArchs(architectures)
     return Nvrtc(library, (major.value, minor.value), frozenset(architectures))
 
 
 def _include(library: str) -> tuple[Path, ...]:
-    """Header folders, starting with the library's installation; empty if cuda_fp16.h is not found."""
+    """Header folders, those of the library's installation preferred; empty if cuda_fp16.h is not found."""
     prefix = Path(library).parents[1] if "/" in library else _SYSTEM
     roots = [prefix / "include", prefix.parent / "cuda_runtime" / "include"]
-    for site in _sites():
-        roots += [path / "include" for path in sorted(site.glob("nvidia/*"), reverse=True)]
+    for folder in _sites():
+        roots += [path / "include" for path in sorted(folder.glob("nvidia/*"), reverse=True)]
     roots += [path / "include" for path in (*_toolkits(), _SYSTEM)]
     for root in roots:
         if (root / "cuda_fp16.h").is_file():
-            # cuda_fp16.h includes headers that some versions of NVRTC have built in and others keep in these folders.
-            more = (root / "cccl", root.parents[1] / "cuda_cccl" / "include")
-            return (root, *(folder for folder in more if folder.is_dir()))
+            # cuda_fp16.h includes headers that are built into some versions of NVRTC, and in these folders for others.
+            cccl_folders = (root / "cccl", root.parents[1] / "cuda_cccl" / "include")
+            return (root, *(folder for folder in cccl_folders if folder.is_dir()))
     return ()
 
 
 def _sites() -> list[Path]:
+    """Folders from which Python imports packages, in order."""
     return [Path(path) for path in dict.fromkeys(sys.path) if path]
 
 
 def _toolkits() -> list[Path]:
-    named = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    return [Path(path) for path in (*named, "/usr/local/cuda") if path]
+    configured = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    return [Path(path) for path in (*configured, "/usr/local/cuda") if path]

@@ -2,7 +2,7 @@
 
     python nvrtc_compile.py LIBNVRTC OPTION… -c SOURCE -o CUBIN
 
-Run as a file: it imports neither the package nor its dependencies.
+Run as a file, it imports neither the package nor its dependencies.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 
 def compile_kernels(library: str, options: list[str], source: Path, cubin: Path) -> int:
     """Compile a source file to a cubin, print NVRTC's log to stdout, and return the exit code."""
-    nvrtc = _loaded(library)
+    nvrtc = _load(library)
     program = ctypes.c_void_p()
     text = source.read_bytes()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, str(source).encode(), 0, None, None)
-    given = [option.encode() for option in options]
-    result = nvrtc.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*given))
+    c_options = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    result = nvrtc.nvrtcCompileProgram(program, len(options), c_options)
     print(_bytes(nvrtc, "ProgramLog", program).rstrip(b"\0\n").decode("utf-8", "replace"))
     if result:
         nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
@@ -30,7 +30,7 @@ def compile_kernels(library: str, options: list[str], source: Path, cubin: Path)
     return 0
 
 
-def _loaded(library: str) -> ctypes.CDLL:
+def _load(library: str) -> ctypes.CDLL:
     """Load NVRTC after its library of built-in functions, which NVRTC from CUDA 13 wheels cannot find."""
     if "/" in library:
         for builtins in Path(library).parent.glob("libnvrtc-builtins.so.*"):
@@ -39,11 +39,12 @@ def _loaded(library: str) -> ctypes.CDLL:
     return ctypes.CDLL(library)
 
 
-def _bytes(nvrtc: ctypes.CDLL, what: str, program: ctypes.c_void_p) -> bytes:
+def _bytes(nvrtc: ctypes.CDLL, output: str, program: ctypes.c_void_p) -> bytes:
+    """Get an output of the compilation, "ProgramLog" or "CUBIN"."""
     size = ctypes.c_size_t()
-    getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+    getattr(nvrtc, f"nvrtcGet{output}Size")(program, ctypes.byref(size))
     buffer = ctypes.create_string_buffer(size.value)
-    getattr(nvrtc, f"nvrtcGet{what}")(program, buffer)
+    getattr(nvrtc, f"nvrtcGet{output}")(program, buffer)
     return buffer.raw
 
 

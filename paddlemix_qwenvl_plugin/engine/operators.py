@@ -26,19 +26,19 @@ def load() -> ctypes.CDLL:
 
     path = operators_library()
     core.load_op_meta_info_and_register_op(str(path))
-    # Legacy programs look operators up in this table. The arguments of Paddle's method that updates it differ between
-    # versions.
-    known = OpProtoHolder.instance().op_proto_map
-    known.update({proto.type: proto for proto in get_all_op_protos() if proto.type not in known})
-    built = ctypes.CDLL(str(path))
-    built.qwenvl_set_threads.restype, built.qwenvl_set_threads.argtypes = None, [ctypes.c_int32]
-    built.qwenvl_set_threads(cpu_threads())
-    built.qwenvl_set_gpu.restype, built.qwenvl_set_gpu.argtypes = None, [ctypes.c_int32]
+    # Legacy programs look operators up in this table. It is updated directly, because the arguments of Paddle's method
+    # for it differ between versions.
+    protos = OpProtoHolder.instance().op_proto_map
+    protos.update({proto.type: proto for proto in get_all_op_protos() if proto.type not in protos})
+    library = ctypes.CDLL(str(path))
+    library.qwenvl_set_threads.restype, library.qwenvl_set_threads.argtypes = None, [ctypes.c_int32]
+    library.qwenvl_set_threads(cpu_threads())
+    library.qwenvl_set_gpu.restype, library.qwenvl_set_gpu.argtypes = None, [ctypes.c_int32]
     device = env.DEVICE.read()
     gpu = gpu_index(device, env.DEVICE.name) if device else None
     if gpu is not None:
         load_gpu(gpu)
-    return built
+    return library
 
 
 def use_device(gpu: Optional[int]) -> None:
@@ -65,7 +65,8 @@ def call(name: str, inputs: dict[str, Any], attributes: dict[str, Any], outputs:
         )
         return list(result) if isinstance(result, (list, tuple)) else [result]
     helper = LayerHelper(name)
-    made = [helper.create_variable_for_type_inference("float32") for _ in outputs]
-    given = {f"{key}@VECTOR" if isinstance(value, list) else key: value for key, value in inputs.items()}
-    helper.append_op(type=name, inputs=given, outputs=dict(zip(outputs, made)), attrs=attributes)
-    return made
+    variables = [helper.create_variable_for_type_inference("float32") for _ in outputs]
+    # Custom operators declare a list of tensors with this suffix.
+    declared = {f"{key}@VECTOR" if isinstance(value, list) else key: value for key, value in inputs.items()}
+    helper.append_op(type=name, inputs=declared, outputs=dict(zip(outputs, variables)), attrs=attributes)
+    return variables

@@ -15,11 +15,13 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 QUANT_TYPES = ("weight_only_int8", "weight_only_int4")
 
-# Quantization types of checkpoints that store integers: quantizer, bits, group size, and whether columns are sorted.
-_STORED = re.compile(r"(?:gptq|awq)_int([48])_g(32|64|128)(_order)?")
+# Quantization types of quantised checkpoints, such as gptq_int4_g128_order: bits, group size, whether columns are
+# sorted by group.
+_CHECKPOINT_TYPE = re.compile(r"(?:gptq|awq)_int([48])_g(32|64|128)(_order)?")
 ORDER = ".order"
 """Name suffix of a weight's input order, int32 [in]: column j of the stored weight multiplies input order[j]."""
 
+# Ends of the names of the matrices that weight_only_int4 stores in 8 bits.
 _EIGHT_BITS = ("lm_head.weight", "attn.c_attn.weight")
 
 
@@ -31,17 +33,17 @@ def check_quant_type(quant_type: Optional[str]) -> Optional[str]:
 
 
 def quantised(specs: Mapping[str, TensorSpec], quant_type: Optional[str]) -> dict[str, str]:
-    """Select the quantised weights: name -> storage type (a key of library.DTYPES).
+    """The storage types of the quantised weights: name -> key of library.DTYPES.
 
-    weight_only_int4 keeps the matrices most sensitive to 4-bit errors in 8 bits: lm_head and attention's c_attn
-    (figures in docs/demo-model.md). Quantised checkpoints keep lm_head in floating point.
+    weight_only_int4 stores lm_head and attention's c_attn in 8 bits, since they are the most sensitive to 4-bit errors
+    (figures in docs/demo-model.md). Quantised checkpoints have lm_head in floating point.
     """
     if quant_type is None:
         return {}
     linear = [name for name, spec in specs.items() if spec.linear]
-    stored = _STORED.fullmatch(quant_type)
-    if stored:
-        kind = f"uint{stored[1]}_g{stored[2]}"
+    match = _CHECKPOINT_TYPE.fullmatch(quant_type)
+    if match:
+        kind = f"uint{match[1]}_g{match[2]}"
         return {name: kind for name in linear if name != "lm_head.weight"}
     if quant_type == "weight_only_int8":
         return dict.fromkeys(linear, "int8")
@@ -49,13 +51,13 @@ def quantised(specs: Mapping[str, TensorSpec], quant_type: Optional[str]) -> dic
 
 
 def has_order(quant_type: Optional[str]) -> bool:
-    """Whether each quantised weight NAME has a permutation of its inputs, the tensor NAME + ORDER."""
-    stored = _STORED.fullmatch(quant_type or "")
-    return stored is not None and stored[3] is not None
+    """Whether each quantised weight NAME is accompanied by NAME + ORDER, the order of its inputs."""
+    match = _CHECKPOINT_TYPE.fullmatch(quant_type or "")
+    return match is not None and match[3] is not None
 
 
 def packed_bytes(kind: str, n_out: int, n_in: int = 1) -> int:
-    """Size of a quantised [n_out, n_in] matrix, or an int32 vector [n_out], in bytes."""
+    """Size in bytes of a quantised matrix [n_out, n_in], or of an int32 vector [n_out]."""
     return int(load().qvl_packed_bytes(DTYPES[kind], n_out, n_in))
 
 
@@ -81,29 +83,30 @@ def pack_groups(
     zeros: NDArray[np.float16],
     name: str,
 ) -> NDArray[np.uint8]:
-    """Store a matrix that is already quantised, unchanged: value = scale * (integer - zero).
+    """Pack a matrix that is already quantised; value = scale * (integer - zero), without any rounding.
 
     Args:
         kind: "uint4_g32" to "uint8_g128" (library.DTYPES).
         integers: [out, in], below 16 for 4 bits.
-        scales, zeros: [out, groups], groups = in / group size rounded up; zeros are whole numbers, 0 to 256.
+        scales, zeros: [out, groups] with groups = ceil(in / group size); zeros are integers from 0 to 256.
         name: the weight's name, for messages.
 
     Raises:
         QwenVLError: an integer, scale or zero point is out of range; the message begins with `name`.
     """
-    group = int(kind.rpartition("_g")[2])
+    group_size = int(kind.rpartition("_g")[2])
     n_out, n_in = integers.shape
-    for part, dtype, shape in (
+    n_groups = -(-n_in // group_size)
+    for array, dtype, shape in (
         (integers, np.uint8, (n_out, n_in)),
-        (scales, np.float16, (n_out, -(-n_in // group))),
-        (zeros, np.float16, (n_out, -(-n_in // group))),
+        (scales, np.float16, (n_out, n_groups)),
+        (zeros, np.float16, (n_out, n_groups)),
     ):
-        if part.dtype != dtype or part.shape != shape:  # internal invariant violated
-            raise AssertionError(f"{name}: {part.dtype} {part.shape}, expected {np.dtype(dtype)} {shape}")
+        if array.dtype != dtype or array.shape != shape:  # internal invariant violated
+            raise AssertionError(f"{name}: {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}")
     packed = np.empty(packed_bytes(kind, n_out, n_in), np.uint8)
-    parts = [np.ascontiguousarray(part) for part in (integers, scales, zeros)]
-    pointers = [part.ctypes.data for part in parts]
+    arrays = [np.ascontiguousarray(array) for array in (integers, scales, zeros)]
+    pointers = [array.ctypes.data for array in arrays]
     try:
         call("qvl_pack_groups", DTYPES[kind], n_out, n_in, *pointers, packed.ctypes.data, packed.nbytes)
     except QwenVLError as error:

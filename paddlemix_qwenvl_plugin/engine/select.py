@@ -20,7 +20,7 @@ def engine_choice(setting: Optional[str] = None) -> str:
 
 
 def engine_available(choice: str, operators: bool = False, gpu: Optional[int] = None) -> bool:
-    """Whether to use the engine, built now if necessary; with "auto", a fallback prints a notice.
+    """Whether to use the engine, which is built now if necessary; a fallback of "auto" prints a notice.
 
     Args:
         choice: the result of `engine_choice`.

@@ -11,8 +11,9 @@ from pathlib import Path
 from paddlemix_qwenvl_plugin.util.shipped import shipped_folder
 
 _COMMON = ("-std=gnu++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-DNDEBUG")
-# Contract multiply and add everywhere or a row's bits depend on its batch: GCC 13 and later, and GCC tuned for some
-# processors, otherwise keep them apart in loops with a single sum (avoid-fma-max-bits). Clang ignores --param.
+# Fuse multiplication and addition everywhere, so that the result of a row does not depend on its batch. Without
+# --param, GCC from version 13 on, or tuned for some processors, does not fuse them in loops with a single sum. Clang
+# ignores --param.
 _CONTRACT = ("-ffp-contract=fast", "--param=avoid-fma-max-bits=0")
 _KERNELS = (*_CONTRACT, "-fno-math-errno", "-fno-trapping-math", "-w")
 
@@ -27,13 +28,14 @@ class Isa:
 
     def runs_here(self) -> bool:
         """Whether this processor supports the ISA."""
-        needed = {flag[2:] for flag in self.flags if "=" not in flag and "prefer" not in flag}
-        return needed <= _cpu_features()
+        # The flag -mprefer-… selects no feature.
+        features = {flag[2:] for flag in self.flags if "=" not in flag and "prefer" not in flag}
+        return features <= _cpu_features()
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One run of a compiler; `name` is the output file."""
+    """One run of a compiler; `name` is the name of the output file."""
 
     name: str
     source: Path
@@ -78,10 +80,10 @@ def library_units(csrc: Path, isas: Sequence[Isa]) -> list[Unit]:
         for stem in ("kernels", "groups"):
             path = csrc / "cpu" / "kernels" / f"{stem}.cc"
             found.append(Unit(f"{stem}_{isa.name}.o", path, (*_COMMON, *_KERNELS, level, *isa.flags, *names)))
-    without = tuple(f"-DQVL_WITHOUT_{isa.name.upper()}" for isa in all_isas(csrc) if isa not in isas)
+    excluded = tuple(f"-DQVL_WITHOUT_{isa.name.upper()}" for isa in all_isas(csrc) if isa not in isas)
     for folder in ("core", "cpu"):
         for source in sorted((csrc / folder).glob("*.cc")):
-            found.append(_unit(source, *without))
+            found.append(_unit(source, *excluded))
     return found
 
 
@@ -99,30 +101,30 @@ def cuda_units(csrc: Path) -> list[Unit]:
 
 
 def kernel_units(csrc: Path, architectures: Iterable[int]) -> list[Unit]:
-    """Compiler runs for the GPU kernels: each file for each architecture, in float16 and, from 8.0 on, in bfloat16.
+    """Compiler runs for the GPU kernels: every file for every architecture, in float16 and in bfloat16.
 
     Args:
-        architectures: compute capabilities times ten.
+        architectures: compute capabilities times ten; below 80 (8.0) there is no bfloat16.
     """
-    found = []
+    units = []
     for architecture in architectures:
-        # Compute capability 9.0 has instructions that later GPUs lack.
+        # 9.0 is compiled as sm_90a, which has instructions that later GPUs lack.
         code = "sm_90a" if architecture == 90 else f"sm_{architecture}"
         flags = ("--std=c++17", f"--gpu-architecture={code}")
         for source in sorted((csrc / "cuda" / "kernels").glob("*.cu")):
-            found.append(Unit(f"{source.stem}.{code}.f16.cubin", source, flags))
+            units.append(Unit(f"{source.stem}.{code}.f16.cubin", source, flags))
             if architecture >= 80:
                 bfloat16 = (*flags, "-DQVL_COMPUTE_BFLOAT16")
-                found.append(Unit(f"{source.stem}.{code}.bf16.cubin", source, bfloat16))
-    return found
+                units.append(Unit(f"{source.stem}.{code}.bf16.cubin", source, bfloat16))
+    return units
 
 
-def digest(csrc: Path, folders: Iterable[str], *more: str) -> str:
-    """Cache key: digest of the names and contents of all files in some folders of csrc/, and of `more`."""
+def digest(csrc: Path, folders: Iterable[str], *texts: str) -> str:
+    """Cache key: digest of the names and contents of all files in some folders of csrc/, and of `texts`."""
     value = hashlib.sha256()
     for path in sorted(path for folder in folders for path in (csrc / folder).rglob("*") if path.is_file()):
         value.update(f"{path.relative_to(csrc)}\0".encode() + path.read_bytes() + b"\0")
-    for text in more:
+    for text in texts:
         value.update(text.encode() + b"\0")
     return value.hexdigest()[:24]
 

@@ -50,7 +50,10 @@ COMPANIONS = ("config.json", "generation_config.json", "qwen.tiktoken", "tokeniz
 
 
 class _Stage(NamedTuple):
-    """Definition of a stage's export. Quantized exports have no portable programs."""
+    """Definition of a stage's export: its programs, portable and for the engine; parameters; names of companion files.
+
+    The portable programs are not exported if weights are quantised.
+    """
 
     name: str
     portable: list[Program]
@@ -86,11 +89,11 @@ def export_vision(
     if not save_path.name:
         raise UsageError(f"--save_path {save_path}: must end in a file name, the prefix of the files")
     checkpoint = Checkpoint(Path(model), lora)
-    layer = partial(EngineVision, weights=stage_weights(checkpoint.config, "vision", dtype))
+    engine_vision = partial(EngineVision, weights=stage_weights(checkpoint.config, "vision", dtype))
     stage = _Stage(
         "vision",
         [Program("", VisionModel, vision_inputs, _on_all)],
-        [Program("", layer, vision_inputs, _on_all)],
+        [Program("", engine_vision, vision_inputs, _on_all)],
         vision_parameters,
         (),
     )
@@ -106,7 +109,7 @@ def export_language(
     quant_type: Optional[str] = None,
     lora: Union[PathLike, Sequence[Lora]] = (),
 ) -> Manifest:
-    """Export stage 2 to OUTPUT_PATH/MODEL_PREFIX.*: the stock graph, and `.step` programs for this package's predictor.
+    """Export the language stage to OUTPUT_PATH/MODEL_PREFIX.*: the stock programs, and step programs for QwenVL.
 
     The tokenizer and the config are copied to OUTPUT_PATH. Other arguments and errors: see export_vision.
 
@@ -124,21 +127,26 @@ def export_language(
         choice = "fused"
     checkpoint = Checkpoint(Path(model), lora)
     if checkpoint.quantised is not None:
-        stored = f"{checkpoint.folder}: its weights are quantised ({checkpoint.quantised.quant_type})"
+        problem = f"{checkpoint.folder}: its weights are quantised ({checkpoint.quantised.quant_type})"
         if quant_type is not None:
-            raise UsageError(f"{stored} and exported unchanged; omit --quant_type {quant_type}")
+            raise UsageError(f"{problem} and exported unchanged; omit --quant_type {quant_type}")
         if choice == "portable":
-            raise UsageError(f"{stored}; only the engine computes on them, not --engine portable")
+            raise UsageError(f"{problem}; only the engine computes on them, not --engine portable")
         choice, quant_type = "fused", checkpoint.quantised.quant_type
     kinds = quantised(checkpoint.language, quant_type)
-    layer = partial(EngineGeneration, weights=stage_weights(checkpoint.config, "language", dtype, quant_type))
+    engine_language = partial(
+        EngineGeneration, weights=stage_weights(checkpoint.config, "language", dtype, quant_type)
+    )
     stage = _Stage(
         "language",
         [
-            Program("", LanguageModel, stock_inputs, lambda lm, i: StockGeneration(lm)(*i[:22], i[22:])),
-            Program(".step", LanguageModel, step_inputs, lambda lm, i: Step(lm)(*i[:7], i[7:])),
+            # The inputs after the 22nd and the 7th are the caches of the layers.
+            Program(
+                "", LanguageModel, stock_inputs, lambda model, i: StockGeneration(model)(*i[:22], i[22:])
+            ),
+            Program(".step", LanguageModel, step_inputs, lambda model, i: Step(model)(*i[:7], i[7:])),
         ],
-        [Program("", layer, stock_inputs, _on_all)],
+        [Program("", engine_language, stock_inputs, _on_all)],
         partial(language_parameters, quantised=kinds),
         COMPANIONS,
     )
@@ -146,6 +154,7 @@ def export_language(
 
 
 def _on_all(model: Any, inputs: list[Any]) -> Any:
+    """Call a model with one argument per input."""
     return model(*inputs)
 
 
@@ -165,24 +174,29 @@ def _export(
     if engine_available(engine, operators=True):
         targets.append((".fused", dtype, stage.engine))
     weights = stage_weights(checkpoint.config, stage.name, dtype, quant_type)
-    todo = [
+    # (file name, form, compute dtype, program)
+    program_files = [
         (prefix.name + program.suffix + target + extension, form, compute_dtype, program)
         for target, compute_dtype, programs in targets
         for program in programs
         for form, extension in FORMATS.items()
     ]
-    own = [*(name for name, *_ in todo), params_path(prefix).name, manifest_path(prefix).name]
-    _check_names(checkpoint.folder, prefix, own, stage.companions)
+    program_names = [name for name, *_ in program_files]
+    stage_names = [*program_names, params_path(prefix).name, manifest_path(prefix).name]
+    _check_names(checkpoint.folder, prefix, stage_names, stage.companions)
     make_folder(prefix.parent)
     with naming(prefix), scratch_folder(prefix, "export") as scratch:
         records = None
-        for name, form, compute_dtype, program in todo:
-            found = save_program(program, checkpoint.config, dtype, compute_dtype, form, scratch / name)
-            if records is not None and list(found.items()) != list(records.items()):
+        for name, form, compute_dtype, program in program_files:
+            program_records = save_program(
+                program, checkpoint.config, dtype, compute_dtype, form, scratch / name
+            )
+            # Programs share the parameter file, whose order they depend on.
+            if records is not None and list(program_records.items()) != list(records.items()):
                 raise AssertionError(
                     f"{name}: internal invariant violated: the order of parameters differs between programs"
                 )
-            records = found
+            records = program_records
         params = scratch / params_path(prefix).name
         write_params(params, records or {}, weights, stage.parameters(checkpoint, dtype))
         manifest = Manifest(
@@ -204,9 +218,7 @@ def _export(
             config=checkpoint.config,
             weights=FileDigest.of(params),
             weights_samples=digest_of_samples(params),
-            programs={
-                name: FileDigest.of(scratch / name) for name, *_ in sorted(todo, key=lambda entry: entry[0])
-            },
+            programs={name: FileDigest.of(scratch / name) for name in sorted(program_names)},
         )
         manifest_path(scratch / prefix.name).write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
         companions = [name for name in stage.companions if (checkpoint.folder / name).is_file()]
@@ -216,7 +228,7 @@ def _export(
             shutil.copyfile(checkpoint.folder / name, scratch / name)
         # The manifest is removed first and written last: it never describes files of another export.
         manifest_path(prefix).unlink(missing_ok=True)
-        for name in (*companions, *own):
+        for name in (*companions, *stage_names):
             (scratch / name).replace(prefix.with_name(name))
     return manifest
 
@@ -225,14 +237,15 @@ def _check_names(model: Path, prefix: Path, names: list[str], companions: tuple[
     """Refuse a prefix whose export would overwrite a model: this model's files, or another model's companion files.
 
     Raises:
-        UsageError: it would. Files of an earlier export with this prefix may be overwritten.
+        UsageError: the export would overwrite such a file; files of an earlier export with this prefix may be
+            overwritten.
     """
-    into_model = model.resolve() == prefix.parent.resolve()
+    in_model_folder = model.resolve() == prefix.parent.resolve()
     exported_before = manifest_path(prefix).is_file()
     for name in names:
-        if name in COMPANIONS or (into_model and not exported_before and (model / name).exists()):
+        if name in COMPANIONS or (in_model_folder and not exported_before and (model / name).exists()):
             raise UsageError(f"{prefix}: an export would overwrite the model's {name}; name another prefix")
-    if any(prefix.parent.glob(manifest_path(Path("*")).name)):  # companions of an earlier export
+    if any(prefix.parent.glob(manifest_path(Path("*")).name)):  # an earlier export wrote the companion files
         return
     for name in companions:
         existing, new = prefix.with_name(name), model / name

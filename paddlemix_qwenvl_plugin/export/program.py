@@ -1,8 +1,8 @@
 """Build and save inference programs, PIR (`.json`) and legacy (`.pdmodel`), without weights.
 
-A program is built in static mode from the same modules as the dynamic reference. Paddle saves it with placeholder
-parameters of one axis; the length of each is its number. The order in which Paddle writes the placeholders is that of
-the real parameter file, which params_file.py streams. All forms of a program share one parameter file.
+A program is built in static mode from the same modules as the dynamic reference. Paddle saves it with one-dimensional
+placeholder parameters; parameter N has length N. The order in which Paddle writes the placeholders is the order of the
+real parameter file, which params_file.py writes. All forms of a program share one parameter file.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from paddlemix_qwenvl_plugin.modeling.weights import build
 
 FORMATS = {"pir": ".json", "legacy": ".pdmodel"}
 
-# Paddle builds a float16 or bfloat16 PIR program only where it has kernels for the type, and a CPU has none.
-# No program here uses float64, so float64 replaces the half type while the program is built.
+# Paddle builds a float16 or bfloat16 PIR program only on a device with kernels for the type, which a CPU is not.
+# Therefore float64, which no program here uses, replaces the half type while a program is built.
 _STAND_IN = "float64"
 _PIR_TYPES = {"float16": "0.t_f16", "bfloat16": "0.t_bf16"}
 
@@ -56,7 +56,7 @@ def save_program(
     dtypes = (_STAND_IN, _STAND_IN) if stand_in else (dtype, compute_dtype)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as scratch, _static_mode(form):
         prefix = Path(scratch) / "program"
-        found = _build_and_save(program, config, *dtypes, prefix)
+        parameters = _build_and_save(program, config, *dtypes, prefix)
         order = read_first_dims(prefix.with_suffix(".pdiparams"))
         built = prefix.with_suffix(FORMATS[form])
         if form == "pir":
@@ -70,8 +70,8 @@ def save_program(
                 )
             built.write_text(text, "utf-8")
         built.replace(path)
-    parameters = [found[number - 1] for number in order]
-    return {name: Record(shape, "uint8" if packed else dtype) for name, shape, packed in parameters}
+    in_file_order = [parameters[number - 1] for number in order]
+    return {name: Record(shape, "uint8" if is_uint8 else dtype) for name, shape, is_uint8 in in_file_order}
 
 
 def _build_and_save(
@@ -79,13 +79,15 @@ def _build_and_save(
 ) -> list[tuple[str, tuple[int, ...], bool]]:
     """Build and save a program; return (name, shape, whether it is uint8) of each parameter.
 
-    Parameter N has a placeholder of length N in the parameter file.
+    In the saved parameter file, parameter N, counted from 1, has a placeholder of length N.
     """
     main, startup = static.Program(), static.Program()
     with static.program_guard(main, startup), _quiet():
         model = build(program.model_class, config, dtype, compute_dtype)
-        declared = program.inputs(config, dtype, compute_dtype)
-        inputs = [static.data(i.name, list(i.shape), i.dtype) for i in declared]
+        inputs = [
+            static.data(declared.name, list(declared.shape), declared.dtype)
+            for declared in program.inputs(config, dtype, compute_dtype)
+        ]
         outputs = program.run(model, inputs)
         parameters = list(model.parameters())
         scope = static.Scope()
@@ -101,16 +103,19 @@ def _build_and_save(
                 program=main,
                 skip_prune_program=True,
             )
-    # Read here, while the program exists. Paddle has a separate dtype class for each form of program.
-    return [(p.name, tuple(p.shape), str(p.dtype).lower().endswith("uint8")) for p in parameters]
+    # The parameters exist as long as the program. Their dtype is compared as text: its class depends on the form.
+    return [
+        (parameter.name, tuple(parameter.shape), str(parameter.dtype).lower().endswith("uint8"))
+        for parameter in parameters
+    ]
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress Paddle's warnings about its own deprecated calls, and the call stacks that it records.
+    """Suppress Paddle's warnings about its own deprecated calls, and the call stacks that Paddle records.
 
-    For one of these warnings Paddle reads the sources of all callers at each operator: half of the export time. In
-    legacy programs it saves each operator's call stack, with paths of this machine.
+    For one of the warnings, Paddle reads the sources of all callers at each operator, which takes half of the export
+    time. In legacy programs it saves each operator's call stack, with paths of this machine.
     """
     from paddle.base import framework
     from paddle.base.layers import math_op_patch
@@ -119,22 +124,22 @@ def _quiet() -> Iterator[None]:
         (math_op_patch, "inspect"): SimpleNamespace(stack=lambda: [("", "", 0)] * 2),
         (framework, "traceback"): SimpleNamespace(extract_stack=list),
     }
-    # Other versions of Paddle may lack one of them.
-    real = {(module, name): getattr(module, name) for module, name in stand_ins if hasattr(module, name)}
+    # Other versions of Paddle may lack one of these attributes.
+    originals = {(module, name): getattr(module, name) for module, name in stand_ins if hasattr(module, name)}
     try:
-        for module, name in real:
+        for module, name in originals:
             setattr(module, name, stand_ins[module, name])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for (module, name), value in real.items():
+        for (module, name), value in originals.items():
             setattr(module, name, value)
 
 
 @contextlib.contextmanager
 def _static_mode(form: str) -> Iterator[None]:
-    """Static mode with PIR or legacy programs; restores the previous mode on exit."""
+    """Enable static mode, with PIR or legacy programs; restore the previous mode on exit."""
     from paddle.pir_utils import DygraphOldIrGuard, DygraphPirGuard
 
     was_dynamic = paddle.in_dynamic_mode()

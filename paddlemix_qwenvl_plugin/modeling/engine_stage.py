@@ -1,4 +1,4 @@
-"""Engine form of both stages: one engine operator (csrc/paddle/) that takes the weights as inputs."""
+"""Engine form of the stages: each is one engine operator (csrc/paddle/) that takes the weights as inputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from paddlemix_qwenvl_plugin.engine.operators import call
 from paddlemix_qwenvl_plugin.engine.quantize import packed_bytes
 from paddlemix_qwenvl_plugin.modeling.layers import parameter_attr
 
-# Stock inputs that the engine does not read (see StockGeneration); the operator takes the others, in this order.
+# Stock inputs that the engine does not read (see StockGeneration). The operator takes the others, in stock order.
 _UNREAD = ("attention_mask", "position_ids", "tgt_ids", "tgt_generation_mask", "pre_ids")
 
 
@@ -50,7 +50,8 @@ class EngineStage(nn.Layer):
             "rotary_base": float(config.rotary_emb_base),
             "names": list(weights),
             "dtypes": [DTYPES[weight.dtype] for weight in weights.values()],
-            "shapes": [n for weight in weights.values() for n in (*weight.shape, 0, 0, 0)[:4]],
+            # Four sizes per weight, padded with zeros.
+            "shapes": [size for weight in weights.values() for size in (*weight.shape, 0, 0, 0)[:4]],
         }
 
     def _call(self, operator: str, inputs: dict[str, Any], outputs: tuple[str, ...]) -> list[Any]:
@@ -74,12 +75,13 @@ class EngineVision(EngineStage):
 
 
 class EngineGeneration(EngineStage):
-    """Language stage as one operator: whole completions, with the inputs and outputs of StockGeneration."""
+    """Language stage as one operator: complete completions, with the inputs and outputs of StockGeneration."""
 
     _stage = LANGUAGE
 
     def forward(self, *inputs: paddle.Tensor) -> list[paddle.Tensor]:
         """Generate completions. Shapes and dtypes: artifact/contract.py."""
+        # The inputs after the 22nd are the caches.
         names = [declared.name for declared in stock_inputs(self._config, "", "")[:22]]
         read = {name: tensor for name, tensor in zip(names, inputs) if name not in _UNREAD}
         outputs = ("next_tokens", "steps", "stopped", "lengths", "positions", "tokens")

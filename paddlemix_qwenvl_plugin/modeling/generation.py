@@ -1,8 +1,8 @@
-"""Portable form of the language stage: the complete generation in Paddle operators, prefill and a `while` loop.
+"""Portable form of the language stage: generation in Paddle operators, as a complete `while` loop or step by step.
 
-The semantics are those of the stock graph (order of penalties, stop flags, positions), with two corrections: dynamic
-NTK and logn, which the stock graph lacks, and the last token before `max_length`, which the stock operators
-overwrite with the stop token. Source of the formulas: PaddleNLP's generation operators.
+The semantics are those of the stock graph (order of penalties, stop flags, positions), with two corrections. Dynamic
+NTK and logn, which the stock graph lacks, are applied. The last token before `max_length` is returned; the stock
+operators overwrite it with the stop token. Source of the formulas: PaddleNLP's generation operators.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FORBIDDEN = -1e10
 
 
 class StockGeneration(nn.Layer):
-    """Generation with the stock predictor's 22 inputs and one cache per layer; five stock outputs and the tokens."""
+    """Generation of complete completions, with the inputs and outputs of the stock predictor, and the tokens."""
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()
@@ -56,85 +56,85 @@ class StockGeneration(nn.Layer):
     ) -> tuple[paddle.Tensor, ...]:
         """Generate until `stop_nums` rows have stopped. Shapes and dtypes: artifact/contract.py.
 
-        The masks, `pre_ids`, `tgt_ids` and the caches are part of the contract but are not read: the lengths determine
-        the masks, and the others are workspace, which the stock predictor fills with arbitrary values.
+        The masks, `pre_ids`, `tgt_ids` and the caches are part of the contract, but are not read. The lengths determine
+        the masks; the other inputs are workspace of the stock graph with arbitrary values.
 
         Returns:
             next_tokens int64 [B, 1], step_idx int64 [B, 1], stop_flags int32 [B, 1], seq_len_decoder int32 [B, 1],
             tgt_pos int64 [B, 1], and tokens int64 [B, max(max_length)], -1 after the end of a row.
         """
         vocabulary = ops.iota(self.vocab_size)
-        is_end = (
-            ops.total((vocabulary.unsqueeze(0) == eos_token_id.unsqueeze(1)).astype("int32"), 0).flatten() > 0
-        )
+        matches = (vocabulary.unsqueeze(0) == eos_token_id.unsqueeze(1)).astype("int32")
+        is_stop = ops.total(matches, 0).flatten() > 0  # [vocab_size]
         n_tokens = paddle.shape(input_ids)[1]
-        columns = paddle.arange(max_length.max(), dtype="int64").unsqueeze(0)
+        columns = paddle.arange(max_length.max(), dtype="int64").unsqueeze(0)  # of the output `tokens`
 
-        def pick(logits: paddle.Tensor, counts: paddle.Tensor, done: paddle.Tensor) -> paddle.Tensor:
-            early = (done < min_length).astype("float32") * is_end.astype("float32").unsqueeze(0)
-            logits = paddle.where(early > 0, paddle.full_like(logits, FORBIDDEN), logits)
+        def pick(logits: paddle.Tensor, counts: paddle.Tensor, n_done: paddle.Tensor) -> paddle.Tensor:
+            forbidden = (n_done < min_length).astype("float32") * is_stop.astype("float32").unsqueeze(0)
+            logits = paddle.where(forbidden > 0, paddle.full_like(logits, FORBIDDEN), logits)
             logits = penalise(logits, counts, penalty_score, frequency_score, presence_score)
             return sample(logits, temperature, top_p)
 
         def advance(logits: paddle.Tensor, state: list[Any]) -> list[Any]:
-            """Choose one token per row from the logits and update the state of the rows."""
-            step, token, done, stopped, length, position, counts, tokens = state
-            picked = pick(logits, counts, done)
+            """Choose one token per row from the logits and update the state of the rows, described at `state`."""
+            step, token, n_done, stopped, length, position, counts, tokens = state
+            picked = pick(logits, counts, n_done)
             token = paddle.where(stopped, token, picked)
-            alive = ops.logical_not(stopped)
-            written = ops.logical_and(columns == step, alive)
-            tokens = paddle.where(written, token, tokens)
-            chosen = (vocabulary.unsqueeze(0) == token).astype("int64")
-            counts = counts + chosen * alive.astype("int64")
-            done = done + alive.astype("int64")
-            ended = paddle.gather(is_end.astype("int32"), token.flatten()).reshape([-1, 1]) > 0
-            stopped = ops.logical_or(stopped, ops.logical_or(ended, done >= max_length))
+            running = ops.logical_not(stopped)
+            is_written = ops.logical_and(columns == step, running)
+            tokens = paddle.where(is_written, token, tokens)
+            one_hot = (vocabulary.unsqueeze(0) == token).astype("int64")
+            counts = counts + one_hot * running.astype("int64")
+            n_done = n_done + running.astype("int64")
+            is_stop_token = paddle.gather(is_stop.astype("int32"), token.flatten()).reshape([-1, 1]) > 0
+            stopped = ops.logical_or(stopped, ops.logical_or(is_stop_token, n_done >= max_length))
             length = paddle.where(stopped, paddle.zeros_like(length), length)
-            position = position + alive.astype("int64")
-            return [step + 1, token, done, stopped, length, position, counts, tokens]
+            position = position + running.astype("int64")
+            return [step + 1, token, n_done, stopped, length, position, counts, tokens]
 
         embeddings = self.model.embed(input_ids, image_features, img_pos)
         logits, caches = self.model(embeddings, position_ids, seq_len_encoder, seq_len_encoder)
-        order = paddle.arange(n_tokens, dtype="int64").unsqueeze(0)
-        valid = order < seq_len_encoder.astype("int64")
-        row = paddle.zeros_like(tgt_pos)
+        indices = paddle.arange(n_tokens, dtype="int64").unsqueeze(0)
+        prompt_valid = indices < seq_len_encoder.astype("int64")  # False for padding
+        zeros = paddle.zeros_like(tgt_pos)  # [B, 1]
         state = [
-            paddle.zeros([1], dtype="int64"),
-            row,
-            step_idx,
-            ops.logical_or(stop_flags, max_length < 1),
-            seq_len_decoder,
-            tgt_pos,
-            paddle.zeros([1, self.vocab_size], dtype="int64") + row,
-            columns * 0 + row - 1,
+            paddle.zeros([1], dtype="int64"),  # step
+            zeros,  # token
+            step_idx,  # n_done: number of generated tokens
+            ops.logical_or(stop_flags, max_length < 1),  # stopped
+            seq_len_decoder,  # length
+            tgt_pos,  # position
+            paddle.zeros([1, self.vocab_size], dtype="int64") + zeros,  # counts [B, vocab_size]
+            columns * 0 + zeros - 1,  # tokens [B, max(max_length)]
         ]
         state = advance(logits, state)
         flat_caches = [tensor for cache in caches for tensor in cache]
 
         def unfinished(*loop: paddle.Tensor) -> paddle.Tensor:
-            return ops.total(loop[3].astype("int64")) < stop_nums
+            stopped = loop[3]
+            return ops.total(stopped.astype("int64")) < stop_nums
 
         def decode(*loop: paddle.Tensor) -> list[paddle.Tensor]:
-            old, seen, flat = list(loop[:8]), loop[8], loop[9:]
-            token, stopped, length, position = old[1], old[3], old[4], old[5]
+            state, cache_valid, flat = list(loop[:8]), loop[8], loop[9:]
+            token, stopped, length, position = state[1], state[3], state[4], state[5]
             layer_caches = [(flat[i], flat[i + 1]) for i in range(0, len(flat), 2)]
-            one = paddle.ones_like(token)
-            logits, grown = self.model(
+            ones = paddle.ones_like(token)  # number of new tokens of each row
+            logits, caches = self.model(
                 self.model.embed_tokens(token),
                 position,
                 seq_len_encoder,
-                one,
-                cache_valid=seen,
+                ones,
+                cache_valid=cache_valid,
                 caches=layer_caches,
             )
-            old[4] = paddle.where(stopped, length, length + 1)
-            new = advance(logits, old)
-            seen = paddle.concat([seen, one.astype("bool")], axis=1)
-            return [*new, seen, *(tensor for cache in grown for tensor in cache)]
+            state[4] = paddle.where(stopped, length, length + 1)
+            state = advance(logits, state)
+            cache_valid = paddle.concat([cache_valid, ones.astype("bool")], axis=1)
+            return [*state, cache_valid, *(tensor for cache in caches for tensor in cache)]
 
-        loop = repeat(unfinished, decode, [*state, valid, *flat_caches])
-        _, token, done, stopped, length, position, _, tokens = loop[:8]
-        return token, done, stopped.astype("int32"), length, position, tokens
+        loop = repeat(unfinished, decode, [*state, prompt_valid, *flat_caches])
+        _, token, n_done, stopped, length, position, _, tokens = loop[:8]
+        return token, n_done, stopped.astype("int32"), length, position, tokens
 
 
 class Step(nn.Layer):
@@ -161,10 +161,10 @@ class Step(nn.Layer):
             logits float32 [B, vocab_size] of each row's last token, then the keys and values of every layer, each
             [B, heads, P + S, head_dim].
         """
-        order = paddle.arange(paddle.shape(input_ids)[1], dtype="int64").unsqueeze(0)
+        indices = paddle.arange(paddle.shape(input_ids)[1], dtype="int64").unsqueeze(0)
         logits, caches = self.model(
             self.model.embed(input_ids, image_features, img_pos),
-            past_len + order,
+            past_len + indices,
             prompt_len,
             seq_len,
             cache_valid,
@@ -174,7 +174,7 @@ class Step(nn.Layer):
 
 
 def repeat(condition: Callable[..., Any], body: Callable[..., list[Any]], loop: list[Any]) -> list[Any]:
-    """Run a while loop; in dynamic mode in Python: Paddle's while_loop rejects growing tensors such as caches."""
+    """Run a while loop. In dynamic mode it runs in Python, since Paddle's while_loop rejects tensors that grow."""
     if not paddle.in_dynamic_mode():
         looped: list[Any] = paddle.static.nn.while_loop(condition, body, loop)
         return looped
@@ -212,13 +212,13 @@ def sample(logits: paddle.Tensor, temperature: paddle.Tensor, top_p: paddle.Tens
     Returns:
         int64 [B, 1].
     """
-    # Both branches are computed: the sort takes too little time to justify a conditional block.
+    # Greedy and sampled tokens are both computed: the sort takes too little time to justify a conditional block.
     probabilities = nn.functional.softmax(logits / paddle.clip(temperature, min=1e-6), axis=-1)
     order = paddle.argsort(probabilities, axis=-1, descending=True)
     sorted_probabilities = paddle.take_along_axis(probabilities, order, axis=-1)
-    before = paddle.cumsum(sorted_probabilities, axis=-1) - sorted_probabilities
-    kept = paddle.where(before < top_p, sorted_probabilities, paddle.zeros_like(sorted_probabilities))
-    reach = paddle.cumsum(kept, axis=-1)
-    draw = paddle.rand(paddle.shape(top_p), dtype="float32") * reach[:, -1:]
-    index = paddle.clip(ops.total((reach <= draw).astype("int64"), -1), max=logits.shape[-1] - 1)
+    more_likely = paddle.cumsum(sorted_probabilities, axis=-1) - sorted_probabilities
+    kept = paddle.where(more_likely < top_p, sorted_probabilities, paddle.zeros_like(sorted_probabilities))
+    cumulative = paddle.cumsum(kept, axis=-1)
+    drawn = paddle.rand(paddle.shape(top_p), dtype="float32") * cumulative[:, -1:]
+    index = paddle.clip(ops.total((cumulative <= drawn).astype("int64"), -1), max=logits.shape[-1] - 1)
     return paddle.where(top_p > 0, paddle.take_along_axis(order, index, axis=-1), ops.argmax(logits))

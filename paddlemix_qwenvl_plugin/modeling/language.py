@@ -1,7 +1,7 @@
 """Language model: embedding with image features, decoder layers with a growing KV cache, last-token logits.
 
-The KV cache is append-only. The rows of a batch may have prompts of different lengths, padded on the right: the
-cache keeps slots for the padding, and a mask excludes them from attention.
+The KV cache is append-only. The rows of a batch may have prompts of different lengths, padded on the right. The cache
+has entries for the padding, and a mask excludes them from attention.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Attention(nn.Layer):
         query, key, value = paddle.split(qkv, 3, axis=2)
         query = rotate(query.astype("float32"), position.cos, position.sin) * position.query_scale
         key = rotate(key.astype("float32"), position.cos, position.sin)
-        query, key, value = (t.astype(x.dtype).transpose([0, 2, 1, 3]) for t in (query, key, value))
+        query, key, value = (tensor.astype(x.dtype).transpose([0, 2, 1, 3]) for tensor in (query, key, value))
         if cache is not None:
             key = paddle.concat([cache[0], key], axis=2)
             value = paddle.concat([cache[1], value], axis=2)
@@ -89,8 +89,8 @@ class Position:
 class LanguageModel(nn.Layer):
     """Language model: token ids and image features -> logits.
 
-    `forward` takes a chunk of each row: a complete prompt, the next chunk of one, or one token per row.
-    `dtype`: type of the activations and the KV cache.
+    `forward` takes a chunk of each row: a complete prompt, the next chunk of a prompt, or the last generated token.
+    `dtype` is the type of the activations and the KV cache.
     """
 
     def __init__(self, config: ModelConfig, dtype: str) -> None:
@@ -120,11 +120,11 @@ class LanguageModel(nn.Layer):
             positions: int64 [B, S], the 0-based position of each token in its row.
             prompt_len: integer [B, 1], length of the complete prompt, which sets the rotary base.
             seq_len: integer [B, 1], number of the row's tokens without padding, at least 1.
-            cache_valid: bool [B, P], cache slots that hold a token of the row; None without a cache.
+            cache_valid: bool [B, P], which cache entries hold a token of the row; None without a cache.
             caches: per layer (key, value), each [B, heads, P, head_dim].
 
         Returns:
-            float32 logits [B, vocab_size] of each row's last token, and the caches with P + S slots.
+            float32 logits [B, vocab_size] of each row's last token, and the caches with P + S entries.
         """
         position = Position(positions, prompt_len, chunk_mask(positions, cache_valid), self.config)
         x, new_caches = embeddings, []
@@ -153,9 +153,10 @@ class LanguageModel(nn.Layer):
         """
         hidden = self.config.hidden_size
         tokens = self.embed_tokens(input_ids)
-        # Scatter runs in float32, which every Paddle device supports; a spare row receives absent images.
-        spare = paddle.zeros([1, hidden], dtype="float32")
-        flat = paddle.concat([tokens.astype("float32").reshape([-1, hidden]), spare], axis=0)
+        # Scatter runs in float32, which every Paddle device supports. The features of absent images go to an extra last
+        # row, which is dropped.
+        extra_row = paddle.zeros([1, hidden], dtype="float32")
+        flat = paddle.concat([tokens.astype("float32").reshape([-1, hidden]), extra_row], axis=0)
         shape = paddle.shape(input_ids).astype("int64")
         row, start = img_pos[:, 0:1], img_pos[:, 1:2]
         slots = ops.iota(self.config.visual.n_queries).unsqueeze(0)
@@ -177,7 +178,7 @@ class LanguageModel(nn.Layer):
 def chunk_mask(positions: paddle.Tensor, cache_valid: paddle.Tensor | None) -> paddle.Tensor:
     """Attention mask, float32 [1 or B, 1, S, P + S]: 0 where a token of the chunk attends, MASKED elsewhere.
 
-    Within the chunk the mask is causal, which also excludes the padding of a row from its tokens.
+    Within the chunk the mask is causal, so that no token attends to the padding, which is on the right.
     """
     n_tokens = paddle.shape(positions)[1]
     order = paddle.arange(n_tokens, dtype="int64")

@@ -4,7 +4,7 @@ They work in Paddle's dynamic mode (the reference) and static mode (export), whe
 creation. Weights are loaded later, so parameters are created without random initialization.
 
 Parameters have the storage dtype, activations the compute dtype; a parameter of another dtype is cast at its use.
-So a float16 export runs on a CPU, for which Paddle has no float16 kernels.
+A float16 export can therefore run on a CPU, for which Paddle has no float16 kernels.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Paddle operators for which Paddle 3.3 has no Python function in legacy (`.pdmodel`) programs.
+"""Operators that work in legacy (`.pdmodel`) programs, where Paddle's Python functions for them fail since Paddle 3.3.
 
-Since 3.3 the Python functions call C++ directly and accept only dynamic tensors and PIR values. In a legacy program
-the operator is appended by name instead; otherwise Paddle's function is called.
+Since 3.3 these Python functions call C++ directly and accept only dynamic tensors and PIR values. In a legacy program,
+the functions of this module append the operator by name; otherwise they call Paddle's function.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from paddle.framework import in_dynamic_or_pir_mode
 
 
 def iota(n: int) -> paddle.Tensor:
-    """Integers 0 to n - 1 as int64 [n], without the float64 constants that Paddle makes of Python numbers."""
+    """Integers 0 to n - 1, int64 [n], without the float64 constants into which Paddle converts Python numbers."""
     return paddle.arange(paddle.full([1], n, dtype="int64"), dtype="int64")
 
 
@@ -34,7 +34,7 @@ def gelu(x: paddle.Tensor) -> paddle.Tensor:
 
 
 def argmax(x: paddle.Tensor) -> paddle.Tensor:
-    """Argmax over the last axis, kept with size 1: int64."""
+    """Argmax over the last axis, int64; the axis is kept with size 1."""
     if in_dynamic_or_pir_mode():
         return paddle.argmax(x, axis=-1, keepdim=True)
     attrs = {"axis": -1, "keepdims": True, "flatten": False, "dtype": 3}  # 3: int64
@@ -42,7 +42,7 @@ def argmax(x: paddle.Tensor) -> paddle.Tensor:
 
 
 def total(x: paddle.Tensor, axis: int | None = None) -> paddle.Tensor:
-    """Sum over an axis, kept with size 1, or over all elements (shape [1])."""
+    """Sum over an axis, which is kept with size 1; None: over all elements, with shape [1]."""
     if in_dynamic_or_pir_mode():
         return x.sum(axis=axis, keepdim=True) if axis is not None else x.sum().reshape([1])
     attrs = {"dim": [axis], "keep_dim": True} if axis is not None else {"reduce_all": True}
@@ -51,7 +51,10 @@ def total(x: paddle.Tensor, axis: int | None = None) -> paddle.Tensor:
 
 
 def _function(name: str, out_dtype: Any = None) -> Callable[..., paddle.Tensor]:
-    """Wrap a Paddle function of one or two tensors with an operator of the same name; None: dtype of the first."""
+    """Wrap a Paddle function of one or two tensors whose operator has the same name.
+
+    `out_dtype` is the dtype of the operator's output; None: that of the first input.
+    """
 
     def function(*tensors: paddle.Tensor) -> paddle.Tensor:
         if in_dynamic_or_pir_mode():

@@ -1,7 +1,7 @@
 """Rotary embedding with dynamic NTK scaling, and logn scaling of the query.
 
-Source of the formulas: the official Qwen-VL code (values i and i + d / 2 are rotated as a pair; alpha
-depends on the prompt's length only, so it is fixed for a request).
+Source of the formulas: the official Qwen-VL code. Values i and i + d / 2 are rotated as a pair, d being head_dim. Alpha
+depends only on the prompt's length, so that it is fixed for a request.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from paddlemix_qwenvl_plugin.modeling import ops
 def ntk_alpha(prompt_len: paddle.Tensor, config: ModelConfig) -> paddle.Tensor:
     """NTK factor max(1, 2^ceil(log2(L / seq_length) + 1) - 1), float32 in the shape of `prompt_len` (integer).
 
-    L is the prompt's length. The exponent is 1 plus the number of 1, 2, 4, … below L / seq_length: comparisons of
-    integers are exact, unlike a rounded logarithm.
+    L is the prompt's length. The exponent is computed as 1 plus the number of powers of two (1, 2, 4, …) below
+    L / seq_length: comparisons of integers are exact, unlike a rounded logarithm.
     """
     if not config.use_dynamic_ntk:
         return paddle.ones_like(prompt_len, dtype="float32")
@@ -44,6 +44,7 @@ def rotary_tables(
     dim = config.head_dim
     exponents = paddle.to_tensor(np.arange(0, dim, 2, dtype=np.float32) / dim)
     alpha = ntk_alpha(prompt_len, config)
+    # If dim is 2, the only exponent is 0, and any base will do.
     base = config.rotary_emb_base * paddle.pow(alpha, dim / (dim - 2)) if dim > 2 else alpha
     inverse = 1.0 / paddle.pow(base, exponents.unsqueeze(0))
     angles = positions.astype("float32").unsqueeze(-1) * inverse.unsqueeze(1)

@@ -1,6 +1,6 @@
 """Vision transformer (without class token) and resampler: images -> features.
 
-Parameter names follow the checkpoint. The two position tables are resized to the patch grid when the weights are
+Parameter names are those of the checkpoint. The two position tables are resized to the patch grid when the weights are
 loaded (see weights.py), since a model has one image size.
 """
 
@@ -17,7 +17,7 @@ from paddlemix_qwenvl_plugin.modeling.layers import LayerNorm, Linear, attend, c
 
 
 class Attention(nn.Layer):
-    """Self-attention; the query-key-value projection is interleaved per head: [heads, 3 * head_dim]."""
+    """Self-attention. The joint projection yields [heads, 3 * head_dim]: query, key and value of each head."""
 
     def __init__(self, name: str, config: VisionConfig) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Resampler(nn.Layer):
 
     def __init__(self, name: str, config: VisionConfig) -> None:
         super().__init__()
-        out, patches = config.output_dim, config.grid**2
+        out, n_patches = config.output_dim, config.grid**2
         self.out = out
         self.heads = out // RESAMPLER_HEAD_DIM
         same_width = config.width == out
@@ -66,7 +66,7 @@ class Resampler(nn.Layer):
         self.ln_q = LayerNorm(f"{name}.ln_q", out)
         self.query = self._table(f"{name}.query", [config.n_queries, out])
         self.pos_embed = self._table(f"{name}.pos_embed", [config.n_queries, out])
-        self.key_pos_embed = self._table(f"{name}.key_pos_embed", [patches, out])
+        self.key_pos_embed = self._table(f"{name}.key_pos_embed", [n_patches, out])
         self.in_proj_weight = self._table(f"{name}.attn.in_proj_weight", [3 * out, out])
         self.in_proj_bias = self._table(f"{name}.attn.in_proj_bias", [3 * out])
         self.out_proj = Linear(f"{name}.attn.out_proj", out, out)
@@ -76,9 +76,11 @@ class Resampler(nn.Layer):
         patches = self.ln_kv(self.kv_proj(x))
         query = (self.ln_q(cast_like(self.query, x)) + cast_like(self.pos_embed, x)).unsqueeze(0)
         keys = patches + cast_like(self.key_pos_embed, x)
-        # One set of queries for the keys of every image: matmul broadcasts the batch.
-        heads = [self._project(tensor, i) for i, tensor in enumerate((query, keys, patches))]
-        return self.out_proj(attend(heads[0] / math.sqrt(RESAMPLER_HEAD_DIM), heads[1], heads[2]))
+        # The queries have batch size 1: matmul broadcasts them over the images.
+        query, key, value = (
+            self._project(tensor, part) for part, tensor in enumerate((query, keys, patches))
+        )
+        return self.out_proj(attend(query / math.sqrt(RESAMPLER_HEAD_DIM), key, value))
 
     def _project(self, x: paddle.Tensor, part: int) -> paddle.Tensor:
         """[B, T, out] -> [B, heads, T, head_dim] through part 0, 1 or 2 (query, key, value) of the joint projection."""

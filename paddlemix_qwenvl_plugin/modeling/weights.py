@@ -31,13 +31,13 @@ def language_parameters(
 ) -> Parameters:
     """Yield (parameter name, values in the storage type) of the language model.
 
-    `quantised`: name -> quantized storage type (engine/quantize.py). Weights that the checkpoint stores as integers are
-    only repacked.
+    `quantised`: name -> quantized storage type (engine/quantize.py). If the checkpoint stores these weights as
+    integers, the integers are only repacked.
     """
     kinds = quantised or {}
-    plain = {name: spec for name, spec in checkpoint.language.items() if name not in kinds}
+    unquantised = {name: spec for name, spec in checkpoint.language.items() if name not in kinds}
     packed = _repack(checkpoint, kinds) if checkpoint.quantised else _quantise(checkpoint, kinds)
-    stream = chain(checkpoint.tensors(plain, dtype, out_in=True), packed)
+    stream = chain(checkpoint.tensors(unquantised, dtype, out_in=True), packed)
     with_order = checkpoint.quantised is not None and has_order(checkpoint.quantised.quant_type)
     total = len(checkpoint.language) + (len(kinds) if with_order else 0)
     return track(stream, "language weights", total)
@@ -68,7 +68,7 @@ def vision_parameters(checkpoint: Checkpoint, dtype: str) -> Parameters:
     stream = checkpoint.tensors(checkpoint.vision, dtype, out_in=True)
     for name, values in track(stream, "vision weights", len(checkpoint.vision)):
         if name not in TABLES:
-            # `proj` is not a linear weight: every checkpoint format stores it for x @ proj.
+            # `proj` is not a linear weight of the checkpoint: all naming schemes store it as [in, out].
             yield name, np.ascontiguousarray(values.T) if name == "visual.proj" else values
         for table, source in TABLES.items():
             if source == name:
@@ -91,13 +91,13 @@ def load_vision(checkpoint: Checkpoint, dtype: str = "float32") -> VisionModel:
 
 def build(model_class: Any, config: ModelConfig, dtype: str, compute_dtype: str) -> Any:
     """Create a model with parameters of `dtype`; Paddle's default dtype is restored."""
-    before = paddle.get_default_dtype()
+    previous_dtype = paddle.get_default_dtype()
     paddle.set_default_dtype(dtype)
     try:
         with paddle.utils.unique_name.guard():  # parameter names are unique within a model, not a process
             model = model_class(config, compute_dtype)
     finally:
-        paddle.set_default_dtype(before)
+        paddle.set_default_dtype(previous_dtype)
     model.eval()
     return model
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, Optional
 
-_FULL = 1000
+_FULL = 1000  # coordinate of the right or bottom edge of the image
 
 _TAG = re.compile(r"<(/?)(ref|box|quad)>")
 # At most six digits: int() refuses very long ones.
@@ -15,7 +15,7 @@ _POINTS = {
     "box": re.compile(rf"\s*{_POINT}\s*,\s*{_POINT}\s*"),
     "quad": re.compile(rf"\s*{_POINT}\s*,\s*{_POINT}\s*,\s*{_POINT}\s*,\s*{_POINT}\s*"),
 }
-# The rest of a box in a truncated answer.
+# Coordinates of a box without its end tag, as at the end of a truncated answer.
 _COORDINATES = re.compile(r"[\s0-9(),-]*")
 
 Points = tuple[tuple[int, int], ...]
@@ -50,9 +50,9 @@ class BoxParse:
 def parse_boxes(text: str) -> BoxParse:
     """Parse all boxes in an answer; any text is accepted.
 
-    A box belongs to the preceding `<ref>` if only spaces and other boxes are between them. The clean text keeps the
-    text of refs, without boxes. Coordinates outside 0 to 1000 are clamped and the corners of a box are ordered (top
-    left first); both are reported in `problems`. Malformed boxes are left out and reported.
+    A box belongs to the preceding `<ref>` if only spaces and other boxes are between them. The returned text includes
+    the text of refs, but no boxes. Coordinates outside 0 to 1000 are clamped, and the corners of a box are ordered (top
+    left first); both are reported in `problems`. Malformed boxes are omitted and reported.
     """
     boxes: list[Box] = []
     problems: list[str] = []
@@ -79,8 +79,8 @@ def parse_boxes(text: str) -> BoxParse:
         if end is None or end.group() != f"</{kind}>":
             problems.append(f"<{kind}> {where} is not closed")
             if kind != "ref":
-                leftover = _COORDINATES.match(text, position)
-                position = leftover.end() if leftover else position
+                coordinates = _COORDINATES.match(text, position)
+                position = coordinates.end() if coordinates else position
             ref = None
             continue
         content = text[position : end.start()]
@@ -106,16 +106,16 @@ def parse_boxes(text: str) -> BoxParse:
 
 def _normalise(kind: str, points: list[tuple[int, int]]) -> tuple[Points, list[str]]:
     problems = []
-    inside = [(min(max(x, 0), _FULL), min(max(y, 0), _FULL)) for x, y in points]
-    if inside != points:
+    clamped = [(min(max(x, 0), _FULL), min(max(y, 0), _FULL)) for x, y in points]
+    if clamped != points:
         problems.append(f"coordinates outside 0 to {_FULL} were moved to the edge")
     if kind == "box":
-        (x1, y1), (x2, y2) = inside
+        (x1, y1), (x2, y2) = clamped
         ordered = [(min(x1, x2), min(y1, y2)), (max(x1, x2), max(y1, y2))]
-        if ordered != inside:
+        if ordered != clamped:
             problems.append("corners were put in order")
-        inside = ordered
-    return tuple(inside), problems
+        return tuple(ordered), problems
+    return tuple(clamped), problems
 
 
 def _shorten(content: str) -> str:

@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, TooLargeError, Usag
 
 _CHUNK_BYTES = 64 * 1024
 _MAX_REDIRECTS = 5
-# NAT64 (RFC 6052): a gateway forwards to the IPv4 address in the last 32 bits.
+# NAT64 (RFC 6052): gateways forward these addresses to the IPv4 address in their last 32 bits.
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
@@ -29,15 +29,15 @@ def download(
 ) -> bytes:
     """Download the body of a URL; `timeout_seconds` bounds the whole call.
 
-    httpx only limits each read, so a slow server could hold the caller forever. A separate thread bounds the total
-    time, name resolution included. With `allow_private`, the environment's proxy is used. Without it, no proxy is
-    used: a proxy connects to addresses that this process cannot check.
+    httpx limits only the time of each read, so that a slow server could block the caller forever. A separate thread
+    bounds the total time, name resolution included. The environment's proxy is used only with `allow_private`, since a
+    proxy connects to addresses that this process cannot check.
 
     Args:
         name: name of the image in error messages.
         max_bytes: maximum size; a longer body is an error.
-        allows_host: whether a host, as the URL or a redirect names it, may be contacted; None: any host. Ignored with
-            `allow_private`.
+        allows_host: returns whether a host, as named by the URL or a redirect, may be contacted; None: any host may.
+            Ignored with `allow_private`.
 
     Raises:
         UsageError: the host, or that of a redirect, is not allowed, or has no public address.
@@ -48,7 +48,7 @@ def download(
         follow_redirects=True,
         max_redirects=_MAX_REDIRECTS,
         timeout=timeout_seconds,
-        # Not compressed: a small body could expand into a large one.
+        # No compression: a small body could expand to a large one.
         headers={"Accept-Encoding": "identity"},
         transport=None if allow_private else _PublicTransport(name, allows_host),
     )
@@ -77,7 +77,7 @@ def download(
 
 
 def is_public(address: Union[ipaddress.IPv4Address, ipaddress.IPv6Address]) -> bool:
-    """Whether an address is public; for an IPv6 address with an embedded IPv4 address, the latter decides."""
+    """Whether an address is public; of an IPv6 address with an embedded IPv4 address, the latter is checked."""
     if isinstance(address, ipaddress.IPv6Address):
         embedded = address.ipv4_mapped or address.sixtofour
         if address in _NAT64:
@@ -90,23 +90,23 @@ def is_public(address: Union[ipaddress.IPv4Address, ipaddress.IPv6Address]) -> b
 
 
 class _PublicTransport(httpx.BaseTransport):
-    """Transport that resolves a host once and connects only to the addresses that it checked (no DNS rebinding).
+    """Transport that resolves a host once and connects only to the checked addresses (no DNS rebinding).
 
-    httpx calls it for each redirect.
+    httpx calls it for each redirect as well.
     """
 
     def __init__(self, name: str, allows_host: Optional[Callable[[str], bool]]) -> None:
         self._name = name
         self._allows_host = allows_host
-        # No keep-alive: connections are pooled by address, but have verified the certificate of one host.
+        # No keep-alive: httpx pools connections by address, but a connection has verified one host's certificate.
         self._transport = httpx.HTTPTransport(limits=httpx.Limits(max_keepalive_connections=0))
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         host = request.url.raw_host.decode("ascii")
         if self._allows_host is not None and not self._allows_host(host):
             raise UsageError(f"image {self._name}: host {host} is not allowed")
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-        addresses = dict.fromkeys(ipaddress.ip_address(entry[4][0]) for entry in found)
+        entries = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        addresses = dict.fromkeys(ipaddress.ip_address(entry[4][0]) for entry in entries)
         public = [str(address) for address in addresses if is_public(address)]
         if not public:
             raise UsageError(

@@ -14,7 +14,7 @@ from paddlemix_qwenvl_plugin.processing.boxes import Box
 # Colours of successive boxes: far apart in hue, and all dark enough for white letters.
 COLOURS = ("#c8102e", "#1b7a34", "#2b50d8", "#a84300", "#7b1fa2", "#00707a", "#b8176f", "#6b6000")
 
-# Files of fonts with Chinese, Japanese and Korean glyphs on common systems.
+# Font files with Chinese, Japanese and Korean glyphs on common systems.
 _CJK_FONTS = (
     "NotoSansCJK-Regular.ttc",
     "NotoSansCJKsc-Regular.otf",
@@ -32,34 +32,34 @@ _CJK_FONTS = (
     "Arial Unicode.ttf",
 )
 
-# Last character of Pillow's built-in font.
+# Last code point of Pillow's built-in font, the end of Latin Extended-B.
 _LAST_LATIN = 0x24F
 
-# The EXIF tag Software and its value in drawn images.
-_SOFTWARE, _NAME = 0x0131, "qwenvl"
+# The EXIF tag Software and its value in images with drawn boxes.
+_SOFTWARE_TAG, _SOFTWARE = 0x0131, "qwenvl"
 
 Font = Union[ImageFont.FreeTypeFont, ImageFont.ImageFont]
 
 
 def draw_boxes(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
-    """Draw the outlines of `boxes` and their refs as labels on an RGB copy of `image`.
+    """Draw the outlines of `boxes`, with their refs as labels, on an RGB copy of `image`.
 
-    A label has a background of the box's colour, above the box if it fits there, and always inside the image; a label
-    that is too wide is truncated. Labels with Chinese glyphs use a font of the system; without one they show as empty
-    squares.
+    A label has a background of the box's colour. It is above the box if there is room, and always inside the image; a
+    label that is too wide is truncated. Chinese labels use a font of the system; without such a font, their glyphs are
+    empty squares.
     """
     drawn = image.convert("RGB")
     draw = ImageDraw.Draw(drawn)
     width, height = drawn.size
-    line = max(2, round(min(width, height) / 200))
+    line_width = max(2, round(min(width, height) / 200))
     font_size = min(max(12, min(width, height) // 28), max(height - 2, 1))
     for index, box in enumerate(boxes):
         colour = COLOURS[index % len(COLOURS)]
         corners = [(min(x, width - 1), min(y, height - 1)) for x, y in box.to_pixels(width, height)]
         if box.kind == "box":
-            draw.rectangle((*corners[0], *corners[1]), outline=colour, width=line)
+            draw.rectangle((*corners[0], *corners[1]), outline=colour, width=line_width)
         else:
-            draw.line([*corners, corners[0]], fill=colour, width=line)
+            draw.line([*corners, corners[0]], fill=colour, width=line_width)
         if box.ref:
             left, top = min(x for x, _ in corners), min(y for _, y in corners)
             _draw_label(draw, (width, height), (left, top), box.ref, colour, font_size)
@@ -69,7 +69,7 @@ def draw_boxes(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
 def save_drawn(drawn: Image.Image, path: Path) -> None:
     """Write a drawn image in the format of the suffix, marked for `is_drawn`; BMP and GIF cannot hold the mark."""
     exif = Image.Exif()
-    exif[_SOFTWARE] = _NAME
+    exif[_SOFTWARE_TAG] = _SOFTWARE
     drawn.save(path, exif=exif)
 
 
@@ -77,20 +77,21 @@ def is_drawn(path: Path) -> bool:
     """Whether a file carries the mark of `save_drawn`."""
     try:
         with Image.open(path) as image:
-            return bool(image.getexif().get(_SOFTWARE) == _NAME)
-    except Exception:  # no image, or a damaged one: Pillow's plugins have no common error
+            return bool(image.getexif().get(_SOFTWARE_TAG) == _SOFTWARE)
+    except Exception:  # not an image, or damaged: the errors of Pillow's plugins have no common class
         return False
 
 
 def _draw_label(
     draw: ImageDraw.ImageDraw,
-    size: tuple[int, int],
+    image_size: tuple[int, int],
     corner: tuple[float, float],
     label: str,
     colour: str,
     font_size: int,
 ) -> None:
-    width, height = size
+    """Draw a label above a box whose top left corner is `corner`, or inside the box if there is no room above."""
+    width, height = image_size
     padding = 2
     label = " ".join(label.split())  # one line
     font = font_for(label, font_size)
@@ -108,16 +109,16 @@ def _draw_label(
     draw.text((x + padding - left, y + padding - top), label, fill="white", font=font)
 
 
-def _fit(draw: ImageDraw.ImageDraw, label: str, font: Font, room: float) -> str:
-    """Truncate `label` with an ellipsis to at most `room` pixels; "" if nothing fits."""
-    if len(label) <= room and draw.textlength(label, font=font) <= room:
+def _fit(draw: ImageDraw.ImageDraw, label: str, font: Font, max_width: float) -> str:
+    """Truncate `label` with an ellipsis to at most `max_width` pixels; "" if no letter fits."""
+    if len(label) <= max_width and draw.textlength(label, font=font) <= max_width:
         return label
-    label = label[: max(0, int(room))]  # a letter takes at least a pixel
+    label = label[: max(0, int(max_width))]  # a letter takes at least a pixel
     while label:
         length = draw.textlength(label + "…", font=font)
-        if length <= room:
+        if length <= max_width:
             return label + "…"
-        label = label[: min(len(label) - 1, int(len(label) * room / length))]
+        label = label[: min(len(label) - 1, int(len(label) * max_width / length))]
     return ""
 
 
@@ -127,12 +128,12 @@ def font_for(text: str, size: int) -> Font:
 
 
 def can_draw(text: str) -> bool:
-    """Whether `text` is Latin, or this system has a font with Chinese glyphs (without one: empty squares)."""
+    """Whether `text` is Latin, or this system has a font with Chinese glyphs."""
     return _is_latin(text) or _cjk_font(12) is not None
 
 
 def _is_latin(text: str) -> bool:
-    return all(ord(c) <= _LAST_LATIN for c in text)
+    return all(ord(character) <= _LAST_LATIN for character in text)
 
 
 @lru_cache(maxsize=32)

@@ -22,10 +22,12 @@ from paddlemix_qwenvl_plugin.processing.quiet import quiet
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, TooLargeError, UsageError
 from paddlemix_qwenvl_plugin.util.sources import is_address, is_data_url, without_password
 
+# Mean and standard deviation of CLIP's training images, per colour channel.
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 
 _ORIENTATION = 0x0112  # the EXIF tag
+# EXIF orientation -> operation that makes the image upright.
 _TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -36,7 +38,7 @@ _TRANSPOSES = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Pillow passes these to another program (Ghostscript) or to the operating system's drawing code.
+# Formats that Pillow passes to another program (Ghostscript) or to the operating system's drawing code.
 _REFUSED_FORMATS = ("EPS", "WMF")
 
 
@@ -48,7 +50,7 @@ class ImageLimits:
         max_bytes: encoded size.
         max_pixels: width x height.
         timeout_seconds: total time of a download.
-        allow_private: also download from addresses that are not public: this machine, its network, the metadata
+        allow_private: also download from addresses that are not public: this machine, its network, and the metadata
             services of clouds.
     """
 
@@ -64,7 +66,7 @@ DEFAULT_LIMITS = ImageLimits()
 def preprocess(image: Image.Image, image_size: int = 448) -> npt.NDArray[np.float32]:
     """Preprocess an image for the vision stage: RGB, bicubic resize, CLIP mean and standard deviation.
 
-    The aspect ratio is not kept; for that reason boxes are in thousandths of the width and of the height.
+    The aspect ratio is not kept, which is why boxes are in thousandths of the width and of the height.
 
     Returns:
         float32 [3, image_size, image_size].
@@ -93,10 +95,10 @@ def normalise(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
 def load_image(source: Any, *, allow_http: bool = False, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     """Load an image as fully decoded RGB, with its EXIF orientation applied and transparency on white.
 
-    The first frame of an animation is used; 16-bit grey is scaled by its depth. The official code ignores the EXIF
-    orientation, drops transparency and turns 16-bit grey white. Paths and `file://` URLs are not restricted;
-    http(s) URLs are restricted to public addresses unless `limits` allow others. A server must decide before the call
-    which sources a client may name.
+    The first frame of an animation is used; 16-bit grey is scaled to 8 bits. The official code ignores the EXIF
+    orientation, drops transparency and turns 16-bit grey white. Paths and `file://` URLs are not restricted; http(s)
+    URLs are restricted to public addresses unless `limits` allow others. A server must therefore check the source that
+    a client names before the call.
 
     Args:
         source: a path, encoded bytes, a PIL image, a `data:` or `file://` URL or, with `allow_http`, an http(s) URL.
@@ -190,7 +192,9 @@ def describe_source(source: Any) -> str:
         return "image bytes"
     if is_data_url(str(source)):
         return "data URL"
-    name = "".join(c if c.isprintable() else "?" for c in without_password(str(source)))
+    name = "".join(
+        character if character.isprintable() else "?" for character in without_password(str(source))
+    )
     return name if len(name) <= 120 else f"{name[:80]}…{name[-39:]}"
 
 
@@ -208,7 +212,7 @@ def _read_file(path: Path, limits: ImageLimits) -> bytes:
         raise UsageError(f"image {name} does not exist") from error
     except OSError as error:
         raise UsageError(f"image {name} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # a null character or half a surrogate pair
+    except ValueError as error:  # a null character or an unpaired surrogate
         raise UsageError(f"image {name} cannot be a file name: {error}") from error
 
 
@@ -230,7 +234,7 @@ def _decode_data_url(url: str, limits: ImageLimits) -> bytes:
     header, comma, payload = url.partition(",")
     if not comma:
         raise UsageError("data URL has no comma between its header and its data")
-    # Escapes take three characters for a byte, base64 less.
+    # A percent escape takes three characters for a byte; base64 takes fewer.
     if len(payload) > 3 * limits.max_bytes + 3:
         raise TooLargeError(f"image data URL is larger than the limit of {_mebibytes(limits.max_bytes)}")
     encoded = unquote_to_bytes(payload.encode("utf-8", errors="replace"))
@@ -259,12 +263,12 @@ def _decode(image: Image.Image, name: str, limits: ImageLimits) -> Image.Image:
         return pixels if transpose is None else pixels.transpose(transpose)
     except MemoryError as error:
         raise TooLargeError(f"image {name} of {width} x {height} pixels: out of memory") from error
-    except Exception as error:  # as above: the plugins have no common error for damaged data
+    except Exception as error:  # Pillow's plugins have no common error for damaged data
         raise QwenVLError(f"image {name} is damaged or cut short: {error}") from error
 
 
 def _upright_transpose(image: Image.Image) -> Optional[Image.Transpose]:
-    """The operation that applies the EXIF orientation; None if it is upright, missing or unreadable."""
+    """The operation that applies the EXIF orientation; None if the image is upright or the tag is unreadable."""
     try:
         return _TRANSPOSES.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # damaged metadata of an image whose pixels may be intact
@@ -273,7 +277,8 @@ def _upright_transpose(image: Image.Image) -> Optional[Image.Transpose]:
 
 def _as_rgb(image: Image.Image) -> Image.Image:
     """Convert to RGB, with transparent pixels on white."""
-    # Pillow stores 16-bit values of some formats in 32 bits. Its conversion to RGB clips values of both modes at 255.
+    # 16-bit grey has the mode I;16, or for some formats the 32-bit mode I. Pillow's conversion of these modes to RGB
+    # would clip values at 255.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         values = np.asarray(image).astype(np.uint32)
         grey = ((values + 128) // 257).clip(max=255).astype(np.uint8)

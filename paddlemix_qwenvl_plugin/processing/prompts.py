@@ -1,7 +1,7 @@
 """Build prompts in the forms that Qwen-VL was trained on: plain (base model) and ChatML (chat model).
 
-A `str` query is a rendered prompt: the paths between its image tags become image sources. Pass text from untrusted
-clients as parts, in which those tags are rejected.
+A `str` query is a rendered prompt: the paths between its image tags become image sources. Text from untrusted clients
+must be passed as parts, in which image tags are rejected.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Prompt:
     Attributes:
         input_ids: the token ids, image slots included.
         images: the image sources, one for each `<img>`, in order.
-        generated: the [start, end) ranges of `input_ids` with earlier answers, each with its closing `<|im_end|>`, in
-            order: tokens computed by decode steps rather than by a prefill.
+        generated: the [start, end) ranges of the earlier answers in `input_ids`, each with its `<|im_end|>`, in order.
+            Decode steps computed these tokens, not a prefill.
     """
 
     input_ids: list[int]
@@ -106,13 +106,13 @@ def chat_prompt(
 ) -> Prompt:
     """Build the prompt of the chat model: system text, (query, answer) turns of `history`, and the new query.
 
-    Turns are kept from the newest backwards while they and the system text take less than `max_window` tokens; the new
-    query is always kept and not counted. The images of a dropped turn are dropped with it. Images are numbered through
-    the whole conversation, dropped turns included.
+    Keeps the newest turns, as many as take less than `max_window` tokens together with the system text. Older turns are
+    dropped with their images. The new query is always kept and not counted. Images are numbered through all turns,
+    including the dropped turns.
 
-    Role and content are tokenised separately, and ChatML's own tokens are plain text in a content. Image tags in an
-    answer or in the system text are plain text, too. Answers are not stripped: the official code strips the white space
-    around an answer before it appends it to the history.
+    Role and content are tokenised separately, and the special tokens of ChatML are plain text in a content, as are
+    image tags in an answer or in the system text. Answers are not stripped here; the official code strips an answer
+    before it appends it to the history.
 
     Raises:
         UsageError: an invalid query, history or system text.
@@ -136,7 +136,7 @@ def chat_prompt(
     last_text, last_images = _query_text(query, "query", n_images + 1, label)
 
     ids = message("system", _checked_text(system, (), "system text"), tags_without_images)
-    assistant = opening("assistant")
+    assistant_opening = opening("assistant")
     kept: list[tuple[list[int], int, list[Any]]] = []  # ids, number of answer tokens, images
     n_tokens = len(ids)
     for text, images, answer in reversed(turns):
@@ -145,19 +145,19 @@ def chat_prompt(
         n_tokens += len(turn_ids)
         if n_tokens >= max_window:
             break
-        kept.append((turn_ids, len(answer_ids) - len(assistant), images))
+        kept.append((turn_ids, len(answer_ids) - len(assistant_opening), images))
 
     all_images, generated = list[Any](), list[tuple[int, int]]()
     for turn_ids, n_answer, images in reversed(kept):
         ids = ids + turn_ids
         all_images += images
         generated.append((len(ids) - n_answer, len(ids)))
-    ids = ids + new_line + message("user", last_text) + new_line + assistant
+    ids = ids + new_line + message("user", last_text) + new_line + assistant_opening
     return Prompt(ids, all_images + last_images, generated)
 
 
 def image_spans(input_ids: Sequence[int], img_start_id: int, n_image_slots: int) -> list[tuple[int, int]]:
-    """Find the images in token ids: (index of `<img>`, index of `</img>`) of each, in order.
+    """Find the images in token ids; return (index of `<img>`, index of `</img>`) for each, in order.
 
     Raises:
         QwenVLError: a span does not have `n_image_slots` ids between its tags, or a tag is unmatched.

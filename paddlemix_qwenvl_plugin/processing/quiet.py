@@ -1,4 +1,4 @@
-"""Suppress warnings and stderr output of Pillow and its libraries."""
+"""Suppression of the warnings and the stderr output of Pillow and its libraries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import _imaging
 
 _HANDLERS = ("TIFFSetErrorHandler", "TIFFSetWarningHandler")
 
-# Without a handler, Python writes a library's log records to stderr. The user's own handlers still receive them.
+# Without a handler, Python writes a library's log records to stderr. Handlers that the user configures still get them.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 _lock = threading.Lock()
@@ -26,7 +26,8 @@ _outermost = contextlib.ExitStack()
 def quiet() -> Iterator[None]:
     """Suppress Pillow's warnings and libtiff's messages in the block; errors are raised as usual.
 
-    Both are settings of the whole process: the first thread to enter changes them, the last one to leave restores them.
+    Both are settings of the process: the first thread that enters the block changes them, and the last thread that
+    leaves it restores them.
     """
     global _n_active
     with _lock:
@@ -47,11 +48,11 @@ def quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def _silent_libtiff() -> Iterator[None]:
     setters = _libtiff()
-    before = [setter(None) for setter in setters]
+    handlers = [setter(None) for setter in setters]  # a setter returns the previous handler
     try:
         yield
     finally:
-        for setter, handler in zip(setters, before):
+        for setter, handler in zip(setters, handlers):
             setter(handler)
 
 

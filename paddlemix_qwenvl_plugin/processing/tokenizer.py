@@ -25,7 +25,7 @@ PICTURE_LABEL = "Picture {}: "
 _END_OF_TEXT = "<|endoftext|>"
 _IM_START = "<|im_start|>"
 _IM_END = "<|im_end|>"
-_N_EXTRAS = 205
+_N_EXTRAS = 205  # spare tokens <|extra_0|> to <|extra_204|>
 
 IMAGE_TAGS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>")
 """Special tokens that a prompt may use; ChatML's own tokens and `<|endoftext|>` are plain text in a prompt."""
@@ -58,8 +58,8 @@ class QwenTokenizer:
     """Tokenizer of Qwen-VL: text to token ids and back.
 
     The ids are the ranks of the vocabulary file, then `<|endoftext|>`, `<|im_start|>`, `<|im_end|>`, 205 spare tokens
-    and the nine `IMAGE_TAGS`. An image `<img>path</img>` is the start id, `n_image_slots` ids and the end id; the slots
-    contain the path's UTF-8 byte values as ids (byte 0x61 is id 97, independent of that rank's meaning in text), padded
+    and the nine `IMAGE_TAGS`. An image `<img>path</img>` becomes the start id, `n_image_slots` ids and the end id. The
+    ids in the slots are the values of the path's UTF-8 bytes (byte 0x61 is id 97, whatever token 97 is in text), padded
     with the pad id.
     """
 
@@ -133,12 +133,12 @@ class QwenTokenizer:
     def encode(self, text: str, allowed_special: Collection[str] = IMAGE_TAGS) -> list[int]:
         """Tokenise text after NFC normalisation.
 
-        Half a surrogate pair becomes U+FFFD in text and `?` in a path.
+        An unpaired surrogate becomes U+FFFD in text and `?` in a path.
 
         Args:
             text: the text, with `<img>path</img>` for images.
-            allowed_special: special tokens to recognise; others are ordinary text. Without `<img>` in it, images are
-                not recognised.
+            allowed_special: special tokens to recognise; others are ordinary text. If `<img>` is not among them, images
+                are not recognised.
 
         Raises:
             UsageError: a path is longer than `n_image_slots` bytes, or an `<img>` has no `</img>`.
@@ -148,13 +148,13 @@ class QwenTokenizer:
         if "<img>" not in allowed:
             return self._encode_text(text, allowed)
         ids: list[int] = []
-        rest = text
+        remaining = text
         while True:
-            before, tag, rest = rest.partition("<img>")
+            before, tag, remaining = remaining.partition("<img>")
             ids += self._encode_text(before, allowed)
             if not tag:
                 return ids
-            path, end_tag, rest = rest.partition("</img>")
+            path, end_tag, remaining = remaining.partition("</img>")
             if not end_tag or "</img>" not in allowed or "<img>" in path:
                 raise UsageError(f"<img> without its </img> before {_shorten(path)!r}")
             ids += self._encode_path(path)
@@ -165,27 +165,27 @@ class QwenTokenizer:
         return [self.eod_id, self.im_end_id, self.im_start_id]
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Bytes of a token, the name for a special token; U+FFFD for an id outside [0, n_vocab)."""
+        """Bytes of a token (of its name, for a special token); U+FFFD for an id outside [0, n_vocab)."""
         return self._token_bytes[token_id] if 0 <= token_id < self.n_vocab else _REPLACEMENT
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Decode token ids to text; bytes that are not UTF-8 become U+FFFD. Never fails for any ids.
+        """Decode any token ids to text; bytes that are not UTF-8 become U+FFFD.
 
-        Image slots are shown as the path in them. An id outside [0, n_vocab), for example one of the model's padded
-        vocabulary rows, becomes U+FFFD as well, so that it stays visible.
+        Image slots become the path in them. An id outside [0, n_vocab), such as a row that pads the model's vocabulary,
+        becomes U+FFFD as well, so that it stays visible.
         """
-        shown: list[bytes] = []
-        id_list = [int(i) for i in ids]
+        decoded: list[bytes] = []
+        id_list = [int(token_id) for token_id in ids]
         position = 0
         while position < len(id_list):
             path, position_after = self._path_at(id_list, position)
             if path is not None:
-                shown.append(b"<img>" + path + b"</img>")
+                decoded.append(b"<img>" + path + b"</img>")
                 position = position_after
             else:
-                shown.append(self.token_bytes(id_list[position]))
+                decoded.append(self.token_bytes(id_list[position]))
                 position += 1
-        return b"".join(shown).decode("utf-8", errors="replace")
+        return b"".join(decoded).decode("utf-8", errors="replace")
 
     def _encode_text(self, text: str, allowed: set[str]) -> list[int]:
         try:
@@ -210,7 +210,7 @@ class QwenTokenizer:
         """The path in the image span that begins at `start` and the position after it, or (None, start)."""
         if ids[start] != self.img_start_id:
             return None, start
-        # A span is short: do not search a long text again for each stray <img>.
+        # Search the end tag within the length of a span only, not in the remaining text for each unmatched <img>.
         window = ids[start + 1 : start + 2 + self.n_image_slots]
         if self.img_end_id not in window:
             return None, start
@@ -224,7 +224,8 @@ class QwenTokenizer:
 def _nfc(text: str) -> str:
     """Normalise text to NFC in near-linear time.
 
-    unicodedata sorts combining marks by insertion: a long run of them in the wrong order takes minutes.
+    unicodedata sorts the marks of a run by insertion, which takes minutes for a long run in the wrong order. Therefore
+    runs of combining marks are sorted before.
     """
     if len(text) > 1000 and not text.isascii():
         text = "".join(

@@ -20,13 +20,14 @@ from paddlemix_qwenvl_plugin.util.progress import track
 def embed(checkpoint: Checkpoint, rows: CalibrationRows) -> Iterator[NDArray[np.float32]]:
     """Yield the embeddings of each row, float32 [tokens, hidden].
 
-    Peak memory: the token embedding in its storage type; afterwards its used rows and the vision stage in float32.
+    Peak memory: first the token embedding in its storage type; then, in float32, its rows for the tokens in use and the
+    vision stage.
     """
     spec = checkpoint.language["wte.weight"]
     ((_, table),) = checkpoint.tensors({"wte.weight": spec}, checkpoint.dtype)
     tokens = sorted({token for row in rows.rows for token in row.input_ids})
-    place = {token: number for number, token in enumerate(tokens)}
-    used = to_float32(table[tokens], checkpoint.dtype)
+    row_of = {token: number for number, token in enumerate(tokens)}
+    embeddings = to_float32(table[tokens], checkpoint.dtype)
     del table
     size = checkpoint.config.visual.image_size
     vision: Any = load_vision(checkpoint) if any(row.images for row in rows.rows) else None
@@ -37,7 +38,7 @@ def embed(checkpoint: Checkpoint, rows: CalibrationRows) -> Iterator[NDArray[np.
                 yield vision(paddle.to_tensor(preprocess(image, size)[None])).numpy()[0]
 
     for row in track(rows.rows, "rows embedded", len(rows.rows)):
-        states = used[[place[token] for token in row.input_ids]]
+        states = embeddings[[row_of[token] for token in row.input_ids]]
         for (start, end), values in zip(row.spans, features(row)):
             states[start + 1 : end] = values
         yield states

@@ -1,4 +1,4 @@
-"""Write a GPTQ model folder: one shard per decoder layer, shards of the other tensors, index and config.
+"""Writer of a GPTQ model folder: one shard per decoder layer, shards of the other tensors, index and config.
 
 Tensor names are Hugging Face's. The format is AutoGPTQ's "gptq", which Transformers, GPTQModel and others load.
 """
@@ -28,8 +28,9 @@ from paddlemix_qwenvl_plugin.util.files import write_beside
 
 _SCHEME = SCHEMES["huggingface"]
 INDEX = "model.safetensors.index.json"
-# Suffix -> type of the tensors of a quantised matrix (packing.py).
+# Suffix of a quantised matrix's tensor (packing.py) -> storage type.
 _PACKED = {"qweight": "int32", "qzeros": "int32", "g_idx": "int32", "scales": "float16"}
+# Ends of the names of weight files, which are not copied.
 _WEIGHT_SUFFIXES = (".safetensors", ".pdparams", ".bin", ".index.json", ".pdiparams", ".pdmodel")
 # Keys that PaddleNLP adds to config.json for tensor-parallel weights; removed, since the new weights are joined.
 _TENSOR_PARALLEL_KEYS = ("tensor_parallel_degree", "tensor_parallel_rank")
@@ -45,7 +46,7 @@ class GptqFolder:
         self._checkpoint = checkpoint
         # Storage type of the tensors that are not quantised.
         self.dtype = checkpoint.dtype if checkpoint.dtype in STORAGE else "float32"
-        self._others = list(_split(self._other_specs(), self.dtype))
+        self._other_shards = list(_split(self._other_specs(), self.dtype))
 
     def write_layer(self, index: int, tensors: Tensors) -> None:
         """Write the shard of a decoder layer."""
@@ -54,7 +55,7 @@ class GptqFolder:
     def finish(self, bits: int, group: int) -> None:
         """Write the other tensors, the index and the config, and copy the other files of the model."""
         layers = self._checkpoint.config.num_hidden_layers
-        for number, specs in enumerate(self._others, start=layers):
+        for number, specs in enumerate(self._other_shards, start=layers):
             self._write(number, dict(self._checkpoint.tensors(specs, self.dtype, out_in=True)))
         for path in sorted(self._checkpoint.folder.iterdir()):
             if path.is_file() and path.name != "config.json" and not path.name.endswith(_WEIGHT_SUFFIXES):
@@ -66,7 +67,7 @@ class GptqFolder:
         _write_json(self._folder / "config.json", config)
         weight_map: dict[str, str] = {}
         total = 0
-        for number in range(layers + len(self._others)):
+        for number in range(layers + len(self._other_shards)):
             file = self._shard(number)
             for name, entry in safetensors_file.read_header(self._folder / file).items():
                 weight_map[name] = file
@@ -91,7 +92,7 @@ class GptqFolder:
         write_beside(self._folder / self._shard(number), write)
 
     def _shard(self, number: int) -> str:
-        count = self._checkpoint.config.num_hidden_layers + len(self._others)
+        count = self._checkpoint.config.num_hidden_layers + len(self._other_shards)
         return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
     def _other_specs(self) -> dict[str, TensorSpec]:

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 
-# Fractions of a group's range to try: clipping outliers gives the other values a finer step.
-_SHARES = np.linspace(1.0, 0.5, 24)
+# Fractions of a group's range to try. Clipping outliers gives the other values a finer step.
+_RANGE_FRACTIONS = np.linspace(1.0, 0.5, 24)
 
 
 @dataclass
@@ -18,10 +18,10 @@ class Quantised:
     """A quantised matrix [out, in]: value = scale * (integer - zero), with one scale and zero point per group.
 
     Attributes:
-        integers: whole numbers 0 to 2^bits - 1, float32 [out, in].
-        scales: float16 numbers, float32 [out, groups].
-        zeros: whole numbers 1 to 2^bits - 1, float32 [out, groups]. Neither 0 nor 2^bits: GPTQ files store the zero
-            point minus one in `bits` bits, and readers differ in whether it wraps around.
+        integers: integers from 0 to 2^bits - 1, as float32 [out, in].
+        scales: values that float16 holds exactly, as float32 [out, groups].
+        zeros: integers from 1 to 2^bits - 1, as float32 [out, groups]. A GPTQ file stores the zero point minus one in
+            `bits` bits, and readers differ for the zero points 0 and 2^bits, which are stored as the same bits.
     """
 
     integers: Floats
@@ -35,15 +35,15 @@ class Quantised:
 
     def values(self) -> Floats:
         """Dequantise the matrix: float32 [out, in]."""
-        groups = self.integers.reshape(*self.scales.shape, self.group)
-        wide: Floats = (groups - self.zeros[..., None]) * self.scales[..., None]
-        return wide.reshape(self.integers.shape)
+        by_group = self.integers.reshape(*self.scales.shape, self.group)
+        values: Floats = (by_group - self.zeros[..., None]) * self.scales[..., None]
+        return values.reshape(self.integers.shape)
 
 
 def to_half(values: Floats) -> Floats:
-    """Round scales to float16, the type in which they are stored; a scale of 0 becomes the smallest positive number."""
-    least = np.finfo(np.float16).smallest_subnormal
-    return np.asarray(np.maximum(values.astype(np.float16), least), np.float32)
+    """Round scales to float16, their storage type; a scale of 0 becomes the smallest positive number."""
+    smallest = np.finfo(np.float16).smallest_subnormal
+    return np.asarray(np.maximum(values.astype(np.float16), smallest), np.float32)
 
 
 def nearest(columns: Floats, scale: Floats, zero: Floats, top: int) -> Floats:
@@ -54,7 +54,7 @@ def nearest(columns: Floats, scale: Floats, zero: Floats, top: int) -> Floats:
 def best_grid(columns: Floats, importance: Floats, bits: int) -> tuple[Floats, Floats]:
     """Choose the scale and zero point of every row for one group of columns.
 
-    Tries clipped ranges, and keeps the one with the least squared error of rounding to nearest, weighted per column.
+    Of several clipped ranges, selects that with the least squared error of rounding to nearest, weighted per column.
 
     Args:
         columns: [out, group].
@@ -66,15 +66,15 @@ def best_grid(columns: Floats, importance: Floats, bits: int) -> tuple[Floats, F
     """
     top = 2**bits - 1
     low, high = np.minimum(columns.min(1), 0), np.maximum(columns.max(1), 0)
-    least = np.full(len(columns), np.inf, np.float32)
-    scales, zeros = np.ones_like(least), np.ones_like(least)
-    for share in _SHARES:
-        scale = to_half((high - low) * np.float32(share / top))
-        zero = np.clip(np.rint(-low * np.float32(share) / scale), 1, top)
+    least_error = np.full(len(columns), np.inf, np.float32)
+    scales, zeros = np.ones_like(least_error), np.ones_like(least_error)
+    for fraction in _RANGE_FRACTIONS:
+        scale = to_half((high - low) * np.float32(fraction / top))
+        zero = np.clip(np.rint(-low * np.float32(fraction) / scale), 1, top)
         integers = nearest(columns, scale[:, None], zero[:, None], top)
         error = ((integers - zero[:, None]) * scale[:, None] - columns) ** 2 @ importance
-        better = error < least
-        least = np.where(better, error, least)
+        better = error < least_error
+        least_error = np.where(better, error, least_error)
         scales, zeros = np.where(better, scale, scales), np.where(better, zero, zeros)
     return scales, zeros
 
@@ -86,5 +86,5 @@ def round_to_nearest(weight: Floats, bits: int, group: int) -> Quantised:
     ones = np.ones(group, np.float32)
     for g in range(n_in // group):
         scales[:, g], zeros[:, g] = best_grid(weight[:, g * group : (g + 1) * group], ones, bits)
-    spread = [np.repeat(each, group, axis=1) for each in (scales, zeros)]
-    return Quantised(nearest(weight, spread[0], spread[1], 2**bits - 1), scales, zeros)
+    column_scales, column_zeros = np.repeat(scales, group, axis=1), np.repeat(zeros, group, axis=1)
+    return Quantised(nearest(weight, column_scales, column_zeros, 2**bits - 1), scales, zeros)

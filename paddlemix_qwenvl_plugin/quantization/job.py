@@ -1,4 +1,4 @@
-"""Quantize a model folder with calibration rows to a GPTQ model folder, for `qwenvl quantize`."""
+"""Quantization of a model folder with calibration rows to a GPTQ model folder, for `qwenvl quantize`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DEFAULT_GROUP_SIZES = {4: 32, 8: 64}
 GROUP_SIZES = (32, 64, 128)
 
 MAX_TOKENS = 1 << 16
-"""Limit on the tokens of all rows. At the 7B model's sizes, each of the four files of hidden states then has 1 GiB."""
+"""Limit on the tokens of all rows. A file of hidden states then has at most 1 GiB for the 7B model; four exist."""
 
 
 def quantise_model(
@@ -41,8 +41,8 @@ def quantise_model(
 ) -> Report:
     """Quantise the language model's matrices, except lm_head, and write a GPTQ model folder.
 
-    The folder is created atomically. After an interruption a call with the same arguments resumes at the layer that was
-    interrupted, from `TARGET.partial`.
+    The folder is created atomically. After an interruption, a call with the same arguments resumes from
+    `TARGET.partial`, at the layer that was interrupted.
 
     Args:
         model: a model folder in any supported form.
@@ -99,9 +99,8 @@ def _run(
     group_size: int,
 ) -> Report:
     lengths = [len(row.input_ids) for row in rows.rows]
-    numbers = range(len(lengths))
-    held_out = [i for i in numbers if i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
-    calibration = [i for i in numbers if i not in set(held_out)]
+    held_out = list(range(HELD_OUT_EVERY - 1, len(lengths), HELD_OUT_EVERY))
+    calibration = [i for i in range(len(lengths)) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
     batch = Batch([row.n_prompt for row in rows.rows], calibration, held_out)
     folder = GptqFolder(work.model, checkpoint)
 
@@ -144,6 +143,7 @@ def _run(
 
 
 def _check_sizes(checkpoint: Checkpoint, bits: int, group_size: int) -> None:
+    """Check that groups fill the inputs of every matrix, and zero points the words of GPTQ files."""
     for name, spec in checkpoint.language.items():
         if not spec.linear or not name.startswith("h."):
             continue
@@ -160,6 +160,7 @@ def _check_sizes(checkpoint: Checkpoint, bits: int, group_size: int) -> None:
 
 
 def _within_limit(rows: CalibrationRows) -> list[CalibrationRow]:
+    """The first rows with at most MAX_TOKENS tokens together."""
     totals = accumulate(len(row.input_ids) for row in rows.rows)
     kept = [row for row, total in zip(rows.rows, totals) if total <= MAX_TOKENS]
     if len(kept) < HELD_OUT_EVERY:

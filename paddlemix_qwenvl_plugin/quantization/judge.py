@@ -12,16 +12,16 @@ from paddlemix_qwenvl_plugin.quantization.grid import Floats
 from paddlemix_qwenvl_plugin.quantization.layers import Streams
 from paddlemix_qwenvl_plugin.quantization.rows import CalibrationRow
 
-_TOKENS_AT_ONCE = 256
+_TOKENS_AT_ONCE = 256  # bounds the size of the logits
 
 
 @dataclass(frozen=True)
 class Changed:
-    """Counts of held-out positions whose likeliest next token differs, and of rows with such a position.
+    """Counts of held-out positions whose most likely next token differs, and of rows with such a position.
 
     Attributes:
-        tokens, of_tokens: positions that differ, of all compared positions.
-        rows, of_rows: rows with such a position, of all held-out rows.
+        tokens, of_tokens: number of positions that differ, and of all compared positions.
+        rows, of_rows: number of rows with such a position, and of all held-out rows.
     """
 
     tokens: int
@@ -33,7 +33,7 @@ class Changed:
 def count_changed(
     checkpoint: Checkpoint, rows: Sequence[CalibrationRow], held_out: Sequence[int], after: Streams
 ) -> Changed:
-    """Compare the likeliest next tokens of the original and the quantised model.
+    """Compare the most likely next tokens of the original and the quantised model.
 
     Args:
         held_out: indices of the held-out rows.
@@ -49,7 +49,8 @@ def count_changed(
     norm, head = (np.asarray(weights.pop(f"{name}.weight"), np.float32) for name in ("ln_f", "lm_head"))
     epsilon = checkpoint.config.layer_norm_epsilon
 
-    def likeliest(states: Floats) -> np.ndarray:
+    def most_likely(states: Floats) -> np.ndarray:
+        """Most likely token after each position: RMSNorm ln_f, lm_head and argmax."""
         scale = 1 / np.sqrt(np.square(states).mean(-1, keepdims=True) + np.float32(epsilon))
         normed = states * scale * norm
         chunks = range(0, len(normed), _TOKENS_AT_ONCE)
@@ -58,7 +59,8 @@ def count_changed(
     tokens = of_tokens = changed_rows = 0
     for row in held_out:
         judged = rows[row].judged
-        differs = likeliest(after.original.read(row)[judged]) != likeliest(after.quantised.read(row)[judged])
+        original, quantised = (states.read(row)[judged] for states in (after.original, after.quantised))
+        differs = most_likely(original) != most_likely(quantised)
         tokens += int(differs.sum())
         of_tokens += len(judged)
         changed_rows += bool(differs.any())

@@ -1,4 +1,4 @@
-"""A decoder layer in float32 that also returns the inputs of each of its matrices."""
+"""A decoder layer in float32 that also computes the inputs of each of its matrices."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from paddlemix_qwenvl_plugin.modeling.weights import build
 
 Floats = NDArray[np.float32]
 
-# Matrices that share an input, in the order of the forward pass. The first two stages read the states before the
-# layer, the last two the states after its attention.
+# Stages: matrices that share an input, in the order of the forward pass. The inputs of the first two stages follow
+# from the states before the layer, those of the last two from the states after the layer's attention.
 STAGES: tuple[tuple[str, ...], ...] = (
     ("attn.c_attn",),
     ("attn.c_proj",),
@@ -25,7 +25,7 @@ STAGES: tuple[tuple[str, ...], ...] = (
 
 
 class DecoderLayer:
-    """A decoder layer whose weights `load` replaces."""
+    """A decoder layer, computed in parts; `load` sets its weights."""
 
     def __init__(self, config: ModelConfig) -> None:
         self._config = config
@@ -38,18 +38,18 @@ class DecoderLayer:
             self._parameters[f"h.{name}"].set_value(np.ascontiguousarray(values))
 
     def inputs(self, stage: int, states: Floats, n_prompt: int) -> Floats:
-        """Compute the input [tokens, in] of a stage's matrices from the states that the stage reads (see STAGES)."""
+        """Compute the input [tokens, in] of a stage's matrices from the states that STAGES names for the stage."""
         layer, x = self._layer, paddle.to_tensor(states[None])
         with paddle.no_grad():
             if stage == 0:
-                found = layer.ln_1(x)
+                inputs = layer.ln_1(x)
             elif stage == 1:
-                found, _ = layer.attn.mix(layer.ln_1(x), self._position(len(states), n_prompt), None)
+                inputs, _ = layer.attn.mix(layer.ln_1(x), self._position(len(states), n_prompt), None)
             elif stage == 2:
-                found = layer.ln_2(x)
+                inputs = layer.ln_2(x)
             else:
-                found = layer.gate(layer.ln_2(x))
-        return np.asarray(found.numpy()[0], np.float32)
+                inputs = layer.gate(layer.ln_2(x))
+        return np.asarray(inputs.numpy()[0], np.float32)
 
     def after_attention(self, states: Floats, n_prompt: int) -> Floats:
         """Compute the states after the attention from those before the layer, both [tokens, hidden]."""

@@ -1,4 +1,4 @@
-"""Quantise the decoder layers one after the other, on the inputs that the quantised layers before them produce."""
+"""Quantization of the decoder layers one after the other, on the outputs of the preceding quantised layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.quantization.packing import gptq_tensors
 from paddlemix_qwenvl_plugin.quantization.rounding import Hessian, quantise, relative_error
 from paddlemix_qwenvl_plugin.quantization.states import States
 
-# Tokens per product that is added to X^T X: large products are faster and update the sum less often.
+# Tokens per product that is added to X^T X. Large products are faster, and the sum is updated less often.
 _TOKENS_AT_ONCE = 2048
 
 
@@ -42,7 +42,7 @@ class Streams:
 
 
 class LayerQuantiser:
-    """Quantiser of one layer at a time; two layers in float32 are in memory."""
+    """Quantiser of one layer at a time. In memory are two copies of the layer in float32, original and quantised."""
 
     def __init__(self, checkpoint: Checkpoint, batch: Batch, bits: int, group: int) -> None:
         self._checkpoint, self._batch = checkpoint, batch
@@ -56,9 +56,8 @@ class LayerQuantiser:
         """Quantise layer `index` and write the states after it.
 
         Returns:
-            The layer's tensors for the checkpoint, unquantised ones in `dtype`; and its figures: for each matrix the
-            relative error of its products on the calibration rows, and that of rounding to nearest; for the layer the
-            relative error of the held-out rows' states after it.
+            The layer's tensors for the checkpoint, with unquantised tensors in `dtype`; and the layer's figures (see
+            Report.layers).
         """
         prefix = f"h.{index}."
         specs = {name: spec for name, spec in self._checkpoint.language.items() if name.startswith(prefix)}
@@ -68,50 +67,54 @@ class LayerQuantiser:
         }
         for layer in (self._original, self._quantised):
             layer.load(weights)
-        small = {name: spec for name, spec in specs.items() if not spec.linear}
-        tensors: dict[str, Any] = dict(self._checkpoint.tensors(small, dtype))
+        vectors = {name: spec for name, spec in specs.items() if not spec.linear}
+        tensors: dict[str, Any] = dict(self._checkpoint.tensors(vectors, dtype))
         errors: dict[str, list[float]] = {}
-        middle = Streams(
+        after_attention = Streams(
             before.original.beside("original-middle.bin"), before.quantised.beside("quantised-middle.bin")
         )
         for stage, matrices in enumerate(STAGES):
-            if stage == 2:
-                self._advance(before, middle, DecoderLayer.after_attention)
-            source = before if stage < 2 else middle
+            if stage == 2:  # the first stage of the MLP; the quantised layer has quantised attention by now
+                self._advance(before, after_attention, DecoderLayer.after_attention)
+            source = before if stage < 2 else after_attention
             gram = self._gram(stage, source.quantised)
             hessian = Hessian(gram.copy(), f"{prefix}{matrices[0]}")
             for matrix in matrices:
                 weight = weights.pop(f"{matrix}.weight")
-                found = quantise(weight, hessian, self._bits, self._group)
-                values = found.values()
-                plain = round_to_nearest(weight, self._bits, self._group).values()
-                errors[matrix] = [relative_error(weight, each, gram) for each in (values, plain)]
+                quantised = quantise(weight, hessian, self._bits, self._group)
+                values = quantised.values()
+                nearest = round_to_nearest(weight, self._bits, self._group).values()
+                errors[matrix] = [
+                    relative_error(weight, rounded_weight, gram) for rounded_weight in (values, nearest)
+                ]
                 self._quantised.load({f"{matrix}.weight": values})
-                for suffix, packed in gptq_tensors(found, self._bits).items():
+                for suffix, packed in gptq_tensors(quantised, self._bits).items():
                     tensors[f"{prefix}{matrix}.{suffix}"] = packed
-        self._advance(middle, after, lambda layer, states, _: layer.after_mlp(states))
-        for states in (middle.original, middle.quantised):
+        self._advance(after_attention, after, lambda layer, states, _: layer.after_mlp(states))
+        for states in (after_attention.original, after_attention.quantised):
             states.path.unlink()
         return tensors, {"matrices": errors, "states": self._difference(after)}
 
     def _gram(self, stage: int, states: States) -> Floats:
         """Compute X^T X for the inputs X of a stage on the calibration rows."""
         gram: Optional[Floats] = None
-        waiting, n_waiting = list[Floats](), 0
+        pending, n_pending = list[Floats](), 0
         for number, row in enumerate(self._batch.calibration, start=1):
             inputs = self._quantised.inputs(stage, states.read(row), self._batch.prompt_lengths[row])
-            waiting.append(inputs)
-            n_waiting += len(inputs)
-            if n_waiting >= _TOKENS_AT_ONCE or number == len(self._batch.calibration):
-                chunk = np.concatenate(waiting)
+            pending.append(inputs)
+            n_pending += len(inputs)
+            if n_pending >= _TOKENS_AT_ONCE or number == len(self._batch.calibration):
+                chunk = np.concatenate(pending)
                 gram = chunk.T @ chunk if gram is None else np.add(gram, chunk.T @ chunk, out=gram)
-                waiting, n_waiting = [], 0
+                pending, n_pending = [], 0
         assert gram is not None
         return gram
 
     def _advance(
         self, source: Streams, target: Streams, step: Callable[[DecoderLayer, Floats, int], Floats]
     ) -> None:
+        """Apply a part of the layer, original and quantised, to the states of all rows in `source`."""
+
         def stepped(layer: DecoderLayer, states: States) -> Iterator[Floats]:
             for row, n_prompt in enumerate(self._batch.prompt_lengths):
                 yield step(layer, states.read(row), n_prompt)
@@ -121,9 +124,9 @@ class LayerQuantiser:
 
     def _difference(self, streams: Streams) -> float:
         """Relative error of the held-out rows' states: ||quantised - original|| / ||original||."""
-        off = total = 0.0
+        error = total = 0.0
         for row in self._batch.held_out:
             original = streams.original.read(row)
-            off += float(np.square(streams.quantised.read(row) - original).sum(dtype=np.float64))
+            error += float(np.square(streams.quantised.read(row) - original).sum(dtype=np.float64))
             total += float(np.square(original).sum(dtype=np.float64))
-        return float(np.sqrt(off / total)) if total else 0.0
+        return float(np.sqrt(error / total)) if total else 0.0

@@ -1,7 +1,7 @@
 """Pack a quantised matrix into the tensors of a GPTQ checkpoint.
 
-Source: AutoGPTQ's `pack` (format "gptq", often called v1). int32 words hold 32 / bits integers, the first in the lowest
-bits:
+Source: AutoGPTQ's `pack` (format "gptq", often called v1). An int32 word holds 32 / bits integers, the first in the
+lowest bits:
 
 | tensor | shape | content |
 | --- | --- | --- |
@@ -31,7 +31,7 @@ def gptq_tensors(matrix: Quantised, bits: int) -> dict[str, NDArray[np.generic]]
 
 
 def _pack(integers: NDArray[np.float32], bits: int) -> NDArray[np.int32]:
-    """Pack [n, m] along the first axis into [n * bits / 32, m]."""
+    """Pack a matrix [n, m] along its first axis into words [n * bits / 32, m]."""
     per_word = 32 // bits
     groups = integers.astype(np.uint32).reshape(-1, per_word, integers.shape[1])
     shifts = np.arange(0, 32, bits, dtype=np.uint32)[None, :, None]

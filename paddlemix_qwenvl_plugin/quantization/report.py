@@ -20,9 +20,11 @@ class Report:
         rows, tokens: numbers of rows and tokens that were used for calibration.
         skipped_rows: number of rows beyond the limit on tokens.
         held_out: changed predictions on the held-out rows.
-        layers: per layer, `matrices`: matrix -> [relative error of its products on the calibration rows, that of
-            rounding to nearest]; `states`: relative error of the held-out rows' hidden states after the layer.
-        bytes, bytes_before: size of the weights in OUT and in MODEL.
+        layers: one dict per layer. `matrices` maps each matrix to the relative error of its products on the calibration
+            rows, as quantised and if it were rounded to nearest. `states` is the relative error of the hidden states of
+            the held-out rows after the layer.
+        bytes: size of the weights in the quantised model folder.
+        bytes_before: size of the weights if no tensor were quantised.
     """
 
     bits: int
@@ -45,14 +47,17 @@ class Report:
             f"; {self.skipped_rows} more rows are beyond the limit on tokens" if self.skipped_rows else ""
         )
         yield f"calibrated on {self.rows} rows, {self.tokens} tokens{skipped}"
-        pairs = [pair for layer in self.layers for pair in layer["matrices"].values()]
-        mean = [sum(pair[i] for pair in pairs) / len(pairs) for i in (0, 1)]
+        errors = [pair for layer in self.layers for pair in layer["matrices"].values()]
+        quantised_mean = sum(quantised for quantised, _ in errors) / len(errors)
+        nearest_mean = sum(nearest for _, nearest in errors) / len(errors)
         yield (
-            f"error of the matrices' products: {mean[0]:.2%} on average; {mean[1]:.2%} if rounded to nearest; "
+            f"error of the matrices' products: {quantised_mean:.2%} on average; "
+            f"{nearest_mean:.2%} if rounded to nearest; "
             f"of the hidden states after the last layer: {self.layers[-1]['states']:.2%}"
         )
-        held = self.held_out
+        changed = self.held_out
         yield (
-            f"held-out rows: {held.tokens} of {held.of_tokens} tokens changed, in {held.rows} of {held.of_rows} rows"
+            f"held-out rows: {changed.tokens} of {changed.of_tokens} tokens changed, "
+            f"in {changed.rows} of {changed.of_rows} rows"
         )
         yield f"size: {self.bytes / 1e6:.1f} MB of {self.bytes_before / 1e6:.1f} MB"

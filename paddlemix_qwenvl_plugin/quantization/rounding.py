@@ -3,9 +3,9 @@
 For inputs X the error of a row is (w - q) H (w - q)^T with H = X^T X. Two steps reduce it:
 
 1. GPTQ (Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022):
-   columns are rounded one after the other, and each column's error is compensated in the columns not yet rounded.
-2. Cyclic coordinate descent (as in Behdin et al., "QuantEase", 2023): each integer, and each group's scale, is set to
-   its best value while the others are fixed.
+   columns are rounded one after the other, and the error of a column is compensated in the columns not yet rounded.
+2. Cyclic coordinate descent (as in Behdin et al., "QuantEase", 2023): one after the other, every integer and every
+   scale is set to its best value with all others fixed.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from paddlemix_qwenvl_plugin.quantization.grid import Floats, Quantised, best_grid, nearest, to_half
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
-# Added to the Hessian's diagonal, as a share of its mean; the value of GPTQ's authors.
+# Share of the diagonal's mean that is added to the Hessian's diagonal; the value of GPTQ's authors.
 DAMPING = 0.01
 
-_BLOCK = 128  # columns per block; one product per block compensates its errors in the later columns
-_SWEEPS = 3
+_BLOCK_COLUMNS = 128  # columns whose errors are compensated in the later columns by one product
+_SWEEPS = 3  # of coordinate descent
 
 
 class Hessian:
@@ -28,12 +28,12 @@ class Hessian:
 
     Attributes:
         matrix: H plus the damping, float32 [in, in].
-        order: columns in the order of rounding: by descending diagonal of H.
-        factor: upper triangular U with U^T U = (H in this order)^-1, float32 [in, in].
+        order: the order in which columns are rounded, by descending diagonal of H.
+        factor: upper triangular U with U^T U = H^-1, for H with its columns and rows in `order`, float32 [in, in].
     """
 
     def __init__(self, gram: Floats, name: str) -> None:
-        """Damp and factor X^T X, which is overwritten.
+        """Damp and factor `gram`, X^T X, which is overwritten.
 
         Raises:
             QwenVLError: the inputs are not finite; the message begins with `name`.
@@ -45,7 +45,8 @@ class Hessian:
         gram[np.diag_indices_from(gram)] += np.float32(DAMPING * mean if mean else 1.0)
         self.matrix = gram
         self.order: NDArray[np.intp] = np.argsort(-diagonal, kind="stable")
-        # With the order reversed, H = L L^T; reversing L gives an upper triangular R with H = R R^T, and U = R^-1.
+        # H in reverse order is L L^T. L with reversed rows and columns is an upper triangular R, H in `order` is R R^T,
+        # and U = R^-1.
         reverse = self.order[::-1]
         lower = np.linalg.cholesky(gram[np.ix_(reverse, reverse)].astype(np.float64))
         upper = np.ascontiguousarray(lower[::-1, ::-1])
@@ -55,15 +56,15 @@ class Hessian:
 
 
 def _invert(upper: NDArray[np.float64]) -> None:
-    """Invert an upper triangular matrix in place, recursively; np.linalg.inv needs four times the work, and copies."""
+    """Invert an upper triangular matrix in place, recursively: a quarter of the work of np.linalg.inv, and no copy."""
     n = len(upper)
-    if n <= _BLOCK:
+    if n <= _BLOCK_COLUMNS:
         upper[...] = np.triu(np.linalg.inv(upper))
         return
-    first, last = slice(0, n // 2), slice(n // 2, n)
-    for part in (first, last):
-        _invert(upper[part, part])
-    upper[first, last] = -upper[first, first] @ upper[first, last] @ upper[last, last]
+    low, high = slice(0, n // 2), slice(n // 2, n)
+    for half in (low, high):
+        _invert(upper[half, half])
+    upper[low, high] = -upper[low, low] @ upper[low, high] @ upper[high, high]
 
 
 def quantise(weight: Floats, hessian: Hessian, bits: int, group: int) -> Quantised:
@@ -84,58 +85,62 @@ def gptq(weight: Floats, hessian: Hessian, bits: int, group: int) -> Quantised:
         columns = slice(g * group, (g + 1) * group)
         scales[:, g], zeros[:, g] = best_grid(weight[:, columns], diagonal[columns], bits)
     order, factor = hessian.order, hessian.factor
-    rest = np.ascontiguousarray(weight[:, order].T)  # [in, out]: a column is contiguous
-    integers = np.empty_like(rest)
-    for first in range(0, n_in, _BLOCK):
-        last = min(first + _BLOCK, n_in)
+    # Columns in rounding order with the compensation so far; [in, out], so that a column is contiguous.
+    compensated = np.ascontiguousarray(weight[:, order].T)
+    integers = np.empty_like(compensated)
+    for first in range(0, n_in, _BLOCK_COLUMNS):
+        last = min(first + _BLOCK_COLUMNS, n_in)
         errors = np.empty((last - first, n_out), np.float32)
         for j in range(first, last):
             scale, zero = scales[:, order[j] // group], zeros[:, order[j] // group]
-            integers[j] = nearest(rest[j], scale, zero, top)
-            error = (rest[j] - (integers[j] - zero) * scale) / factor[j, j]
+            integers[j] = nearest(compensated[j], scale, zero, top)
+            error = (compensated[j] - (integers[j] - zero) * scale) / factor[j, j]
             errors[j - first] = error
-            rest[j + 1 : last] -= factor[j, j + 1 : last, None] * error
-        rest[last:] -= factor[first:last, last:].T @ errors
-    unordered = np.empty_like(weight)
-    unordered[:, order] = integers.T
-    return Quantised(unordered, scales, zeros)
+            compensated[j + 1 : last] -= factor[j, j + 1 : last, None] * error
+        compensated[last:] -= factor[first:last, last:].T @ errors
+    in_input_order = np.empty_like(weight)
+    in_input_order[:, order] = integers.T
+    return Quantised(in_input_order, scales, zeros)
 
 
 def descend(matrix: Quantised, weight: Floats, hessian: Floats, bits: int) -> None:
     """Improve every scale and integer of `matrix` once, in place; the error never grows."""
     top, group = 2**bits - 1, matrix.group
-    remaining = weight - matrix.values()
+    error = weight - matrix.values()
     for g in range(matrix.scales.shape[1]):
         columns = slice(g * group, (g + 1) * group)
-        inner = hessian[columns, columns]
-        gradient = remaining @ hessian[:, columns]
+        group_hessian = hessian[columns, columns]
+        gradient = error @ hessian[:, columns]
         scale, zero = matrix.scales[:, g], matrix.zeros[:, g]
         steps = matrix.integers[:, columns] - zero[:, None]
-        # The error is a parabola of the scale, with its minimum at scale + slope / curvature.
-        curvature = np.einsum("oi,oi->o", steps @ inner, steps)
+        # The squared error is a parabola of the scale, with its minimum at scale + slope / curvature.
+        curvature = np.einsum("oi,oi->o", steps @ group_hessian, steps)
         slope = np.einsum("oi,oi->o", steps, gradient)
-        moved = np.where(curvature > 0, scale + slope / np.maximum(curvature, 1e-30), scale)
-        moved = to_half(moved)
-        shift = scale - moved
-        better = curvature * shift**2 + 2 * slope * shift < 0
-        shift = np.where(better, shift, 0)[:, None] * steps
-        scale = matrix.scales[:, g] = np.where(better, moved, scale)
-        change = np.array(shift)
-        gradient += shift @ inner
+        best_scale = np.where(curvature > 0, scale + slope / np.maximum(curvature, 1e-30), scale)
+        best_scale = to_half(best_scale)
+        decrease = scale - best_scale
+        better = curvature * decrease**2 + 2 * slope * decrease < 0  # also after rounding to float16
+        # Change of the error, weight - values, which the gradient and `error` follow.
+        change = np.where(better, decrease, 0)[:, None] * steps
+        scale = matrix.scales[:, g] = np.where(better, best_scale, scale)
+        gradient += change @ group_hessian
         for k in range(group):
             column = columns.start + k
             old = matrix.integers[:, column]
-            ideal = (old - zero) * scale + gradient[:, k] / inner[k, k]
+            ideal = (old - zero) * scale + gradient[:, k] / group_hessian[k, k]
             new = nearest(ideal, scale, zero, top)
             step = (old - new) * scale
-            gradient += step[:, None] * inner[k]
+            gradient += step[:, None] * group_hessian[k]
             change[:, k] += step
             matrix.integers[:, column] = new
-        remaining[:, columns] += change
+        error[:, columns] += change
 
 
 def relative_error(weight: Floats, values: Floats, gram: Floats) -> float:
     """Relative error of a quantised matrix's products: ||X (w - q)^T|| / ||X w^T||, with `gram` = X^T X."""
-    off = weight - values
+    error = weight - values
     total = float(np.vdot(weight @ gram, weight))
-    return float(np.sqrt(max(0.0, float(np.vdot(off @ gram, off))) / total)) if total > 0 else 0.0
+    if total <= 0:
+        return 0.0
+    squared_error = max(0.0, float(np.vdot(error @ gram, error)))  # rounding may make it negative
+    return float(np.sqrt(squared_error / total))

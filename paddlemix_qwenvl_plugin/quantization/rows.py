@@ -24,10 +24,10 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.util.files import check_source
 
 MIN_ROWS = 8
-"""Minimum number of rows in a file, of which one is held out."""
+"""Minimum number of rows in a file, so that at least one row is held out."""
 
 HELD_OUT_EVERY = 8
-"""One of this many rows is held out: used for the report, not for calibration."""
+"""One of this many rows is held out: it is used for the report, not for calibration."""
 
 N_DRAWN = 128
 """Number of rows drawn from the demo world if no file is given."""
@@ -53,11 +53,12 @@ class CalibrationRow:
 
     @property
     def judged(self) -> list[int]:
-        """Positions whose predictions are compared: those that predict the answer; without an answer, all text."""
+        """Positions whose predictions are compared: those that predict the answer, or without an answer, the text."""
         if len(self.input_ids) > self.n_prompt:
             return list(range(self.n_prompt - 1, len(self.input_ids) - 1))
-        inside = {i for start, end in self.spans for i in range(start, end)}
-        return [i for i in range(len(self.input_ids)) if i not in inside]
+        # The end tag `</img>` predicts the first token of the text after the image.
+        in_images = {i for start, end in self.spans for i in range(start, end)}
+        return [i for i in range(len(self.input_ids)) if i not in in_images]
 
 
 class CalibrationRows:
@@ -67,7 +68,7 @@ class CalibrationRows:
 
     Attributes:
         rows: the rows.
-        sha256: digest of the file, or of the number of drawn rows; it covers image paths, not image contents.
+        sha256: digest of the file, or of the number of drawn rows. It does not cover the contents of image files.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class CalibrationRows:
         """Read and tokenise all rows; images are loaded later, one row at a time.
 
         Args:
-            source: JSONL file; None: draw the rows.
+            source: JSONL file; None: samples of the demo world.
             chat: whether the model is a chat model; the default of a row's key "chat".
 
         Raises:
@@ -124,7 +125,8 @@ class CalibrationRows:
                 raise type(error)(f"{where}: {text}") from error
 
     def _drawn(self, number: int) -> CalibrationRow:
-        rng = random.Random(f"calibration {number}")  # neither a training seed nor a held-out one
+        # A seed that neither the training set nor the held-out set uses.
+        rng = random.Random(f"calibration {number}")
         sample = random_sample(rng)
         parts = sample.parts([draw(scene) for scene in sample.scenes])
         request = Request(parts, chat=sample.form == "chat")
@@ -156,7 +158,7 @@ _ANSWER_TAGS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
 
 
 def _take_answer(line: bytes) -> tuple[bytes, Any]:
-    """Return a row without its key "answer", and the answer. A line that is not a JSON object is returned unchanged."""
+    """Split a row into the row without its key "answer", and the answer; None if the line has no such key."""
     try:
         values = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 
 class States:
-    """A file of hidden states: for each row float32 [tokens, width], one after the other."""
+    """A file of hidden states: the float32 [tokens, width] of all rows, one row after the other."""
 
     def __init__(self, path: Path, lengths: Sequence[int], width: int) -> None:
         self.path = path
@@ -30,5 +30,5 @@ class States:
                 file.write(np.ascontiguousarray(states, np.float32).data)
 
     def beside(self, name: str) -> States:
-        """Return the States of another file, `name` in the same folder, for the same rows."""
+        """Create the States of another file, `name` in the same folder, for the same rows."""
         return States(self.path.with_name(name), self._lengths, self._width)

@@ -1,4 +1,4 @@
-"""The work folder of a quantization: its progress, from which the same command resumes after an interruption."""
+"""The work folder of a quantization, from which the same command resumes after an interruption."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.checkpoint.config import read_json
 from paddlemix_qwenvl_plugin.util.errors import UsageError, make_folder, naming
 from paddlemix_qwenvl_plugin.util.files import write_text
 
-# Increase it when a change of the code produces other files from the same inputs.
+# Version of the files in the folder: increased when a change of the code produces other files from the same inputs.
 _VERSION = 1
 
 
@@ -23,9 +23,9 @@ class Work:
     """Work folder `OUT.partial`: the unfinished model folder, the hidden states before the next layer, the progress.
 
     Attributes:
-        model: the model folder, renamed to OUT when it is complete.
+        model: the unfinished model folder, renamed to OUT when it is complete.
         figures: figures of the finished layers for the report, one dict per layer.
-        embedded: whether the states before the next layer are complete.
+        embedded: whether the file of the states before the next layer is complete.
     """
 
     def __init__(self, folder: Path, figures: list[dict[str, Any]], embedded: bool) -> None:
@@ -79,7 +79,7 @@ class Work:
         return self._folder / f"{name}.bin"
 
     def save(self, kept: set[Path]) -> None:
-        """Record the progress, then remove the files of hidden states that are not `kept`."""
+        """Record the progress, then remove all files of hidden states but `kept`."""
         write_text(self._folder / "progress.json", json.dumps({"figures": self.figures}))
         self.embedded = True
         for path in self._folder.glob("*.bin"):
@@ -87,11 +87,12 @@ class Work:
                 path.unlink()
 
     def finish(self, target: Path) -> None:
-        """Rename the model folder to `target` and remove the rest."""
+        """Rename the model folder to `target` and remove the work folder."""
         self.model.rename(target)
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _progress(folder: Path) -> tuple[list[dict[str, Any]], bool]:
+    """The attributes `figures` and `embedded` of an interrupted run, or of a new one."""
     path = folder / "progress.json"
     return (read_json(path)["figures"], True) if path.is_file() else ([], False)

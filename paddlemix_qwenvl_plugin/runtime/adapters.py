@@ -1,4 +1,4 @@
-"""LoRA adapters at run time: kept apart from the model's weights and chosen by name for each request."""
+"""LoRA adapters at run time: separate from the model's weights, chosen by name for each request."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from paddlemix_qwenvl_plugin.engine.engine import LowRank
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 
-def split_adapters(given: Sequence[str]) -> dict[str, Path]:
+def split_adapters(values: Sequence[str]) -> dict[str, Path]:
     """Parse the NAME=FOLDER values of --adapter.
 
     Raises:
         UsageError: a value without a name or a folder, or a duplicate name.
     """
     folders: dict[str, Path] = {}
-    for text in given:
+    for text in values:
         name, _, folder = text.partition("=")
         if not name or not folder:
             raise UsageError(f"--adapter {text}: must be NAME=FOLDER")
@@ -46,11 +46,11 @@ def open_adapters(folders: Mapping[str, Union[str, Path]], config: ModelConfig) 
     targets = {name for name, spec in language_specs(config).items() if spec.linear}
     adapters = {name: Adapter(Path(folder), specs) for name, folder in folders.items()}
     for adapter in adapters.values():
-        other = sorted({*adapter.whole, *(adapter.updates.keys() - targets)})
-        if other:
-            kind = "replaces" if other[0] in adapter.whole else "changes"
+        unsupported = sorted({*adapter.replacements, *(adapter.updates.keys() - targets)})
+        if unsupported:
+            verb = "replaces" if unsupported[0] in adapter.replacements else "changes"
             raise UsageError(
-                f"{adapter.folder}: {kind} {other[0]}, which is fixed at run time; merge it with --lora at export"
+                f"{adapter.folder}: {verb} {unsupported[0]}, which is fixed at run time; merge it with --lora at export"
             )
         if not adapter.updates:
             raise UsageError(f"{adapter.folder}: changes no matrix of the model; is it a LoRA adapter?")
@@ -58,7 +58,7 @@ def open_adapters(folders: Mapping[str, Union[str, Path]], config: ModelConfig) 
 
 
 def low_rank(adapter: Adapter) -> Iterator[LowRank]:
-    """Read the updates of an adapter one at a time, in the narrowest type that holds all values exactly."""
+    """Read the updates of an adapter one at a time, in a 16-bit type if it holds all values exactly, else float32."""
     for name, entry in adapter.updates.items():
         a, b = adapter.update(name)  # [in, rank], [rank, out]
         factors: list[Any] = [np.ascontiguousarray(factor.T) for factor in (a, b)]
@@ -80,9 +80,9 @@ def _bfloat16(values: NDArray[np.float32]) -> Optional[NDArray[Any]]:
 def _float16(values: NDArray[np.float32]) -> Optional[NDArray[Any]]:
     """Convert to float16; None if a value would be rounded."""
     with np.errstate(over="ignore"):
-        narrowed = values.astype(np.float16)
-    return narrowed if np.array_equal(narrowed.astype(np.float32), values) else None
+        rounded = values.astype(np.float16)
+    return rounded if np.array_equal(rounded.astype(np.float32), values) else None
 
 
-# Types in which training code saves adapters; `Adapter.update` converts them to float32.
+# 16-bit types in which training code saves adapters; `Adapter.update` has converted their values to float32.
 _HALF_TYPES = {"bfloat16": _bfloat16, "float16": _float16}

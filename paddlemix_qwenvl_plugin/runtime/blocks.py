@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 class BlockPool:
     """Reference-counted allocator of KV cache blocks with a prefix cache.
 
-    A full block can be registered under a key, the digest of everything that its keys and values depend on. A block
-    without users keeps its content and key until the pool reuses it, the least recently used block first.
+    A full block can be registered under a key: a digest of everything that determines its attention keys and values.
+    A block without users keeps its content and key until it is allocated again, the least recently used block first.
     """
 
     def __init__(self, n_blocks: int) -> None:

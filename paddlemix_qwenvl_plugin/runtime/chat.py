@@ -42,7 +42,9 @@ class Chat:
         self._image_size: Optional[tuple[int, int]] = None
 
     def ask(self, query: Query, **options: Any) -> AnswerStream:
-        """Ask the next question and return a stream of the answer's segments; one turn at a time.
+        """Ask the next question and return a stream of the answer's segments.
+
+        The next turn can be asked when the stream has ended.
 
         A stream that is closed after its first token adds a turn with the text so far.
 
@@ -54,19 +56,19 @@ class Chat:
             UsageError, QwenVLError: an invalid part, image or option; the message names it.
         """
         start = time.perf_counter()
-        chosen = GenerationOptions.of(options)
+        generation_options = GenerationOptions.of(options)
         if isinstance(query, str):
             query = [{"text": query}]
         tokenizer = self._vl.tokenizer
         prompt = chat_prompt(tokenizer, query, self.history, self.system)
         loaded = self._vl.load_images(render(query)[1])
         images = [*self._images, *self._vl.image_inputs(loaded)]
-        # The images of dropped turns are dropped as well, the oldest first.
+        # A long prompt lacks the oldest turns (chat_prompt), and therefore the oldest images.
         images = images[len(images) - len(prompt.images) :]
         image_size = loaded[-1].size if loaded else self._image_size
 
         def append_turn(answer: Answer) -> None:
-            # Stripped, as in the official code.
+            # The official code strips whitespace from the answers in the history.
             self._history.append((query, answer.text.strip()))
             self._images = images
             self._image_size = image_size
@@ -75,7 +77,7 @@ class Chat:
             prompt,
             images,
             tokenizer.chat_stop_token_ids,
-            chosen,
+            generation_options,
             image_size,
             time.perf_counter() - start,
             append_turn,

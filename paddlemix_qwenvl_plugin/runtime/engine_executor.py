@@ -38,8 +38,8 @@ _STEP_TOKENS = 512
 _GPU_STEP_TOKENS = 2048
 _MAX_RUNNING = 256
 
-# Maximum size of the KV cache on a CPU, as a share of the memory free when the model is opened. The system commits the
-# memory as the cache fills.
+# Maximum size of the KV cache on a CPU, as a share of the memory free when the model is opened. The operating system
+# commits the memory only as the cache fills.
 _CACHE_SHARE = 0.25
 # Maximum size of the KV cache on any device, in requests of the full context.
 _CACHE_CONTEXTS = 64
@@ -65,9 +65,9 @@ class EngineExecutor:
             vision: the vision stage.
             language: the language stage.
             n_blocks: size of the KV cache in blocks; None: a share of the free memory, at least one full context.
-            gpu_memory: that share on a GPU, of the memory left by the weights.
+            gpu_memory: share of the GPU memory left by the weights that the KV cache takes.
             ahead: start a step while the previous one is computed (loop.py); None: on a GPU only.
-            adapters: the adapters that requests name.
+            adapters: adapters by the names with which requests choose them.
 
         Raises:
             QwenVLError: the GPU has too little memory.
@@ -77,14 +77,16 @@ class EngineExecutor:
         self._ahead = gpu is not None if ahead is None else ahead
         config = language.manifest.config
         self._vocab_size = config.vocab_size
-        full_precision = language.manifest.dtype == "float32"
-        dtype, step_tokens = "float32" if full_precision else "bfloat16", _STEP_TOKENS
+        # Dtype of the KV cache.
+        dtype = "float32" if language.manifest.dtype == "float32" else "bfloat16"
+        step_tokens = _STEP_TOKENS
         if gpu is not None:
             device = c.device_info(gpu)
             check_room(vision, language, device.free_bytes, gpu_memory)
             has_bfloat16 = device.compute_major >= 8 and language.manifest.dtype != "float16"
-            dtype, step_tokens = "bfloat16" if has_bfloat16 else "float16", _GPU_STEP_TOKENS
-            _ = self._vision  # load it first: the cache gets a share of the memory that both stages leave
+            dtype = "bfloat16" if has_bfloat16 else "float16"
+            step_tokens = _GPU_STEP_TOKENS
+            _ = self._vision  # load it before the cache, which gets a share of the memory left by both stages
         self._language = self._engine(language, c.LANGUAGE)
         self._adapters = {
             name: Adapter(self._language, low_rank(adapter)) for name, adapter in (adapters or {}).items()
@@ -108,8 +110,9 @@ class EngineExecutor:
             sampling_size=ctypes.sizeof(c.Sampling),
             batch=ctypes.pointer(self._batch),
         )
-        # Output buffers, the last written one at the end: a step started ahead reads its input tokens from it.
+        # One number for all steps with top tokens: each number would need its own CUDA graph.
         self._n_top = min(MAX_LOGPROBS, config.vocab_size)
+        # The last element was written by the latest step; a step that is started ahead reads its input tokens from it.
         self._outputs = [
             StepOutput(self._language, _MAX_RUNNING, self._n_top) for _ in range(1 + self._ahead)
         ]
@@ -144,16 +147,16 @@ class EngineExecutor:
         spans: list[tuple[int, int, NDArray[np.float32]]] = []
         counts: list[int | None] = []
         n_logprobs: list[int | None] = []
-        n_entries = n_rows = 0
+        n_entries = n_rows = 0  # entries of the batch, and rows of the logits
         for chunk in chunks:
             generation = chunk.generation
             row = self._rows.get(generation) or self._row(generation)
             start = generation.n_computed
             if chunk.ahead:
-                self._put(n_entries, row, generation.n_total, 1, True, False)
+                self._put(n_entries, row, generation.n_total, 1, picks=True, generated=False)
                 n_entries += 1
             elif generation.decoding:
-                self._put(n_entries, row, start, 1, True, False)
+                self._put(n_entries, row, start, 1, picks=True, generated=False)
                 n_entries += 1
                 tokens.append(generation.tokens[-1])
             else:
@@ -193,14 +196,14 @@ class EngineExecutor:
         return row
 
     def _put(self, i: int, row: _Row, n_past: int, n_new: int, picks: bool, generated: bool) -> None:
-        """Write entry i of the batch; most fields are unchanged from the previous step."""
+        """Write entry `i` of the batch; skip the fields that are unchanged since the last step."""
         if i == self._capacity:
             self._grow(2 * self._capacity)
-        entry = self._entries[i]
+        entry = self._entry_views[i]
         entry.n_past = n_past
-        shape = (row.number, row.update_blocks(), n_new, picks, generated)
-        if self._shapes[i] != shape:
-            self._shapes[i] = shape
+        key = (row.number, row.update_blocks(), n_new, picks, generated)
+        if self._written_entries[i] != key:
+            self._written_entries[i] = key
             entry.n_new = n_new
             entry.prompt_len = row.prompt_len
             entry.n_blocks = row.n_blocks
@@ -209,11 +212,11 @@ class EngineExecutor:
             entry.flags = (0 if picks else c.NO_LOGITS) | (c.GENERATED if generated else 0)
 
     def _sample(self, i: int, row: _Row, n_tokens: int) -> None:
-        """Write the sampling parameters of row i of the logits, for a request with `n_tokens` generated tokens."""
+        """Write the sampling parameters of row `i` of the logits; the request has `n_tokens` generated tokens."""
         stop_forbidden = row.stop_forbidden(n_tokens)
-        sampling = self._samplings[i]
-        if self._sampled[i] != (row.number, stop_forbidden):
-            self._sampled[i] = row.number, stop_forbidden
+        sampling = self._sampling_views[i]
+        if self._written_sampling[i] != (row.number, stop_forbidden):
+            self._written_sampling[i] = row.number, stop_forbidden
             self._sampling[i] = row.sampling(stop_forbidden)
         sampling.counter = n_tokens
 
@@ -225,7 +228,7 @@ class EngineExecutor:
         n_logprobs: list[int | None],
         n_entries: int,
     ) -> StepOutput:
-        """Start a step and return its output buffers; without `tokens`, its inputs are the previous step's outputs."""
+        """Start a step and return its output buffers; without `tokens`, it reads the previous step's output."""
         batch, args, n_rows = self._batch, self._args, len(counts)
         ids = (ctypes.c_int32 * len(tokens))(*tokens)
         batch.n_sequences = n_entries
@@ -233,16 +236,16 @@ class EngineExecutor:
         self._outputs.reverse()
         output = self._outputs[-1]
         args.tokens = output.tokens
-        args.n_logprobs = self._n_top if any(n_logprobs) else 0
+        args.n_logprobs = self._n_top if any(n_logprobs) else 0  # any: a request wants more than 0 top tokens
         with_logprobs = any(n is not None for n in n_logprobs)
         args.logprobs = output.logprobs if with_logprobs else None
         args.top_tokens = output.top_tokens if args.n_logprobs else None
         args.top_logprobs = output.top_logprobs if args.n_logprobs else None
         batch.n_spans = len(spans)
-        rows = (c.Span * len(spans))()
-        for row, (start, n, features) in zip(rows, spans):
-            row.start, row.count, row.features = start, n, features.ctypes.data
-        batch.spans = ctypes.addressof(rows)
+        span_array = (c.Span * len(spans))()
+        for span, (start, n_tokens, features) in zip(span_array, spans):
+            span.start, span.count, span.features = start, n_tokens, features.ctypes.data
+        batch.spans = ctypes.addressof(span_array)
         args.rows = n_rows
         addresses = (ctypes.c_void_p * n_rows)(*counts) if any(counts) else None
         args.counts = ctypes.addressof(addresses) if addresses is not None else None
@@ -255,7 +258,6 @@ class EngineExecutor:
         tokens = output.wait(len(n_logprobs))
         if all(n is None for n in n_logprobs):
             return Picked(tokens)
-        # One number for all rows: each distinct number would need its own CUDA graph.
         n_written = self._n_top if any(n_logprobs) else 0
         return Picked(
             tokens,
@@ -270,10 +272,10 @@ class EngineExecutor:
         self._capacity = capacity
         self._sequences = (c.SequenceRow * capacity)(*self._sequences)
         self._sampling = (c.Sampling * capacity)(*self._sampling)
-        # Views of the array elements, and the values last written to them.
-        self._entries, self._samplings = list(self._sequences), list(self._sampling)
-        self._shapes: list[Any] = [None] * capacity
-        self._sampled: list[Any] = [None] * capacity
+        # Views of the array elements, and what was last written to them.
+        self._entry_views, self._sampling_views = list(self._sequences), list(self._sampling)
+        self._written_entries: list[Any] = [None] * capacity
+        self._written_sampling: list[Any] = [None] * capacity
         self._batch.sequences = ctypes.addressof(self._sequences)
         self._args.sampling = ctypes.addressof(self._sampling)
 
@@ -282,10 +284,18 @@ class _Row:
     """Engine input of a request that persists across steps: block table, adapter, sampling parameters, counts."""
 
     def __init__(
-        self, generation: Generation, vocab_size: int, counts_on: Engine | None, adapter: int | None
+        self, generation: Generation, vocab_size: int, counts_engine: Engine | None, adapter: int | None
     ) -> None:
+        """Create the row of a request.
+
+        Args:
+            generation: the request.
+            vocab_size: number of token counts, if penalties need them.
+            counts_engine: the engine in whose device memory the counts are; None: in a NumPy array.
+            adapter: address of the engine's adapter.
+        """
         self.number = next(_row_numbers)
-        self.adapter = adapter  # address
+        self.adapter = adapter
         self._generation = generation
         options = generation.options
         self.prompt_len = len(generation.prompt)
@@ -302,16 +312,16 @@ class _Row:
         if (options.repetition_penalty, options.frequency_penalty, options.presence_penalty) != (1, 0, 0):
             # A preempted request has generated tokens already.
             counts = np.bincount(generation.tokens, minlength=vocab_size).astype(np.int32)
-            if counts_on is None:
+            if counts_engine is None:
                 self._counts, self.counts_address = counts, counts.ctypes.data
             else:
-                self._counts = DeviceArray(counts_on, counts)
+                self._counts = DeviceArray(counts_engine, counts)
                 self.counts_address = self._counts.address
 
     def update_blocks(self) -> int:
         """Update the block table and return its version, which changes with the table."""
         blocks = self._generation.blocks
-        if blocks is not self._blocks:  # the request was preempted and now has other blocks
+        if blocks is not self._blocks:  # the request was preempted and has new blocks
             self._blocks = blocks
             self.n_blocks = 0
             self._version += 1
@@ -353,7 +363,7 @@ def _sampling(options: GenerationOptions) -> c.Sampling:
 
 
 def _free_bytes(gpu: int | None) -> int:
-    """Free memory of the GPU or, for None, of the machine, in bytes."""
+    """Free memory in bytes of the GPU, or, for None, of the machine within the address space limit."""
     free = int(c.device_info(gpu).free_bytes)
     left = address_space_left() if gpu is None else None
     return free if left is None else min(free, left)

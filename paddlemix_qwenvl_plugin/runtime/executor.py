@@ -12,15 +12,16 @@ from paddlemix_qwenvl_plugin.runtime.generation import Generation, TokenLogprobs
 from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits
 
 NO_TOKEN = -1
-"""Token of a row whose logits are not finite."""
+"""Value in place of a token id for a row whose logits are not finite."""
 
 
 class Picked(NamedTuple):
     """Result of a step: the picked tokens and their log probabilities.
 
     Attributes:
-        tokens: one for each chunk with `picks`, in their order; NO_TOKEN if the logits are not finite.
-        logprobs: log probabilities of each token, None for a request without n_logprobs; None if no request has it.
+        tokens: one token id for each chunk with `picks`, in their order; NO_TOKEN if the logits are not finite.
+        logprobs: log probabilities of each token; None for the tokens of a request without `n_logprobs`, or in place of
+            the list if no request has `n_logprobs`.
     """
 
     tokens: list[int]
@@ -45,11 +46,11 @@ class Executor(Protocol):
             A function that waits for the step and returns its tokens. Steps end in the order of their start.
 
         Raises:
-            QwenVLError: the step failed as a whole; the returned function may raise it as well.
+            QwenVLError: the step failed for all requests; the returned function may raise it as well.
         """
 
     def check_device(self) -> None:
         """Raise an error if the device is unusable, such as a GPU after a fault."""
 
     def forget(self, generation: Generation) -> None:
-        """Free the state of a request other than its blocks: it has ended, or will be recomputed from the start."""
+        """Free the state of a request, except its blocks, after it has ended or before it is recomputed."""

@@ -13,20 +13,20 @@ from numpy.typing import NDArray
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.util.digest import digest_of
 
-# Added to the id of a token whose keys and values were computed by a decode step (qwenvl.h): its arithmetic differs
-# from a prefill's, and a cached block may only be reused where recomputing it would give the same bits.
+# Added, in block keys, to the id of a token whose keys and values a decode step computed (qwenvl.h). Decode steps and
+# prefill round differently, and a cached block may only be reused where recomputing it would give the same bits.
 _GENERATED = 1 << 32
 
 MAX_LOGPROBS = 20
-"""Maximum number of likeliest tokens reported per generated token."""
+"""Maximum number of most likely tokens reported per generated token."""
 
 
 class TokenLogprobs(NamedTuple):
     """Log probabilities (natural) of a generated token under the unmodified logits.
 
     Attributes:
-        logprob: log probability of the picked token.
-        top: (token id, log probability) of the likeliest tokens, in descending order, equal ones in order of their ids.
+        logprob: log probability of the generated token.
+        top: (token id, log probability) of the most likely tokens, the most likely first; ties by ascending id.
     """
 
     logprob: float
@@ -68,8 +68,8 @@ class Generation:
         prompt: token ids of the prompt.
         tokens: generated token ids, the stop token included.
         n_total: number of prompt and generated tokens.
-        n_logprobs: number of likeliest tokens to report with each token; None: no log probabilities.
-        adapter: name of the adapter; None: none.
+        n_logprobs: number of most likely tokens to report per generated token; None: no log probabilities.
+        adapter: name of the adapter; None: the model's weights without an adapter.
         logprobs: log probabilities of `tokens`, if `n_logprobs` is not None.
         n_computed: number of tokens, of prompt + tokens, whose keys and values are in `blocks`.
         n_cached: prompt tokens found in the prefix cache at the first admission; None before.
@@ -116,9 +116,9 @@ class Generation:
         self.n_computed = 0
         self.n_cached: Optional[int] = None
         self.blocks: list[int] = []
-        self._boundaries = sorted({edge for span in generated for edge in span})
+        self._boundaries = sorted({position for span in generated for position in span})
         self._generated = sorted(generated)
-        self._identity = self._identities()
+        self._prompt_values = self._hashed_values()
         self._block_keys: list[bytes] = []
         suffix = b"" if adapter is None else b" adapter " + adapter.encode()
         self._chain = hashlib.sha256(b"qwenvl %d%s" % (rotary_class, suffix)).digest()
@@ -151,30 +151,38 @@ class Generation:
 
     def ids(self, start: int, end: int) -> list[int]:
         """Token ids [start, end) of prompt + tokens."""
-        n = len(self.prompt)
-        if start >= n:
-            return self.tokens[start - n : end - n]
-        return self.prompt[start:end] if end <= n else [*self.prompt[start:], *self.tokens[: end - n]]
+        n_prompt = len(self.prompt)
+        if end <= n_prompt:
+            return self.prompt[start:end]
+        if start >= n_prompt:
+            return self.tokens[start - n_prompt : end - n_prompt]
+        return [*self.prompt[start:], *self.tokens[: end - n_prompt]]
 
     def entries(self, start: int, end: int) -> list[tuple[int, int, bool]]:
-        """Split [start, end) into ranges (start, end, generated), computed as prefill, or as decode if generated."""
-        n = len(self.prompt)
-        edges = [start, *(edge for edge in self._boundaries if start < edge < end)]
-        if start < n < end:
-            edges.append(n)
+        """Split the tokens [start, end) into ranges (start, end, generated).
+
+        A range with `generated` is computed with the arithmetic of a decode step, the others with that of a prefill.
+        """
+        n_prompt = len(self.prompt)
+        edges = [start, *(position for position in self._boundaries if start < position < end)]
+        if start < n_prompt < end:
+            edges.append(n_prompt)
         edges.append(end)
-        return [(a, b, a >= n or self._in_generated(a)) for a, b in zip(edges, edges[1:])]
+        return [
+            (first, last, first >= n_prompt or self._in_generated(first))
+            for first, last in zip(edges, edges[1:])
+        ]
 
     def block_keys(self, n_blocks: int, block_tokens: int) -> list[bytes]:
-        """Prefix cache keys of the first n_blocks full blocks: a hash chain over all that their content depends on."""
+        """Prefix cache keys of the first n_blocks full blocks, a hash chain over what determines their content."""
         while len(self._block_keys) < n_blocks:
             start = len(self._block_keys) * block_tokens
             end = start + block_tokens
-            n = len(self.prompt)
-            content = self._identity[start:end].tobytes()
-            if end > n:
-                tail = [token + _GENERATED for token in self.tokens[max(0, start - n) : end - n]]
-                content += np.array(tail, np.int64).tobytes()
+            n_prompt = len(self.prompt)
+            content = self._prompt_values[start:end].tobytes()
+            if end > n_prompt:
+                generated = self.tokens[max(0, start - n_prompt) : end - n_prompt]
+                content += np.array([token + _GENERATED for token in generated], np.int64).tobytes()
             digests = [
                 image.digest for image in self.images if image.slots[0] < end and start < image.slots[1]
             ]
@@ -183,19 +191,19 @@ class Generation:
         return self._block_keys[:n_blocks]
 
     def reset(self) -> None:
-        """Discard the computed state after the blocks were released."""
+        """Discard the computed state, after the blocks have been released."""
         self.n_computed = 0
         self.blocks = []
 
     def _in_generated(self, position: int) -> bool:
         return any(start <= position < end for start, end in self._generated)
 
-    def _identities(self) -> NDArray[np.int64]:
-        """For each prompt token the value that enters the block keys: its id, or its position in an image."""
-        identity = np.array(self.prompt, np.int64)
+    def _hashed_values(self) -> NDArray[np.int64]:
+        """The value of each prompt token in the block keys: its id, or -1 - i for the i-th slot of an image."""
+        values = np.array(self.prompt, np.int64)
         for start, end in self._generated:
-            identity[start:end] += _GENERATED
+            values[start:end] += _GENERATED
         for image in self.images:
             start, end = image.slots
-            identity[start:end] = -1 - np.arange(end - start)
-        return identity
+            values[start:end] = -1 - np.arange(end - start)
+        return values

@@ -1,4 +1,4 @@
-"""Check that a model fits into a GPU's memory, before its weights are copied."""
+"""Check that a model fits into a GPU's memory before its weights are copied."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from paddlemix_qwenvl_plugin.runtime.programs import Stage
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.util.machine import GIB
 
-# Size of a quantised language stage relative to half precision; in both types the embedding is not quantised, and
-# c_attn and lm_head are quantised to 8 bits.
-_SMALLER = (("weight_only_int8", 0.55), ("weight_only_int4", 0.4))
+# Size of a quantised language stage relative to half precision. Both types leave the embedding unquantised; int4 has
+# 8 bits for c_attn and lm_head.
+_RELATIVE_SIZES = (("weight_only_int8", 0.55), ("weight_only_int4", 0.4))
 
 
 def check_share(share: float) -> float:
@@ -31,14 +31,18 @@ def check_room(vision: Stage, language: Stage, free: int, share: float) -> None:
         QwenVLError: they do not fit; the message suggests a quantization that would.
     """
     config = language.manifest.config
+    # Keys and values, each of 2 bytes per element.
     cache = 4 * config.num_hidden_layers * config.hidden_size * config.max_position_embeddings / share
 
     def fits(factor: float) -> bool:
+        """Whether the model fits if the language stage has `factor` times its size."""
         return _bytes(vision) + factor * _bytes(language) + cache <= free
 
     if fits(1):
         return
-    smaller = [name for name, factor in _SMALLER if language.manifest.quant_type is None and fits(factor)]
+    smaller = [
+        name for name, factor in _RELATIVE_SIZES if language.manifest.quant_type is None and fits(factor)
+    ]
     advice = f"export with --quant_type {smaller[0]}" if smaller else "use a larger GPU or --device cpu"
     needed = (_bytes(vision) + _bytes(language) + cache) / GIB
     raise QwenVLError(

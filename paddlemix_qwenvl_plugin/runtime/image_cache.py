@@ -11,7 +11,7 @@ _MAX_BYTES = 256 * 2**20
 
 
 class ImageCache:
-    """LRU cache of image features by digest, of up to `max_bytes`."""
+    """LRU cache of image features by image digest, of up to `max_bytes`."""
 
     def __init__(self, max_bytes: int = _MAX_BYTES) -> None:
         self._max_bytes = max_bytes
@@ -26,7 +26,7 @@ class ImageCache:
         return features
 
     def put(self, digest: bytes, features: NDArray[np.float32]) -> None:
-        """Add features and evict the least recently used; one entry is kept even if it exceeds the limit."""
+        """Add features and evict the least recently used; a single entry is kept even if it exceeds the limit."""
         if digest not in self._features:
             self._features[digest] = features
             self._n_bytes += features.nbytes

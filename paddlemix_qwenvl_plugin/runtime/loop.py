@@ -24,7 +24,7 @@ from paddlemix_qwenvl_plugin.util.program import program
 
 
 class NotFiniteError(RequestError):
-    """The logits of a request are infinite or not a number; other requests are not affected."""
+    """Error for a request whose logits are infinite or NaN; other requests are not affected."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -34,7 +34,7 @@ class NotFiniteError(RequestError):
 
 
 class _Step(NamedTuple):
-    """A started step; `start` is in seconds of time.perf_counter()."""
+    """A started step; `start` is in seconds of time.perf_counter(), and `picked` waits for the result."""
 
     chunks: list[Chunk]
     start: float
@@ -44,9 +44,10 @@ class _Step(NamedTuple):
 class Loop:
     """Continuous batching: requests join and leave between steps.
 
-    The loop has no thread: a thread that waits for tokens runs steps, which advance all requests; of several threads
-    one runs a step and the others wait for it. If the executor can compute ahead, the next step is started before the
-    tokens of the current one are read; its results for requests that end with the current step are discarded.
+    The loop has no thread. A thread that waits for tokens runs steps, which advance all requests; if several threads
+    wait, one runs a step and the others wait for its end. If the executor can compute ahead, the next step is started
+    before the tokens of the current step are read; for requests that end with the current step, its results are
+    discarded.
     """
 
     def __init__(self, executor: Executor) -> None:
@@ -57,7 +58,7 @@ class Loop:
         self._submitted: deque[Generation] = deque()
         self._cancelled: deque[Generation] = deque()
         self._started: _Step | None = None  # started ahead, not yet read
-        self._ended = 0.0  # end of the last step, seconds of time.perf_counter()
+        self._step_end = 0.0  # end of the last step, seconds of time.perf_counter()
         self._prompt_budget = PromptBudget(executor.limits.step_tokens)
         self._counts: Counter[str] = Counter()  # counters of LoopStatistics
 
@@ -150,12 +151,14 @@ class Loop:
             if step is None:
                 encoded = self._encode_next()
                 if encoded and not self._scheduler.running and len(self._scheduler.waiting) == 1:
-                    return  # the only request: its reader may stop between the image and the prefill
+                    return  # there is no other request, and the reader of this one can stop it before the prefill
                 step = self._start(self._scheduler.schedule())
             if step is not None:
                 self._started = self._start(self._scheduler.schedule_ahead(step.chunks))
                 self._finish(step)
-        except BaseException:  # Ctrl-C or a defect: the state after the interrupted step is undefined
+        except (
+            BaseException
+        ):  # Ctrl-C or a defect: after an interrupted step, the executor's state is undefined
             self._started = None
             for generation in self._scheduler.running:
                 # The engine may have counted a token that was never added to the request.
@@ -164,11 +167,11 @@ class Loop:
             raise
 
     def _encode_next(self) -> bool:
-        """Encode one image if a request waits for it; running requests have a step between two images."""
-        found = self._scheduler.image_to_encode()
-        if found is None:
+        """Encode the next image that a request waits for, if any; running requests have a step between two images."""
+        next_image = self._scheduler.image_to_encode()
+        if next_image is None:
             return False
-        generation, image = found
+        generation, image = next_image
         start = time.perf_counter()
         try:
             image.features = self._encode(image)
@@ -211,8 +214,9 @@ class Loop:
         picked = iter(zip(tokens, repeat(None) if logprobs is None else logprobs))
         self._counts["steps"] += 1
         end = time.perf_counter()
-        seconds = end - max(step.start, self._ended)
-        self._ended = end
+        # A step that was started ahead waits for the previous step.
+        seconds = end - max(step.start, self._step_end)
+        self._step_end = end
         n_prompt = n_decoding = 0
         for chunk in step.chunks:
             generation = chunk.generation
@@ -239,7 +243,7 @@ class Loop:
         self._scheduler.prompt_budget = self._prompt_budget.tokens
 
     def _fail_all(self, chunks: list[Chunk], error: QwenVLError) -> None:
-        """Fail the requests of a step; others are not affected."""
+        """Fail the requests of a step; the other requests are not affected."""
         for chunk in chunks:
             if not chunk.generation.finished:
                 self._fail(chunk.generation, error)

@@ -27,7 +27,7 @@ class Stream(Iterator[Segment], Protocol):
         """Cancel the request."""
 
     def finish(self) -> Answer:
-        """Generate the rest and return the complete answer."""
+        """Generate the remaining tokens and return the complete answer."""
 
     @property
     def n_prompt_tokens(self) -> int:
@@ -63,7 +63,7 @@ class Model(Protocol[S]):
 
     @property
     def weights(self) -> list[str]:
-        """Strings that identify the weights, their dtype included; not their values."""
+        """Identifiers of the weights, such as digests; they differ between dtypes."""
 
     @property
     def picture_label(self) -> str:

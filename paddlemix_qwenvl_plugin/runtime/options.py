@@ -19,7 +19,7 @@ class GenerationOptions:
 
     Greedy unless `temperature`, `top_p` or `top_k` is given. The order is upstream's: stop tokens are forbidden before
     `min_new_tokens`, then penalties, temperature, top-k and top-p. Penalties count generated tokens only. Every row has
-    its own random generator seeded with `seed`, so that a row generates the same tokens alone and in a batch.
+    a separate random generator seeded with `seed`, so that a row generates the same tokens alone and in a batch.
 
     The command line's flags, defaults and help texts are generated from these fields (cli/options.py).
 
@@ -58,11 +58,11 @@ class GenerationOptions:
 
     @model_validator(mode="wrap")
     @classmethod
-    def _in_one_line(cls, values: Any, validate: Callable[[Any], GenerationOptions]) -> GenerationOptions:
+    def _one_line_errors(cls, values: Any, validate: Callable[[Any], GenerationOptions]) -> GenerationOptions:
         try:
             options = validate(values)
         except ValidationError as error:
-            raise UsageError(_line(error)) from None
+            raise UsageError(_problem_line(error)) from None
         if options.min_new_tokens > options.max_new_tokens:
             allowed = f"at most max_new_tokens ({options.max_new_tokens})"
             raise UsageError(
@@ -83,7 +83,7 @@ class GenerationOptions:
 
     @property
     def greedy(self) -> bool:
-        """Whether each token is the likeliest one."""
+        """Whether every generated token is the most likely one."""
         sampling = (self.temperature, self.top_p, self.top_k)
         return sampling == (None, None, None) or self.temperature == 0 or self.top_p == 0 or self.top_k == 1
 
@@ -108,7 +108,7 @@ def allowed(field: FieldInfo) -> str:
     return f"{limits['ge']} to {limits['le']}"
 
 
-def _line(error: ValidationError) -> str:
+def _problem_line(error: ValidationError) -> str:
     """Format the first invalid option as one line; unknown options take precedence."""
     problems = error.errors(include_url=False)
     unknown = next(
@@ -117,8 +117,8 @@ def _line(error: ValidationError) -> str:
     problem = unknown or problems[0]
     name, value = problem["loc"][0], problem["input"]
     if unknown is not None:
-        known = ", ".join(sorted(field.name for field in fields(GenerationOptions)))
-        return f"{name}: unknown option; known are {known}"
+        names = ", ".join(sorted(field.name for field in fields(GenerationOptions)))
+        return f"{name}: unknown option; known are {names}"
     if problem["type"] in ("int_type", "float_type"):
         return f"{name}: {value!r} is not a{' whole' if problem['type'] == 'int_type' else ''} number"
     return f"{name}: {value} is out of range; it must be {allowed(described()[str(name)])}"

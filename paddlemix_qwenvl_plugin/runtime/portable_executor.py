@@ -17,7 +17,7 @@ from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits
 
 
 class PortableExecutor:
-    """Executor on the portable graph; the KV cache is an input of the program and, extended, an output."""
+    """Executor on the portable graph. The program takes the KV cache as input and returns it with the new tokens."""
 
     def __init__(self, vision: Stage, language: Stage) -> None:
         self._vision_stage = vision
@@ -25,7 +25,7 @@ class PortableExecutor:
         self._dtype = language.compute_dtype
         self._program = language.open(".step")
         context = self._config.max_position_embeddings
-        # One block for the whole context: no prefix sharing, no chunked prefill.
+        # One running request, and one block for the full context: no shared prefixes, no chunked prefill.
         self.limits = Limits(1, context, 1, context, prefix_cache=False)
         self._running: dict[Generation, tuple[RowSampler, list[Any]]] = {}
 
@@ -59,8 +59,8 @@ class PortableExecutor:
         past = generation.n_computed
         ids = np.array([generation.ids(past, past + chunk.n)], np.int64)
         features, positions = self._images(generation, past)
-        valid = np.arange(past + 1)[None] > 0  # the first slot is never valid
-        lengths = (np.array([[n]], np.int64) for n in (chunk.n, past, len(generation.prompt)))
+        valid = np.arange(past + 1)[None] > 0  # the first entry of the cache is never valid, see _empty_cache
+        lengths = (np.array([[length]], np.int64) for length in (chunk.n, past, len(generation.prompt)))
         logits, *cache = self._program([ids, features, positions, *lengths, valid, *cache])
         self._running[generation] = sampler, cache
         row = logits.numpy()[0]
@@ -79,12 +79,12 @@ class PortableExecutor:
         self._running.pop(generation, None)
 
     def _empty_cache(self) -> list[Any]:
-        """An empty cache: one invalid slot, since Paddle Inference does not accept empty tensors."""
+        """An empty cache: one invalid entry, since Paddle Inference does not accept empty tensors."""
         shape = [1, self._config.num_attention_heads, 1, self._config.head_dim]
         return [self._program.zeros(shape, self._dtype) for _ in range(2 * self._config.num_hidden_layers)]
 
     def _images(self, generation: Generation, past: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Features and positions of the images in the tokens from `past` on; without images, zeros in row -1."""
+        """Features and positions of the images in the tokens from `past` on; without images, zeros for row -1."""
         images = [image for image in generation.images if image.slots[0] >= past]
         if not images:
             shape = [1, self._config.visual.n_queries, self._config.hidden_size]

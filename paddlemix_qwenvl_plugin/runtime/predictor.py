@@ -83,7 +83,7 @@ class QwenVL:
 
         Args:
             vision: prefix of the vision stage, or its program file (`.json` or `.pdmodel`) to choose the form.
-            language: the same for the language stage.
+            language: prefix or program file of the language stage.
             model: the model folder, or any folder with `qwen.tiktoken`; None: the folder of the language stage.
             device: "cpu", "gpu" or "gpu:N".
             allow_http: allow images from http(s) URLs.
@@ -91,8 +91,8 @@ class QwenVL:
             verify: compare the digests of all files with the manifests; otherwise weights of more than 64 MiB are
                 compared by samples.
             gpu_memory: share of the GPU memory left by the weights that the KV cache may take, up to 1.
-            adapters: LoRA adapters (folders of PEFT or PaddleNLP) by the names with which requests choose them; on a
-                CPU, with the engine.
+            adapters: folders of LoRA adapters, as saved by PEFT or PaddleNLP, by the names with which requests choose
+                them. Adapters need the engine.
 
         Raises:
             UsageError: a path or the device does not exist, or an adapter cannot be used at run time.
@@ -110,15 +110,18 @@ class QwenVL:
             raise UsageError(f"{folder}: no such model folder")
         if (folder / "config.json").is_file() and load_config(folder) != language_stage.manifest.config:
             raise QwenVLError(f"{folder}: its config.json is not that of the exported model; export again")
-        opened = open_adapters(adapters or {}, language_stage.manifest.config)
+        opened_adapters = open_adapters(adapters or {}, language_stage.manifest.config)
         limits = limits or ImageLimits()
-        return cls(vision_stage, language_stage, folder, allow_http, limits, gpu_memory, opened)
+        return cls(vision_stage, language_stage, folder, allow_http, limits, gpu_memory, opened_adapters)
 
     @cached_property
     def weights(self) -> list[str]:
         """Digests that identify the stages' weights, their dtype included, and the adapters."""
         stages = [stage.manifest.weights.sha256 for stage in self._stages]
-        return stages + [f"{name} {each.fingerprint(each.names)}" for name, each in self._adapters.items()]
+        adapters = [
+            f"{name} {adapter.fingerprint(adapter.names)}" for name, adapter in self._adapters.items()
+        ]
+        return stages + adapters
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -162,7 +165,7 @@ class QwenVL:
         return PortableExecutor(vision, language)
 
     def load(self, vision: bool = True) -> None:
-        """Load the tokenizer and the stages, the vision stage only with `vision`, now rather than at their first use.
+        """Load the tokenizer, the language stage and, with `vision`, the vision stage now, not at their first use.
 
         Raises:
             UsageError, QwenVLError: a file is missing or damaged.
@@ -190,7 +193,7 @@ class QwenVL:
         return [ImageInput.of(preprocess(image, self.config.visual.image_size)) for image in images]
 
     def encode_images(self, pixels: ArrayLike) -> NDArray[np.float32]:
-        """Run the vision stage on preprocessed images; features of known images come from a cache.
+        """Run the vision stage on preprocessed images; features of images seen before may come from a cache.
 
         Args:
             pixels: float32 [N, 3, image_size, image_size], from `preprocess`.
@@ -225,7 +228,7 @@ class QwenVL:
         Args:
             input_ids: int64 [B, T]; a row shorter than T is padded on the right.
             features: float32 [N, n_queries, hidden_size], of the batch's images in order of appearance, row by row.
-            lengths: length of each row; None: T for all.
+            lengths: length of each row; None: T for all rows.
             eos_token_ids: stop tokens, kept as the last token of a row; None: the tokenizer's end-of-text token, or
                 none if the model folder has no tokenizer; empty: only max_new_tokens ends a row.
             adapter: name of an adapter, for all rows.
@@ -237,23 +240,28 @@ class QwenVL:
         Raises:
             UsageError: an invalid shape, id or option; the message names it.
         """
-        chosen = GenerationOptions.of(options)
+        generation_options = GenerationOptions.of(options)
         if eos_token_ids is not None:
-            stop = [int(token) for token in eos_token_ids]
+            stop_token_ids = [int(token) for token in eos_token_ids]
+        elif (self._model / "qwen.tiktoken").is_file():
+            stop_token_ids = [self.tokenizer.eod_id]
         else:
-            stop = [self.tokenizer.eod_id] if (self._model / "qwen.tiktoken").is_file() else []
+            stop_token_ids = []
         rows = self._check_ids(input_ids, lengths)
-        given = self._check_features(features)
+        image_features = self._check_features(features)
         spans = [self._spans(row) for row in rows]
-        if sum(map(len, spans)) != len(given):
+        n_spans = sum(map(len, spans))
+        if n_spans != len(image_features):
             raise UsageError(
-                f"features: {len(given)} image(s), but the prompt has {sum(map(len, spans))} <img> … </img> place(s)"
+                f"features: {len(image_features)} image(s), but the prompt has {n_spans} <img> … </img> place(s)"
             )
-        images = iter([ImageInput.encoded(each) for each in given])
-        generations = [
-            self.generation(row, [next(images) for _ in row_spans], stop, chosen, adapter=adapter)
-            for row, row_spans in zip(rows, spans)
-        ]
+        images = iter([ImageInput.encoded(features_of_image) for features_of_image in image_features])
+        generations = []
+        for row, row_spans in zip(rows, spans):
+            row_images = [next(images) for _ in row_spans]
+            generations.append(
+                self.generation(row, row_images, stop_token_ids, generation_options, adapter=adapter)
+            )
         loop = self._loop
         for generation in generations:
             loop.submit(generation)
@@ -283,7 +291,7 @@ class QwenVL:
         return stream.finish()
 
     def generate_batch(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer several prompts in one batch, each with its own options; each answer is the same as without a batch.
+        """Answer several prompts in one batch, each with separate options; the answers are the same as without a batch.
 
         Raises:
             UsageError, QwenVLError: the error of the first request that fails; no answers are returned.
@@ -309,7 +317,7 @@ class QwenVL:
                 the model folder declares.
             history: earlier turns (query, answer), chat only.
             system: the system message, chat only.
-            adapter: name of an adapter (`from_exported`); None: the model's own weights.
+            adapter: name of an adapter (`from_exported`); None: the model without an adapter.
             options: see GenerationOptions.
 
         Raises:
@@ -324,12 +332,14 @@ class QwenVL:
     def ask(self, request: Request, folder: Optional[Path] = None) -> AnswerStream:
         """Answer a request in segments; relative image paths are resolved against `folder`. Errors as for `stream`."""
         start = time.perf_counter()
-        prompt, stop = self._prompt(request)
+        prompt, stop_token_ids = self._prompt(request)
         images = self.load_images(prompt.images, folder)
         size = images[-1].size if images else None
         inputs = self.image_inputs(images)
         seconds = time.perf_counter() - start
-        return self.start(prompt, inputs, stop, request.options, size, seconds, adapter=request.adapter)
+        return self.start(
+            prompt, inputs, stop_token_ids, request.options, size, seconds, adapter=request.adapter
+        )
 
     def finish_all(self, streams: Iterable[AnswerStream], window: int = 16) -> Iterator[Answer]:
         """Yield the complete answers of streams in their order; up to `window` of them are generated concurrently.
@@ -390,7 +400,8 @@ class QwenVL:
         """The prompt and the stop tokens of a request."""
         parts: Sequence[Part] = [{"text": request.parts}] if isinstance(request.parts, str) else request.parts
         tokenizer = self.tokenizer
-        if self.is_chat if request.chat is None else request.chat:
+        chat = self.is_chat if request.chat is None else request.chat
+        if chat:
             prompt = chat_prompt(tokenizer, parts, request.history, request.system)
             return prompt, tokenizer.chat_stop_token_ids
         if request.history:
@@ -407,7 +418,7 @@ class QwenVL:
         n_logprobs: Optional[int] = None,
         adapter: Optional[str] = None,
     ) -> Generation:
-        """Create a request for the loop, with max_new_tokens limited to the rest of the context.
+        """Create a request for the loop, with max_new_tokens limited to the context that the prompt leaves.
 
         Args:
             input_ids: token ids of the prompt.
@@ -439,14 +450,21 @@ class QwenVL:
                 f"input_ids: a prompt of {len(input_ids)} tokens leaves no room in the context of "
                 f"{self.config.max_position_embeddings}"
             )
-        placed = [
+        images_with_slots = [
             ImageInput(image.digest, image.pixels, image.features, (start + 1, end))
             for image, (start, end) in zip(images, spans)
         ]
         rotary_class = self.config.ntk_doublings(len(input_ids))
         options = options.within(room)
         return Generation(
-            input_ids, placed, stop_token_ids, options, generated, rotary_class, n_logprobs, adapter
+            input_ids,
+            images_with_slots,
+            stop_token_ids,
+            options,
+            generated,
+            rotary_class,
+            n_logprobs,
+            adapter,
         )
 
     def _spans(self, input_ids: Sequence[int]) -> list[tuple[int, int]]:
@@ -454,7 +472,7 @@ class QwenVL:
         return image_spans(input_ids, vision.image_start_id, vision.n_queries)
 
     def _check_ids(self, input_ids: ArrayLike, lengths: Optional[Sequence[int]]) -> list[list[int]]:
-        """The rows without their padding."""
+        """Return the rows of token ids without their padding; raise UsageError for an invalid shape or length."""
         try:
             ids = np.asarray(input_ids)
         except ValueError as error:
@@ -476,7 +494,9 @@ class QwenVL:
 
     def _check_features(self, features: Optional[ArrayLike]) -> NDArray[np.float32]:
         shape = (self.config.visual.n_queries, self.config.hidden_size)
-        given = np.zeros((0, *shape), np.float32) if features is None else np.asarray(features, np.float32)
-        if given.ndim != 3 or given.shape[1:] != shape:
-            raise UsageError(f"features: shape {list(given.shape)}, must be [N, {shape[0]}, {shape[1]}]")
-        return np.ascontiguousarray(given)
+        if features is None:
+            return np.zeros((0, *shape), np.float32)
+        array = np.asarray(features, np.float32)
+        if array.ndim != 3 or array.shape[1:] != shape:
+            raise UsageError(f"features: shape {list(array.shape)}, must be [N, {shape[0]}, {shape[1]}]")
+        return np.ascontiguousarray(array)

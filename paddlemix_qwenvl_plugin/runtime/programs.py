@@ -28,12 +28,12 @@ from paddlemix_qwenvl_plugin.util.threads import cpu_threads
 
 _FORMS = (".json", ".pdmodel")
 
-# Python exceptions of Paddle's C++ errors.
+# Python exceptions that Paddle raises for C++ errors.
 _PADDLE_ERRORS = (RuntimeError, ValueError, OSError, MemoryError, SystemError, IndexError)
 
 
 class Stage:
-    """An exported stage whose files were checked against its manifest.
+    """An exported stage whose files have been checked against its manifest.
 
     Args:
         path: the prefix, or the program file itself to choose its form (`.json` PIR, `.pdmodel` legacy).
@@ -66,7 +66,7 @@ class Stage:
 
     @functools.cached_property
     def engine(self) -> bool:
-        """Whether the engine computes this stage; it is built now if necessary.
+        """Whether the engine computes this stage; the engine is built now if necessary.
 
         Raises:
             UsageError, QwenVLError: the requested engine is unavailable.
@@ -87,18 +87,19 @@ class Stage:
     def open(self, suffix: str = "") -> Program:
         """Load the program PREFIX + suffix in Paddle Inference.
 
-        The program with the engine's operator is preferred if the stage has it and the engine is available. `.step`
-        programs are portable.
+        Of the main program (no suffix), the version with the engine's operator is preferred if the stage has it and the
+        engine is available. `.step` programs exist only as portable graphs.
         """
         require_paddle()
-        gpu = self.gpu  # Paddle's device
-        target, before_runs = "", None
+        paddle_gpu = self.gpu
+        target, before_run = "", None
         has_operator = not suffix and any(".fused." in name for name in self.manifest.programs)
-        if has_operator and engine_available(self._choice(), operators=True, gpu=gpu):
+        if has_operator and engine_available(self._choice(), operators=True, gpu=self.gpu):
             operators.load()
-            before_runs = functools.partial(operators.use_device, gpu)
-            target, gpu = ".fused", None
-        elif gpu is None and self.manifest.dtype != "float32":
+            before_run = functools.partial(operators.use_device, self.gpu)
+            target = ".fused"
+            paddle_gpu = None  # the operator's tensors are on the CPU, even if the engine runs on a GPU
+        elif self.gpu is None and self.manifest.dtype != "float32":
             target = ".cpu"
         programs = [
             self.prefix.with_name(f"{self.prefix.name}{suffix}{target}{form}") for form in self._forms
@@ -111,7 +112,8 @@ class Stage:
             raise QwenVLError(
                 f"{program}: not the program that {self.prefix.name}.manifest.json describes; export again"
             )
-        return Program(_create_predictor(program, self.params, gpu), _place(gpu), before_runs)
+        predictor = _create_predictor(program, self.params, paddle_gpu)
+        return Program(predictor, _place(paddle_gpu), before_run)
 
 
 def stage_prefix(path: str | Path) -> Path:
@@ -123,23 +125,24 @@ def stage_prefix(path: str | Path) -> Path:
 class Program:
     """A program loaded in Paddle Inference. Not thread-safe."""
 
-    def __init__(self, predictor: Any, place: Any, before_runs: Optional[Callable[[], None]] = None) -> None:
+    def __init__(self, predictor: Any, place: Any, before_run: Optional[Callable[[], None]] = None) -> None:
         self._predictor = predictor
         self._place = place
-        self._before_runs = before_runs
+        self._before_run = before_run
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         """Run on NumPy arrays or Paddle tensors; the outputs are Paddle tensors that later runs do not overwrite."""
         import paddle
 
-        if self._before_runs is not None:
-            self._before_runs()
+        if self._before_run is not None:
+            self._before_run()
         try:
             tensors = [
-                paddle.to_tensor(i, place=self._place) if isinstance(i, np.ndarray) else i for i in inputs
+                paddle.to_tensor(value, place=self._place) if isinstance(value, np.ndarray) else value
+                for value in inputs
             ]
-            # A run reuses the memory of the last run's outputs where they fit, even if those are inputs now, as a KV
-            # cache is: return copies.
+            # Return copies: a run writes into the memory of the last run's outputs where they fit, even if the caller
+            # passes those outputs as inputs, as it does with a KV cache.
             return [output.clone() for output in self._predictor.run(tensors)]
         except _PADDLE_ERRORS as error:
             raise QwenVLError(f"Paddle Inference failed ({_cause(error)})") from error
@@ -192,7 +195,7 @@ def _cause(error: BaseException) -> str:
     """Extract the cause from a Paddle error: the engine's line, which contains "qwenvl: ", else the last line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     for line in lines:
-        _, found, message = line.partition("qwenvl: ")
-        if found:
-            return re.sub(r" \(at \S+:\d+\)$", "", message)
+        _, separator, message = line.partition("qwenvl: ")
+        if separator:
+            return re.sub(r" \(at \S+:\d+\)$", "", message)  # without the source location that Paddle appends
     return lines[-1] if lines else type(error).__name__

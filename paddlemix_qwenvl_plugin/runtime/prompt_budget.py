@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-# Prompt time per step: 0.25 s, or 3 times the step's decode time if that is longer. On a slow machine, streams then
-# continue at a quarter of their rate, and the last of many prompts still has a short time to first token. Fewer than 64
-# tokens would hardly take less time, as prefill reads all weights.
+# Prompt time per step: 0.25 s, or 3 times the step's decode time if that is longer. On a slow machine, streams continue
+# at a quarter of their rate while prompts are computed, and the last of many prompts still has a short time to first
+# token. A budget below 64 tokens would hardly shorten the step, since prefill reads all weights.
 _PROMPT_SECONDS = 0.25
 _PROMPT_SHARE = 3.0
 _MIN_TOKENS = 64
-# Fixed cost of a decode step, reading the weights, as a number of rows.
+# Time to read the weights in a decode step, as the number of rows that take as long.
 _ROWS_FOR_WEIGHTS = 4
 
 
@@ -30,7 +30,8 @@ class PromptBudget:
             self._row_seconds = seconds / (n_decoding + _ROWS_FOR_WEIGHTS)
         elif n_prompt >= _MIN_TOKENS // 2:  # with fewer tokens, reading the weights dominates the rate
             decode_seconds = self._row_seconds * (n_decoding + _ROWS_FOR_WEIGHTS)
-            # Times vary: a step may be shorter than the estimate of its decoding.
+            # Times vary, and the measured step may be shorter than the estimated decode time: at least 1/8 of the step
+            # counts as prompt time.
             prompt_seconds = max(seconds - (decode_seconds if n_decoding else 0), seconds / 8)
             allowed = max(_PROMPT_SECONDS, _PROMPT_SHARE * decode_seconds)
             self.tokens = min(max(int(n_prompt / prompt_seconds * allowed), _MIN_TOKENS), self._maximum)

@@ -1,7 +1,7 @@
 """Token files in the format of the stock graph, one per step, for the stock reader.
 
-`real_time_save.temp_ids_rank_0_step_N`, N from 1: the byte "1" (complete), a type byte ("1": int64), then one int64 per
-batch row, little-endian.
+The file of step N, from 1 on, is `real_time_save.temp_ids_rank_0_step_N`: the byte "1" (file complete), the type byte
+"1" (int64), then one little-endian int64 per batch row.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def write_tokens(folder: Path, tokens: Sequence[Sequence[int]], end_token: int) 
     tokens = [[token for token in row if token >= 0] for row in tokens]
     for old in folder.glob(f"{_NAME}*"):
         old.unlink()
-    for step in range(max(map(len, tokens), default=0)):
+    n_steps = max(map(len, tokens), default=0)
+    for step in range(n_steps):
         values = [row[step] if step < len(row) else end_token for row in tokens]
         content = b"11" + np.asarray(values, "<i8").tobytes()
         write_beside(folder / f"{_NAME}{step + 1}", partial(Path.write_bytes, data=content))

@@ -23,7 +23,7 @@ class Request:
             model folder declares.
         history: earlier turns (query, answer), chat only.
         system: the system message, chat only.
-        adapter: name of an adapter of the model; None: the model's own weights.
+        adapter: name of an adapter of the model; None: the model without an adapter.
     """
 
     parts: Union[str, Sequence[Part]]

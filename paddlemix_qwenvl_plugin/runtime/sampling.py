@@ -16,7 +16,7 @@ _FORBIDDEN = -1e10
 
 
 class RowSampler:
-    """Sampler of one request: its options, the counts of its generated tokens, its random numbers."""
+    """Sampler of one request: sampling parameters, counts of its generated tokens, and random generator."""
 
     def __init__(
         self,
@@ -27,7 +27,7 @@ class RowSampler:
     ) -> None:
         """Create a sampler for a request that has generated `tokens` so far."""
         self._options = options
-        self._stop = [token for token in stop_token_ids if 0 <= token < vocab_size]
+        self._stop_token_ids = [token for token in stop_token_ids if 0 <= token < vocab_size]
         self._counts = np.bincount(tokens, minlength=vocab_size) if tokens else np.zeros(vocab_size, np.int64)
         self._n_tokens = len(tokens)
         self._seed = random.SystemRandom().getrandbits(64) if options.seed is None else options.seed
@@ -42,7 +42,7 @@ class RowSampler:
     def _adjust(self, logits: NDArray[np.float32]) -> NDArray[np.float64]:
         options, adjusted = self._options, logits.astype(np.float64)
         if self._n_tokens < options.min_new_tokens:
-            adjusted[self._stop] = _FORBIDDEN
+            adjusted[self._stop_token_ids] = _FORBIDDEN
         seen = np.flatnonzero(self._counts)
         if seen.size:
             values = adjusted[seen]
@@ -63,8 +63,11 @@ class RowSampler:
         order = np.argsort(-scaled, kind="stable")[: options.top_k]
         weights = np.exp(scaled[order] - scaled[order[0]])
         probabilities = weights / weights.sum()
-        before = np.cumsum(probabilities) - probabilities
-        kept = order[: int((before < (1.0 if options.top_p is None else options.top_p)).sum()) or 1]
+        # Top-p keeps a token if the more likely tokens together have less than top_p; the first token is always kept.
+        more_likely = np.cumsum(probabilities) - probabilities
+        top_p = 1.0 if options.top_p is None else options.top_p
+        n_kept = int((more_likely < top_p).sum()) or 1
+        kept = order[:n_kept]
         cumulative = np.cumsum(probabilities[: kept.size])
         drawn = random_fraction(self._seed, self._n_tokens) * cumulative[-1]
         index = np.searchsorted(cumulative, drawn, side="right")
@@ -72,16 +75,16 @@ class RowSampler:
 
 
 def log_probabilities(logits: NDArray[np.float32], token: int, n_top: int) -> TokenLogprobs:
-    """Log probabilities of a token and of the n_top likeliest tokens under float32 logits [vocab_size]."""
-    exact = logits.astype(np.float64)
-    exact -= exact.max()
-    exact -= np.log(np.exp(exact).sum())
-    top = np.argsort(-exact, kind="stable")[:n_top]
-    return TokenLogprobs(float(exact[token]), tuple(zip(top.tolist(), exact[top].tolist())))
+    """Log probabilities of a token and of the n_top most likely tokens under float32 logits [vocab_size]."""
+    logprobs = logits.astype(np.float64)
+    logprobs -= logprobs.max()
+    logprobs -= np.log(np.exp(logprobs).sum())
+    top = np.argsort(-logprobs, kind="stable")[:n_top]
+    return TokenLogprobs(float(logprobs[token]), tuple(zip(top.tolist(), logprobs[top].tolist())))
 
 
 def random_fraction(seed: int, counter: int) -> float:
-    """Random number `counter` of a seed, in [0, 1): splitmix64, as in the engine."""
+    """The random number with index `counter` of a seed, in [0, 1): splitmix64, as in the engine."""
     mask = 2**64 - 1
     z = (seed + (counter + 1) * 0x9E3779B97F4A7C15) & mask
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask

@@ -33,9 +33,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class Chunk:
-    """`n` pending tokens of a request in a step; with `picks`, the next token is picked after the last of them.
+    """The part of a step for one request: `n` pending tokens; with `picks`, the next token is picked after them.
 
-    With `ahead` it is the single token that the running step picks in the same row, which is not known yet.
+    With `ahead`, `n` is 1: the token that the running step picks in the same row, whose id is not known yet.
     """
 
     generation: Generation
@@ -47,16 +47,16 @@ class Chunk:
 class Scheduler:
     """First-come, first-served scheduler with a token budget per step, chunked prefill and preemption.
 
-    Every decoding request has one token in every step. The rest of the budget goes to prompts, in chunks: one half to
-    the oldest prompts, the other to those with the fewest tokens left, so that short prompts do not wait for long ones.
-    When blocks run out, the request admitted last is preempted.
+    Every decoding request has one token in every step. The remaining budget goes to chunks of prompts: one half to the
+    oldest prompts, one half to the prompts with the fewest pending tokens, so that short prompts do not wait for long
+    ones. When blocks run out, the request admitted last is preempted.
 
     Attributes:
         prompt_budget: prompt tokens of a step with decoding requests, 1 to limits.step_tokens.
         waiting: requests to admit, in order.
         running: admitted requests, in the order of their admission.
-        n_prompt_tokens, n_cached_tokens: prompt tokens of the requests admitted so far, and those of them found in the
-            prefix cache.
+        n_prompt_tokens: number of prompt tokens of the requests admitted so far.
+        n_cached_tokens: number of these prompt tokens that were found in the prefix cache.
         n_preempted: number of preemptions.
     """
 
@@ -69,7 +69,7 @@ class Scheduler:
         self.n_prompt_tokens = self.n_cached_tokens = self.n_preempted = 0
         # State of `schedule`.
         self._preempted: set[Generation] = set()
-        self._full = False  # a waiting request did not fit
+        self._full = False  # whether a waiting request did not fit
 
     @property
     def idle(self) -> bool:
@@ -92,16 +92,16 @@ class Scheduler:
         """The first image without features of the next waiting request with images; None if no image is needed."""
         if len(self.running) >= self.limits.max_running:
             return None
-        # Only for one request at a time: features take memory.
-        generation = next((each for each in self.waiting if each.images), None)
+        # Only for the first such request: features take memory.
+        generation = next((waiting for waiting in self.waiting if waiting.images), None)
         if generation is None:
             return None
-        image = self._missing_image(generation, self._found(generation))
+        image = self._missing_image(generation, self._cached_blocks(generation))
         return None if image is None else (generation, image)
 
     def schedule(self) -> list[Chunk]:
         """Choose the chunks of the next step and allocate their blocks."""
-        planned: dict[Generation, int] = {}
+        planned: dict[Generation, int] = {}  # tokens of each request in the step
         self._preempted.clear()
         self._full = False
         for generation in self.running.copy():
@@ -110,13 +110,13 @@ class Scheduler:
         budget = self.limits.step_tokens - len(planned)
         if planned:
             budget = min(budget, self.prompt_budget)
-        prompts = [each for each in self.running if not each.decoding]
-        prompts += (each for each in self.waiting if each not in self._preempted)
+        prompts = [running for running in self.running if not running.decoding]
+        prompts += (waiting for waiting in self.waiting if waiting not in self._preempted)
         if prompts and budget > 0:
-            left = self._plan_prompts(prompts, budget - budget // 2, planned)
-            prompts.sort(key=lambda each: each.n_pending - planned.get(each, 0))
-            self._plan_prompts(prompts, budget // 2 + left, planned)
-        return [Chunk(each, n, n == each.n_pending) for each, n in planned.items()]
+            unused = self._plan_prompts(prompts, budget - budget // 2, planned)
+            prompts.sort(key=lambda prompt: prompt.n_pending - planned.get(prompt, 0))
+            self._plan_prompts(prompts, budget // 2 + unused, planned)
+        return [Chunk(generation, n, n == generation.n_pending) for generation, n in planned.items()]
 
     def _plan_prompts(
         self, prompts: Iterable[Generation], budget: int, planned: dict[Generation, int]
@@ -129,29 +129,29 @@ class Scheduler:
                 continue
             if generation not in self.running:
                 if self._full:
-                    continue  # no overtaking: the request that did not fit would starve
-                found = self._found(generation)
-                if self._missing_image(generation, found):
-                    continue  # not encoded yet; requests without missing images may overtake it
-                if not self._has_room(generation, found):
+                    continue  # overtaking would starve the request that did not fit
+                cached = self._cached_blocks(generation)
+                if self._missing_image(generation, cached):
+                    continue  # not encoded yet; requests without missing images may overtake this one
+                if not self._has_room(generation, cached):
                     self._full = True
                     continue
-                self._admit(generation, found)
-            before = planned.get(generation, 0)
-            n = min(budget, generation.n_pending - before)
-            if n and self._plan(generation, before + n, planned):
-                budget -= n
+                self._admit(generation, cached)
+            n_planned = planned.get(generation, 0)
+            n_more = min(budget, generation.n_pending - n_planned)
+            if n_more and self._plan(generation, n_planned + n_more, planned):
+                budget -= n_more
         return budget
 
     def schedule_ahead(self, chunks: Sequence[Chunk]) -> list[Chunk]:
-        """The decode step after a running step, if all of its requests continue and no other waits; else no chunks."""
+        """Chunks of the decode step after a running step; none if one of its requests may end or another one waits."""
         if not self.limits.ahead or self.waiting or len(chunks) != len(self.running):
             return []
         needed = 0
         for chunk in chunks:
             generation = chunk.generation
-            last = len(generation.tokens) + 1 >= generation.options.max_new_tokens
-            if last or not chunk.picks or generation.finished:
+            is_last_token = len(generation.tokens) + 1 >= generation.options.max_new_tokens
+            if is_last_token or not chunk.picks or generation.finished:
                 return []
             needed += self._n_blocks(generation.n_total + 1) - len(generation.blocks)
         if needed > self.pool.n_free:
@@ -163,12 +163,12 @@ class Scheduler:
     def done(self, chunk: Chunk) -> None:
         """Record that a chunk was computed, before its picked token is added; register its full blocks."""
         generation = chunk.generation
-        before = generation.n_computed // self.limits.block_tokens
+        n_full_before = generation.n_computed // self.limits.block_tokens
         generation.n_computed += chunk.n
         n_full = generation.n_computed // self.limits.block_tokens
-        if self.limits.prefix_cache and n_full > before:
+        if self.limits.prefix_cache and n_full > n_full_before:
             keys = generation.block_keys(n_full, self.limits.block_tokens)
-            for i in range(before, n_full):
+            for i in range(n_full_before, n_full):
                 self.pool.register(generation.blocks[i], keys[i])
 
     def preempt_all(self) -> None:
@@ -176,45 +176,51 @@ class Scheduler:
         while self.running:
             self._preempt(self.running[-1])
 
-    def _found(self, generation: Generation) -> list[int]:
-        """Cached blocks for the beginning of a request, without its last token, which is always computed."""
+    def _cached_blocks(self, generation: Generation) -> list[int]:
+        """Cached blocks for the beginning of a request; its last token is never taken from the cache."""
         if not self.limits.prefix_cache:
             return []
         n_blocks = (generation.n_total - 1) // self.limits.block_tokens
         return self.pool.find(generation.block_keys(n_blocks, self.limits.block_tokens))
 
-    def _missing_image(self, generation: Generation, found: Sequence[int]) -> ImageInput | None:
+    def _missing_image(self, generation: Generation, cached: Sequence[int]) -> ImageInput | None:
         """The first image without features that the cached blocks do not cover."""
-        n_found = len(found) * self.limits.block_tokens
+        n_cached = len(cached) * self.limits.block_tokens
         for image in generation.images:
-            if image.features is None and image.slots[1] > n_found:
+            if image.features is None and image.slots[1] > n_cached:
                 return image
         return None
 
-    def _has_room(self, generation: Generation, found: Sequence[int]) -> bool:
-        """Whether a waiting request fits without blocks that the running ones need for their next tokens."""
+    def _has_room(self, generation: Generation, cached: Sequence[int]) -> bool:
+        """Whether a waiting request fits and leaves the running requests the blocks for their next tokens."""
         if not self.running:
             return True
         if len(self.running) >= self.limits.max_running:
             return False
-        others = sum(max(1, self._n_blocks(each.n_total) - len(each.blocks)) for each in self.running)
-        spare = self.pool.n_free - self.pool.n_unused(found) - others
-        return self._n_blocks(generation.n_total) - len(found) <= spare
+        n_reserved = sum(
+            max(1, self._n_blocks(running.n_total) - len(running.blocks)) for running in self.running
+        )
+        # The request takes its cached blocks without users from the free ones as well.
+        n_available = self.pool.n_free - self.pool.n_unused(cached) - n_reserved
+        return self._n_blocks(generation.n_total) - len(cached) <= n_available
 
-    def _admit(self, generation: Generation, found: list[int]) -> None:
-        """Move a waiting request to the running ones, with its cached blocks."""
-        self.pool.share(found)
+    def _admit(self, generation: Generation, cached: list[int]) -> None:
+        """Move a waiting request to the running requests, with its cached blocks."""
+        self.pool.share(cached)
         self.waiting.remove(generation)
         self.running.append(generation)
-        generation.blocks = found
-        generation.n_computed = len(found) * self.limits.block_tokens
+        generation.blocks = cached
+        generation.n_computed = len(cached) * self.limits.block_tokens
         if generation.n_cached is None:
             generation.n_cached = generation.n_computed
             self.n_prompt_tokens += len(generation.prompt)
             self.n_cached_tokens += generation.n_cached
 
     def _plan(self, generation: Generation, n: int, planned: dict[Generation, int]) -> int:
-        """Allocate blocks for n more tokens, preempting the youngest requests; return n, or 0 if it was preempted."""
+        """Plan `n` tokens of a request in the step and allocate their blocks.
+
+        If blocks run out, the requests admitted last are preempted. Returns n, or 0 if the request itself was.
+        """
         if n <= 0 or generation in self._preempted:
             return 0
         needed = self._n_blocks(generation.n_computed + n)
@@ -223,10 +229,10 @@ class Scheduler:
             if block is not None:
                 generation.blocks.append(block)
                 continue
-            youngest = self.running[-1]
-            planned.pop(youngest, None)
-            self._preempt(youngest)
-            if youngest is generation:
+            admitted_last = self.running[-1]
+            planned.pop(admitted_last, None)
+            self._preempt(admitted_last)
+            if admitted_last is generation:
                 return 0
         planned[generation] = n
         return n
@@ -247,7 +253,7 @@ class Scheduler:
 
 
 def images_of(generation: Generation, start: int, end: int) -> Iterator[tuple[ImageInput, int, int]]:
-    """Yield the images with slots in tokens [start, end), each with the range of its slots within it."""
+    """Yield (image, first, last) for each image with slots in tokens [start, end); [first, last) are these slots."""
     for image in generation.images:
         first, last = max(start, image.slots[0]), min(end, image.slots[1])
         if first < last:

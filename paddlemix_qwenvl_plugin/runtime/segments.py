@@ -1,4 +1,4 @@
-"""Split a streamed answer into segments: text as it is generated, refs and boxes when they are complete."""
+"""Segments of a streamed answer: text as it is generated, refs and boxes when they are complete."""
 
 from __future__ import annotations
 
@@ -31,13 +31,16 @@ class Segment:
 
 
 class SegmentBuilder:
-    """Incremental builder of segments from tokens; yields a character with its last byte, a tag with its end tag."""
+    """Incremental builder of segments from tokens.
+
+    A character is yielded when its last UTF-8 byte has arrived, a ref or box when its end tag has.
+    """
 
     def __init__(self, tokenizer: Optional[QwenTokenizer] = None) -> None:
         """Create a builder; only `add` needs the tokenizer."""
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""
+        self._buffer = ""
         self._ref: str | None = None
 
     def add(self, token: int) -> Iterator[Segment]:
@@ -46,32 +49,33 @@ class SegmentBuilder:
         return self.add_text(self._decoder.decode(self._tokenizer.token_bytes(token)))
 
     def add_text(self, text: str) -> Iterator[Segment]:
-        """Add text and yield the segments that it completes, for a caller that decodes the tokens itself."""
-        self._held += text
-        return self._complete(last=False)
+        """Add text and yield the segments that it completes: for callers that decode the tokens."""
+        self._buffer += text
+        return self._complete(final=False)
 
     def finish(self) -> Iterator[Segment]:
-        """End the answer and yield what is left, incomplete tags as plain text."""
-        self._held += self._decoder.decode(b"", final=True)
-        return self._complete(last=True)
+        """End the answer and yield the remaining segments, incomplete tags as plain text."""
+        self._buffer += self._decoder.decode(b"", final=True)
+        return self._complete(final=True)
 
-    def _complete(self, last: bool) -> Iterator[Segment]:
-        while self._held:
-            tag = _TAG.search(self._held)
+    def _complete(self, final: bool) -> Iterator[Segment]:
+        """Yield the complete segments of the buffered text; with `final`, all of it."""
+        while self._buffer:
+            tag = _TAG.search(self._buffer)
             if tag is None:
-                n_ready = len(self._held) if last else _before_partial_tag(self._held)
+                n_ready = len(self._buffer) if final else _before_partial_tag(self._buffer)
             elif tag.start():
                 n_ready = tag.start()
             elif tag.group(1):  # an end tag without its start tag
                 n_ready = tag.end()
             else:
-                end = _TAG.search(self._held, tag.end())
-                if end is None and not last:
+                end = _TAG.search(self._buffer, tag.end())
+                if end is None and not final:
                     return
                 if end is not None and end.group() == f"</{tag.group(2)}>":
                     yield self._tagged(tag.group(2), self._take(end.end()))
                     continue
-                n_ready = tag.end()  # never closed
+                n_ready = tag.end()  # the end tag is missing
             if not n_ready:
                 return
             text = self._take(n_ready)
@@ -83,16 +87,16 @@ class SegmentBuilder:
         if kind == "ref":
             self._ref = text[len("<ref>") : -len("</ref>")].strip() or None
             return Segment(text, ref=self._ref)
-        before = f"<ref>{self._ref}</ref>" if self._ref is not None else ""
-        return Segment(text, boxes=tuple(parse_boxes(before + text).boxes))
+        ref = f"<ref>{self._ref}</ref>" if self._ref is not None else ""
+        return Segment(text, boxes=tuple(parse_boxes(ref + text).boxes))
 
-    def _take(self, n: int) -> str:
-        taken, self._held = self._held[:n], self._held[n:]
+    def _take(self, n_chars: int) -> str:
+        taken, self._buffer = self._buffer[:n_chars], self._buffer[n_chars:]
         return taken
 
 
 def _before_partial_tag(text: str) -> int:
-    """Length of `text` before a possible beginning of a tag at its end."""
+    """Length of `text` without a possible beginning of a tag at its end."""
     start = text.rfind("<")
     if start >= 0 and any(tag.startswith(text[start:]) for tag in _TAGS):
         return start

@@ -12,7 +12,8 @@ class LoopStatistics:
     Attributes:
         running, waiting: current number of requests.
         blocks, blocks_used: blocks of the KV cache, and those in use.
-        prompt_tokens, cached_tokens, completion_tokens: counters of tokens; cached ones were found in the prefix cache.
+        prompt_tokens, cached_tokens, completion_tokens: counters of tokens; `cached_tokens` are the prompt tokens found
+            in the prefix cache.
         images_encoded, image_cache_hits: counters of images.
         preempted: counter of preemptions.
         steps: counter of steps.

@@ -1,4 +1,4 @@
-"""Streamed answers."""
+"""Streamed answers: iterators over the segments of an answer while it is generated."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class AnswerStream(Iterator[Segment]):
             generation: the request.
             tokenizer: decodes the tokens.
             image_size: see Answer.
-            prepare_seconds: time of tokenising and loading images.
+            prepare_seconds: time taken to tokenise the prompt and load the images.
             on_end: called once with the answer when the generation ends or is cancelled after its first token; not
                 after an error.
         """
@@ -90,7 +90,7 @@ class AnswerStream(Iterator[Segment]):
         self._stopping = True
 
     def finish(self) -> Answer:
-        """Generate the rest and return the complete answer."""
+        """Generate the remaining tokens and return the complete answer."""
         for _ in self._tokens:
             pass
         return self.answer
@@ -116,8 +116,8 @@ class AnswerStream(Iterator[Segment]):
         generation = self._generation
         tokens = generation.tokens[: self._n_seen]
         complete = generation.finish_reason is not None and len(tokens) == len(generation.tokens)
-        ended = bool(tokens) and tokens[-1] in generation.stop_token_ids
-        text = self._tokenizer.decode(tokens[:-1] if ended else tokens)
+        has_stop_token = bool(tokens) and tokens[-1] in generation.stop_token_ids
+        text = self._tokenizer.decode(tokens[:-1] if has_stop_token else tokens)
         parsed = parse_boxes(text)
         return Answer(
             text,

@@ -83,7 +83,7 @@ def tiny_config(n_vocab: int, image_start_id: int) -> dict[str, Any]:
 
 
 def _random(name: str, spec: TensorSpec, random: np.random.Generator) -> NDArray[np.float32]:
-    """Random tensor: norm weights near 1, biases near 0, matrices of variance 1 / inputs to preserve scale."""
+    """Random tensor: norm weights near 1, biases near 0, matrices with variance 1 / inputs to preserve the scale."""
     if len(spec.shape) == 1:
         centre = 1.0 if name.endswith(".weight") else 0.0
         return np.asarray(centre + 0.1 * random.standard_normal(spec.shape), np.float32)

@@ -26,8 +26,8 @@ the user asks for the box of the woman in the image. The image shows an animal, 
 def write_tiny_vocabulary(path: Path) -> None:
     """Write a vocabulary of 256 single bytes (rank = byte value) and 200 merges; deterministic.
 
-    The merges are trained on a paragraph in this module, so each is the concatenation of two tokens of lower
-    rank, which the tokenizer can produce.
+    The merges are trained on the text in this module. Each merge is therefore the concatenation of two tokens of lower
+    rank, and the tokenizer can produce it.
     """
     tokens = [bytes([value]) for value in range(256)]
     tokens += _train_merges(re.findall(r" ?[^\W\d_]+| ?[^\w\s]+", _TEXT))
@@ -38,14 +38,14 @@ def write_tiny_vocabulary(path: Path) -> None:
 def _train_merges(words: list[str]) -> list[bytes]:
     """Train byte-pair merges: in each round, merge the most frequent pair of neighbours."""
     frequency = Counter(word.encode() for word in words)
-    split = {word: [word[i : i + 1] for i in range(len(word))] for word in frequency}
+    split = {word: _split(word, {}) for word in frequency}
     ranks: dict[bytes, int] = {}
     while len(ranks) < _N_MERGES:
         counts: Counter[bytes] = Counter()
         for word, tokens in split.items():
             for left, right in zip(tokens, tokens[1:]):
                 counts[left + right] += frequency[word]
-        # The smaller bytes win ties, so that the result does not depend on dictionary order.
+        # Ties go to the merge that sorts first, so that the result does not depend on dictionary order.
         best = min(counts, key=lambda token: (-counts[token], token))
         ranks[best] = len(ranks)
         for word in split:
@@ -56,6 +56,7 @@ def _train_merges(words: list[str]) -> list[bytes]:
 
 
 def _split(word: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """Split a word into tokens: from single bytes on, apply the merge of the lowest rank until none applies."""
     tokens = [word[i : i + 1] for i in range(len(word))]
     while True:
         candidates = [
