@@ -7,7 +7,7 @@ namespace qvl::cpu {
 
 struct Matrix {
   const void* values = nullptr;
-  const void* scales = nullptr;  // quantised types only
+  const void* scales = nullptr;  // quantized types only
   qvl_dtype dtype = QVL_FLOAT32;
   int64_t rows = 0;  // outputs
   int k = 0;         // inputs

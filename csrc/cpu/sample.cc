@@ -166,7 +166,7 @@ void row_logprobs(int32_t vocab, const float* logits, int32_t token, float* logp
   for (int32_t id = 0; id < vocab; ++id) total += static_cast<double>(std::exp(logits[id] - most));
   const double log_total = static_cast<double>(most) + std::log(total);
   if (logprob != nullptr) *logprob = static_cast<float>(static_cast<double>(logits[token]) - log_total);
-  // Insertion sort of the n_top likeliest tokens; in a tie the lower id precedes.
+  // Insertion sort of the n_top most likely tokens; in a tie the lower id precedes.
   int32_t n = 0;
   for (int32_t id = 0; id < vocab; ++id) {
     if (n == n_top && (n == 0 || !(logits[id] > logits[top_tokens[n - 1]]))) continue;

@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 QUANT_TYPES = ("weight_only_int8", "weight_only_int4")
 
-# Quantization types of quantised checkpoints, such as gptq_int4_g128_order: bits, group size, whether columns are
+# Quantization types of quantized checkpoints, such as gptq_int4_g128_order: bits, group size, whether columns are
 # sorted by group.
 _CHECKPOINT_TYPE = re.compile(r"(?:gptq|awq)_int([48])_g(32|64|128)(_order)?")
 ORDER = ".order"
@@ -32,11 +32,11 @@ def check_quant_type(quant_type: Optional[str]) -> Optional[str]:
     return quant_type
 
 
-def quantised(specs: Mapping[str, TensorSpec], quant_type: Optional[str]) -> dict[str, str]:
-    """The storage types of the quantised weights: name -> key of library.DTYPES.
+def quantized(specs: Mapping[str, TensorSpec], quant_type: Optional[str]) -> dict[str, str]:
+    """The storage types of the quantized weights: name -> key of library.DTYPES.
 
     weight_only_int4 stores lm_head and attention's c_attn in 8 bits, since they are the most sensitive to 4-bit errors
-    (figures in docs/demo-model.md). Quantised checkpoints have lm_head in floating point.
+    (figures in docs/demo-model.md). Quantized checkpoints have lm_head in floating point.
     """
     if quant_type is None:
         return {}
@@ -51,18 +51,18 @@ def quantised(specs: Mapping[str, TensorSpec], quant_type: Optional[str]) -> dic
 
 
 def has_order(quant_type: Optional[str]) -> bool:
-    """Whether each quantised weight NAME is accompanied by NAME + ORDER, the order of its inputs."""
+    """Whether each quantized weight NAME is accompanied by NAME + ORDER, the order of its inputs."""
     match = _CHECKPOINT_TYPE.fullmatch(quant_type or "")
     return match is not None and match[3] is not None
 
 
 def packed_bytes(kind: str, n_out: int, n_in: int = 1) -> int:
-    """Size in bytes of a quantised matrix [n_out, n_in], or of an int32 vector [n_out]."""
+    """Size in bytes of a quantized matrix [n_out, n_in], or of an int32 vector [n_out]."""
     return int(load().qvl_packed_bytes(DTYPES[kind], n_out, n_in))
 
 
 def pack(kind: str, values: NDArray[np.float32], name: str) -> NDArray[np.uint8]:
-    """Quantise a matrix [out, in] into the engine's storage.
+    """Quantize a matrix [out, in] into the engine's storage.
 
     Raises:
         QwenVLError: a value is not finite; the message begins with `name`.
@@ -83,7 +83,7 @@ def pack_groups(
     zeros: NDArray[np.float16],
     name: str,
 ) -> NDArray[np.uint8]:
-    """Pack a matrix that is already quantised; value = scale * (integer - zero), without any rounding.
+    """Pack a matrix that is already quantized; value = scale * (integer - zero), without any rounding.
 
     Args:
         kind: "uint4_g32" to "uint8_g128" (library.DTYPES).

@@ -1,4 +1,4 @@
-"""Count the tokens of the held-out rows that the quantised model predicts differently."""
+"""Count the tokens of the held-out rows that the quantized model predicts differently."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Changed:
 def count_changed(
     checkpoint: Checkpoint, rows: Sequence[CalibrationRow], held_out: Sequence[int], after: Streams
 ) -> Changed:
-    """Compare the most likely next tokens of the original and the quantised model.
+    """Compare the most likely next tokens of the original and the quantized model.
 
     Args:
         held_out: indices of the held-out rows.
@@ -59,8 +59,8 @@ def count_changed(
     tokens = of_tokens = changed_rows = 0
     for row in held_out:
         judged = rows[row].judged
-        original, quantised = (states.read(row)[judged] for states in (after.original, after.quantised))
-        differs = most_likely(original) != most_likely(quantised)
+        original, quantized = (states.read(row)[judged] for states in (after.original, after.quantized))
+        differs = most_likely(original) != most_likely(quantized)
         tokens += int(differs.sum())
         of_tokens += len(judged)
         changed_rows += bool(differs.any())

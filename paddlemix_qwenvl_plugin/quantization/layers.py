@@ -1,4 +1,4 @@
-"""Quantization of the decoder layers one after the other, on the outputs of the preceding quantised layers."""
+"""Quantization of the decoder layers one after the other, on the outputs of the preceding quantized layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 from paddlemix_qwenvl_plugin.quantization.grid import Floats, round_to_nearest
 from paddlemix_qwenvl_plugin.quantization.layer import STAGES, DecoderLayer
 from paddlemix_qwenvl_plugin.quantization.packing import gptq_tensors
-from paddlemix_qwenvl_plugin.quantization.rounding import Hessian, quantise, relative_error
+from paddlemix_qwenvl_plugin.quantization.rounding import Hessian, quantize, relative_error
 from paddlemix_qwenvl_plugin.quantization.states import States
 
 # Tokens per product that is added to X^T X. Large products are faster, and the sum is updated less often.
@@ -35,28 +35,28 @@ class Batch:
 
 @dataclass(frozen=True)
 class Streams:
-    """Hidden states of all rows before a layer, in the original and in the partly quantised model."""
+    """Hidden states of all rows before a layer, in the original and in the partly quantized model."""
 
     original: States
-    quantised: States
+    quantized: States
 
 
-class LayerQuantiser:
-    """Quantiser of one layer at a time. In memory are two copies of the layer in float32, original and quantised."""
+class LayerQuantizer:
+    """Quantizer of one layer at a time. In memory are two copies of the layer in float32, original and quantized."""
 
     def __init__(self, checkpoint: Checkpoint, batch: Batch, bits: int, group: int) -> None:
         self._checkpoint, self._batch = checkpoint, batch
         self._bits, self._group = bits, group
         self._original = DecoderLayer(checkpoint.config)
-        self._quantised = DecoderLayer(checkpoint.config)
+        self._quantized = DecoderLayer(checkpoint.config)
 
     def run(
         self, index: int, before: Streams, after: Streams, dtype: str
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Quantise layer `index` and write the states after it.
+        """Quantize layer `index` and write the states after it.
 
         Returns:
-            The layer's tensors for the checkpoint, with unquantised tensors in `dtype`; and the layer's figures (see
+            The layer's tensors for the checkpoint, with unquantized tensors in `dtype`; and the layer's figures (see
             Report.layers).
         """
         prefix = f"h.{index}."
@@ -65,33 +65,33 @@ class LayerQuantiser:
             name.removeprefix(prefix): np.asarray(values, np.float32)
             for name, values in self._checkpoint.tensors(specs, "float32", out_in=True)
         }
-        for layer in (self._original, self._quantised):
+        for layer in (self._original, self._quantized):
             layer.load(weights)
         vectors = {name: spec for name, spec in specs.items() if not spec.linear}
         tensors: dict[str, Any] = dict(self._checkpoint.tensors(vectors, dtype))
         errors: dict[str, list[float]] = {}
         after_attention = Streams(
-            before.original.beside("original-middle.bin"), before.quantised.beside("quantised-middle.bin")
+            before.original.beside("original-middle.bin"), before.quantized.beside("quantized-middle.bin")
         )
         for stage, matrices in enumerate(STAGES):
-            if stage == 2:  # the first stage of the MLP; the quantised layer has quantised attention by now
+            if stage == 2:  # the first stage of the MLP; the quantized layer has quantized attention by now
                 self._advance(before, after_attention, DecoderLayer.after_attention)
             source = before if stage < 2 else after_attention
-            gram = self._gram(stage, source.quantised)
+            gram = self._gram(stage, source.quantized)
             hessian = Hessian(gram.copy(), f"{prefix}{matrices[0]}")
             for matrix in matrices:
                 weight = weights.pop(f"{matrix}.weight")
-                quantised = quantise(weight, hessian, self._bits, self._group)
-                values = quantised.values()
+                quantized = quantize(weight, hessian, self._bits, self._group)
+                values = quantized.values()
                 nearest = round_to_nearest(weight, self._bits, self._group).values()
                 errors[matrix] = [
                     relative_error(weight, rounded_weight, gram) for rounded_weight in (values, nearest)
                 ]
-                self._quantised.load({f"{matrix}.weight": values})
-                for suffix, packed in gptq_tensors(quantised, self._bits).items():
+                self._quantized.load({f"{matrix}.weight": values})
+                for suffix, packed in gptq_tensors(quantized, self._bits).items():
                     tensors[f"{prefix}{matrix}.{suffix}"] = packed
         self._advance(after_attention, after, lambda layer, states, _: layer.after_mlp(states))
-        for states in (after_attention.original, after_attention.quantised):
+        for states in (after_attention.original, after_attention.quantized):
             states.path.unlink()
         return tensors, {"matrices": errors, "states": self._difference(after)}
 
@@ -100,7 +100,7 @@ class LayerQuantiser:
         gram: Optional[Floats] = None
         pending, n_pending = list[Floats](), 0
         for number, row in enumerate(self._batch.calibration, start=1):
-            inputs = self._quantised.inputs(stage, states.read(row), self._batch.prompt_lengths[row])
+            inputs = self._quantized.inputs(stage, states.read(row), self._batch.prompt_lengths[row])
             pending.append(inputs)
             n_pending += len(inputs)
             if n_pending >= _TOKENS_AT_ONCE or number == len(self._batch.calibration):
@@ -113,20 +113,20 @@ class LayerQuantiser:
     def _advance(
         self, source: Streams, target: Streams, step: Callable[[DecoderLayer, Floats, int], Floats]
     ) -> None:
-        """Apply a part of the layer, original and quantised, to the states of all rows in `source`."""
+        """Apply a part of the layer, original and quantized, to the states of all rows in `source`."""
 
         def stepped(layer: DecoderLayer, states: States) -> Iterator[Floats]:
             for row, n_prompt in enumerate(self._batch.prompt_lengths):
                 yield step(layer, states.read(row), n_prompt)
 
         target.original.write(stepped(self._original, source.original))
-        target.quantised.write(stepped(self._quantised, source.quantised))
+        target.quantized.write(stepped(self._quantized, source.quantized))
 
     def _difference(self, streams: Streams) -> float:
-        """Relative error of the held-out rows' states: ||quantised - original|| / ||original||."""
+        """Relative error of the held-out rows' states: ||quantized - original|| / ||original||."""
         error = total = 0.0
         for row in self._batch.held_out:
             original = streams.original.read(row)
-            error += float(np.square(streams.quantised.read(row) - original).sum(dtype=np.float64))
+            error += float(np.square(streams.quantized.read(row) - original).sum(dtype=np.float64))
             total += float(np.square(original).sum(dtype=np.float64))
         return float(np.sqrt(error / total)) if total else 0.0

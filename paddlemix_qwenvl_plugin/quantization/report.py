@@ -16,15 +16,15 @@ class Report:
     """Settings, errors and sizes of a quantization.
 
     Attributes:
-        bits, group_size: storage of the quantised matrices.
+        bits, group_size: storage of the quantized matrices.
         rows, tokens: numbers of rows and tokens that were used for calibration.
         skipped_rows: number of rows beyond the limit on tokens.
         held_out: changed predictions on the held-out rows.
         layers: one dict per layer. `matrices` maps each matrix to the relative error of its products on the calibration
-            rows, as quantised and if it were rounded to nearest. `states` is the relative error of the hidden states of
+            rows, as quantized and if it were rounded to nearest. `states` is the relative error of the hidden states of
             the held-out rows after the layer.
-        bytes: size of the weights in the quantised model folder.
-        bytes_before: size of the weights if no tensor were quantised.
+        bytes: size of the weights in the quantized model folder.
+        bytes_before: size of the weights if no tensor were quantized.
     """
 
     bits: int
@@ -48,10 +48,10 @@ class Report:
         )
         yield f"calibrated on {self.rows} rows, {self.tokens} tokens{skipped}"
         errors = [pair for layer in self.layers for pair in layer["matrices"].values()]
-        quantised_mean = sum(quantised for quantised, _ in errors) / len(errors)
+        quantized_mean = sum(quantized for quantized, _ in errors) / len(errors)
         nearest_mean = sum(nearest for _, nearest in errors) / len(errors)
         yield (
-            f"error of the matrices' products: {quantised_mean:.2%} on average; "
+            f"error of the matrices' products: {quantized_mean:.2%} on average; "
             f"{nearest_mean:.2%} if rounded to nearest; "
             f"of the hidden states after the last layer: {self.layers[-1]['states']:.2%}"
         )

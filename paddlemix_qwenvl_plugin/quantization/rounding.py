@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from paddlemix_qwenvl_plugin.quantization.grid import Floats, Quantised, best_grid, nearest, to_half
+from paddlemix_qwenvl_plugin.quantization.grid import Floats, Quantized, best_grid, nearest, to_half
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 # Share of the diagonal's mean that is added to the Hessian's diagonal; the value of GPTQ's authors.
@@ -67,15 +67,15 @@ def _invert(upper: NDArray[np.float64]) -> None:
     upper[low, high] = -upper[low, low] @ upper[low, high] @ upper[high, high]
 
 
-def quantise(weight: Floats, hessian: Hessian, bits: int, group: int) -> Quantised:
-    """Quantise a matrix [out, in] by GPTQ, followed by sweeps of coordinate descent."""
+def quantize(weight: Floats, hessian: Hessian, bits: int, group: int) -> Quantized:
+    """Quantize a matrix [out, in] by GPTQ, followed by sweeps of coordinate descent."""
     matrix = gptq(weight, hessian, bits, group)
     for _ in range(_SWEEPS):
         descend(matrix, weight, hessian.matrix, bits)
     return matrix
 
 
-def gptq(weight: Floats, hessian: Hessian, bits: int, group: int) -> Quantised:
+def gptq(weight: Floats, hessian: Hessian, bits: int, group: int) -> Quantized:
     """Round the columns in the Hessian's order, with scales and zero points chosen beforehand."""
     n_out, n_in = weight.shape
     top = 2**bits - 1
@@ -100,10 +100,10 @@ def gptq(weight: Floats, hessian: Hessian, bits: int, group: int) -> Quantised:
         compensated[last:] -= factor[first:last, last:].T @ errors
     in_input_order = np.empty_like(weight)
     in_input_order[:, order] = integers.T
-    return Quantised(in_input_order, scales, zeros)
+    return Quantized(in_input_order, scales, zeros)
 
 
-def descend(matrix: Quantised, weight: Floats, hessian: Floats, bits: int) -> None:
+def descend(matrix: Quantized, weight: Floats, hessian: Floats, bits: int) -> None:
     """Improve every scale and integer of `matrix` once, in place; the error never grows."""
     top, group = 2**bits - 1, matrix.group
     error = weight - matrix.values()
@@ -137,7 +137,7 @@ def descend(matrix: Quantised, weight: Floats, hessian: Floats, bits: int) -> No
 
 
 def relative_error(weight: Floats, values: Floats, gram: Floats) -> float:
-    """Relative error of a quantised matrix's products: ||X (w - q)^T|| / ||X w^T||, with `gram` = X^T X."""
+    """Relative error of a quantized matrix's products: ||X (w - q)^T|| / ||X w^T||, with `gram` = X^T X."""
     error = weight - values
     total = float(np.vdot(weight @ gram, weight))
     if total <= 0:

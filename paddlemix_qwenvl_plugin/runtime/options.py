@@ -39,10 +39,12 @@ class GenerationOptions:
     ] = None
     top_p: Annotated[
         Optional[float],
-        Field(ge=0, le=1, description="Sample from the likeliest tokens up to this cumulative probability."),
+        Field(
+            ge=0, le=1, description="Sample from the most likely tokens up to this cumulative probability."
+        ),
     ] = None
     top_k: Annotated[
-        Optional[int], Field(ge=1, description="Sample from this number of the likeliest tokens.")
+        Optional[int], Field(ge=1, description="Sample from this number of the most likely tokens.")
     ] = None
     repetition_penalty: Annotated[
         float, Field(gt=0, le=100, description="Divides the logits of tokens generated so far.")

@@ -223,7 +223,7 @@ def test_few_different_logits(vocab):
 
 @pytest.mark.parametrize("n_top", [1, 2, 5, 64])
 @pytest.mark.parametrize("vocab", [151936, 64, 5003])
-def test_likeliest(vocab, n_top):
+def test_most_likely(vocab, n_top):
     logits = normal(3, vocab, scale=4)
     logits[1, vocab // 2] = -float("inf")
     logits[2, 1::2] = -0.0  # equal to 0.0
