@@ -88,7 +88,7 @@ def locate(rng: random.Random, scene: Scene, language: str) -> Turn:
 
 
 def region(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
-    """Ask draw a box contains."""
+    """Ask what a box contains."""
     thing = rng.choice(scene.things)
     question = rng.choice(_REGION[language]).format(box_text(thing))
     return Turn("region", language, question, sentence(caption_name(thing, language), language))
