@@ -57,7 +57,7 @@ def _portable(open_model: Callable[[], Any]) -> functools.partial[Any]:
     assert isinstance(open_model, functools.partial)
     flags = dict(open_model.keywords)
     if flags.get("url") is not None:
-        raise UsageError("--ray: is for exported stages; leave it out, or --url")
+        raise UsageError("--ray: applies to exported stages only; remove it, or remove --url")
     if flags["first_model_path"] is None or flags["second_model_path"] is None:
         raise UsageError("--ray: give --first_model_path and --second_model_path")
     for name, value in flags.items():

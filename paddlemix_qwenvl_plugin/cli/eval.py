@@ -84,7 +84,7 @@ class _Run:
         if self.predictions is not None:
             return read_predictions(self.predictions, rows)
         check_images(data, rows)
-        answers = ask.answers(self.open(), (row.asked() for row in rows.values()), options)
+        answers = ask.answers(self.open(), (row.prompt() for row in rows.values()), options)
         return dict(zip(rows, track(answers, "rows answered", len(rows))))
 
     def write(self, texts: Mapping[Id, str], scores: Mapping[Id, float]) -> None:

@@ -190,7 +190,7 @@ def open_model_or_server(
         ("adapter", bool(adapter)),
     ):
         if is_set:
-            raise UsageError(f"--{flag}: is for exported stages; leave it out, or --url")
+            raise UsageError(f"--{flag}: applies to exported stages only; remove it, or remove --url")
     from paddlemix_qwenvl_plugin.remote.access import check_url, read_key
     from paddlemix_qwenvl_plugin.remote.model import ServerModel
     from paddlemix_qwenvl_plugin.remote.server import Server

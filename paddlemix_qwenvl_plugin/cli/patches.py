@@ -52,7 +52,7 @@ def apply(tree: Path = _TREE, force: bool = _FORCE) -> None:
     from paddlemix_qwenvl_plugin.upstream import patches
 
     for patch, state in patches.apply(tree, force).states:
-        print(f"{patch.name}: {'applied' if state is patches.State.APPLIES else state.value}")
+        print(f"{patch.name}: {'applied' if state is patches.State.APPLICABLE else state.value}")
 
 
 @app.command()

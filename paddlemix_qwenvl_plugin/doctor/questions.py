@@ -51,7 +51,7 @@ def import_upstream(package: str) -> dict[str, Any]:
     """Import paddlenlp or paddlemix and its hooked modules. `hooks`: state of each hook."""
     module = import_module(package)
     failed = {}
-    for name in upstream.fired():
+    for name in upstream.hook_states():
         if name.startswith(f"{package}."):
             try:
                 import_module(name)
@@ -63,7 +63,7 @@ def import_upstream(package: str) -> dict[str, Any]:
     version = getattr(module, "__version__", None)
     return {
         "version": None if version is None else str(version),
-        "hooks": upstream.fired(),
+        "hooks": upstream.hook_states(),
         "not_imported": failed,
     }
 

@@ -106,7 +106,7 @@ def check_upstream(
         return Check(name, "note", f"{what}; it does not import without Paddle", data=data)
     fix = None
     message = f"{what}: import {name} fails: {answer.cause}"
-    if patches.State.APPLIES.value in data["patches"].values():
+    if patches.State.APPLICABLE.value in data["patches"].values():
         message += "; its patches are not applied"
         fix = f"{program()} patches apply --tree {shlex.quote(str(root))}"
     elif not has_fix and name == "paddlenlp":
@@ -151,7 +151,7 @@ def check_hooks(answers: Mapping[str, Answer]) -> Check:
 
     `answers`: upstream -> result of `import_upstream`, for each installed upstream.
     """
-    modules = upstream.fired()
+    modules = upstream.hook_states()
     failed_imports: dict[str, str] = {}
     for name, answer in answers.items():
         hooks = answer.value.get("hooks", {})

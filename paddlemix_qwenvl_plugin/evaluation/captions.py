@@ -42,7 +42,7 @@ class CaptionRow(Row):
         """The image id."""
         return self.image_id
 
-    def asked(self) -> Question:
+    def prompt(self) -> Question:
         """The caption prompt."""
         return Question(self.image, _PROMPT)
 

@@ -54,7 +54,7 @@ class GroundingRow(Row):
         """The id, or the line number without one."""
         return number if self.id is None else self.id
 
-    def asked(self) -> Question:
+    def prompt(self) -> Question:
         """Prompt of the row: the expression in `<ref>`, then an open `<box>` that the completion continues."""
         return Question(self.image, self.sentence, "<ref>", "</ref><box>")
 

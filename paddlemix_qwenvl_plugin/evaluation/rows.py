@@ -33,7 +33,7 @@ class Row(BaseModel):
         """The id of the row on line `number` of its file."""
         raise NotImplementedError
 
-    def asked(self) -> Question:
+    def prompt(self) -> Question:
         """The prompt of the row."""
         raise NotImplementedError
 

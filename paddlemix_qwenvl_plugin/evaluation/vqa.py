@@ -42,7 +42,7 @@ class VqaRow(Row):
         """The question id."""
         return self.question_id
 
-    def asked(self) -> Question:
+    def prompt(self) -> Question:
         """The prompt of the official evaluation."""
         return Question(self.image, f"{self.question} Answer:")
 

@@ -37,7 +37,7 @@ class State(Enum):
     """State of a patch in a tree."""
 
     APPLIED = "already applied"
-    APPLIES = "applies"
+    APPLICABLE = "applies"
     CONFLICT = "does not apply"
 
 
@@ -158,7 +158,7 @@ def apply(folder: Path, force: bool = False) -> Report:
     conflicts = ", ".join(patch.name for patch in report.having(State.CONFLICT))
     if conflicts and not report.trouble:
         raise QwenVLError(f"{folder}: nothing applied; these patches do not apply: {conflicts}")
-    return _change(report, State.APPLIES)
+    return _change(report, State.APPLICABLE)
 
 
 def revert(folder: Path, force: bool = False) -> Report:
@@ -231,7 +231,7 @@ def _blob_id(root: Path, file: str, content: Path) -> str:
 
 def _state(tree: Tree, patch: Patch) -> State:
     # Reverse first: an applied patch may apply a second time a few lines below.
-    for arguments, state in ((["--reverse"], State.APPLIED), ([], State.APPLIES)):
+    for arguments, state in ((["--reverse"], State.APPLIED), ([], State.APPLICABLE)):
         if _run(tree.root, "apply", "--check", *arguments, stdin=patch.path.read_bytes()).returncode == 0:
             return state
     return State.CONFLICT

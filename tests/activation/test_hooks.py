@@ -102,8 +102,8 @@ def test_failing_hook_warns_once_and_upstream_stays(run: Run, hook: str) -> None
     code = LOAD + (
         "print(m.LOADERS, hasattr(m, 'added'), m.Auto.make(), isinstance(vars(m.Auto)['make'], classmethod))\n"
         "import importlib; importlib.reload(m)\n"
-        "from paddlemix_qwenvl_plugin.upstream import fired\n"
-        f"print(fired()[{AUTO!r}][:6], fired()['paddlenlp_ops'])"
+        "from paddlemix_qwenvl_plugin.upstream import hook_states\n"
+        f"print(hook_states()[{AUTO!r}][:6], hook_states()['paddlenlp_ops'])"
     )
     done = run(code, hook, "-W", "always")
     assert done.returncode == 0
@@ -144,7 +144,7 @@ def test_interrupt_in_a_hook_is_not_swallowed(run: Run) -> None:
 
 def test_debug_output_and_registry(run: Run) -> None:
     code = LOAD + (
-        "from paddlemix_qwenvl_plugin.upstream import fired\nprint(*sorted(fired().items()), sep='\\n')"
+        "from paddlemix_qwenvl_plugin.upstream import hook_states\nprint(*sorted(hook_states().items()), sep='\\n')"
     )
     done = run(code, "hooks:good", QWENVL_PLUGIN_DEBUG="1")
     first, second = done.stderr.splitlines()

@@ -55,8 +55,8 @@ def test_second_reading_of_the_pth_changes_nothing(run: Run) -> None:
 def test_off_switch(run: Run, value: str, finders: int) -> None:
     done = run(
         "import sys, paddlenlp.transformers.auto.modeling\n"
-        "from paddlemix_qwenvl_plugin.upstream import fired\n"
-        "print(sum(type(f).__module__ == '_qwenvl_activate' for f in sys.meta_path), bool(fired()))",
+        "from paddlemix_qwenvl_plugin.upstream import hook_states\n"
+        "print(sum(type(f).__module__ == '_qwenvl_activate' for f in sys.meta_path), bool(hook_states()))",
         QWENVL_PLUGIN=value,
     )
     assert done.stdout == f"{finders} {bool(finders)}\n"

@@ -18,7 +18,7 @@ def test_examples() -> None:
     prompts = re.findall(r"^\| prompt \| `<img>…</img>(.*)` \|$", DOCUMENT, re.MULTILINE)
     assert len(examples) == len(prompts) == len(kinds)
     for kind, example, prompt in zip(kinds, examples, prompts):
-        request = kind.model_validate(example).asked()
+        request = kind.model_validate(example).prompt()
         assert request.before + request.words + request.after == prompt
 
 

@@ -56,7 +56,7 @@ def test_applies_and_reverts(name: str, tmp_path: Path) -> None:
     root = checkout(name, tmp_path)
     files = [file for patch, _ in patches.check(root).states for file in patch.files]
     before = {file: (root / file).read_bytes() for file in files}
-    assert {state for _, state in patches.apply(root).states} == {State.APPLIES}
+    assert {state for _, state in patches.apply(root).states} == {State.APPLICABLE}
     assert {state for _, state in patches.check(root).states} == {State.APPLIED}
     for file in files:
         assert (root / file).read_bytes() != before[file]
@@ -71,9 +71,9 @@ def test_applies_and_reverts(name: str, tmp_path: Path) -> None:
 def test_an_archive_without_git(name: str, tmp_path: Path) -> None:
     root = checkout(name, tmp_path)
     shutil.rmtree(root / ".git")
-    assert {state for _, state in patches.apply(root).states} == {State.APPLIES}
+    assert {state for _, state in patches.apply(root).states} == {State.APPLICABLE}
     assert {state for _, state in patches.revert(root).states} == {State.APPLIED}
-    assert {state for _, state in patches.check(root).states} == {State.APPLIES}
+    assert {state for _, state in patches.check(root).states} == {State.APPLICABLE}
 
 
 # PaddleNLP
