@@ -92,9 +92,9 @@ def check_paddle(versions: Mapping[str, str], found: bool, answer: Answer, has_f
         message = f"{named} is too old, {MINIMUM} or newer is needed{cause}{hint}"
         return Check("paddle", "problem", message, install, data)
     if answer.cause:
-        again = install.replace("pip install", "pip install --force-reinstall", 1)
+        reinstall = install.replace("pip install", "pip install --force-reinstall", 1)
         message = f"{named}: import paddle fails: {answer.cause}{'' if has_fix else hint}"
-        return Check("paddle", "problem", message, None if has_fix else again, data)
+        return Check("paddle", "problem", message, None if has_fix else reinstall, data)
     build = f"GPU build for CUDA {data['cuda']}" if data["gpu_build"] else "no build for NVIDIA GPUs"
     if set(wheels) == {"paddlepaddle"} and not data["gpu_build"]:
         build = "CPU build"
@@ -142,10 +142,10 @@ def check_gpu(paddle: Check, answer: Answer, visible: Sequence[str]) -> Check:
         answer: result of questions.gpu; ignored if Paddle cannot be imported or is not a GPU build.
         visible: names of the GPUs visible to this process through the CUDA driver.
     """
-    found, complaint = machine_gpus(visible)
-    usable = bool(paddle.data["gpu_build"])
-    seen = [Gpu(**gpu) for gpu in answer.value.get("gpus", [])] if usable else []
-    found = found or seen
+    found, smi_error = machine_gpus(visible)
+    is_gpu_build = bool(paddle.data["gpu_build"])
+    paddle_gpus = [Gpu(**gpu) for gpu in answer.value.get("gpus", [])] if is_gpu_build else []
+    found = found or paddle_gpus
     wheel = next(
         (
             wheel
@@ -159,7 +159,7 @@ def check_gpu(paddle: Check, answer: Answer, visible: Sequence[str]) -> Check:
         "gpus": [asdict(gpu) for gpu in found],
         "visible": list(visible),
         "architectures": codes,
-        "cause": (answer.cause if usable else None) or complaint,
+        "cause": (answer.cause if is_gpu_build else None) or smi_error,
     }
 
     def result(status: Status, message: str, fix: Optional[str] = None) -> Check:
@@ -167,27 +167,28 @@ def check_gpu(paddle: Check, answer: Answer, visible: Sequence[str]) -> Check:
 
     names = ", ".join(map(str, found))
     if not found:
-        about = complaint or "no NVIDIA GPU seen"
-        if usable:
-            return result("note", f"{about}; this GPU build of Paddle runs on the CPU")
-        return result("note" if complaint else "ok", about)
-    others = [gpu for gpu in found if gpu.architecture is not None and not _has_code(codes, gpu.architecture)]
-    if (usable or wheel) and codes and others:
-        has = "sm_" + ", ".join(map(str, codes))
-        lacking = (
-            f"{', '.join(map(str, others))}: this Paddle has no machine code for it; it has code for {has}"
-        )
+        reason = smi_error or "no NVIDIA GPU seen"
+        if is_gpu_build:
+            return result("note", f"{reason}; this GPU build of Paddle runs on the CPU")
+        return result("note" if smi_error else "ok", reason)
+    unsupported = [
+        gpu for gpu in found if gpu.architecture is not None and not _has_code(codes, gpu.architecture)
+    ]
+    if (is_gpu_build or wheel) and codes and unsupported:
+        code_list = "sm_" + ", ".join(map(str, codes))
+        gpu_list = ", ".join(map(str, unsupported))
+        lacking = f"{gpu_list}: this Paddle has no machine code for it; it has code for {code_list}"
         # The test addition may be one of the few kernels with PTX; the pinned data on the wheel take precedence.
         if (wheel is not None and not wheel.ptx) or answer.cause:
             return result("problem", lacking, INSTALL_GPU)
         return result("note", f"{lacking} and runs on it from PTX, which is translated at the first start")
     if paddle.data["gpu_build"] is None:
         return result("note", f"{names}; no Paddle installed to use it")
-    if not usable:
+    if not is_gpu_build:
         return result("ok", f"{names}, used by the engine only: this Paddle is no GPU build")
     if answer.cause:
         return result("problem", f"{names}: a test addition on the GPU fails: {answer.cause}")
-    if not seen:
+    if not paddle_gpus:
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
         why = "" if hidden is None else f"; CUDA_VISIBLE_DEVICES is {hidden!r}"
         return result("note", f"{names}, which Paddle does not see{why}")

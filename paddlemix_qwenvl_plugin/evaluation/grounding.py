@@ -66,6 +66,6 @@ def overlap(row: GroundingRow, answer: str) -> float:
     if not boxes:
         return 0.0
     (left, top), (right, bottom) = boxes[0].points[0], boxes[0].points[-1]
-    across, down = row.width / _SCALE, row.height / _SCALE
-    corners: Corners = (left * across, top * down, right * across, bottom * down)
+    x_scale, y_scale = row.width / _SCALE, row.height / _SCALE
+    corners: Corners = (left * x_scale, top * y_scale, right * x_scale, bottom * y_scale)
     return iou(corners, row.bbox)

@@ -181,6 +181,7 @@ class Recipe(_Strict):
         known = [*interpolate.RUN_NAMES, *interpolate.LOAD_NAMES, *(f"assets.{a.name}" for a in self.assets)]
         # An unset seed or dtype has no value to fill in.
         known = [name for name in known if name not in ("seed", "dtype") or getattr(self, name) is not None]
+        # (key, texts, allowed references)
         places: list[tuple[str, Union[list[str], tuple[str, ...]], list[str]]] = [
             *((f"assets.{a.name}.path", [a.path], list(interpolate.LOAD_NAMES)) for a in self.assets),
             *((f"env.{key}", [value], known) for key, value in self.env.items()),

@@ -48,8 +48,8 @@ def model_folder(name_or_path: str) -> Path:
     config = _download(name_or_path, "config.json")
     weights = _download(name_or_path, *(name for name, _ in WEIGHT_FILES))
     if config is None or weights is None:
-        what = "config.json" if config is None else "weights"
-        raise QwenVLError(f"{name_or_path}: neither a folder nor a model whose {what} PaddleNLP finds")
+        missing = "config.json" if config is None else "weights"
+        raise QwenVLError(f"{name_or_path}: neither a folder nor a model whose {missing} PaddleNLP finds")
     if weights.name.endswith(".index.json"):
         for file in sorted(set(read_index(weights).values())):
             if _download(name_or_path, file) is None:

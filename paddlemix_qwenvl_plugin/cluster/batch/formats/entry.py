@@ -14,7 +14,12 @@ from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 PLAIN_KEYS = (
-    *("image", "images", "prompt", "chat", "system", "adapter"),
+    "image",
+    "images",
+    "prompt",
+    "chat",
+    "system",
+    "adapter",
     *(field.name for field in fields(GenerationOptions)),
 )
 """Keys of the plain form without the id: the fields of Parquet and WebDataset rows."""
