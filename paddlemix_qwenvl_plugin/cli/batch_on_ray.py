@@ -84,13 +84,13 @@ def _actors(bounds: Optional[str], cpus: Optional[float], gpus: Optional[float],
 
     minimum = 0
     maximum: Optional[int] = None
-    found = re.fullmatch(r"(\d+)(:(\d+)?)?", bounds if bounds is not None else "1:")  # MIN, MIN: or MIN:MAX
-    if found:
-        minimum = int(found[1])
-        if not found[2]:
+    match = re.fullmatch(r"(\d+)(:(\d+)?)?", bounds if bounds is not None else "1:")  # MIN, MIN: or MIN:MAX
+    if match:
+        minimum = int(match[1])
+        if not match[2]:
             maximum = minimum
-        elif found[3]:
-            maximum = int(found[3])
+        elif match[3]:
+            maximum = int(match[3])
     if not minimum or (maximum is not None and maximum < minimum):
         raise UsageError(f"--ray_actors: {bounds!r} is not MIN:MAX, as in 1:8; MIN must be 1 or more")
     if gpus is None:

@@ -67,15 +67,15 @@ def connect(address: str = DEFAULT, **options: Any) -> Iterator[None]:
 def _check_answers(address: str) -> None:
     """Raise QwenVLError unless the address accepts connections; Ray itself would retry for a minute."""
     # HOST:PORT or ray://HOST:PORT, with an IPv6 address in brackets.
-    found = re.fullmatch(r"(?:ray://)?\[?([^/\[\]]+)\]?:(\d+)", address)
-    if found is None:
+    match = re.fullmatch(r"(?:ray://)?\[?([^/\[\]]+)\]?:(\d+)", address)
+    if match is None:
         if address not in ("", "auto", "local"):
             raise UsageError(
                 f"--ray: {address!r} is not an address; give HOST:PORT, ray://HOST:PORT, auto or local"
             )
         return
     try:
-        socket.create_connection((found[1], int(found[2])), _CONNECT_SECONDS).close()
+        socket.create_connection((match[1], int(match[2])), _CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise QwenVLError(
             f"--ray: no cluster answers at {address} ({error}); start one with: ray start --head"

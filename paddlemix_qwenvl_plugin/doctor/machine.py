@@ -80,29 +80,29 @@ def check_paddle(versions: Mapping[str, str], found: bool, answer: Answer, has_f
     gpu_wheel = "paddlepaddle-gpu" in wheels
     install = INSTALL_GPU if gpu_wheel else INSTALL_CPU
     hint = f" ({_INDEX})" if gpu_wheel else ""
-    named = " and ".join(f"{name} {version}" for name, version in wheels.items())
+    description = " and ".join(f"{name} {version}" for name, version in wheels.items())
     if len(wheels) > 1:
-        message = f"{named} are both installed and have overwritten each other's files{hint}"
+        message = f"{description} are both installed and have overwritten each other's files{hint}"
         if not gpu_wheel:
             install = f"pip uninstall -y {' '.join(wheels)}; {INSTALL_CPU}"
         return Check("paddle", "problem", message, install, data)
-    named = named or f"Paddle {data['version'] or 'of unknown version'}"
+    description = description or f"Paddle {data['version'] or 'of unknown version'}"
     if wheels and Version(next(iter(wheels.values()))) < Version(MINIMUM):
         cause = f"; nor does it import: {answer.cause}" if answer.cause else ""
-        message = f"{named} is too old, {MINIMUM} or newer is needed{cause}{hint}"
+        message = f"{description} is too old, {MINIMUM} or newer is needed{cause}{hint}"
         return Check("paddle", "problem", message, install, data)
     if answer.cause:
         reinstall = install.replace("pip install", "pip install --force-reinstall", 1)
-        message = f"{named}: import paddle fails: {answer.cause}{'' if has_fix else hint}"
+        message = f"{description}: import paddle fails: {answer.cause}{'' if has_fix else hint}"
         return Check("paddle", "problem", message, None if has_fix else reinstall, data)
     build = f"GPU build for CUDA {data['cuda']}" if data["gpu_build"] else "no build for NVIDIA GPUs"
     if set(wheels) == {"paddlepaddle"} and not data["gpu_build"]:
         build = "CPU build"
     if wheels and Version(next(iter(wheels.values()))) >= Version(_FIRST_UNTESTED):
         return Check(
-            "paddle", "note", f"{named}, {build}; newer than the tested versions ({_RANGE})", data=data
+            "paddle", "note", f"{description}, {build}; newer than the tested versions ({_RANGE})", data=data
         )
-    return Check("paddle", "ok", f"{named}, {build}", data=data)
+    return Check("paddle", "ok", f"{description}, {build}", data=data)
 
 
 def _is_paddle(distribution: str) -> bool:
@@ -125,13 +125,13 @@ def machine_gpus(visible: Sequence[str]) -> tuple[list[Gpu], Optional[str]]:
     if done.returncode != 0:
         lines = (done.stdout + done.stderr).strip().splitlines() or [f"exit code {done.returncode}"]
         return [Gpu(name, None) for name in visible], one_line(f"nvidia-smi: {lines[0]}")
-    found = []
+    gpus = []
     for row in csv.reader(done.stdout.splitlines(), skipinitialspace=True):
         if len(row) == 3:
             name, capability, driver = row
             number = capability.replace(".", "", 1)
-            found.append(Gpu(name, int(number) if number.isdigit() else None, driver))
-    return found, None
+            gpus.append(Gpu(name, int(number) if number.isdigit() else None, driver))
+    return gpus, None
 
 
 def check_gpu(paddle: Check, answer: Answer, visible: Sequence[str]) -> Check:

@@ -54,12 +54,12 @@ def find_resumable(recipe: Recipe, output: Path, first: int) -> Path:
     step = recipe.steps[first].name
     if not folders:
         raise QwenVLError(f"--from_step {step}: {output} has no earlier run of {recipe.name}")
-    folder, wanted = folders[-1], recipe.resolved()
+    folder, resolved = folders[-1], recipe.resolved()
     try:
         earlier = dict(yaml.safe_load(_read(folder / "recipe.resolved.yaml")))
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise QwenVLError(f"{folder / 'recipe.resolved.yaml'}: damaged; run without --from_step") from error
-    differing = [key for key in {**earlier, **wanted} if earlier.get(key) != wanted.get(key)]
+    differing = [key for key in {**earlier, **resolved} if earlier.get(key) != resolved.get(key)]
     if differing:
         raise QwenVLError(
             f"--from_step {step}: {folder} was run from another recipe (different: {', '.join(differing)});"

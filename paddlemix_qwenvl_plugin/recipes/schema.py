@@ -126,12 +126,12 @@ class Expect(_Strict):
 
     @model_validator(mode="after")
     def _one_check(self) -> Expect:
-        given = [name for name in CHECKS if name in self.model_fields_set]
-        if len(given) > 1:
-            raise ValueError(f"one check only, not {' and '.join(given)}; write one entry for each")
-        if bool(given) != (self.key is not None):
+        checks = [name for name in CHECKS if name in self.model_fields_set]
+        if len(checks) > 1:
+            raise ValueError(f"one check only, not {' and '.join(checks)}; write one entry for each")
+        if bool(checks) != (self.key is not None):
             raise ValueError(f"a check needs a key and a key needs one check of {', '.join(CHECKS)}")
-        for name in given:
+        for name in checks:
             if name not in ("equals", "contains") and getattr(self, name) is None:
                 raise ValueError(f"{name} has no value")
         return self

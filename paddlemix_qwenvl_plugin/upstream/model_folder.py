@@ -68,7 +68,7 @@ def _download(repository: str, *names: str) -> Optional[Path]:
     from paddlenlp.utils.download import resolve_file_path
 
     try:
-        found = resolve_file_path(repository, list(names))
+        path = resolve_file_path(repository, list(names))
     except OSError as error:  # PaddleNLP raises OSError for every download failure
         raise QwenVLError(f"{repository}: PaddleNLP cannot download it ({first_line(error)})") from error
-    return Path(found) if found else None
+    return Path(path) if path else None

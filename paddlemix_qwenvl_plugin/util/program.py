@@ -17,7 +17,7 @@ def program() -> str:
     path = Path(command)
     if path.stem != "qwenvl" or command == path.name:
         return "qwenvl"
-    found = shutil.which("qwenvl")
-    if found is not None and path.exists() and path.samefile(found):
+    on_path = shutil.which("qwenvl")
+    if on_path is not None and path.exists() and path.samefile(on_path):
         return "qwenvl"
     return shlex.quote(command)

@@ -97,9 +97,9 @@ def listed(folder: str, recursive: bool = False) -> dict[str, int]:
     with naming_url(folder):
         # Other processes write files: a cached listing may be stale.
         file_system.invalidate_cache(path)
-        found = file_system.find(path, maxdepth=None if recursive else 1, detail=True)
+        entries = file_system.find(path, maxdepth=None if recursive else 1, detail=True)
     start = len(path.rstrip("/")) + 1
-    return {name[start:]: info["size"] or 0 for name, info in sorted(found.items()) if name[start:]}
+    return {name[start:]: info["size"] or 0 for name, info in sorted(entries.items()) if name[start:]}
 
 
 def write(name: str, content: bytes) -> None:
