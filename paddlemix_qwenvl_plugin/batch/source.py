@@ -25,7 +25,8 @@ class Entry(NamedTuple):
         number: line number, from 1.
         offset: offset of the line in the file, in bytes.
         checksum: hash of the line.
-        images: numbers of the row's images, in order of their first occurrence in the input.
+        id, openai: as in Row.
+        images: numbers of the row's images; images are numbered by their first occurrence in the input.
     """
 
     number: int

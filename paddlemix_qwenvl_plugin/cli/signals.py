@@ -75,7 +75,7 @@ def _hard_deadline() -> Iterator[None]:
     done = threading.Event()
 
     def watch() -> None:
-        while number := os.read(reader, 1):  # the number of any signal with a handler
+        while number := os.read(reader, 1):  # a byte with the number of a signal that arrived
             if number[0] in (signal.SIGTERM, signal.SIGHUP) and not done.wait(_PATIENCE_SECONDS):
                 with contextlib.suppress(OSError):
                     os.write(2, b"qwenvl: terminated\n")

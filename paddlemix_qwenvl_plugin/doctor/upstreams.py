@@ -100,13 +100,13 @@ def check_upstream(
     root = source.parent.parent
     data.update(path=str(root), version=answer.value.get("version") or versions.get(name))
     data["cause"] = answer.cause
-    status, what, fix = _compare_with_pins(pinned, root, data)
+    status, description, fix = _compare_with_pins(pinned, root, data)
     if not answer.cause:
-        return Check(name, status, what, fix, data)
+        return Check(name, status, description, fix, data)
     if not paddle_imports:
-        return Check(name, "note", f"{what}; it does not import without Paddle", data=data)
+        return Check(name, "note", f"{description}; it does not import without Paddle", data=data)
     fix = None
-    message = f"{what}: import {name} fails: {answer.cause}"
+    message = f"{description}: import {name} fails: {answer.cause}"
     if patches.State.APPLICABLE.value in data["patches"].values():
         message += "; its patches are not applied"
         fix = f"{program()} patches apply --tree {shlex.quote(str(root))}"
@@ -132,8 +132,10 @@ def _compare_with_pins(
     if commit == pinned.commit:
         return "ok", f"{pinned.title} in {root}, at the pinned commit {commit[:7]}", None
     fix = f"git -C {shlex.quote(str(root))} checkout {pinned.commit}"
-    what = f"{pinned.title} in {root}, at commit {commit[:7]}; the plugin is made for {pinned.commit[:7]}"
-    return "note", what, fix
+    description = (
+        f"{pinned.title} in {root}, at commit {commit[:7]}; the plugin is made for {pinned.commit[:7]}"
+    )
+    return "note", description, fix
 
 
 def _wheel(pinned: Upstream, data: dict[str, Any]) -> tuple[Status, str, Optional[str]]:

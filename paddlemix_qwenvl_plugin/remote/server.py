@@ -26,7 +26,7 @@ _TIMEOUT = httpx.Timeout(30, read=1200)
 # Shorter than the keep-alive timeout of servers: a request must not race with the closing of its connection.
 _LIMITS = httpx.Limits(max_connections=None, keepalive_expiry=2)
 
-# Total time of the retries while a server is busy, and the backoff between them without Retry-After.
+# Maximum total wait while a server is busy, and the first and longest wait between retries without Retry-After.
 _MAX_RETRY_SECONDS = 600.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 

@@ -136,7 +136,8 @@ def check(folder: Path, force: bool = False) -> Report:
 
     Args:
         folder: top folder of a checkout, or of an unpacked archive.
-        force: accept another commit than the pinned one. Other changes of the patched files are never accepted.
+        force: accept another commit than the pinned one. In a tree without .git, also accept other changes of the
+            patched files, which cannot be told from another version there.
 
     Raises:
         UsageError, QwenVLError: see `open_tree` and `shipped`.

@@ -160,7 +160,7 @@ def _stage(path: str, stage: str, script_device: str) -> Stage:
 
 @functools.cache
 def _token_folder() -> Path:
-    """Per-process folder of token files: in a shared working directory, processes would read each other's."""
+    """Per-process folder of token files: in a shared folder, processes would read each other's files."""
     configured = env.REAL_TIME_SAVE_DIR.read()
     if configured:
         folder = configured.absolute()

@@ -114,10 +114,10 @@ def index(files: Input, format: Format) -> Iterator[tuple[str, Entry]]:
                 if entry.row_id is not None:
                     first = seen.setdefault(id_key(entry.row_id), (name, entry.number))
                     if first != (name, entry.number):
-                        where = f"{_place(*first)} and {_place(name, entry.number)}"
+                        where = f"{_location(*first)} and {_location(name, entry.number)}"
                         raise UsageError(f"{where} have the same id {entry.row_id!r}")
                 yield name, entry
 
 
-def _place(name: str, number: int) -> str:
+def _location(name: str, number: int) -> str:
     return f"{name}: row {number}"

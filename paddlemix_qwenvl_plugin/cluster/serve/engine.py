@@ -76,7 +76,7 @@ class Engine:
             raise RuntimeError("the engine process cannot be started again")
 
     async def __del__(self) -> None:
-        """End the engine process."""
+        """End the engine process. Ray Serve awaits this method when the replica stops."""
         await self._client.stop()
 
     def _report(self) -> Report:
