@@ -142,40 +142,34 @@ def check_gpu(paddle: Check, answer: Answer, visible: Sequence[str]) -> Check:
         answer: result of questions.gpu; ignored if Paddle cannot be imported or is not a GPU build.
         visible: names of the GPUs visible to this process through the CUDA driver.
     """
-    found, smi_error = machine_gpus(visible)
+    gpus, smi_error = machine_gpus(visible)
     is_gpu_build = bool(paddle.data["gpu_build"])
     paddle_gpus = [Gpu(**gpu) for gpu in answer.value.get("gpus", [])] if is_gpu_build else []
-    found = found or paddle_gpus
-    wheel = next(
-        (
-            wheel
-            for wheel in pins.load().gpu_wheels
-            if wheel.version == paddle.data["distributions"].get("paddlepaddle-gpu")
-        ),
-        None,
-    )
-    codes = list(wheel.architectures) if wheel else paddle.data["architectures"] or []
+    gpus = gpus or paddle_gpus
+    installed = paddle.data["distributions"].get("paddlepaddle-gpu")
+    wheel = next((wheel for wheel in pins.load().gpu_wheels if wheel.version == installed), None)
+    architectures = list(wheel.architectures) if wheel else paddle.data["architectures"] or []
     data = {
-        "gpus": [asdict(gpu) for gpu in found],
+        "gpus": [asdict(gpu) for gpu in gpus],
         "visible": list(visible),
-        "architectures": codes,
+        "architectures": architectures,
         "cause": (answer.cause if is_gpu_build else None) or smi_error,
     }
 
     def result(status: Status, message: str, fix: Optional[str] = None) -> Check:
         return Check("gpu", status, message + (f" ({_INDEX})" if fix else ""), fix, data)
 
-    names = ", ".join(map(str, found))
-    if not found:
+    names = ", ".join(map(str, gpus))
+    if not gpus:
         reason = smi_error or "no NVIDIA GPU seen"
         if is_gpu_build:
             return result("note", f"{reason}; this GPU build of Paddle runs on the CPU")
         return result("note" if smi_error else "ok", reason)
     unsupported = [
-        gpu for gpu in found if gpu.architecture is not None and not _has_code(codes, gpu.architecture)
+        gpu for gpu in gpus if gpu.architecture is not None and not _has_code(architectures, gpu.architecture)
     ]
-    if (is_gpu_build or wheel) and codes and unsupported:
-        code_list = "sm_" + ", ".join(map(str, codes))
+    if (is_gpu_build or wheel) and architectures and unsupported:
+        code_list = "sm_" + ", ".join(map(str, architectures))
         gpu_list = ", ".join(map(str, unsupported))
         lacking = f"{gpu_list}: this Paddle has no machine code for it; it has code for {code_list}"
         # The test addition may be one of the few kernels with PTX; the pinned data on the wheel take precedence.
@@ -189,12 +183,12 @@ def check_gpu(paddle: Check, answer: Answer, visible: Sequence[str]) -> Check:
     if answer.cause:
         return result("problem", f"{names}: a test addition on the GPU fails: {answer.cause}")
     if not paddle_gpus:
-        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-        why = "" if hidden is None else f"; CUDA_VISIBLE_DEVICES is {hidden!r}"
-        return result("note", f"{names}, which Paddle does not see{why}")
+        devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+        cause = "" if devices is None else f"; CUDA_VISIBLE_DEVICES is {devices!r}"
+        return result("note", f"{names}, which Paddle does not see{cause}")
     return result("ok", f"{names}, and Paddle runs on it")
 
 
-def _has_code(codes: Sequence[int], architecture: int) -> bool:
+def _has_code(architectures: Sequence[int], architecture: int) -> bool:
     # Machine code runs on GPUs of the same major version with the same or a higher minor version.
-    return any(code // 10 == architecture // 10 and code <= architecture for code in codes)
+    return any(code // 10 == architecture // 10 and code <= architecture for code in architectures)

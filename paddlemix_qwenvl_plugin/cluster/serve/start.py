@@ -38,7 +38,7 @@ class _Signal(BaseException):
 
 
 def check_version() -> None:
-    """Raise UsageError if Ray is too old or does not work with the installed protobuf: Serve's controller would fail."""
+    """Raise UsageError if Ray is too old or fails with the installed protobuf, as Ray Serve's controller would."""
     found, protobuf = Version(version("ray")), Version(version("protobuf"))
     if found < _OLDEST_RAY:
         raise UsageError(
