@@ -40,26 +40,26 @@ class Answers(Generic[S]):
             QwenVLError: the model cannot be run. Rows completed before that have been yielded.
         """
         active: dict[S, tuple[int, Row]] = {}
-        todo = iter(rows)
+        unstarted = iter(rows)
         try:
             while True:
-                done: list[tuple[int, Row, bytes]] = []
-                while len(active) < window and (following := next(todo, None)) is not None:
-                    number, row = following
+                finished: list[tuple[int, Row, bytes]] = []
+                while len(active) < window and (numbered_row := next(unstarted, None)) is not None:
+                    number, row = numbered_row
                     try:
-                        active[self._start(row)] = following
+                        active[self._start(row)] = numbered_row
                     except QwenVLError as error:
-                        done.append((number, row, self.error_line(number, row, error)))
-                if not active and not done:
+                        finished.append((number, row, self.error_line(number, row, error)))
+                if not active and not finished:
                     return
                 try:
                     for stream in self._model.wait_any(active) if active else []:
                         number, row = active.pop(stream)
-                        done.append((number, row, self._reply(number, row, stream)))
+                        finished.append((number, row, self._reply(number, row, stream)))
                 except BaseException:
-                    yield done
+                    yield finished
                     raise
-                yield done
+                yield finished
         finally:
             for stream in active:
                 stream.close()

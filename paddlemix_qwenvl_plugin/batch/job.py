@@ -72,8 +72,8 @@ def count_failed(target: Path, source: Source) -> int:
     """
     with target.open("rb") as file:
         results = [result_id(line) for line in file]
-    found = [result[0] if result else None for result in results]
-    if found != [id_key(entry.id) for entry in source.entries]:
+    output_ids = [result[0] if result else None for result in results]
+    if output_ids != [id_key(entry.id) for entry in source.entries]:
         raise UsageError(
             f"{target}: exists, and is not the output of {source.path}; remove it or name another output"
         )
@@ -102,9 +102,9 @@ class _Job(Generic[S]):
     def _answer(self, indices: Sequence[int], window: int) -> Iterator[None]:
         """Answer rows into the journal; yield once for each."""
         rows = ((self._source.entries[index].number, self._source.row(index)) for index in indices)
-        for done in self._answers.lines(rows, window):
-            self._journal.append((id_key(row.id), line) for _, row, line in done)
-            yield from (None for _ in done)
+        for finished in self._answers.lines(rows, window):
+            self._journal.append((id_key(row.id), line) for _, row, line in finished)
+            yield from [None] * len(finished)
 
     def _key(self, index: int) -> str:
         return id_key(self._source.entries[index].id)

@@ -38,8 +38,8 @@ class Journal:
         """
         self._path = path
         self._file = _open_locked(path)
-        self._places: dict[str, tuple[int, int]] = {}
-        self._ours = False
+        self._locations: dict[str, tuple[int, int]] = {}  # key -> (offset, size in bytes)
+        self._belongs_to_job = False
         try:
             with naming(path):
                 self._resume(dump(job), keys)
@@ -56,14 +56,14 @@ class Journal:
         self._close()
 
     def __contains__(self, key: str) -> bool:
-        return key in self._places
+        return key in self._locations
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._locations)
 
     def line(self, key: str) -> bytes:
         """Read the output line of a row, line end included."""
-        offset, size = self._places[key]
+        offset, size = self._locations[key]
         self._file.seek(offset)
         return self._file.read(size)
 
@@ -73,39 +73,37 @@ class Journal:
             offset = self._file.seek(0, os.SEEK_END)
             for key, line in lines:
                 self._file.write(line)
-                self._places[key] = (offset, len(line))
+                self._locations[key] = (offset, len(line))
                 offset += len(line)
             self._file.flush()
             os.fsync(self._file.fileno())
 
-    def _resume(self, head: bytes, keys: Collection[str]) -> None:
+    def _resume(self, identity_line: bytes, keys: Collection[str]) -> None:
         self._file.seek(0)
-        found = self._file.readline()
-        if found != head:
-            if not head.startswith(found):
-                raise QwenVLError(
-                    f"{self._path}: {difference(json.loads(head), found)}; remove it or name another output"
-                )
-            self._ours = True
+        first_line = self._file.readline()
+        if first_line != identity_line:
+            if not identity_line.startswith(first_line):
+                change = difference(json.loads(identity_line), first_line)
+                raise QwenVLError(f"{self._path}: {change}; remove it or name another output")
+            self._belongs_to_job = True
             self._file.truncate(0)  # new, or killed while writing the first line
-            self._file.write(head)
+            self._file.write(identity_line)
             self._file.flush()
             return
-        self._ours = True
-        offset = len(head)
+        self._belongs_to_job = True
+        offset = len(identity_line)
         for line in self._file:
             result = result_id(line)
-            if result is None or result[0] not in keys or result[0] in self._places:
+            if result is None or result[0] not in keys or result[0] in self._locations:
                 break
-            self._places[result[0]] = (offset, len(line))
+            self._locations[result[0]] = (offset, len(line))
             offset += len(line)
         self._file.truncate(offset)
 
     def _close(self) -> None:
-        if self._ours and not self._places:
-            with contextlib.suppress(
-                PermissionError
-            ):  # Windows does not remove open files: the first line remains
+        if self._belongs_to_job and not self._locations:
+            # Windows does not remove open files: the first line remains.
+            with contextlib.suppress(PermissionError):
                 self._path.unlink(missing_ok=True)
         with naming(self._path):
             self._file.close()

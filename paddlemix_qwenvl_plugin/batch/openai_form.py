@@ -17,10 +17,11 @@ MARKS = ("custom_id", "body")
 
 _FIXED = {"method": "POST", "url": "/v1/chat/completions"}
 
-# Ignored keys, and keys that accept only their default.
+# Keys of the body that are ignored, and keys that accept only their default.
 _IGNORED = ("model", "user", "metadata")
-_HARMLESS = {"n": 1, "stream": False}
+_DEFAULT_ONLY = {"n": 1, "stream": False}
 
+# Key of the body -> generation option.
 _OPTIONS = {
     "max_tokens": "max_new_tokens",
     "max_completion_tokens": "max_new_tokens",
@@ -39,10 +40,10 @@ def read(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> RowRequest:
         if values.get(key, value) != value:
             raise UsageError(f"{key}: must be {value}")
     body = _without_nulls(check_type(values.get("body"), dict, "body"))
-    check_keys(body, ["messages", *_IGNORED, *_HARMLESS, *_OPTIONS], "body.")
-    for key, harmless in _HARMLESS.items():
-        if body.get(key, harmless) != harmless:
-            raise UsageError(f"body.{key}: can only be {str(harmless).lower()}")
+    check_keys(body, ["messages", *_IGNORED, *_DEFAULT_ONLY, *_OPTIONS], "body.")
+    for key, default in _DEFAULT_ONLY.items():
+        if body.get(key, default) != default:
+            raise UsageError(f"body.{key}: can only be {str(default).lower()}")
     requested: dict[str, Any] = {}
     for key in _OPTIONS.keys() & body.keys():
         if requested.setdefault(_OPTIONS[key], body[key]) != body[key]:

@@ -30,19 +30,19 @@ def read(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> RowRequest:
     chat = check_type(values["chat"], bool, "chat") if "chat" in values else None
     if "system" in values and not chat:
         raise UsageError('system: only a chat has a system message; add "chat": true')
-    query = [{"image": check_type(image, str, "image")} for image in images]
+    image_parts = [{"image": check_type(image, str, "image")} for image in images]
     options = GenerationOptions.of({**defaults, **{key: values[key] for key in _OPTIONS if key in values}})
     system = check_type(values.get("system", DEFAULT_SYSTEM), str, "system")
     adapter = check_type(values["adapter"], str, "adapter") if "adapter" in values else None
-    parts = [*query, {"text": prompt}] if prompt else query
+    parts = [*image_parts, {"text": prompt}] if prompt else image_parts
     return RowRequest(Request(parts, options, chat, (), system, adapter))
 
 
 def reply(row_id: RowId, reply: Reply) -> dict[str, Any]:
     """Build the output row of an answer."""
     answer = reply.answer.as_dict()
-    kept = {key: answer[key] for key in ("text", "boxes", "finish_reason")}
-    return {"id": row_id, **kept, "usage": reply.usage}
+    answer_fields = {key: answer[key] for key in ("text", "boxes", "finish_reason")}
+    return {"id": row_id, **answer_fields, "usage": reply.usage}
 
 
 def failure(row_id: RowId, message: str) -> dict[str, Any]:

@@ -59,8 +59,8 @@ def read_row(number: int, line: bytes, defaults: Mapping[str, Any]) -> Row:
 
 def reply_line(row_id: RowId, openai: bool, reply: Reply, tag: str) -> bytes:
     """Write the output line of an answered row; `tag` is the unique request id."""
-    form = openai_form.reply(row_id, reply, tag) if openai else plain_form.reply(row_id, reply)
-    return dump(form)
+    values = openai_form.reply(row_id, reply, tag) if openai else plain_form.reply(row_id, reply)
+    return dump(values)
 
 
 def error_line(row_id: RowId, openai: bool, error: QwenVLError, tag: str) -> bytes:

@@ -25,7 +25,8 @@ class Entry(NamedTuple):
         number: line number, from 1.
         offset: offset of the line in the file, in bytes.
         checksum: hash of the line.
-        images: numbers of the row's images, in order of their first occurrence in the input.
+        id, openai: as in Row.
+        images: numbers of the row's images; images are numbered by their first occurrence in the input.
     """
 
     number: int
@@ -60,16 +61,19 @@ class Source:
         self.entries: list[Entry] = []
         self.defaults = defaults
         values = asdict(defaults)
-        digest, offset, numbers = hashlib.sha256(), 0, dict[str, int]()
-        images: dict[int, int] = {}
+        digest, offset = hashlib.sha256(), 0
+        first_lines: dict[str, int] = {}  # id -> number of the line with this id
+        image_numbers: dict[int, int] = {}  # hash of the image's source -> number
         for number, line in enumerate(self._file, start=1):
             digest.update(line)
             if line.strip():
                 row = read_row(number, line, values)
-                named = tuple(images.setdefault(hash(image), len(images)) for image in images_of(row))
-                self.entries.append(Entry(number, offset, hash(line), row.id, row.openai, named))
+                images = tuple(
+                    image_numbers.setdefault(hash(image), len(image_numbers)) for image in images_of(row)
+                )
+                self.entries.append(Entry(number, offset, hash(line), row.id, row.openai, images))
                 if row.id is not None:
-                    first = numbers.setdefault(id_key(row.id), number)
+                    first = first_lines.setdefault(id_key(row.id), number)
                     if first != number:
                         raise UsageError(f"{name}: lines {first} and {number} have the same id {row.id!r}")
             offset += len(line)

@@ -65,8 +65,8 @@ def batch(
     if ray is not None:
         from paddlemix_qwenvl_plugin.cli.batch_on_ray import batch_on_ray
 
-        shares = ray_actors, ray_cpus, ray_gpus
-        batch_on_ray(context.obj, open_model, in_name, out_name, batch_size, prompt, ray, *shares)
+        ray_options = ray_actors, ray_cpus, ray_gpus
+        batch_on_ray(context.obj, open_model, in_name, out_name, batch_size, prompt, ray, *ray_options)
         return
     for flag, value in (
         ("ray_actors", ray_actors),

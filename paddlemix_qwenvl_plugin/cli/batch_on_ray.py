@@ -36,16 +36,23 @@ def batch_on_ray(
         raise UsageError("--ray: standard input and output (-) are not supported; name a file or folder")
     portable = _portable(open_model)
     actors = _actors(ray_actors, ray_cpus, ray_gpus, str(portable.keywords["device"]))
-    names = without_password(source), without_password(target)
-    job = Job(absolute(source), absolute(target), *names, prompt, options, batch_size)
+    job = Job(
+        source=absolute(source),
+        target=absolute(target),
+        source_name=without_password(source),
+        name=without_password(target),
+        prompt=prompt,
+        options=options,
+        window=batch_size,
+    )
     result = run(job, portable, actors, address)
     if result.ran:
         print(f"{job.name}: wrote {result.n_rows} rows in {result.n_parts} parts")
     else:
         print(f"{job.name}: has all {result.n_rows} rows already")
     if result.n_failed:
-        where = f"{job.name}/{ERRORS}"
-        raise QwenVLError(f"{result.n_failed} of {result.n_rows} rows failed; see their errors in {where}")
+        errors = f"{job.name}/{ERRORS}"
+        raise QwenVLError(f"{result.n_failed} of {result.n_rows} rows failed; see their errors in {errors}")
 
 
 def _portable(open_model: Callable[[], Any]) -> functools.partial[Any]:
@@ -57,7 +64,7 @@ def _portable(open_model: Callable[[], Any]) -> functools.partial[Any]:
     assert isinstance(open_model, functools.partial)
     flags = dict(open_model.keywords)
     if flags.get("url") is not None:
-        raise UsageError("--ray: is for exported stages; leave it out, or --url")
+        raise UsageError("--ray: applies to exported stages only; remove it, or remove --url")
     if flags["first_model_path"] is None or flags["second_model_path"] is None:
         raise UsageError("--ray: give --first_model_path and --second_model_path")
     for name, value in flags.items():
@@ -75,9 +82,15 @@ def _portable(open_model: Callable[[], Any]) -> functools.partial[Any]:
 def _actors(bounds: Optional[str], cpus: Optional[float], gpus: Optional[float], device: str) -> Actors:
     from paddlemix_qwenvl_plugin.cluster.batch.pool import Actors
 
-    found = re.fullmatch(r"(\d+)(:(\d+)?)?", bounds if bounds is not None else "1:")
-    minimum = int(found[1]) if found else 0
-    maximum = minimum if found and not found[2] else int(found[3]) if found and found[3] else None
+    minimum = 0
+    maximum: Optional[int] = None
+    match = re.fullmatch(r"(\d+)(:(\d+)?)?", bounds if bounds is not None else "1:")  # MIN, MIN: or MIN:MAX
+    if match:
+        minimum = int(match[1])
+        if not match[2]:
+            maximum = minimum
+        elif match[3]:
+            maximum = int(match[3])
     if not minimum or (maximum is not None and maximum < minimum):
         raise UsageError(f"--ray_actors: {bounds!r} is not MIN:MAX, as in 1:8; MIN must be 1 or more")
     if gpus is None:

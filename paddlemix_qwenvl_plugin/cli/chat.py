@@ -44,6 +44,6 @@ def chat(
     with terminal.waiting("Loading the model"):
         model.load()
     terminal.note("Ask about images; /help lists the commands.")
-    for each in attached:
-        terminal.attached(each)
+    for attachment in attached:
+        terminal.attached(attachment)
     converse(Conversation(session, terminal), terminal, line_reader(terminal.error))

@@ -41,7 +41,7 @@ _Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON."
 
 
 @dataclass(frozen=True)
-class _Run:
+class _RunFlags:
     """Flags common to all tasks: source of the answers and destination of the scores."""
 
     first_model_path: _First = None
@@ -84,7 +84,7 @@ class _Run:
         if self.predictions is not None:
             return read_predictions(self.predictions, rows)
         check_images(data, rows)
-        answers = ask.answers(self.open(), (row.asked() for row in rows.values()), options)
+        answers = ask.answers(self.open(), (row.prompt() for row in rows.values()), options)
         return dict(zip(rows, track(answers, "rows answered", len(rows))))
 
     def write(self, texts: Mapping[Id, str], scores: Mapping[Id, float]) -> None:
@@ -95,13 +95,13 @@ class _Run:
             write_predictions(self.output, lines)
 
 
-_task = functools.partial(flags.evaluated, run=_Run)
+_task = functools.partial(flags.with_flags, run=_RunFlags)
 
 
 @app.command()
 @_task
 def demo(
-    run: Callable[[], _Run],
+    run: Callable[[], _RunFlags],
     n: int = typer.Option(1000, "--n", min=1, help="Number of samples."),
     first: int = typer.Option(0, "--first", min=0, help="Index of the first sample."),
     dtype: Optional[str] = typer.Option(
@@ -122,28 +122,28 @@ def demo(
     from paddlemix_qwenvl_plugin.evaluation.rows import read_predictions, write_predictions
     from paddlemix_qwenvl_plugin.util.progress import track
 
-    given = run()
+    run_flags = run()
     export_flags = (dtype, quant_type, export_to)
-    if (given.has_stages or given.predictions) and any(flag is not None for flag in export_flags):
+    if (run_flags.has_stages or run_flags.predictions) and any(flag is not None for flag in export_flags):
         raise UsageError(
             "--dtype, --quant_type and --export_to are for the export of the demo model: "
             "give none with exported stages or with --predictions"
         )
-    given.check()
+    run_flags.check()
     samples = {number: held_out(number) for number in range(first, first + n)}
-    if given.predictions is not None:
-        texts: Mapping[Id, str] = read_predictions(given.predictions, samples)
+    if run_flags.predictions is not None:
+        texts: Mapping[Id, str] = read_predictions(run_flags.predictions, samples)
     else:
         with contextlib.ExitStack() as stack:
-            if not given.has_stages:
+            if not run_flags.has_stages:
                 folder = export_to or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qwenvl-")))
-                given = _export_demo_model(given, folder, dtype or "float32", quant_type)
-            answers = task.answers(given.open(), samples.values())
+                run_flags = _export_demo_model(run_flags, folder, dtype or "float32", quant_type)
+            answers = task.answers(run_flags.open(), samples.values())
             texts = dict(zip(samples, track(answers, "samples answered", n)))
     marks = {number: task.mark(sample, texts[number]) for number, sample in samples.items()}
-    if given.output is not None:
+    if run_flags.output is not None:
         write_predictions(
-            given.output,
+            run_flags.output,
             (
                 {
                     "id": number,
@@ -157,14 +157,14 @@ def demo(
             ),
         )
     rates = task.score(list(marks.values()))
-    if given.as_json:
+    if run_flags.as_json:
         figures = {name: {**rate.as_dict(), "goal": task.GOALS.get(name)} for name, rate in rates.items()}
         print(json.dumps(figures))
     else:
         print(table(rates, task.GOALS))
 
 
-def _export_demo_model(run: _Run, folder: Path, dtype: str, quant_type: Optional[str]) -> _Run:
+def _export_demo_model(run: _RunFlags, folder: Path, dtype: str, quant_type: Optional[str]) -> _RunFlags:
     from paddlemix_qwenvl_plugin.demo.run import MODEL
     from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
 
@@ -176,25 +176,25 @@ def _export_demo_model(run: _Run, folder: Path, dtype: str, quant_type: Optional
 
 @app.command()
 @_task
-def grounding(run: Callable[[], _Run], data: _Data) -> None:
+def grounding(run: Callable[[], _RunFlags], data: _Data) -> None:
     """Referring expressions, as in RefCOCO: boxes with an IoU of at least 0.5."""
     from paddlemix_qwenvl_plugin.evaluation import grounding as task
     from paddlemix_qwenvl_plugin.evaluation.overlap import IOU
     from paddlemix_qwenvl_plugin.evaluation.rates import Rate, table
     from paddlemix_qwenvl_plugin.evaluation.rows import read_rows
 
-    given, rows = run(), read_rows(data, task.GroundingRow)
-    texts = given.answers(data, rows, task.OPTIONS)
+    run_flags, rows = run(), read_rows(data, task.GroundingRow)
+    texts = run_flags.answers(data, rows, task.OPTIONS)
     overlaps = {row_id: task.overlap(row, texts[row_id]) for row_id, row in rows.items()}
-    given.write(texts, overlaps)
+    run_flags.write(texts, overlaps)
     rate = Rate(sum(overlap >= IOU for overlap in overlaps.values()), len(overlaps))
-    print(json.dumps(rate.as_dict()) if given.as_json else table({"IoU of at least 0.5": rate}))
+    print(json.dumps(rate.as_dict()) if run_flags.as_json else table({"IoU of at least 0.5": rate}))
 
 
 @app.command()
 @_task
 def vqa(
-    run: Callable[[], _Run],
+    run: Callable[[], _RunFlags],
     data: _Data,
     metric: str = typer.Option("vqa", "--metric", help="vqa (VQA accuracy), exact (exact match) or anls."),
     max_new_tokens: Optional[int] = typer.Option(
@@ -205,14 +205,14 @@ def vqa(
     from paddlemix_qwenvl_plugin.evaluation import vqa as task
     from paddlemix_qwenvl_plugin.evaluation.rows import read_rows
 
-    given, rows = run(), read_rows(data, task.VqaRow)
+    run_flags, rows = run(), read_rows(data, task.VqaRow)
     task.check(data, rows, metric)
     limit = task.MAX_NEW_TOKENS[metric] if max_new_tokens is None else max_new_tokens
-    texts = given.answers(data, rows, task.options(limit))
+    texts = run_flags.answers(data, rows, task.options(limit))
     scores = {row_id: task.METRICS[metric](texts[row_id], row.answers) for row_id, row in rows.items()}
-    given.write(texts, scores)
+    run_flags.write(texts, scores)
     mean = sum(scores.values()) / len(scores)
-    if given.as_json:
+    if run_flags.as_json:
         print(json.dumps({"metric": metric, "n": len(scores), "value": mean}))
     else:
         print(f"{metric}  {100 * mean:.2f}  ({len(scores)} questions)")
@@ -220,17 +220,17 @@ def vqa(
 
 @app.command()
 @_task
-def captions(run: Callable[[], _Run], data: _Data) -> None:
+def captions(run: Callable[[], _RunFlags], data: _Data) -> None:
     """Captions, as in COCO, Flickr30K and NoCaps: CIDEr, BLEU-4 and ROUGE-L."""
     from paddlemix_qwenvl_plugin.evaluation import captions as task
     from paddlemix_qwenvl_plugin.evaluation.rows import read_rows
 
-    given, rows = run(), read_rows(data, task.CaptionRow)
+    run_flags, rows = run(), read_rows(data, task.CaptionRow)
     task.check_libraries()
-    texts = given.answers(data, rows, task.OPTIONS)
+    texts = run_flags.answers(data, rows, task.OPTIONS)
     scores = task.score(rows, texts)
-    given.write(texts, scores.cider)
-    if given.as_json:
+    run_flags.write(texts, scores.cider)
+    if run_flags.as_json:
         print(json.dumps({"n": len(rows), **scores.values}))
     else:
         for name, value in scores.values.items():

@@ -28,7 +28,12 @@ from paddlemix_qwenvl_plugin.cli import (
     signals,
     verify,
 )
-from paddlemix_qwenvl_plugin.cli.options import GenerationCommand, evaluated, open_model, open_model_or_server
+from paddlemix_qwenvl_plugin.cli.options import (
+    GenerationCommand,
+    open_model,
+    open_model_or_server,
+    with_flags,
+)
 from paddlemix_qwenvl_plugin.util import env
 from paddlemix_qwenvl_plugin.util.debug import print_traceback_if_debugging
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, first_line, line_of, one_line
@@ -36,7 +41,8 @@ from paddlemix_qwenvl_plugin.util.memory import require_addresses
 from paddlemix_qwenvl_plugin.util.program import program
 from paddlemix_qwenvl_plugin.version import __version__
 
-# typer vendors click from 0.16 on and depends on it before: this base class of its exceptions works with both.
+# typer depends on click, and from 0.16 on contains a copy of it. Both are found as a base class of BadParameter, whose
+# bases are UsageError, then ClickException.
 _ClickException: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
@@ -51,8 +57,8 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(requested: bool) -> None:
+    if requested:
         print(f"qwenvl {__version__}")
         raise typer.Exit
 
@@ -69,18 +75,18 @@ def _options(
 
 
 app.command("demo")(demo.demo)
-app.command("predict", cls=GenerationCommand)(evaluated(predict.predict, open_model=open_model))
-app.command("batch", cls=GenerationCommand)(evaluated(batch.batch, open_model=open_model_or_server))
-app.command("chat", cls=GenerationCommand)(evaluated(chat.chat, open_model=open_model_or_server))
-app.command("serve", cls=serve.ServeCommand)(evaluated(serve.serve))
-app.command("export-vision")(evaluated(export.export_vision))
-app.command("export-language")(evaluated(export.export_language))
+app.command("predict", cls=GenerationCommand)(with_flags(predict.predict, open_model=open_model))
+app.command("batch", cls=GenerationCommand)(with_flags(batch.batch, open_model=open_model_or_server))
+app.command("chat", cls=GenerationCommand)(with_flags(chat.chat, open_model=open_model_or_server))
+app.command("serve", cls=serve.ServeCommand)(with_flags(serve.serve))
+app.command("export-vision")(with_flags(export.export_vision))
+app.command("export-language")(with_flags(export.export_language))
 app.command("verify")(verify.verify)
 app.command("convert")(convert.convert)
 app.command("quantize")(quantize.quantize)
 app.command("make-tiny")(make_tiny.make_tiny)
-app.command("build-engine")(evaluated(build_engine.build_engine))
-app.command("build-ops", hidden=True)(build_engine.build_engine)  # its earlier name
+app.command("build-engine")(with_flags(build_engine.build_engine))
+app.command("build-ops", hidden=True)(build_engine.build_engine)  # earlier name of build-engine
 app.command("run")(run.run)
 app.command("doctor")(doctor.doctor)
 app.add_typer(eval.app, name="eval")
@@ -105,8 +111,9 @@ def main() -> None:
     except QwenVLError as error:
         _fail(line_of(error), error.exit_code)
     except _ClickException as error:
-        words = error.ctx.command_path.split()[1:] if error.ctx else []
-        _fail(f"{error.format_message().rstrip('.')}; see {' '.join([program(), *words])} --help", 2)
+        subcommands = error.ctx.command_path.split()[1:] if error.ctx else []
+        command = " ".join([program(), *subcommands])
+        _fail(f"{error.format_message().rstrip('.')}; see {command} --help", 2)
     except (typer.Abort, KeyboardInterrupt):
         _fail("interrupted", 130)
     except signals.Terminated as error:
@@ -119,8 +126,8 @@ def main() -> None:
         _fail(line_of(error), 1)
     except Exception as error:  # a defect of this package or of a library
         name, text = type(error).__name__, first_line(error)
-        what = name if text == name else f"{name}: {text[:200]}"
-        _fail(f"internal error: {what} (run with --debug for the traceback)", 1)
+        cause = name if text == name else f"{name}: {text[:200]}"
+        _fail(f"internal error: {cause} (run with --debug for the traceback)", 1)
     sys.exit(code)
 
 

@@ -71,21 +71,22 @@ Verify = Annotated[
 ]
 
 
-def evaluated(function: Callable[..., Any], **makers: Callable[..., Any]) -> Callable[..., Any]:
+def with_flags(function: Callable[..., Any], **factories: Callable[..., Any]) -> Callable[..., Any]:
     """Resolve a command's string annotations (Python 3.9), and expand option factories into flags.
 
-    A parameter named in `makers` is not a flag: the flags of its maker take its place, and the parameter receives the
-    maker bound to their values.
+    A parameter named in `factories` is not a flag: the flags of its factory take its place, and the parameter receives
+    the factory bound to their values.
     """
-    flags = {name: _flags(make) for name, make in makers.items()}
+    flags = {name: _flags(factory) for name, factory in factories.items()}
 
     @functools.wraps(function)
-    def command(**given: Any) -> Any:
-        for name, make in makers.items():
-            given[name] = functools.partial(make, **{flag.name: given.pop(flag.name) for flag in flags[name]})
-        return function(**given)
+    def command(**arguments: Any) -> Any:
+        for name, factory in factories.items():
+            values = {flag.name: arguments.pop(flag.name) for flag in flags[name]}
+            arguments[name] = functools.partial(factory, **values)
+        return function(**arguments)
 
-    parameters = [flag for group in flags.values() for flag in group] + _flags(function, makers)
+    parameters = [flag for group in flags.values() for flag in group] + _flags(function, factories)
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {flag.name: flag.annotation for flag in parameters}
     return command
@@ -94,9 +95,9 @@ def evaluated(function: Callable[..., Any], **makers: Callable[..., Any]) -> Cal
 def _flags(function: Callable[..., Any], excluded: Collection[str] = ()) -> list[inspect.Parameter]:
     """Parameters of a function of this package, with evaluated annotations, for typer to convert to flags."""
     # Not get_type_hints: it wraps annotations of parameters with default None in Optional, which hides them from typer.
-    names = vars(sys.modules[function.__module__])
+    namespace = vars(sys.modules[function.__module__])
     return [
-        flag.replace(annotation=eval(flag.annotation, names), kind=inspect.Parameter.KEYWORD_ONLY)
+        flag.replace(annotation=eval(flag.annotation, namespace), kind=inspect.Parameter.KEYWORD_ONLY)
         for flag in inspect.signature(function).parameters.values()
         if flag.name not in excluded
     ]
@@ -190,7 +191,7 @@ def open_model_or_server(
         ("adapter", bool(adapter)),
     ):
         if is_set:
-            raise UsageError(f"--{flag}: is for exported stages; leave it out, or --url")
+            raise UsageError(f"--{flag}: applies to exported stages only; remove it, or remove --url")
     from paddlemix_qwenvl_plugin.remote.access import check_url, read_key
     from paddlemix_qwenvl_plugin.remote.model import ServerModel
     from paddlemix_qwenvl_plugin.remote.server import Server
@@ -200,10 +201,10 @@ def open_model_or_server(
 
 
 def only_adapter(model: QwenVL | Model[Any]) -> Optional[str]:
-    """Name of the only adapter of --adapter, for commands that accept one; None without it or on a server.
+    """Name of the only adapter of --adapter, for commands that accept one; None without --adapter or on a server.
 
     Raises:
-        UsageError: several were given.
+        UsageError: several adapters were given.
     """
     from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
@@ -264,10 +265,10 @@ def _generation_flags() -> list[Any]:
                 annotation=Annotated[field.annotation, option],  # type: ignore[name-defined]
             )
         )
-    return made_flags(parameters)
+    return click_parameters(parameters)
 
 
-def made_flags(parameters: Sequence[inspect.Parameter]) -> list[Any]:
+def click_parameters(parameters: Sequence[inspect.Parameter]) -> list[Any]:
     """Convert function parameters to click parameters with typer, for a command that creates its flags on demand."""
 
     def command() -> None: ...

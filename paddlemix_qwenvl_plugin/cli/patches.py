@@ -28,7 +28,7 @@ def list_(
     for upstream in upstreams:
         print(f"{upstream.title} {upstream.commit}")
         for patch in patches.shipped(upstream):
-            print(f"  {patch.name}  {patch.what}")
+            print(f"  {patch.name}  {patch.description}")
 
 
 @app.command()
@@ -39,11 +39,11 @@ def check(tree: Path = _TREE, force: bool = _FORCE) -> None:
     report = patches.check(tree, force)
     for patch, state in report.states:
         print(f"{patch.name}: {state.value}")
-    if report.trouble:
-        raise QwenVLError(report.trouble)
-    conflicts = len(report.having(patches.State.CONFLICT))
-    if conflicts:
-        raise QwenVLError(f"{tree}: {conflicts} of {len(report.states)} patches do not apply")
+    if report.refusal:
+        raise QwenVLError(report.refusal)
+    n_conflicts = len(report.with_state(patches.State.CONFLICT))
+    if n_conflicts:
+        raise QwenVLError(f"{tree}: {n_conflicts} of {len(report.states)} patches do not apply")
 
 
 @app.command()
@@ -52,7 +52,7 @@ def apply(tree: Path = _TREE, force: bool = _FORCE) -> None:
     from paddlemix_qwenvl_plugin.upstream import patches
 
     for patch, state in patches.apply(tree, force).states:
-        print(f"{patch.name}: {'applied' if state is patches.State.APPLIES else state.value}")
+        print(f"{patch.name}: {'applied' if state is patches.State.APPLICABLE else state.value}")
 
 
 @app.command()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
     from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
-_LARGEST_ANSWER = 1 << 26
+_MAX_ANSWER_BYTES = 1 << 26
 _DRAW_FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -110,17 +110,17 @@ def _check_targets(output: Optional[Path], draw: Optional[Path], sources: Sequen
     """Refuse to overwrite the input images and files that `predict` did not write."""
     from paddlemix_qwenvl_plugin.processing.drawing import is_drawn
 
-    for target, own in ((output, _is_answer), (draw, is_drawn)):
+    for target, may_replace in ((output, _is_answer), (draw, is_drawn)):
         if target is None:
             continue
-        if any(_is_same(target, source) for source in sources):
+        if any(_is_same_file(target, source) for source in sources):
             raise UsageError(f"{target}: is an input image; name another file")
-        check_target(target, own)
+        check_target(target, may_replace)
     if output is not None and draw is not None and output.resolve() == draw.resolve():
         raise UsageError(f"--output and --draw: both name {draw}; give two files")
 
 
-def _is_same(target: Path, source: str) -> bool:
+def _is_same_file(target: Path, source: str) -> bool:
     from paddlemix_qwenvl_plugin.processing.images import local_path
 
     path = local_path(source)
@@ -133,7 +133,7 @@ def _is_same(target: Path, source: str) -> bool:
 def _is_answer(path: Path) -> bool:
     """Whether --output wrote this file."""
     try:
-        data = json.loads(path.read_text("utf-8")) if path.stat().st_size < _LARGEST_ANSWER else None
+        data = json.loads(path.read_text("utf-8")) if path.stat().st_size < _MAX_ANSWER_BYTES else None
     except (ValueError, RecursionError):
         return False
     return isinstance(data, dict) and {"text", "boxes", "token_ids", "finish_reason"} <= set(data)

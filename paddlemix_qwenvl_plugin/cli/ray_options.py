@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Annotated, Optional
 
 import typer
@@ -27,10 +28,8 @@ def with_ray_default(args: Sequence[str]) -> list[str]:
 
     The argument after `--ray` is its address only if it has the form of one, unlike in `--ray in.jsonl out`.
     """
-    args = list(args)
-    return [
-        "--ray="
-        if arg == "--ray" and not (args[index + 1 :] and _ADDRESS.fullmatch(args[index + 1]))
-        else arg
-        for index, arg in enumerate(args)
-    ]
+    result = []
+    for arg, next_arg in zip_longest(args, args[1:], fillvalue=""):
+        has_address = _ADDRESS.fullmatch(next_arg) is not None
+        result.append("--ray=" if arg == "--ray" and not has_address else arg)
+    return result

@@ -46,14 +46,14 @@ def validate(
     """Check recipes against the schema."""
     from paddlemix_qwenvl_plugin.recipes import loader
 
-    bad = 0
+    n_invalid = 0
     for path in paths:
         try:
             recipe = loader.load(loader.find(path))
         except UsageError as error:
             print(f"bad  {line_of(error)}")
-            bad += 1
+            n_invalid += 1
         else:
             print(f"ok   {path}: {recipe.name}, {len(recipe.steps)} steps")
-    if bad:
-        raise UsageError(f"{bad} of {len(paths)} recipes are not valid")
+    if n_invalid:
+        raise UsageError(f"{n_invalid} of {len(paths)} recipes are not valid")

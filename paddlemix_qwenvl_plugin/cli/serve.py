@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from paddlemix_qwenvl_plugin.cli import signals
-from paddlemix_qwenvl_plugin.cli.options import made_flags
+from paddlemix_qwenvl_plugin.cli.options import click_parameters
 from paddlemix_qwenvl_plugin.cli.ray_options import RayAddress, with_ray_default
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
@@ -40,10 +40,14 @@ class ServeCommand(TyperCommand):
         """Store the given settings in the context and run the command."""
         from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 
-        given = {name: ctx.params.pop(name) for name in ServeSettings.model_fields}
-        # A list flag may be repeated, or comma-separated like its environment variable.
-        given = {n: ",".join(v) if isinstance(v, (list, tuple)) else v for n, v in given.items()}
-        ctx.obj = {name: value for name, value in given.items() if value not in (None, "")}
+        ctx.obj = {}
+        for name in ServeSettings.model_fields:
+            value = ctx.params.pop(name)
+            # A list flag may be repeated, or comma-separated like its environment variable.
+            if isinstance(value, (list, tuple)):
+                value = ",".join(value)
+            if value not in (None, ""):
+                ctx.obj[name] = value
         return super().invoke(ctx)
 
 
@@ -85,7 +89,7 @@ def _setting_flags() -> list[Any]:
     _require_libraries()
     from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 
-    return made_flags([_parameter(name, field) for name, field in ServeSettings.model_fields.items()])
+    return click_parameters([_parameter(name, field) for name, field in ServeSettings.model_fields.items()])
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
@@ -104,8 +108,8 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         notes.append(f"default: {'on' if field.default is True else field.default}")
     text = (field.description or "").rstrip(".") + (f" ({'; '.join(notes)})." if notes else ".")
     opposite = name[len("no_") :] if name.startswith("no_") else f"no_{name}"
-    spelled = f"--{name}/--{opposite}" if kind is bool else f"--{name}"
-    option = typer.Option(spelled, help=text, rich_help_panel="Settings", show_default=False)
+    flag_names = f"--{name}/--{opposite}" if kind is bool else f"--{name}"
+    option = typer.Option(flag_names, help=text, rich_help_panel="Settings", show_default=False)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Optional[kind], option]
     )

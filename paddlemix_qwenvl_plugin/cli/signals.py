@@ -15,7 +15,7 @@ from typing import Any, Optional
 
 _NUMBERS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
-# Signals within this time after another are ignored: they would interrupt the cleanup.
+# A signal within this time after another one is ignored: it would interrupt the cleanup.
 _CLEANUP_SECONDS = 1.0
 
 # Python runs signal handlers between bytecodes, and a call into C++ may take minutes: after this time SIGTERM and
@@ -34,23 +34,24 @@ class Terminated(SystemExit):
 def ending() -> Iterator[None]:
     """Raise KeyboardInterrupt at SIGINT and Terminated at SIGTERM and SIGHUP in the block, at most once per second.
 
-    If one arrived, all are ignored after the block. Signals ignored beforehand (nohup) stay ignored. Outside the main
-    thread, where Python allows no handlers, nothing changes.
+    If a signal arrived, all three are ignored after the block. Signals ignored beforehand (nohup) stay ignored. Outside
+    the main thread, where Python allows no handlers, nothing changes.
     """
     main_thread = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in _NUMBERS if main_thread}
-    ours = [n for n, handler in before.items() if handler in (signal.SIG_DFL, signal.default_int_handler)]
-    last: Optional[float] = None
+    previous_handlers = {number: signal.getsignal(number) for number in _NUMBERS if main_thread}
+    default_handlers = (signal.SIG_DFL, signal.default_int_handler)
+    handled = [number for number, handler in previous_handlers.items() if handler in default_handlers]
+    last_time: Optional[float] = None
 
     def end(number: int, frame: object) -> None:
-        nonlocal last
-        if last is not None and time.monotonic() - last < _CLEANUP_SECONDS:
+        nonlocal last_time
+        if last_time is not None and time.monotonic() - last_time < _CLEANUP_SECONDS:
             return
-        last = time.monotonic()
+        last_time = time.monotonic()
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated(128 + number)
 
     def install() -> None:
-        for number in ours:
+        for number in handled:
             signal.signal(number, end)
 
     finder: Any = _AfterPaddle(install)
@@ -62,8 +63,8 @@ def ending() -> Iterator[None]:
     finally:
         if finder in sys.meta_path:
             sys.meta_path.remove(finder)
-        for number in ours:
-            signal.signal(number, before[number] if last is None else signal.SIG_IGN)
+        for number in handled:
+            signal.signal(number, previous_handlers[number] if last_time is None else signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -74,7 +75,7 @@ def _hard_deadline() -> Iterator[None]:
     done = threading.Event()
 
     def watch() -> None:
-        while number := os.read(reader, 1):  # the number of any signal with a handler
+        while number := os.read(reader, 1):  # a byte with the number of a signal that arrived
             if number[0] in (signal.SIGTERM, signal.SIGHUP) and not done.wait(_PATIENCE_SECONDS):
                 with contextlib.suppress(OSError):
                     os.write(2, b"qwenvl: terminated\n")
@@ -82,12 +83,12 @@ def _hard_deadline() -> Iterator[None]:
         os.close(reader)
 
     threading.Thread(target=watch, name="signals", daemon=True).start()
-    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    previous_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
         yield
     finally:
         done.set()
-        signal.set_wakeup_fd(before)
+        signal.set_wakeup_fd(previous_fd)
         os.close(writer)
 
 
@@ -130,11 +131,11 @@ def handled_by_the_command() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield []
         return
-    before = {number: signal.getsignal(number) for number in _NUMBERS}
+    handlers = {number: signal.getsignal(number) for number in _NUMBERS}
     descriptor = signal.set_wakeup_fd(-1)
     try:
-        yield [number for number, handler in before.items() if handler != signal.SIG_IGN]
+        yield [number for number, handler in handlers.items() if handler != signal.SIG_IGN]
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)

@@ -17,7 +17,7 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 DEFAULT = ""
 """Address of `--ray` without a value: RAY_ADDRESS, else this machine's running cluster, else a new local one."""
 
-_SECONDS = 5.0
+_CONNECT_SECONDS = 5.0
 
 
 @contextlib.contextmanager
@@ -43,8 +43,8 @@ def connect(address: str = DEFAULT, **options: Any) -> Iterator[None]:
         ) from error
 
     _check_answers(address or os.environ.get("RAY_ADDRESS", ""))
-    ray._private.worker._worker_logs_enabled = False  # else it reports recovered failures on stdout
-    before = signal.getsignal(signal.SIGTERM)
+    ray._private.worker._worker_logs_enabled = False  # else Ray reports recovered failures on stdout
+    previous_handler = signal.getsignal(signal.SIGTERM)
     try:
         with _silent_stderr():
             ray.init(
@@ -57,7 +57,7 @@ def connect(address: str = DEFAULT, **options: Any) -> Iterator[None]:
         raise QwenVLError(f"--ray: cannot connect to {address or 'Ray'} ({error})") from error
     finally:
         with contextlib.suppress(ValueError):  # outside the main thread
-            signal.signal(signal.SIGTERM, before)  # Ray's own handler skips the caller's cleanup
+            signal.signal(signal.SIGTERM, previous_handler)  # Ray's handler skips the caller's cleanup
     try:
         yield
     finally:
@@ -66,15 +66,16 @@ def connect(address: str = DEFAULT, **options: Any) -> Iterator[None]:
 
 def _check_answers(address: str) -> None:
     """Raise QwenVLError unless the address accepts connections; Ray itself would retry for a minute."""
-    found = re.fullmatch(r"(?:ray://)?\[?([^/\[\]]+)\]?:(\d+)", address)
-    if found is None:
+    # HOST:PORT or ray://HOST:PORT, with an IPv6 address in brackets.
+    match = re.fullmatch(r"(?:ray://)?\[?([^/\[\]]+)\]?:(\d+)", address)
+    if match is None:
         if address not in ("", "auto", "local"):
             raise UsageError(
                 f"--ray: {address!r} is not an address; give HOST:PORT, ray://HOST:PORT, auto or local"
             )
         return
     try:
-        socket.create_connection((found[1], int(found[2])), _SECONDS).close()
+        socket.create_connection((match[1], int(match[2])), _CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise QwenVLError(
             f"--ray: no cluster answers at {address} ({error}); start one with: ray start --head"

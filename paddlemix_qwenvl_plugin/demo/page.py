@@ -18,7 +18,9 @@ from paddlemix_qwenvl_plugin.util.program import program
 from paddlemix_qwenvl_plugin.version import __version__
 
 _HERE = Path(__file__).resolve().parent
-_LANGUAGE = {"en": "en", "zh": "zh-Hans"}
+_HTML_LANGUAGE = {"en": "en", "zh": "zh-Hans"}  # values of the attribute `lang`
+# Size of a box's number label, in thousandths of the image.
+_LABEL_WIDTH, _LABEL_HEIGHT = 52, 58
 
 
 def html_page(run: Run, out: Path) -> str:
@@ -56,7 +58,7 @@ def _card(result: Result) -> str:
         width="wide" if len(question.images) > 1 else "",
         title=escape(question.title),
         images="".join(_figure(result, number) for number in range(len(question.images))),
-        language=_LANGUAGE[question.turn.language],
+        language=_HTML_LANGUAGE[question.turn.language],
         question=escape(question.turn.question),
         answer=_marked(answer) or "(nothing)",
         verdict="right" if result.right else "wrong",
@@ -69,10 +71,11 @@ def _card(result: Result) -> str:
 def _figure(result: Result, number: int) -> str:
     """Figure of one image of the question. The answer's boxes are drawn on the last image only."""
     question = result.question
-    last = len(question.images) - 1
-    boxes = result.answer.boxes if number == last else ()
+    n_images = len(question.images)
+    boxes = result.answer.boxes if number == n_images - 1 else ()
     image = _image(question.images[number], caption_text(question.sample.scenes[number], "en"), boxes)
-    return f"<figure>{image}{f'<figcaption>Picture {number + 1}</figcaption>' if last else ''}</figure>"
+    caption = f"<figcaption>Picture {number + 1}</figcaption>" if n_images > 1 else ""
+    return f"<figure>{image}{caption}</figure>"
 
 
 def _image(path: Path, description: str, boxes: Sequence[Box]) -> str:
@@ -88,10 +91,12 @@ def _outline(number: int, box: Box) -> str:
     points = " ".join(f"{x},{y}" for x, y in _corners(box))
     left, top = min(x for x, _ in box.points), min(y for _, y in box.points)
     # The number is drawn above the box, or inside it if there is no room.
-    y = top - 58 if top >= 58 else top
+    y = top - _LABEL_HEIGHT if top >= _LABEL_HEIGHT else top
+    text_x, baseline = left + _LABEL_WIDTH // 2, y + 44
     return (
-        f'<g class="{_colour(number)}"><polygon points="{points}"/><rect x="{left}" y="{y}" width="52" height="58"/>'
-        f'<text x="{left + 26}" y="{y + 44}">{number + 1}</text></g>'
+        f'<g class="{_css_class(number)}"><polygon points="{points}"/>'
+        f'<rect x="{left}" y="{y}" width="{_LABEL_WIDTH}" height="{_LABEL_HEIGHT}"/>'
+        f'<text x="{text_x}" y="{baseline}">{number + 1}</text></g>'
     )
 
 
@@ -102,24 +107,24 @@ def _corners(box: Box) -> Sequence[tuple[int, int]]:
     return ((left, top), (right, top), (right, bottom), (left, bottom))
 
 
-def _colour(number: int) -> str:
+def _css_class(number: int) -> str:
     return f"c{number % len(COLOURS)}"
 
 
 def _marked(answer: Answer) -> str:
     """HTML of the answer's text: each ref with its box's number and colour, boxes without a ref at the end."""
-    words = parse_boxes(answer.text).text
-    html, position, rest = "", 0, ""
+    text = parse_boxes(answer.text).text
+    html, position, boxes_without_ref = "", 0, ""
     for number, box in enumerate(answer.boxes):
-        start = words.find(box.ref, position) if box.ref else -1
-        badge = f'<mark class="{_colour(number)}"><b>{number + 1}</b>'
+        start = text.find(box.ref, position) if box.ref else -1
+        badge = f'<mark class="{_css_class(number)}"><b>{number + 1}</b>'
         if box.ref and start >= 0:
-            html += f"{escape(words[position:start])}{badge}&nbsp;{escape(box.ref)}</mark>"
+            html += f"{escape(text[position:start])}{badge}&nbsp;{escape(box.ref)}</mark>"
             position = start + len(box.ref)
         else:
             corners = " ".join(f"({x},{y})" for x, y in box.points)
-            rest += f" {badge}&nbsp;{corners}</mark>"
-    return html + escape(words[position:]) + rest
+            boxes_without_ref += f" {badge}&nbsp;{corners}</mark>"
+    return html + escape(text[position:]) + boxes_without_ref
 
 
 def _tokens_per_second(results: Sequence[Result]) -> float:

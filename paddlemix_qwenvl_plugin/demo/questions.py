@@ -31,14 +31,16 @@ class Question:
     @property
     def images(self) -> list[Path]:
         """PNG files of the scenes. Shipped as files, so the pixels do not depend on Pillow's font."""
-        numbers = [f"-{i}" for i in range(1, len(self.sample.scenes) + 1)] if self.sample.scenes[1:] else [""]
-        return [IMAGES / f"{self.name}{number}.png" for number in numbers]
+        n_images = len(self.sample.scenes)
+        if n_images == 1:
+            return [IMAGES / f"{self.name}.png"]
+        return [IMAGES / f"{self.name}-{number}.png" for number in range(1, n_images + 1)]
 
 
 def _question(
     name: str,
     title: str,
-    make: Callable[[random.Random, Any, str], Optional[Turn]],
+    make_turn: Callable[[random.Random, Any, str], Optional[Turn]],
     seed: str,
     language: str = "en",
     n_images: int = 1,
@@ -46,7 +48,7 @@ def _question(
 ) -> Question:
     rng = random.Random(seed)
     scenes = tuple(random_scene(rng) for _ in range(n_images))
-    turn = make(rng, scenes if n_images > 1 else scenes[0], language)
+    turn = make_turn(rng, scenes if n_images > 1 else scenes[0], language)
     if turn is None:
         raise AssertionError(f"{seed}: the scene allows no question of this kind")
     return Question(name, title, Sample(scenes, (turn,), form))

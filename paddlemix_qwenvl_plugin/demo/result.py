@@ -10,7 +10,8 @@ from paddlemix_qwenvl_plugin.demo.questions import Question
 from paddlemix_qwenvl_plugin.demo.score import mark
 from paddlemix_qwenvl_plugin.runtime.answer import Answer
 
-_SECONDS = ("prepare", "encode_images", "prefill", "decode")
+# Timings of an answer that add up to its duration.
+_TIMINGS = ("prepare", "encode_images", "prefill", "decode")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Result:
     @property
     def seconds(self) -> float:
         """Time from the question to the complete answer, in seconds, excluding the loading of the programs."""
-        return sum(self.answer.timings[name] for name in _SECONDS)
+        return sum(self.answer.timings[name] for name in _TIMINGS)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready values."""

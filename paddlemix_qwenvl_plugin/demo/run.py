@@ -65,11 +65,11 @@ def _run(out: Path, say: Callable[[str], None], model: Path) -> Run:
     _build_engine(say)
     start = time.perf_counter()
     manifest = export_vision(model, out / "vision" / "vision")
-    exported_vision = time.perf_counter()
-    say(f"Exported the vision stage in {exported_vision - start:.1f} s.")
+    vision_seconds = time.perf_counter() - start
+    say(f"Exported the vision stage in {vision_seconds:.1f} s.")
     export_language(model, out / "text", "qwen")
     export_seconds = time.perf_counter() - start
-    say(f"Exported the language stage in {export_seconds - (exported_vision - start):.1f} s.")
+    say(f"Exported the language stage in {export_seconds - vision_seconds:.1f} s.")
     vl = QwenVL.from_exported(out / "vision" / "vision", out / "text" / "qwen")
     vl.load()
     results = []
@@ -92,10 +92,11 @@ def _prepare_folder(out: Path) -> None:
     make_folder(out)
     marker, page = out / _MARKER, out / PAGE
     # Earlier versions wrote no marker file; the page is the last file that they wrote.
-    ours = marker.exists() or (page.is_file() and b"<title>qwenvl demo:" in page.read_bytes()[:4096])
-    for name in () if ours else _NAMES:
-        if os.path.lexists(out / name):
-            raise UsageError(f"{out / name}: exists, and no demo wrote it; name another folder")
+    is_demo = marker.exists() or (page.is_file() and b"<title>qwenvl demo:" in page.read_bytes()[:4096])
+    if not is_demo:
+        for name in _NAMES:
+            if os.path.lexists(out / name):
+                raise UsageError(f"{out / name}: exists, and no demo wrote it; name another folder")
     marker.touch()
 
 

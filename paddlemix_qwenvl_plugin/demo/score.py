@@ -27,7 +27,14 @@ _MAX_NEW_TOKENS = 200
 
 @dataclass(frozen=True)
 class Mark:
-    """Score of one answer: whether its text is correct, and how many of the expected boxes are."""
+    """Score of one answer.
+
+    Attributes:
+        task: Turn.task of the sample.
+        words_right: whether the text without boxes is correct.
+        boxes_right, boxes: number of correct boxes, and of expected boxes.
+        reading: whether the answer reads a text of the image.
+    """
 
     task: str
     words_right: bool
@@ -37,7 +44,7 @@ class Mark:
 
 
 def answers(model: QwenVL, samples: Iterable[Sample]) -> Iterator[str]:
-    """Answer the first turn of each sample about freshly drawn images, with greedy decoding."""
+    """Draw each sample's images and answer its first turn about them, with greedy decoding."""
     streams = (model.ask(request(sample, [draw(scene) for scene in sample.scenes])) for sample in samples)
     return (answer.text for answer in model.finish_all(streams))
 
@@ -55,11 +62,12 @@ def mark(sample: Sample, answer: str) -> Mark:
     union is at least IOU and it has the same `<ref>`.
     """
     turn = sample.turns[0]
-    wanted, got = _parsed(turn, turn.answer), _parsed(turn, answer)
-    right = sum(
-        a.ref == b.ref and iou(_corners(a), _corners(b)) >= IOU for a, b in zip(wanted.boxes, got.boxes)
+    expected, actual = _parsed(turn, turn.answer), _parsed(turn, answer)
+    boxes_right = sum(
+        a.ref == b.ref and iou(_corners(a), _corners(b)) >= IOU for a, b in zip(expected.boxes, actual.boxes)
     )
-    return Mark(turn.task, wanted.text == got.text, right, len(wanted.boxes), bool(turn.text))
+    words_right = expected.text == actual.text
+    return Mark(turn.task, words_right, boxes_right, len(expected.boxes), reading=bool(turn.text))
 
 
 def score(marks: Sequence[Mark]) -> dict[str, Rate]:
@@ -69,17 +77,17 @@ def score(marks: Sequence[Mark]) -> dict[str, Rate]:
     without a wrong letter; then one rate per task, and one with " (boxes)" for the task's boxes.
     """
     # A box-only answer has no text to score.
-    worded = [one for one in marks if one.task != "box"]
+    with_text = [scored for scored in marks if scored.task != "box"]
     rates = {
-        "words": Rate(sum(one.words_right for one in worded), len(worded)),
+        "words": _words(with_text),
         "boxes": _boxes(marks),
-        "reading": _words([one for one in marks if one.reading]),
+        "reading": _words([scored for scored in marks if scored.reading]),
     }
-    for task in sorted({one.task for one in marks}):
-        of_task = [one for one in marks if one.task == task]
+    for task in sorted({scored.task for scored in marks}):
+        of_task = [scored for scored in marks if scored.task == task]
         if task != "box":
             rates[f"task: {task}"] = _words(of_task)
-        if any(one.boxes for one in of_task):
+        if any(scored.boxes for scored in of_task):
             rates[f"task: {task} (boxes)"] = _boxes(of_task)
     return rates
 
@@ -94,8 +102,8 @@ def _corners(box: Box) -> Corners:
 
 
 def _words(marks: Sequence[Mark]) -> Rate:
-    return Rate(sum(one.words_right for one in marks), len(marks))
+    return Rate(sum(scored.words_right for scored in marks), len(marks))
 
 
 def _boxes(marks: Sequence[Mark]) -> Rate:
-    return Rate(sum(one.boxes_right for one in marks), sum(one.boxes for one in marks))
+    return Rate(sum(scored.boxes_right for scored in marks), sum(scored.boxes for scored in marks))

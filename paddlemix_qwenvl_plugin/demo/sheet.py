@@ -13,10 +13,11 @@ from paddlemix_qwenvl_plugin.processing.boxes import Box, parse_boxes
 from paddlemix_qwenvl_plugin.processing.drawing import can_draw, draw_boxes, font_for
 
 COLUMNS = 3
+# Lengths in pixels.
 SIDE = 300
 GAP = 16
-_FONT = 15
-_LINE = 20
+_FONT_SIZE = 15
+_LINE_HEIGHT = 20
 _INK, _SOFT, _RIGHT, _WRONG, _PAPER, _EDGE = "#16191f", "#596273", "#12693a", "#a3121f", "#ffffff", "#d5dae1"
 _NO_FONT = "(Chinese, and no font for it here: see the page)"
 
@@ -27,9 +28,9 @@ _Lines = list[tuple[str, str]]
 def contact_sheet(results: Sequence[Result]) -> Image.Image:
     """Draw the contact sheet, RGB: rows of COLUMNS images of SIDE pixels with boxes, question and answer."""
     rows = [[(column, result, _text(result)) for column, result in row] for row in _rows(results)]
-    heights = [SIDE + 2 * GAP + _LINE * max(len(lines) for _, _, lines in row) for row in rows]
+    heights = [SIDE + 2 * GAP + _LINE_HEIGHT * max(len(lines) for _, _, lines in row) for row in rows]
     sheet = Image.new("RGB", (GAP + COLUMNS * (SIDE + GAP), GAP + sum(heights)), _PAPER)
-    pencil = ImageDraw.Draw(sheet)
+    drawing = ImageDraw.Draw(sheet)
     top = GAP
     for row, height in zip(rows, heights):
         for column, result, lines in row:
@@ -37,11 +38,11 @@ def contact_sheet(results: Sequence[Result]) -> Image.Image:
             for number, image in enumerate(_images(result)):
                 x = left + number * (SIDE + GAP)
                 sheet.paste(image, (x, top))
-                pencil.rectangle((x - 1, top - 1, x + SIDE, top + SIDE), outline=_EDGE)
-            # Anchored at the baseline, which Latin and Chinese text share.
+                drawing.rectangle((x - 1, top - 1, x + SIDE, top + SIDE), outline=_EDGE)
+            # anchor="ls": lines start at the left end of the baseline, which Latin and Chinese text share.
             for number, (colour, line) in enumerate(lines, start=1):
-                where = (left, top + SIDE + 2 + number * _LINE)
-                pencil.text(where, line, fill=colour, font=font_for(line, _FONT), anchor="ls")
+                start = (left, top + SIDE + 2 + number * _LINE_HEIGHT)
+                drawing.text(start, line, fill=colour, font=font_for(line, _FONT_SIZE), anchor="ls")
         top += height
     return sheet
 
@@ -71,6 +72,7 @@ def _images(result: Result) -> Iterator[Image.Image]:
 
 
 def _labelled(box: Box) -> Box:
+    """Remove the box's ref, which would be its label, if no font can draw it."""
     return box if box.ref is None or can_draw(box.ref) else replace(box, ref=None)
 
 
@@ -90,8 +92,9 @@ def _wrapped(text: str, width: int) -> list[str]:
     text = " ".join(text.split())
     if not can_draw(text):
         text = _NO_FONT
-    font = font_for(text, _FONT)
+    font = font_for(text, _FONT_SIZE)
     lines = [""]
+    # A run of Latin characters with the space after it, or one other character.
     for word in re.findall(r"[!-\u024f]+ ?|.", text):
         # A word wider than a line is broken at any character.
         for part in [word] if font.getlength(word.rstrip()) <= width else word:

@@ -31,20 +31,20 @@ def examine(model: Optional[Path] = None, visible_gpus: Sequence[str] = ()) -> R
         UsageError: the model folder does not exist, or has no config.json or no weights.
     """
     model_checks = [check_model(model)] if model is not None else []
-    found = {name: upstreams.source_of(name) is not None for name in ("paddle", "paddlenlp_ops")}
-    present = [pinned.name for pinned in pins.load().upstreams if upstreams.source_of(pinned.name)]
-    with ThreadPoolExecutor(2) as pool:  # each takes a core and half a gigabyte
-        imported = {name: pool.submit(ask, "import_upstream", name) for name in present}
-        points = pool.submit(ask, "entry_points", installation.DISTRIBUTION)
-        paddle_answer = ask("paddle") if found["paddle"] else Answer({}, "not installed")
+    has_paddle, has_ops = (upstreams.source_of(name) is not None for name in ("paddle", "paddlenlp_ops"))
+    installed = [pinned.name for pinned in pins.load().upstreams if upstreams.source_of(pinned.name)]
+    with ThreadPoolExecutor(2) as pool:  # each probe takes a core and half a gigabyte
+        futures = {name: pool.submit(ask, "import_upstream", name) for name in installed}
+        entry_points = pool.submit(ask, "entry_points", installation.DISTRIBUTION)
+        paddle_answer = ask("paddle") if has_paddle else Answer({}, "not installed")
         gpu_answer = ask("gpu") if paddle_answer.value.get("gpu_build") else Answer({})
-        ops_answer = ask("ops") if found["paddlenlp_ops"] else Answer({})
-    answers = {name: future.result() for name, future in imported.items()}
+        ops_answer = ask("ops") if has_ops else Answer({})
+    answers = {name: future.result() for name, future in futures.items()}
 
     versions = upstreams.installed_versions()
-    rows = upstreams.broken_rows(versions)
-    imports = paddle_answer.cause is None
-    paddle = machine.check_paddle(versions, found["paddle"], paddle_answer, bool(rows))
+    broken = upstreams.broken_rows(versions)
+    paddle_imports = paddle_answer.cause is None
+    paddle = machine.check_paddle(versions, has_paddle, paddle_answer, has_fix=bool(broken))
     hooks = upstreams.check_hooks(answers)
     checks = [
         machine.check_python(),
@@ -54,13 +54,15 @@ def examine(model: Optional[Path] = None, visible_gpus: Sequence[str] = ()) -> R
         check_engine(),
         check_gpu_engine(),
         *(
-            upstreams.check_upstream(one, versions, answers.get(one.name, Answer({})), imports, bool(rows))
-            for one in pins.load().upstreams
+            upstreams.check_upstream(
+                pinned, versions, answers.get(pinned.name, Answer({})), paddle_imports, has_fix=bool(broken)
+            )
+            for pinned in pins.load().upstreams
         ),
-        *upstreams.check_combinations(rows, versions),
+        *upstreams.check_combinations(broken, versions),
         hooks,
-        upstreams.check_ops(ops_answer, imports, hooks),
-        *installation.check_entry_points(points.result(), imports),
+        upstreams.check_ops(ops_answer, paddle_imports, hooks),
+        *installation.check_entry_points(entry_points.result(), paddle_imports),
         *model_checks,
     ]
     return Report(tuple(checks))

@@ -30,18 +30,18 @@ def check_engine() -> Check:
     except QwenVLError as error:  # the package lacks the sources
         return Check("engine", "problem", f"engine: {error}", data=data)
     data.update(state=state, library=str(path))
-    where = f"engine: cpu, {isa}"
+    summary = f"engine: cpu, {isa}"
     if state == "shipped":
-        return Check("engine", "ok", f"{where}, shipped with the package", data=data)
+        return Check("engine", "ok", f"{summary}, shipped with the package", data=data)
     if state == "built":
-        return Check("engine", "ok", f"{where}, built in {path.parent}", data=data)
+        return Check("engine", "ok", f"{summary}, built in {path.parent}", data=data)
     if version is None:
-        message = f"{where}; not built, no C++ compiler {command[0]} found: the portable graph is used"
+        message = f"{summary}; not built, no C++ compiler {command[0]} found: the portable graph is used"
         return Check("engine", "note", message, "apt-get install g++", data)
     if state == "failed":
         failure = (path.parent / "failed").read_text("utf-8")
-        return Check("engine", "problem", f"{where}; {failure}", f"{program()} build-engine", data)
-    message = f"{where}; not built yet; the first use builds it with {version}"
+        return Check("engine", "problem", f"{summary}; {failure}", f"{program()} build-engine", data)
+    message = f"{summary}; not built yet; the first use builds it with {version}"
     return Check("engine", "note", message, f"{program()} build-engine", data)
 
 
@@ -50,7 +50,7 @@ def check_gpu_engine() -> Check:
     driver = cuda_driver()
     data: dict[str, Any] = {
         "driver": None if driver is None else driver.cuda,
-        "gpus": [] if driver is None else [each._asdict() for each in driver.gpus],
+        "gpus": [] if driver is None else [device._asdict() for device in driver.gpus],
         "nvrtc": None,
         "state": None,
         "library": None,
@@ -59,24 +59,25 @@ def check_gpu_engine() -> Check:
     if driver is None or not driver.gpus:
         seen = "no NVIDIA driver" if driver is None else f"driver for CUDA {driver.cuda}, which shows no GPU"
         return Check("gpu_engine", "ok", f"engine on GPUs: {seen}", data=data)
-    names = ", ".join(f"{each.name} (sm_{each.architecture})" for each in driver.gpus)
-    where = f"engine on GPUs: {names}, driver for CUDA {driver.cuda}"
+    names = ", ".join(f"{device.name} (sm_{device.architecture})" for device in driver.gpus)
+    summary = f"engine on GPUs: {names}, driver for CUDA {driver.cuda}"
     try:
         gpu.usable(0)
         data["nvrtc"] = str(gpu.compiler())
         library_state, library = build.library_state(for_gpus=True)
         kernels_state, kernels = build.target_state(gpu.kernels())
     except QwenVLError as error:
-        cause, fix, _ = str(error).partition(f": {nvrtc.INSTALL}")
-        return Check("gpu_engine", "note", f"{where}; {cause}", nvrtc.INSTALL if fix else None, data)
+        cause, separator, _ = str(error).partition(f": {nvrtc.INSTALL}")
+        return Check("gpu_engine", "note", f"{summary}; {cause}", nvrtc.INSTALL if separator else None, data)
     states = {library_state, kernels_state}
-    state = next((each for each in ("failed", "not built") if each in states), "built")
+    # The worst of the two states.
+    state = next((worst for worst in ("failed", "not built") if worst in states), "built")
     data.update(state=state, library=str(library), kernels=str(kernels))
-    where += f", {data['nvrtc']}"
+    summary += f", {data['nvrtc']}"
     if state == "built":
-        return Check("gpu_engine", "ok", f"{where}, built in {kernels}", data=data)
-    again = f"{program()} build-engine --device gpu"
+        return Check("gpu_engine", "ok", f"{summary}, built in {kernels}", data=data)
+    fix = f"{program()} build-engine --device gpu"
     if state == "failed":
         failed = (library.parent if library_state == "failed" else kernels) / "failed"
-        return Check("gpu_engine", "problem", f"{where}; {failed.read_text('utf-8')}", again, data)
-    return Check("gpu_engine", "note", f"{where}; not built yet; the first use builds it", again, data)
+        return Check("gpu_engine", "problem", f"{summary}; {failed.read_text('utf-8')}", fix, data)
+    return Check("gpu_engine", "note", f"{summary}; not built yet; the first use builds it", fix, data)

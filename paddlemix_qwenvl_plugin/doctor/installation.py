@@ -26,17 +26,19 @@ ENTRY_POINTS = {
 
 def check_plugin() -> Check:
     """Check that this package is installed, at the version that runs."""
-    found = _distribution()
+    distribution = _distribution()
     data = {
         "version": __version__,
-        "installed": found.version if found else None,
+        "installed": distribution.version if distribution else None,
         "path": str(PACKAGE),
     }
-    if found is None:
+    if distribution is None:
         message = f"plugin {__version__} in {PACKAGE.parent}, not installed: no hooks and no entry points"
         return Check("plugin", "note", message, _reinstall_command(), data)
-    if found.version != __version__:
-        message = f"plugin {__version__} in {PACKAGE.parent}, but the installed version is {found.version}"
+    if distribution.version != __version__:
+        message = (
+            f"plugin {__version__} in {PACKAGE.parent}, but the installed version is {distribution.version}"
+        )
         return Check("plugin", "problem", message, _reinstall_command(), data)
     return Check("plugin", "ok", f"plugin {__version__} in {PACKAGE.parent}", data=data)
 
@@ -73,14 +75,18 @@ def _distribution() -> Optional[metadata.Distribution]:
 
 
 def _declared() -> dict[str, str]:
-    found = _distribution()
-    return {f"{point.group} {point.name}": point.value for point in found.entry_points} if found else {}
+    """Entry points of the installed package: "GROUP NAME" -> value."""
+    distribution = _distribution()
+    if distribution is None:
+        return {}
+    return {f"{point.group} {point.name}": point.value for point in distribution.entry_points}
 
 
 def _reinstall_command() -> str:
     """Command that installs the metadata of this code."""
-    found = _distribution()
-    origin: dict[str, Any] = json.loads((found.read_text("direct_url.json") if found else None) or "{}")
+    distribution = _distribution()
+    text = distribution.read_text("direct_url.json") if distribution is not None else None
+    origin: dict[str, Any] = json.loads(text or "{}")
     if origin.get("dir_info", {}).get("editable"):
         folder = url2pathname(urlparse(origin["url"]).path)
         return f"pip install --no-deps -e {shlex.quote(folder)}"

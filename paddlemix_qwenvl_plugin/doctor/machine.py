@@ -80,29 +80,29 @@ def check_paddle(versions: Mapping[str, str], found: bool, answer: Answer, has_f
     gpu_wheel = "paddlepaddle-gpu" in wheels
     install = INSTALL_GPU if gpu_wheel else INSTALL_CPU
     hint = f" ({_INDEX})" if gpu_wheel else ""
-    named = " and ".join(f"{name} {version}" for name, version in wheels.items())
+    description = " and ".join(f"{name} {version}" for name, version in wheels.items())
     if len(wheels) > 1:
-        message = f"{named} are both installed and have overwritten each other's files{hint}"
+        message = f"{description} are both installed and have overwritten each other's files{hint}"
         if not gpu_wheel:
             install = f"pip uninstall -y {' '.join(wheels)}; {INSTALL_CPU}"
         return Check("paddle", "problem", message, install, data)
-    named = named or f"Paddle {data['version'] or 'of unknown version'}"
+    description = description or f"Paddle {data['version'] or 'of unknown version'}"
     if wheels and Version(next(iter(wheels.values()))) < Version(MINIMUM):
         cause = f"; nor does it import: {answer.cause}" if answer.cause else ""
-        message = f"{named} is too old, {MINIMUM} or newer is needed{cause}{hint}"
+        message = f"{description} is too old, {MINIMUM} or newer is needed{cause}{hint}"
         return Check("paddle", "problem", message, install, data)
     if answer.cause:
-        again = install.replace("pip install", "pip install --force-reinstall", 1)
-        message = f"{named}: import paddle fails: {answer.cause}{'' if has_fix else hint}"
-        return Check("paddle", "problem", message, None if has_fix else again, data)
+        reinstall = install.replace("pip install", "pip install --force-reinstall", 1)
+        message = f"{description}: import paddle fails: {answer.cause}{'' if has_fix else hint}"
+        return Check("paddle", "problem", message, None if has_fix else reinstall, data)
     build = f"GPU build for CUDA {data['cuda']}" if data["gpu_build"] else "no build for NVIDIA GPUs"
     if set(wheels) == {"paddlepaddle"} and not data["gpu_build"]:
         build = "CPU build"
     if wheels and Version(next(iter(wheels.values()))) >= Version(_FIRST_UNTESTED):
         return Check(
-            "paddle", "note", f"{named}, {build}; newer than the tested versions ({_RANGE})", data=data
+            "paddle", "note", f"{description}, {build}; newer than the tested versions ({_RANGE})", data=data
         )
-    return Check("paddle", "ok", f"{named}, {build}", data=data)
+    return Check("paddle", "ok", f"{description}, {build}", data=data)
 
 
 def _is_paddle(distribution: str) -> bool:
@@ -125,13 +125,13 @@ def machine_gpus(visible: Sequence[str]) -> tuple[list[Gpu], Optional[str]]:
     if done.returncode != 0:
         lines = (done.stdout + done.stderr).strip().splitlines() or [f"exit code {done.returncode}"]
         return [Gpu(name, None) for name in visible], one_line(f"nvidia-smi: {lines[0]}")
-    found = []
+    gpus = []
     for row in csv.reader(done.stdout.splitlines(), skipinitialspace=True):
         if len(row) == 3:
             name, capability, driver = row
             number = capability.replace(".", "", 1)
-            found.append(Gpu(name, int(number) if number.isdigit() else None, driver))
-    return found, None
+            gpus.append(Gpu(name, int(number) if number.isdigit() else None, driver))
+    return gpus, None
 
 
 def check_gpu(paddle: Check, answer: Answer, visible: Sequence[str]) -> Check:
@@ -142,58 +142,53 @@ def check_gpu(paddle: Check, answer: Answer, visible: Sequence[str]) -> Check:
         answer: result of questions.gpu; ignored if Paddle cannot be imported or is not a GPU build.
         visible: names of the GPUs visible to this process through the CUDA driver.
     """
-    found, complaint = machine_gpus(visible)
-    usable = bool(paddle.data["gpu_build"])
-    seen = [Gpu(**gpu) for gpu in answer.value.get("gpus", [])] if usable else []
-    found = found or seen
-    wheel = next(
-        (
-            wheel
-            for wheel in pins.load().gpu_wheels
-            if wheel.version == paddle.data["distributions"].get("paddlepaddle-gpu")
-        ),
-        None,
-    )
-    codes = list(wheel.architectures) if wheel else paddle.data["architectures"] or []
+    gpus, smi_error = machine_gpus(visible)
+    is_gpu_build = bool(paddle.data["gpu_build"])
+    paddle_gpus = [Gpu(**gpu) for gpu in answer.value.get("gpus", [])] if is_gpu_build else []
+    gpus = gpus or paddle_gpus
+    installed = paddle.data["distributions"].get("paddlepaddle-gpu")
+    wheel = next((wheel for wheel in pins.load().gpu_wheels if wheel.version == installed), None)
+    architectures = list(wheel.architectures) if wheel else paddle.data["architectures"] or []
     data = {
-        "gpus": [asdict(gpu) for gpu in found],
+        "gpus": [asdict(gpu) for gpu in gpus],
         "visible": list(visible),
-        "architectures": codes,
-        "cause": (answer.cause if usable else None) or complaint,
+        "architectures": architectures,
+        "cause": (answer.cause if is_gpu_build else None) or smi_error,
     }
 
     def result(status: Status, message: str, fix: Optional[str] = None) -> Check:
         return Check("gpu", status, message + (f" ({_INDEX})" if fix else ""), fix, data)
 
-    names = ", ".join(map(str, found))
-    if not found:
-        about = complaint or "no NVIDIA GPU seen"
-        if usable:
-            return result("note", f"{about}; this GPU build of Paddle runs on the CPU")
-        return result("note" if complaint else "ok", about)
-    others = [gpu for gpu in found if gpu.architecture is not None and not _has_code(codes, gpu.architecture)]
-    if (usable or wheel) and codes and others:
-        has = "sm_" + ", ".join(map(str, codes))
-        lacking = (
-            f"{', '.join(map(str, others))}: this Paddle has no machine code for it; it has code for {has}"
-        )
+    names = ", ".join(map(str, gpus))
+    if not gpus:
+        reason = smi_error or "no NVIDIA GPU seen"
+        if is_gpu_build:
+            return result("note", f"{reason}; this GPU build of Paddle runs on the CPU")
+        return result("note" if smi_error else "ok", reason)
+    unsupported = [
+        gpu for gpu in gpus if gpu.architecture is not None and not _has_code(architectures, gpu.architecture)
+    ]
+    if (is_gpu_build or wheel) and architectures and unsupported:
+        code_list = "sm_" + ", ".join(map(str, architectures))
+        gpu_list = ", ".join(map(str, unsupported))
+        lacking = f"{gpu_list}: this Paddle has no machine code for it; it has code for {code_list}"
         # The test addition may be one of the few kernels with PTX; the pinned data on the wheel take precedence.
         if (wheel is not None and not wheel.ptx) or answer.cause:
             return result("problem", lacking, INSTALL_GPU)
         return result("note", f"{lacking} and runs on it from PTX, which is translated at the first start")
     if paddle.data["gpu_build"] is None:
         return result("note", f"{names}; no Paddle installed to use it")
-    if not usable:
+    if not is_gpu_build:
         return result("ok", f"{names}, used by the engine only: this Paddle is no GPU build")
     if answer.cause:
         return result("problem", f"{names}: a test addition on the GPU fails: {answer.cause}")
-    if not seen:
-        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-        why = "" if hidden is None else f"; CUDA_VISIBLE_DEVICES is {hidden!r}"
-        return result("note", f"{names}, which Paddle does not see{why}")
+    if not paddle_gpus:
+        devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+        cause = "" if devices is None else f"; CUDA_VISIBLE_DEVICES is {devices!r}"
+        return result("note", f"{names}, which Paddle does not see{cause}")
     return result("ok", f"{names}, and Paddle runs on it")
 
 
-def _has_code(codes: Sequence[int], architecture: int) -> bool:
+def _has_code(architectures: Sequence[int], architecture: int) -> bool:
     # Machine code runs on GPUs of the same major version with the same or a higher minor version.
-    return any(code // 10 == architecture // 10 and code <= architecture for code in codes)
+    return any(code // 10 == architecture // 10 and code <= architecture for code in architectures)

@@ -8,6 +8,17 @@ from paddlemix_qwenvl_plugin.doctor.probe import ask
 from paddlemix_qwenvl_plugin.doctor.report import Check
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 
+# Keys of questions.model's result.
+_FACTS = (
+    "scheme",
+    "dtype",
+    "parameters",
+    "language_layers",
+    "hidden_size",
+    "vocab_size",
+    "vision_layers",
+    "tokenizer",
+)
 _TIMEOUT = 1800.0  # seconds; formats other than safetensors are read completely
 
 
@@ -19,11 +30,7 @@ def check_model(folder: Path) -> Check:
     """
     answer = ask("model", str(folder), timeout=_TIMEOUT)
     facts = answer.value
-    names = (
-        *("scheme", "dtype", "parameters", "language_layers", "hidden_size"),
-        *("vocab_size", "vision_layers", "tokenizer"),
-    )
-    data = {"path": str(folder), **{name: facts.get(name) for name in names}, "cause": answer.cause}
+    data = {"path": str(folder), **{name: facts.get(name) for name in _FACTS}, "cause": answer.cause}
     if answer.cause is not None:
         if answer.usage:
             raise UsageError(answer.cause)

@@ -36,22 +36,22 @@ def gpu() -> dict[str, Any]:
     """List the GPUs visible to Paddle, and add two numbers on the first, which raises if Paddle cannot use it."""
     module: Any = import_module("paddle")
     cuda = module.device.cuda
-    found = []
+    gpus = []
     for i in range(cuda.device_count()):
         major, minor = cuda.get_device_capability(i)
-        found.append({"name": str(cuda.get_device_name(i)), "architecture": 10 * major + minor})
-    if found:
+        gpus.append({"name": str(cuda.get_device_name(i)), "architecture": 10 * major + minor})
+    if gpus:
         one = module.to_tensor([1.0], place=module.CUDAPlace(0))
         if float(one + one) != 2.0:
             raise RuntimeError("1 + 1 on the GPU is not 2")
-    return {"gpus": found}
+    return {"gpus": gpus}
 
 
 def import_upstream(package: str) -> dict[str, Any]:
     """Import paddlenlp or paddlemix and its hooked modules. `hooks`: state of each hook."""
     module = import_module(package)
     failed = {}
-    for name in upstream.fired():
+    for name in upstream.hook_states():
         if name.startswith(f"{package}."):
             try:
                 import_module(name)
@@ -63,7 +63,7 @@ def import_upstream(package: str) -> dict[str, Any]:
     version = getattr(module, "__version__", None)
     return {
         "version": None if version is None else str(version),
-        "hooks": upstream.fired(),
+        "hooks": upstream.hook_states(),
         "not_imported": failed,
     }
 

@@ -57,16 +57,17 @@ def broken_rows(versions: Mapping[str, str]) -> list[Broken]:
 def check_combinations(rows: Sequence[Broken], versions: Mapping[str, str]) -> list[Check]:
     """Create a check with status "problem" for each of `rows`, or one with status "ok" if `rows` is empty."""
     if not rows:
-        known = len(pins.load().broken)
-        return [Check("combinations", "ok", f"none of {known} combinations of packages known to be broken")]
+        n_known = len(pins.load().broken)
+        message = f"none of the {n_known} known broken combinations of packages is installed"
+        return [Check("combinations", "ok", message)]
     checks = []
     for row in rows:
         names = [canonicalize_name(Requirement(text).name) for text in row.installed]
         found = {name: versions.get(name, "from a checkout") for name in names}
-        named = ", ".join(f"{name} {version}" for name, version in found.items())
+        packages = ", ".join(f"{name} {version}" for name, version in found.items())
         without = f" without {', '.join(row.missing)}" if row.missing else ""
         data = {"installed": found, "missing": list(row.missing)}
-        message = f"{named}{without}: {row.symptom}"
+        message = f"{packages}{without}: {row.symptom}"
         checks.append(Check(f"combination.{row.name}", "problem", message, row.fix, data))
     return checks
 
@@ -99,14 +100,14 @@ def check_upstream(
     root = source.parent.parent
     data.update(path=str(root), version=answer.value.get("version") or versions.get(name))
     data["cause"] = answer.cause
-    status, what, fix = _compare_with_pins(pinned, root, data)
+    status, description, fix = _compare_with_pins(pinned, root, data)
     if not answer.cause:
-        return Check(name, status, what, fix, data)
+        return Check(name, status, description, fix, data)
     if not paddle_imports:
-        return Check(name, "note", f"{what}; it does not import without Paddle", data=data)
+        return Check(name, "note", f"{description}; it does not import without Paddle", data=data)
     fix = None
-    message = f"{what}: import {name} fails: {answer.cause}"
-    if patches.State.APPLIES.value in data["patches"].values():
+    message = f"{description}: import {name} fails: {answer.cause}"
+    if patches.State.APPLICABLE.value in data["patches"].values():
         message += "; its patches are not applied"
         fix = f"{program()} patches apply --tree {shlex.quote(str(root))}"
     elif not has_fix and name == "paddlenlp":
@@ -131,8 +132,10 @@ def _compare_with_pins(
     if commit == pinned.commit:
         return "ok", f"{pinned.title} in {root}, at the pinned commit {commit[:7]}", None
     fix = f"git -C {shlex.quote(str(root))} checkout {pinned.commit}"
-    what = f"{pinned.title} in {root}, at commit {commit[:7]}; the plugin is made for {pinned.commit[:7]}"
-    return "note", what, fix
+    description = (
+        f"{pinned.title} in {root}, at commit {commit[:7]}; the plugin is made for {pinned.commit[:7]}"
+    )
+    return "note", description, fix
 
 
 def _wheel(pinned: Upstream, data: dict[str, Any]) -> tuple[Status, str, Optional[str]]:
@@ -151,18 +154,18 @@ def check_hooks(answers: Mapping[str, Answer]) -> Check:
 
     `answers`: upstream -> result of `import_upstream`, for each installed upstream.
     """
-    modules = upstream.fired()
+    modules = upstream.hook_states()
     failed_imports: dict[str, str] = {}
     for name, answer in answers.items():
         hooks = answer.value.get("hooks", {})
-        # An answer lists all hooks: keep the upstream's own, and others that were not only armed, such as the stand-in
-        # for paddlenlp_ops, which both upstreams use.
-        own = {
+        # An answer lists all hooks: keep those of the upstream's modules, and all that are no longer "armed", such as
+        # the stand-in for paddlenlp_ops, which both upstreams use.
+        relevant = {
             module: state
             for module, state in hooks.items()
             if module.startswith(f"{name}.") or state != "armed"
         }
-        modules.update(own)
+        modules.update(relevant)
         failed_imports.update(answer.value.get("not_imported", {}))
     data = {"modules": modules, "not_imported": failed_imports}
     if not modules:
@@ -183,9 +186,9 @@ def check_hooks(answers: Mapping[str, Answer]) -> Check:
     if failed_imports:
         text = "; ".join(f"{module} ({cause})" for module, cause in failed_imports.items())
         return Check("hooks", "problem", f"hooks: these modules do not import: {text}", data=data)
-    fired = sum(state == "fired" for state in modules.values())
+    n_fired = sum(state == "fired" for state in modules.values())
     return Check(
-        "hooks", "ok", f"hooks: {len(modules)} armed, {fired} fired by importing the upstreams", data=data
+        "hooks", "ok", f"hooks: {len(modules)} armed, {n_fired} fired by importing the upstreams", data=data
     )
 
 

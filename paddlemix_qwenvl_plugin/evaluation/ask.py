@@ -42,7 +42,8 @@ def answers(model: QwenVL, questions: Iterable[Question], options: GenerationOpt
     Raises:
         UsageError, QwenVLError: an image cannot be loaded, or a prompt leaves no room for a completion.
     """
-    return (answer.text for answer in model.finish_all(_start(model, each, options) for each in questions))
+    streams = (_start(model, question, options) for question in questions)
+    return (answer.text for answer in model.finish_all(streams))
 
 
 def _start(model: QwenVL, question: Question, options: GenerationOptions) -> AnswerStream:

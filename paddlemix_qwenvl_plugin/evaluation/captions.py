@@ -42,7 +42,7 @@ class CaptionRow(Row):
         """The image id."""
         return self.image_id
 
-    def asked(self) -> Question:
+    def prompt(self) -> Question:
         """The caption prompt."""
         return Question(self.image, _PROMPT)
 
@@ -61,10 +61,11 @@ def tokens(caption: str) -> str:
     COCO's evaluation runs Stanford's tokenizer in Java for this. Both agree on ordinary captions (docs/eval.md).
     """
     treebank = extra("nltk.tokenize", _FEATURE).TreebankWordTokenizer()
-    # NLTK treats a text as one sentence with one full stop.
-    apart = re.sub(r"(?<=[a-z]{3})\. ", " . ", caption.lower().translate(_ASCII_PUNCTUATION))
-    found = treebank.tokenize(apart, convert_parentheses=True)
-    return " ".join(token.lower() for token in found if token not in _PUNCTUATION)
+    # NLTK treats a text as one sentence and splits off only its last full stop: split off the others, after words of
+    # three letters or more.
+    split = re.sub(r"(?<=[a-z]{3})\. ", " . ", caption.lower().translate(_ASCII_PUNCTUATION))
+    treebank_tokens = treebank.tokenize(split, convert_parentheses=True)
+    return " ".join(token.lower() for token in treebank_tokens if token not in _PUNCTUATION)
 
 
 def score(rows: Mapping[Id, CaptionRow], answers: Mapping[Id, str]) -> CaptionScores:
@@ -76,14 +77,14 @@ def score(rows: Mapping[Id, CaptionRow], answers: Mapping[Id, str]) -> CaptionSc
         QwenVLError: a library of the extra `eval` is missing.
     """
     bleu, cider, rouge = _scorers()
-    wanted = {row_id: [tokens(caption) for caption in row.captions] for row_id, row in rows.items()}
-    given = {row_id: [tokens(answers[row_id])] for row_id in rows}
-    bleu_of_all, _ = bleu.compute_score(wanted, given, verbose=0)
-    cider_of_all, cider_of_each = cider.compute_score(wanted, given)
-    rouge_of_all, _ = rouge.compute_score(wanted, given)
+    references = {row_id: [tokens(caption) for caption in row.captions] for row_id, row in rows.items()}
+    candidates = {row_id: [tokens(answers[row_id])] for row_id in rows}
+    bleu_1_to_4, _ = bleu.compute_score(references, candidates, verbose=0)
+    mean_cider, row_ciders = cider.compute_score(references, candidates)
+    mean_rouge, _ = rouge.compute_score(references, candidates)
     return CaptionScores(
-        {"CIDEr": float(cider_of_all), "BLEU-4": float(bleu_of_all[3]), "ROUGE-L": float(rouge_of_all)},
-        {row_id: float(value) for row_id, value in zip(rows, cider_of_each)},
+        {"CIDEr": float(mean_cider), "BLEU-4": float(bleu_1_to_4[3]), "ROUGE-L": float(mean_rouge)},
+        {row_id: float(value) for row_id, value in zip(rows, row_ciders)},
     )
 
 

@@ -54,18 +54,18 @@ class GroundingRow(Row):
         """The id, or the line number without one."""
         return number if self.id is None else self.id
 
-    def asked(self) -> Question:
+    def prompt(self) -> Question:
         """Prompt of the row: the expression in `<ref>`, then an open `<box>` that the completion continues."""
         return Question(self.image, self.sentence, "<ref>", "</ref><box>")
 
 
 def overlap(row: GroundingRow, answer: str) -> float:
     """Intersection over union of the answer's first box with the reference; 0 without a box."""
-    # The prompt has opened the first box. If the answer has its own tag, the extra one is harmless.
+    # The prompt ends with the first `<box>`. If the answer repeats the tag, the extra tag is harmless.
     boxes = parse_boxes(f"<box>{answer}").boxes
     if not boxes:
         return 0.0
     (left, top), (right, bottom) = boxes[0].points[0], boxes[0].points[-1]
-    across, down = row.width / _SCALE, row.height / _SCALE
-    corners: Corners = (left * across, top * down, right * across, bottom * down)
+    x_scale, y_scale = row.width / _SCALE, row.height / _SCALE
+    corners: Corners = (left * x_scale, top * y_scale, right * x_scale, bottom * y_scale)
     return iou(corners, row.bbox)

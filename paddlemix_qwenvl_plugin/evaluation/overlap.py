@@ -13,9 +13,9 @@ def iou(a: Corners, b: Corners) -> float:
     """Intersection over union, 0 to 1; 0 for empty boxes."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
-    shared = max(0, width) * max(0, height)
-    union = _area(a) + _area(b) - shared
-    return shared / union if union else 0.0
+    intersection = max(0, width) * max(0, height)
+    union = _area(a) + _area(b) - intersection
+    return intersection / union if union else 0.0
 
 
 def _area(box: Corners) -> float:

@@ -33,7 +33,7 @@ class Row(BaseModel):
         """The id of the row on line `number` of its file."""
         raise NotImplementedError
 
-    def asked(self) -> Question:
+    def prompt(self) -> Question:
         """The prompt of the row."""
         raise NotImplementedError
 
@@ -76,16 +76,16 @@ def read_predictions(path: Path, ids: Iterable[Id]) -> dict[Id, str]:
     Raises:
         UsageError: the file does not exist, a line is malformed, or an id is missing or unknown.
     """
-    found: dict[Id, str] = {}
+    texts: dict[Id, str] = {}
     for number, prediction in _read(path, _Prediction):
-        _add(found, prediction.id, prediction.text, f"{path}, line {number}")
+        _add(texts, prediction.id, prediction.text, f"{path}, line {number}")
     answers: dict[Id, str] = {}
     for row_id in ids:
-        if row_id not in found:
+        if row_id not in texts:
             raise UsageError(f"{path}: has no answer to id {row_id!r}")
-        answers[row_id] = found.pop(row_id)
-    if found:
-        raise UsageError(f"{path}: answers id {next(iter(found))!r}, which the data does not have")
+        answers[row_id] = texts.pop(row_id)
+    if texts:
+        raise UsageError(f"{path}: answers id {next(iter(texts))!r}, which the data does not have")
     return answers
 
 
@@ -137,7 +137,7 @@ def _read(path: Path, kind: type[_Kind]) -> Iterator[tuple[int, _Kind]]:
         raise UsageError(f"{path}: has no rows")
 
 
-def _add(into: dict[Id, _Value], row_id: Id, value: _Value, where: str) -> None:
-    if row_id in into:
+def _add(values: dict[Id, _Value], row_id: Id, value: _Value, where: str) -> None:
+    if row_id in values:
         raise UsageError(f"{where}: duplicate id {row_id!r}")
-    into[row_id] = value
+    values[row_id] = value

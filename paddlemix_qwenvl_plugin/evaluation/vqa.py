@@ -42,7 +42,7 @@ class VqaRow(Row):
         """The question id."""
         return self.question_id
 
-    def asked(self) -> Question:
+    def prompt(self) -> Question:
         """The prompt of the official evaluation."""
         return Question(self.image, f"{self.question} Answer:")
 
@@ -52,32 +52,32 @@ def options(max_new_tokens: int) -> GenerationOptions:
     return GenerationOptions(max_new_tokens=max_new_tokens, min_new_tokens=1)
 
 
-def exact_match(answer: str, right: Sequence[str]) -> float:
+def exact_match(answer: str, references: Sequence[str]) -> float:
     """1 if the answer equals a reference, up to case and surrounding spaces, else 0."""
-    return float(answer.strip().lower() in {text.strip().lower() for text in right})
+    return float(answer.strip().lower() in {text.strip().lower() for text in references})
 
 
-def anls(answer: str, right: Sequence[str]) -> float:
+def anls(answer: str, references: Sequence[str]) -> float:
     """Normalised Levenshtein similarity to the nearest reference, 0 below one half.
 
     Source: Biten et al., "Scene Text Visual Question Answering", ICCV 2019. Case and the number of spaces are ignored.
     A similarity of exactly one half counts, as in the evaluation script of the DocVQA challenge.
     """
     similarity = extra("rapidfuzz.distance.Levenshtein", "--metric anls").normalized_similarity
-    given, *wanted = (" ".join(text.lower().split()) for text in (answer, *right))
-    return max(float(similarity(given, text, score_cutoff=_ANLS_THRESHOLD)) for text in wanted)
+    candidate, *texts = (" ".join(text.lower().split()) for text in (answer, *references))
+    return max(float(similarity(candidate, text, score_cutoff=_ANLS_THRESHOLD)) for text in texts)
 
 
-def vqa_accuracy(answer: str, right: Sequence[str]) -> float:
+def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
     """VQA accuracy: min(matches / 3, 1), averaged over leaving out each reference (visualqa.org/evaluation).
 
     With ten references: 0, 0.3, 0.6, 0.9 and 1 for 0, 1, 2, 3 and more matches. Both sides are normalised.
     """
-    given = normalise(answer)
-    matching = [normalise(text) == given for text in right]
-    matches = sum(matching)
-    # Leaving out a matching reference leaves one match fewer.
-    return sum(min((matches - match) / 3, 1.0) for match in matching) / len(matching)
+    candidate = normalise(answer)
+    is_match = [normalise(text) == candidate for text in references]
+    n_matches = sum(is_match)
+    # If the left-out reference matches, there is one match fewer.
+    return sum(min((n_matches - match) / 3, 1.0) for match in is_match) / len(is_match)
 
 
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
@@ -118,9 +118,9 @@ def normalise(answer: str) -> str:
     colons and decimal points.
     """
     text = answer.lower()
-    text = re.sub(r"(?<=\d),(?=\d)", "", text)
+    text = re.sub(r"(?<=\d),(?=\d)", "", text)  # thousands separators
     text = re.sub(r"[;/\[\]\"{}()=+\\_\-><@`,?!]", " ", text)
-    text = re.sub(r"\.(?!\d)", "", text)
+    text = re.sub(r"\.(?!\d)", "", text)  # full stops that are not decimal points
     words = (_DIGITS.get(word, word) for word in text.split())
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
 

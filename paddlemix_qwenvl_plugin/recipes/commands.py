@@ -22,23 +22,23 @@ def values(recipe: Recipe, folder: Path) -> dict[str, str]:
     }
 
 
-def env(recipe: Recipe, filled: Mapping[str, str]) -> dict[str, str]:
+def env(recipe: Recipe, references: Mapping[str, str]) -> dict[str, str]:
     """Environment variables of the recipe."""
-    return {key: interpolate.fill(value, filled) for key, value in recipe.env.items()}
+    return {key: interpolate.fill(value, references) for key, value in recipe.env.items()}
 
 
-def argv(step: Step, filled: Mapping[str, str]) -> list[str]:
+def argv(step: Step, references: Mapping[str, str]) -> list[str]:
     """Command line of a step, as arguments of a process."""
-    arguments = [interpolate.fill(argument, filled) for argument in step.run]
+    arguments = [interpolate.fill(argument, references) for argument in step.run]
     # The command of this installation, not one on PATH.
-    own = [sys.executable, "-m", "paddlemix_qwenvl_plugin.cli"]
-    return [*own, *arguments[1:]] if arguments[0] == "qwenvl" else arguments
+    qwenvl = [sys.executable, "-m", "paddlemix_qwenvl_plugin.cli"]
+    return [*qwenvl, *arguments[1:]] if arguments[0] == "qwenvl" else arguments
 
 
 def shell_lines(recipe: Recipe, folder: Path, first: int = 0) -> list[str]:
     """Shell lines that perform the run from step `first` on."""
-    filled = values(recipe, folder)
-    lines = [f"export {key}={shlex.quote(value)}" for key, value in env(recipe, filled).items()]
+    references = values(recipe, folder)
+    lines = [f"export {key}={shlex.quote(value)}" for key, value in env(recipe, references).items()]
     for step in recipe.steps[first:]:
-        lines += [f"# {step.name}", shlex.join(argv(step, filled))]
+        lines += [f"# {step.name}", shlex.join(argv(step, references))]
     return lines

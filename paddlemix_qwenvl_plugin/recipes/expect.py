@@ -10,6 +10,7 @@ from typing import Any
 
 from paddlemix_qwenvl_plugin.recipes.schema import Approx, Expect
 
+# Program of the process that searches: reads [expression, text] as JSON.
 _SEARCH = "import json, re, sys; print('found' if re.search(*json.load(sys.stdin)) else 'not', end='')"
 _SEARCH_SECONDS = 10.0
 
@@ -67,18 +68,19 @@ def _look_up(value: Any, key: str) -> Any:
 
 
 def _passes(check: str, wanted: Any, actual: Any) -> bool:
-    number = isinstance(actual, (int, float)) and not isinstance(actual, bool)
+    is_number = isinstance(actual, (int, float)) and not isinstance(actual, bool)
     if check == "equals":
         # True == 1 in Python, but not in JSON.
         return bool(actual == wanted) and isinstance(actual, bool) == isinstance(wanted, bool)
     if check == "approx":
-        return number and abs(actual) <= sys.float_info.max and abs(actual - wanted.value) <= wanted.tolerance
+        is_finite = is_number and abs(actual) <= sys.float_info.max
+        return is_finite and abs(actual - wanted.value) <= wanted.tolerance
     if check == "min":
-        return number and actual >= wanted
+        return is_number and actual >= wanted
     if check == "max":
-        return number and actual <= wanted
+        return is_number and actual <= wanted
     if check == "matches":
-        return isinstance(actual, str) and _found(wanted, actual)
+        return isinstance(actual, str) and _search(wanted, actual)
     if check == "contains":
         if isinstance(actual, str):
             return isinstance(wanted, str) and wanted in actual
@@ -86,7 +88,7 @@ def _passes(check: str, wanted: Any, actual: Any) -> bool:
     return isinstance(actual, (str, list, dict)) and len(actual) > 0
 
 
-def _found(expression: str, text: str) -> bool:
+def _search(expression: str, text: str) -> bool:
     """Search for a regular expression in a separate process with a timeout, since some never terminate."""
     done = subprocess.run(
         [sys.executable, "-I", "-c", _SEARCH],

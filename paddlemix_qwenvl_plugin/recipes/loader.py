@@ -74,10 +74,10 @@ def _validate(data: Any, source: str) -> Recipe:
     except ValidationError as error:
         errors = error.errors(include_url=False)
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise UsageError(f"{source}: {_line(errors[0], data)}{more}") from error
+        raise UsageError(f"{source}: {_describe_error(errors[0], data)}{more}") from error
 
 
-def _line(error: Any, data: Any) -> str:
+def _describe_error(error: Any, data: Any) -> str:
     location = list(error["loc"])
     if error["type"] == "unknown_key":
         location.append(error["ctx"]["key"])
@@ -102,8 +102,8 @@ def _dotted(location: list[Any], data: Any) -> str:
             data = data[part]
         except (KeyError, IndexError, TypeError):
             data = None
-        named = isinstance(part, int) and isinstance(data, dict) and isinstance(data.get("name"), str)
-        parts.append(data["name"] if named else str(part))
+        has_name = isinstance(part, int) and isinstance(data, dict) and isinstance(data.get("name"), str)
+        parts.append(data["name"] if has_name else str(part))
     return ".".join(parts)
 
 

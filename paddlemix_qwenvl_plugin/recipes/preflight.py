@@ -17,53 +17,53 @@ from paddlemix_qwenvl_plugin.util.machine import GIB, gpus, memory_gib
 
 def problems(recipe: Recipe, output: Path) -> list[str]:
     """List the unmet requirements, one line each; `output`: parent of the run folder."""
-    found = _requires(recipe.requires, output)
+    unmet = _unmet_requirements(recipe.requires, output)
     for asset in recipe.assets:
-        found += _asset(asset)
-    return found
+        unmet += _asset_problems(asset)
+    return unmet
 
 
-def _requires(requires: Requires, output: Path) -> list[str]:
-    found = []
+def _unmet_requirements(requires: Requires, output: Path) -> list[str]:
+    unmet = []
     python = platform.python_version()
     if requires.python and not _in_range(python, requires.python):
-        found.append(f"requires python {requires.python}; this is {python}")
+        unmet.append(f"requires python {requires.python}; this is {python}")
     if requires.paddle:
         installed = environment.version("paddlepaddle-gpu") or environment.version("paddlepaddle")
         if installed is None:
-            found.append(
+            unmet.append(
                 f"requires paddle {requires.paddle}; it is not installed"
                 " (pip install 'paddlemix-qwenvl-plugin[cpu]', or [gpu])"
             )
         elif not _in_range(installed, requires.paddle):
-            found.append(f"requires paddle {requires.paddle}; installed is {installed}")
+            unmet.append(f"requires paddle {requires.paddle}; installed is {installed}")
     for line in requires.packages:
         package = Requirement(line)
         installed = environment.version(package.name)
         if installed is None:
-            found.append(f"requires {line}; it is not installed (pip install '{line}')")
+            unmet.append(f"requires {line}; it is not installed (pip install '{line}')")
         elif not package.specifier.contains(installed, prereleases=True):
-            found.append(f"requires {line}; installed is {installed}")
+            unmet.append(f"requires {line}; installed is {installed}")
     memory = memory_gib()
     if requires.memory_gib and memory is not None and memory < requires.memory_gib:
-        found.append(f"requires memory_gib {requires.memory_gib:g}; this machine has {memory:.1f}")
+        unmet.append(f"requires memory_gib {requires.memory_gib:g}; this machine has {memory:.1f}")
     if requires.disk_gib:
         existing = next(
             folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists()
         )
         free = shutil.disk_usage(existing).free / GIB
         if free < requires.disk_gib:
-            found.append(f"requires disk_gib {requires.disk_gib:g}; {existing} has {free:.1f} free")
+            unmet.append(f"requires disk_gib {requires.disk_gib:g}; {existing} has {free:.1f} free")
     if requires.gpu and not gpus():
-        found.append("requires gpu; the CUDA driver shows no device")
-    return found
+        unmet.append("requires gpu; the CUDA driver shows no device")
+    return unmet
 
 
 def _in_range(version: str, specifier: str) -> bool:
     return SpecifierSet(specifier).contains(version, prereleases=True)
 
 
-def _asset(asset: Asset) -> list[str]:
+def _asset_problems(asset: Asset) -> list[str]:
     path = Path(asset.path)
     purpose = f" ({asset.why})" if asset.why else ""
     if not path.exists():

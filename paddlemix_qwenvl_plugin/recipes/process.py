@@ -54,15 +54,15 @@ def run(
         while True:
             seconds = time.monotonic() - start
             tick(seconds)
-            left = _TICK_SECONDS if timeout_seconds is None else timeout_seconds - seconds
-            if left <= 0:
+            remaining = _TICK_SECONDS if timeout_seconds is None else timeout_seconds - seconds
+            if remaining <= 0:
                 _end(process)
                 return Finished(process.returncode, time.monotonic() - start, timed_out=True)
             if os.fstat(log.fileno()).st_size > LOG_MIB << 20:
                 _end(process)
                 return Finished(process.returncode, time.monotonic() - start, log_full=True)
             with contextlib.suppress(subprocess.TimeoutExpired):  # still running: tick again
-                code = process.wait(min(left, _TICK_SECONDS))
+                code = process.wait(min(remaining, _TICK_SECONDS))
                 return Finished(code, time.monotonic() - start)
     except BaseException:
         _end(process)
@@ -84,5 +84,5 @@ def _signal(process: subprocess.Popen[bytes], number: int) -> None:
     if os.name != "posix":
         process.terminate()
         return
-    with contextlib.suppress(ProcessLookupError):  # the whole group has ended already
+    with contextlib.suppress(ProcessLookupError):  # the group has ended already
         os.killpg(process.pid, number)

@@ -43,23 +43,23 @@ def new(recipe: Recipe, output: Path) -> Path:
             return folder
 
 
-def to_continue(recipe: Recipe, output: Path, first: int) -> Path:
+def find_resumable(recipe: Recipe, output: Path, first: int) -> Path:
     """Find the newest run folder of the recipe, which must have the same resolved recipe.
 
     Raises:
         QwenVLError: no earlier run exists, or it was run from another recipe.
     """
-    named = re.compile(rf"\d{{8}}-\d{{6}}-{re.escape(recipe.name)}")
-    folders = sorted(p for p in output.absolute().glob("*") if named.fullmatch(p.name) and p.is_dir())
+    name_pattern = re.compile(rf"\d{{8}}-\d{{6}}-{re.escape(recipe.name)}")
+    folders = sorted(p for p in output.absolute().glob("*") if name_pattern.fullmatch(p.name) and p.is_dir())
     step = recipe.steps[first].name
     if not folders:
         raise QwenVLError(f"--from_step {step}: {output} has no earlier run of {recipe.name}")
-    folder, wanted = folders[-1], recipe.resolved()
+    folder, resolved = folders[-1], recipe.resolved()
     try:
         earlier = dict(yaml.safe_load(_read(folder / "recipe.resolved.yaml")))
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise QwenVLError(f"{folder / 'recipe.resolved.yaml'}: damaged; run without --from_step") from error
-    differing = [key for key in {**earlier, **wanted} if earlier.get(key) != wanted.get(key)]
+    differing = [key for key in {**earlier, **resolved} if earlier.get(key) != resolved.get(key)]
     if differing:
         raise QwenVLError(
             f"--from_step {step}: {folder} was run from another recipe (different: {', '.join(differing)});"
@@ -77,17 +77,18 @@ def earlier_results(folder: Path, recipe: Recipe, first: int) -> dict[str, Any]:
     path = folder / "results.json"
     try:
         results: dict[str, Any] = json.loads(_read(path))
-        ended = {result["name"]: result["status"] for result in results["steps"]}
+        statuses = {result["name"]: result["status"] for result in results["steps"]}
+        # Both look-ups raise KeyError if the file lacks them.
         results["bench"]
         for step in recipe.steps[:first]:
-            ended[step.name]
+            statuses[step.name]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise QwenVLError(f"{path}: damaged; run without --from_step") from error
     for step in recipe.steps[:first]:
-        if ended[step.name] != "ok":
+        if statuses[step.name] != "ok":
             raise QwenVLError(
                 f"--from_step {recipe.steps[first].name}: in {folder} the step {step.name} before it is"
-                f" '{ended[step.name]}'; continue from {step.name}"
+                f" '{statuses[step.name]}'; continue from {step.name}"
             )
     return results
 

@@ -34,14 +34,14 @@ def run(recipe: Recipe, output: Path, from_step: Optional[str] = None) -> Path:
     Raises:
         UsageError: the recipe has no step `from_step`, or the run folder cannot be created in `output`.
         QwenVLError: a requirement is not met, no run to resume exists, a step failed or timed out, or an
-            expectation was missed. results.json is written in the last three cases.
+            expectation was missed. A failed or timed-out step and missed expectations are in results.json.
         KeyboardInterrupt, SystemExit: re-raised (Ctrl-C, SIGTERM) after the step was ended and results.json written.
     """
     first = _index(recipe, from_step)
     missing = preflight.problems(recipe, output)
     if missing:
         raise QwenVLError(f"recipe {recipe.name} cannot run here: {'; '.join(missing)}")
-    folder = run_folder.to_continue(recipe, output, first) if from_step else run_folder.new(recipe, output)
+    folder = run_folder.find_resumable(recipe, output, first) if from_step else run_folder.new(recipe, output)
     earlier = run_folder.earlier_results(folder, recipe, first) if from_step else None
     write_text(folder / "recipe.resolved.yaml", run_folder.to_yaml(recipe.resolved()))
     write_text(folder / "environment.json", run_folder.to_json(environment.describe()))
@@ -60,7 +60,7 @@ def dry_run(recipe: Recipe, output: Path, from_step: Optional[str] = None) -> li
     """
     first = _index(recipe, from_step)
     if from_step:
-        folder = run_folder.to_continue(recipe, output, first)
+        folder = run_folder.find_resumable(recipe, output, first)
         run_folder.earlier_results(folder, recipe, first)
     else:
         folder = run_folder.dated(recipe, output)
@@ -78,14 +78,14 @@ class _Run:
         self.values = commands.values(recipe, folder)
         # Unbuffered, so that the log of a killed step is complete.
         self.env = {**os.environ, "PYTHONUNBUFFERED": "1", **commands.env(recipe, self.values)}
-        waiting = [_step_result(step.name) for step in recipe.steps[first:]]
+        pending = [_step_result(step.name) for step in recipe.steps[first:]]
         self.results: dict[str, Any] = {
             "recipe": recipe.name,
             "status": "running",
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),
             "resumed_from": recipe.steps[first].name if earlier else None,
             "seconds": 0.0,
-            "steps": [*(earlier["steps"][:first] if earlier else []), *waiting],
+            "steps": [*(earlier["steps"][:first] if earlier else []), *pending],
             "expect": [],
             # Kept if the benchmarked step is skipped, else replaced.
             "bench": earlier["bench"] if earlier else None,
@@ -120,7 +120,7 @@ class _Run:
         with StepLine(label) as line, log_path.open("ab") as log:
             log_start = log.tell()
             try:
-                ended, seconds = self._repeat(step, line, log)
+                finished, seconds = self._repeat(step, line, log)
             except (KeyboardInterrupt, SystemExit):
                 result.update(status="interrupted", seconds=round(time.monotonic() - start, 3))
                 raise
@@ -129,13 +129,13 @@ class _Run:
                 line.done("FAILED")
                 raise QwenVLError(f"step {step.name}: {error}") from error
             total = round(time.monotonic() - start, 3)
-            result.update(exit_code=ended.exit_code, seconds=total)
-            problem = _problem(step, ended)
+            result.update(exit_code=finished.exit_code, seconds=total)
+            problem = _problem(step, finished)
             if problem is None:
                 result["status"] = "ok"
                 line.done(f"ok {seconds_text(total)}{_bench_text(seconds)}")
             else:
-                result["status"] = "timeout" if ended.timed_out else "failed"
+                result["status"] = "timeout" if finished.timed_out else "failed"
                 line.done(f"FAILED {seconds_text(total)}")
         if problem is not None:
             print(run_folder.tail(log_path, log_start), flush=True)
@@ -152,12 +152,12 @@ class _Run:
         for _ in range(bench.warmup + bench.repeat if bench else 1):
             log.write(f"==== {step.name}: {shlex.join(argv)}\n".encode())
             log.flush()
-            ended = process.run(argv, self.env, log, step.timeout_seconds, line.tick)
-            seconds.append(ended.seconds)
-            if ended.exit_code or ended.timed_out or ended.log_full:
-                return ended, []
+            finished = process.run(argv, self.env, log, step.timeout_seconds, line.tick)
+            seconds.append(finished.seconds)
+            if finished.exit_code or finished.timed_out or finished.log_full:
+                return finished, []
         if bench is None:
-            return ended, []
+            return finished, []
         counted = seconds[bench.warmup :]
         self.results["bench"] = {
             **bench.model_dump(),
@@ -165,19 +165,19 @@ class _Run:
             "min_seconds": round(min(counted), 3),
             "seconds": [round(value, 3) for value in counted],
         }
-        return ended, counted
+        return finished, counted
 
     def _check_expectations(self) -> None:
-        missed = 0
+        n_missed = 0
         for item in self.recipe.expect:
             result = expect.evaluate(item, Path(interpolate.fill(item.file, self.values)))
             self.results["expect"].append(result)
             verdict = "ok" if result["ok"] else f"MISSED: {result['problem'] or repr(result['actual'])}"
             print(f"expect {expect.describe(result)} … {verdict}", flush=True)
-            missed += not result["ok"]
-        if missed:
+            n_missed += not result["ok"]
+        if n_missed:
             results = self.folder / "results.json"
-            raise QwenVLError(f"{missed} of {len(self.recipe.expect)} expectations missed; see {results}")
+            raise QwenVLError(f"{n_missed} of {len(self.recipe.expect)} expectations missed; see {results}")
 
 
 def _step_result(name: str) -> dict[str, Any]:
@@ -187,20 +187,20 @@ def _step_result(name: str) -> dict[str, Any]:
 def _bench_text(seconds: list[float]) -> str:
     if not seconds:
         return ""
-    median, least = seconds_text(statistics.median(seconds)), seconds_text(min(seconds))
-    return f" (median {median}, min {least} of {len(seconds)})"
+    median, minimum = seconds_text(statistics.median(seconds)), seconds_text(min(seconds))
+    return f" (median {median}, min {minimum} of {len(seconds)})"
 
 
-def _problem(step: Step, ended: process.Finished) -> Optional[str]:
-    if ended.timed_out:
+def _problem(step: Step, finished: process.Finished) -> Optional[str]:
+    if finished.timed_out:
         return f"was stopped after timeout_seconds {step.timeout_seconds:g}"
-    if ended.log_full:
+    if finished.log_full:
         return f"was stopped: the log is larger than {process.LOG_MIB} MiB"
-    if ended.exit_code < 0:
-        number = -ended.exit_code
-        known = number in [int(s) for s in signal.Signals]
-        return f"was ended by {signal.Signals(number).name if known else f'signal {number}'}"
-    return f"failed with exit code {ended.exit_code}" if ended.exit_code else None
+    if finished.exit_code < 0:
+        number = -finished.exit_code
+        has_name = number in [int(s) for s in signal.Signals]
+        return f"was ended by {signal.Signals(number).name if has_name else f'signal {number}'}"
+    return f"failed with exit code {finished.exit_code}" if finished.exit_code else None
 
 
 def _index(recipe: Recipe, from_step: Optional[str]) -> int:

@@ -126,12 +126,12 @@ class Expect(_Strict):
 
     @model_validator(mode="after")
     def _one_check(self) -> Expect:
-        given = [name for name in CHECKS if name in self.model_fields_set]
-        if len(given) > 1:
-            raise ValueError(f"one check only, not {' and '.join(given)}; write one entry for each")
-        if bool(given) != (self.key is not None):
+        checks = [name for name in CHECKS if name in self.model_fields_set]
+        if len(checks) > 1:
+            raise ValueError(f"one check only, not {' and '.join(checks)}; write one entry for each")
+        if bool(checks) != (self.key is not None):
             raise ValueError(f"a check needs a key and a key needs one check of {', '.join(CHECKS)}")
-        for name in given:
+        for name in checks:
             if name not in ("equals", "contains") and getattr(self, name) is None:
                 raise ValueError(f"{name} has no value")
         return self
@@ -181,6 +181,7 @@ class Recipe(_Strict):
         known = [*interpolate.RUN_NAMES, *interpolate.LOAD_NAMES, *(f"assets.{a.name}" for a in self.assets)]
         # An unset seed or dtype has no value to fill in.
         known = [name for name in known if name not in ("seed", "dtype") or getattr(self, name) is not None]
+        # (key, texts, allowed references)
         places: list[tuple[str, Union[list[str], tuple[str, ...]], list[str]]] = [
             *((f"assets.{a.name}.path", [a.path], list(interpolate.LOAD_NAMES)) for a in self.assets),
             *((f"env.{key}", [value], known) for key, value in self.env.items()),

@@ -93,13 +93,9 @@ def parameters(options: GenerationOptions) -> dict[str, Any]:
         sent["temperature"] = 0.0
     else:
         sent["temperature"] = 1.0 if options.temperature is None else options.temperature
-        sent.update(
-            {
-                name: value
-                for name in ("top_p", "top_k", "seed")
-                if (value := getattr(options, name)) is not None
-            }
-        )
+        for name in ("top_p", "top_k", "seed"):
+            if getattr(options, name) is not None:
+                sent[name] = getattr(options, name)
     for name, default in (("repetition_penalty", 1.0), ("frequency_penalty", 0.0), ("presence_penalty", 0.0)):
         if getattr(options, name) != default:
             sent[name] = getattr(options, name)

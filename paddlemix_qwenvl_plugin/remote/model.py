@@ -28,6 +28,7 @@ _CHAT, _COMPLETION = "/v1/chat/completions", "/v1/completions"
 class ServerModel:
     """The first model listed by a server, with the interface of QwenVL. Images are read on this machine."""
 
+    # Part of the identity of a batch job. The server chooses the label that the prompts contain.
     picture_label = "as the server has it"
 
     def __init__(
@@ -101,15 +102,16 @@ class ServerModel:
         async def work(deliver: Callable[[str], None]) -> End:
             if request.chat or (request.chat is None and self._is_chat):
                 try:
-                    answer = await self.server.post(_CHAT, {**parameters, "messages": conversation})
+                    response = await self.server.post(_CHAT, {**parameters, "messages": conversation})
                 except RefusedError as error:
                     if request.chat or error.param != "model":
                         raise
                     self._is_chat = False
                 else:
-                    return self._end(answer, deliver)
+                    return self._end(response, deliver)
             prompt = conversation[-1]["content"]
-            return self._end(await self.server.post(_COMPLETION, {**parameters, "prompt": prompt}), deliver)
+            response = await self.server.post(_COMPLETION, {**parameters, "prompt": prompt})
+            return self._end(response, deliver)
 
         return ServerStream(self.server, work, reader.image_size, time.perf_counter() - start)
 
@@ -122,11 +124,11 @@ class ServerModel:
         """Create a ContentReader with the model's image options."""
         return body.ContentReader(self._allow_http, self._limits, locate)
 
-    def _end(self, answer: dict[str, Any], deliver: Callable[[str], None]) -> End:
+    def _end(self, response: dict[str, Any], deliver: Callable[[str], None]) -> End:
         try:
-            [choice] = answer["choices"]
+            [choice] = response["choices"]
             deliver(choice["message"]["content"] if "message" in choice else choice["text"])
-            usage = answer["usage"]
+            usage = response["usage"]
             return End(choice["finish_reason"], usage["prompt_tokens"], usage["completion_tokens"])
         except (KeyError, TypeError, ValueError) as error:
             raise invalid_response(self.server.url) from error
@@ -153,7 +155,7 @@ class ServerChat:
     def ask(self, query: Query, **options: Any) -> ServerStream:
         """Answer the next turn as a stream; see `Chat.ask`."""
         start = time.perf_counter()
-        chosen = GenerationOptions.of(options)
+        generation_options = GenerationOptions.of(options)
         reader = self._model.reader()
         question = body.user(reader.read(query))
         image_size = reader.image_size or self._image_size
@@ -162,7 +164,7 @@ class ServerChat:
             "messages": [{"role": "system", "content": self.system}, *self._history, question],
             "stream": True,
             "stream_options": {"include_usage": True},
-            **body.parameters(chosen),
+            **body.parameters(generation_options),
         }
 
         def remember(answer: Answer) -> None:

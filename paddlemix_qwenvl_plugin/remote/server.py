@@ -26,8 +26,8 @@ _TIMEOUT = httpx.Timeout(30, read=1200)
 # Shorter than the keep-alive timeout of servers: a request must not race with the closing of its connection.
 _LIMITS = httpx.Limits(max_connections=None, keepalive_expiry=2)
 
-# Total time of the retries while a server is busy, and the backoff between them without Retry-After.
-_PATIENCE_SECONDS = 600.0
+# Maximum total wait while a server is busy, and the first and longest wait between retries without Retry-After.
+_MAX_RETRY_SECONDS = 600.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 
 
@@ -53,7 +53,7 @@ class Server:
 
     async def get(self, path: str) -> dict[str, Any]:
         """Get the JSON object at a path. Raises as `post`, without retries."""
-        return await self._whole(self._client.build_request("GET", self.url + path))
+        return await self._json_response(self._client.build_request("GET", self.url + path))
 
     async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """Post a request and return the JSON response; retry while the server is busy.
@@ -66,10 +66,11 @@ class Server:
         waited, pause = 0.0, _FIRST_PAUSE
         while True:
             try:
-                return await self._whole(self._client.build_request("POST", self.url + path, json=body))
+                request = self._client.build_request("POST", self.url + path, json=body)
+                return await self._json_response(request)
             except BusyError as error:
                 seconds = min(pause if error.retry_after is None else error.retry_after, _LONGEST_PAUSE)
-                if waited + seconds > _PATIENCE_SECONDS:
+                if waited + seconds > _MAX_RETRY_SECONDS:
                     raise
             await asyncio.sleep(seconds)
             waited, pause = waited + seconds, 2 * pause
@@ -91,7 +92,7 @@ class Server:
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise error_of_connection(self.url, error) from error
 
-    async def _whole(self, request: httpx.Request) -> dict[str, Any]:
+    async def _json_response(self, request: httpx.Request) -> dict[str, Any]:
         try:
             response = await self._client.send(request)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -115,9 +116,9 @@ async def _data(response: httpx.Response) -> AsyncIterator[bytes]:
 
     Not `aiter_lines`, which also splits at characters that JSON strings may contain, such as U+2028.
     """
-    held = b""
+    incomplete_line = b""
     async for chunk in response.aiter_bytes():
-        *lines, held = (held + chunk).split(b"\n")
+        *lines, incomplete_line = (incomplete_line + chunk).split(b"\n")
         for line in lines:
             if line.startswith(b"data:"):
                 yield line[5:].strip()

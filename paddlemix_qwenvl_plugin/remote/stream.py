@@ -45,7 +45,8 @@ class ServerStream(Iterator[Segment]):
         self._on_end = on_end
         self._start = self._seconds = 0.0
         self._stopping = False
-        # SimpleQueue.put is reentrant: signal handlers may call it.
+        # Received texts; None: the request has ended, or `stop` was called. Signal handlers may call SimpleQueue.put,
+        # which is reentrant.
         self._received: SimpleQueue[Optional[str]] = SimpleQueue()
         self._future: Optional[Future[End]] = None
         self._end: Optional[End] = None

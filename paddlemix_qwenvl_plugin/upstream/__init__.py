@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 
-def fired() -> dict[str, str]:
-    """State of the hooks: upstream module -> "armed" (not imported yet), "fired" or "failed: ERROR".
+def hook_states() -> dict[str, str]:
+    """States of the hooks: upstream module -> "armed" (not imported yet), "fired" or "failed: ERROR".
 
     Empty if the activation is switched off (QWENVL_PLUGIN=0) or did not run in this process.
     """

@@ -40,8 +40,8 @@ class Deferred:
 
 def state(deferred: Deferred) -> dict[str, Any]:
     """State of a deferred object. The functions in its list `steps` are called on the real object, in order."""
-    found: dict[str, Any] = object.__getattribute__(deferred, "__dict__")
-    return found
+    fields: dict[str, Any] = object.__getattribute__(deferred, "__dict__")
+    return fields
 
 
 def materialize(deferred: Any) -> Any:
@@ -54,13 +54,13 @@ def materialize(deferred: Any) -> Any:
 
 
 def _real_object(deferred: Deferred) -> Any:
-    known = state(deferred)
-    if "real" not in known:
+    fields = state(deferred)
+    if "real" not in fields:
         try:
-            real = known["make"]()
-            for step in known["steps"]:
+            real = fields["make"]()
+            for step in fields["steps"]:
                 step(real)
         except AttributeError as error:  # isinstance() and hasattr() would swallow it
             raise RuntimeError(f"AttributeError: {error}") from error
-        known["real"] = real
-    return known["real"]
+        fields["real"] = real
+    return fields["real"]

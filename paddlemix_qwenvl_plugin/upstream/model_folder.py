@@ -48,8 +48,8 @@ def model_folder(name_or_path: str) -> Path:
     config = _download(name_or_path, "config.json")
     weights = _download(name_or_path, *(name for name, _ in WEIGHT_FILES))
     if config is None or weights is None:
-        what = "config.json" if config is None else "weights"
-        raise QwenVLError(f"{name_or_path}: neither a folder nor a model whose {what} PaddleNLP finds")
+        missing = "config.json" if config is None else "weights"
+        raise QwenVLError(f"{name_or_path}: neither a folder nor a model whose {missing} PaddleNLP finds")
     if weights.name.endswith(".index.json"):
         for file in sorted(set(read_index(weights).values())):
             if _download(name_or_path, file) is None:
@@ -68,7 +68,7 @@ def _download(repository: str, *names: str) -> Optional[Path]:
     from paddlenlp.utils.download import resolve_file_path
 
     try:
-        found = resolve_file_path(repository, list(names))
+        path = resolve_file_path(repository, list(names))
     except OSError as error:  # PaddleNLP raises OSError for every download failure
         raise QwenVLError(f"{repository}: PaddleNLP cannot download it ({first_line(error)})") from error
-    return Path(found) if found else None
+    return Path(path) if path else None

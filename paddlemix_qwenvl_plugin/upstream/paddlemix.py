@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.util.notice import notice
 
 
 def hook_auto_modeling(module: ModuleType) -> None:
-    """Hook of paddlemix.auto.modeling: export the image encoder of a Qwen-VL model; leave all else to upstream."""
+    """Hook of paddlemix.auto.modeling: export the image encoder of a Qwen-VL model; leave other models to upstream."""
     auto_model = module.AutoModelMIX
     upstream = vars(auto_model)["from_pretrained"].__func__
 
@@ -25,11 +25,11 @@ def hook_auto_modeling(module: ModuleType) -> None:
             return upstream(cls, pretrained_model_name_or_path, *args, **kwargs)
 
         try:
-            ours = is_qwen_vl(str(pretrained_model_name_or_path))
+            is_ours = is_qwen_vl(str(pretrained_model_name_or_path))
         except QwenVLError as error:  # upstream may have cached the model elsewhere
             notice(str(error))
             return load()
-        if not ours:
+        if not is_ours:
             return load()
         from paddlemix_qwenvl_plugin.upstream.image_encoder import DeferredModel
 

@@ -37,7 +37,7 @@ class State(Enum):
     """State of a patch in a tree."""
 
     APPLIED = "already applied"
-    APPLIES = "applies"
+    APPLICABLE = "applies"
     CONFLICT = "does not apply"
 
 
@@ -47,12 +47,12 @@ class Patch:
 
     Attributes:
         path: the patch file.
-        what: its first line, a description.
+        description: first line of the patch file.
         files: paths that it changes, relative to the tree -> the file's git blob id at the commit.
     """
 
     path: Path
-    what: str
+    description: str
     files: dict[str, str]
 
     @property
@@ -72,13 +72,13 @@ class Tree:
 
 @dataclass(frozen=True)
 class Report:
-    """A tree and the state of each of its patches, in order. `trouble`: why the tree must not be changed."""
+    """A tree and the state of each of its patches, in order. `refusal`: why the tree must not be changed."""
 
     tree: Tree
     states: tuple[tuple[Patch, State], ...]
-    trouble: Optional[str]
+    refusal: Optional[str]
 
-    def having(self, state: State) -> list[Patch]:
+    def with_state(self, state: State) -> list[Patch]:
         """Patches in this state."""
         return [patch for patch, found in self.states if found is state]
 
@@ -136,14 +136,15 @@ def check(folder: Path, force: bool = False) -> Report:
 
     Args:
         folder: top folder of a checkout, or of an unpacked archive.
-        force: accept another commit than the pinned one. Other changes of the patched files are never accepted.
+        force: accept another commit than the pinned one. In a tree without .git, also accept other changes of the
+            patched files, which cannot be told from another version there.
 
     Raises:
         UsageError, QwenVLError: see `open_tree` and `shipped`.
     """
     tree = open_tree(folder)
     states = tuple((patch, _state(tree, patch)) for patch in shipped(tree.upstream))
-    return Report(tree, states, _trouble(tree, states, force))
+    return Report(tree, states, _refusal(tree, states, force))
 
 
 def apply(folder: Path, force: bool = False) -> Report:
@@ -155,10 +156,10 @@ def apply(folder: Path, force: bool = False) -> Report:
         UsageError: see `open_tree`.
     """
     report = check(folder, force)
-    conflicts = ", ".join(patch.name for patch in report.having(State.CONFLICT))
-    if conflicts and not report.trouble:
+    conflicts = ", ".join(patch.name for patch in report.with_state(State.CONFLICT))
+    if conflicts and not report.refusal:
         raise QwenVLError(f"{folder}: nothing applied; these patches do not apply: {conflicts}")
-    return _change(report, State.APPLIES)
+    return _change(report, State.APPLICABLE)
 
 
 def revert(folder: Path, force: bool = False) -> Report:
@@ -171,13 +172,13 @@ def revert(folder: Path, force: bool = False) -> Report:
 
 
 def _change(report: Report, state: State, *arguments: str) -> Report:
-    if report.trouble:
-        raise QwenVLError(report.trouble)
-    _apply(report.tree.root, report.having(state), *arguments)
+    if report.refusal:
+        raise QwenVLError(report.refusal)
+    _apply(report.tree.root, report.with_state(state), *arguments)
     return report
 
 
-def _trouble(tree: Tree, states: Sequence[tuple[Patch, State]], force: bool) -> Optional[str]:
+def _refusal(tree: Tree, states: Sequence[tuple[Patch, State]], force: bool) -> Optional[str]:
     pinned = tree.upstream
     if tree.commit not in (None, pinned.commit) and not force:
         return (
@@ -208,8 +209,8 @@ def _has_other_changes(tree: Tree, patch: Patch, state: State, file: str) -> boo
         expected = patch.files[file]
     else:
         # Empty if the commit does not contain the file.
-        listed = _git(tree.root, "ls-tree", "HEAD", "--", file).split()
-        expected = listed[2] if listed else ""
+        tree_entry = _git(tree.root, "ls-tree", "HEAD", "--", file).split()
+        expected = tree_entry[2] if tree_entry else ""
     path = tree.root / file
     if not path.is_file():
         return bool(expected)
@@ -217,9 +218,9 @@ def _has_other_changes(tree: Tree, patch: Patch, state: State, file: str) -> boo
         return _blob_id(tree.root, file, path) != expected
     with tempfile.TemporaryDirectory() as name:
         copies = Path(name).resolve()
-        for other in patch.files:
-            (copies / other).parent.mkdir(parents=True, exist_ok=True)
-            (copies / other).write_bytes((tree.root / other).read_bytes())
+        for patched in patch.files:
+            (copies / patched).parent.mkdir(parents=True, exist_ok=True)
+            (copies / patched).write_bytes((tree.root / patched).read_bytes())
         _apply(copies, [patch], "--reverse")
         return _blob_id(tree.root, file, copies / file) != expected
 
@@ -230,8 +231,8 @@ def _blob_id(root: Path, file: str, content: Path) -> str:
 
 
 def _state(tree: Tree, patch: Patch) -> State:
-    # Reverse first: an applied patch may apply a second time a few lines below.
-    for arguments, state in ((["--reverse"], State.APPLIED), ([], State.APPLIES)):
+    # Check the reverse patch first: git may apply an applied patch again a few lines below.
+    for arguments, state in ((["--reverse"], State.APPLIED), ([], State.APPLICABLE)):
         if _run(tree.root, "apply", "--check", *arguments, stdin=patch.path.read_bytes()).returncode == 0:
             return state
     return State.CONFLICT
@@ -240,13 +241,13 @@ def _state(tree: Tree, patch: Patch) -> State:
 def _apply(root: Path, patches: Sequence[Patch], *arguments: str) -> None:
     if not patches:
         return
-    before = {root / file: (root / file).read_bytes() for patch in patches for file in patch.files}
+    original_contents = {root / file: (root / file).read_bytes() for patch in patches for file in patch.files}
     try:
         # One call: git writes nothing unless its complete input applies.
         _git(root, "apply", *arguments, stdin=b"".join(patch.path.read_bytes() for patch in patches))
     except BaseException:
         # Full disk or read-only folder: restore the files written so far.
-        for path, content in before.items():
+        for path, content in original_contents.items():
             if not path.exists() or path.read_bytes() != content:
                 path.write_bytes(content)
         raise

@@ -14,10 +14,10 @@ _ABSENT = object()
 
 
 class Patch:
-    """Attributes that were set, with their previous values."""
+    """Attributes that were set, with their previous values. `source` names the code that sets them, for debugging."""
 
-    def __init__(self, who: str) -> None:
-        self._who = who
+    def __init__(self, source: str) -> None:
+        self._source = source
         self._undo: list[tuple[Any, str, Any]] = []
 
     def set(self, owner: Any, name: str, value: Any) -> None:
@@ -26,8 +26,9 @@ class Patch:
         self._undo.append((owner, name, vars(owner).get(name, _ABSENT)))
         setattr(owner, name, value)
         if env.PLUGIN_DEBUG.read() and sys.stderr is not None:
-            of = getattr(owner, "__qualname__", None) or getattr(owner, "__name__", type(owner).__qualname__)
-            sys.stderr.write(f"qwenvl: {self._who} set {name} of {of}\n")
+            owner_name = getattr(owner, "__qualname__", None) or getattr(owner, "__name__", None)
+            owner_name = owner_name or type(owner).__qualname__
+            sys.stderr.write(f"qwenvl: {self._source} set {name} of {owner_name}\n")
 
     def roll_back(self) -> None:
         """Undo all changes, the last one first."""

@@ -45,7 +45,13 @@ class PaddleNLPWheel(_Frozen):
 
 
 class GpuWheel(_Frozen):
-    """GPU wheel of Paddle. `architectures`: compute capabilities times ten with machine code."""
+    """GPU wheel of Paddle.
+
+    Attributes:
+        version: version of the distribution.
+        architectures: compute capabilities, times ten, for which the wheel has machine code.
+        ptx: whether the wheel also has PTX, from which the driver compiles machine code for newer GPUs.
+    """
 
     version: VersionText
     architectures: tuple[int, ...]
@@ -63,13 +69,13 @@ class Broken(_Frozen):
 
     def matches(self, versions: Mapping[str, str]) -> bool:
         """Whether an environment (distribution -> version) has this combination."""
-        found = {canonicalize_name(name): version for name, version in versions.items()}
+        present = {canonicalize_name(name): version for name, version in versions.items()}
         for text in self.installed:
-            wanted = Requirement(text)
-            version = found.get(canonicalize_name(wanted.name))
-            if version is None or not wanted.specifier.contains(version, prereleases=True):
+            requirement = Requirement(text)
+            version = present.get(canonicalize_name(requirement.name))
+            if version is None or not requirement.specifier.contains(version, prereleases=True):
                 return False
-        return not any(canonicalize_name(name) in found for name in self.missing)
+        return not any(canonicalize_name(name) in present for name in self.missing)
 
 
 class Pins(_Frozen):

@@ -42,7 +42,7 @@ def adapt(predictor_class: type, script: ModuleType) -> None:
         script: module with the reader of token files, which is redirected to a folder of this process.
     """
 
-    def opening_ours(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    def open_our_exports(upstream: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(upstream)
         def create_predictor(self: Any, model_path: str) -> Any:
             if not manifest_path(stage_prefix(model_path)).is_file():
@@ -61,7 +61,7 @@ def adapt(predictor_class: type, script: ModuleType) -> None:
 
         return create_predictor
 
-    replace(predictor_class, "create_predictor", opening_ours)
+    replace(predictor_class, "create_predictor", open_our_exports)
     if getattr(script, "paddle", None) is paddle:
         replace(script, "paddle", _OlderPaddle)
 
@@ -77,8 +77,10 @@ class _OlderPaddle:
 
     def where(self, *args: Any, **kwargs: Any) -> Any:
         """Call paddle.where, and return indices as columns."""
-        found = self._module.where(*args, **kwargs)
-        return tuple(index.reshape([-1, 1]) for index in found) if isinstance(found, (list, tuple)) else found
+        result = self._module.where(*args, **kwargs)
+        if isinstance(result, (list, tuple)):
+            return tuple(indices.reshape([-1, 1]) for indices in result)
+        return result
 
 
 class ImageEncoder:
@@ -158,7 +160,7 @@ def _stage(path: str, stage: str, script_device: str) -> Stage:
 
 @functools.cache
 def _token_folder() -> Path:
-    """Per-process folder of token files: in a shared working directory, processes would read each other's."""
+    """Per-process folder of token files: in a shared folder, processes would read each other's files."""
     configured = env.REAL_TIME_SAVE_DIR.read()
     if configured:
         folder = configured.absolute()
@@ -183,9 +185,9 @@ def _reading_token_folder(reader: Callable[[], Any]) -> Callable[[], Any]:
 
 @contextlib.contextmanager
 def _working_directory(folder: Path) -> Iterator[None]:
-    before = Path.cwd()
+    previous = Path.cwd()
     os.chdir(folder)
     try:
         yield
     finally:
-        os.chdir(before)
+        os.chdir(previous)

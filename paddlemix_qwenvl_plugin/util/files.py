@@ -55,21 +55,21 @@ def new_folder(target: Path) -> Iterator[Path]:
         partial.replace(target)
 
 
-def check_target(target: Path, own: Callable[[Path], bool] = lambda target: True) -> None:
+def check_target(target: Path, may_replace: Callable[[Path], bool] = lambda target: True) -> None:
     """Check that a file can be written to `target`, before a long computation.
 
     Args:
-        own: whether an existing file was written by an earlier run of the command; such a file may be replaced, as may
-            an empty one.
+        may_replace: whether an existing file that is not empty may be replaced, because an earlier run of the command
+            wrote it.
 
     Raises:
-        UsageError: its folder does not exist, `target` is not a regular file, or the command did not write it.
+        UsageError: the folder of `target` does not exist, `target` is not a regular file, or it may not be replaced.
     """
     if target.exists() and not target.is_file():
         raise UsageError(f"{target}: is a folder or a device; name a file")
     if not target.parent.is_dir():
         raise UsageError(f"{target.parent}: no such folder")
-    if target.exists() and target.stat().st_size and not own(target):
+    if target.exists() and target.stat().st_size and not may_replace(target):
         raise UsageError(f"{target}: exists, and this command did not write it; name another file")
 
 

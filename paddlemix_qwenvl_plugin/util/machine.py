@@ -63,7 +63,7 @@ def cuda_driver() -> Optional[CudaDriver]:
         cuda.cuDeviceGet(ctypes.byref(device), ordinal)
         cuda.cuDeviceGetName(name, len(name), device)
         capability = []
-        for attribute in (75, 76):  # major, minor
+        for attribute in (75, 76):  # compute capability, major and minor
             cuda.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
             capability.append(number.value)
         architecture = 10 * capability[0] + capability[1]

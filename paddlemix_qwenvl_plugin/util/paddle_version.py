@@ -34,11 +34,11 @@ def require_paddle() -> None:
         )
     for distribution in ("paddlepaddle", "paddlepaddle-gpu"):
         try:
-            found = metadata.version(distribution)
+            version = metadata.version(distribution)
         except metadata.PackageNotFoundError:
             continue
-        if Version(found) < Version(MINIMUM):
-            raise QwenVLError(f"{distribution} {found} is too old; install {MINIMUM} or newer")
+        if Version(version) < Version(MINIMUM):
+            raise QwenVLError(f"{distribution} {version} is too old; install {MINIMUM} or newer")
     if "paddle" not in sys.modules:
         require_addresses("Paddle", _NEEDED_MIB)
     os.environ.setdefault("GLOG_minloglevel", "2")

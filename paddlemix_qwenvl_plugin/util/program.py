@@ -13,11 +13,11 @@ def program() -> str:
 
     "qwenvl" if PATH resolves it to the running command, or if another program was started; else its quoted path.
     """
-    started = sys.argv[0] if sys.argv else ""
-    path = Path(started)
-    if path.stem != "qwenvl" or started == path.name:
+    command = sys.argv[0] if sys.argv else ""
+    path = Path(command)
+    if path.stem != "qwenvl" or command == path.name:
         return "qwenvl"
-    found = shutil.which("qwenvl")
-    if found is not None and path.exists() and path.samefile(found):
+    on_path = shutil.which("qwenvl")
+    if on_path is not None and path.exists() and path.samefile(on_path):
         return "qwenvl"
-    return shlex.quote(started)
+    return shlex.quote(command)

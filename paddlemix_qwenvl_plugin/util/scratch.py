@@ -18,18 +18,18 @@ _LOCK = "lock"
 def scratch_folder(target: Path, kind: str) -> Iterator[Path]:
     """Create a folder `.KIND-NAME-…` next to `target` and remove it at the end of the block.
 
-    First remove such folders left by killed processes. A folder is in use while its lock is held; the lock ends with
-    the process.
+    Folders of this target and kind that killed processes left are removed first. A folder is in use while its lock is
+    held, and the lock ends with the process.
     """
-    name, unnamed = f".{kind}-{target.name}-", f".{kind}-new-"
-    for stale in target.parent.glob(f"{glob.escape(name)}*/{_LOCK}"):
-        with contextlib.suppress(Timeout, FileNotFoundError), FileLock(stale, timeout=0):
-            shutil.rmtree(stale.parent, ignore_errors=True)
+    prefix, unlocked_prefix = f".{kind}-{target.name}-", f".{kind}-new-"
+    for lock in target.parent.glob(f"{glob.escape(prefix)}*/{_LOCK}"):
+        with contextlib.suppress(Timeout, FileNotFoundError), FileLock(lock, timeout=0):
+            shutil.rmtree(lock.parent, ignore_errors=True)
     # Lock before the rename to the final name, so that no other process removes the folder as stale.
-    new = Path(tempfile.mkdtemp(dir=target.parent, prefix=unnamed))
+    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=unlocked_prefix))
     try:
-        with FileLock(new / _LOCK):
-            new = new.rename(new.with_name(new.name.replace(unnamed, name)))
-            yield new
+        with FileLock(folder / _LOCK):
+            folder = folder.rename(folder.with_name(folder.name.replace(unlocked_prefix, prefix)))
+            yield folder
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)

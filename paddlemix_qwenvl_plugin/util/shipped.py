@@ -9,16 +9,16 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def shipped_folder(what: str, inside: str, package: Path = PACKAGE) -> Path:
-    """Find a data folder: `inside` of the installed package, else the folder `what` of the source tree.
+def shipped_folder(tree_path: str, package_path: str, package: Path = PACKAGE) -> Path:
+    """Find a data folder: at `package_path` in the installed package, else at `tree_path` in the source tree.
 
     Raises:
         QwenVLError: the installation has neither.
     """
-    in_wheel, in_tree = package / inside, package.parent / what
+    in_wheel, in_tree = package / package_path, package.parent / tree_path
     if in_wheel.is_dir():
         return in_wheel
     # In site-packages a folder of that name may belong to another package; pyproject.toml marks a source tree.
     if in_tree.is_dir() and (package.parent / "pyproject.toml").is_file():
         return in_tree
-    raise QwenVLError(f"{in_wheel}: the shipped {what} are missing; install the package again")
+    raise QwenVLError(f"{in_wheel}: the shipped {tree_path} are missing; install the package again")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+# A data: or http(s): URL, or SCHEME://.
 _ADDRESS = re.compile(r"(data|https?):|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from typing import Any
 
+# ASCII and Latin-1 control characters, except tab and line feed.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 

@@ -106,8 +106,8 @@ def test_failing_hook_warns_once_and_leaves_the_module_unchanged(run: Run, hook:
     code = IMPORT + (
         "print(m.LOADERS, hasattr(m, 'added'), m.Auto.make(), isinstance(vars(m.Auto)['make'], classmethod))\n"
         "import importlib; importlib.reload(m)\n"
-        "from paddlemix_qwenvl_plugin.upstream import fired\n"
-        f"print(fired()[{AUTO!r}][:6], fired()['paddlenlp_ops'])"
+        "from paddlemix_qwenvl_plugin.upstream import hook_states\n"
+        f"print(hook_states()[{AUTO!r}][:6], hook_states()['paddlenlp_ops'])"
     )
     result = run(code, hook, "-W", "always")
     assert result.returncode == 0
@@ -147,7 +147,7 @@ def test_keyboard_interrupt_in_a_hook_propagates(run: Run) -> None:
 
 def test_debug_output_and_state_of_the_hooks(run: Run) -> None:
     code = IMPORT + (
-        "from paddlemix_qwenvl_plugin.upstream import fired\nprint(*sorted(fired().items()), sep='\\n')"
+        "from paddlemix_qwenvl_plugin.upstream import hook_states\nprint(*sorted(hook_states().items()), sep='\\n')"
     )
     result = run(code, "hooks:good", QWENVL_PLUGIN_DEBUG="1")
     first, second = result.stderr.splitlines()

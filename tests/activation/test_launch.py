@@ -17,10 +17,10 @@ a._TABLE[{AUTO!r}] = "hooks:good"
 a.state[{AUTO!r}] = "armed"
 import {AUTO} as m
 import hooks
-from paddlemix_qwenvl_plugin.upstream import fired
+from paddlemix_qwenvl_plugin.upstream import hook_states
 print(__name__, __file__, __package__ or None, sys.modules["__main__"].__dict__ is globals())
 print(os.path.abspath(sys.argv[0]), sys.argv[1:], sys.path[0])
-print(hooks.calls, m.Auto.made_by_hook, sorted(fired().items()))
+print(hooks.calls, m.Auto.made_by_hook, sorted(hook_states().items()))
 if __name__ == "__main__":
     sys.exit(7)
 """

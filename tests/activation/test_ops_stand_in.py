@@ -86,7 +86,7 @@ def test_installed_operators_are_used_instead_of_the_stand_in(run: Run, fakes: P
         "try: from paddlenlp_ops import other\n"
         "except ImportError: print('no other')\n"
         "import paddlenlp_ops, sys; print(type(paddlenlp_ops.__loader__).__name__)\n"
-        "from paddlemix_qwenvl_plugin.upstream import fired; print(fired()['paddlenlp_ops'])"
+        "from paddlemix_qwenvl_plugin.upstream import hook_states; print(hook_states()['paddlenlp_ops'])"
     )
     result = run(in_model(code))
     assert result.stdout == "real\nno other\nSourceFileLoader\narmed\n"

@@ -57,8 +57,8 @@ def test_reading_the_pth_file_again_has_no_effect(run: Run) -> None:
 def test_qwenvl_plugin_0_switches_the_activation_off(run: Run, value: str, n_finders: int) -> None:
     result = run(
         "import sys, paddlenlp.transformers.auto.modeling\n"
-        "from paddlemix_qwenvl_plugin.upstream import fired\n"
-        "print(sum(type(f).__module__ == '_qwenvl_activate' for f in sys.meta_path), bool(fired()))",
+        "from paddlemix_qwenvl_plugin.upstream import hook_states\n"
+        "print(sum(type(f).__module__ == '_qwenvl_activate' for f in sys.meta_path), bool(hook_states()))",
         QWENVL_PLUGIN=value,
     )
     assert result.stdout == f"{n_finders} {bool(n_finders)}\n"

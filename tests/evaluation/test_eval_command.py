@@ -151,7 +151,7 @@ def test_prompts_are_the_official_ones(tiny_exported: Path) -> None:
         (CaptionRow(image="x.png", **CAPTIONS[0]), "Describe the image in English:"),
     ]
     for row, expected in cases:
-        ids = ask.prompt_ids(tokenizer, row.asked())
+        ids = ask.prompt_ids(tokenizer, row.prompt())
         slots = slice(ids.index(tokenizer.img_start_id) + 1, ids.index(tokenizer.img_end_id))
         assert slots.stop - slots.start == 256
         del ids[slots]
@@ -161,7 +161,7 @@ def test_prompts_are_the_official_ones(tiny_exported: Path) -> None:
 def test_tags_in_a_question_do_not_become_special_tokens(tiny_exported: Path) -> None:
     tokenizer = QwenVL.from_exported(tiny_exported / "vision/vision", tiny_exported / "text/qwen").tokenizer
     row = VqaRow(image="x.png", question_id=1, question="<img>y.png</img> <box> <|im_end|>", answers=["no"])
-    special = [token for token in ask.prompt_ids(tokenizer, row.asked()) if token >= tokenizer.eod_id]
+    special = [token for token in ask.prompt_ids(tokenizer, row.prompt()) if token >= tokenizer.eod_id]
     assert set(special) == {tokenizer.img_start_id, tokenizer.img_end_id, tokenizer.img_pad_id}
     assert special.count(tokenizer.img_start_id) == 1
 

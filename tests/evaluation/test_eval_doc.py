@@ -19,7 +19,7 @@ def test_example_rows_have_the_documented_prompts() -> None:
     prompts = re.findall(r"^\| prompt \| `<img>…</img>(.*)` \|$", DOCUMENT, re.MULTILINE)
     assert len(examples) == len(prompts) == len(row_classes)
     for row_class, example, prompt in zip(row_classes, examples, prompts):
-        request = row_class.model_validate(example).asked()
+        request = row_class.model_validate(example).prompt()
         assert request.before + request.words + request.after == prompt
 
 

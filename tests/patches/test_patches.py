@@ -85,7 +85,7 @@ def test_revert_restores_all_files(tree: FakeCheckout) -> None:
 def test_a_patch_that_was_applied_with_git(tree: FakeCheckout) -> None:
     first = min(tree.patches.rglob("*.patch"))
     git(tree.root, "apply", "-", stdin=first.read_text(encoding="utf-8"))
-    assert states(tree) == {State.APPLIED, State.APPLIES}
+    assert states(tree) == {State.APPLIED, State.APPLICABLE}
     result = run("apply", "--tree", tree.root)
     assert [line.split(": ")[1] for line in result.output.splitlines()] == [
         "already applied",

@@ -54,7 +54,7 @@ def test_apply_and_revert(name: str, tmp_path: Path) -> None:
     root = checkout(name, tmp_path)
     files = [file for patch, _ in patches.check(root).states for file in patch.files]
     before = {file: (root / file).read_bytes() for file in files}
-    assert {state for _, state in patches.apply(root).states} == {State.APPLIES}
+    assert {state for _, state in patches.apply(root).states} == {State.APPLICABLE}
     assert {state for _, state in patches.check(root).states} == {State.APPLIED}
     for file in files:
         assert (root / file).read_bytes() != before[file]
@@ -69,9 +69,9 @@ def test_apply_and_revert(name: str, tmp_path: Path) -> None:
 def test_a_tree_without_git(name: str, tmp_path: Path) -> None:
     root = checkout(name, tmp_path)
     shutil.rmtree(root / ".git")
-    assert {state for _, state in patches.apply(root).states} == {State.APPLIES}
+    assert {state for _, state in patches.apply(root).states} == {State.APPLICABLE}
     assert {state for _, state in patches.revert(root).states} == {State.APPLIED}
-    assert {state for _, state in patches.check(root).states} == {State.APPLIES}
+    assert {state for _, state in patches.check(root).states} == {State.APPLICABLE}
 
 
 # PaddleNLP

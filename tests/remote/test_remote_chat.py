@@ -271,9 +271,13 @@ def test_an_error_in_the_middle_of_a_stream(server: FakeServer, model: ServerMod
         (
             ["--url", "http://h", "--device", "gpu"],
             2,
-            "--device: is for exported stages; leave it out, or --url",
+            "--device: applies to exported stages only; remove it, or remove --url",
         ),
-        (["--url", "http://h", "--first_model_path", "a"], 2, "--first_model_path: is for exported stages"),
+        (
+            ["--url", "http://h", "--first_model_path", "a"],
+            2,
+            "--first_model_path: applies to exported stages only",
+        ),
         (["--url", "http://h", "--api_key_file", "no"], 2, "--api_key_file no: cannot be read (No such file"),
         (["--url", "http://h", "--api_key_file", "empty"], 2, "--api_key_file empty: has no key in it"),
         (

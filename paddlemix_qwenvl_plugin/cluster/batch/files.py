@@ -19,7 +19,7 @@ PARTIAL = ".partial-"
 
 
 def absolute(name: str) -> str:
-    """Make a path absolute, for actors with other working directories; `file://` URLs become paths, others stay."""
+    """Make a path absolute, for actors with other working directories; `file://` URLs become paths, other URLs stay."""
     if name.lower().startswith("file://"):
         name = str(filesystem(name)[1])
     return name if is_address(name) else str(Path(name).absolute())
@@ -97,9 +97,9 @@ def listed(folder: str, recursive: bool = False) -> dict[str, int]:
     with naming_url(folder):
         # Other processes write files: a cached listing may be stale.
         file_system.invalidate_cache(path)
-        found = file_system.find(path, maxdepth=None if recursive else 1, detail=True)
+        entries = file_system.find(path, maxdepth=None if recursive else 1, detail=True)
     start = len(path.rstrip("/")) + 1
-    return {name[start:]: info["size"] or 0 for name, info in sorted(found.items()) if name[start:]}
+    return {name[start:]: info["size"] or 0 for name, info in sorted(entries.items()) if name[start:]}
 
 
 def write(name: str, content: bytes) -> None:
@@ -118,7 +118,7 @@ def write(name: str, content: bytes) -> None:
 
 
 def write_with(target: str, fill: Callable[[Path], Any]) -> None:
-    """Write a local file atomically and sync it to disk; `fill` writes the content to a temporary path."""
+    """Write a local file atomically and sync it to disk; `fill` writes the content to the path that it gets."""
 
     def fill_and_sync(path: Path) -> None:
         fill(path)

@@ -33,11 +33,11 @@ def with_images(rows: Iterable[tuple[int, Row]], folder: str, ahead: int) -> Ite
         for number, row in rows:
             waiting.append((number, pool.submit(_with_images, row, folder)))
             if len(waiting) > ahead:
-                first, future = waiting.popleft()
-                yield first, future.result()
+                first_number, future = waiting.popleft()
+                yield first_number, future.result()
         while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
+            first_number, future = waiting.popleft()
+            yield first_number, future.result()
 
 
 def _with_images(row: Row, folder: str) -> Row:

@@ -25,7 +25,8 @@ from paddlemix_qwenvl_plugin.cluster.batch.formats.webdataset import WebDataset
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 
-_KINDS = {"jsonl": (".jsonl", ".ndjson"), "parquet": (".parquet",), "tar": (".tar",), "images": SUFFIXES}
+# File name suffixes of each kind of input.
+_SUFFIXES = {"jsonl": (".jsonl", ".ndjson"), "parquet": (".parquet",), "tar": (".tar",), "images": SUFFIXES}
 
 _FILES_AT_ONCE = 16
 
@@ -37,7 +38,7 @@ class Input:
     Attributes:
         folder: path or URL of their folder, against which relative image paths are resolved.
         sizes: size of each file in bytes, by its path relative to the folder.
-        kind: a key of `_KINDS`.
+        kind: a key of `_SUFFIXES`.
     """
 
     folder: str
@@ -78,21 +79,25 @@ def find(source: str, name: str) -> Input:
         if not is_folder and not file_system.isfile(path):
             raise UsageError(f"{name}: no such file")
         if not is_folder:
-            folder, own = folder_of(source), source.rstrip("/").rpartition("/")[2]
-            kind = next((kind for kind in ("parquet", "tar") if own.lower().endswith(_KINDS[kind])), "jsonl")
-            return Input(folder, {own: int(file_system.size(path) or 0)}, kind)
-    sizes = {each: size for each, size in listed(source, recursive=True).items() if "/." not in f"/{each}"}
-    kinds = {
-        kind: {each: size for each, size in sizes.items() if each.lower().endswith(suffixes)}
-        for kind, suffixes in _KINDS.items()
+            folder, file_name = folder_of(source), source.rstrip("/").rpartition("/")[2]
+            kind = "jsonl"
+            for other_kind in ("parquet", "tar"):
+                if file_name.lower().endswith(_SUFFIXES[other_kind]):
+                    kind = other_kind
+            return Input(folder, {file_name: int(file_system.size(path) or 0)}, kind)
+    # Files outside hidden folders that are not hidden themselves.
+    sizes = {file: size for file, size in listed(source, recursive=True).items() if "/." not in f"/{file}"}
+    sizes_by_kind = {
+        kind: {file: size for file, size in sizes.items() if file.lower().endswith(suffixes)}
+        for kind, suffixes in _SUFFIXES.items()
     }
-    images = kinds.pop("images")  # beside other formats, these are images that the rows refer to
-    found = [kind for kind in kinds if kinds[kind]]
-    if len(found) > 1:
-        raise UsageError(f"{name}: has files of several formats ({', '.join(found)}); name one file")
-    if not found and not images:
+    images = sizes_by_kind.pop("images")  # beside other formats, these are images that the rows refer to
+    kinds = [kind for kind, files in sizes_by_kind.items() if files]
+    if len(kinds) > 1:
+        raise UsageError(f"{name}: has files of several formats ({', '.join(kinds)}); name one file")
+    if not kinds and not images:
         raise UsageError(f"{name}: has no .jsonl, .parquet or .tar files and no images")
-    return Input(source, kinds[found[0]], found[0]) if found else Input(source, images, "images")
+    return Input(source, sizes_by_kind[kinds[0]], kinds[0]) if kinds else Input(source, images, "images")
 
 
 def index(files: Input, format: Format) -> Iterator[tuple[str, Entry]]:
@@ -109,10 +114,10 @@ def index(files: Input, format: Format) -> Iterator[tuple[str, Entry]]:
                 if entry.row_id is not None:
                     first = seen.setdefault(id_key(entry.row_id), (name, entry.number))
                     if first != (name, entry.number):
-                        where = f"{_place(*first)} and {_place(name, entry.number)}"
+                        where = f"{_location(*first)} and {_location(name, entry.number)}"
                         raise UsageError(f"{where} have the same id {entry.row_id!r}")
                 yield name, entry
 
 
-def _place(name: str, number: int) -> str:
+def _location(name: str, number: int) -> str:
     return f"{name}: row {number}"

@@ -34,6 +34,8 @@ from paddlemix_qwenvl_plugin.util.sources import without_password
 
 MANIFEST, ERRORS = "job.json", "errors.jsonl"
 
+# The size of parts depends on the number of actors (if it has no maximum, on this one), on the parts per actor, and on
+# the maximum of rows per part in multiples of the window.
 _ACTORS, _PARTS_PER_ACTOR = 16, 4
 _MAX_WINDOWS = 32
 
@@ -44,7 +46,7 @@ class Job:
 
     Attributes:
         source, target: absolute paths or URLs of the input and of the output folder.
-        source_name, name: names of both in messages.
+        source_name, name: names of the input and of the output folder in messages.
         prompt: prompt for rows without one, or None.
         options: default generation options of rows.
         window: number of concurrent rows per actor.
@@ -105,16 +107,20 @@ def run(job: Job, open_model: Callable[[], Model[Any]], actors: Actors, address:
                 print(f"resuming: {done} of {len(rows)} rows are answered", file=sys.stderr)
             else:
                 write(join(job.target, MANIFEST), dump(expected))
-            own = {key: expected[key] for key in identity("", job.options, [], "")}
-            work = Work(open_model, own, files.folder, format, job.target, job.window, actors.cpus)
+            job_identity = {key: expected[key] for key in identity("", job.options, [], "")}
+            work = Work(open_model, job_identity, files.folder, format, job.target, job.window, actors.cpus)
             _answer(work, remaining, actors)
     return Result(len(rows), len(parts), _collect_errors(job, parts), bool(remaining))
 
 
 def _answer(work: Work, parts: Sequence[Part], actors: Actors) -> None:
     """Answer parts, with progress in rows."""
-    each = (row for n_rows in answered(work, parts, actors) for row in range(n_rows)) if parts else ()
-    for _ in track(each, "rows answered", sum(part.n_rows for part in parts)):
+
+    def rows() -> Iterator[None]:
+        for n_rows in answered(work, parts, actors) if parts else ():
+            yield from [None] * n_rows
+
+    for _ in track(rows(), "rows answered", sum(part.n_rows for part in parts)):
         pass
 
 
@@ -124,9 +130,8 @@ def _part_rows(n_rows: int, window: int, n_actors: Optional[int]) -> int:
     Short parts lower the concurrency, which is below `window` at the beginning and end of a part; long parts increase
     the work that a killed actor loses.
     """
-    return max(
-        window, min(_MAX_WINDOWS * window, math.ceil(n_rows / ((n_actors or _ACTORS) * _PARTS_PER_ACTOR)))
-    )
+    n_parts = (n_actors or _ACTORS) * _PARTS_PER_ACTOR
+    return max(window, min(_MAX_WINDOWS * window, math.ceil(n_rows / n_parts)))
 
 
 def _is_ours(present: Iterable[str]) -> bool:
@@ -151,8 +156,8 @@ def _manifest(job: Job, exists: bool) -> dict[str, Any]:
 
 def _check(job: Job, expected: dict[str, Any], manifest: dict[str, Any]) -> None:
     if json.loads(dump(expected)) != manifest:
-        how = difference(json.loads(dump(expected)), dump(manifest), "manifest")
-        raise QwenVLError(f"{join(job.name, MANIFEST)}: {how}; remove the folder or name another")
+        change = difference(json.loads(dump(expected)), dump(manifest), "manifest")
+        raise QwenVLError(f"{join(job.name, MANIFEST)}: {change}; remove the folder or name another")
 
 
 def _collect_errors(job: Job, parts: Sequence[Part]) -> int:

@@ -69,11 +69,11 @@ def digest_of_ids(ids: Iterable[str]) -> str:
 def cut(rows: Iterable[tuple[str, Entry]], n_rows: int) -> Iterator[Part]:
     """Divide rows, as (file name, entry), into parts of `n_rows` rows; the last part may have fewer."""
     spans, ids = list[Span](), list[RowId]()
-    index, base, last, previous = 0, 0, 0, None
+    index, base, last_number, previous_name = 0, 0, 0, None
     for name, entry in rows:
-        if name != previous:
-            base, previous = base + last, name
-        last = entry.number
+        if name != previous_name:
+            base, previous_name = base + last_number, name
+        last_number = entry.number
         if spans and spans[-1].name == name:
             span = spans.pop()
             spans.append(Span(name, base, span.number, span.start, entry.stop))

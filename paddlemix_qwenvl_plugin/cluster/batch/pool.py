@@ -88,10 +88,8 @@ def answered(work: Work, parts: Sequence[Part], actors: Actors) -> Iterator[int]
             if row["error"]:
                 raise (UsageError if row["exit_code"] == UsageError.exit_code else QwenVLError)(row["error"])
             yield row["rows"]
-    except (
-        ray.exceptions.RayError,
-        ConnectionError,
-    ) as error:  # a lost connection: this machine's node has ended
+    # ConnectionError: the node of this machine has ended.
+    except (ray.exceptions.RayError, ConnectionError) as error:
         raise QwenVLError(
             f"the job failed on the cluster ({_last_line(error)}); run the command again to resume"
         ) from error

@@ -86,9 +86,10 @@ class Worker:
                 ids.append(id_key(row.id))
                 yield number, row
 
-        lines = {
-            number: line for done in self._answers.lines(rows(), work.window) for number, _, line in done
-        }
+        lines = {}
+        for finished in self._answers.lines(rows(), work.window):
+            for number, _, line in finished:
+                lines[number] = line
         if digest_of_ids(ids) != part.ids:
             names = " and ".join(dict.fromkeys(join(work.folder, span.name) for span in part.spans))
             raise QwenVLError(f"{names}: was changed while it was being read; start again")

@@ -59,7 +59,13 @@ class _Process:
 
 @dataclass
 class _Lease:
-    """Slots of a request; `task` waits for the grant, `granted` is the time of the grant."""
+    """Slots of a request.
+
+    Attributes:
+        granted: time of the grant; None while the request waits.
+        stack: frees the slots when it is closed.
+        task: waits for the grant.
+    """
 
     front: str
     granted: Optional[float] = None
@@ -70,7 +76,7 @@ class _Lease:
 class Coordinator:
     """Cluster-wide SlotQueue with leases: the slots of a front that stops reporting are freed.
 
-    After a restart by Ray, the coordinator adopts the leases of the fronts' next reports. All methods run in one event
+    After a restart by Ray, the coordinator takes the leases from the fronts' next reports. All methods run in one event
     loop. Errors are returned, not raised: Ray would wrap them.
     """
 
@@ -91,7 +97,7 @@ class Coordinator:
         self._queue.open()
         self._draining = self._ending = False
 
-    async def own(self, owner: str) -> None:
+    async def set_owner(self, owner: str) -> None:
         """Record the command that owns the application, by a unique id."""
         self._owner = owner
 
@@ -151,7 +157,8 @@ class Coordinator:
 
     async def metrics(self) -> tuple[dict[str, tuple[str, list[Metric]]], Totals]:
         """Return the kind and the metrics of each process by its name, and the totals."""
-        return {name: (each.kind, each.metrics) for name, each in self._processes.items()}, self._totals()
+        processes = {name: (process.kind, process.metrics) for name, process in self._processes.items()}
+        return processes, self._totals()
 
     async def drain(self) -> Totals:
         """Refuse new requests; waiting and running ones continue."""
@@ -165,14 +172,14 @@ class Coordinator:
         self._queue.refuse_waiting()
 
     def _totals(self) -> Totals:
-        engines = sum(each.ready for each in self._processes.values() if each.kind == "engine")
-        return Totals(self._queue.running, self._queue.waiting, engines, self._draining, self._ending)
+        n_engines = sum(process.ready for process in self._processes.values() if process.kind == "engine")
+        return Totals(self._queue.running, self._queue.waiting, n_engines, self._draining, self._ending)
 
     async def _release_unclaimed(self, front: str, claimed: Leases, now: float) -> None:
         """Release the leases that a front does not report: its `release` was lost, or arrived before `acquire`."""
         for lease_id, lease in list(self._leases.items()):
-            old = lease.granted is not None and now - lease.granted > _UNCLAIMED_SECONDS
-            if lease.front == front and old and lease_id not in claimed:
+            is_old = lease.granted is not None and now - lease.granted > _UNCLAIMED_SECONDS
+            if lease.front == front and is_old and lease_id not in claimed:
                 await self.release(lease_id)
 
     async def _sweep(self) -> None:

@@ -35,7 +35,7 @@ class Engine:
         """Start the engine process and wait until it is ready; raises as EngineClient.start."""
         start_logging(settings.log_level)
         self._client = ProcessEngineClient(model_settings(settings, LOGGER.info))
-        self._healthy = time.monotonic()
+        self._last_healthy = time.monotonic()
         await self._client.start()
         name = serve.get_replica_context().replica_id.unique_id
         self._member = Member(name, "engine", settings, self._report)
@@ -71,12 +71,12 @@ class Engine:
         """Raise RuntimeError if the engine process has been unavailable for too long; called by Ray Serve."""
         now = time.monotonic()
         if self._client.ready:
-            self._healthy = now
-        elif now - self._healthy > _UNHEALTHY_SECONDS:
+            self._last_healthy = now
+        elif now - self._last_healthy > _UNHEALTHY_SECONDS:
             raise RuntimeError("the engine process cannot be started again")
 
     async def __del__(self) -> None:
-        """End the engine process."""
+        """End the engine process. Ray Serve awaits this method when the replica stops."""
         await self._client.stop()
 
     def _report(self) -> Report:

@@ -18,7 +18,7 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 _LOG = logging.getLogger(__name__)
 
-# Seconds before each retry. Few retries: the request itself may crash the engines.
+# Seconds before each retry. Few retries, because the request may be what crashes the engines.
 _PAUSES = (0.0, 0.5, 2.0)
 
 
@@ -67,7 +67,7 @@ class HandleEngineClient:
     async def _run(self, request: EngineRequest, stream: ReceivedTokens) -> None:
         prefix = await asyncio.to_thread(prefix_of, request, self.image_end)
         n_tokens = 0
-        for attempt, pause in enumerate((*_PAUSES, None)):
+        for attempt, pause in enumerate((*_PAUSES, None)):  # None: no retry after the last attempt
             call = self._handle.generate.remote(request, n_tokens, prefix=prefix, attempt=attempt)
             try:
                 async for tokens, n_cached, reason in call:
@@ -83,9 +83,9 @@ class HandleEngineClient:
                 stream.end(Ended("cancelled", stream.n_cached))
                 raise
             except (QwenVLError, RayError, RayServeException) as error:
-                problem = _failure(error)
-                if problem is not None:
-                    stream.fail(problem)
+                request_error = _request_error(error)
+                if request_error is not None:
+                    stream.fail(request_error)
                     return
                 line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 _LOG.warning("an engine replica failed in attempt %d: %s", attempt + 1, line)
@@ -95,7 +95,7 @@ class HandleEngineClient:
                 await asyncio.sleep(pause)
 
 
-def _failure(error: Exception) -> Optional[QwenVLError]:
+def _request_error(error: Exception) -> Optional[QwenVLError]:
     """Return the error of the request itself; None if the replica failed and a retry may succeed."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, EngineUnavailable) or not isinstance(cause, QwenVLError):

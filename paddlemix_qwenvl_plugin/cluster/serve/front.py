@@ -33,18 +33,18 @@ class _App(Starlette):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert _App.front is not None
         if scope["type"] == "lifespan":
-            await self._live(_App.front, receive, send)
+            await self._lifespan(_App.front, receive, send)
             return
 
-        async def without_id(message: Message) -> None:
+        async def send_without_id(message: Message) -> None:
             if message["type"] == "http.response.start":  # Ray's proxy adds the header as well
                 headers = [(name, value) for name, value in message["headers"] if name != b"x-request-id"]
                 message = {**message, "headers": headers}
             await send(message)
 
-        await _App.front.asgi(scope, receive, without_id)
+        await _App.front.asgi(scope, receive, send_without_id)
 
-    async def _live(self, front: Front, receive: Receive, send: Send) -> None:
+    async def _lifespan(self, front: Front, receive: Receive, send: Send) -> None:
         """Join the cluster at the start, before Ray sends requests."""
         await receive()
         await front.join()
@@ -75,6 +75,7 @@ class Front:
         self._admission = ClusterAdmission(metrics.queued)
         self._engine = HandleEngineClient(engine)
         self._service = open_service(settings, LOGGER.info, self._engine, self._admission, metrics)
+        # The token after an image's slots, `</img>`, follows `<img>` in the vocabulary.
         self._engine.image_end = self._service.config.visual.image_start_id + 1
         self._service.cluster_metrics = self._render_metrics
         self.asgi: Any = create_app(self._service, keys=keys)

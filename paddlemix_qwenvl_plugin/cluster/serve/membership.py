@@ -76,21 +76,21 @@ class Member:
         kind: str,
         settings: ServeSettings,
         state: Callable[[], Report],
-        reported: Optional[Callable[[], Awaitable[None]]] = None,
+        on_report: Optional[Callable[[], Awaitable[None]]] = None,
     ) -> None:
         """Find or create the coordinator.
 
         Args:
             kind: front or engine.
             state: returns the content of each report.
-            reported: called after each report with updated `totals`.
+            on_report: called after each report with updated `totals`.
         """
         self.name = name
         self.coordinator = coordinator(settings)
         self.totals = Totals(0, 0, 0, False, False)
         self._kind = kind
         self._state = state
-        self._reported = reported
+        self._on_report = on_report
         self._task: Optional[asyncio.Task[None]] = None
 
     def start(self) -> None:
@@ -100,13 +100,13 @@ class Member:
     async def report(self) -> None:
         """Send a report now and update `totals`."""
         self.totals = await self.coordinator.report.remote(self.name, self._kind, *self._state())
-        if self._reported is not None:
-            await self._reported()
+        if self._on_report is not None:
+            await self._on_report()
 
     async def _run(self) -> None:
         while True:
             try:
                 await self.report()
-            except ray.exceptions.RayError as error:  # restarting
+            except ray.exceptions.RayError as error:  # Ray restarts the coordinator
                 _LOG.warning("the coordinator does not answer: %s", error)
             await asyncio.sleep(REPORT_SECONDS)

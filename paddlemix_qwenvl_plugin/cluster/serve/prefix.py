@@ -12,17 +12,18 @@ from paddlemix_qwenvl_plugin.serve.engine_api import EngineRequest
 def prefix_of(request: EngineRequest, image_end: int) -> str:
     """Compute a digest of a request's shared prefix: the first turn up to and including its last image.
 
-    Without an image, the whole first turn. All turns of a conversation have the same digest, as have all questions
-    about the same image.
+    Without an image, the prefix is the first turn. All turns of a conversation have the same digest, and so have all
+    questions about the same image.
 
     Args:
         image_end: id of the token after an image's slots.
     """
+    # The first generated range of the prompt is the answer of the first turn.
     first_turn = list(request.prompt[: request.generated[0][0] if request.generated else None])
-    ends = [index for index, token in enumerate(first_turn) if token == image_end]
-    beginning = first_turn[: ends[-1] + 1] if ends else first_turn
+    image_ends = [index for index, token in enumerate(first_turn) if token == image_end]
+    beginning = first_turn[: image_ends[-1] + 1] if image_ends else first_turn
     digest = hashlib.blake2b(repr(request.adapter).encode(), digest_size=16)
     digest.update(np.asarray(beginning, np.int64).tobytes())
-    for image in request.images[: len(ends)]:
+    for image in request.images[: len(image_ends)]:
         digest.update(np.ascontiguousarray(image).data)
     return digest.hexdigest()

@@ -7,8 +7,8 @@ import math
 from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 
-# A GPU generates 2,890 tokens a second for 64 requests, a front of one CPU sends 1,340: docs/scaling.md. An engine on
-# CPUs generates a hundredth of that.
+# For 64 requests, an engine on a GPU generates 2,890 tokens per second, and a front of one CPU sends 1,340
+# (docs/scaling.md): three fronts per engine on a GPU. An engine on CPUs generates a hundredth of that.
 _REQUESTS = 64
 _GPU_FRONTS = 3
 
@@ -19,12 +19,12 @@ def max_replicas(settings: ServeSettings) -> int:
     Raises:
         UsageError: it is less than the minimum.
     """
-    most = settings.max_replicas or settings.min_replicas
-    if most < settings.min_replicas:
+    maximum = settings.max_replicas or settings.min_replicas
+    if maximum < settings.min_replicas:
         raise UsageError(
-            f"--max_replicas {most}: less than --min_replicas, {settings.min_replicas}; raise it"
+            f"--max_replicas {maximum}: less than --min_replicas, {settings.min_replicas}; raise it"
         )
-    return most
+    return maximum
 
 
 def replica_gpus(settings: ServeSettings) -> float:

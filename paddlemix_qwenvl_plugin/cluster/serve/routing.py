@@ -14,9 +14,11 @@ _SLACK = 4
 class PrefixRouter(RequestRouter):  # type: ignore[misc]  # untyped for mypy
     """Request router that ranks the replicas of each prefix by rendezvous hashing.
 
-    All fronts compute the same ranking without shared state, and adding or removing a replica moves only its own share
-    of the prefixes. A request goes to the first replica of its ranking that is not overloaded. The call's keyword
-    arguments are `prefix`, a digest, and `attempt`, the retry number: each retry starts one rank later.
+    All fronts compute the same ranking without shared state. Adding or removing a replica moves only the prefixes that
+    rank this replica first. A request goes to the first replica of its ranking that is not overloaded.
+
+    The call's keyword arguments are `prefix`, a digest, and `attempt`, the retry number: each retry starts one rank
+    later.
     """
 
     async def choose_replicas(
@@ -28,11 +30,12 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # untyped for mypy
         ranking = sorted(candidate_replicas, key=lambda replica: _weight(prefix, replica))
         if not ranking:
             return []
-        begin = attempt % len(ranking)
-        ranking = ranking[begin:] + ranking[:begin]
-        most = min(map(self._queued, ranking)) + _SLACK
+        first_rank = attempt % len(ranking)
+        ranking = ranking[first_rank:] + ranking[:first_rank]
+        max_queued = min(map(self._queued, ranking)) + _SLACK
         # A stable sort: overloaded replicas last.
-        return [[replica] for replica in sorted(ranking, key=lambda replica: self._queued(replica) > most)]
+        ranking.sort(key=lambda replica: self._queued(replica) > max_queued)
+        return [[replica] for replica in ranking]
 
     def _queued(self, replica: RunningReplica) -> int:
         """Return the queue length of a replica, as cached in this front."""

@@ -25,6 +25,7 @@ _OLDEST_RAY = Version("2.50")
 _OLDEST_RAY_WITH_PROTOBUF_7 = Version("2.57")
 _POLL_SECONDS = 0.5
 _KEEP_ALIVE_SECONDS = 15
+# Maximum wait for the HTTP proxies of all machines.
 _PROXY_SECONDS = 60.0
 
 
@@ -37,7 +38,7 @@ class _Signal(BaseException):
 
 
 def check_version() -> None:
-    """Raise UsageError if Ray is too old, or incompatible with the installed protobuf: its controller would fail."""
+    """Raise UsageError if Ray is too old or fails with the installed protobuf, as Ray Serve's controller would."""
     found, protobuf = Version(version("ray")), Version(version("protobuf"))
     if found < _OLDEST_RAY:
         raise UsageError(
@@ -68,7 +69,7 @@ def start_on(
         QwenVLError: no cluster answers, or the application does not start.
     """
     _check(settings)
-    with _raising(signals), connect(address):
+    with _raise_on_signals(signals), connect(address):
         check_version()
         try:
             engines = f"{settings.min_replicas} engine replica{'s' * (settings.min_replicas > 1)}"
@@ -162,15 +163,15 @@ def _watch() -> None:
     from paddlemix_qwenvl_plugin.cluster.serve.application import NAME
     from paddlemix_qwenvl_plugin.cluster.serve.membership import running_coordinator
 
-    own = uuid4().hex
-    owner = ""
-    while owner in ("", own):
+    command_id = uuid4().hex
+    owner = ""  # "" also after a restart of the coordinator, which then gets the id again
+    while owner in ("", command_id):
         try:
             coordinator = running_coordinator()
             if coordinator is None or NAME not in serve.status().applications:
                 raise QwenVLError("the application has been removed from the cluster")
             if not owner:
-                ray.get(coordinator.own.remote(own))
+                ray.get(coordinator.set_owner.remote(command_id))
             time.sleep(_POLL_SECONDS)
             owner = ray.get(coordinator.owner.remote())
         except ray.exceptions.ActorUnavailableError:  # Ray restarts it
@@ -205,22 +206,22 @@ def _remove(settings: ServeSettings) -> None:
 
 def _reason(status: Any) -> str:
     """Extract the error message of the application or of a failed deployment."""
-    messages = [status.message, *(each.message for each in status.deployments.values())]
+    messages = [status.message, *(deployment.message for deployment in status.deployments.values())]
     lines = [line for message in messages for line in message.splitlines() if line.strip()]
-    named = [line for line in lines if "Error" in line]
-    return str((named or lines or ["see `serve status`"])[-1]).strip()
+    error_lines = [line for line in lines if "Error" in line]
+    return str((error_lines or lines or ["see `serve status`"])[-1]).strip()
 
 
 @contextlib.contextmanager
-def _raising(numbers: Sequence[int]) -> Iterator[None]:
-    """Raise _Signal on these signals within the block."""
+def _raise_on_signals(numbers: Sequence[int]) -> Iterator[None]:
+    """Raise _Signal when one of the signals `numbers` arrives within the block."""
 
     def handle(number: int, frame: object) -> None:
         raise _Signal(number)
 
-    before = {number: signal.signal(number, handle) for number in numbers}
+    previous_handlers = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)

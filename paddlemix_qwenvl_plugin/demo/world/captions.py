@@ -97,10 +97,10 @@ def region(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
 def base_turn(rng: random.Random, scene: Scene) -> Turn:
     """Draw a base-model prompt: a caption, a caption with boxes, or `<ref>…</ref><box>` to complete."""
     language = rng.choice(LANGUAGES)
-    what = rng.random()
-    if what < 0.2:
+    draw = rng.random()
+    if draw < 0.2:
         return Turn("caption", language, BASE_CAPTION[language], caption_text(scene, language))
-    if what < 0.6:
+    if draw < 0.6:
         answer = caption_text(scene, language, boxes=True)
         return Turn("grounded caption", language, BASE_GROUNDED[language], answer)
     thing, name = _referent(rng, scene, language)

@@ -17,13 +17,13 @@ def draw(scene: Scene, side: int = SIDE) -> Image.Image:
     ramp = np.linspace(0.0, 1.0, side)[:, None]
     rows = np.asarray(upper) * (1 - ramp) + np.asarray(lower) * ramp
     image = Image.fromarray(np.repeat(rows.astype(np.uint8)[:, None, :], side, axis=1))
-    pencil = ImageDraw.Draw(image)
+    drawing = ImageDraw.Draw(image)
     scale = side / 1000
     for thing in scene.things:
         if thing.text:
             _draw_text(image, thing, scale)
         else:
-            pencil.polygon([(x * scale, y * scale) for x, y in thing.corners], fill=thing.rgb)
+            drawing.polygon([(x * scale, y * scale) for x, y in thing.corners], fill=thing.rgb)
     return _with_noise(image, scene) if scene.noise else image
 
 
@@ -31,8 +31,11 @@ def _draw_text(image: Image.Image, thing: Thing, scale: float) -> None:
     pixels = max(1, round(thing.extent * scale))
     typeface, bold = font(pixels), stroke(pixels)
     left, top, right, bottom = typeface.getbbox(thing.text, stroke_width=bold)
-    mask = Image.new("L", (right - left + 4, bottom - top + 4))
-    ImageDraw.Draw(mask).text((2 - left, 2 - top), thing.text, font=typeface, fill=255, stroke_width=bold)
+    margin = 2  # pixels, for smooth edges after the rotation
+    mask = Image.new("L", (right - left + 2 * margin, bottom - top + 2 * margin))
+    ImageDraw.Draw(mask).text(
+        (margin - left, margin - top), thing.text, font=typeface, fill=255, stroke_width=bold
+    )
     # Pillow rotates counter-clockwise, Thing.corners clockwise (y points down).
     turned = mask.rotate(-thing.angle, Image.Resampling.BICUBIC, expand=True)
     x, y = (round(value * scale - extent / 2) for value, extent in zip(thing.centre, turned.size))

@@ -7,8 +7,9 @@ from typing import Any
 
 from PIL import ImageFont
 
-_MEASURED_AT = 200
-_STROKE = 0.025
+# Font size at which text is measured, in pixels, and stroke width as a share of the font size.
+_MEASURED_SIZE = 200
+_STROKE_SHARE = 0.025
 
 
 @cache
@@ -19,14 +20,14 @@ def font(pixels: int) -> Any:
 
 def stroke(pixels: float) -> int:
     """Stroke width in pixels for a font size: bold letters stay readable in a small image."""
-    return max(1, round(pixels * _STROKE))
+    return max(1, round(pixels * _STROKE_SHARE))
 
 
 @cache
 def ink(text: str) -> tuple[float, float, float, float]:
-    """Bounding box (left, top, right, bottom) at font size 1, from the pen's origin, outer letter spacing included."""
-    left, top, right, bottom = font(_MEASURED_AT).getbbox(text, stroke_width=stroke(_MEASURED_AT))
-    return left / _MEASURED_AT, top / _MEASURED_AT, right / _MEASURED_AT, bottom / _MEASURED_AT
+    """Bounding box (left, top, right, bottom) at font size 1, from the text origin, with the outer letter spacing."""
+    left, top, right, bottom = font(_MEASURED_SIZE).getbbox(text, stroke_width=stroke(_MEASURED_SIZE))
+    return left / _MEASURED_SIZE, top / _MEASURED_SIZE, right / _MEASURED_SIZE, bottom / _MEASURED_SIZE
 
 
 def text_corners(text: str, size: float) -> list[tuple[float, float]]:

@@ -38,14 +38,16 @@ def _quarter_turns(point: tuple[float, float], times: int) -> tuple[float, float
     return ((x, y), (-y, x), (-x, -y), (y, -x))[times]
 
 
-def _regular(n: int) -> Points:
-    return [(math.sin(2 * math.pi * i / n), -math.cos(2 * math.pi * i / n)) for i in range(n)]
+def _regular(n_points: int) -> Points:
+    angles = [2 * math.pi * i / n_points for i in range(n_points)]
+    return [(math.sin(angle), -math.cos(angle)) for angle in angles]
 
 
-def _heart(n: int) -> Points:
+def _heart(n_points: int) -> Points:
+    """Heart curve x = 16 sin³t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t, centred and scaled to radius 1."""
     points = []
-    for i in range(n):
-        t = 2 * math.pi * i / n
+    for i in range(n_points):
+        t = 2 * math.pi * i / n_points
         x = 16 * math.sin(t) ** 3
         y = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
         points.append((x / 17, -(y + 2.5) / 17))

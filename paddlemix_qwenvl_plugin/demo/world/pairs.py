@@ -36,13 +36,13 @@ def describe(rng: random.Random, scenes: tuple[Scene, Scene], language: str) -> 
 def which(rng: random.Random, scenes: tuple[Scene, Scene], language: str) -> Optional[Turn]:
     """Ask which image contains a shape, or text, that the other lacks."""
     number = rng.randint(1, 2)
-    here, other = scenes[number - 1], scenes[2 - number]
-    if here.texts and not other.texts and rng.random() < 0.5:
+    scene, other = scenes[number - 1], scenes[2 - number]
+    if scene.texts and not other.texts and rng.random() < 0.5:
         name = "文字" if language == "zh" else "text"
     else:
-        if not here.shapes:
+        if not scene.shapes:
             return None
-        thing = rng.choice(here.shapes)
+        thing = rng.choice(scene.shapes)
         properties = rng.choice(((), ("colour",)))
         if any(
             shape.kind == thing.kind and all(getattr(shape, p) == getattr(thing, p) for p in properties)

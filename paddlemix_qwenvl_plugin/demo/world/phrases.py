@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from paddlemix_qwenvl_plugin.demo.world.names import COLOURS, PLACES, SHAPES, SIZES
 from paddlemix_qwenvl_plugin.demo.world.scene import Scene, Thing
 
-# The properties that a name mentions besides the kind, from short names to long ones.
-_LEVELS = ((), ("colour",), ("size",), ("size", "colour"), ("cell",), ("colour", "cell"))
+# Sets of properties that a name mentions besides the kind, shortest names first.
+_PROPERTY_SETS = ((), ("colour",), ("size",), ("size", "colour"), ("cell",), ("colour", "cell"))
 
 
 def shape_name(thing: Thing, language: str, properties: Sequence[str] = ("size", "colour")) -> str:
@@ -24,10 +24,10 @@ def shape_name(thing: Thing, language: str, properties: Sequence[str] = ("size",
 
 def text_name(thing: Thing, language: str) -> str:
     """Name of a text: `the word "CAT"` or `the number "42"`."""
-    number = thing.text.isdigit()
+    is_number = thing.text.isdigit()
     if language == "zh":
-        return f"{'数字' if number else '单词'}“{thing.text}”"
-    return f'the {"number" if number else "word"} "{thing.text}"'
+        return f"{'数字' if is_number else '单词'}“{thing.text}”"
+    return f'the {"number" if is_number else "word"} "{thing.text}"'
 
 
 def caption_name(thing: Thing, language: str) -> str:
@@ -40,7 +40,7 @@ def caption_name(thing: Thing, language: str) -> str:
 def unique_names(scene: Scene, thing: Thing, language: str) -> list[str]:
     """List the names that identify a shape in the scene, with the article; never empty."""
     names = []
-    for properties in _LEVELS:
+    for properties in _PROPERTY_SETS:
         alike = [
             other
             for other in scene.shapes

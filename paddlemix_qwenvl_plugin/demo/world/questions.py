@@ -10,7 +10,7 @@ from paddlemix_qwenvl_plugin.demo.world.phrases import listing, sentence, unique
 from paddlemix_qwenvl_plugin.demo.world.sample import Turn
 from paddlemix_qwenvl_plugin.demo.world.scene import Scene, Thing
 
-_TEXT_COLOUR = {"en": "the text", "zh": "文字"}
+_TEXT_NAME = {"en": "the text", "zh": "文字"}
 _KIND = {"en": ("What shape is {}?", "Which shape is {}?"), "zh": ("{}是什么形状？", "{}是什么形状的？")}
 # Questions about a property of an object, and the template of the answer.
 _PROPERTIES: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
@@ -49,22 +49,22 @@ _NUMBERS = {
 def colour(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
     """Ask for the colour of a shape or of the text."""
     if len(scene.texts) == 1 and (not scene.shapes or rng.random() < 0.2):
-        return _property(rng, language, "colour", (scene.texts[0], _TEXT_COLOUR[language]))
-    return _property(rng, language, "colour", _shape_without(rng, scene, language, "colour"))
+        return _property(rng, language, "colour", (scene.texts[0], _TEXT_NAME[language]))
+    return _property(rng, language, "colour", _shape_hiding(rng, scene, language, "colour"))
 
 
 def size(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
     """Ask for the size of a shape."""
-    return _property(rng, language, "size", _shape_without(rng, scene, language, "size"))
+    return _property(rng, language, "size", _shape_hiding(rng, scene, language, "size"))
 
 
 def place(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
     """Ask for the place of a shape."""
-    return _property(rng, language, "place", _shape_without(rng, scene, language, "place"))
+    return _property(rng, language, "place", _shape_hiding(rng, scene, language, "place"))
 
 
 def kind(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
-    """Ask for the kind of a shape that its colour or place identifies: "What shape is the red one?"."""
+    """Ask for the kind of a shape that its colour or place identifies: "What shape is the red shape?"."""
     if not scene.shapes:
         return None
     thing = rng.choice(scene.shapes)
@@ -90,30 +90,30 @@ def exists(rng: random.Random, scene: Scene, language: str) -> Turn:
         near = rng.choice(scene.shapes)
         kind_name, colour_name = rng.choice(((near.kind, colour_name), (kind_name, near.colour)))
     with_colour = rng.random() < 0.7
-    there = any(
+    found = any(
         other.kind == kind_name and (not with_colour or other.colour == colour_name) for other in scene.shapes
     )
     name = (f"{COLOURS[colour_name][language]} " if with_colour else "") + SHAPES[kind_name][language]
     if language == "zh":
         question = rng.choice(_EXISTS["zh"]).format(name.replace(" ", ""))
-        return Turn("yes or no", language, question, "有。" if there else "没有。")
+        return Turn("yes or no", language, question, "有。" if found else "没有。")
     question = rng.choice(_EXISTS["en"]).format(name).replace("a orange", "an orange")
-    return Turn("yes or no", language, question, "Yes, there is." if there else "No, there is not.")
+    return Turn("yes or no", language, question, "Yes, there is." if found else "No, there is not.")
 
 
 def count(rng: random.Random, scene: Scene, language: str) -> Turn:
     """Ask for the number of all shapes, or of a kind or colour, which the scene may lack."""
-    what = rng.random()
+    draw = rng.random()  # up to 0.35 all shapes, up to 0.7 those of a colour, above those of a kind
     word = "图形" if language == "zh" else "shape"
     counted = list(scene.shapes)
-    if what > 0.35:
-        some = rng.choice(scene.shapes) if scene.shapes and rng.random() < 0.85 else None
-        if what > 0.7:
-            kind_name = some.kind if some else rng.choice(list(SHAPES))
+    if draw > 0.35:
+        shown = rng.choice(scene.shapes) if scene.shapes and rng.random() < 0.85 else None
+        if draw > 0.7:
+            kind_name = shown.kind if shown else rng.choice(list(SHAPES))
             counted = [other for other in scene.shapes if other.kind == kind_name]
             word = SHAPES[kind_name][language]
         else:
-            colour_name = some.colour if some else rng.choice(list(COLOURS))
+            colour_name = shown.colour if shown else rng.choice(list(COLOURS))
             counted = [other for other in scene.shapes if other.colour == colour_name]
             word = COLOURS[colour_name][language] + ("的图形" if language == "zh" else " shape")
     plural = word if language == "zh" else _plural(word)
@@ -143,13 +143,13 @@ def read(rng: random.Random, scene: Scene, language: str) -> Turn:
 
 def larger(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
     """Ask which of two shapes of different size is larger."""
-    pair = _two(rng, scene)
-    if pair is None or pair[0].size == pair[1].size:
+    shapes = _two_shapes(rng, scene)
+    if shapes is None or shapes[0].size == shapes[1].size:
         return None
-    names = [_name_without(rng, scene, thing, language, "size") for thing in pair]
+    names = [_name_hiding(rng, scene, thing, language, "size") for thing in shapes]
     if not all(names):
         return None
-    winner = names[0] if pair[0].size == "large" else names[1]
+    winner = names[0] if shapes[0].size == "large" else names[1]
     answer = f"{winner}更大" if language == "zh" else f"{winner} is larger"
     question = rng.choice(_LARGER[language]).format(*names)
     return Turn("relation", language, question, sentence(answer, language))
@@ -157,25 +157,25 @@ def larger(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
 
 def side(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
     """Ask for the relation of two shapes in different rows or columns: "Is the red circle above the star?"."""
-    pair = _two(rng, scene)
-    if pair is None:
+    shapes = _two_shapes(rng, scene)
+    if shapes is None:
         return None
-    columns, rows = ([thing.cell % 3 for thing in pair], [thing.cell // 3 for thing in pair])
+    columns, rows = ([thing.cell % 3 for thing in shapes], [thing.cell // 3 for thing in shapes])
     chosen = rng.choice(list(_SIDES))
     first, second = columns if chosen in ("left", "right") else rows
     if first == second:
         return None
-    is_so = first < second if chosen in ("left", "above") else first > second
-    a, b = (_name_without(rng, scene, thing, language, "place") for thing in pair)
+    is_true = first < second if chosen in ("left", "above") else first > second
+    a, b = (_name_hiding(rng, scene, thing, language, "place") for thing in shapes)
     if not a or not b:
         return None
     word = _SIDES[chosen][language]
-    where, other = (PLACES[thing.cell][language] for thing in pair)
+    where, other = (PLACES[thing.cell][language] for thing in shapes)
     # Places first, verdict last: generating the places helps the model reach the verdict.
     if language == "zh":
-        answer = f"{a}在{where}，{b}在{other}，所以{'是的' if is_so else '不是'}。"
+        answer = f"{a}在{where}，{b}在{other}，所以{'是的' if is_true else '不是'}。"
         return Turn("relation", language, f"{a}在{b}的{word}吗？", answer)
-    answer = sentence(f"{a} is {where} and {b} is {other}, so {'yes' if is_so else 'no'}", language)
+    answer = sentence(f"{a} is {where} and {b} is {other}, so {'yes' if is_true else 'no'}", language)
     return Turn("relation", language, f"Is {a} {word} {b}?", answer)
 
 
@@ -192,26 +192,27 @@ def _property(
 
 
 def _word(thing: Thing, prop: str, language: str) -> str:
+    """Word for an object's place, colour or size."""
     if prop == "place":
         return PLACES[thing.cell][language]
     return (COLOURS[thing.colour] if prop == "colour" else SIZES[thing.size])[language]
 
 
-def _shape_without(rng: random.Random, scene: Scene, language: str, prop: str) -> Optional[tuple[Thing, str]]:
-    """Choose a shape and its name by `_name_without`; None if the scene has no shape or the shape no such name."""
+def _shape_hiding(rng: random.Random, scene: Scene, language: str, prop: str) -> Optional[tuple[Thing, str]]:
+    """Choose a shape, and a name by `_name_hiding`; None if the scene has no shape, or the shape no such name."""
     thing = rng.choice(scene.shapes) if scene.shapes else None
-    name = thing and _name_without(rng, scene, thing, language, prop)
+    name = thing and _name_hiding(rng, scene, thing, language, prop)
     return (thing, name) if thing and name else None
 
 
-def _name_without(rng: random.Random, scene: Scene, thing: Thing, language: str, prop: str) -> str:
-    """Choose a unique name that does not reveal the requested property; empty if none exists."""
+def _name_hiding(rng: random.Random, scene: Scene, thing: Thing, language: str, prop: str) -> str:
+    """Choose a unique name that does not reveal the property `prop`; "" if none exists."""
     hidden = _word(thing, prop, language)
     names = [name for name in unique_names(scene, thing, language) if hidden not in name]
     return rng.choice(names) if names else ""
 
 
-def _two(rng: random.Random, scene: Scene) -> Optional[list[Thing]]:
+def _two_shapes(rng: random.Random, scene: Scene) -> Optional[list[Thing]]:
     return rng.sample(scene.shapes, 2) if len(scene.shapes) > 1 else None
 
 

@@ -21,6 +21,7 @@ BOX_STEP = 10
 _CELL = 1000 / 3
 _RADII = {"small": (75, 92), "large": (128, 155)}
 _MARGIN = 12  # between objects, and to the image's edge
+_MAX_TEXT_WIDTH = 880
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,13 @@ class Thing:
     def corners(self) -> Points:
         """Polygon of a shape, or corners of the bounding rectangle of a text."""
         x, y = self.centre
-        raw = (
+        points = (
             text_corners(self.text, self.extent)
             if self.text
             else [(px * self.extent, py * self.extent) for px, py in outline(self.kind)]
         )
         cos, sin = math.cos(math.radians(self.angle)), math.sin(math.radians(self.angle))
-        return [(x + px * cos - py * sin, y + px * sin + py * cos) for px, py in raw]
+        return [(x + px * cos - py * sin, y + px * sin + py * cos) for px, py in points]
 
     @cached_property
     def bounds(self) -> tuple[float, float, float, float]:
@@ -96,18 +97,19 @@ def random_scene(rng: random.Random) -> Scene:
 
 
 def _try_scene(rng: random.Random) -> Optional[Scene]:
+    # Numbers of shapes and texts, and the weights of these choices in percent.
     n_shapes, n_texts = rng.choices(
         ((rng.randint(1, 4), 0), (rng.randint(1, 3), 1), (0, 1), (0, 2)), (45, 35, 6, 14)
     )[0]
     rows = rng.sample(range(3), n_texts)
-    free = [cell for cell in range(9) if cell // 3 not in rows]
+    free_cells = [cell for cell in range(9) if cell // 3 not in rows]
     # Few kinds and colours make objects alike, so that counting and distinguishing them matter.
     kinds = rng.sample(list(SHAPES), rng.choice((1, 2, 3, 7)))
     colours = rng.sample(list(COLOURS), rng.choice((1, 2, 3, 8)))
     things: list[Thing] = []
     for row in rows:
         things.append(_random_text(rng, row))
-    for cell in rng.sample(free, n_shapes):
+    for cell in rng.sample(free_cells, n_shapes):
         things.append(_random_shape(rng, rng.choice(kinds), rng.choice(colours), cell))
     if any(not _inside(thing) for thing in things) or any(
         _near(a, b) for i, a in enumerate(things) for b in things[:i]
@@ -133,11 +135,9 @@ def _random_shape(rng: random.Random, kind: str, colour: str, cell: int) -> Thin
 def _random_text(rng: random.Random, row: int) -> Thing:
     text = random_text(rng)
     font_size = rng.uniform(180, 235)
-    left, top, right, bottom = (
-        f(p[i] for p in text_corners(text, font_size)) for f in (min, max) for i in (0, 1)
-    )
-    width, height = right - left, bottom - top
-    scale = min(1.0, 880 / width)
+    xs, ys = zip(*text_corners(text, font_size))
+    width, height = max(xs) - min(xs), max(ys) - min(ys)
+    scale = min(1.0, _MAX_TEXT_WIDTH / width)
     font_size, width, height = font_size * scale, width * scale, height * scale
     x = rng.uniform(width / 2 + 30, 970 - width / 2)
     y = min(max((row + 0.5) * _CELL + rng.uniform(-50, 50), height / 2 + 50), 950 - height / 2)

@@ -13,6 +13,7 @@ from paddlemix_qwenvl_plugin.demo.world.scene import Scene, random_scene
 
 _Maker = Callable[[random.Random, Any, str], Optional[Turn]]
 
+# Relative frequencies of the tasks.
 _ONE_IMAGE: dict[_Maker, float] = {
     questions.colour: 8,
     questions.kind: 6,
@@ -37,7 +38,7 @@ _TWO_IMAGES: dict[_Maker, float] = {
 
 
 def held_out(number: int) -> Sample:
-    """Sample `number` of the held-out set, with one turn. No training seed yields the same random stream."""
+    """Sample `number` of the held-out set, with one turn. No training sample has the same seed."""
     return random_sample(random.Random(f"held-out {number}"))
 
 

@@ -14,7 +14,12 @@ from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 PLAIN_KEYS = (
-    *("image", "images", "prompt", "chat", "system", "adapter"),
+    "image",
+    "images",
+    "prompt",
+    "chat",
+    "system",
+    "adapter",
     *(field.name for field in fields(GenerationOptions)),
 )
 """Keys of the plain form without the id: the fields of Parquet and WebDataset rows."""
@@ -56,11 +61,11 @@ def plain_row(
         prompt: prompt for a row without one.
         defaults: values of the generation options that the row does not set.
     """
-    known = {key: values[key] for key in PLAIN_KEYS if values.get(key) is not None}
+    plain_values = {key: values[key] for key in PLAIN_KEYS if values.get(key) is not None}
     if prompt is not None:
-        known.setdefault("prompt", prompt)
+        plain_values.setdefault("prompt", prompt)
     try:
-        return Row(row_id, False, plain_form.read(known, defaults))
+        return Row(row_id, False, plain_form.read(plain_values, defaults))
     except UsageError as error:
         return Row(row_id, False, error)
 

@@ -11,7 +11,7 @@ from paddlemix_qwenvl_plugin.cluster.batch.files import join, opened
 from paddlemix_qwenvl_plugin.cluster.batch.formats.entry import PLAIN_KEYS, Entry, data_url, plain_row
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 
-_ROWS_AT_ONCE = 16
+_ROWS_PER_READ = 16
 
 
 class Parquet:
@@ -48,13 +48,14 @@ class Parquet:
         with opened(join(folder, name)) as file:
             table = ParquetFile(file)
             columns = [key for key in table.schema_arrow.names if key in ("id", *PLAIN_KEYS)]
-            groups, row, end = list[int](), 0, 0
+            groups, row, stop = list[int](), 0, 0
             for group in range(table.num_row_groups):
-                start, end = end, end + table.metadata.row_group(group).num_rows
-                if start < entry.stop and end > entry.start:
-                    row = row if groups else start
+                start, stop = stop, stop + table.metadata.row_group(group).num_rows
+                if start < entry.stop and stop > entry.start:
+                    if not groups:
+                        row = start
                     groups.append(group)
-            for batch in table.iter_batches(_ROWS_AT_ONCE, groups, columns):
+            for batch in table.iter_batches(_ROWS_PER_READ, groups, columns):
                 for values in batch.to_pylist():
                     row += 1
                     if entry.start < row <= entry.stop:

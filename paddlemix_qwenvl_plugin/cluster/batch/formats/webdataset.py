@@ -27,24 +27,24 @@ class WebDataset:
 
     def index(self, folder: str, name: str) -> Iterator[Entry]:
         """List the rows of a tar file."""
-        number, key, start, stop = 0, "", 0, 0
+        number, key, start, stop = 0, "", 0, 0  # of the current row; number 0: no row yet
         with opened(join(folder, name)) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 _clear_members(archive)
                 if not member.isfile():
                     continue
-                found = _split(member.name)[0]
-                if found != key:
+                member_key = _split(member.name)[0]
+                if member_key != key:
                     if number:
                         yield Entry(number, start, member.offset, key)
-                    number, key, start = number + 1, found, member.offset
+                    number, key, start = number + 1, member_key, member.offset
                 stop = member.offset_data + member.size
             if number:
                 yield Entry(number, start, stop, key)
 
     def rows(self, folder: str, name: str, entry: Entry) -> Iterator[tuple[int, Row]]:
         """Read the rows in a range of byte offsets."""
-        number, last = entry.number, ""
+        number, key = entry.number, ""
         files: dict[str, bytes] = {}
         with opened(join(folder, name)) as file:
             file.seek(entry.start)
@@ -56,13 +56,13 @@ class WebDataset:
                     content = archive.extractfile(member)
                     if content is None:
                         continue
-                    key, extension = _split(member.name)
-                    if files and key != last:
-                        yield number, self._row(last, files)
+                    member_key, extension = _split(member.name)
+                    if files and member_key != key:
+                        yield number, self._row(key, files)
                         number, files = number + 1, {}
-                    last, files[extension] = key, content.read()
+                    key, files[extension] = member_key, content.read()
             if files:
-                yield number, self._row(last, files)
+                yield number, self._row(key, files)
 
     def _row(self, key: str, files: Mapping[str, bytes]) -> Row:
         try:
