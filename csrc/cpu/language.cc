@@ -102,8 +102,8 @@ void Language::place(const CpuKvPool& pool, const Part& part) {
     block_.push_back(sequence.blocks[position / pool.block_tokens]);
     slot_.push_back(position % pool.block_tokens);
   }
-  for (int32_t done = 0; done < part.n; done += kQueryRows) {
-    const int32_t n = std::min(kQueryRows, part.n - done);
+  for (int32_t done = 0; done < part.n; done += kQueryTile) {
+    const int32_t n = std::min(kQueryTile, part.n - done);
     std::vector<Queries>& work = part.generated ? decode_work_ : prompt_work_;
     work.push_back({part.first + done, n, int64_t{part.past} + done + n, part.generated ? kDecode : kCausal,
                     sequence.blocks});

@@ -63,7 +63,7 @@ void decode(Context& context, const Matrix& m, const float* x, int64_t x_stride,
 
 // Tile that this thread probably reads next: the next columns of these rows, or the first columns of the
 // following rows.
-Ahead next_tile(const Matrix& m, int64_t row, int k, int tile_k) {
+PrefetchRange next_tile(const Matrix& m, int64_t row, int k, int tile_k) {
   if (k >= m.k) {
     row += kTileRows;
     k = 0;
@@ -112,10 +112,10 @@ void blocked(Context& context, const Matrix& m, const float* x, int64_t x_stride
   const int64_t c_stride = int64_t{n_panels} * lanes;
   const auto tile_floats = static_cast<size_t>(kTileRows * kMaxTileK / 2);
   const size_t c_floats = static_cast<size_t>(kTileRows * c_stride);
-  for (Buffer& buffer : context.of_thread) buffer.get<float>(tile_floats + c_floats);
+  for (Buffer& buffer : context.thread_scratch) buffer.get<float>(tile_floats + c_floats);
   const int64_t tasks = (m.rows + kTileRows - 1) / kTileRows;
   context.run(tasks, m.rows * m.k * n_x, [&](int64_t task, int thread) {
-    float* tile = context.of_thread[static_cast<size_t>(thread)].get<float>(tile_floats + c_floats);
+    float* tile = context.thread_scratch[static_cast<size_t>(thread)].get<float>(tile_floats + c_floats);
     float* c = tile + tile_floats;
     const int64_t first_row = task * kTileRows;
     const int64_t n_rows = std::min(kTileRows, m.rows - first_row);

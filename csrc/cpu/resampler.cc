@@ -57,8 +57,8 @@ void Resampler::run(Context& context, const float* patches_in, float* features) 
 
   const DenseKv source(keys, values, hidden, kResamplerHeadDim);
   std::vector<Queries> work;
-  for (int64_t first = 0; first < n_queries; first += kQueryRows) {
-    work.push_back({first, static_cast<int>(std::min<int64_t>(kQueryRows, n_queries - first)), n, kAllKeys});
+  for (int64_t first = 0; first < n_queries; first += kQueryTile) {
+    work.push_back({first, static_cast<int>(std::min<int64_t>(kQueryTile, n_queries - first)), n, kAllKeys});
   }
   const AttentionShape shape{
       config_.hidden / kResamplerHeadDim, kResamplerHeadDim, hidden, kResamplerHeadDim, hidden,

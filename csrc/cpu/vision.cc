@@ -80,9 +80,9 @@ void Vision::block(Context& context, const Block& block, float* x) {
   });
   const DenseKv kv(qkv + head_dim, qkv + 2 * head_dim, 3 * width, 3 * head_dim);
   std::vector<Queries> work;
-  for (int64_t first = 0; first < patches_; first += kQueryRows) {
+  for (int64_t first = 0; first < patches_; first += kQueryTile) {
     work.push_back(
-        {first, static_cast<int>(std::min<int64_t>(kQueryRows, patches_ - first)), patches_, kAllKeys});
+        {first, static_cast<int>(std::min<int64_t>(kQueryTile, patches_ - first)), patches_, kAllKeys});
   }
   const AttentionShape shape{config_.vision_heads, head_dim, 3 * width,
                              3 * head_dim,         width,    block.in_proj.dtype != QVL_FLOAT32};

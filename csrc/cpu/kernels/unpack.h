@@ -9,13 +9,13 @@
 //             |             | wide  |      |  ---->  zeros in the added column
 //             +-------------+-------+------+
 //
-// kChunk = 32 columns of a row are unpacked at a time: 2 vectors of 16 lanes, 4 of 8, 8 of 4. int4 is
-// converted to bfloat16 by table look-up: 16 products nibble * scale, one permutation instruction per 32
-// values.
+// kChunk = 32 columns of a row are unpacked at a time: 2 vectors of 16 lanes, 4 of 8 or 8 of 4. int4 is
+// converted to bfloat16 by table look-up: the table contains (nibble - 8) * scale for the 16 nibbles, and one
+// permutation instruction looks up 32 values.
 //
 // Cost: the bytes of the matrix once, and n_rows n_k values written to and read from the L2 cache. A value is
-// unpacked once for up to 384 tokens (kMaxTokens of linear.cc), so at least once per 384 multiply-adds. int8
-// values are not multiplied by their row's scale, which write_block applies to the sums.
+// unpacked once for up to 384 tokens (kMaxTokens of linear.cc). int8 values are not multiplied by the scale
+// of their row, which write_block applies to the sums.
 //
 // Reference: reference::linear over qvl_unpack's values, tests/csrc/test_kernels.py::test_linear.
 #pragma once
@@ -30,7 +30,9 @@ using qvl::cpu::UnpackTile;
 constexpr int kChunk = 32;
 constexpr int kChunkVectors = kChunk / kLanes;
 
-// chunk(): columns first_k + i to first_k + i + kChunk - 1 of a row as float32, padded with zeros.
+// An Unpack class of each storage type has chunk(): columns first_k + i to first_k + i + kChunk - 1 of a row
+// as float32, padded with zeros.
+
 template <typename Value>
 struct UnpackFloats {
   static QVL_INLINE void chunk(const UnpackTile& t, int64_t row, int i, Floats (&v)[kChunkVectors]) {
@@ -38,10 +40,10 @@ struct UnpackFloats {
     const int n = t.n_k - i;
 #pragma GCC unroll 8
     for (int j = 0; j < kChunkVectors; ++j) {
-      const int left = n - j * kLanes;
-      v[j] = left >= kLanes ? load_floats(from + j * kLanes)
-             : left > 0     ? load_some(from + j * kLanes, left)
-                            : Floats{};
+      const int remaining = n - j * kLanes;
+      v[j] = remaining >= kLanes ? load_floats(from + j * kLanes)
+             : remaining > 0     ? load_first(from + j * kLanes, remaining)
+                                 : Floats{};
     }
   }
 };
@@ -52,7 +54,7 @@ struct UnpackInt8 {
     const int8_t* from = static_cast<const int8_t*>(t.weights) + row * round_up(t.k, kUnit) + t.first_k + i;
 #pragma GCC unroll 8
     for (int j = 0; j < kChunkVectors; ++j) {
-      v[j] = to_floats(widen_few(load<FewBytes>(from + j * kLanes)));
+      v[j] = to_floats(widen_bytes(load<LaneBytes>(from + j * kLanes)));
     }
   }
 };
@@ -80,14 +82,15 @@ struct UnpackInt4 {
 #pragma GCC unroll 8
     for (int j = 0; j < kChunkVectors; ++j) {
       const HalfWords words = load<HalfWords>(from.words + 2 * j * kLanes);
-      const Ints steps = reinterpret_cast<Ints>(widen_halves(words >> (4 * from.nibble) & 15)) - 8;
-      v[j] = to_floats(steps) * from.scale;
+      const Ints integers = reinterpret_cast<Ints>(widen_halves(words >> (4 * from.nibble) & 15)) - 8;
+      v[j] = to_floats(integers) * from.scale;
     }
   }
 };
 
+// Element i of a float16 array.
 QVL_INLINE float float16_at(const void* values, int64_t i) {
-  return widen_float16(load_some_halves(static_cast<const uint16_t*>(values) + i, 1))[0];
+  return widen_float16(load_first_halves(static_cast<const uint16_t*>(values) + i, 1))[0];
 }
 
 // Types with zero points: all values of a chunk belong to one group. value = (integer - zero) * scale, exact
@@ -101,9 +104,9 @@ struct UnpackGroups {
 #pragma GCC unroll 8
     for (int j = 0; j < kChunkVectors; ++j) {
       if constexpr (Bits == 8) {
-        // Subtract 128 to get signed bytes.
-        const FewBytes bytes = load<FewBytes>(weights + at + j * kLanes) ^ int8_t { -128 };
-        v[j] = (to_floats(widen_few(bytes)) - (zero - 128)) * scale;
+        // Flipping the highest bit subtracts 128, which makes the bytes signed.
+        const LaneBytes bytes = load<LaneBytes>(weights + at + j * kLanes) ^ int8_t { -128 };
+        v[j] = (to_floats(widen_bytes(bytes)) - (zero - 128)) * scale;
       } else {
         const HalfWords words = load<HalfWords>(weights + at / kUnit * (kUnit / 2) + 2 * j * kLanes);
         const HalfWords nibbles = words >> (4 * (at % kUnit / kChunk)) & 15;
@@ -128,6 +131,7 @@ void unpack_to_f32(const UnpackTile& t) {
 }
 
 #if defined(__AVX512BF16__)
+// narrow_chunk(): a chunk as 32 bfloat16 values. In general, convert the result of chunk().
 template <typename Unpack>
 QVL_INLINE __m512i narrow_chunk(Unpack, const UnpackTile& t, int64_t row, int i) {
   Floats v[2];
@@ -136,11 +140,11 @@ QVL_INLINE __m512i narrow_chunk(Unpack, const UnpackTile& t, int64_t row, int i)
       _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(v[1]), reinterpret_cast<__m512>(v[0])));
 }
 
-// Table look-up. The table contains the 16 values of a nibble twice, since the instruction uses 5 bits of a
-// word.
+// Convert nibble number `nibble` of 32 words to (integer - zero) * scale by table look-up. The table contains
+// the 16 possible values twice, because the instruction uses 5 bits of a word as the index.
 QVL_INLINE __m512i look_up(const uint8_t* words, int nibble, float scale, float zero) {
-  const Floats steps = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const __m512 values = reinterpret_cast<__m512>((steps - zero) * scale);
+  const Floats integers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const __m512 values = reinterpret_cast<__m512>((integers - zero) * scale);
   const __m512i table = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(values, values));
   const Halves shifted = load<Halves>(words) >> (4 * nibble);
   return _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(shifted), table);
