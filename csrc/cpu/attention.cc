@@ -87,6 +87,7 @@ struct DecodeAttention : AttentionBase {
   void merge(const float* from, float* sums) const {
     kernels.attend_merge(from + padded, from, padded, sums + padded, sums);
   }
+  // Normalise the merged result and write head_dim values.
   void finish(float* sums, float* out) const {
     kernels.attend_end(sums + padded, 1, padded, sums);
     std::memcpy(out, sums, static_cast<size_t>(shape.head_dim) * sizeof(float));

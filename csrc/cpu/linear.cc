@@ -34,7 +34,7 @@ void decode(Context& context, const Matrix& m, const float* x, int64_t x_stride,
   const size_t group_bytes = kernels.prepared_bytes[m.dtype](m.k, kMaxRows);
   const int64_t groups = (n_x + kMaxRows - 1) / kMaxRows;
   char* prepared = context.activations.get<char>(group_bytes * static_cast<size_t>(groups));
-  const auto of_group = [&](int64_t g) {
+  const auto product_of_group = [&](int64_t g) {
     return Matvec{m.values,
                   m.scales,
                   m.k,
@@ -47,7 +47,7 @@ void decode(Context& context, const Matrix& m, const float* x, int64_t x_stride,
                   m.zeros};
   };
   context.run(groups, (groups - 1) * kMaxRows * kElementWork * m.k, [&](int64_t g, int) {
-    const Matvec group = of_group(g);
+    const Matvec group = product_of_group(g);
     kernels.prepare_x[m.dtype](x + g * kMaxRows * x_stride, x_stride, group.n_x, m.k,
                                prepared + group_bytes * static_cast<size_t>(g));
   });
@@ -59,7 +59,7 @@ void decode(Context& context, const Matrix& m, const float* x, int64_t x_stride,
   const int64_t step = std::clamp<int64_t>(equal_share, std::min<int64_t>(32, max_step), max_step);
   context.run((m.rows + step - 1) / step, m.rows * m.k * n_x, [&](int64_t task, int) {
     for (int64_t g = 0; g < groups; ++g) {
-      kernels.matvec[m.dtype](of_group(g), task * step, std::min((task + 1) * step, m.rows));
+      kernels.matvec[m.dtype](product_of_group(g), task * step, std::min((task + 1) * step, m.rows));
     }
   });
 }

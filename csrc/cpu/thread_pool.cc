@@ -57,6 +57,7 @@ int64_t now() {
 // Number of forks between the process that loaded the library and this one.
 std::atomic<uint32_t> forks{0};
 
+// Count forks from now on.
 void count_forks() {
 #if defined(__unix__) || defined(__APPLE__)
   static const int registered = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1); });
@@ -76,7 +77,7 @@ struct ThreadPool::Workers {
   // a thread reads between its first load of the loop number and taking a task thus belongs to that loop.
   struct alignas(64) TaskRange {
     std::atomic<uint64_t> ticket{0};
-    std::atomic<int64_t> end{0};
+    std::atomic<int64_t> end{0};  // the next task is `end` minus the number of remaining tasks
   };
 
   explicit Workers(int n) : forks_at_start(forks.load()), ranges(static_cast<size_t>(n)) {
@@ -114,7 +115,8 @@ struct ThreadPool::Workers {
                          std::memory_order_release);
     }
     loop.store(number);
-    // With the count at 0, the next loop makes no system call if the notified threads have not started yet.
+    // With the count reset to 0, the next loop makes no system call if the notified threads have not started
+    // yet.
     if (sleepers.load() == 0) return;
     sleepers.store(0);
     // The empty critical section waits for a worker that is between its last check and its sleep: that worker
@@ -163,25 +165,25 @@ struct ThreadPool::Workers {
 
   // Body of a worker thread.
   void work(int thread) {
-    uint32_t seen = 0;
+    uint32_t last_loop = 0;
     while (true) {
       const int64_t start = now();
       int spins = 0;
-      while (loop.load() == seen && ++spins < kSpins) pause();
+      while (loop.load() == last_loop && ++spins < kSpins) pause();
       const int64_t spun = now() - start;
       if (spun > kPreemptedSpin) preempted.fetch_add(spun, std::memory_order_relaxed);
-      if (loop.load() == seen) {
+      if (loop.load() == last_loop) {
         std::unique_lock<std::mutex> lock(mutex);
         // Count this thread before the last check, and again after each wake-up, which resets the count.
         while (true) {
           sleepers.fetch_add(1);
-          if (loop.load() != seen) break;
+          if (loop.load() != last_loop) break;
           wake.wait(lock);
         }
       }
-      seen = loop.load();
+      last_loop = loop.load();
       if (stop.load()) return;
-      take_tasks(seen, thread);
+      take_tasks(last_loop, thread);
     }
   }
 
@@ -192,7 +194,7 @@ struct ThreadPool::Workers {
   std::atomic<int64_t> remaining{0};  // tasks not done yet
   std::atomic<uint32_t> loop{0};      // number of the current loop
   std::atomic<bool> stop{false};
-  std::atomic<int> sleepers{0};
+  std::atomic<int> sleepers{0};       // workers that sleep or are about to, since the count was last reset
   std::atomic<int64_t> preempted{0};  // nanoseconds that workers were preempted while spinning
   std::mutex mutex;
   std::condition_variable wake;

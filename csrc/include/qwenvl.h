@@ -110,7 +110,8 @@ enum {
  * of activations. */
 typedef int32_t qvl_compute;
 enum {
-  QVL_COMPUTE_BEST = 0,     /* CPU: bfloat16 if the processor has bfloat16 instructions, else float32 */
+  QVL_COMPUTE_BEST = 0,     /* CPU: bfloat16 if the processor has bfloat16 instructions, else float32. GPU:
+                               float16 with float16 weights or without bfloat16 instructions, else bfloat16 */
   QVL_COMPUTE_FLOAT32 = 1,  /* CPU: uses no instructions of QVL_ISA_AVX512_BF16; decode steps multiply
                                QVL_UINT* weights with float32 activations, which is slow */
   QVL_COMPUTE_BFLOAT16 = 2, /* QVL_UNSUPPORTED on a CPU without bfloat16 instructions */
@@ -231,8 +232,8 @@ typedef struct qvl_tensor {
  * QVL_INT8:     int8 [out, padded] and float32 [out] scales; value = scale * integer.
  * QVL_INT4_G*:  uint8 [out, padded / 2] and bfloat16 [out, padded / group] scales;
  * value = scale * (nibble - 8). 128 values of a row occupy 64 bytes, 32 little-endian 16-bit words: value
- * 32 j + i is nibble j, counted from the lowest bits, of word i. padded is `in` rounded up to 128; padding
- * has the value 0.
+ * 32 j + i is nibble j, counted from the lowest bits, of word i. padded is `in` rounded up to a multiple of
+ * 128; padding has the value 0.
  *
  * QVL_UINT4_G*, QVL_UINT8_G*: uint8 [out, padded / 2] with nibbles in the order of QVL_INT4_G*, or uint8
  * [out, padded]; float16 [out, padded / group] scales; float16 [out, padded / group] zero points, whole
@@ -241,9 +242,9 @@ typedef struct qvl_tensor {
 QVL_API uint64_t qvl_packed_bytes(qvl_dtype dtype, int64_t out, int64_t in);
 
 /* Convert a float32 matrix [out, in] to `dtype` at `packed`, rounding to nearest; both in host memory.
- * Quantisation is symmetric: the scale of a row follows from its largest magnitude; the scale of a group has
- * the least squared error among several candidates near its largest magnitude / 8. QVL_INVALID: a NaN or
- * infinity in the matrix, or a dtype that qvl_pack_groups creates.
+ * Quantisation is symmetric. The scale of a row (QVL_INT8) is its largest magnitude / 127. The scale of a
+ * group (QVL_INT4_G*) is the one with the least squared error among several candidates near its largest
+ * magnitude / 8. QVL_INVALID: a NaN or infinity in the matrix, or a dtype that qvl_pack_groups creates.
  */
 QVL_API qvl_status qvl_pack(qvl_dtype dtype, int64_t out, int64_t in, const float* values, void* packed,
                             uint64_t packed_bytes, qvl_error* error);
@@ -376,8 +377,8 @@ typedef struct qvl_kv_pool qvl_kv_pool;
 /* Create a KV pool: n_blocks blocks of block_tokens tokens (1 to 256; 32 is recommended) in all layers,
  * stored as QVL_FLOAT32, QVL_BFLOAT16, QVL_FLOAT16 or QVL_INT8 (a float32 scale per token and head). The
  * caller assigns blocks to sequences: token t of a sequence is in slot t % block_tokens of block
- * blocks[t / block_tokens] of its block table. Sequences may share blocks for reading. Memory of blocks that
- * were never written is not touched.
+ * blocks[t / block_tokens] of its block table. Sequences may share blocks for reading. On a CPU the memory
+ * of a block is not touched before the block is written.
  */
 QVL_API qvl_status qvl_kv_pool_create(qvl_engine* engine, int32_t n_blocks, int32_t block_tokens,
                                       qvl_dtype dtype, qvl_kv_pool** pool, qvl_error* error);

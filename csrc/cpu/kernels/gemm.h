@@ -46,6 +46,7 @@ void pack_panel_f32(const float* x, int64_t x_stride, int n_tokens, int k, void*
   }
 }
 
+// Pack up to kLanes tokens in a panel of bfloat16 pairs.
 void pack_panel_bf16(const float* x, int64_t x_stride, int n_tokens, int k, void* panel) {
   auto* to = static_cast<uint32_t*>(panel);
   for (int i = 0; i < k; i += 2 * kLanes) {
@@ -63,8 +64,8 @@ void pack_panel_bf16(const float* x, int64_t x_stride, int n_tokens, int k, void
   }
 }
 
-// Transpose a finished block c [rows][c_stride] of c^T, scale its rows (int8), add the bias and write it to
-// y [n_x][y_stride].
+// Write a finished block c [rows][c_stride] of c^T to y [n_x][y_stride]: multiply its rows by their scales
+// (int8), add the bias and transpose it.
 void write_block(const float* c, int64_t c_stride, int64_t rows, int64_t n_x, const float* scales,
                  const float* bias, bool add, float* y, int64_t y_stride) {
   for (int64_t r = 0; r < rows; r += kLanes) {
@@ -85,7 +86,7 @@ void write_block(const float* c, int64_t c_stride, int64_t rows, int64_t n_x, co
   }
 }
 
-// A step along k of a register block: one value in float32, a pair in bfloat16.
+// A step along k of a register block, with kPerStep values of k: one value in float32, a pair in bfloat16.
 struct StepF32 {
   typedef float Element;
   static constexpr int kPerStep = 1;
@@ -175,6 +176,7 @@ QVL_INLINE void multiply_panels(const typename Step::Element* tile, int64_t widt
     multiply_block<Step, row_count, PanelCount>(tile + r * width, width, n_steps, panels, panel_bytes, assign,
                                                 c + r * c_stride, c_stride);
   };
+  // Blocks of kBlockRows rows, for the remaining rows smaller blocks, and finally single rows.
   int r = 0;
   for (; r + kBlockRows <= rows; r += kBlockRows) {
     prefetcher.next_block();

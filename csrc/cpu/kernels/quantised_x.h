@@ -14,12 +14,13 @@
 //   a block in memory:  float32 scales [L] | int32 initial sums [kBlock / Group][L] | int8 values [kBlock]
 //   prepared x:         [n_x][ceil(k / kBlock)] blocks, padded with zeros
 //
-// The instruction takes the weights as unsigned bytes. They are stored with an offset (int8: 128, int4: 8)
-// that must be subtracted: sum w x = sum (w + offset) x - offset sum x. The initial sums are -offset
-// times the sum of x over each Group of weights that share a scale, computed once for all rows of W.
+// The instruction takes the weights as unsigned bytes, w + offset: int4 weights are stored with the offset 8,
+// and int8 kernels add 128. The offset is subtracted from the result: sum w x = sum (w + offset) x - offset
+// sum x. The initial sums are -offset times the sum of x over each Group of weights that share a scale,
+// computed once for all rows of W.
 //
-// Cost: reads k values and writes k bytes per row of x, once per matrix; the product does this for each row
-// of W. The rounding error is at most 1/254 of the largest of the 32 values.
+// Cost: reads k values and writes k bytes per row of x, once for all rows of W. The rounding error is at most
+// 1/254 of the largest of the 32 values.
 //
 // Reference: rounded_activations in tests/csrc/test_kernels.py, a NumPy version of the same rounding.
 #pragma once
@@ -74,6 +75,7 @@ QVL_INLINE void quantise_values(const float* x, char* to_scales, char* values) {
       maxima[j] = max(maxima[j], max(v, -v));
     }
   }
+  // Maximum for each position in a vector of kVector values; 4 positions belong to a lane.
   const float* const magnitudes = reinterpret_cast<const float*>(maxima);
   float scales[kLanes], inverse[kVector];
   for (int lane = 0; lane < kLanes; ++lane) {

@@ -287,7 +287,7 @@ QVL_INLINE Floats load_first(const BFloat16* memory, int n) {
   return widen(load_first_halves(&memory->bits, n));
 }
 
-// Convert float32 to bfloat16, rounding to nearest, ties to even. NaN may become infinity.
+// Convert float32 to bfloat16, rounding to nearest, ties to even. v must not contain NaN.
 QVL_INLINE HalfWords narrow(Floats v) {
   Words bits = reinterpret_cast<Words>(v);
   bits = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
@@ -339,8 +339,8 @@ QVL_INLINE LaneBytes narrow_to_bytes(Ints v) {
 #endif
 }
 
-// Add to sums[i] the four products a[4i + j] b[4i + j], j = 0 to 3. a must be at most 128, since AVX2 without
-// VNNI adds two products in 16 bits. For signed a use multiply_add_signed.
+// Add to sums[i] the four products a[4i + j] b[4i + j], j = 0 to 3. On AVX2 without VNNI a must be at most
+// 128, because two products are added in 16 bits; for signed a, multiply_add_signed has no such limit.
 QVL_INLINE Ints multiply_add(Ints sums, UnsignedBytes a, SignedBytes b) {
 #if defined(__AVX512VNNI__)
   return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(
