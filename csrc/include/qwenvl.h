@@ -268,13 +268,14 @@ typedef struct qvl_engine qvl_engine;
 
 /* Weights, of which one or more engines share a single copy in memory.
  *
- * qvl_weights_create: the array and the names are copied, the data is used in place: it must stay unchanged
- * until the weights and the last engine created from them are freed. tensor_size: sizeof(qvl_tensor).
+ * qvl_weights_create: copies the array and the names, and uses the data in place. The data must stay
+ * unchanged until the weights and the last engine created from them are freed. tensor_size:
+ * sizeof(qvl_tensor).
  *
  * qvl_weights_open: maps an exported stage's parameter file (PREFIX.pdiparams), which contains the names of
  * its tensors (paddlemix_qwenvl_plugin/artifact/params_file.py documents the format). Data is read on first
  * use, and processes that map the same file share one copy. QVL_INVALID: no such file; QVL_BAD_WEIGHT:
- * damaged, or a file without names, as written by exports before contract version 3.
+ * a damaged file, or a file without names, as written by exports before contract version 3.
  *
  * A mapped file must not be truncated or written to; replace it by renaming another file over it.
  *
@@ -413,12 +414,12 @@ typedef struct qvl_sequence {
   /* Since 0.2. */
   uint32_t flags; /* QVL_SEQUENCE_* */
   uint32_t reserved;
-  const qvl_adapter* adapter; /* adapter of the sequence, used for all its tokens; NULL: none */
+  const qvl_adapter* adapter; /* adapter of all tokens, also of those in the pool; NULL: none */
 } qvl_sequence;
 
 enum {
-  QVL_SEQUENCE_NO_LOGITS = 1, /* no logits, as for a chunk before the end of its prompt */
-  QVL_SEQUENCE_GENERATED = 2  /* tokens within the prompt that were generated: see below */
+  QVL_SEQUENCE_NO_LOGITS = 1, /* compute no logits, as for all chunks of a prompt but the last */
+  QVL_SEQUENCE_GENERATED = 2 /* compute all tokens as decode steps, also those within the prompt: see below */
 };
 
 /* Reproducibility. Tokens at positions below prompt_len are computed as prompts; the others, and those of a
@@ -453,8 +454,8 @@ typedef struct qvl_batch {
 } qvl_batch;
 
 /* Run the batch through the layers, write its keys and values into the pool, and compute the logits of the
- * last token of each sequence without QVL_SEQUENCE_NO_LOGITS, in their order: float32 [rows, vocab], device
- * memory. With logits NULL only the pool is written.
+ * last token of each sequence without QVL_SEQUENCE_NO_LOGITS, in the order of the batch: float32 [rows,
+ * vocab], device memory. With logits NULL only the pool is written.
  *
  * An id outside the vocabulary is QVL_INVALID if the ids are in host memory; in GPU memory it is clamped.
  */
@@ -506,7 +507,7 @@ typedef struct qvl_step_args {
   uint32_t size;          /* sizeof(qvl_step_args) */
   uint32_t sampling_size; /* sizeof(qvl_sampling) */
   const qvl_batch* batch;
-  /* One row per sequence without QVL_SEQUENCE_NO_LOGITS, in their order. */
+  /* The arrays have one row per sequence without QVL_SEQUENCE_NO_LOGITS, in the order of the batch. */
   int32_t rows;                 /* number of rows, checked against the batch */
   int32_t n_logprobs;           /* 0 to 64: number of the likeliest tokens to return */
   const qvl_sampling* sampling; /* [rows], host memory */
@@ -537,7 +538,7 @@ typedef struct qvl_request {
   int32_t min_new;              /* stop tokens are forbidden before this number of tokens */
   const qvl_sampling* sampling; /* a single struct. `counter`: counter of the first token, one more for each
                                    next token. `forbidden`: only for the first token. NULL: greedy */
-  uint32_t span_size;           /* sizeof(qvl_span); 0: 16 */
+  uint32_t span_size;           /* sizeof(qvl_span); 0: 16, the size in version 0.1 */
   uint32_t reserved;
   const qvl_adapter* adapter; /* adapter of all tokens; NULL: none */
 } qvl_request;

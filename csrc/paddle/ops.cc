@@ -99,8 +99,7 @@ std::vector<paddle::DataType> encode_images_dtype(const paddle::DataType&,
   return {paddle::DataType::FLOAT32};
 }
 
-// ---- generation of completions, with the inputs of the stock program
-// ---------------------------------------
+// ---- completions, with the inputs of the stock program ---------------------------------------------------
 
 // Parameters and state of a row, as in modeling/generation.py.
 struct Row {
@@ -168,6 +167,7 @@ std::vector<Tensor> generate(const Tensor& input_ids, const Tensor& features, co
   const int64_t stop_count = *values<int64_t>(stop_nums, "stop_nums", {1});
   const auto* end_ids = values<int64_t>(eos, "eos_token_id", {-1});
   const auto* image_features = values<float>(features, "image_features", {-1, n_queries, hidden});
+  // Per image: row, index of <img>, index of </img>. The features are between the two.
   const auto* image_positions = values<int64_t>(img_pos, "img_pos", {-1, 3});
   require(n_rows <= (1 << 16), "input_ids: has more than 65536 rows");
   const auto n = static_cast<size_t>(n_rows);
@@ -175,7 +175,7 @@ std::vector<Tensor> generate(const Tensor& input_ids, const Tensor& features, co
   std::vector<std::vector<qvl_span>> spans(n);
   for (int64_t i = 0; i < img_pos.shape()[0]; ++i) {
     const int64_t row = image_positions[3 * i], start = image_positions[3 * i + 1];
-    if (row < 0) continue;  // padding
+    if (row < 0) continue;  // an absent image
     const std::string where = "img_pos: image " + std::to_string(i);
     require(row < n_rows && i < features.shape()[0], where + ": no such row, or no such image");
     require(start >= 0 && start < width - n_queries, where + ": does not end within its row");

@@ -320,8 +320,7 @@ static void put_varint(params_file* file, uint64_t value, int min_bytes) {
 /* Append the record of a tensor; csrc/core/params_file.cc describes the format. */
 static void put_record(params_file* file, const qvl_tensor* t) {
   static const unsigned char zeros[64];
-  /* Per qvl_dtype: Paddle's code of the type, and its bytes per value. Quantised types are stored as bytes.
-   */
+  /* Per qvl_dtype: Paddle's code of the type, and bytes per value. Quantised types are stored as uint8. */
   const int types[QVL_DTYPES] = {5, 22, 20, 20, 20, 4, 20, 20, 20, 20, 20, 20, 20};
   const size_t sizes[QVL_DTYPES] = {4, 2, 1, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1};
   put(file, zeros, 16);
