@@ -190,22 +190,22 @@ class Generation {
     sequences_.clear();
     spans_.clear();
     for (const int32_t i : active_) {
-      const auto at = static_cast<size_t>(i);
-      sequences_.push_back(sequence(at, 1));
-      lengths_[at] += 1;
+      const auto index = static_cast<size_t>(i);
+      sequences_.push_back(sequence(index, 1));
+      lengths_[index] += 1;
     }
     enqueue(pending, 1, ids);
   }
 
   // Batch entry for a request's next n tokens.
-  qvl_sequence sequence(size_t at, int32_t n) const {
+  qvl_sequence sequence(size_t index, int32_t n) const {
     qvl_sequence entry{};
     entry.n_new = n;
-    entry.n_past = lengths_[at];
-    entry.prompt_len = call_.requests[at].n_tokens;
-    entry.n_blocks = static_cast<int32_t>(first_block_[at + 1] - first_block_[at]);
-    entry.blocks = blocks_.data() + first_block_[at];
-    entry.adapter = call_.requests[at].adapter;
+    entry.n_past = lengths_[index];
+    entry.prompt_len = call_.requests[index].n_tokens;
+    entry.n_blocks = static_cast<int32_t>(first_block_[index + 1] - first_block_[index]);
+    entry.blocks = blocks_.data() + first_block_[index];
+    entry.adapter = call_.requests[index].adapter;
     return entry;
   }
 
@@ -215,7 +215,7 @@ class Generation {
     spans_.clear();
     step_ids_.clear();
     for (const int32_t i : active_) {
-      const auto at = static_cast<size_t>(i);
+      const auto index = static_cast<size_t>(i);
       const Request& r = call_.requests[i];
       const auto start = static_cast<int32_t>(step_ids_.size());
       if (prompts) {
@@ -225,10 +225,10 @@ class Generation {
           spans_.back().start += start;
         }
       } else {
-        step_ids_.push_back(last_tokens_[at]);
+        step_ids_.push_back(last_tokens_[index]);
       }
-      sequences_.push_back(sequence(at, static_cast<int32_t>(step_ids_.size()) - start));
-      lengths_[at] += sequences_.back().n_new;
+      sequences_.push_back(sequence(index, static_cast<int32_t>(step_ids_.size()) - start));
+      lengths_[index] += sequences_.back().n_new;
     }
     backend_.copy(ids, step_ids_.data(), step_ids_.size() * sizeof(int32_t), call_.stream);
   }
@@ -239,11 +239,11 @@ class Generation {
     sampling_.clear();
     step_counts_.clear();
     for (const int32_t i : active_) {
-      const auto at = static_cast<size_t>(i);
+      const auto index = static_cast<size_t>(i);
       const Request& r = call_.requests[i];
       const int32_t done = call_.results[i].n_tokens + unread;
       qvl_sampling s = r.sampling;
-      std::vector<int32_t>& forbidden = forbidden_[at];
+      std::vector<int32_t>& forbidden = forbidden_[index];
       forbidden.clear();
       if (done == 0) forbidden.assign(s.forbidden, s.forbidden + s.n_forbidden);
       if (done < r.min_new) forbidden.insert(forbidden.end(), stop_tokens_.begin(), stop_tokens_.end());
@@ -251,7 +251,7 @@ class Generation {
       s.forbidden = forbidden.data();
       s.counter += static_cast<uint64_t>(done);
       sampling_.push_back(s);
-      step_counts_.push_back(counts_[at]);
+      step_counts_.push_back(counts_[index]);
     }
     qvl_batch batch = QVL_INIT(qvl_batch);
     batch.n_sequences = static_cast<int32_t>(sequences_.size());

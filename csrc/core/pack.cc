@@ -214,10 +214,10 @@ void unpack(qvl_dtype dtype, int64_t out, int64_t in, const void* packed, float*
           const int integer = value_bits(dtype) == 8
                                   ? bytes[row * width + k]
                                   : bytes[row * width / 2 + nibble_byte(k)] >> nibble_shift(k) & 15;
-          const int64_t at = row * (width / group) + k / group;
-          const uint16_t scale = reinterpret_cast<const uint16_t*>(scales)[at];
+          const int64_t index = row * (width / group) + k / group;
+          const uint16_t scale = reinterpret_cast<const uint16_t*>(scales)[index];
           if (has_zeros(dtype)) {
-            const float zero = from_float16(reinterpret_cast<const uint16_t*>(zeros)[at]);
+            const float zero = from_float16(reinterpret_cast<const uint16_t*>(zeros)[index]);
             value = from_float16(scale) * (static_cast<float>(integer) - zero);
           } else {
             value = from_bfloat16(scale) * static_cast<float>(integer - 8);

@@ -13,15 +13,15 @@ namespace qvl {
 // Check n token ids in host memory, except those that a span covers. `where`: beginning of the error message.
 inline void check_ids(const char* where, int32_t vocab, int64_t n, const int32_t* ids, int32_t n_spans,
                       const qvl_span* spans) {
-  int64_t at = 0;
+  int64_t index = 0;
   for (int32_t s = 0; s <= n_spans; ++s) {
     const int64_t end = s < n_spans ? spans[s].start : n;
-    for (; at < end; ++at) {
-      QVL_REQUIRE(ids[at] >= 0 && ids[at] < vocab, QVL_INVALID,
-                  "%s: tokens[%lld] is %d; the vocabulary has %d", where, static_cast<long long>(at), ids[at],
-                  vocab);
+    for (; index < end; ++index) {
+      QVL_REQUIRE(ids[index] >= 0 && ids[index] < vocab, QVL_INVALID,
+                  "%s: tokens[%lld] is %d; the vocabulary has %d", where, static_cast<long long>(index),
+                  ids[index], vocab);
     }
-    if (s < n_spans) at += spans[s].count;
+    if (s < n_spans) index += spans[s].count;
   }
 }
 

@@ -94,10 +94,10 @@ void Language::add_rows(const CpuKvPool& pool, const Part& part) {
   std::vector<float> frequencies(half);
   rotary_frequencies(config_, sequence.prompt_len, frequencies.data());
   for (int32_t position = part.past; position < part.past + part.n; ++position) {
-    const size_t at = cos_.size();
-    cos_.resize(at + half);
-    sin_.resize(at + half);
-    rotary_row(config_, frequencies.data(), position, &cos_[at], &sin_[at]);
+    const size_t index = cos_.size();
+    cos_.resize(index + half);
+    sin_.resize(index + half);
+    rotary_row(config_, frequencies.data(), position, &cos_[index], &sin_[index]);
     query_scale_.push_back(query_scale(config_, position));
     block_.push_back(sequence.blocks[position / pool.block_tokens]);
     slot_.push_back(position % pool.block_tokens);

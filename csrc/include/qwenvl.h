@@ -236,8 +236,8 @@ typedef struct qvl_tensor {
  * 128; padding has the value 0.
  *
  * QVL_UINT4_G*, QVL_UINT8_G*: uint8 [out, padded / 2] with nibbles in the order of QVL_INT4_G*, or uint8
- * [out, padded]; float16 [out, padded / group] scales; float16 [out, padded / group] zero points, whole
- * numbers from 0 to 256. value = scale * (integer - zero). Padding: integers, scales and zero points are 0.
+ * [out, padded]; float16 [out, padded / group] scales; float16 [out, padded / group] zero points,
+ * integers from 0 to 256. value = scale * (integer - zero). Padding: integers, scales and zero points are 0.
  */
 QVL_API uint64_t qvl_packed_bytes(qvl_dtype dtype, int64_t out, int64_t in);
 
@@ -389,12 +389,12 @@ QVL_API void qvl_kv_pool_free(qvl_kv_pool* pool);
 QVL_API uint64_t qvl_kv_pool_bytes(const qvl_engine* engine, int32_t n_blocks, int32_t block_tokens,
                                    qvl_dtype dtype);
 
-/* Copy whole blocks, all layers, keys and values: block from[i] to block to[i] of the pool, in order of i.
+/* Copy blocks, with keys and values of all layers: block from[i] to block to[i] of the pool, in order of i.
  * For copy-on-write of a shared block. */
 QVL_API qvl_status qvl_kv_copy_blocks(qvl_kv_pool* pool, int32_t n, const int32_t* from, const int32_t* to,
                                       qvl_stream stream, qvl_error* error);
 
-/* Copy whole blocks to and from host memory of n * qvl_kv_pool_bytes(engine, 1, block_tokens, dtype) bytes.
+/* Copy blocks to and from host memory of n * qvl_kv_pool_bytes(engine, 1, block_tokens, dtype) bytes.
  * The layout is private: it is valid only for pools with the same sizes, library version and device. */
 QVL_API qvl_status qvl_kv_read_blocks(qvl_kv_pool* pool, int32_t n, const int32_t* blocks, void* host,
                                       uint64_t bytes, qvl_stream stream, qvl_error* error);

@@ -136,8 +136,8 @@ void prepare_groups(const float* x, int64_t x_stride, int n_x, int k, void* prep
         from = values;
       }
       for (int i = 0; i < kBlock; i += 4) {
-        const int at = Bits == 8 ? i : i / kUnit * kUnit + unit_value(i % kUnit);
-        __builtin_memcpy(ordered + i, from + at, 4 * sizeof(float));
+        const int index = Bits == 8 ? i : i / kUnit * kUnit + unit_value(i % kUnit);
+        __builtin_memcpy(ordered + i, from + index, 4 * sizeof(float));
       }
       quantise_values(ordered, block, block + sizeof(Floats));
       sum_groups<Bits, Group>(block, sums);
@@ -146,8 +146,8 @@ void prepare_groups(const float* x, int64_t x_stride, int n_x, int k, void* prep
 }
 
 // Load n scales, or zero points, from index `at` on; the other lanes are zero.
-QVL_INLINE Floats load_scales(const void* scales, int64_t at, int n) {
-  const auto* from = static_cast<const uint16_t*>(scales) + at;
+QVL_INLINE Floats load_scales(const void* scales, int64_t index, int n) {
+  const auto* from = static_cast<const uint16_t*>(scales) + index;
   return widen_float16(n == kLanes ? load<HalfWords>(from) : load_first_halves(from, n));
 }
 
@@ -200,10 +200,10 @@ struct RowsGroups {
 #pragma GCC unroll 1
       for (int g = 0; g < groups; g += kLanes) {
         const int n = groups - g < kLanes ? groups - g : kLanes;
-        const int64_t at = (row + r) * groups + g;
-        Floats zeros = load_scales(p.zeros, at, n);
+        const int64_t index = (row + r) * groups + g;
+        Floats zeros = load_scales(p.zeros, index, n);
         if (Bits == 8 && kSignedProducts) zeros -= 128;
-        const Floats products = load_scales(p.scales, at, n) * zeros;
+        const Floats products = load_scales(p.scales, index, n) * zeros;
 #pragma GCC unroll 8
         for (int i = 0; i < XCount; ++i) zero_terms[i] += products * load<Floats>(x + i * x_stride + g);
       }

@@ -12,7 +12,7 @@
 // an inline function for the whole program, and that copy might be compiled for a newer processor.
 //
 // Reference: float16 and bfloat16 conversions, tests/csrc/test_kernels.py::test_every_float16, test_bfloat16;
-// the rest through the kernels.
+// the other functions through the kernels.
 #pragma once
 
 #include <stddef.h>

@@ -26,7 +26,7 @@ namespace {
 
 using qvl::cpu::UnpackTile;
 
-// Columns of a row unpacked at a time. A tile has space for a whole chunk after its last row.
+// Columns of a row unpacked at a time. The memory of a tile has space for another chunk after its last row.
 constexpr int kChunk = 32;
 constexpr int kChunkVectors = kChunk / kLanes;
 
@@ -67,10 +67,10 @@ struct Int4Chunk {
   float scale;
 
   QVL_INLINE Int4Chunk(const UnpackTile& t, int64_t row, int i) {
-    const int64_t at = row * round_up(t.k, kUnit) + t.first_k + i;
-    words = static_cast<const uint8_t*>(t.weights) + at / kUnit * (kUnit / 2);
-    nibble = static_cast<int>(at % kUnit) / kChunk;
-    const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(t.scales)[at / Group]) << 16;
+    const int64_t index = row * round_up(t.k, kUnit) + t.first_k + i;
+    words = static_cast<const uint8_t*>(t.weights) + index / kUnit * (kUnit / 2);
+    nibble = static_cast<int>(index % kUnit) / kChunk;
+    const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(t.scales)[index / Group]) << 16;
     __builtin_memcpy(&scale, &bits, sizeof scale);
   }
 };
@@ -98,18 +98,18 @@ QVL_INLINE float float16_at(const void* values, int64_t i) {
 template <int Bits, int Group>
 struct UnpackGroups {
   static QVL_INLINE void chunk(const UnpackTile& t, int64_t row, int i, Floats (&v)[kChunkVectors]) {
-    const int64_t at = row * round_up(t.k, kUnit) + t.first_k + i;
-    const float scale = float16_at(t.scales, at / Group), zero = float16_at(t.zeros, at / Group);
+    const int64_t index = row * round_up(t.k, kUnit) + t.first_k + i;
+    const float scale = float16_at(t.scales, index / Group), zero = float16_at(t.zeros, index / Group);
     const auto* weights = static_cast<const uint8_t*>(t.weights);
 #pragma GCC unroll 8
     for (int j = 0; j < kChunkVectors; ++j) {
       if constexpr (Bits == 8) {
         // Flipping the highest bit subtracts 128, which makes the bytes signed.
-        const LaneBytes bytes = load<LaneBytes>(weights + at + j * kLanes) ^ int8_t { -128 };
+        const LaneBytes bytes = load<LaneBytes>(weights + index + j * kLanes) ^ int8_t { -128 };
         v[j] = (to_floats(widen_bytes(bytes)) - (zero - 128)) * scale;
       } else {
-        const HalfWords words = load<HalfWords>(weights + at / kUnit * (kUnit / 2) + 2 * j * kLanes);
-        const HalfWords nibbles = words >> (4 * (at % kUnit / kChunk)) & 15;
+        const HalfWords words = load<HalfWords>(weights + index / kUnit * (kUnit / 2) + 2 * j * kLanes);
+        const HalfWords nibbles = words >> (4 * (index % kUnit / kChunk)) & 15;
         v[j] = (to_floats(reinterpret_cast<Ints>(widen_halves(nibbles))) - zero) * scale;
       }
     }
@@ -158,10 +158,10 @@ QVL_INLINE __m512i narrow_chunk(UnpackInt4<Group>, const UnpackTile& t, int64_t 
 
 template <int Group>
 QVL_INLINE __m512i narrow_chunk(UnpackGroups<4, Group>, const UnpackTile& t, int64_t row, int i) {
-  const int64_t at = row * round_up(t.k, kUnit) + t.first_k + i;
-  return look_up(static_cast<const uint8_t*>(t.weights) + at / kUnit * (kUnit / 2),
-                 static_cast<int>(at % kUnit) / kChunk, float16_at(t.scales, at / Group),
-                 float16_at(t.zeros, at / Group));
+  const int64_t index = row * round_up(t.k, kUnit) + t.first_k + i;
+  return look_up(static_cast<const uint8_t*>(t.weights) + index / kUnit * (kUnit / 2),
+                 static_cast<int>(index % kUnit) / kChunk, float16_at(t.scales, index / Group),
+                 float16_at(t.zeros, index / Group));
 }
 
 template <typename Unpack>
