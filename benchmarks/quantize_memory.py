@@ -27,7 +27,7 @@ from paddlemix_qwenvl_plugin.quantization.embedding import embed  # noqa: E402
 from paddlemix_qwenvl_plugin.quantization.judge import count_changed  # noqa: E402
 from paddlemix_qwenvl_plugin.quantization.layer import DecoderLayer  # noqa: E402
 from paddlemix_qwenvl_plugin.quantization.layers import Streams  # noqa: E402
-from paddlemix_qwenvl_plugin.quantization.rounding import Hessian, quantise  # noqa: E402
+from paddlemix_qwenvl_plugin.quantization.rounding import Hessian, quantize  # noqa: E402
 from paddlemix_qwenvl_plugin.quantization.rows import CalibrationRows  # noqa: E402
 from paddlemix_qwenvl_plugin.tiny.vocab import write_tiny_vocabulary  # noqa: E402
 
@@ -71,7 +71,7 @@ def measure_layer(checkpoint: Checkpoint) -> None:
     report("inputs")
     hessian = Hessian(gram.copy(), "mlp.c_proj")
     report("Hessian factorized")
-    quantise(weight, hessian, 4, 32)  # 4 bits, groups of 32
+    quantize(weight, hessian, 4, 32)  # 4 bits, groups of 32
     report("quantized")
 
 

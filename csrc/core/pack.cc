@@ -23,7 +23,7 @@ float largest_magnitude(const float* values, int64_t n) {
 }
 
 // The integer nearest to value / scale in a range.
-int quantise(float value, float scale, int minimum, int maximum) {
+int quantize(float value, float scale, int minimum, int maximum) {
   const float quotient = scale != 0 ? value / scale : 0;
   return static_cast<int>(
       std::lrint(std::clamp(quotient, static_cast<float>(minimum), static_cast<float>(maximum))));
@@ -32,7 +32,7 @@ int quantise(float value, float scale, int minimum, int maximum) {
 void pack_int8_row(const float* row, int64_t in, int8_t* values, float* scale) {
   *scale = std::fabs(largest_magnitude(row, in)) / 127;
   std::memset(values, 0, static_cast<size_t>(padded(in)));
-  for (int64_t k = 0; k < in; ++k) values[k] = static_cast<int8_t>(quantise(row[k], *scale, -127, 127));
+  for (int64_t k = 0; k < in; ++k) values[k] = static_cast<int8_t>(quantize(row[k], *scale, -127, 127));
 }
 
 // Byte, and shift within the byte, of value k of a row with 4 bits per value (qwenvl.h).
@@ -96,7 +96,7 @@ void pack_int4_row(const float* row, int64_t in, int group, uint8_t* values, uin
     for (int64_t k = first; k < first + n; ++k) {
       uint8_t& byte = values[nibble_byte(k)];
       const int shift = nibble_shift(k);
-      const int nibble = quantise(row[k], scale, -8, 7) + 8;
+      const int nibble = quantize(row[k], scale, -8, 7) + 8;
       byte = static_cast<uint8_t>((byte & ~(15 << shift)) | (nibble << shift));
     }
   }
@@ -109,7 +109,7 @@ uint64_t value_bytes(qvl_dtype dtype, int64_t out, int64_t in) {
   if (out < 1 || in < 1 || out > kMaxSize || in > kMaxSize) return 0;
   const auto rows = static_cast<uint64_t>(out);
   if (dtype == QVL_INT32 && in != 1) return 0;
-  const int64_t columns = is_quantised(dtype) ? padded(in) : in;
+  const int64_t columns = is_quantized(dtype) ? padded(in) : in;
   return rows * static_cast<uint64_t>(columns) * static_cast<uint64_t>(value_bits(dtype)) / 8;
 }
 

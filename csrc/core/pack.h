@@ -7,7 +7,7 @@
 
 namespace qvl {
 
-constexpr int64_t kPackUnit = 128;  // rows of quantised matrices are padded to this many values
+constexpr int64_t kPackUnit = 128;  // rows of quantized matrices are padded to this many values
 
 // Length of a padded row.
 inline int64_t padded(int64_t in) {
@@ -47,7 +47,7 @@ inline bool has_zeros(qvl_dtype dtype) {
   return dtype >= QVL_UINT4_G32 && dtype <= QVL_UINT8_G128;
 }
 
-inline bool is_quantised(qvl_dtype dtype) {
+inline bool is_quantized(qvl_dtype dtype) {
   return dtype == QVL_INT8 || group_size(dtype) != 0;
 }
 

@@ -24,6 +24,6 @@ inline bool greedy(const qvl_sampling& s) {
   return s.temperature == 0 || s.top_p == 0 || s.top_k == 1;
 }
 
-constexpr int kMaxLogprobs = 64;  // maximum number of likeliest tokens to return
+constexpr int kMaxLogprobs = 64;  // maximum number of most likely tokens to return
 
 }  // namespace qvl

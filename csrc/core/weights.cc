@@ -82,9 +82,9 @@ void check_tensor(const qvl_tensor& tensor, const WeightSpec& spec, qvl_device d
   const char* name = spec.name.c_str();
   QVL_REQUIRE(tensor.dtype >= 0 && tensor.dtype < QVL_DTYPES, QVL_BAD_WEIGHT, "%s: dtype %d is unknown", name,
               tensor.dtype);
-  QVL_REQUIRE(is_float(tensor.dtype) || (spec.product && is_quantised(tensor.dtype)), QVL_BAD_WEIGHT,
+  QVL_REQUIRE(is_float(tensor.dtype) || (spec.product && is_quantized(tensor.dtype)), QVL_BAD_WEIGHT,
               "%s: is %s; this weight must be float32, bfloat16 or float16%s", name, dtype_name(tensor.dtype),
-              spec.product ? ", or quantised" : "");
+              spec.product ? ", or quantized" : "");
   QVL_REQUIRE(tensor.n_dims >= 1 && tensor.n_dims <= 4, QVL_BAD_WEIGHT, "%s: has %d axes; it must have %zu",
               name, tensor.n_dims, spec.shape.size());
   const auto n_dims = static_cast<size_t>(tensor.n_dims);

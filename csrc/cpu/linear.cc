@@ -100,7 +100,7 @@ void blocked(Context& context, const Matrix& m, const float* x, int64_t x_stride
   const Kernels& kernels = context.kernels;
   const int kind = kernels.bf16_dot && m.dtype != QVL_FLOAT32 ? 1 : 0;
   // Divide the columns equally, in multiples of `unit`.
-  const int max_k = kind == 1 ? kMaxTileK : kMaxTileK / 2, unit = is_quantised(m.dtype) ? kPackUnit : 32;
+  const int max_k = kind == 1 ? kMaxTileK : kMaxTileK / 2, unit = is_quantized(m.dtype) ? kPackUnit : 32;
   const int parts = (m.k + max_k - 1) / max_k;
   const int tile_k = ((m.k + parts - 1) / parts + unit - 1) / unit * unit;
   const int lanes = kernels.lanes;
@@ -147,7 +147,7 @@ Matrix Matrix::stored(qvl_dtype dtype, int64_t rows, int64_t k, const void* data
   matrix.rows = rows;
   matrix.k = static_cast<int>(k);
   matrix.bias = bias;
-  if (is_quantised(dtype)) matrix.scales = offset(data, value_bytes(dtype, rows, k));
+  if (is_quantized(dtype)) matrix.scales = offset(data, value_bytes(dtype, rows, k));
   if (has_zeros(dtype)) matrix.zeros = offset(matrix.scales, scale_bytes(dtype, rows, k));
   return matrix;
 }

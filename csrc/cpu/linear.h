@@ -8,7 +8,7 @@ namespace qvl::cpu {
 // Weights [rows, k] of a linear layer, in the caller's memory.
 struct Matrix {
   const void* values = nullptr;
-  const void* scales = nullptr;  // only for quantised types
+  const void* scales = nullptr;  // only for quantized types
   qvl_dtype dtype = QVL_FLOAT32;
   int64_t rows = 0;  // outputs
   int k = 0;         // inputs

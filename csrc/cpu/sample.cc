@@ -102,7 +102,7 @@ int32_t draw(const qvl_sampling& s, int32_t vocab, Candidate* candidates, double
   const auto weight = [&](const Candidate& c) { return std::exp((c.logit - maximum) / temperature); };
   double total = 0;
   for (int32_t i = 0; i < n; ++i) total += weight(candidates[i]);
-  // Keep the likeliest candidates: with top-p those within top-p, else those up to the drawn token.
+  // Keep the most likely candidates: with top-p those within top-p, else those up to the drawn token.
   const bool no_top_p = top_p >= 1;
   int32_t kept = 0;
   double mass = 0;
@@ -169,7 +169,7 @@ void row_logprobs(int32_t vocab, const float* logits, int32_t token, float* logp
   for (int32_t id = 0; id < vocab; ++id) total += static_cast<double>(std::exp(logits[id] - maximum));
   const double log_total = static_cast<double>(maximum) + std::log(total);
   if (logprob != nullptr) *logprob = static_cast<float>(static_cast<double>(logits[token]) - log_total);
-  // Insertion sort of the n_top likeliest tokens; in a tie the lower id precedes.
+  // Insertion sort of the n_top most likely tokens; in a tie the lower id precedes.
   int32_t n = 0;
   for (int32_t id = 0; id < vocab; ++id) {
     if (n == n_top && (n == 0 || !(logits[id] > logits[top_tokens[n - 1]]))) continue;

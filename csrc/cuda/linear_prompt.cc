@@ -1,4 +1,4 @@
-// Launches of kernels/linear_prompt.cu, linear_prompt_hopper.cu and linear_dequantise.cu.
+// Launches of kernels/linear_prompt.cu, linear_prompt_hopper.cu and linear_dequantize.cu.
 #include "cuda/linear_prompt.h"
 
 #include <algorithm>
@@ -128,10 +128,10 @@ void linear_prompt(const Gpu& gpu, CUstream stream, const Matrix& matrix, const 
   if (matrix.storage != Storage::kHalf) {
     half.storage = Storage::kHalf;
     half.values = scratch;
-    const std::string name = std::string("dequantise_") + info(matrix.storage).name;
+    const std::string name = std::string("dequantize_") + info(matrix.storage).name;
     constexpr int kThreads = 256, kValues = 8;
     const int64_t threads = static_cast<int64_t>(matrix.out) * matrix.stride / kValues;
-    const Dequantise params{matrix.values, matrix.scales, scratch, matrix.out, matrix.stride};
+    const Dequantize params{matrix.values, matrix.scales, scratch, matrix.out, matrix.stride};
     gpu.launch(stream, name.c_str(), {static_cast<unsigned>((threads + kThreads - 1) / kThreads)}, kThreads,
                0, params, true);
   }

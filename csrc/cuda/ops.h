@@ -20,7 +20,7 @@ namespace qvl::cuda {
 struct LowRankParams;  // kernels/low_rank.h
 
 // A weight [out, in] on the GPU. `in` is padded to `stride` values with zeros: a multiple of 8 (kHalf: as
-// stored) or of 128 (quantised).
+// stored) or of 128 (quantized).
 enum class Storage {
   kHalf,
   kInt8,
@@ -36,8 +36,8 @@ struct Matrix {
   Storage storage;
   int out, in;
   int stride;
-  void* values;                    // kHalf: H [out, stride]; quantised: layout of kernels/quantised.cuh
-  void* scales;                    // quantised: layout of kernels/quantised.cuh; kHalf: NULL
+  void* values;                    // kHalf: H [out, stride]; quantized: layout of kernels/quantized.cuh
+  void* scales;                    // quantized: layout of kernels/quantized.cuh; kHalf: NULL
   const float* bias;               // float32 [out], or NULL
   const int32_t* order = nullptr;  // [in]: column j of W multiplies x[order[j]]; NULL: x[j]
 };
@@ -79,7 +79,7 @@ MatrixBytes matrix_bytes(Storage storage, int out, int in);
 Storage storage_of(qvl_dtype dtype);
 
 // Convert a matrix from the layout of a file (qwenvl.h: qvl_packed_bytes), copied to `from`, to that of the
-// kernels. float32, bfloat16 and float16 become kHalf, rounded if necessary; quantised types keep their
+// kernels. float32, bfloat16 and float16 become kHalf, rounded if necessary; quantized types keep their
 // integers, scales and zero points. UINT8_G128 becomes kUint8G64, whose kernels sum 64 values at a time. Row
 // r of the file becomes row first + r * step of `to`; step 2 interleaves two matrices.
 void upload_matrix(const Gpu&, CUstream, qvl_dtype dtype, const void* from, int out, const Matrix& to,
@@ -159,7 +159,7 @@ void attention_step(const Gpu&, CUstream, const void* qkv, const RowMetadata&, c
 
 // ---- prompts: linear_prompt.cc, attention_prompt.cc -----------------------------------------------------
 
-// As linear_decode. scratch: linear_prompt_scratch bytes, 0 unless the matrix is quantised.
+// As linear_decode. scratch: linear_prompt_scratch bytes, 0 unless the matrix is quantized.
 uint64_t linear_prompt_scratch(const Matrix&);
 void linear_prompt(const Gpu&, CUstream, const Matrix&, const void* x, int64_t x_stride, int n, Into, void* y,
                    void* scratch);

@@ -43,10 +43,10 @@ void Weights::check_memory() const {
   }
   size_t free = 0, total = 0;
   check(driver().cuMemGetInfo(&free, &total), "querying free GPU memory");
-  const bool quantised = std::any_of(table_.begin(), table_.end(),
-                                     [](const auto& entry) { return is_quantised(entry.second.dtype); });
+  const bool quantized = std::any_of(table_.begin(), table_.end(),
+                                     [](const auto& entry) { return is_quantized(entry.second.dtype); });
   const char* advice =
-      bytes_as_int4 < free && !quantised ? "; an export with weight_only_int4 would fit" : "";
+      bytes_as_int4 < free && !quantized ? "; an export with weight_only_int4 would fit" : "";
   QVL_REQUIRE(needed <= free, QVL_NO_MEMORY,
               "out of GPU memory: the weights need %.2f GiB, %.2f of %.2f GiB are free%s", gib(needed),
               gib(free), gib(total), advice);
@@ -190,8 +190,8 @@ Matrix Weights::interleaved(const std::string& first, const std::string& second)
 
 Matrix Weights::half_matrix(const std::string& name, const std::string& bias) {
   qvl_tensor tensor = table_.at(name);
-  if (!is_quantised(tensor.dtype)) return matrix(name, bias);
-  QVL_REQUIRE(tensor.device == QVL_DEVICE_CPU, QVL_UNSUPPORTED, "%s: is quantised; it must be on the CPU",
+  if (!is_quantized(tensor.dtype)) return matrix(name, bias);
+  QVL_REQUIRE(tensor.device == QVL_DEVICE_CPU, QVL_UNSUPPORTED, "%s: is quantized; it must be on the CPU",
               name.c_str());
   order(name);  // fails if the matrix has an input order
   const int64_t out = tensor.shape[0], in = row_values(tensor);

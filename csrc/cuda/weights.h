@@ -32,7 +32,7 @@ class Weights {
   // 2 i + 1; padded with rows of zeros to a multiple of 16.
   Matrix interleaved(const std::string& first, const std::string& second);
 
-  // Matrix in the compute type; a quantised tensor is dequantised on the host.
+  // Matrix in the compute type; a quantized tensor is dequantized on the host.
   Matrix half_matrix(const std::string& name, const std::string& bias);
 
   Norm norm(const std::string& name) { return {floats(name + ".weight"), floats(name + ".bias")}; }

@@ -204,7 +204,7 @@ typedef struct qvl_config {
  * positional_embedding and key_pos_embed must be resized to the image's patches.
  *
  * Every weight may be QVL_FLOAT32, QVL_BFLOAT16 or QVL_FLOAT16, and matrices other than wte.weight may be
- * quantised. Types may be mixed. A matrix NAME [out, in] other than wte.weight may have a permutation
+ * quantized. Types may be mixed. A matrix NAME [out, in] other than wte.weight may have a permutation
  * NAME.order, QVL_INT32 [in] ("act-order" of GPTQ): stored column j multiplies input order[j], y[o] = sum
  * over j of value[o, j] x[order[j]]. On a GPU mlp.w1 and mlp.w2 of a layer must have the same order, and
  * matrices of the vision stage must have none.
@@ -212,7 +212,7 @@ typedef struct qvl_config {
  * Products with float32 weights run in float32. With other weights the products of prompts and images round
  * the activations to bfloat16 if the machine has bfloat16 instructions. The products of decode steps and of
  * lm_head keep the activations in float32; exception: on a CPU they round the activations to 8 bits, with one
- * scale per 32 values, if the weight is quantised (for QVL_UINT* only if `compute` is not
+ * scale per 32 values, if the weight is quantized (for QVL_UINT* only if `compute` is not
  * QVL_COMPUTE_FLOAT32). All other operations are float32.
  */
 typedef struct qvl_tensor {
@@ -242,14 +242,14 @@ typedef struct qvl_tensor {
 QVL_API uint64_t qvl_packed_bytes(qvl_dtype dtype, int64_t out, int64_t in);
 
 /* Convert a float32 matrix [out, in] to `dtype` at `packed`, rounding to nearest; both in host memory.
- * Quantisation is symmetric. The scale of a row (QVL_INT8) is its largest magnitude / 127. The scale of a
+ * Quantization is symmetric. The scale of a row (QVL_INT8) is its largest magnitude / 127. The scale of a
  * group (QVL_INT4_G*) is the one with the least squared error among several candidates near its largest
  * magnitude / 8. QVL_INVALID: a NaN or infinity in the matrix, or a dtype that qvl_pack_groups creates.
  */
 QVL_API qvl_status qvl_pack(qvl_dtype dtype, int64_t out, int64_t in, const float* values, void* packed,
                             uint64_t packed_bytes, qvl_error* error);
 
-/* Pack quantised integers [out, in] with one scale and one zero point per group, losslessly, as `dtype`, one
+/* Pack quantized integers [out, in] with one scale and one zero point per group, losslessly, as `dtype`, one
  * of QVL_UINT4_G* and QVL_UINT8_G*, at `packed`; all in host memory. integers: below 16 for 4 bits. scales,
  * zeros: float16 [out, groups], groups = in / group rounded up. QVL_INVALID: an integer out of range, a scale
  * that is not finite, or a zero point that is not an integer from 0 to 256.
@@ -301,7 +301,7 @@ QVL_API qvl_status qvl_engine_create(const qvl_config* config, qvl_weights* weig
 QVL_API void qvl_engine_free(qvl_engine* engine);
 
 /* Low-rank adapters (LoRA): y = W x + scale * B (A x), not merged into the base weights, which may be
- * quantised and are shared by all sequences, with and without an adapter. The number of adapters is not
+ * quantized and are shared by all sequences, with and without an adapter. The number of adapters is not
  * limited.
  *
  * Targets are the matrices of the language model's layers and lm_head; see qvl_tensor for the names. A matrix
@@ -473,8 +473,8 @@ QVL_API qvl_status qvl_forward(qvl_engine* engine, qvl_kv_pool* pool, const qvl_
 typedef struct qvl_sampling {
   uint32_t size;     /* sizeof(qvl_sampling) */
   float temperature; /* 0 to 100; 0: greedy, with the lowest id in a tie */
-  float top_p;       /* 0 (the likeliest token) to 1: sample from the smallest set with this probability */
-  int32_t top_k;     /* sample from the k likeliest tokens; 0: all */
+  float top_p;       /* 0 (the most likely token) to 1: sample from the smallest set with this probability */
+  int32_t top_k;     /* sample from the k most likely tokens; 0: all */
   float repetition_penalty; /* 1e-6 to 100; 1: none. Divides positive logits, multiplies negative ones */
   float frequency_penalty;  /* -100 to 100; subtracted once per occurrence of a generated token */
   float presence_penalty;   /* -100 to 100; subtracted once from each token that was generated */
@@ -509,7 +509,7 @@ typedef struct qvl_step_args {
   const qvl_batch* batch;
   /* The arrays have one row per sequence without QVL_SEQUENCE_NO_LOGITS, in the order of the batch. */
   int32_t rows;                 /* number of rows, checked against the batch */
-  int32_t n_logprobs;           /* 0 to 64: number of the likeliest tokens to return */
+  int32_t n_logprobs;           /* 0 to 64: number of the most likely tokens to return */
   const qvl_sampling* sampling; /* [rows], host memory */
   int32_t* const* counts;       /* as for qvl_sample */
   int32_t* tokens;              /* int32 [rows] */

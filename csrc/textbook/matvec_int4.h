@@ -71,13 +71,13 @@ void v2(const Product& p) {
   }
 }
 
-// Products of R rows, for v3 to v5. x is quantised to 8 bits in blocks (cpu/kernels/quantised_x.h): a block
+// Products of R rows, for v3 to v5. x is quantized to 8 bits in blocks (cpu/kernels/quantized_x.h): a block
 // contains float32 scales, one per 32-bit lane, the initial value of the sum of each group of weights, and
 // the int8 values in the order of the nibbles. Prefetch: prefetch the weights kAhead bytes ahead.
 template <int R, bool Prefetch = false>
 QVL_INLINE void integer_rows(const Product& p, int64_t row) {
   constexpr int kAhead = 65536;  // bytes
-  using X = QuantisedX<kGroup>;
+  using X = QuantizedX<kGroup>;
   const int groups = round_up(p.k, kGroup) / kGroup;
   const uint8_t* w = static_cast<const uint8_t*>(p.weights) + row * groups * (kGroup / 2);
   const uint8_t* prefetch_from = w + kAhead;

@@ -90,7 +90,7 @@ def write_params(
                 if values.shape != record.shape or values.dtype != _STORAGE[record.dtype]:
                     raise AssertionError(f"{name}: {values.dtype} {values.shape}, program has {record}")
                 bad = 0 if record.dtype == "uint8" else n_not_finite(values, record.dtype)
-                if bad:  # quantised values were checked when they were packed
+                if bad:  # quantized values were checked when they were packed
                     raise QwenVLError(
                         f"{name}: {bad} of its values are infinite or not a number; fix the weights"
                     )

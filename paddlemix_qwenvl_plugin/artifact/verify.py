@@ -41,7 +41,7 @@ def verify(prefix: Path) -> Manifest:
 
 
 def _check_numbers(path: Path, manifest: Manifest) -> None:
-    """Check the weights in floating-point storage; quantised ones were checked when they were packed."""
+    """Check the weights in floating-point storage; quantized ones were checked when they were packed."""
     entries = [entry for entry in read_tensors(path, manifest) if entry.dtype in STORAGE]
     for entry in track(entries, f"checking the values in {path.name}", len(entries)):
         storage = STORAGE[entry.dtype]

@@ -7,7 +7,7 @@ from typing import NamedTuple, Optional
 
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
 from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec, language_specs, vision_specs
-from paddlemix_qwenvl_plugin.engine.quantize import ORDER, has_order, quantised
+from paddlemix_qwenvl_plugin.engine.quantize import ORDER, has_order, quantized
 
 # Position tables resized to the patch grid -> the table that they are resized from.
 TABLES = {
@@ -28,7 +28,7 @@ def stage_weights(
 ) -> dict[str, Weight]:
     """List the weights of a stage, "vision" or "language", by canonical name in the order of the forward pass."""
     specs = vision_specs(config) if stage == "vision" else language_specs(config)
-    kinds = quantised(specs, quant_type)
+    kinds = quantized(specs, quant_type)
     weights = {}
     for name, shape in parameter_shapes(specs, config).items():
         weights[name] = Weight(shape, kinds.get(name, dtype))

@@ -17,7 +17,7 @@ from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig, load_config
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import FLOATS, cast, to_float32
 from paddlemix_qwenvl_plugin.checkpoint.lora import Lora, Merge, PathLike
 from paddlemix_qwenvl_plugin.checkpoint.quant_config import load_quant_config
-from paddlemix_qwenvl_plugin.checkpoint.quantised import QuantisedLinears
+from paddlemix_qwenvl_plugin.checkpoint.quantized import QuantizedLinears
 from paddlemix_qwenvl_plugin.checkpoint.schemes import SCHEMES
 from paddlemix_qwenvl_plugin.checkpoint.shards import WEIGHT_FILES, Shards
 from paddlemix_qwenvl_plugin.checkpoint.tensor_parallel import Ranks
@@ -46,7 +46,7 @@ class Checkpoint:
         lora: adapters to merge into the weights, each a folder or (folder, weight).
 
     Attributes:
-        quantised: the weights quantised by GPTQ or AWQ, which `tensors` does not read; None without such weights.
+        quantized: the weights quantized by GPTQ or AWQ, which `tensors` does not read; None without such weights.
 
     Raises:
         UsageError: the folder, its config or its weights do not exist; an adapter for quantized weights.
@@ -60,7 +60,7 @@ class Checkpoint:
         self.language = language_specs(self.config)
         self.vision = vision_specs(self.config)
         self._allow_position_table()
-        self.quantised: Optional[QuantisedLinears] = None
+        self.quantized: Optional[QuantizedLinears] = None
         self._entries = self._match()
         self.merge = Merge(lora, {**self.language, **self.vision})
         self._check_merge()
@@ -80,9 +80,9 @@ class Checkpoint:
         """The storage type of a canonical tensor: float32, float16, bfloat16 or float64.
 
         Raises:
-            UsageError: the tensor is quantised.
+            UsageError: the tensor is quantized.
         """
-        self._refuse_quantised([name])
+        self._refuse_quantized([name])
         return self._entries[name].dtype
 
     def tensors(
@@ -93,9 +93,9 @@ class Checkpoint:
         Linear weights are [in, out], with `out_in` [out, in]. At most one tensor is in memory at a time.
 
         Raises:
-            UsageError: a tensor is quantised.
+            UsageError: a tensor is quantized.
         """
-        self._refuse_quantised(specs)
+        self._refuse_quantized(specs)
         names: dict[str, list[str]] = {}
         for name in specs:
             # A tied lm_head has the stored name of wte.
@@ -136,7 +136,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def _check_merge(self) -> None:
-        integers = set() if self.quantised is None else self.merge.names & set(self.quantised.names)
+        integers = set() if self.quantized is None else self.merge.names & set(self.quantized.names)
         if integers:
             raise UsageError(
                 f"--lora: {min(integers)} of {self.folder} is stored as integers, into which no adapter can be merged; "
@@ -149,10 +149,10 @@ class Checkpoint:
                 "(tie_word_embeddings); merge it with the tool that made it"
             )
 
-    def _refuse_quantised(self, names: Iterable[str]) -> None:
-        if self.quantised is not None and not self._entries.keys() >= set(names):
+    def _refuse_quantized(self, names: Iterable[str]) -> None:
+        if self.quantized is not None and not self._entries.keys() >= set(names):
             raise UsageError(
-                f"{self.folder}: its weights are quantised ({self.quantised.quant_type}); only export-language reads "
+                f"{self.folder}: its weights are quantized ({self.quantized.quant_type}); only export-language reads "
                 "them"
             )
 
@@ -178,15 +178,15 @@ class Checkpoint:
         if any(name.endswith(".qweight") for name in canonical):
             if quantization is None:
                 raise QwenVLError(
-                    f"{self.folder}: holds quantised tensors, but config.json has no quantization_config"
+                    f"{self.folder}: holds quantized tensors, but config.json has no quantization_config"
                 )
-            self.quantised = QuantisedLinears(
+            self.quantized = QuantizedLinears(
                 self.folder, quantization, self._shards, self.language, canonical
             )
-            specs = {name: spec for name, spec in specs.items() if name not in self.quantised.names}
+            specs = {name: spec for name, spec in specs.items() if name not in self.quantized.names}
         elif quantization is not None and quantization.origin.name == "config.json":
             raise QwenVLError(
-                f"{self.folder}: no tensor is quantised, though config.json has quantization_config; remove it there"
+                f"{self.folder}: no tensor is quantized, though config.json has quantization_config; remove it there"
             )
         tied = self.config.tie_word_embeddings
         if tied:
@@ -256,7 +256,7 @@ class Checkpoint:
                         f"{'[out, in]' if transposed else '[in, out]'}, unlike {evidence[1]}"
                     )
                 evidence = (transposed, canonical[name])
-        # Each half has a fused projection to 3 times the width, which is never square. Only a quantised language model
+        # Each half has a fused projection to 3 times the width, which is never square. Only a quantized language model
         # with a square lm_head gives no evidence; every quantizer stores lm_head as [out, in].
         return evidence is None or evidence[0]
 

@@ -51,7 +51,7 @@ def convert(
         source: a model folder in any supported form.
         target: must not exist yet.
         dtype: float32, float16 or bfloat16; None keeps each tensor's storage type (float32 for float64).
-            Quantised layers are copied unchanged.
+            Quantized layers are copied unchanged.
         to: naming scheme and layout, a key of SCHEMES.
         max_shard_bytes: maximum size of a shard; a larger tensor gets a separate shard.
 
@@ -74,12 +74,12 @@ def convert(
 def _tensors(checkpoint: Checkpoint, dtype: Optional[str]) -> dict[str, Stored]:
     """Shape and dtype of every tensor of the new folder, by canonical name in the order of the forward pass.
 
-    The integers, scales and zero points of quantised layers keep their dtypes.
+    The integers, scales and zero points of quantized layers keep their dtypes.
     """
-    quantised = checkpoint.quantised
-    tensors: dict[str, Stored] = dict(quantised.stored) if quantised else {}
+    quantized = checkpoint.quantized
+    tensors: dict[str, Stored] = dict(quantized.stored) if quantized else {}
     for name, spec in {**checkpoint.language, **checkpoint.vision}.items():
-        if quantised is None or name not in quantised.names:
+        if quantized is None or name not in quantized.names:
             kept = checkpoint.dtype_of(name)
             tensors[name] = Stored(spec.shape, dtype or (kept if kept in STORAGE else "float32"))
     return tensors
@@ -111,8 +111,8 @@ def _write_shards(
 
 def _read(checkpoint: Checkpoint, name: str, dtype: str, scheme: Scheme) -> NDArray[np.generic]:
     specs = {**checkpoint.language, **checkpoint.vision}
-    if checkpoint.quantised is not None and name in checkpoint.quantised.stored:
-        return checkpoint.quantised.read_stored(name)
+    if checkpoint.quantized is not None and name in checkpoint.quantized.stored:
+        return checkpoint.quantized.read_stored(name)
     [(_, values)] = checkpoint.tensors({name: specs[name]}, dtype, out_in=scheme.out_in)
     return values
 

@@ -1,4 +1,4 @@
-"""A quantised linear weight as integers with a scale and a zero point for each group of inputs."""
+"""A quantized linear weight as integers with a scale and a zero point for each group of inputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_GROUP = 128
 
 
 class GroupedMatrix(NamedTuple):
-    """A quantised matrix: value[o, i] = scales[o, g] * (integers[o, i] - zeros[o, g]), g = i // group size.
+    """A quantized matrix: value[o, i] = scales[o, g] * (integers[o, i] - zeros[o, g]), g = i // group size.
 
     Attributes:
         integers: uint8 [out, in].

@@ -23,7 +23,7 @@ _SIDE_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """Storage of the quantised weights.
+    """Storage of the quantized weights.
 
     Attributes:
         method: gptq or awq.

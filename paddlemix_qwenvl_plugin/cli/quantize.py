@@ -25,9 +25,9 @@ def quantize(
     ),
 ) -> None:
     """Quantize the language model, calibrated on images and prompts; run the command again to resume."""
-    from paddlemix_qwenvl_plugin.quantization.job import quantise_model
+    from paddlemix_qwenvl_plugin.quantization.job import quantize_model
     from paddlemix_qwenvl_plugin.quantization.report import REPORT
 
-    for line in quantise_model(model, out, bits, group_size, data, print).lines():
+    for line in quantize_model(model, out, bits, group_size, data, print).lines():
         print(line)
     print(f"wrote {out}; the figures are in {out / REPORT}")

@@ -202,7 +202,7 @@ class DeviceArray:
 class StepOutput:
     """Output buffers of a step for up to `n_rows` rows, in memory accessible to host and device, and the step's event.
 
-    Per row: a token int32 and its log probability float32, and the `n_top` likeliest tokens with theirs. `tokens`,
+    Per row: a token int32 and its log probability float32, and the `n_top` most likely tokens with theirs. `tokens`,
     `logprobs`, `top_tokens` and `top_logprobs` are the addresses.
     """
 
@@ -241,6 +241,6 @@ class StepOutput:
         return self._logprobs[row]
 
     def top(self, row: int, n: int, n_written: int) -> list[tuple[int, float]]:
-        """The n likeliest tokens of a row, of `n_written` by the step, with log probabilities. Call after `wait`."""
+        """The n most likely tokens of a row, of `n_written` by the step, with log probabilities. Call after `wait`."""
         part = slice(row * n_written, row * n_written + n)
         return list(zip(self._top_tokens[part], self._top_logprobs[part]))

@@ -30,11 +30,11 @@ def check_quant_type(quant_type: Optional[str]) -> Optional[str]:
     return quant_type
 
 
-def quantised(specs: Mapping[str, TensorSpec], quant_type: Optional[str]) -> dict[str, str]:
-    """Select the quantised weights: name -> storage type (a key of library.DTYPES).
+def quantized(specs: Mapping[str, TensorSpec], quant_type: Optional[str]) -> dict[str, str]:
+    """Select the quantized weights: name -> storage type (a key of library.DTYPES).
 
     weight_only_int4 keeps the matrices most sensitive to 4-bit errors in 8 bits: lm_head and attention's c_attn
-    (figures in docs/demo-model.md). Quantised checkpoints keep lm_head in floating point.
+    (figures in docs/demo-model.md). Quantized checkpoints keep lm_head in floating point.
     """
     if quant_type is None:
         return {}
@@ -49,18 +49,18 @@ def quantised(specs: Mapping[str, TensorSpec], quant_type: Optional[str]) -> dic
 
 
 def has_order(quant_type: Optional[str]) -> bool:
-    """Whether each quantised weight NAME has a permutation of its inputs, the tensor NAME + ORDER."""
+    """Whether each quantized weight NAME has a permutation of its inputs, the tensor NAME + ORDER."""
     stored = _STORED.fullmatch(quant_type or "")
     return stored is not None and stored[3] is not None
 
 
 def packed_bytes(kind: str, n_out: int, n_in: int = 1) -> int:
-    """Size of a quantised [n_out, n_in] matrix, or an int32 vector [n_out], in bytes."""
+    """Size of a quantized [n_out, n_in] matrix, or an int32 vector [n_out], in bytes."""
     return int(load().qvl_packed_bytes(DTYPES[kind], n_out, n_in))
 
 
 def pack(kind: str, values: NDArray[np.float32], name: str) -> NDArray[np.uint8]:
-    """Quantise a matrix [out, in] into the engine's storage.
+    """Quantize a matrix [out, in] into the engine's storage.
 
     Raises:
         QwenVLError: a value is not finite; the message begins with `name`.
@@ -81,7 +81,7 @@ def pack_groups(
     zeros: NDArray[np.float16],
     name: str,
 ) -> NDArray[np.uint8]:
-    """Store a matrix that is already quantised, unchanged: value = scale * (integer - zero).
+    """Store a matrix that is already quantized, unchanged: value = scale * (integer - zero).
 
     Args:
         kind: "uint4_g32" to "uint8_g128" (library.DTYPES).

@@ -29,7 +29,7 @@ from paddlemix_qwenvl_plugin.artifact.weights import stage_weights
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import check_dtype
 from paddlemix_qwenvl_plugin.checkpoint.lora import Lora, PathLike
-from paddlemix_qwenvl_plugin.engine.quantize import check_quant_type, quantised
+from paddlemix_qwenvl_plugin.engine.quantize import check_quant_type, quantized
 from paddlemix_qwenvl_plugin.engine.select import engine_available, engine_choice
 from paddlemix_qwenvl_plugin.export.program import FORMATS, Program, save_program
 from paddlemix_qwenvl_plugin.modeling.engine_stage import EngineGeneration, EngineVision
@@ -112,7 +112,7 @@ def export_language(
 
     Args:
         quant_type: weight_only_int8 or weight_only_int4, engine only; None: all weights in `dtype`, except
-            that the integers of a quantised checkpoint are exported unchanged.
+            that the integers of a quantized checkpoint are exported unchanged.
     """
     output_path = Path(output_path)
     if not model_prefix or Path(model_prefix).name != model_prefix:
@@ -120,17 +120,17 @@ def export_language(
     choice = engine_choice(engine)
     if check_quant_type(quant_type) is not None:
         if choice == "portable":
-            raise UsageError(f"--quant_type {quant_type}: only the engine computes on quantised weights")
+            raise UsageError(f"--quant_type {quant_type}: only the engine computes on quantized weights")
         choice = "fused"
     checkpoint = Checkpoint(Path(model), lora)
-    if checkpoint.quantised is not None:
-        stored = f"{checkpoint.folder}: its weights are quantised ({checkpoint.quantised.quant_type})"
+    if checkpoint.quantized is not None:
+        stored = f"{checkpoint.folder}: its weights are quantized ({checkpoint.quantized.quant_type})"
         if quant_type is not None:
             raise UsageError(f"{stored} and exported unchanged; omit --quant_type {quant_type}")
         if choice == "portable":
             raise UsageError(f"{stored}; only the engine computes on them, not --engine portable")
-        choice, quant_type = "fused", checkpoint.quantised.quant_type
-    kinds = quantised(checkpoint.language, quant_type)
+        choice, quant_type = "fused", checkpoint.quantized.quant_type
+    kinds = quantized(checkpoint.language, quant_type)
     layer = partial(EngineGeneration, weights=stage_weights(checkpoint.config, "language", dtype, quant_type))
     stage = _Stage(
         "language",
@@ -139,7 +139,7 @@ def export_language(
             Program(".step", LanguageModel, step_inputs, lambda lm, i: Step(lm)(*i[:7], i[7:])),
         ],
         [Program("", layer, stock_inputs, _on_all)],
-        partial(language_parameters, quantised=kinds),
+        partial(language_parameters, quantized=kinds),
         COMPANIONS,
     )
     return _export(checkpoint, output_path / model_prefix, dtype, quant_type, choice, stage)

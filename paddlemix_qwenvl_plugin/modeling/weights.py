@@ -27,36 +27,36 @@ Parameters = Iterator[tuple[str, NDArray[np.generic]]]
 
 
 def language_parameters(
-    checkpoint: Checkpoint, dtype: str, quantised: Optional[Mapping[str, str]] = None
+    checkpoint: Checkpoint, dtype: str, quantized: Optional[Mapping[str, str]] = None
 ) -> Parameters:
     """Yield (parameter name, values in the storage type) of the language model.
 
-    `quantised`: name -> quantized storage type (engine/quantize.py). Weights that the checkpoint stores as integers are
+    `quantized`: name -> quantized storage type (engine/quantize.py). Weights that the checkpoint stores as integers are
     only repacked.
     """
-    kinds = quantised or {}
+    kinds = quantized or {}
     plain = {name: spec for name, spec in checkpoint.language.items() if name not in kinds}
-    packed = _repack(checkpoint, kinds) if checkpoint.quantised else _quantise(checkpoint, kinds)
+    packed = _repack(checkpoint, kinds) if checkpoint.quantized else _quantize(checkpoint, kinds)
     stream = chain(checkpoint.tensors(plain, dtype, out_in=True), packed)
-    with_order = checkpoint.quantised is not None and has_order(checkpoint.quantised.quant_type)
+    with_order = checkpoint.quantized is not None and has_order(checkpoint.quantized.quant_type)
     total = len(checkpoint.language) + (len(kinds) if with_order else 0)
     return track(stream, "language weights", total)
 
 
-def _quantise(checkpoint: Checkpoint, kinds: Mapping[str, str]) -> Parameters:
+def _quantize(checkpoint: Checkpoint, kinds: Mapping[str, str]) -> Parameters:
     specs = {name: spec for name, spec in checkpoint.language.items() if name in kinds}
     for name, values in checkpoint.tensors(specs, "float32", out_in=True):
         yield name, pack(kinds[name], np.asarray(values, np.float32), name)
 
 
 def _repack(checkpoint: Checkpoint, kinds: Mapping[str, str]) -> Parameters:
-    """Stream the integers, scales and zero points of a quantised checkpoint, and the order of columns if it has one."""
-    quantised = checkpoint.quantised
-    assert quantised is not None
+    """Stream the integers, scales and zero points of a quantized checkpoint, and the order of columns if it has one."""
+    quantized = checkpoint.quantized
+    assert quantized is not None
     for name, kind in kinds.items():
-        matrix = quantised.read(name)
+        matrix = quantized.read(name)
         yield name, pack_groups(kind, matrix.integers, matrix.scales, matrix.zeros, name)
-        if has_order(quantised.quant_type):
+        if has_order(quantized.quant_type):
             n_in = matrix.integers.shape[1]
             order = np.arange(n_in, dtype=np.int32) if matrix.order is None else matrix.order
             yield name + ORDER, order.view(np.uint8)

@@ -28,7 +28,7 @@ from paddlemix_qwenvl_plugin.util.files import write_beside
 
 _SCHEME = SCHEMES["huggingface"]
 INDEX = "model.safetensors.index.json"
-# Suffix -> type of the tensors of a quantised matrix (packing.py).
+# Suffix -> type of the tensors of a quantized matrix (packing.py).
 _PACKED = {"qweight": "int32", "qzeros": "int32", "g_idx": "int32", "scales": "float16"}
 _WEIGHT_SUFFIXES = (".safetensors", ".pdparams", ".bin", ".index.json", ".pdiparams", ".pdmodel")
 # Keys that PaddleNLP adds to config.json for tensor-parallel weights; removed, since the new weights are joined.
@@ -43,7 +43,7 @@ class GptqFolder:
     def __init__(self, folder: Path, checkpoint: Checkpoint) -> None:
         self._folder = folder
         self._checkpoint = checkpoint
-        # Storage type of the tensors that are not quantised.
+        # Storage type of the tensors that are not quantized.
         self.dtype = checkpoint.dtype if checkpoint.dtype in STORAGE else "float32"
         self._others = list(_split(self._other_specs(), self.dtype))
 
@@ -79,8 +79,8 @@ class GptqFolder:
         return sum(path.stat().st_size for path in self._folder.glob("*.safetensors"))
 
     @property
-    def n_bytes_unquantised(self) -> int:
-        """Size of all tensors in bytes if none were quantised: all in `dtype`."""
+    def n_bytes_unquantized(self) -> int:
+        """Size of all tensors in bytes if none were quantized: all in `dtype`."""
         specs = {**self._checkpoint.language, **self._checkpoint.vision}
         return sum(math.prod(spec.shape) for spec in specs.values()) * STORAGE[self.dtype].itemsize
 

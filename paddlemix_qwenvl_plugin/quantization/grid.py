@@ -14,8 +14,8 @@ _SHARES = np.linspace(1.0, 0.5, 24)
 
 
 @dataclass
-class Quantised:
-    """A quantised matrix [out, in]: value = scale * (integer - zero), with one scale and zero point per group.
+class Quantized:
+    """A quantized matrix [out, in]: value = scale * (integer - zero), with one scale and zero point per group.
 
     Attributes:
         integers: whole numbers 0 to 2^bits - 1, float32 [out, in].
@@ -34,7 +34,7 @@ class Quantised:
         return int(self.integers.shape[1] // self.scales.shape[1])
 
     def values(self) -> Floats:
-        """Dequantise the matrix: float32 [out, in]."""
+        """Dequantize the matrix: float32 [out, in]."""
         groups = self.integers.reshape(*self.scales.shape, self.group)
         wide: Floats = (groups - self.zeros[..., None]) * self.scales[..., None]
         return wide.reshape(self.integers.shape)
@@ -47,7 +47,7 @@ def to_half(values: Floats) -> Floats:
 
 
 def nearest(columns: Floats, scale: Floats, zero: Floats, top: int) -> Floats:
-    """Quantise values to the nearest integers 0 to `top`; the arguments broadcast against each other."""
+    """Quantize values to the nearest integers 0 to `top`; the arguments broadcast against each other."""
     return np.asarray(np.clip(np.rint(columns / scale) + zero, 0, top), np.float32)
 
 
@@ -79,12 +79,12 @@ def best_grid(columns: Floats, importance: Floats, bits: int) -> tuple[Floats, F
     return scales, zeros
 
 
-def round_to_nearest(weight: Floats, bits: int, group: int) -> Quantised:
-    """Quantise a matrix [out, in] without calibration: every value to its nearest integer."""
+def round_to_nearest(weight: Floats, bits: int, group: int) -> Quantized:
+    """Quantize a matrix [out, in] without calibration: every value to its nearest integer."""
     n_out, n_in = weight.shape
     scales, zeros = np.empty((2, n_out, n_in // group), np.float32)
     ones = np.ones(group, np.float32)
     for g in range(n_in // group):
         scales[:, g], zeros[:, g] = best_grid(weight[:, g * group : (g + 1) * group], ones, bits)
     spread = [np.repeat(each, group, axis=1) for each in (scales, zeros)]
-    return Quantised(nearest(weight, spread[0], spread[1], 2**bits - 1), scales, zeros)
+    return Quantized(nearest(weight, spread[0], spread[1], 2**bits - 1), scales, zeros)

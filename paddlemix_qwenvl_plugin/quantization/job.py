@@ -14,7 +14,7 @@ from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 from paddlemix_qwenvl_plugin.quantization.embedding import embed
 from paddlemix_qwenvl_plugin.quantization.folder import GptqFolder
 from paddlemix_qwenvl_plugin.quantization.judge import count_changed
-from paddlemix_qwenvl_plugin.quantization.layers import Batch, LayerQuantiser, Streams
+from paddlemix_qwenvl_plugin.quantization.layers import Batch, LayerQuantizer, Streams
 from paddlemix_qwenvl_plugin.quantization.report import REPORT, Report
 from paddlemix_qwenvl_plugin.quantization.rows import HELD_OUT_EVERY, CalibrationRow, CalibrationRows
 from paddlemix_qwenvl_plugin.quantization.states import States
@@ -31,7 +31,7 @@ MAX_TOKENS = 1 << 16
 """Limit on the tokens of all rows. At the 7B model's sizes, each of the four files of hidden states then has 1 GiB."""
 
 
-def quantise_model(
+def quantize_model(
     model: Path,
     target: Path,
     bits: int,
@@ -39,7 +39,7 @@ def quantise_model(
     data: Optional[Path] = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
-    """Quantise the language model's matrices, except lm_head, and write a GPTQ model folder.
+    """Quantize the language model's matrices, except lm_head, and write a GPTQ model folder.
 
     The folder is created atomically. After an interruption a call with the same arguments resumes at the layer that was
     interrupted, from `TARGET.partial`.
@@ -63,9 +63,9 @@ def quantise_model(
     if group_size not in GROUP_SIZES:
         raise UsageError(f"--group_size {group_size}: must be one of {', '.join(map(str, GROUP_SIZES))}")
     checkpoint = Checkpoint(model)
-    if checkpoint.quantised is not None:
+    if checkpoint.quantized is not None:
         raise UsageError(
-            f"{model}: is quantized already ({checkpoint.quantised.quant_type}); give the original model"
+            f"{model}: is quantized already ({checkpoint.quantized.quant_type}); give the original model"
         )
     _check_sizes(checkpoint, bits, group_size)
     tokenizer = QwenTokenizer.of_model(model, checkpoint.config)
@@ -111,21 +111,21 @@ def _run(
     def streams(layer: int) -> Streams:
         if layer == 0:  # both models have the same states before the first layer
             return Streams(states("original-0"), states("original-0"))
-        return Streams(states(f"original-{layer}"), states(f"quantised-{layer}"))
+        return Streams(states(f"original-{layer}"), states(f"quantized-{layer}"))
 
     if not work.embedded:
         before = streams(0)
         before.original.write(embed(checkpoint, rows))
         work.save({before.original.path})
     n_layers = checkpoint.config.num_hidden_layers
-    quantiser = LayerQuantiser(checkpoint, batch, bits, group_size)
+    quantizer = LayerQuantizer(checkpoint, batch, bits, group_size)
     for index in track(range(work.layers, n_layers), "layers quantized", n_layers - work.layers):
         after = streams(index + 1)
-        tensors, figures = quantiser.run(index, streams(index), after, folder.dtype)
+        tensors, figures = quantizer.run(index, streams(index), after, folder.dtype)
         folder.write_layer(index, tensors)
         work.figures.append(figures)
-        work.save({after.original.path, after.quantised.path})
-    del quantiser
+        work.save({after.original.path, after.quantized.path})
+    del quantizer
     folder.finish(bits, group_size)
     report = Report(
         bits,
@@ -136,7 +136,7 @@ def _run(
         count_changed(checkpoint, rows.rows, held_out, streams(n_layers)),
         work.figures,
         folder.n_bytes,
-        folder.n_bytes_unquantised,
+        folder.n_bytes_unquantized,
     )
     (work.model / REPORT).write_text(json.dumps(report.as_dict(), indent=1) + "\n", "utf-8")
     work.finish(target)

@@ -1,4 +1,4 @@
-"""Count the tokens of the held-out rows that the quantised model predicts differently."""
+"""Count the tokens of the held-out rows that the quantized model predicts differently."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TOKENS_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Changed:
-    """Counts of held-out positions whose likeliest next token differs, and of rows with such a position.
+    """Counts of held-out positions whose most likely next token differs, and of rows with such a position.
 
     Attributes:
         tokens, of_tokens: positions that differ, of all compared positions.
@@ -33,7 +33,7 @@ class Changed:
 def count_changed(
     checkpoint: Checkpoint, rows: Sequence[CalibrationRow], held_out: Sequence[int], after: Streams
 ) -> Changed:
-    """Compare the likeliest next tokens of the original and the quantised model.
+    """Compare the most likely next tokens of the original and the quantized model.
 
     Args:
         held_out: indices of the held-out rows.
@@ -49,7 +49,7 @@ def count_changed(
     norm, head = (np.asarray(weights.pop(f"{name}.weight"), np.float32) for name in ("ln_f", "lm_head"))
     epsilon = checkpoint.config.layer_norm_epsilon
 
-    def likeliest(states: Floats) -> np.ndarray:
+    def most likely(states: Floats) -> np.ndarray:
         scale = 1 / np.sqrt(np.square(states).mean(-1, keepdims=True) + np.float32(epsilon))
         normed = states * scale * norm
         chunks = range(0, len(normed), _TOKENS_AT_ONCE)
@@ -58,7 +58,7 @@ def count_changed(
     tokens = of_tokens = changed_rows = 0
     for row in held_out:
         judged = rows[row].judged
-        differs = likeliest(after.original.read(row)[judged]) != likeliest(after.quantised.read(row)[judged])
+        differs = most likely(after.original.read(row)[judged]) != most likely(after.quantized.read(row)[judged])
         tokens += int(differs.sum())
         of_tokens += len(judged)
         changed_rows += bool(differs.any())

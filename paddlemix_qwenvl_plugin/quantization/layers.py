@@ -1,4 +1,4 @@
-"""Quantise the decoder layers one after the other, on the inputs that the quantised layers before them produce."""
+"""Quantize the decoder layers one after the other, on the inputs that the quantized layers before them produce."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 from paddlemix_qwenvl_plugin.quantization.grid import Floats, round_to_nearest
 from paddlemix_qwenvl_plugin.quantization.layer import STAGES, DecoderLayer
 from paddlemix_qwenvl_plugin.quantization.packing import gptq_tensors
-from paddlemix_qwenvl_plugin.quantization.rounding import Hessian, quantise, relative_error
+from paddlemix_qwenvl_plugin.quantization.rounding import Hessian, quantize, relative_error
 from paddlemix_qwenvl_plugin.quantization.states import States
 
 # Tokens per product that is added to X^T X: large products are faster and update the sum less often.
@@ -35,28 +35,28 @@ class Batch:
 
 @dataclass(frozen=True)
 class Streams:
-    """Hidden states of all rows before a layer, in the original and in the partly quantised model."""
+    """Hidden states of all rows before a layer, in the original and in the partly quantized model."""
 
     original: States
-    quantised: States
+    quantized: States
 
 
-class LayerQuantiser:
-    """Quantiser of one layer at a time; two layers in float32 are in memory."""
+class LayerQuantizer:
+    """Quantizer of one layer at a time; two layers in float32 are in memory."""
 
     def __init__(self, checkpoint: Checkpoint, batch: Batch, bits: int, group: int) -> None:
         self._checkpoint, self._batch = checkpoint, batch
         self._bits, self._group = bits, group
         self._original = DecoderLayer(checkpoint.config)
-        self._quantised = DecoderLayer(checkpoint.config)
+        self._quantized = DecoderLayer(checkpoint.config)
 
     def run(
         self, index: int, before: Streams, after: Streams, dtype: str
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Quantise layer `index` and write the states after it.
+        """Quantize layer `index` and write the states after it.
 
         Returns:
-            The layer's tensors for the checkpoint, unquantised ones in `dtype`; and its figures: for each matrix the
+            The layer's tensors for the checkpoint, unquantized ones in `dtype`; and its figures: for each matrix the
             relative error of its products on the calibration rows, and that of rounding to nearest; for the layer the
             relative error of the held-out rows' states after it.
         """
@@ -66,31 +66,31 @@ class LayerQuantiser:
             name.removeprefix(prefix): np.asarray(values, np.float32)
             for name, values in self._checkpoint.tensors(specs, "float32", out_in=True)
         }
-        for layer in (self._original, self._quantised):
+        for layer in (self._original, self._quantized):
             layer.load(weights)
         small = {name: spec for name, spec in specs.items() if not spec.linear}
         tensors: dict[str, Any] = dict(self._checkpoint.tensors(small, dtype))
         errors: dict[str, list[float]] = {}
         middle = Streams(
-            before.original.beside("original-middle.bin"), before.quantised.beside("quantised-middle.bin")
+            before.original.beside("original-middle.bin"), before.quantized.beside("quantized-middle.bin")
         )
         for stage, matrices in enumerate(STAGES):
             if stage == 2:
                 self._advance(before, middle, DecoderLayer.after_attention)
             source = before if stage < 2 else middle
-            gram = self._gram(stage, source.quantised)
+            gram = self._gram(stage, source.quantized)
             hessian = Hessian(gram.copy(), f"{prefix}{matrices[0]}")
             for matrix in matrices:
                 weight = weights.pop(f"{matrix}.weight")
-                found = quantise(weight, hessian, self._bits, self._group)
+                found = quantize(weight, hessian, self._bits, self._group)
                 values = found.values()
                 plain = round_to_nearest(weight, self._bits, self._group).values()
                 errors[matrix] = [relative_error(weight, each, gram) for each in (values, plain)]
-                self._quantised.load({f"{matrix}.weight": values})
+                self._quantized.load({f"{matrix}.weight": values})
                 for suffix, packed in gptq_tensors(found, self._bits).items():
                     tensors[f"{prefix}{matrix}.{suffix}"] = packed
         self._advance(middle, after, lambda layer, states, _: layer.after_mlp(states))
-        for states in (middle.original, middle.quantised):
+        for states in (middle.original, middle.quantized):
             states.path.unlink()
         return tensors, {"matrices": errors, "states": self._difference(after)}
 
@@ -99,7 +99,7 @@ class LayerQuantiser:
         gram: Optional[Floats] = None
         waiting, n_waiting = list[Floats](), 0
         for number, row in enumerate(self._batch.calibration, start=1):
-            inputs = self._quantised.inputs(stage, states.read(row), self._batch.prompt_lengths[row])
+            inputs = self._quantized.inputs(stage, states.read(row), self._batch.prompt_lengths[row])
             waiting.append(inputs)
             n_waiting += len(inputs)
             if n_waiting >= _TOKENS_AT_ONCE or number == len(self._batch.calibration):
@@ -117,13 +117,13 @@ class LayerQuantiser:
                 yield step(layer, states.read(row), n_prompt)
 
         target.original.write(stepped(self._original, source.original))
-        target.quantised.write(stepped(self._quantised, source.quantised))
+        target.quantized.write(stepped(self._quantized, source.quantized))
 
     def _difference(self, streams: Streams) -> float:
-        """Relative error of the held-out rows' states: ||quantised - original|| / ||original||."""
+        """Relative error of the held-out rows' states: ||quantized - original|| / ||original||."""
         off = total = 0.0
         for row in self._batch.held_out:
             original = streams.original.read(row)
-            off += float(np.square(streams.quantised.read(row) - original).sum(dtype=np.float64))
+            off += float(np.square(streams.quantized.read(row) - original).sum(dtype=np.float64))
             total += float(np.square(original).sum(dtype=np.float64))
         return float(np.sqrt(off / total)) if total else 0.0

@@ -1,4 +1,4 @@
-"""Pack a quantised matrix into the tensors of a GPTQ checkpoint.
+"""Pack a quantized matrix into the tensors of a GPTQ checkpoint.
 
 Source: AutoGPTQ's `pack` (format "gptq", often called v1). int32 words hold 32 / bits integers, the first in the lowest
 bits:
@@ -16,11 +16,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from paddlemix_qwenvl_plugin.quantization.grid import Quantised
+from paddlemix_qwenvl_plugin.quantization.grid import Quantized
 
 
-def gptq_tensors(matrix: Quantised, bits: int) -> dict[str, NDArray[np.generic]]:
-    """Pack a quantised matrix into its GPTQ tensors, by suffix of the tensor name."""
+def gptq_tensors(matrix: Quantized, bits: int) -> dict[str, NDArray[np.generic]]:
+    """Pack a quantized matrix into its GPTQ tensors, by suffix of the tensor name."""
     n_in = matrix.integers.shape[1]
     return {
         "qweight": _pack(matrix.integers.T, bits),

@@ -16,7 +16,7 @@ class Report:
     """Settings, errors and sizes of a quantization.
 
     Attributes:
-        bits, group_size: storage of the quantised matrices.
+        bits, group_size: storage of the quantized matrices.
         rows, tokens: numbers of rows and tokens that were used for calibration.
         skipped_rows: number of rows beyond the limit on tokens.
         held_out: changed predictions on the held-out rows.

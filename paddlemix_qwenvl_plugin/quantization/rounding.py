@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from paddlemix_qwenvl_plugin.quantization.grid import Floats, Quantised, best_grid, nearest, to_half
+from paddlemix_qwenvl_plugin.quantization.grid import Floats, Quantized, best_grid, nearest, to_half
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 # Added to the Hessian's diagonal, as a share of its mean; the value of GPTQ's authors.
@@ -66,15 +66,15 @@ def _invert(upper: NDArray[np.float64]) -> None:
     upper[first, last] = -upper[first, first] @ upper[first, last] @ upper[last, last]
 
 
-def quantise(weight: Floats, hessian: Hessian, bits: int, group: int) -> Quantised:
-    """Quantise a matrix [out, in] by GPTQ, followed by sweeps of coordinate descent."""
+def quantize(weight: Floats, hessian: Hessian, bits: int, group: int) -> Quantized:
+    """Quantize a matrix [out, in] by GPTQ, followed by sweeps of coordinate descent."""
     matrix = gptq(weight, hessian, bits, group)
     for _ in range(_SWEEPS):
         descend(matrix, weight, hessian.matrix, bits)
     return matrix
 
 
-def gptq(weight: Floats, hessian: Hessian, bits: int, group: int) -> Quantised:
+def gptq(weight: Floats, hessian: Hessian, bits: int, group: int) -> Quantized:
     """Round the columns in the Hessian's order, with scales and zero points chosen beforehand."""
     n_out, n_in = weight.shape
     top = 2**bits - 1
@@ -98,10 +98,10 @@ def gptq(weight: Floats, hessian: Hessian, bits: int, group: int) -> Quantised:
         rest[last:] -= factor[first:last, last:].T @ errors
     unordered = np.empty_like(weight)
     unordered[:, order] = integers.T
-    return Quantised(unordered, scales, zeros)
+    return Quantized(unordered, scales, zeros)
 
 
-def descend(matrix: Quantised, weight: Floats, hessian: Floats, bits: int) -> None:
+def descend(matrix: Quantized, weight: Floats, hessian: Floats, bits: int) -> None:
     """Improve every scale and integer of `matrix` once, in place; the error never grows."""
     top, group = 2**bits - 1, matrix.group
     remaining = weight - matrix.values()
@@ -135,7 +135,7 @@ def descend(matrix: Quantised, weight: Floats, hessian: Floats, bits: int) -> No
 
 
 def relative_error(weight: Floats, values: Floats, gram: Floats) -> float:
-    """Relative error of a quantised matrix's products: ||X (w - q)^T|| / ||X w^T||, with `gram` = X^T X."""
+    """Relative error of a quantized matrix's products: ||X (w - q)^T|| / ||X w^T||, with `gram` = X^T X."""
     off = weight - values
     total = float(np.vdot(weight @ gram, weight))
     return float(np.sqrt(max(0.0, float(np.vdot(off @ gram, off))) / total)) if total > 0 else 0.0

@@ -18,7 +18,7 @@ from paddlemix_qwenvl_plugin.util.digest import digest_of
 _GENERATED = 1 << 32
 
 MAX_LOGPROBS = 20
-"""Maximum number of likeliest tokens reported per generated token."""
+"""Maximum number of most likely tokens reported per generated token."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -26,7 +26,7 @@ class TokenLogprobs(NamedTuple):
 
     Attributes:
         logprob: log probability of the picked token.
-        top: (token id, log probability) of the likeliest tokens, in descending order, equal ones in order of their ids.
+        top: (token id, log probability) of the most likely tokens, in descending order, equal ones in order of their ids.
     """
 
     logprob: float
@@ -68,7 +68,7 @@ class Generation:
         prompt: token ids of the prompt.
         tokens: generated token ids, the stop token included.
         n_total: number of prompt and generated tokens.
-        n_logprobs: number of likeliest tokens to report with each token; None: no log probabilities.
+        n_logprobs: number of most likely tokens to report with each token; None: no log probabilities.
         adapter: name of the adapter; None: none.
         logprobs: log probabilities of `tokens`, if `n_logprobs` is not None.
         n_computed: number of tokens, of prompt + tokens, whose keys and values are in `blocks`.

@@ -6,8 +6,8 @@ from paddlemix_qwenvl_plugin.runtime.programs import Stage
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.util.machine import GIB
 
-# Size of a quantised language stage relative to half precision; in both types the embedding is not quantised, and
-# c_attn and lm_head are quantised to 8 bits.
+# Size of a quantized language stage relative to half precision; in both types the embedding is not quantized, and
+# c_attn and lm_head are quantized to 8 bits.
 _SMALLER = (("weight_only_int8", 0.55), ("weight_only_int4", 0.4))
 
 

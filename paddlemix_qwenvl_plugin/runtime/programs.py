@@ -74,13 +74,13 @@ class Stage:
         return engine_available(self._choice(), gpu=self.gpu)
 
     def _choice(self) -> str:
-        """The engine setting, "auto", "fused" or "portable"; quantised stages require "fused"."""
+        """The engine setting, "auto", "fused" or "portable"; quantized stages require "fused"."""
         choice, quant_type = engine_choice(), self.manifest.quant_type
         if quant_type is None:
             return choice
         if choice == "portable":
             raise UsageError(
-                f"{self.prefix}: quantised weights ({quant_type}) need the engine, not QWENVL_ENGINE=portable"
+                f"{self.prefix}: quantized weights ({quant_type}) need the engine, not QWENVL_ENGINE=portable"
             )
         return "fused"
 

@@ -72,7 +72,7 @@ class RowSampler:
 
 
 def log_probabilities(logits: NDArray[np.float32], token: int, n_top: int) -> TokenLogprobs:
-    """Log probabilities of a token and of the n_top likeliest tokens under float32 logits [vocab_size]."""
+    """Log probabilities of a token and of the n_top most likely tokens under float32 logits [vocab_size]."""
     exact = logits.astype(np.float64)
     exact -= exact.max()
     exact -= np.log(np.exp(exact).sum())

@@ -11,7 +11,7 @@ import shutil
 import numpy as np
 import pytest
 from folders import cut_in_ranks, renamed, write
-from quantised_folders import Variant, copy_tool_folder, write_quantised
+from quantized_folders import Variant, copy_tool_folder, write_quantized
 from safetensors.numpy import load_file
 from torch_files import write_bin, write_legacy
 
@@ -141,11 +141,11 @@ def test_every_tensor_keeps_its_dtype(golden, tmp_path):
     [
         lambda folder: copy_tool_folder("auto_gptq", folder),
         lambda folder: copy_tool_folder("auto_awq", folder),
-        lambda folder: write_quantised(folder, Variant(bits=8, group=64, act_order=True)),
+        lambda folder: write_quantized(folder, Variant(bits=8, group=64, act_order=True)),
     ],
     ids=["auto_gptq", "auto_awq", "8 bits with act-order"],
 )
-def test_quantised_folders(tmp_path, make):
+def test_quantized_folders(tmp_path, make):
     """Integers, scales and zero points are unchanged in each naming scheme, and in the folder converted back."""
     make(tmp_path / "model")
     original = without_framework(stored_tensors(tmp_path / "model"))
@@ -156,13 +156,13 @@ def test_quantised_folders(tmp_path, make):
     ):
         convert(tmp_path / "model", tmp_path / to, to=to)
         found = without_framework(stored_tensors(tmp_path / to))
-        quantised = [name for name in original if re.search(r"qweight|qzeros|scales|g_idx", name)]
-        assert quantised
-        for name in quantised:
+        quantized = [name for name in original if re.search(r"qweight|qzeros|scales|g_idx", name)]
+        assert quantized
+        for name in quantized:
             assert found[name.replace("transformer.", prefix, 1)] == original[name]
         assert (
-            Checkpoint(tmp_path / to).quantised.quant_type
-            == Checkpoint(tmp_path / "model").quantised.quant_type
+            Checkpoint(tmp_path / to).quantized.quant_type
+            == Checkpoint(tmp_path / "model").quantized.quant_type
         )
         convert(tmp_path / to, tmp_path / f"back-{to}", to="huggingface")
         assert without_framework(stored_tensors(tmp_path / f"back-{to}")) == original

@@ -19,7 +19,7 @@ from lora_folders import (
     update_tensors,
     write_base,
 )
-from quantised_folders import Variant, write_quantised
+from quantized_folders import Variant, write_quantized
 
 from paddlemix_qwenvl_plugin.checkpoint import safetensors_file
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
@@ -229,7 +229,7 @@ def test_one_path_in_place_of_a_list(tmp_path):
 
 
 def test_a_quantized_checkpoint_accepts_adapters_of_weights_that_are_not_quantized(tmp_path):
-    write_quantised(tmp_path / "model", Variant())
+    write_quantized(tmp_path / "model", Variant())
     module = "visual.transformer.resblocks.0.mlp.c_fc"
     adapter = make_peft(tmp_path / "adapter", update_tensors(f"transformer.{module}", 16, 32))
     name = f"{module}.weight"

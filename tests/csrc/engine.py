@@ -27,7 +27,7 @@ FLOAT32, BFLOAT16, INT8, INT4_G64, INT4_G128, FLOAT16 = range(6)
 UINT4_G32, UINT4_G64, UINT4_G128, UINT8_G32, UINT8_G64, UINT8_G128, INT32 = range(6, 13)
 GROUPS = {UINT4_G32: 32, UINT4_G64: 64, UINT4_G128: 128, UINT8_G32: 32, UINT8_G64: 64, UINT8_G128: 128}
 UINT4 = (UINT4_G32, UINT4_G64, UINT4_G128)
-QUANTISED = (INT8, INT4_G64, INT4_G128, *GROUPS)
+QUANTIZED = (INT8, INT4_G64, INT4_G128, *GROUPS)
 DTYPES = {
     "float32": FLOAT32,
     "bfloat16": BFLOAT16,
@@ -342,10 +342,10 @@ class Library:
             raise EngineError(status, message)
 
     def pack(self, values: np.ndarray, dtype: int) -> np.ndarray:
-        """Pack a matrix [out, in] into the engine's storage, uint8; types with zero points: `quantise_groups` first."""
+        """Pack a matrix [out, in] into the engine's storage, uint8; types with zero points: `quantize_groups` first."""
         values = np.ascontiguousarray(values, np.float32)
         if dtype in GROUPS:
-            return self.pack_groups(*quantise_groups(values, dtype), dtype)
+            return self.pack_groups(*quantize_groups(values, dtype), dtype)
         rows, columns = values.shape
         packed = aligned(self.dll.qvl_packed_bytes(dtype, rows, columns))
         self.call("qvl_pack", dtype, rows, columns, pointer(values), pointer(packed), packed.nbytes)
@@ -366,8 +366,8 @@ class Library:
         return values
 
 
-def quantise_groups(values: np.ndarray, dtype: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Quantise a float32 matrix asymmetrically, by the range of values of each group.
+def quantize_groups(values: np.ndarray, dtype: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Quantize a float32 matrix asymmetrically, by the range of values of each group.
 
     Returns:
         Integers uint8 [out, in]; scales and zero points, both float16 [out, groups].
@@ -431,14 +431,14 @@ def store(
 ) -> dict[str, Stored]:
     """Pack weights into the engine's storage as `dtype`, or as `dtype_of(name)` if given.
 
-    Only matrices of linear layers can be quantised: in place of a quantised type, embedding tables get bfloat16 and
+    Only matrices of linear layers can be quantized: in place of a quantized type, embedding tables get bfloat16 and
     vectors float32.
     """
     stored = {}
     for name, values in weights.items():
         storage = dtype_of(name) if dtype_of else dtype
         linear = values.ndim > 1 and not name.endswith(("wte.weight", "embedding", "query", "pos_embed"))
-        if storage in QUANTISED and not linear:
+        if storage in QUANTIZED and not linear:
             storage = BFLOAT16 if values.ndim > 1 else FLOAT32
         matrix = values.reshape(values.shape[0], -1)
         stored[name] = (library.pack(matrix, storage), storage, values.shape)

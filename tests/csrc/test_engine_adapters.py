@@ -100,7 +100,7 @@ def test_equals_the_merged_model(library, golden_model, dtype):
 
 
 @pytest.mark.parametrize("storage", [INT4_G64, UINT4_G128])
-def test_an_int4_base_equals_the_merged_dequantised_model(library, golden_model, storage):
+def test_an_int4_base_equals_the_merged_dequantized_model(library, golden_model, storage):
     """Both models add the same values in float32, except in decode steps of INT4_G64 on a CPU.
 
     Those steps round the activations for the product with the base model's weights, not for the adapter's. The matrices
@@ -108,9 +108,9 @@ def test_an_int4_base_equals_the_merged_dequantised_model(library, golden_model,
     """
     model = golden_model("a")
     base, adapter = model.language_weights(), make_adapter(model, skip="lm_head")
-    quantised = store(library, base, storage, lambda name: FLOAT32 if "lm_head" in name else storage)
-    dequantised = dict(quantised)
-    for name, (data, dtype, shape) in list(quantised.items()):
+    quantized = store(library, base, storage, lambda name: FLOAT32 if "lm_head" in name else storage)
+    dequantized = dict(quantized)
+    for name, (data, dtype, shape) in list(quantized.items()):
         if dtype != storage:
             continue
         order = np.arange(shape[1])
@@ -119,14 +119,14 @@ def test_an_int4_base_equals_the_merged_dequantised_model(library, golden_model,
             # same inputs and need the same order.
             seed = len(name.split("mlp.w")[0])
             order = np.random.default_rng(seed).permutation(shape[1]).astype(np.int32)
-            quantised[f"{name}.order"] = order, INT32, order.shape
+            quantized[f"{name}.order"] = order, INT32, order.shape
         values = np.empty(shape)
         values[:, order] = library.unpack(data, dtype, *shape)
         a, b, scale = adapter[name]
         values += scale * (float64(b) @ float64(a))
-        dequantised[name] = library.pack(values, FLOAT32), FLOAT32, shape
-    prefill, decode = run(library, model, quantised, adapter)
-    expected_prefill, expected_decode = run(library, model, dequantised)
+        dequantized[name] = library.pack(values, FLOAT32), FLOAT32, shape
+    prefill, decode = run(library, model, quantized, adapter)
+    expected_prefill, expected_decode = run(library, model, dequantized)
     np.testing.assert_allclose(prefill, expected_prefill, **TOLERANCE)
     if storage == UINT4_G128 or DEVICE_LIBRARY:
         np.testing.assert_allclose(decode, expected_decode, **TOLERANCE)

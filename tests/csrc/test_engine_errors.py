@@ -152,7 +152,7 @@ def test_order_of_inputs(creation_error, library, model, stored):
         line = f"{name}: is not a permutation of the 256 inputs; value {i} is {value}"
         assert error_of(data=no_permutation) == (BAD_WEIGHT, line)
     int32_matrix = changed(stored, "h.0.mlp.w1.weight", dtype=INT32)
-    line = "h.0.mlp.w1.weight: is int32; this weight must be float32, bfloat16 or float16, or quantised"
+    line = "h.0.mlp.w1.weight: is int32; this weight must be float32, bfloat16 or float16, or quantized"
     assert creation_error(int32_matrix) == (BAD_WEIGHT, line)
 
 

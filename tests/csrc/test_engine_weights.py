@@ -32,7 +32,7 @@ from engine import (
 )
 
 PROMPT = [5, 6, 7, 8, 9]
-# Storage type: Paddle's number of the data type, bytes of a value. Quantised types are stored as Paddle's uint8.
+# Storage type: Paddle's number of the data type, bytes of a value. Quantized types are stored as Paddle's uint8.
 PADDLE_TYPES = {FLOAT32: (5, 4), FLOAT16: (4, 2), BFLOAT16: (22, 2)}
 PADDLE_UINT8 = (20, 1)
 

@@ -108,7 +108,7 @@ def test_storage_types(library, golden_model, dtype):
     """Weights in a storage type, compared with the same, rounded values as float32 weights.
 
     Only the rounding of activations differs: to bfloat16 in large products where the processor has instructions for it,
-    to 8 bits in small products with quantised weights. The golden models have random weights, which magnify errors:
+    to 8 bits in small products with quantized weights. The golden models have random weights, which magnify errors:
     rounding activations to bfloat16 once per product moves their features by 3 %.
     """
     model = golden_model("a")
@@ -145,21 +145,21 @@ def assert_close(values, expected, bound):
 
 @pytest.mark.parametrize("dtype", GROUPS)
 def test_compute_float32(library, golden_model, isa, dtype):
-    """QVL_COMPUTE_FLOAT32 with quantised, permuted weights, compared with the same values as float32 weights."""
+    """QVL_COMPUTE_FLOAT32 with quantized, permuted weights, compared with the same values as float32 weights."""
     model = golden_model("a")
     weights, random = model.language_weights(), np.random.default_rng(4)
     packed = store(library, weights, dtype)
-    dequantised, orders = {}, {}
+    dequantized, orders = {}, {}
     for name, (data, stored_dtype, shape) in packed.items():
         values = library.unpack(data, stored_dtype, shape[0], int(np.prod(shape[1:]))).reshape(shape)
         if stored_dtype in GROUPS and "h.0." in name:
             order = random.permutation(shape[1]).astype(np.int32)
             orders[f"{name}.order"] = order, INT32, order.shape
             values = values[:, np.argsort(order)]
-        dequantised[name] = values
+        dequantized[name] = values
     prompt, table = model.prompt[:40], [1, 0]
     logits = []
-    for stored in ({**packed, **orders}, store(library, dequantised, FLOAT32)):
+    for stored in ({**packed, **orders}, store(library, dequantized, FLOAT32)):
         config = make_config(model.config, LANGUAGE, isa=isa, compute=COMPUTE_FLOAT32)
         with Engine(library, config, stored) as engine, engine.pool(2) as pool:
             prefill, decode = pool.forward([(prompt, 0, 40, table)]), pool.forward([([7], 40, 40, table)])

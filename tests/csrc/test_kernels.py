@@ -17,7 +17,7 @@ from engine import (
     INT4_G128,
     INT8,
     ISAS,
-    QUANTISED,
+    QUANTIZED,
     UINT4,
     make_config,
     pointer,
@@ -57,7 +57,7 @@ SHAPES = [(1, 1), (3, 7), (17, 16), (33, 129), (64, 588), (70, 512), (5, 1100), 
 
 
 def rounded_activations(x, isa, dtype):
-    """Round activations [n, columns] to int8 and back, as the kernels for quantised weights do (quantised_x.h).
+    """Round activations [n, columns] to int8 and back, as the kernels for quantized weights do (quantized_x.h).
 
     A block is 8 SIMD vectors of bytes. A 32-bit lane of a vector has 4 values; the 32 values of the same lane in the 8
     vectors share a scale, 1/127 of their largest magnitude. With 4-bit weights the values are first put into the order
@@ -107,7 +107,7 @@ def test_linear(library, isa, dtype, shape):
         )
         expected = y.copy()
         rounded_x = x.copy()
-        if storage in QUANTISED and n_prompt < n:
+        if storage in QUANTIZED and n_prompt < n:
             rounded_x[n_prompt:] = rounded_activations(x[n_prompt:], isa, storage)
         library.dll.qvlr_linear(
             *(n, rows, columns, pointer(rounded_x), pointer(weights), pointer(bias), add, pointer(expected))

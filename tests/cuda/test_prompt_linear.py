@@ -128,7 +128,7 @@ def test_gelu(half: torch.dtype) -> None:
 
 
 def packed(kind: str, integers: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Integers [out, in] and scales [out] or [out, groups] in the layout of kernels/quantised.cuh.
+    """Integers [out, in] and scales [out] or [out, groups] in the layout of kernels/quantized.cuh.
 
     `out` is a multiple of 16, `in` of 128: tiles of 16 x 128 integers.
     """
@@ -155,7 +155,7 @@ def packed(kind: str, integers: torch.Tensor, scales: torch.Tensor) -> tuple[tor
 @pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
 @pytest.mark.parametrize(("storage", "kind", "group"), [(1, "int8", 0), (2, "int4", 64), (3, "int4", 128)])
 @pytest.mark.parametrize(("n", "out", "columns"), [(3, 16, 128), (77, 30, 100), (284, 128, 640)])
-def test_quantised_weights(
+def test_quantized_weights(
     half: torch.dtype, storage: int, kind: str, group: int, n: int, out: int, columns: int
 ) -> None:
     rows, stride = -(-out // 16) * 16, -(-columns // 128) * 128

@@ -63,7 +63,7 @@ def test_predict(tiny_exported: Path, tmp_path: Path) -> None:
 
 
 @needs_compiler
-def test_quantised_weights_need_the_engine(tiny_exported: Path, tmp_path: Path) -> None:
+def test_quantized_weights_need_the_engine(tiny_exported: Path, tmp_path: Path) -> None:
     export_language(tiny_exported / "model", tmp_path / "text", "qwen", quant_type="weight_only_int8")
     stages = ("--first_model_path", tiny_exported / "vision" / "vision")
     stages += ("--second_model_path", tmp_path / "text" / "qwen")

@@ -1,4 +1,4 @@
-"""`pack_groups` in engine/quantize.py, compared with the layout of quantised weights in csrc/include/qwenvl.h."""
+"""`pack_groups` in engine/quantize.py, compared with the layout of quantized weights in csrc/include/qwenvl.h."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ import yaml
 from corrupted import corrupt
 from made_up_net import MadeUpNet
 from PIL import Image
-from quantised_folders import CONFIG, Variant, quantised_tensors, write_tensors
+from quantized_folders import CONFIG, Variant, quantized_tensors, write_tensors
 from safetensors.numpy import load_file, save_file
 
 from paddlemix_qwenvl_plugin.batch.journal import Journal
@@ -96,9 +96,9 @@ class Bench:
         """Write tensors to a weight file of model/."""
         save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, f"model/{name}")
 
-    def quantised(self, *flags: str, variant: Variant = _GPTQ, **changes: Any) -> list[str]:
+    def quantized(self, *flags: str, variant: Variant = _GPTQ, **changes: Any) -> list[str]:
         """`export-language` of a GPTQ or AWQ model in model/, with changes to its quantization_config."""
-        tensors, _ = quantised_tensors(variant)
+        tensors, _ = quantized_tensors(variant)
         config = {**CONFIG, "quantization_config": {**variant.config, **changes}}
         write_tensors(Path("model"), tensors, config)
         return ["export-language", "--model_name_or_path", "model", "--output_path", "out", *flags]
@@ -361,20 +361,20 @@ def _(bench: Bench) -> list[str]:
 W1 = "transformer.h.0.mlp.w1"
 
 
-def quantised(**changes: Any) -> Case:
-    return lambda bench: bench.quantised(**changes)
+def quantized(**changes: Any) -> Case:
+    return lambda bench: bench.quantized(**changes)
 
 
-def quantised_tensors_in_model() -> dict[str, np.ndarray]:
+def quantized_tensors_in_model() -> dict[str, np.ndarray]:
     return load_file("model/model.safetensors")
 
 
-def quantised_tensor(name: str, change: Callable[[np.ndarray], np.ndarray] | None) -> Case:
+def quantized_tensor(name: str, change: Callable[[np.ndarray], np.ndarray] | None) -> Case:
     """Export of a GPTQ model in which a tensor is changed, or removed if `change` is None."""
 
     def prepare(bench: Bench) -> list[str]:
-        arguments = bench.quantised()
-        tensors = quantised_tensors_in_model()
+        arguments = bench.quantized()
+        tensors = quantized_tensors_in_model()
         values = tensors.pop(name)
         bench.save({**tensors, name: change(values)} if change else tensors)
         return arguments
@@ -384,15 +384,15 @@ def quantised_tensor(name: str, change: Callable[[np.ndarray], np.ndarray] | Non
 
 @case("quantized tensors without a quantization_config")
 def _(bench: Bench) -> list[str]:
-    arguments = bench.quantised()
+    arguments = bench.quantized()
     Path("model/config.json").write_text(json.dumps(CONFIG))
     return arguments
 
 
 @case("one layer is not quantized")
 def _(bench: Bench) -> list[str]:
-    arguments = bench.quantised()
-    tensors = quantised_tensors_in_model()
+    arguments = bench.quantized()
+    tensors = quantized_tensors_in_model()
     other_tensors = {name: value for name, value in tensors.items() if not name.startswith(W1)}
     bench.save({**other_tensors, f"{W1}.weight": np.zeros([192, 256], np.float16)})
     return arguments
@@ -400,35 +400,35 @@ def _(bench: Bench) -> list[str]:
 
 @case("a quantized lm_head")
 def _(bench: Bench) -> list[str]:
-    arguments = bench.quantised()
-    bench.save({**quantised_tensors_in_model(), "lm_head.qweight": np.zeros([32, 64], np.int32)})
+    arguments = bench.quantized()
+    bench.save({**quantized_tensors_in_model(), "lm_head.qweight": np.zeros([32, 64], np.int32)})
     return arguments
 
 
 cases(
     {
         "a quantization_config without quantized tensors": config(quantization_config=_GPTQ.config),
-        "quantized by another method": quantised(quant_method="bitsandbytes"),
-        "quantized to 3 bits": quantised(bits=3),
-        "the number of bits is a word": quantised(bits="four"),
-        "AWQ with 8 bits": quantised(quant_method="awq", bits=8),
-        "groups of 48": quantised(group_size=48),
-        "GPTQ repacked for Marlin": quantised(checkpoint_format="marlin"),
-        "AWQ in the gemv format": quantised(quant_method="awq", version="gemv"),
-        "quantized tensors of another group size": quantised(group_size=64),
-        "no zero points": quantised_tensor(f"{W1}.qzeros", None),
-        "quantized weights that are not int32": quantised_tensor(
+        "quantized by another method": quantized(quant_method="bitsandbytes"),
+        "quantized to 3 bits": quantized(bits=3),
+        "the number of bits is a word": quantized(bits="four"),
+        "AWQ with 8 bits": quantized(quant_method="awq", bits=8),
+        "groups of 48": quantized(group_size=48),
+        "GPTQ repacked for Marlin": quantized(checkpoint_format="marlin"),
+        "AWQ in the gemv format": quantized(quant_method="awq", version="gemv"),
+        "quantized tensors of another group size": quantized(group_size=64),
+        "no zero points": quantized_tensor(f"{W1}.qzeros", None),
+        "quantized weights that are not int32": quantized_tensor(
             f"{W1}.qweight", lambda v: v.astype(np.int64)
         ),
-        "scales that float16 cannot hold": quantised_tensor(
+        "scales that float16 cannot hold": quantized_tensor(
             f"{W1}.scales", lambda v: v.astype(np.float32) * 0.3
         ),
-        "g_idx describes other groups": quantised_tensor(f"{W1}.g_idx", lambda v: v * 0),
-        "a bias that the model lacks": quantised_tensor(f"{W1}.bias", lambda v: v + 1),
-        "--quant_type for a quantized folder": lambda bench: bench.quantised(
+        "g_idx describes other groups": quantized_tensor(f"{W1}.g_idx", lambda v: v * 0),
+        "a bias that the model lacks": quantized_tensor(f"{W1}.bias", lambda v: v + 1),
+        "--quant_type for a quantized folder": lambda bench: bench.quantized(
             "--quant_type", "weight_only_int4"
         ),
-        "--engine portable for a quantized folder": lambda bench: bench.quantised("--engine", "portable"),
+        "--engine portable for a quantized folder": lambda bench: bench.quantized("--engine", "portable"),
     }
 )
 
@@ -719,7 +719,7 @@ def _(bench: Bench) -> list[str]:
     return bench.predict("--image", str(STREET))
 
 
-@case("`QWENVL_ENGINE=portable` with quantised weights")
+@case("`QWENVL_ENGINE=portable` with quantized weights")
 def _(bench: Bench) -> list[str]:
     bench.exported()
     manifest = json.loads(Path("text/qwen.manifest.json").read_text())

@@ -8,7 +8,7 @@ from typing import Any, Optional
 
 import numpy as np
 from error_cases import Bench, Case, case, cases
-from quantised_folders import Variant, write_quantised
+from quantized_folders import Variant, write_quantized
 from safetensors.numpy import save_file
 
 Shapes = dict[str, tuple[int, ...]]
@@ -146,7 +146,7 @@ def _(bench: Bench) -> list[str]:
 
 @case("`--lora` with a quantized checkpoint")
 def _(bench: Bench) -> list[str]:
-    write_quantised(Path("model"), Variant())
+    write_quantized(Path("model"), Variant())
     write_adapter("adapter", C_ATTN_UPDATE, PEFT_CONFIG)
     return bench.export("--lora", "adapter")
 

@@ -94,7 +94,7 @@ def test_convert_memory(tmp_path):
     assert rise <= shard + 3 * largest_tensor + 5e7  # the tensor as read, transposed, and written
 
 
-def test_quantised_export_memory(tmp_path):
+def test_quantized_export_memory(tmp_path):
     """Three GPTQ layers of the 7B sizes, with groups of 128 and act-order: only one matrix at a time is in memory."""
     config = {
         **CONFIG,

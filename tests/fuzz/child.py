@@ -50,13 +50,13 @@ def read_model(model: str) -> None:
     lora = [adapter] if adapter.is_dir() else []
     try:
         checkpoint = Checkpoint(Path(model), lora)
-        quantised = checkpoint.quantised
-        if quantised:
-            for name in quantised.names:
-                quantised.read(name)
+        quantized = checkpoint.quantized
+        if quantized:
+            for name in quantized.names:
+                quantized.read(name)
         specs = {**checkpoint.language, **checkpoint.vision}
-        quantised_names = quantised.names if quantised else ()
-        plain_specs = {name: spec for name, spec in specs.items() if name not in quantised_names}
+        quantized_names = quantized.names if quantized else ()
+        plain_specs = {name: spec for name, spec in specs.items() if name not in quantized_names}
         for _ in checkpoint.tensors(plain_specs, "float32"):
             pass
         for folder in lora:

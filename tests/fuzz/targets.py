@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from folders import cut_in_ranks
 from PIL import Image
-from quantised_folders import Variant, write_quantised
+from quantized_folders import Variant, write_quantized
 from safetensors.numpy import save, save_file
 from torch_files import table_of, with_table, write_bin, write_legacy
 
@@ -193,7 +193,7 @@ def targets(base: Path) -> dict[str, Target]:
         return CONVERT
 
     def gptq(data: bytes, folder: Path) -> list[str]:
-        """Lay out the quantised model; `data` is the JSON text of [config.json, safetensors header].
+        """Lay out the quantized model; `data` is the JSON text of [config.json, safetensors header].
 
         Any other text becomes the config.json, beside the valid header.
         """
@@ -201,12 +201,12 @@ def targets(base: Path) -> dict[str, Target]:
         try:
             config, header = (json.dumps(value).encode() for value in json.loads(data))
         except (ValueError, TypeError, RecursionError):
-            config, header = data, quantised[8:quantised_header_end]
+            config, header = data, quantized[8:quantized_header_end]
         (folder / "model" / "config.json").write_bytes(config)
         # A hard link: without unlink() the file in base would be overwritten.
         (folder / "model" / "model.safetensors").unlink()
         (folder / "model" / "model.safetensors").write_bytes(
-            _with_length(header) + quantised[quantised_header_end:]
+            _with_length(header) + quantized[quantized_header_end:]
         )
         return CONVERT
 
@@ -267,11 +267,11 @@ def targets(base: Path) -> dict[str, Target]:
         return ["run", "fake.yaml", "--dry_run"]
 
     small = _small_weight_files(base)
-    write_quantised(base / "gptq", Variant(bits=4, group=32, act_order=True))
-    quantised = (base / "gptq" / "model.safetensors").read_bytes()
-    quantised_header_end = _header_end(quantised)
-    quantised_config = (base / "gptq" / "config.json").read_bytes()
-    gptq_seed = b"[%s, %s]" % (quantised_config, quantised[8:quantised_header_end])
+    write_quantized(base / "gptq", Variant(bits=4, group=32, act_order=True))
+    quantized = (base / "gptq" / "model.safetensors").read_bytes()
+    quantized_header_end = _header_end(quantized)
+    quantized_config = (base / "gptq" / "config.json").read_bytes()
+    gptq_seed = b"[%s, %s]" % (quantized_config, quantized[8:quantized_header_end])
     peft_seeds = _small_adapters(base)
     paddlenlp = {path.name: _without_zeros(path) for path in (base / "paddlenlp").iterdir()}
     recipes = [path.read_bytes() for path in sorted((REPO / "recipes").glob("*.yaml"))]

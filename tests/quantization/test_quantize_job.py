@@ -1,4 +1,4 @@
-"""Quantised checkpoints: the written files, the report, resumed runs, and the command `qwenvl quantize`."""
+"""Quantized checkpoints: the written files, the report, resumed runs, and the command `qwenvl quantize`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from paddlemix_qwenvl_plugin.processing.images import load_image, preprocess
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 from paddlemix_qwenvl_plugin.quantization import job, layers
 from paddlemix_qwenvl_plugin.quantization.folder import GptqFolder
-from paddlemix_qwenvl_plugin.quantization.job import quantise_model
+from paddlemix_qwenvl_plugin.quantization.job import quantize_model
 from paddlemix_qwenvl_plugin.quantization.rows import CalibrationRow, CalibrationRows
 from paddlemix_qwenvl_plugin.tiny.make import random_weights
 from paddlemix_qwenvl_plugin.tiny.vocab import write_tiny_vocabulary
@@ -95,9 +95,9 @@ def rows(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def quantised(model, rows, tmp_path_factory) -> Path:
-    target = tmp_path_factory.mktemp("quantised") / "q4"
-    quantise_model(model, target, 4, GROUP, rows)
+def quantized(model, rows, tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp("quantized") / "q4"
+    quantize_model(model, target, 4, GROUP, rows)
     return target
 
 
@@ -123,9 +123,9 @@ def unpacked(tensors: dict[str, np.ndarray], name: str) -> np.ndarray:
     return (scales * (integers - zeros[groups]).astype(np.float32)).T
 
 
-def test_folder(quantised, model):
+def test_folder(quantized, model):
     """The folder has GPTQ's tensors, the other tensors unchanged, the copied files, and a quantization_config."""
-    found, original = tensors_of(quantised), Checkpoint(model)
+    found, original = tensors_of(quantized), Checkpoint(model)
     names = {**original.language, **original.vision}
     expected = set()
     for name, values in original.tensors(names, "float32", out_in=True):
@@ -140,7 +140,7 @@ def test_folder(quantised, model):
             expected.add(stored)
             np.testing.assert_array_equal(found[stored], values)
     assert set(found) == expected
-    config = json.loads((quantised / "config.json").read_text())
+    config = json.loads((quantized / "config.json").read_text())
     settings = config.pop("quantization_config")
     assert config == json.loads((model / "config.json").read_text())
     assert {key: settings[key] for key in ("quant_method", "bits", "group_size", "desc_act", "sym")} == {
@@ -151,8 +151,8 @@ def test_folder(quantised, model):
         "sym": False,
     }
     for name in ("qwen.tiktoken", "tokenizer_config.json"):
-        assert (quantised / name).read_bytes() == (model / name).read_bytes()
-    assert not (quantised.parent / "q4.partial").exists()
+        assert (quantized / name).read_bytes() == (model / name).read_bytes()
+    assert not (quantized.parent / "q4.partial").exists()
 
 
 @dataclass
@@ -198,11 +198,11 @@ class Forward:
         return states, language.lm_head(language.ln_f(x)).numpy()[0].argmax(-1)
 
 
-def test_report(quantised, model, rows, tmp_path):
-    """The figures of the report equal those of the original and the quantised model in dynamic mode."""
-    report = json.loads((quantised / "quantization_report.json").read_text())
-    found = tensors_of(quantised)
-    dequantised = shutil.copytree(model, tmp_path / "dequantised")
+def test_report(quantized, model, rows, tmp_path):
+    """The figures of the report equal those of the original and the quantized model in dynamic mode."""
+    report = json.loads((quantized / "quantization_report.json").read_text())
+    found = tensors_of(quantized)
+    dequantized = shutil.copytree(model, tmp_path / "dequantized")
     weights = load_file(model / "model.safetensors")
     changes = {}
     for layer in range(2):
@@ -211,8 +211,8 @@ def test_report(quantised, model, rows, tmp_path):
             values = unpacked(found, f"transformer.h.{layer}.{matrix}")
             changes[f"{layer} {matrix}"] = weights[name].T, values
             weights[name] = values.T.copy()
-    save_file(weights, dequantised / "model.safetensors")
-    original, changed = Forward(model, rows.parent), Forward(dequantised, rows.parent)
+    save_file(weights, dequantized / "model.safetensors")
+    original, changed = Forward(model, rows.parent), Forward(dequantized, rows.parent)
     config = original.checkpoint.config
     loaded = CalibrationRows(rows, QwenTokenizer.of_model(model, config), config, False).rows
     held_out = [loaded[7], loaded[15]]  # every eighth row
@@ -220,7 +220,7 @@ def test_report(quantised, model, rows, tmp_path):
     assert (report["rows"], report["skipped_rows"]) == (N_ROWS - 2, 0)
     assert report["tokens"] == sum(len(row.input_ids) for row in calibration)
 
-    # The calibration inputs of a matrix are those of the quantised model: the matrices before it are quantised.
+    # The calibration inputs of a matrix are those of the quantized model: the matrices before it are quantized.
     for row in calibration:
         changed(row)
     for key, (before, after) in changes.items():
@@ -232,7 +232,7 @@ def test_report(quantised, model, rows, tmp_path):
         assert error == pytest.approx(expected, rel=2e-3), key
         assert error < nearest
 
-    # For each row, (states, tokens) of the original and of the quantised model.
+    # For each row, (states, tokens) of the original and of the quantized model.
     outputs = [(original(row), changed(row)) for row in held_out]
     for layer in range(2):
         before = np.concatenate([states[layer] for (states, _), _ in outputs])
@@ -249,7 +249,7 @@ def test_report(quantised, model, rows, tmp_path):
         "rows": sum(bool(row.any()) for row in changed_tokens),
         "of_rows": 2,
     }
-    assert report["bytes"] == sum(path.stat().st_size for path in quantised.glob("*.safetensors"))
+    assert report["bytes"] == sum(path.stat().st_size for path in quantized.glob("*.safetensors"))
     assert report["bytes_before"] == sum(values.nbytes for values in weights.values())
 
 
@@ -258,7 +258,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("method", ["write_layer", "finish"])
-def test_resume(quantised, model, rows, tmp_path, monkeypatch, method):
+def test_resume(quantized, model, rows, tmp_path, monkeypatch, method):
     """A run that was interrupted in the second layer or at the end and then resumed writes the same bytes."""
     target, calls = tmp_path / "q4", []
     original = getattr(GptqFolder, method)
@@ -272,19 +272,19 @@ def test_resume(quantised, model, rows, tmp_path, monkeypatch, method):
     with monkeypatch.context() as patch:
         patch.setattr(GptqFolder, method, interrupted)
         with pytest.raises(KeyboardInterrupt):
-            quantise_model(model, target, 4, GROUP, rows)
+            quantize_model(model, target, 4, GROUP, rows)
     assert calls == ([0, 1] if method == "write_layer" else [4])
     assert not target.exists()
     with pytest.raises(UsageError, match=r"q4.partial: an interrupted run with other settings; remove it"):
-        quantise_model(model, target, 8, GROUP, rows)
+        quantize_model(model, target, 8, GROUP, rows)
 
     def never(*_):
         raise AssertionError("the interrupted run has embedded the rows already")
 
     with monkeypatch.context() as patch:
         patch.setattr(job, "embed", never)
-        quantise_model(model, target, 4, GROUP, rows)
-    assert content(target) == content(quantised)
+        quantize_model(model, target, 4, GROUP, rows)
+    assert content(target) == content(quantized)
     assert [path.name for path in tmp_path.iterdir()] == ["q4"]
 
 
@@ -293,18 +293,18 @@ def test_two_runs_with_one_target(model, rows, tmp_path, monkeypatch):
 
     def concurrent(*_):
         with pytest.raises(UsageError, match="another process is writing it; wait for it"):
-            quantise_model(model, tmp_path / "q8", 8, GROUP, rows)
+            quantize_model(model, tmp_path / "q8", 8, GROUP, rows)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(job, "embed", concurrent)
     with pytest.raises(KeyboardInterrupt):
-        quantise_model(model, tmp_path / "q8", 8, GROUP, rows)
+        quantize_model(model, tmp_path / "q8", 8, GROUP, rows)
 
 
 def test_limit_on_tokens(model, rows, tmp_path, monkeypatch):
     """Rows beyond the limit are skipped, and the report counts them."""
     monkeypatch.setattr(job, "MAX_TOKENS", 700)
-    report = quantise_model(model, tmp_path / "q8", 8, GROUP, rows)
+    report = quantize_model(model, tmp_path / "q8", 8, GROUP, rows)
     assert report.skipped_rows > 0
     assert report.rows + report.skipped_rows + report.held_out.of_rows == N_ROWS
     assert f"{report.skipped_rows} more rows are beyond the limit on tokens" in next(iter(report.lines()))

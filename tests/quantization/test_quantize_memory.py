@@ -21,11 +21,11 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 import paddle
-from paddlemix_qwenvl_plugin.quantization.job import quantise_model
+from paddlemix_qwenvl_plugin.quantization.job import quantize_model
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 paddle.ones([64, 64]) @ paddle.ones([64, 64])
 before = peak()
-quantise_model(*map(Path, sys.argv[1:3]), 4, 32, Path(sys.argv[3]))
+quantize_model(*map(Path, sys.argv[1:3]), 4, 32, Path(sys.argv[3]))
 print(peak() - before)
 """
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from paddlemix_qwenvl_plugin import QwenVLError
-from paddlemix_qwenvl_plugin.quantization.grid import Quantised, best_grid, round_to_nearest
+from paddlemix_qwenvl_plugin.quantization.grid import Quantized, best_grid, round_to_nearest
 from paddlemix_qwenvl_plugin.quantization.packing import gptq_tensors
-from paddlemix_qwenvl_plugin.quantization.rounding import Hessian, descend, gptq, quantise
+from paddlemix_qwenvl_plugin.quantization.rounding import Hessian, descend, gptq, quantize
 
 
 def correlated(rng, n_tokens, n_in):
@@ -65,7 +65,7 @@ def test_descent_against_brute_force():
     hessian = Hessian(inputs.T @ inputs, "w")
     for _ in range(20):
         weight = rng.standard_normal((1, 2)).astype(np.float32)
-        found = quantise(weight, hessian, 4, 2)
+        found = quantize(weight, hessian, 4, 2)
         scale, zero = found.scales[0, 0], found.zeros[0, 0]
         all_errors = [
             error(weight, (np.array([integers]) - zero) * scale, hessian.matrix)
@@ -93,9 +93,9 @@ def test_descent_never_increases_the_error():
         errors.append(error(weight, matrix.values(), hessian.matrix))
     assert all(after <= before * (1 + 1e-5) for before, after in zip(errors, errors[1:])), errors
     assert errors[-1] < 0.97 * errors[0]
-    # `quantise` is GPTQ and three passes of descent.
-    quantised = quantise(weight, hessian, 4, 32).values()
-    assert error(weight, quantised, hessian.matrix) == pytest.approx(errors[3], rel=1e-4)
+    # `quantize` is GPTQ and three passes of descent.
+    quantized = quantize(weight, hessian, 4, 32).values()
+    assert error(weight, quantized, hessian.matrix) == pytest.approx(errors[3], rel=1e-4)
 
 
 def test_descent_sets_the_scales():
@@ -104,10 +104,10 @@ def test_descent_sets_the_scales():
     integers = rng.integers(0, 16, (6, 64)).astype(np.float32)
     scales = (0.5 + rng.random((6, 2))).astype(np.float16).astype(np.float32)
     zeros = np.full_like(scales, 8)
-    exact = Quantised(integers, scales, zeros)
+    exact = Quantized(integers, scales, zeros)
     inputs = correlated(rng, 300, 64)
     hessian = Hessian(inputs.T @ inputs, "w")
-    matrix = Quantised(integers.copy(), (scales * 0.97).astype(np.float16).astype(np.float32), zeros)
+    matrix = Quantized(integers.copy(), (scales * 0.97).astype(np.float16).astype(np.float32), zeros)
     for _ in range(6):
         descend(matrix, exact.values(), hessian.matrix, 4)
     np.testing.assert_array_equal(matrix.scales, scales)
@@ -141,7 +141,7 @@ def test_held_out_error_below_rounding_to_nearest(bits, group):
     inputs = correlated(rng, 3000, 256)
     calibration, held_out = inputs[:2000], inputs[2000:]
     hessian = Hessian(calibration.T @ calibration, "w")
-    calibrated = quantise(weight, hessian, bits, group).values()
+    calibrated = quantize(weight, hessian, bits, group).values()
     nearest = round_to_nearest(weight, bits, group).values()
     gram = held_out.T @ held_out
     assert error(weight, calibrated, gram) < 0.7 * error(weight, nearest, gram)
@@ -154,7 +154,7 @@ def test_columns_without_inputs():
     inputs = correlated(rng, 100, 32)
     inputs[:, 7] = 0
     for x in (inputs, np.zeros_like(inputs)):
-        values = quantise(weight, Hessian(x.T @ x, "w"), 8, 32).values()
+        values = quantize(weight, Hessian(x.T @ x, "w"), 8, 32).values()
         assert np.abs(values - weight).max() < 0.1
 
 
@@ -188,7 +188,7 @@ def test_packing(bits):
     """Compared with values unpacked one by one, from the definition of the format."""
     rng = np.random.default_rng(6)
     n_out, n_in, group = 16, 64, 32
-    matrix = Quantised(
+    matrix = Quantized(
         rng.integers(0, 2**bits, (n_out, n_in)).astype(np.float32),
         rng.random((n_out, 2)).astype(np.float16).astype(np.float32),
         rng.integers(1, 2**bits, (n_out, 2)).astype(np.float32),

@@ -63,7 +63,7 @@ def test_stock_export(
 
 @needs_compiler
 @pytest.mark.parametrize("quant_type", ["weight_only_int8", "weight_only_int4"])
-def test_stock_export_of_quantised_weights(
+def test_stock_export_of_quantized_weights(
     script: Script, stock: StockModels, tmp_path: Path, quant_type: str
 ) -> None:
     """Compare with our export of the same folder, whose answers are checked elsewhere."""

@@ -81,7 +81,7 @@ void narrow_all_float16(const float* from, uint16_t* to, int64_t n) {
   });
 }
 
-// Quantise n values to int8 with one scale, which is returned.
+// Quantize n values to int8 with one scale, which is returned.
 float narrow_all_int8(const float* from, int8_t* to, int64_t n) {
   Floats magnitudes{};
   each_vector64(n, [&](int64_t i, int count) {

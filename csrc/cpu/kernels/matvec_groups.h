@@ -1,6 +1,6 @@
 // Matrix-vector product with 4- or 8-bit weights and a float16 scale and zero point per group of 32, 64 or
 // 128 values of a row: y[n][row] = sum over groups of scale * sum over k of (w[row][k] - zero) x[n][k], x
-// quantised to 8 bits (quantised_x.h).
+// quantized to 8 bits (quantized_x.h).
 //
 // The term of the zero points is subtracted in float32, once per row of W. prepare_groups computes the sums
 // of x that it needs, once for all rows:
@@ -36,7 +36,7 @@
 // tests/csrc/test_kernels.py::test_linear.
 #pragma once
 
-#include "cpu/kernels/quantised_x.h"
+#include "cpu/kernels/quantized_x.h"
 
 namespace {
 
@@ -139,7 +139,7 @@ void prepare_groups(const float* x, int64_t x_stride, int n_x, int k, void* prep
         const int index = Bits == 8 ? i : i / kUnit * kUnit + unit_value(i % kUnit);
         __builtin_memcpy(ordered + i, from + index, 4 * sizeof(float));
       }
-      quantise_values(ordered, block, block + sizeof(Floats));
+      quantize_values(ordered, block, block + sizeof(Floats));
       sum_groups<Bits, Group>(block, sums);
     }
   }

@@ -1,5 +1,5 @@
 // Matrix-vector product with int4 weights and a bfloat16 scale per group of 64 or 128 values of a row:
-// y[n][row] = sum over groups of scale * (sum over k of (nibble - 8) x[n][k]), x quantised to 8 bits.
+// y[n][row] = sum over groups of scale * (sum over k of (nibble - 8) x[n][k]), x quantized to 8 bits.
 //
 // Layout. 128 values of a row (a unit) are 32 little-endian 16-bit words; value 32 j + i is nibble j of word
 // i:
@@ -15,7 +15,7 @@
 //
 // All values of a half belong to the same group, for group sizes 64 and 128. prepare_int4 permutes x to the
 // order of the bytes. Products are unsigned nibble x signed x; sums start at -8 times the sum of x
-// (quantised_x.h).
+// (quantized_x.h).
 //
 // Cost. Bytes: rows k (1/2 + 2 / group), once for all rows of x: 0.53 per weight in groups of 64. Operations:
 // 2 rows k n_x on integers, 4 n_x per byte. The 64 bytes of a unit take about 13 instructions for one row of
@@ -25,7 +25,7 @@
 // tests/csrc/test_kernels.py::test_linear.
 #pragma once
 
-#include "cpu/kernels/quantised_x.h"
+#include "cpu/kernels/quantized_x.h"
 
 namespace {
 
@@ -49,14 +49,14 @@ QVL_INLINE UnsignedBytes nibbles(Halves words) {
 
 template <int Group>
 size_t prepared_bytes_int4(int k, int n_x) {
-  return static_cast<size_t>(QuantisedX<Group>::row_bytes(k) * n_x);
+  return static_cast<size_t>(QuantizedX<Group>::row_bytes(k) * n_x);
 }
 
 // Order of the bytes of x: in each half, of 64 values, value i becomes byte 2 i and value 32 + i byte 2 i
 // + 1.
 template <int Group>
 void prepare_int4(const float* x, int64_t x_stride, int n_x, int k, void* prepared) {
-  prepare_quantised<Group>(x, x_stride, n_x, k, 8, prepared, [](const float* from, float* to) {
+  prepare_quantized<Group>(x, x_stride, n_x, k, 8, prepared, [](const float* from, float* to) {
     for (int first = 0; first < kBlock; first += 64) {
       for (int i = 0; i < 32; ++i) {
         to[first + 2 * i] = from[first + i];
@@ -69,7 +69,7 @@ void prepare_int4(const float* x, int64_t x_stride, int n_x, int k, void* prepar
 // `Rows` for int4 weights; matvec.h documents the members.
 template <int Group>
 struct RowsInt4 {
-  using X = QuantisedX<Group>;
+  using X = QuantizedX<Group>;
   static constexpr int kColumnBlock = 2048;
   static constexpr int kXAtOnce = kLanes == 16 ? 4 : 2;
   static constexpr int rows_at_once(int n) { return n == 1 ? 3 : kLanes == 16 ? 4 : 2; }

@@ -20,7 +20,7 @@
 // Reference: reference::linear over qvl_unpack's values, tests/csrc/test_kernels.py::test_linear.
 #pragma once
 
-#include "cpu/kernels/quantised_x.h"
+#include "cpu/kernels/quantized_x.h"
 
 namespace {
 
@@ -48,7 +48,7 @@ struct UnpackFloats {
   }
 };
 
-// Quantised rows are padded with zeros to a multiple of 128 columns, and first_k is a multiple of 128.
+// Quantized rows are padded with zeros to a multiple of 128 columns, and first_k is a multiple of 128.
 struct UnpackInt8 {
   static QVL_INLINE void chunk(const UnpackTile& t, int64_t row, int i, Floats (&v)[kChunkVectors]) {
     const int8_t* from = static_cast<const int8_t*>(t.weights) + row * round_up(t.k, kUnit) + t.first_k + i;

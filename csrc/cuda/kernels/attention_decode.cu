@@ -259,7 +259,7 @@ __device__ inline Float16Value narrow(Float16Value, float value, const Int8Head*
   return float16_of(value);
 }
 __device__ inline int8 narrow(int8, float value, const Int8Head* head) {
-  return head->quantise(value);
+  return head->quantize(value);
 }
 
 // Convert a lane's values to the type of the cache. scale: set to the scale of the head, for int8.

@@ -221,7 +221,7 @@ __device__ void store_cached(const RotateParams& p, const Part& part, char* bloc
       return part.store(reinterpret_cast<Float16Value*>(block) + first, half, float16_of);
     default:
       const Int8Head head(part.max_magnitude());
-      part.store(reinterpret_cast<int8*>(block) + first, half, [=](float v) { return head.quantise(v); });
+      part.store(reinterpret_cast<int8*>(block) + first, half, [=](float v) { return head.quantize(v); });
       char* scales = block + 2 * static_cast<int64>(p.heads) * p.block_tokens * p.head_dim;
       if (threadIdx.x % Part::kLanes == 0) reinterpret_cast<float*>(scales)[row] = head.scale;
   }

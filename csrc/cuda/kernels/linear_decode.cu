@@ -15,7 +15,7 @@
 // A step is 1 KB of weights, 32 bytes per lane. A lane prefetches its bytes into its own part of a slot of
 // the ring, and later reads them as its fragments: loads in flight need neither a barrier nor registers. A
 // column's result depends neither on the other columns nor on their number. For the layout of int8 and int4
-// see quantised.cuh.
+// see quantized.cuh.
 //
 // Shared memory limits occupancy to one block per multiprocessor: with two, some multiprocessors get two
 // blocks and others none, which made a chain of products up to a third slower than without early launches.
@@ -99,16 +99,16 @@ struct HalfWeights {
   __device__ static float finish(const LinearDecode&, int, float sum) { return sum; }
 };
 
-// Steps of quantised matrices are contiguous: the first 16 bytes of all lanes, 512 bytes, then the second 16
+// Steps of quantized matrices are contiguous: the first 16 bytes of all lanes, 512 bytes, then the second 16
 // bytes.
-struct QuantisedWeights {
+struct QuantizedWeights {
   static constexpr int kStepStride = kStepBytes;
   __device__ static int64 first_offset(const LinearDecode&, const Lane& lane) { return 16 * lane.index; }
   __device__ static int64 second_offset(const LinearDecode&) { return 512; }
   __device__ static bool in_matrix(const LinearDecode&, const NextFetch&, const Lane&, int) { return true; }
 };
 
-struct Int8Weights : QuantisedWeights {
+struct Int8Weights : QuantizedWeights {
   static constexpr int kStep = 64;
   static constexpr int kScaleBytes = 0;
   static constexpr int kGroup = 0;
@@ -139,7 +139,7 @@ __device__ inline void fold_group(float (&sums)[4], float first, float second, c
 }
 
 template <int group>
-struct Int4Weights : QuantisedWeights {
+struct Int4Weights : QuantizedWeights {
   static constexpr int kStep = kUnit;
   static constexpr int kScaleBytes = 4 * (kUnit / group);
   static constexpr int kGroup = group;
@@ -177,7 +177,7 @@ struct Int4Weights : QuantisedWeights {
 };
 
 template <int group>
-struct Uint4Weights : QuantisedWeights {
+struct Uint4Weights : QuantizedWeights {
   static constexpr int kStep = kUnit;
   static constexpr int kScaleBytes = 8 * (kUnit / group);
   static constexpr int kGroup = group;
@@ -217,7 +217,7 @@ struct Uint4Weights : QuantisedWeights {
 };
 
 template <int group>
-struct Uint8Weights : QuantisedWeights {
+struct Uint8Weights : QuantizedWeights {
   static constexpr int kStep = 64;
   static constexpr int kScaleBytes = 8 * (kStep / group);
   static constexpr int kGroup = 0;

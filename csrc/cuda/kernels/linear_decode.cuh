@@ -9,7 +9,7 @@
 #pragma once
 
 #include "cuda/kernels/linear_decode.h"
-#include "cuda/kernels/quantised.cuh"
+#include "cuda/kernels/quantized.cuh"
 #include "cuda/kernels/streams.cuh"
 
 namespace qvl::cuda {

@@ -15,7 +15,7 @@ namespace qvl::cuda {
 // Parameters of upload_matrix (ops.h).
 struct UploadMatrix {
   const void* from;         // values in the layout of a file
-  const void* from_scales;  // quantised: scales, then zero points if any
+  const void* from_scales;  // quantized: scales, then zero points if any
   void* values;             // values and scales in the layout of the kernels
   void* scales;
   int rows;     // of `from`
@@ -88,13 +88,13 @@ QVL_BOTH_SIDES constexpr int hopper_sum_bytes(int n, int parts) {
 // Parameters of linear_decode_hopper.cuh.
 struct LinearHopper {
   // A box is the part of a tensor that one copy loads for an item. w: H [64, rows, steps], or lines of 512
-  // bytes of quantised values; scales: those of 16 rows; x: H [64, N, steps]. If rows of H are not whole
+  // bytes of quantized values; scales: those of 16 rows; x: H [64, N, steps]. If rows of H are not whole
   // boxes of 64 values (not whole_boxes), a box has one step: [64, rows] and [64, N].
   TensorMap w, scales, x;
   bool whole_boxes;
   const float* row_scales;  // int8
   Result result;
-  int rows, tiles;         // rows of W per tile: a multiple of 8, if quantised of 16; number of tiles
+  int rows, tiles;         // rows of W per tile: a multiple of 8, if quantized of 16; number of tiles
   int total_steps, steps;  // steps of k in total and per item
   int items;               // items per tile
   // Number of stages, a multiple of kHopperGroups: a stage then always serves the same warpgroup, which

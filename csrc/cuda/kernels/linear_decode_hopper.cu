@@ -1,6 +1,6 @@
 // y = x W^T for 1 to 256 rows of x on Hopper, for the storage types without zero points: H, INT8 and INT4.
 //
-// Layout, cost and reference: see linear_decode_hopper.cuh, and quantised.cuh for the weights.
+// Layout, cost and reference: see linear_decode_hopper.cuh, and quantized.cuh for the weights.
 #include "cuda/kernels/linear_decode_hopper.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL

@@ -1,7 +1,7 @@
 // y = x W^T for 1 to 256 rows of x on Hopper: wgmma with W as its left operand, loaded by TMA.
 //
 // Layout. A tile is `rows` rows of W, up to 64 kSubtiles, by N rows of x, its columns. k advances in steps of
-// 64 (H) or 128 values (quantised) and is divided into four slices, one per warpgroup, each summed in
+// 64 (H) or 128 values (quantized) and is divided into four slices, one per warpgroup, each summed in
 // ascending order:
 //
 //               k ->  slice 0    slice 1    slice 2    slice 3
@@ -36,7 +36,7 @@
 #include "cuda/kernels/linear_decode.h"
 #include "cuda/kernels/linear_prompt.cuh"
 #include "cuda/kernels/low_rank.cuh"
-#include "cuda/kernels/quantised.cuh"
+#include "cuda/kernels/quantized.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -45,7 +45,7 @@ namespace {
 
 constexpr int kGroups = kHopperGroups, kThreads = 128 * kGroups + 32;
 constexpr int kBoxBytes = 128;   // a row of 64 values of H
-constexpr int kLineBytes = 512;  // of quantised weights, in a tensor map
+constexpr int kLineBytes = 512;  // of quantized weights, in a tensor map
 
 __device__ inline int slice_begin(int steps, int slice) {
   return steps * slice / kGroups;

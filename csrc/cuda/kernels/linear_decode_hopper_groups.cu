@@ -1,6 +1,6 @@
 // y = x W^T for 1 to 256 rows of x on Hopper, for the storage types with zero points: UINT4 and UINT8.
 //
-// Layout: see linear_decode_hopper.cuh, and quantised.cuh for the weights.
+// Layout: see linear_decode_hopper.cuh, and quantized.cuh for the weights.
 //
 //   16 bytes of a lane        row g                   row g + 8
 //   UINT4, half a unit     | quarter 0 | quarter 1 | quarter 0 | quarter 1 |

@@ -73,7 +73,7 @@ struct HalfUnit {
 };
 
 template <int bytes>
-struct QuantisedUnit {
+struct QuantizedUnit {
   static constexpr int kBytes = bytes;
 
   __device__ static void copy(const LinearDecode& p, int tile, int unit, int lane, char* to) {
@@ -86,7 +86,7 @@ struct QuantisedUnit {
   }
 };
 
-struct Int8Unit : QuantisedUnit<2048> {
+struct Int8Unit : QuantizedUnit<2048> {
   static constexpr int kScaleBytes = 0, kGroup = 0;
 
   template <int kColumnTiles>
@@ -114,7 +114,7 @@ struct Int8Unit : QuantisedUnit<2048> {
 };
 
 template <int group>
-struct Int4Unit : QuantisedUnit<1024> {
+struct Int4Unit : QuantizedUnit<1024> {
   static constexpr int kScaleBytes = 4 * (kUnit / group), kGroup = group;
 
   // scales: rows g and g + 8; offsets: columns 2 t and 2 t + 1, [group of the unit][column].

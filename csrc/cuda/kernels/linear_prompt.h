@@ -25,8 +25,8 @@ struct LinearPrompt {
   int in, stride;
 };
 
-// Dequantisation: layout of quantised.cuh -> y H [out, stride].
-struct Dequantise {
+// Dequantization: layout of quantized.cuh -> y H [out, stride].
+struct Dequantize {
   const void* values;
   const void* scales;
   void* y;

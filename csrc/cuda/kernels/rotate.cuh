@@ -34,7 +34,7 @@ __device__ inline Float16Value float16_of(float value) {
   return stored;
 }
 
-// Quantisation of a head to 8 bits from its largest magnitude: value = scale * integer.
+// Quantization of a head to 8 bits from its largest magnitude: value = scale * integer.
 struct Int8Head {
   float scale, inverse;
 
@@ -44,7 +44,7 @@ struct Int8Head {
     inverse = usable ? 127.f / maximum : 0.f;
     scale = usable ? maximum / 127.f : 0.f;
   }
-  __device__ int8 quantise(float value) const { return static_cast<int8>(__float2int_rn(value * inverse)); }
+  __device__ int8 quantize(float value) const { return static_cast<int8>(__float2int_rn(value * inverse)); }
 };
 
 }  // namespace qvl::cuda

@@ -2,15 +2,15 @@
 //
 // Layout. Six kernels of one launch each:
 //
-//   sample_scan    a block per 4096 logits: likeliest id, checks, partial sum of the softmax, bits of
+//   sample_scan    a block per 4096 logits: most likely id, checks, partial sum of the softmax, bits of
 //                  forbidden ids                                                      -> peaks [n][chunks]
 //   sample_peak    a warp per row merges them; greedy rows are finished               -> states [n]
 //   sample_bins    rows that draw: weights and counts of 2048 bins, several blocks per row -> bins [n][2048]
 //   sample_keep    rows that draw: the ids of the bins that sample_draw needs         -> kept_keys [n][2048]
 //   sample_draw    rows that draw: top-k, top-p, the draw, a block per row            -> tokens [n]
-//   sample_top     log-probabilities of the likeliest, if requested, a block per row -> top_tokens [n][n_top]
+//   sample_top     log-probabilities of the most likely, if requested, a block per row -> top_tokens [n][n_top]
 //
-// A draw needs the likeliest ids in order, and sums in that order, but not all 151,936 ids. The key of an id
+// A draw needs the most likely ids in order, and sums in that order, but not all 151,936 ids. The key of an id
 // is its distance, (largest logit - logit) / temperature, in steps of 2^-35, followed by the id; ids at a
 // distance of 32 or more have weight 0. Weights exp(-distance) are integers, so that sums do not depend on
 // the order of additions, and atomic additions give the same bits for any distribution of the row over
@@ -43,7 +43,7 @@ __device__ inline bool likelier(double a, int a_id, double b, int b_id) {
   return a > b || (a == b && a_id < b_id);
 }
 
-// Set `best` and `id` to those of the likeliest id of the warp's lanes.
+// Set `best` and `id` to those of the most likely id of the warp's lanes.
 __device__ inline void likeliest_of_warp(double& best, int& id) {
   for (int step = 16; step > 0; step /= 2) {
     const double other = __shfl_xor_sync(0xFFFFFFFFu, best, step);
@@ -360,7 +360,7 @@ extern "C" __global__ void __launch_bounds__(kSearchThreads, 1)
   if (threadIdx.x == 0) finish(p, row, static_cast<int>(key & ((1u << kIdBits) - 1)), state.log_sum);
 }
 
-// One block per row: the n_top likeliest tokens.
+// One block per row: the n_top most likely tokens.
 extern "C" __global__ void __launch_bounds__(kSearchThreads, 1)
     sample_top(const __grid_constant__ SampleParams p) {
   __shared__ SearchScratch scratch;

@@ -4,7 +4,7 @@
 // Layout:
 //
 //   float32, bfloat16, float16 [out, in]  ->  H [out][stride], padded with zeros
-//   quantised                             ->  tiles of 16 rows x units of 128 values (quantised.cuh)
+//   quantized                             ->  tiles of 16 rows x units of 128 values (quantized.cuh)
 //   row r of the file                     ->  row first + r step; step 2 interleaves two matrices
 //
 // Cost. Bytes: each weight is read and written once when a model is opened. Bound by the copy from the host.
@@ -12,7 +12,7 @@
 // Reference: products with unit vectors return the exact matrix,
 // tests/cuda/test_decode.py::test_two_matrices_are_interleaved.
 #include "cuda/kernels/linear_decode.h"
-#include "cuda/kernels/quantised.cuh"
+#include "cuda/kernels/quantized.cuh"
 #include "cuda/kernels/stored.cuh"
 
 namespace qvl::cuda {

@@ -104,7 +104,7 @@ static void pack_groups(const qvl_tensor* t, int64_t out, int64_t in, const floa
 }
 
 /* Add a random tensor of shape [a, b, c, d], in which dimensions from the first 0 on are absent. is_matrix:
- * the tensor may be quantised. */
+ * the tensor may be quantized. */
 static void add_tensor(model* m, const char* name, int is_matrix, int64_t a, int64_t b, int64_t c,
                        int64_t d) {
   CHECK(m->n < MAX_TENSORS);
@@ -320,7 +320,7 @@ static void put_varint(params_file* file, uint64_t value, int min_bytes) {
 /* Append the record of a tensor; csrc/core/params_file.cc describes the format. */
 static void put_record(params_file* file, const qvl_tensor* t) {
   static const unsigned char zeros[64];
-  /* Per qvl_dtype: Paddle's code of the type, and bytes per value. Quantised types are stored as uint8. */
+  /* Per qvl_dtype: Paddle's code of the type, and bytes per value. Quantized types are stored as uint8. */
   const int types[QVL_DTYPES] = {5, 22, 20, 20, 20, 4, 20, 20, 20, 20, 20, 20, 20};
   const size_t sizes[QVL_DTYPES] = {4, 2, 1, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1};
   put(file, zeros, 16);

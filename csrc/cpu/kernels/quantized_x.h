@@ -1,4 +1,4 @@
-// Quantisation of activations to 8 bits, so that products with 8- and 4-bit weights are sums of integers.
+// Quantization of activations to 8 bits, so that products with 8- and 4-bit weights are sums of integers.
 //
 // Layout. A block is 8 vectors of 4 L bytes (L = kLanes): 128, 256 or 512 values. One instruction multiplies
 // and adds the 4 bytes of a 32-bit lane. A lane thus processes 4 bytes of each vector, 32 values of a block,
@@ -29,14 +29,14 @@
 
 namespace {
 
-constexpr int kUnit = 128;                    // rows of quantised weights are padded to a multiple of this
+constexpr int kUnit = 128;                    // rows of quantized weights are padded to a multiple of this
 constexpr int kVector = sizeof(SignedBytes);  // bytes, and thus values, in a vector
 constexpr int kBlock = 8 * kVector;           // values in a block
 
 // Layout of a block: Floats scales, Ints initial sums [kBlock / Group], bytes [kBlock]. Group: number of
 // weights that share a scale, kBlock for int8. A row's last block is padded with zeros.
 template <int Group>
-struct QuantisedX {
+struct QuantizedX {
   static constexpr int kGroups = kBlock / Group;
   static constexpr int64_t kValues = (1 + kGroups) * sizeof(Floats);  // offset of the values
   static constexpr int64_t kBytes = kValues + kBlock;                 // size of a block
@@ -65,9 +65,9 @@ QVL_INLINE void add_scaled(const Sums (&block_sums)[RowCount][XCount], const cha
   }
 }
 
-// Quantise x [kBlock], already in the order of the weights' bytes, to int8 values [kBlock] with scales
+// Quantize x [kBlock], already in the order of the weights' bytes, to int8 values [kBlock] with scales
 // [kLanes].
-QVL_INLINE void quantise_values(const float* x, char* to_scales, char* values) {
+QVL_INLINE void quantize_values(const float* x, char* to_scales, char* values) {
   Floats maxima[4] = {};
   for (int i = 0; i < kBlock; i += kVector) {
     for (int j = 0; j < 4; ++j) {
@@ -95,14 +95,14 @@ QVL_INLINE void quantise_values(const float* x, char* to_scales, char* values) {
   }
 }
 
-// Quantise a block in the layout of QuantisedX.
+// Quantize a block in the layout of QuantizedX.
 template <int Group>
-QVL_INLINE void quantise_block(const float* x, uint8_t offset, char* block) {
-  char* const values = block + QuantisedX<Group>::kValues;
-  quantise_values(x, block, values);
+QVL_INLINE void quantize_block(const float* x, uint8_t offset, char* block) {
+  char* const values = block + QuantizedX<Group>::kValues;
+  quantize_values(x, block, values);
   UnsignedBytes offsets;
   for (int i = 0; i < kVector; ++i) offsets[i] = offset;
-  for (int g = 0; g < QuantisedX<Group>::kGroups; ++g) {
+  for (int g = 0; g < QuantizedX<Group>::kGroups; ++g) {
     Ints sums{};
     for (int i = 0; i < Group; i += kVector) {
       sums = multiply_add(sums, offsets, load<SignedBytes>(values + g * Group + i));
@@ -113,11 +113,11 @@ QVL_INLINE void quantise_block(const float* x, uint8_t offset, char* block) {
 
 // Prepare n_x rows of x. order(from, to) permutes the kBlock values of a block to the order of the weights.
 template <int Group, typename Order>
-QVL_INLINE void prepare_quantised(const float* x, int64_t x_stride, int n_x, int k, uint8_t offset,
+QVL_INLINE void prepare_quantized(const float* x, int64_t x_stride, int n_x, int k, uint8_t offset,
                                   void* prepared, Order&& order) {
   char* block = static_cast<char*>(prepared);
   for (int n = 0; n < n_x; ++n, x += x_stride) {
-    for (int first = 0; first < k; first += kBlock, block += QuantisedX<Group>::kBytes) {
+    for (int first = 0; first < k; first += kBlock, block += QuantizedX<Group>::kBytes) {
       float values[kBlock], ordered[kBlock];
       const float* from = x + first;
       if (k - first < kBlock) {
@@ -125,7 +125,7 @@ QVL_INLINE void prepare_quantised(const float* x, int64_t x_stride, int n_x, int
         from = values;
       }
       order(from, ordered);
-      quantise_block<Group>(ordered, offset, block);
+      quantize_block<Group>(ordered, offset, block);
     }
   }
 }

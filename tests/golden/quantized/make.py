@@ -1,4 +1,4 @@
-"""Make the folders beside this file: a small language model with random weights, quantised and stored by other tools.
+"""Make the folders beside this file: a small language model with random weights, quantized and stored by other tools.
 
     python make.py auto_gptq auto_awq act_order
 
@@ -129,17 +129,17 @@ def inputs(n_in: int) -> np.ndarray:
     return np.random.RandomState(n_in).randn(3, n_in).astype("float32")
 
 
-def write_reference(folder: Path, quantised: Model) -> None:
+def write_reference(folder: Path, quantized: Model) -> None:
     """Write reference.npz, given the model with the tool's layers."""
     torch.manual_seed(11)
     tokens = torch.randint(0, 30, [24])
     figures = {"tokens": tokens.numpy()}
     with torch.no_grad():
         for name in LINEAR:
-            layer = quantised.transformer.h[0].get_submodule(name)
+            layer = quantized.transformer.h[0].get_submodule(name)
             x = torch.from_numpy(inputs(MLP if name == "mlp.c_proj" else HIDDEN))
             figures[name] = layer(x[None])[0].float().numpy()
-        figures["logits"] = quantised(tokens[None])[0].float().numpy()
+        figures["logits"] = quantized(tokens[None])[0].float().numpy()
     np.savez_compressed(folder / "reference.npz", **figures)
 
 
@@ -171,14 +171,14 @@ def make_by_auto_round(form: str) -> None:
         folder / "model.safetensors",
     )
     shutil.rmtree(scratch)
-    quantised = make_model()
+    quantized = make_model()
     for name in LINEAR:
         packed = {
             suffix: tensors[f"transformer.h.0.{name}.{suffix}"] for suffix in ("qweight", "qzeros", "scales")
         }
-        layer = quantised.transformer.h[0].get_submodule(name)
+        layer = quantized.transformer.h[0].get_submodule(name)
         if form == "auto_awq":
-            # Dequantised to float32, because the tool's own layer computes in float16.
+            # Dequantized to float32, because the tool's own layer computes in float16.
             weight = dequantize_gemm(packed["qweight"], packed["qzeros"], packed["scales"].float(), 4, 32)
             layer.weight.data = weight.T.contiguous()
         else:
@@ -189,10 +189,10 @@ def make_by_auto_round(form: str) -> None:
             if layer.bias is not None:
                 tool_layer.bias = tensors[f"transformer.h.0.{name}.bias"].float()
             parent_name, _, layer_name = name.rpartition(".")
-            setattr(quantised.transformer.h[0].get_submodule(parent_name), layer_name, tool_layer)
+            setattr(quantized.transformer.h[0].get_submodule(parent_name), layer_name, tool_layer)
         if form == "auto_awq" and layer.bias is not None:
             layer.bias.data = tensors[f"transformer.h.0.{name}.bias"].float()
-    write_reference(folder, quantised)
+    write_reference(folder, quantized)
 
 
 def make_by_auto_gptq() -> None:
@@ -217,7 +217,7 @@ def make_by_auto_gptq() -> None:
     torch.cuda.synchronize = lambda *_: None  # the tool calls it without a GPU, too
     folder = HERE / "act_order"
     folder.mkdir(exist_ok=True)
-    quantised, original = make_model(), make_model()
+    quantized, original = make_model(), make_model()
     state_dict = {name: value.half() for name, value in original.state_dict().items()}
     for name in LINEAR:
         layer = original.transformer.h[0].get_submodule(name)
@@ -237,10 +237,10 @@ def make_by_auto_gptq() -> None:
                 value.half() if suffix in ("scales", "bias") else value
             )
         parent_name, _, layer_name = name.rpartition(".")
-        setattr(quantised.transformer.h[0].get_submodule(parent_name), layer_name, packed)
+        setattr(quantized.transformer.h[0].get_submodule(parent_name), layer_name, packed)
     torch.save(state_dict, folder / "pytorch_model.bin")
     write_config(folder, {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": True})
-    write_reference(folder, quantised)
+    write_reference(folder, quantized)
 
 
 for folder_name in sys.argv[1:]:

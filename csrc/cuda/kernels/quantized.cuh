@@ -1,4 +1,4 @@
-// Layout of quantised matrices on the GPU, and the exact conversion of their integers to H (float16 or
+// Layout of quantized matrices on the GPU, and the exact conversion of their integers to H (float16 or
 // bfloat16, the compute type).
 //
 // Layout. Tiles of 16 rows (the last one is padded with zeros), in units of 128 columns, 16 x 128 values, in

@@ -10,7 +10,7 @@ import paddle
 import pytest
 from adapter_folders import write_adapter
 from engines import needs_compiler
-from quantised_folders import CONFIG, Variant, copy_tool_folder, write_quantised, write_tensors
+from quantized_folders import CONFIG, Variant, copy_tool_folder, write_quantized, write_tensors
 from stock_inputs import stock_feed
 
 from paddlemix_qwenvl_plugin import QwenVL, UsageError, export_language, export_vision
@@ -129,9 +129,9 @@ STEPS = pytest.mark.parametrize("one_by_one", [False, True], ids=["prompts", "de
 
 @pytest.fixture(scope="module", params=VARIANTS, ids=IDS)
 def exported(request, tmp_path_factory):
-    """A variant of a quantised folder, the prefix of its export, and the logits of the same weights in float32."""
-    folder = tmp_path_factory.mktemp("quantised")
-    write_tensors(folder / "float", write_quantised(folder / "model", request.param), CONFIG)
+    """A variant of a quantized folder, the prefix of its export, and the logits of the same weights in float32."""
+    folder = tmp_path_factory.mktemp("quantized")
+    write_tensors(folder / "float", write_quantized(folder / "model", request.param), CONFIG)
     export_language(folder / "model", folder / "text", "qwen")
     return request.param, folder / "text" / "qwen", float_logits(folder / "float", TOKENS)
 
@@ -151,8 +151,8 @@ def test_storage_types_of_the_export(exported):
     manifest = verify(prefix)
     assert manifest.quant_type == f"{variant.method}_int{variant.bits}_g{group}{order}"
     dtypes = {entry.name: entry.dtype for entry in read_tensors(prefix.with_name("qwen.pdiparams"), manifest)}
-    quantised = f"uint{variant.bits}_g{group}"
-    assert dtypes["h.0.attn.c_attn.weight"] == dtypes["h.0.mlp.c_proj.weight"] == quantised
+    quantized = f"uint{variant.bits}_g{group}"
+    assert dtypes["h.0.attn.c_attn.weight"] == dtypes["h.0.mlp.c_proj.weight"] == quantized
     assert (dtypes["lm_head.weight"], dtypes["wte.weight"]) == ("float32", "float32")
     assert dtypes.get("h.0.mlp.w1.weight.order") == ("int32" if variant.act_order else None)
     assert set(manifest.programs) == {"qwen.fused.json", "qwen.fused.pdmodel"}
@@ -169,8 +169,8 @@ def test_logits_equal_those_of_the_tool(tmp_path, monkeypatch, tool, one_by_one)
 
 @pytest.mark.parametrize("variant", [Variant(), Variant("awq", group=64)], ids=["gptq", "awq"])
 @STEPS
-def test_an_adapter_of_quantised_weights_equals_a_merged_one(tmp_path, monkeypatch, variant, one_by_one):
-    write_tensors(tmp_path / "float", write_quantised(tmp_path / "model", variant), CONFIG)
+def test_an_adapter_of_quantized_weights_equals_a_merged_one(tmp_path, monkeypatch, variant, one_by_one):
+    write_tensors(tmp_path / "float", write_quantized(tmp_path / "model", variant), CONFIG)
     export_language(tmp_path / "model", tmp_path / "text", "qwen")
     config = read_manifest(tmp_path / "text" / "qwen").config
     adapter = write_adapter(tmp_path / "adapter", config, seed=5)
@@ -182,8 +182,8 @@ def test_an_adapter_of_quantised_weights_equals_a_merged_one(tmp_path, monkeypat
 
 @pytest.mark.parametrize("variant", [Variant(), Variant(act_order=True)], ids=["in-order", "act-order"])
 def test_the_stock_program_and_the_predictor_generate_the_same(tmp_path, variant):
-    """Both run on the exports of a quantised folder, whose vision tower is exported in floating point."""
-    write_quantised(tmp_path / "model", variant)
+    """Both run on the exports of a quantized folder, whose vision tower is exported in floating point."""
+    write_quantized(tmp_path / "model", variant)
     export_vision(tmp_path / "model", tmp_path / "vision" / "vision", "float16")
     export_language(tmp_path / "model", tmp_path / "text", "qwen", "float16")
     vl = QwenVL.from_exported(tmp_path / "vision" / "vision", tmp_path / "text" / "qwen")
@@ -202,16 +202,16 @@ def test_the_stock_program_and_the_predictor_generate_the_same(tmp_path, variant
     [
         (
             {"quant_type": "weight_only_int8"},
-            "its weights are quantised (gptq_int4_g32) and exported unchanged; omit --quant_type weight_only_int8",
+            "its weights are quantized (gptq_int4_g32) and exported unchanged; omit --quant_type weight_only_int8",
         ),
         (
             {"engine": "portable"},
-            "its weights are quantised (gptq_int4_g32); only the engine computes on them, not --engine portable",
+            "its weights are quantized (gptq_int4_g32); only the engine computes on them, not --engine portable",
         ),
     ],
 )
 def test_refused_exports(tmp_path, arguments, message):
-    write_quantised(tmp_path / "model", Variant())
+    write_quantized(tmp_path / "model", Variant())
     with pytest.raises(UsageError) as caught:
         export_language(tmp_path / "model", tmp_path / "text", "qwen", **arguments)
     assert str(caught.value) == f"{tmp_path}/model: {message}"
@@ -228,16 +228,16 @@ def test_progress_ends_at_its_total(tmp_path, monkeypatch, act_order):
         return iter(items)
 
     monkeypatch.setattr("paddlemix_qwenvl_plugin.modeling.weights.track", record)
-    write_quantised(tmp_path / "model", Variant(act_order=act_order))
+    write_quantized(tmp_path / "model", Variant(act_order=act_order))
     export_language(tmp_path / "model", tmp_path / "out", "qwen")
     [(label, n, total)] = calls
     assert (label, n) == ("language weights", total)
 
 
-def test_paddlenlps_scripts_export_a_quantised_folder(tmp_path):
-    write_quantised(tmp_path / "model", Variant("awq"))
+def test_paddlenlps_scripts_export_a_quantized_folder(tmp_path):
+    write_quantized(tmp_path / "model", Variant("awq"))
     model = QWenForQWenVLInferenceModel.from_pretrained(str(tmp_path / "model"), SimpleNamespace(), "float16")
     model.to_static(str(tmp_path / "text" / "qwen"), {})
     assert read_manifest(tmp_path / "text" / "qwen").quant_type == "awq_int4_g32"
-    with pytest.raises(UsageError, match=r"its weights are quantised \(awq_int4_g32\); only export-language"):
+    with pytest.raises(UsageError, match=r"its weights are quantized \(awq_int4_g32\); only export-language"):
         model.generate(input_ids=np.array([[1, 2]]))

@@ -1,4 +1,4 @@
-"""The quantised linear weights of a checkpoint, read without dequantisation."""
+"""The quantized linear weights of a checkpoint, read without dequantization."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _FLOATS = ("float16", "bfloat16", "float32")
 _SUFFIXES = ("qweight", "qzeros", "scales", "g_idx", "bias")
 
 
-class QuantisedLinears:
-    """The quantised weights of a checkpoint: all linear weights of the language model except lm_head.
+class QuantizedLinears:
+    """The quantized weights of a checkpoint: all linear weights of the language model except lm_head.
 
     Attributes:
         quant_type: the export's name for this storage, such as "gptq_int4_g128", with "_order" if columns of a weight
@@ -32,11 +32,11 @@ class QuantisedLinears:
     Args:
         folder: the model folder, for messages.
         specs: the language model's tensors.
-        canonical: canonical name -> stored name of all tensors. The tensors of the quantised layers are removed from
+        canonical: canonical name -> stored name of all tensors. The tensors of the quantized layers are removed from
             it, with the zero biases that quantizers store and the model lacks.
 
     Raises:
-        QwenVLError: a tensor is missing, mis-shaped, of a wrong dtype, or quantised where others are not.
+        QwenVLError: a tensor is missing, mis-shaped, of a wrong dtype, or quantized where others are not.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class QuantisedLinears:
         for name, stored_name in canonical.items():
             if name.endswith(".qweight"):
                 raise QwenVLError(
-                    f"{folder}: tensor {stored_name} is quantised; only linear layers of the language model's blocks "
+                    f"{folder}: tensor {stored_name} is quantized; only linear layers of the language model's blocks "
                     "may be"
                 )
         bits, group = config.bits, engine_group(config.group_size)
@@ -63,16 +63,16 @@ class QuantisedLinears:
 
     @property
     def names(self) -> list[str]:
-        """Canonical names of the quantised weights, such as h.0.mlp.w1.weight."""
+        """Canonical names of the quantized weights, such as h.0.mlp.w1.weight."""
         return list(self._specs)
 
     @property
     def stored(self) -> dict[str, Stored]:
-        """Shape and dtype of the tensors of all quantised layers by canonical name, such as h.0.mlp.w1.qweight."""
+        """Shape and dtype of the tensors of all quantized layers by canonical name, such as h.0.mlp.w1.qweight."""
         return {name: self._shards.tensors[stored_name] for name, stored_name in self._stored_names().items()}
 
     def read_stored(self, name: str) -> NDArray[np.generic]:
-        """Read a stored tensor of a quantised layer unchanged; `name` is a key of `stored`."""
+        """Read a stored tensor of a quantized layer unchanged; `name` is a key of `stored`."""
         [(_, values)] = self._shards.read({self._stored_names()[name]})
         return values
 
@@ -106,7 +106,7 @@ class QuantisedLinears:
         layer = name[: -len(".weight")]
         if name in canonical:
             raise QwenVLError(
-                f"{self._folder}: tensor {canonical[name]} is not quantised; quantise all linear layers of the blocks, "
+                f"{self._folder}: tensor {canonical[name]} is not quantized; quantize all linear layers of the blocks, "
                 "or none"
             )
         found = {

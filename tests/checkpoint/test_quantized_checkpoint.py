@@ -6,13 +6,13 @@ import json
 
 import numpy as np
 import pytest
-from quantised_folders import (
+from quantized_folders import (
     CONFIG,
     LAYERS,
     Variant,
     copy_tool_folder,
-    quantised_tensors,
-    write_quantised,
+    quantized_tensors,
+    write_quantized,
     write_tensors,
 )
 
@@ -34,7 +34,7 @@ VARIANTS = [
 IDS = ["-".join(str(value) for value in variant if value) for variant in VARIANTS]
 
 
-def dequantised(matrix, group):
+def dequantized(matrix, group):
     """The weight [out, in] in float64, with the inputs in the order of the model."""
     n_in = matrix.integers.shape[1]
     groups = np.arange(n_in) // group
@@ -54,16 +54,16 @@ def engine_group(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=IDS)
 def test_weights_are_read_as_packed(tmp_path, variant):
-    dense = write_quantised(tmp_path, variant)
-    quantised = Checkpoint(tmp_path).quantised
+    dense = write_quantized(tmp_path, variant)
+    quantized = Checkpoint(tmp_path).quantized
     order = "_order" if variant.act_order else ""
-    assert quantised.quant_type == f"{variant.method}_int{variant.bits}_g{engine_group(variant)}{order}"
-    assert quantised.names == [f"h.0.{layer}.weight" for layer in LAYERS]
-    for name in quantised.names:
-        matrix = quantised.read(name)
+    assert quantized.quant_type == f"{variant.method}_int{variant.bits}_g{engine_group(variant)}{order}"
+    assert quantized.names == [f"h.0.{layer}.weight" for layer in LAYERS]
+    for name in quantized.names:
+        matrix = quantized.read(name)
         assert (matrix.integers.dtype, matrix.scales.dtype, matrix.zeros.dtype) == ("uint8", "f2", "f2")
         assert (matrix.order is not None) == variant.act_order
-        weight = dequantised(matrix, engine_group(variant)).astype(np.float32)
+        weight = dequantized(matrix, engine_group(variant)).astype(np.float32)
         np.testing.assert_array_equal(weight, dense[f"transformer.{name}"], err_msg=name)
 
 
@@ -73,8 +73,8 @@ def test_layers_compute_the_same_as_the_tool(tmp_path, tool):
     checkpoint = Checkpoint(tmp_path / "model")
     bias_specs = {name: spec for name, spec in checkpoint.language.items() if "bias" in name}
     biases = dict(checkpoint.tensors(bias_specs, "float32"))
-    for name in checkpoint.quantised.names:
-        weight = dequantised(checkpoint.quantised.read(name), 32)
+    for name in checkpoint.quantized.names:
+        weight = dequantized(checkpoint.quantized.read(name), 32)
         x = np.random.RandomState(weight.shape[1]).randn(3, weight.shape[1]).astype("float32")
         y = x @ weight.T + biases.get(name.replace("weight", "bias"), 0)
         layer = name[len("h.0.") : -len(".weight")]
@@ -82,32 +82,32 @@ def test_layers_compute_the_same_as_the_tool(tmp_path, tool):
 
 
 def test_other_tensors_are_read_as_in_a_float_folder(tmp_path):
-    dense = write_quantised(tmp_path / "quantised", Variant())
+    dense = write_quantized(tmp_path / "quantized", Variant())
     write_tensors(tmp_path / "float", dense, CONFIG)
-    quantised, plain = Checkpoint(tmp_path / "quantised"), Checkpoint(tmp_path / "float")
-    specs = {name: spec for name, spec in plain.language.items() if name not in quantised.quantised.names}
+    quantized, plain = Checkpoint(tmp_path / "quantized"), Checkpoint(tmp_path / "float")
+    specs = {name: spec for name, spec in plain.language.items() if name not in quantized.quantized.names}
     specs.update(plain.vision)
     expected = dict(plain.tensors(specs, "float32"))
-    for name, values in quantised.tensors(specs, "float32"):
+    for name, values in quantized.tensors(specs, "float32"):
         np.testing.assert_array_equal(values, expected.pop(name), err_msg=name)
     assert not expected
-    assert (quantised.scheme, quantised.dtype) == ("Hugging Face", "float16")
+    assert (quantized.scheme, quantized.dtype) == ("Hugging Face", "float16")
 
 
 def test_an_identity_order_is_omitted(tmp_path):
     """With `desc_act` and `static_groups`, g_idx is that of a folder without act-order."""
-    tensors, _ = quantised_tensors(Variant())
+    tensors, _ = quantized_tensors(Variant())
     config = Variant(act_order=True).config
     write_tensors(tmp_path, tensors, {**CONFIG, "quantization_config": config})
-    assert Checkpoint(tmp_path).quantised.quant_type == "gptq_int4_g32"
+    assert Checkpoint(tmp_path).quantized.quant_type == "gptq_int4_g32"
 
 
 def test_without_g_idx(tmp_path):
-    tensors, dense = quantised_tensors(Variant())
+    tensors, dense = quantized_tensors(Variant())
     tensors = {name: value for name, value in tensors.items() if not name.endswith("g_idx")}
     write_tensors(tmp_path, tensors, {**CONFIG, "quantization_config": Variant().config})
-    quantised = Checkpoint(tmp_path).quantised
-    weight = dequantised(quantised.read("h.0.mlp.c_proj.weight"), 32).astype(np.float32)
+    quantized = Checkpoint(tmp_path).quantized
+    weight = dequantized(quantized.read("h.0.mlp.c_proj.weight"), 32).astype(np.float32)
     np.testing.assert_array_equal(weight, dense["transformer.h.0.mlp.c_proj.weight"])
 
 
@@ -123,18 +123,18 @@ def test_without_g_idx(tmp_path):
     ],
 )
 def test_the_config_file_of_the_quantization_tool(tmp_path, name, variant, content):
-    tensors, dense = quantised_tensors(variant)
+    tensors, dense = quantized_tensors(variant)
     write_tensors(tmp_path, tensors, CONFIG)
     (tmp_path / name).write_text(json.dumps(content))
-    quantised = Checkpoint(tmp_path).quantised
-    weight = dequantised(quantised.read("h.0.mlp.w1.weight"), variant.group).astype(np.float32)
+    quantized = Checkpoint(tmp_path).quantized
+    weight = dequantized(quantized.read("h.0.mlp.w1.weight"), variant.group).astype(np.float32)
     np.testing.assert_array_equal(weight, dense["transformer.h.0.mlp.w1.weight"])
 
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_the_weight_files_of_autogptq(tmp_path, sharded):
     """AutoGPTQ names weight files, shards and their index by bits and group size."""
-    dense = write_quantised(tmp_path, Variant(group=-1))
+    dense = write_quantized(tmp_path, Variant(group=-1))
     name = "gptq_model-4bit--1g"
     shard = f"{name}-00001-of-00001.safetensors" if sharded else f"{name}.safetensors"
     (tmp_path / "model.safetensors").rename(tmp_path / shard)
@@ -142,15 +142,15 @@ def test_the_weight_files_of_autogptq(tmp_path, sharded):
         names = safetensors_file.read_header(tmp_path / shard)
         index = {"weight_map": dict.fromkeys(names, shard)}
         (tmp_path / f"{name}.safetensors.index.json").write_text(json.dumps(index))
-    weight = dequantised(Checkpoint(tmp_path).quantised.read("h.0.mlp.w2.weight"), 128).astype(np.float32)
+    weight = dequantized(Checkpoint(tmp_path).quantized.read("h.0.mlp.w2.weight"), 128).astype(np.float32)
     np.testing.assert_array_equal(weight, dense["transformer.h.0.mlp.w2.weight"])
 
 
 def test_a_quantization_config_file_beside_float_weights_is_ignored(tmp_path):
-    _, dense = quantised_tensors(Variant())
+    _, dense = quantized_tensors(Variant())
     write_tensors(tmp_path, dense, CONFIG)
     (tmp_path / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}')
-    assert Checkpoint(tmp_path).quantised is None
+    assert Checkpoint(tmp_path).quantized is None
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_a_quantization_config_file_beside_float_weights_is_ignored(tmp_path):
     ],
 )
 def test_refused_configs(tmp_path, changes, message):
-    tensors, _ = quantised_tensors(Variant())
+    tensors, _ = quantized_tensors(Variant())
     write_tensors(tmp_path, tensors, {**CONFIG, "quantization_config": {**Variant().config, **changes}})
     with pytest.raises(QwenVLError) as caught:
         Checkpoint(tmp_path)
@@ -206,21 +206,21 @@ def set_first(value):
     return change
 
 
-def not_quantised(tensors):
+def not_quantized(tensors):
     for suffix in ("qweight", "qzeros", "scales", "g_idx", "bias"):
         tensors.pop(f"{W1}.{suffix}")
     tensors[f"{W1}.weight"] = np.zeros([192, 256], np.float16)
 
 
-def quantised_lm_head(tensors):
+def quantized_lm_head(tensors):
     tensors["lm_head.qweight"] = np.zeros([32, 64], np.int32)
 
 
-def quantised_vision(tensors):
+def quantized_vision(tensors):
     tensors["transformer.visual.transformer.resblocks.0.mlp.c_fc.qweight"] = np.zeros([2, 32], np.int32)
 
 
-BLOCKS = "is quantised; only linear layers of the language model's blocks may be"
+BLOCKS = "is quantized; only linear layers of the language model's blocks may be"
 
 
 @pytest.mark.parametrize(
@@ -262,11 +262,11 @@ BLOCKS = "is quantised; only linear layers of the language model's blocks may be
             f"tensor {W1}.bias is not zero; the model has no such bias, and none is exported",
         ),
         (
-            not_quantised,
-            f"tensor {W1}.weight is not quantised; quantise all linear layers of the blocks, or none",
+            not_quantized,
+            f"tensor {W1}.weight is not quantized; quantize all linear layers of the blocks, or none",
         ),
-        (quantised_lm_head, f"tensor lm_head.qweight {BLOCKS}"),
-        (quantised_vision, f"tensor transformer.visual.transformer.resblocks.0.mlp.c_fc.qweight {BLOCKS}"),
+        (quantized_lm_head, f"tensor lm_head.qweight {BLOCKS}"),
+        (quantized_vision, f"tensor transformer.visual.transformer.resblocks.0.mlp.c_fc.qweight {BLOCKS}"),
         (
             lambda tensors: tensors.update({"transformer.wte.weight": np.zeros([64, 256], np.int32)}),
             "/model.safetensors: transformer.wte.weight has dtype int32, a weight must be ",
@@ -275,37 +275,37 @@ BLOCKS = "is quantised; only linear layers of the language model's blocks may be
 )
 def test_refused_tensors(tmp_path, damage, message):
     variant = Variant(act_order=True)
-    tensors, _ = quantised_tensors(variant)
+    tensors, _ = quantized_tensors(variant)
     damage(tensors)
     write_tensors(tmp_path, tensors, {**CONFIG, "quantization_config": variant.config})
     with pytest.raises(QwenVLError) as caught:
-        Checkpoint(tmp_path).quantised.read("h.0.mlp.w1.weight")
+        Checkpoint(tmp_path).quantized.read("h.0.mlp.w1.weight")
     separator = "" if message.startswith("/") else ": "  # a message about a file continues the folder's path
     assert str(caught.value).startswith(f"{tmp_path}{separator}{message}")
 
 
 def test_integers_without_a_config_are_refused(tmp_path):
-    tensors, _ = quantised_tensors(Variant())
+    tensors, _ = quantized_tensors(Variant())
     write_tensors(tmp_path, tensors, CONFIG)
     with pytest.raises(
-        QwenVLError, match=r"holds quantised tensors, but config\.json has no quantization_config$"
+        QwenVLError, match=r"holds quantized tensors, but config\.json has no quantization_config$"
     ):
         Checkpoint(tmp_path)
 
 
-def test_a_config_without_quantised_tensors_is_refused(tmp_path):
-    _, dense = quantised_tensors(Variant())
+def test_a_config_without_quantized_tensors_is_refused(tmp_path):
+    _, dense = quantized_tensors(Variant())
     write_tensors(tmp_path, dense, {**CONFIG, "quantization_config": Variant().config})
     with pytest.raises(
-        QwenVLError, match=r"no tensor is quantised, though config\.json has quantization_config"
+        QwenVLError, match=r"no tensor is quantized, though config\.json has quantization_config"
     ):
         Checkpoint(tmp_path)
 
 
-def test_values_of_quantised_weights_are_not_read_as_floats(tmp_path):
-    write_quantised(tmp_path, Variant())
+def test_values_of_quantized_weights_are_not_read_as_floats(tmp_path):
+    write_quantized(tmp_path, Variant())
     checkpoint = Checkpoint(tmp_path)
     with pytest.raises(
-        UsageError, match=r"its weights are quantised \(gptq_int4_g32\); only export-language"
+        UsageError, match=r"its weights are quantized \(gptq_int4_g32\); only export-language"
     ):
         next(checkpoint.tensors(checkpoint.language, "float32"))

@@ -1,4 +1,4 @@
-"""Model folders with quantised weights, packed bit by bit from the definitions of the formats."""
+"""Model folders with quantized weights, packed bit by bit from the definitions of the formats."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from paddlemix_qwenvl_plugin.checkpoint import safetensors_file, torch_file
 from paddlemix_qwenvl_plugin.checkpoint.config import parse_config
 from paddlemix_qwenvl_plugin.tiny.make import random_weights
 
-# Checkpoints that quantization tools wrote; golden/quantised/make.py runs the tools.
-BY_TOOLS = Path(__file__).parent / "golden" / "quantised"
+# Checkpoints that quantization tools wrote; golden/quantized/make.py runs the tools.
+BY_TOOLS = Path(__file__).parent / "golden" / "quantized"
 
 # hidden_size 256 and an MLP of 192: with group size 128, the last group of c_proj is shorter.
 CONFIG: dict[str, Any] = {
@@ -48,7 +48,7 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 class Variant(NamedTuple):
-    """How a folder is quantised. `form` is the config's checkpoint_format, `quantizer` the entry in its `meta`."""
+    """How a folder is quantized. `form` is the config's checkpoint_format, `quantizer` the entry in its `meta`."""
 
     method: str = "gptq"
     bits: int = 4
@@ -86,7 +86,7 @@ def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:
     return words.view(np.int32)
 
 
-def quantised_layer(
+def quantized_layer(
     rng: np.random.Generator, n_in: int, n_out: int, variant: Variant
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """A random linear layer: its stored tensors, and its weight [out, in] in float64."""
@@ -126,14 +126,14 @@ def quantised_layer(
     return tensors, weight.T
 
 
-def quantised_tensors(variant: Variant) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Tensors of a quantised model, and of the same model in float32, both with Hugging Face's names."""
-    stored, dense = _quantised_tensors(variant)
+def quantized_tensors(variant: Variant) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Tensors of a quantized model, and of the same model in float32, both with Hugging Face's names."""
+    stored, dense = _quantized_tensors(variant)
     return dict(stored), dict(dense)
 
 
 @functools.lru_cache
-def _quantised_tensors(variant: Variant) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def _quantized_tensors(variant: Variant) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
     weights = random_weights(parse_config(CONFIG, "test"), 0)
     float16 = {name: value.astype(np.float16) for name, value in weights.items()}
@@ -142,7 +142,7 @@ def _quantised_tensors(variant: Variant) -> tuple[dict[str, np.ndarray], dict[st
     for layer in LAYERS:
         name = f"transformer.h.0.{layer}"
         n_out, n_in = stored.pop(f"{name}.weight").shape
-        tensors, weight = quantised_layer(rng, n_in, n_out, variant)
+        tensors, weight = quantized_layer(rng, n_in, n_out, variant)
         dense[f"{name}.weight"] = weight.astype(np.float32)
         stored |= {f"{name}.{suffix}": value for suffix, value in tensors.items()}
         # AutoGPTQ stores biases of zeros.
@@ -160,9 +160,9 @@ def write_tensors(folder: Path, tensors: dict[str, np.ndarray], config: dict[str
     return folder
 
 
-def write_quantised(folder: Path, variant: Variant) -> dict[str, np.ndarray]:
-    """Write a quantised model folder; return the tensors of the same model in float32."""
-    tensors, dense = quantised_tensors(variant)
+def write_quantized(folder: Path, variant: Variant) -> dict[str, np.ndarray]:
+    """Write a quantized model folder; return the tensors of the same model in float32."""
+    tensors, dense = quantized_tensors(variant)
     write_tensors(folder, tensors, {**CONFIG, "quantization_config": variant.config})
     return dense
 

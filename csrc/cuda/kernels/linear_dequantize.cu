@@ -1,7 +1,7 @@
-// Dequantisation of matrices to H [out, stride] for products of prompts: y = scale * (integer - zero point),
+// Dequantization of matrices to H [out, stride] for products of prompts: y = scale * (integer - zero point),
 // rounded.
 //
-// Layout. A thread converts a run of 8 values of a row, in the layouts of quantised.cuh:
+// Layout. A thread converts a run of 8 values of a row, in the layouts of quantized.cuh:
 //
 //   8 bits   bytes of values 0 2 1 3 4 6 5 7      |
 //   4 bits   nibbles of values 0 2 4 6 1 3 5 7    |   ->   H of values 0 1 2 3 4 5 6 7
@@ -9,15 +9,15 @@
 // Cost. Bytes per value: 2 written, and 1 (8 bits) or 1/2 (4 bits) read; memory-bound. time = out stride (2 +
 // 1) / bandwidth: at the 7B geometry a layer's 202 million values take 0.14 ms with int8.
 //
-// Reference: float64 in PyTorch, tests/cuda/test_prompt_linear.py::test_quantised_weights.
+// Reference: float64 in PyTorch, tests/cuda/test_prompt_linear.py::test_quantized_weights.
 #include "cuda/kernels/linear_prompt.h"
-#include "cuda/kernels/quantised.cuh"
+#include "cuda/kernels/quantized.cuh"
 
 namespace qvl::cuda {
 
 // kGroup: group size; 0 for one scale per row.
 template <int kBits, int kGroup, bool kZeros>
-__device__ inline void dequantise(const Dequantise& p) {
+__device__ inline void dequantize(const Dequantize& p) {
   const int64 i = static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int runs = p.stride / kRun;
   const TiledLayout layout(p.stride, p.out);
@@ -62,19 +62,19 @@ __device__ inline void dequantise(const Dequantise& p) {
   for (int j = 0; j < 4; ++j) *reinterpret_cast<H2*>(quarter + run_value(k % 32 / kRun, 2 * j)) = pairs[j];
 }
 
-#define QVL_DEQUANTISE(NAME, BITS, GROUP, ZEROS)                \
+#define QVL_DEQUANTIZE(NAME, BITS, GROUP, ZEROS)                \
   extern "C" __global__ void __launch_bounds__(256)             \
-      dequantise_##NAME(const __grid_constant__ Dequantise p) { \
+      dequantize_##NAME(const __grid_constant__ Dequantize p) { \
     wait_for_predecessors();                                    \
-    dequantise<BITS, GROUP, ZEROS>(p);                          \
+    dequantize<BITS, GROUP, ZEROS>(p);                          \
   }
-QVL_DEQUANTISE(int8, 8, 0, false)
-QVL_DEQUANTISE(int4_g64, 4, 64, false)
-QVL_DEQUANTISE(int4_g128, 4, 128, false)
-QVL_DEQUANTISE(uint4_g32, 4, 32, true)
-QVL_DEQUANTISE(uint4_g64, 4, 64, true)
-QVL_DEQUANTISE(uint4_g128, 4, 128, true)
-QVL_DEQUANTISE(uint8_g32, 8, 32, true)
-QVL_DEQUANTISE(uint8_g64, 8, 64, true)
+QVL_DEQUANTIZE(int8, 8, 0, false)
+QVL_DEQUANTIZE(int4_g64, 4, 64, false)
+QVL_DEQUANTIZE(int4_g128, 4, 128, false)
+QVL_DEQUANTIZE(uint4_g32, 4, 32, true)
+QVL_DEQUANTIZE(uint4_g64, 4, 64, true)
+QVL_DEQUANTIZE(uint4_g128, 4, 128, true)
+QVL_DEQUANTIZE(uint8_g32, 8, 32, true)
+QVL_DEQUANTIZE(uint8_g64, 8, 64, true)
 
 }  // namespace qvl::cuda
