@@ -12,18 +12,19 @@
 namespace qvl {
 namespace {
 
-// Map target names to their index and spec.
-std::unordered_map<std::string, std::pair<int64_t, WeightSpec>> targets(qvl_config config) {
+// Index and spec of each target matrix, by name.
+std::unordered_map<std::string, std::pair<int64_t, WeightSpec>> adapter_targets(qvl_config config) {
   config.stages = QVL_STAGE_LANGUAGE;
-  std::unordered_map<std::string, std::pair<int64_t, WeightSpec>> made;
+  std::unordered_map<std::string, std::pair<int64_t, WeightSpec>> result;
   int64_t n = 0;
   // weight_specs lists the matrices in the order of LayerTarget, lm_head last.
   for (const WeightSpec& spec : weight_specs(config)) {
-    if (spec.product) made.emplace(spec.name, std::make_pair(n++, spec));
+    if (spec.product) result.emplace(spec.name, std::make_pair(n++, spec));
   }
-  return made;
+  return result;
 }
 
+// Check that a matrix has only finite values. `floats` is scratch memory.
 void check_values(const char* name, const char* which, qvl_dtype dtype, int64_t rows, int64_t columns,
                   const void* values, std::vector<float>& floats) {
   QVL_REQUIRE(values != nullptr, QVL_BAD_WEIGHT, "%s: %s is NULL", name, which);
@@ -42,15 +43,15 @@ void check_values(const char* name, const char* which, qvl_dtype dtype, int64_t 
 std::vector<AdapterMatrix> checked_adapter(const qvl_config& config, const qvl_adapter_matrix* matrices,
                                            int64_t n) {
   QVL_REQUIRE(has_language(config), QVL_INVALID, "adapter: the engine has no language stage");
-  const auto known = targets(config);
-  std::vector<bool> seen(known.size());
-  std::vector<AdapterMatrix> checked;
+  const auto targets = adapter_targets(config);
+  std::vector<bool> seen(targets.size());
+  std::vector<AdapterMatrix> result;
   std::vector<float> floats;
   for (int64_t i = 0; i < n; ++i) {
     const qvl_adapter_matrix& m = matrices[i];
     QVL_REQUIRE(m.name != nullptr, QVL_INVALID, "matrices[%lld]: name is NULL", static_cast<long long>(i));
-    const auto found = known.find(m.name);
-    QVL_REQUIRE(found != known.end(), QVL_BAD_WEIGHT,
+    const auto found = targets.find(m.name);
+    QVL_REQUIRE(found != targets.end(), QVL_BAD_WEIGHT,
                 "%.200s: no such matrix; an adapter changes attn.c_attn, attn.c_proj, mlp.w1, mlp.w2 and "
                 "mlp.c_proj of a layer, and lm_head",
                 m.name);
@@ -71,9 +72,9 @@ std::vector<AdapterMatrix> checked_adapter(const qvl_config& config, const qvl_a
     QVL_REQUIRE(std::isfinite(m.scale), QVL_BAD_WEIGHT, "%s: its scale is not finite", name);
     check_values(name, "A", m.dtype, m.rank, m.in, m.a, floats);
     check_values(name, "B", m.dtype, m.out, m.rank, m.b, floats);
-    checked.push_back({target, m.dtype, m.out, m.in, m.rank, m.a, m.b, m.scale});
+    result.push_back({target, m.dtype, m.out, m.in, m.rank, m.a, m.b, m.scale});
   }
-  return checked;
+  return result;
 }
 
 }  // namespace qvl

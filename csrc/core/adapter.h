@@ -8,8 +8,8 @@
 
 namespace qvl {
 
-// Target matrices of a layer. Index of a target: layer * kLayerTargets + LayerTarget; lm_head has the last
-// index.
+// Target matrices of a layer. The index of a target is layer * kLayerTargets + LayerTarget; lm_head has the
+// last index.
 enum LayerTarget { kAttn, kAttnProj, kW1, kW2, kMlpProj, kLayerTargets };
 
 // Checked A and B of an adapter for one target: y += scale * b [out, rank] (a [rank, in] x). a and b are in
@@ -23,7 +23,7 @@ struct AdapterMatrix {
   float scale;
 };
 
-// Check names, types, shapes and values.
+// Check names, types, shapes and values of an adapter's matrices and convert them.
 std::vector<AdapterMatrix> checked_adapter(const qvl_config& config, const qvl_adapter_matrix* matrices,
                                            int64_t n);
 

@@ -1,4 +1,4 @@
-// Interface of a back end. The callers have checked all arguments.
+// Interface of a back end. All arguments have been checked (core/checks.h).
 #pragma once
 
 #include <memory>
@@ -18,7 +18,8 @@ struct KvPool {
 
   virtual ~KvPool() = default;
 
-  // Copy one block, all layers. `host` has block_bytes() bytes (kv_block_bytes() of core/config.h).
+  // Copy one block in all layers: to another block, to host memory, and from host memory. `host` has
+  // block_bytes() bytes, the value of kv_block_bytes() (core/config.h).
   virtual void copy_block(int32_t from, int32_t to, qvl_stream stream) = 0;
   virtual void read_block(int32_t block, void* host, qvl_stream stream) = 0;
   virtual void write_block(int32_t block, const void* host, qvl_stream stream) = 0;
@@ -34,7 +35,7 @@ struct Event {
   virtual void wait() = 0;
 };
 
-// Sampling parameters of n rows of logits, and the outputs, as in qvl_step_args.
+// Sampling parameters of n rows of logits, and where to write the results, as in qvl_step_args.
 struct Picks {
   int32_t n;
   const qvl_sampling* sampling;
@@ -57,7 +58,7 @@ class Backend {
 
   virtual const char* describe() const = 0;
 
-  // Whether calls are asynchronous.
+  // Whether calls return before their work is done, so that the host can enqueue steps in advance.
   virtual bool runs_ahead() const = 0;
   virtual void* alloc(uint64_t bytes) = 0;
   virtual void dealloc(void* memory) = 0;
@@ -73,14 +74,14 @@ class Backend {
   virtual void encode_images(int64_t n, const float* images, float* features, qvl_stream stream) = 0;
   virtual void forward(KvPool& pool, const qvl_batch& batch, float* logits, qvl_stream stream) = 0;
   virtual void sample(const float* logits, const Picks& picks, qvl_stream stream) = 0;
-  // forward, then sample. `logits` NULL: use scratch memory.
+  // forward(), then sample(). If `logits` is NULL, the logits are in scratch memory.
   virtual void step(KvPool& pool, const qvl_batch& batch, float* logits, const Picks& picks,
                     qvl_stream stream) = 0;
 };
 
 std::unique_ptr<Backend> make_cpu_backend(const qvl_config& config, const WeightTable& weights);
 
-// Fill all fields but `size` for the CPU.
+// Fill all fields of a device info except `size`, for the CPU.
 void describe_cpu(qvl_device_info* info);
 
 // Entry points of libqwenvl_cuda.so, exported as its symbol qvl_cuda_back_end. The functions throw Error.
@@ -91,8 +92,8 @@ struct CudaBackEnd {
   std::unique_ptr<Backend> (*make)(const qvl_config& config, const WeightTable& weights);
 };
 
-// Load libqwenvl_cuda.so on the first call, from the folder of this library; if it is not there, use a copy
-// that the process has already loaded. Throws QVL_UNSUPPORTED if neither exists.
+// Load libqwenvl_cuda.so on the first call, from the folder of this library. If it is not there, use one that
+// the process has already loaded. Throws QVL_UNSUPPORTED if there is neither.
 const CudaBackEnd& cuda_back_end();
 
 }  // namespace qvl

@@ -69,10 +69,10 @@ int64_t check_batch(const qvl_config& config, const KvPool& pool, const qvl_batc
 
 void check_sampling(const qvl_config& config, const char* where, int32_t index, const qvl_sampling& s,
                     bool counted) {
-  const auto in_range = [&](const char* name, float value, double least, double most) {
+  const auto in_range = [&](const char* name, float value, double minimum, double maximum) {
     const auto v = static_cast<double>(value);
-    QVL_REQUIRE(v >= least && v <= most, QVL_INVALID, "%s[%d]: %s is %g; it must be %g to %g", where, index,
-                name, v, least, most);
+    QVL_REQUIRE(v >= minimum && v <= maximum, QVL_INVALID, "%s[%d]: %s is %g; it must be %g to %g", where,
+                index, name, v, minimum, maximum);
   };
   QVL_REQUIRE(s.size >= kFirstSize<qvl_sampling> && s.size <= 4096, QVL_INVALID,
               "%s[%d]: size is %u; set it, then call qvl_sampling_init()", where, index, s.size);

@@ -1,17 +1,18 @@
-// Argument checks of the functions that compute.
+// Checks of the arguments of the functions that compute. They throw QVL_INVALID.
 #pragma once
 
 #include "core/backend.h"
 
 namespace qvl {
 
-// Check a batch except for its token ids; return its number of tokens.
+// Check a batch, but not its token ids. Returns the number of tokens.
 int64_t check_batch(const qvl_config& config, const KvPool& pool, const qvl_batch& batch);
 
+// Check the image spans of n_tokens tokens. `where`: beginning of the error message.
 void check_spans(const char* where, int32_t n_spans, const qvl_span* spans, int64_t n_tokens);
 
-// `where`: name of the array, `index`: its element. counted: whether the row has token counts, which
-// penalties need.
+// Check element `index` of the array `where`. counted: whether the row has token counts, which penalties
+// need.
 void check_sampling(const qvl_config& config, const char* where, int32_t index, const qvl_sampling& sampling,
                     bool counted);
 

@@ -8,7 +8,7 @@ namespace qvl {
 constexpr int kResamplerHeadDim = 128;
 constexpr int kMaxBlockTokens = 256;
 
-// Copy a caller's config of any version of the struct and check every field.
+// Copy of the caller's config, which may be of any version of the struct, after a check of every field.
 qvl_config checked_config(const qvl_config* config);
 
 inline bool has_vision(const qvl_config& c) {
@@ -21,6 +21,7 @@ inline bool has_language(const qvl_config& c) {
 // Bytes of a KV block: keys and values of its tokens in all layers.
 uint64_t kv_block_bytes(const qvl_config& config, int32_t block_tokens, qvl_dtype dtype);
 
+// Number of patches of an image.
 inline int patches(const qvl_config& c) {
   const int grid = c.image_size / c.patch_size;
   return grid * grid;

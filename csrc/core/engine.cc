@@ -40,7 +40,7 @@ void forward(qvl_engine& engine, qvl_kv_pool& pool, const qvl_batch& batch, floa
              qvl_stream stream) {
   check_batch(engine.config, *pool.blocks, batch);
   check_owners(engine, pool, batch);
-  const std::lock_guard<std::mutex> lock(engine.computing);
+  const std::lock_guard<std::mutex> lock(engine.compute_lock);
   engine.backend->forward(*pool.blocks, batch, logits, stream);
 }
 
@@ -48,7 +48,7 @@ void sample(qvl_engine& engine, const float* logits, const Picks& picks, qvl_str
   check_picks(engine.config, picks);
   if (picks.n == 0) return;
   QVL_REQUIRE(logits != nullptr, QVL_INVALID, "logits is NULL");
-  const std::lock_guard<std::mutex> lock(engine.computing);
+  const std::lock_guard<std::mutex> lock(engine.compute_lock);
   engine.backend->sample(logits, picks, stream);
 }
 
@@ -63,7 +63,7 @@ void step(qvl_engine& engine, qvl_kv_pool& pool, const qvl_batch& batch, float* 
   QVL_REQUIRE(picks.n == rows, QVL_INVALID,
               "rows is %d; the batch has %d sequences without QVL_SEQUENCE_NO_LOGITS", picks.n, rows);
   check_picks(engine.config, picks);
-  const std::lock_guard<std::mutex> lock(engine.computing);
+  const std::lock_guard<std::mutex> lock(engine.compute_lock);
   engine.backend->step(*pool.blocks, batch, logits, picks, stream);
 }
 

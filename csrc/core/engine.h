@@ -1,4 +1,4 @@
-// Handles of the C interface and the calls behind it.
+// Handles of the C interface, and the functions behind its calls that compute.
 #pragma once
 
 #include <memory>
@@ -12,10 +12,10 @@ struct qvl_weights {
 
 struct qvl_engine {
   qvl_config config;
-  std::shared_ptr<const qvl::Tensors> tensors;  // owns the memory that the back end reads
+  std::shared_ptr<const qvl::Tensors> tensors;  // keeps mapped weights, which the back end reads, in memory
   std::unique_ptr<qvl::Backend> backend;
-  qvl_dtype cache_dtype;  // of the pool that qvl_generate creates
-  std::mutex computing;
+  qvl_dtype cache_dtype;    // type of the pool that qvl_generate creates
+  std::mutex compute_lock;  // held by a call that computes
 };
 
 struct qvl_kv_pool {
@@ -24,12 +24,13 @@ struct qvl_kv_pool {
 };
 
 struct qvl_event {
-  std::unique_ptr<qvl::Event> point;
+  std::unique_ptr<qvl::Event> device_event;
 };
 
 namespace qvl {
 
-// Check the arguments, take the engine's lock and compute. Structs must be in the current layout.
+// These functions check their arguments, take the engine's lock and compute. Structs must be in the current
+// layout.
 void forward(qvl_engine& engine, qvl_kv_pool& pool, const qvl_batch& batch, float* logits, qvl_stream stream);
 void sample(qvl_engine& engine, const float* logits, const Picks& picks, qvl_stream stream);
 void step(qvl_engine& engine, qvl_kv_pool& pool, const qvl_batch& batch, float* logits, const Picks& picks,
@@ -49,6 +50,7 @@ struct Request {
   const qvl_adapter* adapter;
 };
 
+// Arguments of qvl_generate.
 struct GenerateCall {
   qvl_kv_pool* pool;
   int32_t n;

@@ -17,6 +17,7 @@ struct Error : std::exception {
   const char* what() const noexcept override { return line.message; }
 };
 
+// Throw an Error with a formatted message.
 [[noreturn]] inline void fail(qvl_status status, const char* format, ...)
     __attribute__((format(printf, 2, 3)));
 [[noreturn]] inline void fail(qvl_status status, const char* format, ...) {
@@ -35,7 +36,7 @@ struct Error : std::exception {
     if (!(condition)) ::qvl::fail(status, __VA_ARGS__); \
   } while (0)
 
-// Run `body` and return its status; no exception leaves this function.
+// Run `body`, catch all exceptions and return the status; the message goes to *error, unless that is NULL.
 template <typename Body>
 qvl_status guarded(qvl_error* error, Body&& body) noexcept {
   qvl_error line{};

@@ -13,7 +13,8 @@ inline float from_float16(uint16_t bits) {
   const uint32_t wide = finite ? magnitude : magnitude | 0x7F800000u;
   float value;
   std::memcpy(&value, &wide, sizeof value);
-  // The exponent biases are 15 and 127; a multiplication also handles subnormal numbers.
+  // Multiply by 2^112, the difference of the exponent biases, 127 - 15; this converts subnormal numbers as
+  // well.
   if (finite) value *= 0x1p112F;
   return sign ? -value : value;
 }
@@ -25,10 +26,11 @@ inline uint16_t to_float16(float value) {
   const uint32_t sign = bits >> 16 & 0x8000u;
   bits &= 0x7FFFFFFFu;
   if (bits > 0x7F800000u) return static_cast<uint16_t>(sign | 0x7E00u);
-  if (bits >= 0x477FF000u) return static_cast<uint16_t>(sign | 0x7C00u);  // 65520 rounds to 65536
-  if (bits < 0x38800000u) {  // subnormal: multiples of 2^-24 below 2^-14
+  if (bits >= 0x477FF000u) return static_cast<uint16_t>(sign | 0x7C00u);  // from 65520: rounds to infinity
+  if (bits < 0x38800000u) {  // below 2^-14: a subnormal number, a multiple of 2^-24
     return static_cast<uint16_t>(sign | static_cast<uint32_t>(std::lrint(std::fabs(value) * 0x1p24F)));
   }
+  // A normal number: round off 13 bits of the mantissa and subtract 112 from the exponent.
   bits += 0xFFFu + (bits >> 13 & 1u);
   return static_cast<uint16_t>(sign | (bits - 0x38000000u) >> 13);
 }

@@ -1,8 +1,9 @@
-// qvl_generate: the prompts as one packed batch, then decode steps of one token per request until all
-// requests have finished.
+// qvl_generate: one step computes all prompts as a packed batch, then decode steps compute one token per
+// request until all requests have finished.
 //
-// On an asynchronous device step n + 1 is enqueued before the host has read the tokens of step n: it reads
-// them from device memory, and its results for requests that finish in step n are discarded.
+// On an asynchronous device step n + 1 is enqueued before the host has read the tokens of step n. Step n + 1
+// then takes these tokens from device memory, and its results for requests that finish in step n are
+// discarded.
 #include <algorithm>
 #include <memory>
 #include <numeric>
@@ -19,7 +20,7 @@
 namespace qvl {
 namespace {
 
-constexpr int32_t kBlockTokens = 32;
+constexpr int32_t kBlockTokens = 32;  // tokens per block of a pool created here
 
 // Device memory, freed at the end of the scope.
 template <typename T>
@@ -42,7 +43,7 @@ class Generation {
   Generation(qvl_engine& engine, const GenerateCall& call)
       : engine_(engine), call_(call), backend_(*engine.backend) {
     check();
-    lay_out_blocks();
+    assign_blocks();
   }
 
   void run() {
@@ -63,16 +64,16 @@ class Generation {
       backend_.copy(counts_[i], zeros.data(), vocab * sizeof(int32_t), call_.stream);
     }
     std::iota(active_.begin(), active_.end(), 0);
-    for (Flight& flight : flights_) {
-      flight.tokens = HostTokens(backend_, n);
-      flight.ended = backend_.make_event();
+    for (PendingStep& pending : pending_) {
+      pending.tokens = HostTokens(backend_, n);
+      pending.done_event = backend_.make_event();
     }
-    if (n > 0) start(flights_[0], true, ids.data());
+    if (n > 0) start(pending_[0], true, ids.data());
     for (int32_t step = 0; !active_.empty(); ++step) {
-      Flight &now = flights_[step % 2], &next = flights_[(step + 1) % 2];
-      const bool ahead = backend_.runs_ahead() && may_continue(now);
+      PendingStep &current = pending_[step % 2], &next = pending_[(step + 1) % 2];
+      const bool ahead = backend_.runs_ahead() && may_repeat(current);
       if (ahead) start_ahead(next, ids.data());
-      finish_step(now, step);
+      finish_step(current, step);
       if (!ahead && !active_.empty()) start(next, false, ids.data());
     }
   }
@@ -99,13 +100,14 @@ class Generation {
     int32_t* data_ = nullptr;
   };
 
-  // A step in flight.
-  struct Flight {
-    std::vector<int32_t> requests;  // the request of each row
+  // A step that has been enqueued.
+  struct PendingStep {
+    std::vector<int32_t> requests;  // index of each row's request
     HostTokens tokens;
-    std::unique_ptr<Event> ended;
+    std::unique_ptr<Event> done_event;  // recorded after the copy to `tokens`
   };
 
+  // Check the arguments and initialise the requests' state.
   void check() {
     const qvl_config& config = engine_.config;
     QVL_REQUIRE(has_language(config), QVL_INVALID, "the engine has no language stage");
@@ -133,7 +135,7 @@ class Generation {
     QVL_REQUIRE(n_prompt <= INT32_MAX, QVL_INVALID, "requests: too many tokens");
     for (int32_t i = 0; i < call_.n_end; ++i) {
       const int32_t id = call_.end_ids[i];
-      if (id >= 0 && id < config.vocab) ends_.push_back(id);
+      if (id >= 0 && id < config.vocab) stop_tokens_.push_back(id);
     }
     const auto n = static_cast<size_t>(call_.n);
     active_.resize(n);
@@ -143,15 +145,16 @@ class Generation {
     for (size_t i = 0; i < n; ++i) call_.results[i] = qvl_result{};
   }
 
-  void lay_out_blocks() {
+  // Assign consecutive blocks of the pool to the requests; create a pool if there is none.
+  void assign_blocks() {
     const int32_t block_tokens = call_.pool ? call_.pool->blocks->block_tokens : kBlockTokens;
     const auto n = static_cast<size_t>(call_.n);
     int64_t n_blocks = 0;
-    std::vector<int64_t> first(n + 1);
+    first_block_.resize(n + 1);
     for (size_t i = 0; i < n; ++i) {
       const Request& r = call_.requests[i];
       n_blocks += (int64_t{r.n_tokens} + r.max_new + block_tokens - 1) / block_tokens;
-      first[i + 1] = n_blocks;
+      first_block_[i + 1] = n_blocks;
     }
     QVL_REQUIRE(n_blocks <= INT32_MAX, QVL_INVALID, "requests: too many tokens");
     if (call_.pool) {
@@ -160,51 +163,50 @@ class Generation {
                   static_cast<long long>(n_blocks));
       pool_ = call_.pool;
     } else {
-      own_pool_ = make_pool(engine_, static_cast<int32_t>(n_blocks), block_tokens, engine_.cache_dtype);
-      pool_ = own_pool_.get();
+      created_pool_ = make_pool(engine_, static_cast<int32_t>(n_blocks), block_tokens, engine_.cache_dtype);
+      pool_ = created_pool_.get();
     }
     blocks_.resize(static_cast<size_t>(n_blocks));
     std::iota(blocks_.begin(), blocks_.end(), 0);
-    first_block_ = std::move(first);
   }
 
-  // Whether the next step has the same requests, provided that none generates a stop token.
-  bool may_continue(const Flight& flight) const {
-    return flight.requests == active_ && std::all_of(active_.begin(), active_.end(), [&](int32_t i) {
+  // Whether the next step has the same requests, unless one of them generates a stop token.
+  bool may_repeat(const PendingStep& pending) const {
+    return pending.requests == active_ && std::all_of(active_.begin(), active_.end(), [&](int32_t i) {
              return call_.results[i].n_tokens + 1 < call_.requests[i].max_new;
            });
   }
 
-  // Enqueue a step with the prompts or the last tokens of the active requests.
-  void start(Flight& flight, bool prompts, int32_t* ids) {
-    flight.requests = active_;
+  // Enqueue a step with the prompts of the active requests, or with their last tokens.
+  void start(PendingStep& pending, bool prompts, int32_t* ids) {
+    pending.requests = active_;
     build_batch(prompts, ids);
-    enqueue(flight, 0, ids);
+    enqueue(pending, 0, ids);
   }
 
-  // Enqueue the successor of a step in flight, whose tokens are in `ids`.
-  void start_ahead(Flight& flight, int32_t* ids) {
-    flight.requests = active_;
+  // Enqueue the step that follows a pending step; the tokens of the pending step are in `ids`.
+  void start_ahead(PendingStep& pending, int32_t* ids) {
+    pending.requests = active_;
     sequences_.clear();
     spans_.clear();
     for (const int32_t i : active_) {
-      const auto at = static_cast<size_t>(i);
-      sequences_.push_back(sequence(at, 1));
-      lengths_[at] += 1;
+      const auto index = static_cast<size_t>(i);
+      sequences_.push_back(sequence(index, 1));
+      lengths_[index] += 1;
     }
-    enqueue(flight, 1, ids);
+    enqueue(pending, 1, ids);
   }
 
   // Batch entry for a request's next n tokens.
-  qvl_sequence sequence(size_t at, int32_t n) const {
-    qvl_sequence made{};
-    made.n_new = n;
-    made.n_past = lengths_[at];
-    made.prompt_len = call_.requests[at].n_tokens;
-    made.n_blocks = static_cast<int32_t>(first_block_[at + 1] - first_block_[at]);
-    made.blocks = blocks_.data() + first_block_[at];
-    made.adapter = call_.requests[at].adapter;
-    return made;
+  qvl_sequence sequence(size_t index, int32_t n) const {
+    qvl_sequence entry{};
+    entry.n_new = n;
+    entry.n_past = lengths_[index];
+    entry.prompt_len = call_.requests[index].n_tokens;
+    entry.n_blocks = static_cast<int32_t>(first_block_[index + 1] - first_block_[index]);
+    entry.blocks = blocks_.data() + first_block_[index];
+    entry.adapter = call_.requests[index].adapter;
+    return entry;
   }
 
   // Build the step's batch and copy its token ids to the device.
@@ -213,7 +215,7 @@ class Generation {
     spans_.clear();
     step_ids_.clear();
     for (const int32_t i : active_) {
-      const auto at = static_cast<size_t>(i);
+      const auto index = static_cast<size_t>(i);
       const Request& r = call_.requests[i];
       const auto start = static_cast<int32_t>(step_ids_.size());
       if (prompts) {
@@ -223,33 +225,33 @@ class Generation {
           spans_.back().start += start;
         }
       } else {
-        step_ids_.push_back(last_tokens_[at]);
+        step_ids_.push_back(last_tokens_[index]);
       }
-      sequences_.push_back(sequence(at, static_cast<int32_t>(step_ids_.size()) - start));
-      lengths_[at] += sequences_.back().n_new;
+      sequences_.push_back(sequence(index, static_cast<int32_t>(step_ids_.size()) - start));
+      lengths_[index] += sequences_.back().n_new;
     }
     backend_.copy(ids, step_ids_.data(), step_ids_.size() * sizeof(int32_t), call_.stream);
   }
 
-  // Enqueue the batch and the sampling of a token per sequence. `unread`: number of sampled tokens per
-  // sequence that the host has not read yet.
-  void enqueue(Flight& flight, int32_t unread, int32_t* ids) {
+  // Enqueue the batch, the sampling of a token per sequence and the copy of the tokens. unread: number of
+  // sampled tokens per sequence that the host has not read yet.
+  void enqueue(PendingStep& pending, int32_t unread, int32_t* ids) {
     sampling_.clear();
     step_counts_.clear();
     for (const int32_t i : active_) {
-      const auto at = static_cast<size_t>(i);
+      const auto index = static_cast<size_t>(i);
       const Request& r = call_.requests[i];
       const int32_t done = call_.results[i].n_tokens + unread;
       qvl_sampling s = r.sampling;
-      std::vector<int32_t>& forbidden = forbidden_[at];
+      std::vector<int32_t>& forbidden = forbidden_[index];
       forbidden.clear();
       if (done == 0) forbidden.assign(s.forbidden, s.forbidden + s.n_forbidden);
-      if (done < r.min_new) forbidden.insert(forbidden.end(), ends_.begin(), ends_.end());
+      if (done < r.min_new) forbidden.insert(forbidden.end(), stop_tokens_.begin(), stop_tokens_.end());
       s.n_forbidden = static_cast<int32_t>(forbidden.size());
       s.forbidden = forbidden.data();
       s.counter += static_cast<uint64_t>(done);
       sampling_.push_back(s);
-      step_counts_.push_back(counts_[at]);
+      step_counts_.push_back(counts_[index]);
     }
     qvl_batch batch = QVL_INIT(qvl_batch);
     batch.n_sequences = static_cast<int32_t>(sequences_.size());
@@ -263,17 +265,17 @@ class Generation {
     picks.counts = step_counts_.data();
     picks.tokens = ids;
     step(engine_, *pool_, batch, nullptr, picks, call_.stream);
-    backend_.copy_async(flight.tokens.data(), ids, active_.size() * sizeof(int32_t), call_.stream);
-    flight.ended->record(call_.stream);
+    backend_.copy_async(pending.tokens.data(), ids, active_.size() * sizeof(int32_t), call_.stream);
+    pending.done_event->record(call_.stream);
   }
 
-  // Wait for a step, deliver its tokens and remove the requests that have finished.
-  void finish_step(Flight& flight, int32_t step) {
-    flight.ended->wait();
+  // Wait for a step, store its tokens, remove the requests that have finished and call on_step.
+  void finish_step(PendingStep& pending, int32_t step) {
+    pending.done_event->wait();
     step_requests_.clear();
     step_tokens_.clear();
-    for (size_t row = 0; row < flight.requests.size(); ++row) {
-      const int32_t i = flight.requests[row], token = flight.tokens.data()[row];
+    for (size_t row = 0; row < pending.requests.size(); ++row) {
+      const int32_t i = pending.requests[row], token = pending.tokens.data()[row];
       qvl_result& result = call_.results[i];
       if (result.finish) continue;  // finished in the previous step
       QVL_REQUIRE(token >= 0, QVL_INTERNAL,
@@ -283,7 +285,7 @@ class Generation {
       step_tokens_.push_back(token);
       call_.tokens[i * call_.stride + result.n_tokens++] = token;
       last_tokens_[static_cast<size_t>(i)] = token;
-      if (std::find(ends_.begin(), ends_.end(), token) != ends_.end()) {
+      if (std::find(stop_tokens_.begin(), stop_tokens_.end(), token) != stop_tokens_.end()) {
         result.finish = QVL_FINISH_END;
       } else if (result.n_tokens == call_.requests[i].max_new) {
         result.finish = QVL_FINISH_LENGTH;
@@ -301,12 +303,15 @@ class Generation {
   qvl_engine& engine_;
   const GenerateCall& call_;
   Backend& backend_;
-  std::unique_ptr<qvl_kv_pool> own_pool_;
+  std::unique_ptr<qvl_kv_pool> created_pool_;
   qvl_kv_pool* pool_ = nullptr;
-  std::vector<int32_t> ends_, active_, lengths_, last_tokens_, blocks_;
-  std::vector<int64_t> first_block_;
+  std::vector<int32_t> stop_tokens_;
+  std::vector<int32_t> active_;                 // indices of the requests that have not finished
+  std::vector<int32_t> lengths_, last_tokens_;  // per request: tokens in the pool, last token
+  std::vector<int32_t> blocks_;                 // block tables of all requests
+  std::vector<int64_t> first_block_;            // per request: start of its table in blocks_
   std::vector<std::vector<int32_t>> forbidden_;
-  Flight flights_[2];
+  PendingStep pending_[2];
   std::vector<int32_t*> counts_;
   // Scratch memory of a step, reused.
   std::vector<qvl_sequence> sequences_;

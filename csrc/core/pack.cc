@@ -12,28 +12,30 @@
 namespace qvl {
 namespace {
 
-// Value with the largest magnitude.
-float extreme(const float* values, int64_t n) {
-  float most = 0;
+// Value with the largest magnitude, with its sign.
+float largest_magnitude(const float* values, int64_t n) {
+  float largest = 0;
   for (int64_t i = 0; i < n; ++i) {
     QVL_REQUIRE(std::isfinite(values[i]), QVL_INVALID, "values: one of them is not a finite number");
-    if (std::fabs(values[i]) > std::fabs(most)) most = values[i];
+    if (std::fabs(values[i]) > std::fabs(largest)) largest = values[i];
   }
-  return most;
+  return largest;
 }
 
-int quantize(float value, float scale, int least, int most) {
-  const float steps = scale != 0 ? value / scale : 0;
-  return static_cast<int>(std::lrint(std::clamp(steps, static_cast<float>(least), static_cast<float>(most))));
+// The integer nearest to value / scale in a range.
+int quantize(float value, float scale, int minimum, int maximum) {
+  const float quotient = scale != 0 ? value / scale : 0;
+  return static_cast<int>(
+      std::lrint(std::clamp(quotient, static_cast<float>(minimum), static_cast<float>(maximum))));
 }
 
 void pack_int8_row(const float* row, int64_t in, int8_t* values, float* scale) {
-  *scale = std::fabs(extreme(row, in)) / 127;
+  *scale = std::fabs(largest_magnitude(row, in)) / 127;
   std::memset(values, 0, static_cast<size_t>(padded(in)));
   for (int64_t k = 0; k < in; ++k) values[k] = static_cast<int8_t>(quantize(row[k], *scale, -127, 127));
 }
 
-// Byte and shift of value k of an int4 row (qwenvl.h).
+// Byte, and shift within the byte, of value k of a row with 4 bits per value (qwenvl.h).
 int64_t nibble_byte(int64_t k) {
   const int64_t unit = k / kPackUnit, j = k % kPackUnit / 32, i = k % 32;
   return unit * (kPackUnit / 2) + 2 * i + j / 2;
@@ -44,37 +46,37 @@ int nibble_shift(int64_t k) {
 
 typedef float Four __attribute__((vector_size(16)));
 
-// Squared error of a group's values at this scale; n is a multiple of 4. Adding 1.5 * 2^23 rounds to an
-// integer.
+// Squared error of a group's values when they are stored as int4 with this scale; n is a multiple of 4.
 float int4_error(const float* values, int64_t n, float scale) {
-  constexpr float kShift = 12582912.0F;
-  const Four inverse = 1 / scale - Four{}, least = -8.0F - Four{}, most = 7.0F - Four{};
+  constexpr float kShift = 12582912.0F;  // 1.5 * 2^23: adding it rounds to an integer
+  const Four inverse = 1 / scale - Four{}, minimum = -8.0F - Four{}, maximum = 7.0F - Four{};
   Four errors = {};
   for (int64_t i = 0; i < n; i += 4) {
     Four value;
     std::memcpy(&value, values + i, sizeof value);
-    Four steps = value * inverse;
-    steps = steps < least ? least : steps;
-    steps = steps > most ? most : steps;
-    const Four error = value - ((steps + kShift) - kShift) * scale;
+    Four quotient = value * inverse;
+    quotient = quotient < minimum ? minimum : quotient;
+    quotient = quotient > maximum ? maximum : quotient;
+    const Four error = value - ((quotient + kShift) - kShift) * scale;
     errors += error * error;
   }
   return errors[0] + errors[1] + errors[2] + errors[3];
 }
 
-// bfloat16 scale with the least squared error among five candidates. The first maps the extreme to -8, so it
-// may be negative; the others clip the extreme, or round it.
+// bfloat16 scale with the least squared error among five candidates. A candidate maps the value with the
+// largest magnitude to one of kTargets: the first exactly to -8, so that the scale may be negative; the
+// others clip or round that value.
 uint16_t int4_scale(const float* values, int64_t n) {
-  constexpr float kSteps[] = {-8.0F, -7.5F, -7.0F, -8.6F, -9.2F};
-  const float most = extreme(values, n);
-  uint16_t best = to_bfloat16(most / kSteps[0]);
+  constexpr float kTargets[] = {-8.0F, -7.5F, -7.0F, -8.6F, -9.2F};
+  const float largest = largest_magnitude(values, n);
+  uint16_t best = to_bfloat16(largest / kTargets[0]);
   if (from_bfloat16(best) == 0) return best;
-  float least = int4_error(values, n, from_bfloat16(best));
-  for (size_t i = 1; i < std::size(kSteps); ++i) {
-    const uint16_t bits = to_bfloat16(most / kSteps[i]);
-    const float error = from_bfloat16(bits) != 0 ? int4_error(values, n, from_bfloat16(bits)) : least;
-    if (error < least) {
-      least = error;
+  float least_error = int4_error(values, n, from_bfloat16(best));
+  for (size_t i = 1; i < std::size(kTargets); ++i) {
+    const uint16_t bits = to_bfloat16(largest / kTargets[i]);
+    const float error = from_bfloat16(bits) != 0 ? int4_error(values, n, from_bfloat16(bits)) : least_error;
+    if (error < least_error) {
+      least_error = error;
       best = bits;
     }
   }
@@ -83,7 +85,7 @@ uint16_t int4_scale(const float* values, int64_t n) {
 
 void pack_int4_row(const float* row, int64_t in, int group, uint8_t* values, uint16_t* scales) {
   const int64_t width = padded(in);
-  std::memset(values, 0x88, static_cast<size_t>(width / 2));
+  std::memset(values, 0x88, static_cast<size_t>(width / 2));  // two nibbles of 8, which have the value 0
   for (int64_t first = 0; first < width; first += group) {
     const int64_t n = std::max<int64_t>(0, std::min<int64_t>(group, in - first));
     float padded_group[kPackUnit] = {};
@@ -103,8 +105,8 @@ void pack_int4_row(const float* row, int64_t in, int group, uint8_t* values, uin
 }  // namespace
 
 uint64_t value_bytes(qvl_dtype dtype, int64_t out, int64_t in) {
-  constexpr int64_t kMost = int64_t{1} << 31;
-  if (out < 1 || in < 1 || out > kMost || in > kMost) return 0;
+  constexpr int64_t kMaxSize = int64_t{1} << 31;
+  if (out < 1 || in < 1 || out > kMaxSize || in > kMaxSize) return 0;
   const auto rows = static_cast<uint64_t>(out);
   if (dtype == QVL_INT32 && in != 1) return 0;
   const int64_t columns = is_quantized(dtype) ? padded(in) : in;
@@ -212,10 +214,10 @@ void unpack(qvl_dtype dtype, int64_t out, int64_t in, const void* packed, float*
           const int integer = value_bits(dtype) == 8
                                   ? bytes[row * width + k]
                                   : bytes[row * width / 2 + nibble_byte(k)] >> nibble_shift(k) & 15;
-          const int64_t at = row * (width / group) + k / group;
-          const uint16_t scale = reinterpret_cast<const uint16_t*>(scales)[at];
+          const int64_t index = row * (width / group) + k / group;
+          const uint16_t scale = reinterpret_cast<const uint16_t*>(scales)[index];
           if (has_zeros(dtype)) {
-            const float zero = from_float16(reinterpret_cast<const uint16_t*>(zeros)[at]);
+            const float zero = from_float16(reinterpret_cast<const uint16_t*>(zeros)[index]);
             value = from_float16(scale) * (static_cast<float>(integer) - zero);
           } else {
             value = from_bfloat16(scale) * static_cast<float>(integer - 8);

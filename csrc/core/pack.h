@@ -9,11 +9,12 @@ namespace qvl {
 
 constexpr int64_t kPackUnit = 128;  // rows of quantized matrices are padded to this many values
 
+// Length of a padded row.
 inline int64_t padded(int64_t in) {
   return (in + kPackUnit - 1) / kPackUnit * kPackUnit;
 }
 
-// Group size: number of values that share a scale; 0 for one scale per row and for types without scales.
+// Number of values that share a scale; 0 for types with one scale per row or without scales.
 inline int group_size(qvl_dtype dtype) {
   switch (dtype) {
     case QVL_UINT4_G32:
@@ -50,17 +51,18 @@ inline bool is_quantized(qvl_dtype dtype) {
   return dtype == QVL_INT8 || group_size(dtype) != 0;
 }
 
-// Bytes of the values without scales: the offset of the scales.
+// Bytes of a matrix's values, without scales; the scales follow at this offset. 0 for invalid arguments.
 uint64_t value_bytes(qvl_dtype dtype, int64_t out, int64_t in);
 
-// Bytes of the scales. Zero points, if the type has them, follow and have the same size.
+// Bytes of the scales. Zero points, if the type has them, follow the scales and have the same size.
 uint64_t scale_bytes(qvl_dtype dtype, int64_t out, int64_t in);
 
+// The functions behind qvl_packed_bytes, qvl_pack, qvl_pack_groups and qvl_unpack (qwenvl.h). pack() is not
+// for types with zero points, pack_groups() is only for them.
 uint64_t packed_bytes(qvl_dtype dtype, int64_t out, int64_t in);
 
 void pack(qvl_dtype dtype, int64_t out, int64_t in, const float* values, void* packed);
 
-// qvl_pack_groups, for a type with zero points.
 void pack_groups(qvl_dtype dtype, int64_t out, int64_t in, const uint8_t* integers, const uint16_t* scales,
                  const uint16_t* zeros, void* packed);
 

@@ -1,10 +1,12 @@
-// Paddle's parameter file, with the names and types of this engine in a field that Paddle skips:
-//   record:   uint32 0, uint64 0, uint32 0, int32 length of the message, the message, the data
-//   message:  0x08, data type; for each dimension 0x10, length; 0x7A, a length of three bytes, the field
-//   field:    "qvl1", uint8 qvl_dtype, uint8 n_dims, uint16 length of the name, n_dims x int64, the name,
-//   zeros
-// All little-endian; numbers in the message are varints. The data is aligned to 64 bytes. The file is not
-// trusted: Bytes checks the bounds of every read.
+// Reader of Paddle's parameter file. Names and types of this engine are in a field that Paddle skips:
+//   file:     records, one for each tensor
+//   record:   uint32 0, uint64 0, uint32 0, int32 length of the message, message, data
+//   message:  0x08, code of the data type; for each dimension 0x10, length; 0x7A, length of the field, field
+//   field:    "qvl1", uint8 qvl_dtype, uint8 n_dims, uint16 length of the name, n_dims x int64, name, zeros
+//   as
+//             padding
+// All numbers are little-endian; those of the message are varints. The data is aligned to 64 bytes. The file
+// may be damaged or malicious: Cursor checks the bounds of every read.
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -23,17 +25,18 @@ namespace {
 struct Damaged {};  // caught by read_records, which adds the path
 
 // Bounded cursor over a part of the file.
-class Bytes {
+class Cursor {
  public:
-  Bytes(const unsigned char* at, uint64_t n) : at_(at), left_(n) {}
+  Cursor(const unsigned char* at, uint64_t n) : at_(at), remaining_(n) {}
 
-  uint64_t left() const { return left_; }
+  uint64_t remaining() const { return remaining_; }
 
-  Bytes take(uint64_t n) {
-    if (n > left_) throw Damaged();
-    const Bytes taken(at_, n);
+  // Read n bytes: return a cursor over them and advance.
+  Cursor take(uint64_t n) {
+    if (n > remaining_) throw Damaged();
+    const Cursor taken(at_, n);
     at_ += n;
-    left_ -= n;
+    remaining_ -= n;
     return taken;
   }
 
@@ -58,18 +61,19 @@ class Bytes {
 
  private:
   const unsigned char* at_;
-  uint64_t left_;
+  uint64_t remaining_;
 };
 
-uint64_t product(const int64_t* dims, int n, uint64_t first) {
-  uint64_t all = first;
+// Product of `factor` and n dimensions.
+uint64_t product(const int64_t* dims, int n, uint64_t factor) {
+  uint64_t result = factor;
   for (int i = 0; i < n; ++i) {
-    if (dims[i] < 1 || __builtin_mul_overflow(all, static_cast<uint64_t>(dims[i]), &all) ||
-        all > uint64_t{PTRDIFF_MAX}) {
+    if (dims[i] < 1 || __builtin_mul_overflow(result, static_cast<uint64_t>(dims[i]), &result) ||
+        result > uint64_t{PTRDIFF_MAX}) {
       throw Damaged();
     }
   }
-  return all;
+  return result;
 }
 
 // Paddle's code for a type, and the size of a value in bytes.
@@ -85,8 +89,8 @@ PaddleType paddle_type(qvl_dtype dtype) {
   return {20, 1};
 }
 
-// Parse this engine's field into a tensor without its data.
-qvl_tensor read_field(Bytes field, std::string* name) {
+// Parse this engine's field: the tensor, without its data, and its name.
+qvl_tensor read_field(Cursor field, std::string* name) {
   if (std::memcmp(field.take(4).data(), "qvl1", 4) != 0) throw Damaged();
   qvl_tensor tensor{};
   tensor.device = QVL_DEVICE_CPU;
@@ -95,26 +99,26 @@ qvl_tensor read_field(Bytes field, std::string* name) {
   const auto name_length = field.number<uint16_t>();
   if (tensor.dtype >= QVL_DTYPES || tensor.n_dims < 1 || tensor.n_dims > 4) throw Damaged();
   for (int i = 0; i < tensor.n_dims; ++i) tensor.shape[i] = field.number<int64_t>();
-  const Bytes text = field.take(name_length);
-  name->assign(reinterpret_cast<const char*>(text.data()), text.left());
+  const Cursor text = field.take(name_length);
+  name->assign(reinterpret_cast<const char*>(text.data()), text.remaining());
   if (name->empty()) throw Damaged();
   for (const char c : *name) {
-    if (c <= ' ' || c > '~') throw Damaged();  // names appear in messages
+    if (c <= ' ' || c > '~') throw Damaged();  // error messages contain names, which must be printable
   }
   const auto inner = product(tensor.shape + 1, tensor.n_dims - 1, 1);
-  product(tensor.shape, 1, inner);  // neither size overflows
+  product(tensor.shape, 1, inner);  // throws if the number of values overflows
   tensor.bytes = packed_bytes(tensor.dtype, tensor.shape[0], static_cast<int64_t>(inner));
   if (tensor.bytes == 0) throw Damaged();
   return tensor;
 }
 
 // Parse the tensor of a message; return false if it lacks this engine's field.
-bool read_message(Bytes message, qvl_tensor* tensor, std::string* name) {
+bool read_message(Cursor message, qvl_tensor* tensor, std::string* name) {
   if (message.number<uint8_t>() != 0x08) throw Damaged();
   const uint64_t code = message.varint();
   uint64_t values = 1;
-  bool has_field = false;
-  while (message.left() > 0) {
+  bool has_field = false;  // the field must be the last part of the message
+  while (message.remaining() > 0) {
     const auto tag = message.number<uint8_t>();
     if (tag == 0x10 && !has_field) {
       const auto dim = static_cast<int64_t>(message.varint());
@@ -134,27 +138,28 @@ bool read_message(Bytes message, qvl_tensor* tensor, std::string* name) {
   return true;
 }
 
-void read_records(const char* path, Bytes file, Tensors* tensors) {
+// Add the tensors of all records.
+void read_records(const char* path, Cursor file, Tensors* tensors) {
   const unsigned char* const begin = file.data();
-  while (file.left() > 0) {
+  while (file.remaining() > 0) {
     const auto start = static_cast<unsigned long long>(file.data() - begin);
     qvl_tensor tensor;
     std::string name;
-    bool named;
+    bool has_name;
     try {
       static const unsigned char zeros[16] = {};
       if (std::memcmp(file.take(sizeof zeros).data(), zeros, sizeof zeros) != 0) throw Damaged();
       const auto length = file.number<int32_t>();
       if (length < 2) throw Damaged();
-      named = read_message(file.take(static_cast<uint64_t>(length)), &tensor, &name);
-      if (named) {
+      has_name = read_message(file.take(static_cast<uint64_t>(length)), &tensor, &name);
+      if (has_name) {
         if ((file.data() - begin) % 64 != 0) throw Damaged();
         tensor.data = file.take(tensor.bytes).data();
       }
     } catch (const Damaged&) {
       fail(QVL_BAD_WEIGHT, "%.300s: damaged at byte %llu; export again", path, start);
     }
-    QVL_REQUIRE(named, QVL_BAD_WEIGHT,
+    QVL_REQUIRE(has_name, QVL_BAD_WEIGHT,
                 "%.300s: does not name its tensors, as exports of an earlier version; export again", path);
     tensors->add(tensor, std::move(name));
   }
@@ -181,7 +186,7 @@ std::shared_ptr<const Tensors> map_params_file(const char* path) {
               std::strerror(errno));
   tensors->mapping_ = mapping;
   tensors->mapped_bytes_ = bytes;
-  read_records(path, Bytes(static_cast<const unsigned char*>(mapping), bytes), tensors.get());
+  read_records(path, Cursor(static_cast<const unsigned char*>(mapping), bytes), tensors.get());
   return tensors;
 }
 

@@ -1,4 +1,5 @@
-// Split of a packed batch into passes over the layers, the same on every device.
+// Division of a packed batch into passes over the layers, and the check of its token ids; the same on every
+// device.
 #pragma once
 
 #include <algorithm>
@@ -9,18 +10,18 @@
 
 namespace qvl {
 
-// Check token ids in host memory, except those covered by a span. `where`: prefix of the message.
+// Check n token ids in host memory, except those that a span covers. `where`: beginning of the error message.
 inline void check_ids(const char* where, int32_t vocab, int64_t n, const int32_t* ids, int32_t n_spans,
                       const qvl_span* spans) {
-  int64_t at = 0;
+  int64_t index = 0;
   for (int32_t s = 0; s <= n_spans; ++s) {
     const int64_t end = s < n_spans ? spans[s].start : n;
-    for (; at < end; ++at) {
-      QVL_REQUIRE(ids[at] >= 0 && ids[at] < vocab, QVL_INVALID,
-                  "%s: tokens[%lld] is %d; the vocabulary has %d", where, static_cast<long long>(at), ids[at],
-                  vocab);
+    for (; index < end; ++index) {
+      QVL_REQUIRE(ids[index] >= 0 && ids[index] < vocab, QVL_INVALID,
+                  "%s: tokens[%lld] is %d; the vocabulary has %d", where, static_cast<long long>(index),
+                  ids[index], vocab);
     }
-    if (s < n_spans) at += spans[s].count;
+    if (s < n_spans) index += spans[s].count;
   }
 }
 
@@ -31,19 +32,19 @@ inline void check_ids(const qvl_batch& batch, int32_t vocab) {
   check_ids("batch", vocab, n, batch.tokens, batch.n_spans, batch.spans);
 }
 
-// Tokens of one sequence in a pass, all of the prompt or all of decode steps.
+// Consecutive tokens of one sequence in a pass, either all of its prompt or all of decode steps.
 struct Part {
   const qvl_sequence* sequence;
-  int64_t token;  // index of the first token in the batch
-  int32_t n;
-  int32_t past;  // tokens of the sequence before them
-  bool generated;
+  int64_t token;      // index of the first token in the batch
+  int32_t n;          // number of tokens
+  int32_t past;       // number of tokens of the sequence before this part
+  bool generated;     // the tokens are computed as decode steps
   int32_t logits;     // row of the logits for the last token, or -1
-  int64_t first = 0;  // first row in the pass
+  int64_t first = 0;  // first row of activations in the pass; set by the callee
 };
 
-// Call `pass` with the parts of each pass, which has at most max_tokens tokens. Without `logits` no part has
-// a row of logits.
+// Divide a batch into passes of at most max_tokens tokens and call pass(parts) for each. logits: whether
+// logits are computed at all.
 template <typename Pass>
 void for_each_pass(const qvl_batch& batch, int32_t max_tokens, bool logits, Pass&& pass) {
   std::vector<Part> parts;
@@ -51,17 +52,17 @@ void for_each_pass(const qvl_batch& batch, int32_t max_tokens, bool logits, Pass
   int64_t token = 0;
   for (int32_t i = 0; i < batch.n_sequences; ++i) {
     const qvl_sequence& sequence = batch.sequences[i];
-    const bool wanted = logits && (sequence.flags & QVL_SEQUENCE_NO_LOGITS) == 0;
+    const bool wants_logits = logits && (sequence.flags & QVL_SEQUENCE_NO_LOGITS) == 0;
     for (int32_t done = 0; done < sequence.n_new;) {
       const int32_t past = sequence.n_past + done;
       const bool prompt = (sequence.flags & QVL_SEQUENCE_GENERATED) == 0 && past < sequence.prompt_len;
-      int32_t part = std::min(sequence.n_new - done, max_tokens - n);
-      if (prompt) part = std::min(part, sequence.prompt_len - past);
-      const bool last = done + part == sequence.n_new;
-      parts.push_back({&sequence, token, part, past, !prompt, last && wanted ? rows++ : -1});
-      n += part;
-      token += part;
-      done += part;
+      int32_t count = std::min(sequence.n_new - done, max_tokens - n);
+      if (prompt) count = std::min(count, sequence.prompt_len - past);
+      const bool last = done + count == sequence.n_new;
+      parts.push_back({&sequence, token, count, past, !prompt, last && wants_logits ? rows++ : -1});
+      n += count;
+      token += count;
+      done += count;
       if (n < max_tokens) continue;
       pass(parts);
       parts.clear();

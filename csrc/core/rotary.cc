@@ -13,7 +13,8 @@ int ntk_doublings(const qvl_config& config, int prompt_len) {
 }
 
 double ntk_alpha(const qvl_config& config, int prompt_len) {
-  // ceil(log2(r) + 1) is 1 + the number of doublings, which is exact; the logarithm would round.
+  // ceil(log2(ratio) + 1) is 1 + the number of doublings; unlike the logarithm, that number has no rounding
+  // error.
   return std::ldexp(1.0, ntk_doublings(config, prompt_len) + 1) - 1;
 }
 

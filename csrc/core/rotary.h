@@ -5,17 +5,18 @@
 
 namespace qvl {
 
-// Number of times that seq_length must be doubled to reach prompt_len, which determines the rotary base; 0
-// without NTK.
+// Number of times that seq_length must be doubled to reach prompt_len; 0 without NTK. It determines the
+// rotary base.
 int ntk_doublings(const qvl_config& config, int prompt_len);
 
-// Factor of dynamic NTK in the rotary base: max(1, 2^ceil(log2(prompt_len / seq_length) + 1) - 1)
+// Factor alpha of dynamic NTK, max(1, 2^ceil(log2(prompt_len / seq_length) + 1) - 1): the rotary base is
+// multiplied by alpha^(head_dim / (head_dim - 2)).
 double ntk_alpha(const qvl_config& config, int prompt_len);
 
 // Rotary frequencies [head_dim / 2] of a request; pair i is rotated by position * frequencies[i].
 void rotary_frequencies(const qvl_config& config, int prompt_len, float* frequencies);
 
-// cos and sin [head_dim / 2] at a position.
+// Cosines and sines [head_dim / 2] of the rotary angles at a position.
 void rotary_row(const qvl_config& config, const float* frequencies, int position, float* cos, float* sin);
 
 // Scale of the query at a position: logn / sqrt(head_dim); logn is 1 up to seq_length tokens, then

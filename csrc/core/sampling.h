@@ -7,7 +7,7 @@
 
 namespace qvl {
 
-// Draw number `counter` with this seed, in [0, 1).
+// Random number in [0, 1) for draw `counter` of this seed: splitmix64 (qvl_sampling in qwenvl.h).
 inline double random_fraction(uint64_t seed, uint64_t counter) {
   uint64_t z = seed + (counter + 1) * 0x9E3779B97F4A7C15U;
   z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9U;
@@ -24,6 +24,6 @@ inline bool greedy(const qvl_sampling& s) {
   return s.temperature == 0 || s.top_p == 0 || s.top_k == 1;
 }
 
-constexpr int kMaxLogprobs = 64;
+constexpr int kMaxLogprobs = 64;  // maximum number of most likely tokens to return
 
 }  // namespace qvl

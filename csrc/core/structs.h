@@ -1,4 +1,5 @@
-// Conversion of callers' structs and arrays of structs to the current layout.
+// Conversion of the caller's structs and arrays of structs, possibly of an older or newer version, to the
+// current layout.
 #pragma once
 
 #include <algorithm>
@@ -34,15 +35,16 @@ inline constexpr uint32_t kFirstSize<qvl_request> = 48;
 template <>
 inline constexpr uint32_t kFirstSize<qvl_device_info> = 200;
 
+// Check a struct's size or an array's stride, `size`, which the caller has set in `field` of `where`.
 template <typename T>
 void check_size(const char* where, const char* field, uint32_t size) {
   QVL_REQUIRE(size >= kFirstSize<T> && size <= 4096, QVL_INVALID, "%s: %s is %u; it must be %zu", where,
               field, size, sizeof(T));
 }
 
-// Copy the struct at `from`, which begins with its size.
+// Copy in the current layout of the struct at `from`, which begins with its size.
 template <typename T>
-T fitted(const char* where, const T* from) {
+T converted(const char* where, const T* from) {
   QVL_REQUIRE(from != nullptr, QVL_INVALID, "%s is NULL", where);
   uint32_t size;
   std::memcpy(&size, from, sizeof size);
@@ -52,14 +54,16 @@ T fitted(const char* where, const T* from) {
   return to;
 }
 
-// Array of structs in the current layout: the caller's memory if its stride is the current one, else a copy.
+// Array of structs in the current layout: the caller's array if it has this layout, else a copy.
 template <typename T>
-class Fitted {
+class ConvertedArray {
  public:
-  // `n` structs at `from`; NULL stays NULL. `what` names the array, `field` its stride.
-  Fitted(const char* what, const char* field, const T* from, int64_t n, uint32_t stride) : data_(from) {
+  // n structs at `from`; NULL stays NULL. `where` and `field`: names of the array and of its stride, for
+  // messages.
+  ConvertedArray(const char* where, const char* field, const T* from, int64_t n, uint32_t stride)
+      : data_(from) {
     if (n <= 0 || from == nullptr) return;
-    check_size<T>(what, field, stride);
+    check_size<T>(where, field, stride);
     if (stride == sizeof(T)) return;
     copies_.resize(static_cast<size_t>(n));
     const char* at = reinterpret_cast<const char*>(from);
@@ -69,8 +73,8 @@ class Fitted {
     }
     data_ = copies_.data();
   }
-  Fitted(const Fitted&) = delete;
-  Fitted& operator=(const Fitted&) = delete;
+  ConvertedArray(const ConvertedArray&) = delete;
+  ConvertedArray& operator=(const ConvertedArray&) = delete;
 
   const T* data() const { return data_; }
 
@@ -80,13 +84,14 @@ class Fitted {
 };
 
 // Batch with its two arrays in the current layout.
-class FittedBatch {
+class ConvertedBatch {
  public:
-  explicit FittedBatch(const qvl_batch* from)
-      : batch_(fitted("batch", from)),
-        sequences_("batch", "sequence_size", batch_.sequences, checked(batch_.n_sequences, "n_sequences"),
+  explicit ConvertedBatch(const qvl_batch* from)
+      : batch_(converted("batch", from)),
+        sequences_("batch", "sequence_size", batch_.sequences,
+                   checked_count(batch_.n_sequences, "n_sequences"),
                    batch_.sequence_size ? batch_.sequence_size : kFirstSize<qvl_sequence>),
-        spans_("batch", "span_size", batch_.spans, checked(batch_.n_spans, "n_spans"),
+        spans_("batch", "span_size", batch_.spans, checked_count(batch_.n_spans, "n_spans"),
                batch_.span_size ? batch_.span_size : kFirstSize<qvl_span>) {
     batch_.sequences = sequences_.data();
     batch_.spans = spans_.data();
@@ -97,15 +102,15 @@ class FittedBatch {
   const qvl_batch& get() const { return batch_; }
 
  private:
-  // Checked before the copy, which an invalid number would make too large.
-  static int64_t checked(int32_t n, const char* name) {
+  // Check the number of elements before the array is copied: an invalid one would make the copy too large.
+  static int64_t checked_count(int32_t n, const char* name) {
     QVL_REQUIRE(n <= (1 << 20), QVL_INVALID, "batch: %s is %d; it must be at most %d", name, n, 1 << 20);
     return n;
   }
 
   qvl_batch batch_;
-  Fitted<qvl_sequence> sequences_;
-  Fitted<qvl_span> spans_;
+  ConvertedArray<qvl_sequence> sequences_;
+  ConvertedArray<qvl_span> spans_;
 };
 
 }  // namespace qvl

@@ -11,7 +11,7 @@ Tensors::~Tensors() {
 }
 
 void Tensors::add(const qvl_tensor& tensor, std::string name) {
-  QVL_REQUIRE(places_.emplace(name, list_.size()).second, QVL_BAD_WEIGHT, "%.200s: given twice",
+  QVL_REQUIRE(indices_.emplace(name, list_.size()).second, QVL_BAD_WEIGHT, "%.200s: given twice",
               name.c_str());
   names_.push_back(std::move(name));
   list_.push_back(tensor);
@@ -19,8 +19,8 @@ void Tensors::add(const qvl_tensor& tensor, std::string name) {
 }
 
 const qvl_tensor* Tensors::find(const std::string& name) const {
-  const auto found = places_.find(name);
-  return found != places_.end() ? &list_[found->second] : nullptr;
+  const auto found = indices_.find(name);
+  return found != indices_.end() ? &list_[found->second] : nullptr;
 }
 
 }  // namespace qvl

@@ -1,4 +1,4 @@
-// Named tensors shared by engines, in the caller's memory or mapped from an exported stage's parameter file.
+// Named tensors that engines share. Their data is in the caller's memory or in a mapped parameter file.
 #pragma once
 
 #include <deque>
@@ -18,10 +18,10 @@ class Tensors {
   Tensors& operator=(const Tensors&) = delete;
   ~Tensors();
 
-  // Fails on a duplicate name.
+  // Add a tensor; fails if the name exists.
   void add(const qvl_tensor& tensor, std::string name);
 
-  // NULL if the name is unknown.
+  // Tensor with this name; NULL if there is none.
   const qvl_tensor* find(const std::string& name) const;
 
   const std::vector<qvl_tensor>& list() const { return list_; }
@@ -31,7 +31,7 @@ class Tensors {
 
   std::vector<qvl_tensor> list_;
   std::deque<std::string> names_;  // storage of the names in list_
-  std::unordered_map<std::string, size_t> places_;
+  std::unordered_map<std::string, size_t> indices_;
   void* mapping_ = nullptr;
   size_t mapped_bytes_ = 0;
 };

@@ -9,6 +9,7 @@
 namespace qvl {
 namespace {
 
+// List of specs under construction.
 struct Specs {
   std::vector<WeightSpec> list;
 
@@ -87,9 +88,9 @@ void check_tensor(const qvl_tensor& tensor, const WeightSpec& spec, qvl_device d
   QVL_REQUIRE(tensor.n_dims >= 1 && tensor.n_dims <= 4, QVL_BAD_WEIGHT, "%s: has %d axes; it must have %zu",
               name, tensor.n_dims, spec.shape.size());
   const auto n_dims = static_cast<size_t>(tensor.n_dims);
-  const bool same = n_dims == spec.shape.size() &&
-                    std::memcmp(tensor.shape, spec.shape.data(), n_dims * sizeof(int64_t)) == 0;
-  QVL_REQUIRE(same, QVL_BAD_WEIGHT, "%s: shape is %s; it must be %s", name,
+  const bool same_shape = n_dims == spec.shape.size() &&
+                          std::memcmp(tensor.shape, spec.shape.data(), n_dims * sizeof(int64_t)) == 0;
+  QVL_REQUIRE(same_shape, QVL_BAD_WEIGHT, "%s: shape is %s; it must be %s", name,
               shape_text(tensor.shape, n_dims).c_str(),
               shape_text(spec.shape.data(), spec.shape.size()).c_str());
   const uint64_t bytes = stored_bytes(tensor.dtype, spec.shape);
@@ -108,7 +109,7 @@ void check_tensor(const qvl_tensor& tensor, const WeightSpec& spec, qvl_device d
               tensor.device);
 }
 
-// Check that a matrix's input order is a permutation of 0 to n - 1.
+// Check that a matrix's column order is a permutation of 0 to n - 1.
 void check_order(const qvl_tensor& tensor, const std::string& name, int64_t n) {
   const char* const text = name.c_str();
   QVL_REQUIRE(tensor.dtype == QVL_INT32 && tensor.n_dims == 1 && tensor.shape[0] == n &&

@@ -1,4 +1,4 @@
-// Weights required by a config, and the check of the given tensors against them.
+// The weights that a config requires, and the check that the given tensors are these weights.
 #pragma once
 
 #include <string>
@@ -10,6 +10,7 @@
 
 namespace qvl {
 
+// Required name and shape of a weight.
 struct WeightSpec {
   std::string name;
   std::vector<int64_t> shape;
@@ -20,11 +21,12 @@ std::vector<WeightSpec> weight_specs(const qvl_config& config);
 
 using WeightTable = std::unordered_map<std::string, qvl_tensor>;
 
-// Check the tensors that the config requires. The result has an entry per spec and per given input order
-// (NAME.order).
+// Check the tensors that the config requires. The result contains these, and the column orders (NAME.order)
+// that were given.
 WeightTable checked_weights(const qvl_config& config, const Tensors& tensors);
 
-// Bytes of a tensor; 0 if the dtype cannot store the shape or a size is out of range. dtype must be valid.
+// Bytes of a tensor; 0 if the dtype cannot store the shape, or if the shape is out of range. dtype must be
+// valid.
 uint64_t stored_bytes(qvl_dtype dtype, const std::vector<int64_t>& shape);
 
 const char* dtype_name(qvl_dtype dtype);

@@ -9,8 +9,8 @@ namespace qvl::cpu {
 CpuAdapter::CpuAdapter(const Kernels& kernels, int layers, const std::vector<AdapterMatrix>& matrices)
     : targets_(size(int64_t{layers} * kLayerTargets + 1)) {
   for (const AdapterMatrix& m : matrices) {
-    // Pad to whole vectors: the kernels compute the remainder of a row value by value. bfloat16 kernels read
-    // pairs of values.
+    // Pad rows to full vectors, because the kernels compute a remainder value by value. A vector of bfloat16
+    // contains pairs of values.
     const int64_t unit = int64_t{kernels.lanes} * (m.dtype == QVL_BFLOAT16 ? 2 : 1);
     const int64_t width = (m.rank + unit - 1) / unit * unit;
     LowRank& target = targets_[size(m.target)];

@@ -8,7 +8,7 @@
 
 namespace qvl::cpu {
 
-// Update of one target matrix; A has no values if the adapter does not change the matrix.
+// Update of one target matrix. If the adapter does not change that matrix, a.values is NULL.
 struct LowRank {
   Matrix a;  // [rank, in]
   Matrix b;  // [out, rank padded with zeros to whole vectors]
@@ -17,7 +17,7 @@ struct LowRank {
 
 class CpuAdapter final : public Adapter {
  public:
-  // Copies the matrices.
+  // The matrices are copied.
   CpuAdapter(const Kernels& kernels, int layers, const std::vector<AdapterMatrix>& matrices);
 
   // Update of target `index` (core/adapter.h); NULL if the adapter does not change that matrix.
@@ -27,13 +27,14 @@ class CpuAdapter final : public Adapter {
   }
 
  private:
+  // Copy a matrix [rows, columns], padding its rows with zeros to `width`.
   Matrix copy(qvl_dtype dtype, int64_t rows, int64_t columns, int64_t width, const void* values);
 
   std::vector<LowRank> targets_;
   std::vector<Buffer> memory_;
 };
 
-// Run of consecutive rows of activations with the same adapter, either all of prompts or all of decode steps.
+// Consecutive rows of activations with the same adapter, either all of prompts or all of decode steps.
 struct AdapterRows {
   const CpuAdapter* adapter;
   int64_t first;
@@ -41,7 +42,7 @@ struct AdapterRows {
   bool decode;
 };
 
-// Add the adapter's update to y for each run of rows; y contains the target's product W x from linear().
+// Add the updates of the adapters to y, which contains the product W x of the target matrix from linear().
 void add_low_rank(Context& context, const std::vector<AdapterRows>& runs, int64_t target, const float* x,
                   int64_t x_stride, float* y, int64_t y_stride, Buffer& scratch);
 

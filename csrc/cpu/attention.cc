@@ -8,45 +8,48 @@ namespace qvl::cpu {
 namespace {
 
 // Keys per chunk in decode attention. Each chunk has a separate softmax, and the partial results are merged
-// in order, so threads can share a long context and the result does not depend on their number.
+// in order. Several threads can thus share a long context, and the result does not depend on their number.
 constexpr int kChunkKeys = kMaxKvTile;
 
-struct Shared {
+// Common to prompts and decode steps.
+struct AttentionBase {
   const Kernels& kernels;
   const AttentionShape& shape;
   const KeysAndValues& kv;
   int64_t padded;  // head_dim rounded up to whole vectors
 
-  Shared(const Kernels& kernels, const AttentionShape& shape, const KeysAndValues& kv)
+  AttentionBase(const Kernels& kernels, const AttentionShape& shape, const KeysAndValues& kv)
       : kernels(kernels),
         shape(shape),
         kv(kv),
         padded((shape.head_dim + kernels.lanes - 1) / kernels.lanes * kernels.lanes) {}
 };
 
-// Prompt rows and images: up to kQueryRows queries of one head.
-struct Prompt : Shared {
-  using Shared::Shared;
+// Attention of prompt rows and images: up to kQueryTile queries of one head.
+struct PromptAttention : AttentionBase {
+  using AttentionBase::AttentionBase;
 
   size_t scratch_floats() const {
-    return static_cast<size_t>(kQueryRows * (padded + 2)) +
-           kernels.attend_scratch_bytes(shape.head_dim, kQueryRows, kv.tile_tokens) / sizeof(float);
+    return static_cast<size_t>(kQueryTile * (padded + 2)) +
+           kernels.attend_scratch_bytes(shape.head_dim, kQueryTile, kv.tile_tokens) / sizeof(float);
   }
 
   void run(const Queries& queries, int head, const float* q, float* out, float* scratch) const {
     float* state = scratch;
-    float* sums = state + 2 * kQueryRows;
-    float* rest = sums + kQueryRows * padded;
+    float* sums = state + 2 * kQueryTile;
+    float* attend_scratch = sums + kQueryTile * padded;
     kernels.attend_begin(queries.n, padded, state, sums);
-    const auto run = shape.rounded && kernels.bf16_dot ? kernels.attend_rounded : kernels.attend;
+    const auto attend = shape.rounded && kernels.bf16_dot ? kernels.attend_rounded : kernels.attend;
     for (int64_t start = 0, t = 0; start < queries.n_keys; start += kv.tile_tokens, ++t) {
       const KvTile tile = kv.tile(queries, head, t);
+      // Number of the tile's keys that the first query sees; each query sees one key more than the previous
+      // one.
       const int64_t visible =
-          queries.seen == kCausal ? queries.n_keys - queries.n + 1 - start : queries.n_keys;
-      // The first queries may see no key of the last tiles.
+          queries.mask == kCausal ? queries.n_keys - queries.n + 1 - start : queries.n_keys;
+      // Skip the first queries if they see no key of this tile.
       const int skip = static_cast<int>(std::clamp<int64_t>(1 - visible, 0, queries.n));
-      run(q + skip * shape.q_stride, shape.q_stride, queries.n - skip, shape.head_dim, tile, visible + skip,
-          state + 2 * skip, sums + skip * padded, padded, rest);
+      attend(q + skip * shape.q_stride, shape.q_stride, queries.n - skip, shape.head_dim, tile,
+             visible + skip, state + 2 * skip, sums + skip * padded, padded, attend_scratch);
     }
     kernels.attend_end(state, queries.n, padded, sums);
     for (int i = 0; i < queries.n; ++i) {
@@ -56,20 +59,21 @@ struct Prompt : Shared {
   }
 };
 
-// Decode rows: one query of one head, in chunks of keys. Partial result of a chunk: weighted sum of values
-// [padded], state [2] (maximum, sum).
-struct Decode : Shared {
+// Attention of decode rows: one query of one head, in chunks of keys. The partial result of a chunk is a
+// weighted sum of values [padded], followed by its state [2] (maximum, sum).
+struct DecodeAttention : AttentionBase {
   int64_t chunk_tiles;
 
-  Decode(const Kernels& kernels, const AttentionShape& shape, const KeysAndValues& kv)
-      : Shared(kernels, shape, kv), chunk_tiles(std::max(1, kChunkKeys / kv.tile_tokens)) {}
+  DecodeAttention(const Kernels& kernels, const AttentionShape& shape, const KeysAndValues& kv)
+      : AttentionBase(kernels, shape, kv), chunk_tiles(std::max(1, kChunkKeys / kv.tile_tokens)) {}
 
-  int64_t floats() const { return padded + 2; }
+  int64_t result_floats() const { return padded + 2; }  // size of a partial result
   int64_t chunks(int64_t n_keys) const {
     const int64_t keys = chunk_tiles * kv.tile_tokens;
     return (n_keys + keys - 1) / keys;
   }
 
+  // Partial result of chunk i.
   void chunk(const Queries& queries, int head, const float* q, int64_t i, float* sums) const {
     KvTile tiles[kMaxKvTile];
     int n = 0;
@@ -79,9 +83,11 @@ struct Decode : Shared {
     kernels.attend_begin(1, padded, sums + padded, sums);
     kernels.attend_one(q, shape.head_dim, tiles, n, sums + padded, sums);
   }
+  // Merge the partial result `from` into `sums`.
   void merge(const float* from, float* sums) const {
     kernels.attend_merge(from + padded, from, padded, sums + padded, sums);
   }
+  // Normalise the merged result and write head_dim values.
   void finish(float* sums, float* out) const {
     kernels.attend_end(sums + padded, 1, padded, sums);
     std::memcpy(out, sums, static_cast<size_t>(shape.head_dim) * sizeof(float));
@@ -91,7 +97,7 @@ struct Decode : Shared {
 // Attention of decode rows: each work item has one query.
 void attend_decode(Context& context, const AttentionShape& shape, const float* q, const KeysAndValues& kv,
                    const std::vector<Queries>& work, float* out) {
-  const Decode decode(context.kernels, shape, kv);
+  const DecodeAttention decode(context.kernels, shape, kv);
   const auto n_work = static_cast<int64_t>(work.size());
   const auto from = [&](const Queries& queries, int64_t head) {
     return q + queries.first * shape.q_stride + head * shape.q_head;
@@ -105,13 +111,16 @@ void attend_decode(Context& context, const AttentionShape& shape, const float* q
     n_chunks += decode.chunks(queries.n_keys);
   }
   const int64_t operations = 2 * n_keys * shape.heads * shape.head_dim;
+  // With one thread, one chunk per query, or enough heads for all threads, a task is a complete query and
+  // head.
   if (context.pool.size() == 1 || n_chunks == n_work || n_work * shape.heads >= 8 * context.pool.size()) {
-    for (Buffer& buffer : context.of_thread) buffer.get<float>(static_cast<size_t>(2 * decode.floats()));
+    for (Buffer& buffer : context.thread_scratch)
+      buffer.get<float>(static_cast<size_t>(2 * decode.result_floats()));
     context.run(n_work * shape.heads, operations, [&](int64_t i, int thread) {
       const Queries& queries = work[static_cast<size_t>(i / shape.heads)];
       const auto head = static_cast<int>(i % shape.heads);
-      float* sums = context.of_thread[static_cast<size_t>(thread)].get<float>(0);
-      float* next_chunk = sums + decode.floats();
+      float* sums = context.thread_scratch[static_cast<size_t>(thread)].get<float>(0);
+      float* next_chunk = sums + decode.result_floats();
       decode.chunk(queries, head, from(queries, head), 0, sums);
       for (int64_t c = 1; c < decode.chunks(queries.n_keys); ++c) {
         decode.chunk(queries, head, from(queries, head), c, next_chunk);
@@ -121,30 +130,31 @@ void attend_decode(Context& context, const AttentionShape& shape, const float* q
     });
     return;
   }
-  // Few heads and long contexts: distribute the chunks over the threads as well.
-  struct Part {
+  // With few heads and long contexts a task is a single chunk.
+  struct Chunk {
     const Queries* queries;
-    int64_t chunk;
+    int64_t index;
   };
-  std::vector<Part> parts;
+  std::vector<Chunk> chunks;
   for (const Queries& queries : work) {
-    for (int64_t c = 0; c < decode.chunks(queries.n_keys); ++c) parts.push_back({&queries, c});
+    for (int64_t c = 0; c < decode.chunks(queries.n_keys); ++c) chunks.push_back({&queries, c});
   }
-  float* all = context.activations.get<float>(size(n_chunks * shape.heads * decode.floats()));
-  const auto sums_of = [&](int64_t part, int64_t head) {
-    return all + (part * shape.heads + head) * decode.floats();
+  float* results = context.activations.get<float>(size(n_chunks * shape.heads * decode.result_floats()));
+  const auto sums_of = [&](int64_t chunk, int64_t head) {
+    return results + (chunk * shape.heads + head) * decode.result_floats();
   };
   context.run(n_chunks * shape.heads, operations, [&](int64_t i, int) {
-    const Part& part = parts[static_cast<size_t>(i / shape.heads)];
+    const Chunk& chunk = chunks[static_cast<size_t>(i / shape.heads)];
     const auto head = static_cast<int>(i % shape.heads);
-    decode.chunk(*part.queries, head, from(*part.queries, head), part.chunk, sums_of(i / shape.heads, head));
+    decode.chunk(*chunk.queries, head, from(*chunk.queries, head), chunk.index,
+                 sums_of(i / shape.heads, head));
   });
   for (int64_t head = 0; head < shape.heads; ++head) {
-    for (int64_t p = 0; p < n_chunks;) {
-      const Queries& queries = *parts[static_cast<size_t>(p)].queries;
-      float* sums = sums_of(p++, head);
-      for (; p < n_chunks && parts[static_cast<size_t>(p)].chunk > 0; ++p)
-        decode.merge(sums_of(p, head), sums);
+    for (int64_t c = 0; c < n_chunks;) {
+      const Queries& queries = *chunks[static_cast<size_t>(c)].queries;
+      float* sums = sums_of(c++, head);
+      for (; c < n_chunks && chunks[static_cast<size_t>(c)].index > 0; ++c)
+        decode.merge(sums_of(c, head), sums);
       decode.finish(sums, to(queries, head));
     }
   }
@@ -152,17 +162,17 @@ void attend_decode(Context& context, const AttentionShape& shape, const float* q
 
 }  // namespace
 
-KvTile DenseKv::tile(const Queries& queries, int head_index, int64_t i) const {
+KvTile DenseKv::tile(const Queries& queries, int head, int64_t i) const {
   const int64_t first = i * tile_tokens;
   const auto n = static_cast<int>(std::min<int64_t>(tile_tokens, queries.n_keys - first));
-  const int64_t start = first * stride + head_index * head;
-  return {keys + start, values + start, stride, QVL_FLOAT32, n};
+  const int64_t start = first * token_stride + head * head_stride;
+  return {keys + start, values + start, token_stride, QVL_FLOAT32, n};
 }
 
 void attention(Context& context, const AttentionShape& shape, const float* q, const KeysAndValues& kv,
                const Queries* work, int64_t n_work, float* out) {
   if (n_work == 0) return;
-  if (work[0].seen == kDecode) {
+  if (work[0].mask == kDecode) {
     std::vector<Queries> rows;
     for (const Queries* queries = work; queries != work + n_work; ++queries) {
       for (int i = 0; i < queries->n; ++i) {
@@ -172,8 +182,8 @@ void attention(Context& context, const AttentionShape& shape, const float* q, co
     }
     return attend_decode(context, shape, q, kv, rows, out);
   }
-  const Prompt prompt(context.kernels, shape, kv);
-  for (Buffer& buffer : context.of_thread) buffer.get<float>(prompt.scratch_floats());
+  const PromptAttention prompt(context.kernels, shape, kv);
+  for (Buffer& buffer : context.thread_scratch) buffer.get<float>(prompt.scratch_floats());
   int64_t pairs = 0;
   for (const Queries* queries = work; queries != work + n_work; ++queries)
     pairs += queries->n * queries->n_keys;
@@ -183,7 +193,7 @@ void attention(Context& context, const AttentionShape& shape, const float* q, co
     const auto head = static_cast<int>(i % shape.heads);
     prompt.run(queries, head, q + queries.first * shape.q_stride + head * shape.q_head,
                out + queries.first * shape.out_stride + int64_t{head} * shape.head_dim,
-               context.of_thread[static_cast<size_t>(thread)].get<float>(0));
+               context.thread_scratch[static_cast<size_t>(thread)].get<float>(0));
   });
 }
 

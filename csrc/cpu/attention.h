@@ -5,7 +5,8 @@
 
 namespace qvl::cpu {
 
-enum Seen {
+// Attention mask: the keys that a query sees.
+enum Mask {
   kAllKeys,  // every query sees all keys
   kCausal,   // query i of n sees the first n_keys - n + i + 1 keys
   kDecode    // as kCausal, but each query is computed separately, in the summation order of a decode step
@@ -16,13 +17,14 @@ struct Queries {
   int64_t first;
   int n;
   int64_t n_keys;  // keys that the last query sees
-  Seen seen;
+  Mask mask;
   const int32_t* blocks = nullptr;  // block table if the keys are in a pool
 };
 
-// Source of keys and values in tiles of tokens.
+// Source of keys and values in tiles of tile_tokens tokens.
 struct KeysAndValues {
   int tile_tokens;
+  // Keys and values of tile i of a head.
   virtual KvTile tile(const Queries& queries, int head, int64_t i) const = 0;
 
  protected:
@@ -32,31 +34,31 @@ struct KeysAndValues {
 struct AttentionShape {
   int heads;
   int head_dim;
-  int64_t q_stride;    // from token to token
-  int64_t q_head;      // from head to head
-  int64_t out_stride;  // heads are adjacent
+  int64_t q_stride;    // values of q from token to token
+  int64_t q_head;      // values of q from head to head
+  int64_t out_stride;  // values of the output from token to token; its heads are adjacent
   bool rounded;        // kAllKeys and kCausal may compute in bfloat16
 };
 
-// Compute out[row][head * head_dim ...] for all rows of `work`, whose items must be all kDecode or none. A
-// row's result depends only on its query and keys, bit for bit, not on the other items or the number of
-// threads.
+// Compute out[row][head * head_dim ...] for all rows of `work`; its items must be either all kDecode or all
+// of the other masks. A row's result depends only on its query and keys, bit for bit, not on the other items
+// or the number of threads.
 void attention(Context& context, const AttentionShape& shape, const float* q, const KeysAndValues& kv,
                const Queries* work, int64_t n_work, float* out);
 
 // Maximum number of queries of a work item.
-constexpr int kQueryRows = 256;
+constexpr int kQueryTile = 256;
 
 // Keys and values in contiguous rows, as in the vision tower.
 struct DenseKv final : KeysAndValues {
   const float *keys, *values;
-  int64_t stride, head;  // from token to token and from head to head
+  int64_t token_stride, head_stride;
 
-  DenseKv(const float* keys, const float* values, int64_t stride, int64_t head)
-      : keys(keys), values(values), stride(stride), head(head) {
+  DenseKv(const float* keys, const float* values, int64_t token_stride, int64_t head_stride)
+      : keys(keys), values(values), token_stride(token_stride), head_stride(head_stride) {
     tile_tokens = 128;
   }
-  KvTile tile(const Queries& queries, int head_index, int64_t i) const override;
+  KvTile tile(const Queries& queries, int head, int64_t i) const override;
 };
 
 }  // namespace qvl::cpu

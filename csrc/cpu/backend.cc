@@ -16,27 +16,28 @@
 namespace qvl {
 namespace {
 
-// Event of a synchronous device: always done.
+// Event of a synchronous device, which is always done.
 struct DoneEvent final : Event {
   void record(qvl_stream) override {}
   bool done() override { return true; }
   void wait() override {}
 };
 
+// Kernels for the config's ISA and compute type.
 const cpu::Kernels& kernels(const qvl_config& config) {
-  const cpu::Kernels& chosen = cpu::kernels_for(config.isa);
-  const bool bfloat16 = chosen.isa == QVL_ISA_AVX512_BF16;
+  const cpu::Kernels& selected = cpu::kernels_for(config.isa);
+  const bool bfloat16 = selected.isa == QVL_ISA_AVX512_BF16;
   switch (config.compute) {
     case QVL_COMPUTE_FLOAT32:
-      return bfloat16 ? cpu::kernels_for(QVL_ISA_AVX512) : chosen;
+      return bfloat16 ? cpu::kernels_for(QVL_ISA_AVX512) : selected;
     case QVL_COMPUTE_BFLOAT16:
       QVL_REQUIRE(bfloat16, QVL_UNSUPPORTED,
                   "config: compute: this processor has no bfloat16 instructions; choose another type");
-      return chosen;
+      return selected;
     case QVL_COMPUTE_FLOAT16:
       fail(QVL_UNSUPPORTED, "config: compute: a CPU does not compute in float16; choose another type");
     default:
-      return chosen;
+      return selected;
   }
 }
 
@@ -45,11 +46,11 @@ class CpuBackend final : public Backend {
   CpuBackend(const qvl_config& config, const WeightTable& table)
       : config_(config),
         context_(kernels(config), cpu::thread_count(config.n_threads), config.compute == QVL_COMPUTE_FLOAT32),
-        sampling_(static_cast<size_t>(context_.pool.size())) {
+        sample_scratch_(static_cast<size_t>(context_.pool.size())) {
     cpu::Weights weights(table);
     if (has_language(config_)) language_.emplace(config_, weights);
     if (has_vision(config_)) vision_.emplace(config_, weights, context_);
-    copies_ = weights.take_copies();
+    float_copies_ = weights.take_copies();
     snprintf(description_, sizeof description_, "cpu %s, %d thread%s", cpu::isa_name(context_.kernels.isa),
              context_.pool.size(), context_.pool.size() == 1 ? "" : "s");
   }
@@ -91,14 +92,14 @@ class CpuBackend final : public Backend {
     const auto counts_of = [&](int64_t i) { return picks.counts != nullptr ? picks.counts[i] : nullptr; };
     for (int32_t i = 0; i < picks.n; ++i) {
       if (!cpu::needs_scratch(picks.sampling[i], counts_of(i))) continue;
-      for (cpu::Buffer& buffer : sampling_) buffer.get<char>(cpu::sample_scratch_bytes(config_.vocab));
+      for (cpu::Buffer& buffer : sample_scratch_) buffer.get<char>(cpu::sample_scratch_bytes(config_.vocab));
       break;
     }
     const bool logprobs = picks.logprobs != nullptr || picks.n_top > 0;
     context_.pool.run(picks.n, [&](int64_t i, int thread) {
       const float* row = logits + i * config_.vocab;
       picks.tokens[i] = cpu::sample_row(config_.vocab, row, picks.sampling[i], counts_of(i),
-                                        sampling_[static_cast<size_t>(thread)]);
+                                        sample_scratch_[static_cast<size_t>(thread)]);
       if (!logprobs) return;
       cpu::row_logprobs(config_.vocab, row, picks.tokens[i], picks.logprobs ? picks.logprobs + i : nullptr,
                         picks.n_top, picks.top_tokens + i * picks.n_top,
@@ -117,9 +118,9 @@ class CpuBackend final : public Backend {
  private:
   const qvl_config config_;
   cpu::Context context_;
-  std::vector<cpu::Buffer> sampling_;  // scratch memory of each thread
+  std::vector<cpu::Buffer> sample_scratch_;  // one buffer per thread
   cpu::Buffer logits_;
-  std::vector<std::unique_ptr<float[]>> copies_;
+  std::vector<std::unique_ptr<float[]>> float_copies_;  // of Weights::floats()
   std::optional<cpu::Language> language_;
   std::optional<cpu::Vision> vision_;
   char description_[64];

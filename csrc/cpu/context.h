@@ -9,7 +9,8 @@
 
 namespace qvl::cpu {
 
-// Number of multiplications below which threads do not pay off: about two microseconds of a core.
+// Number of multiplications, about two microseconds of a core, below which several threads are slower than
+// one.
 constexpr int64_t kSmallWork = 1 << 16;
 // Cost of an elementwise kernel per value, in multiplications.
 constexpr int64_t kElementWork = 8;
@@ -17,16 +18,16 @@ constexpr int64_t kElementWork = 8;
 struct Context {
   const Kernels& kernels;
   ThreadPool pool;
-  const bool exact;               // do not round activations for types with zero points
-  Buffer activations;             // linear(): prepared (matvec) or packed (blocked product)
-  Buffer ordered;                 // linear(): inputs permuted to a matrix's column order
-  std::vector<Buffer> of_thread;  // linear() and attention: one per thread
+  const bool exact;                    // do not round activations for types with zero points
+  Buffer activations;                  // linear(): prepared (matvec) or packed (blocked product)
+  Buffer permuted;                     // linear(): activations permuted to a matrix's column order
+  std::vector<Buffer> thread_scratch;  // linear() and attention: one buffer per thread
 
   Context(const Kernels& kernels, int n_threads, bool exact = false)
-      : kernels(kernels), pool(n_threads), exact(exact), of_thread(static_cast<size_t>(n_threads)) {}
+      : kernels(kernels), pool(n_threads), exact(exact), thread_scratch(static_cast<size_t>(n_threads)) {}
 
-  // Call body(task, thread) for tasks 0 to n - 1, which cost `work` multiplications or loads in total;
-  // on the calling thread alone if `work` is below kSmallWork.
+  // Call body(task, thread) for tasks 0 to n - 1, which cost `work` multiplications or loads in total. If
+  // `work` is below kSmallWork, run all tasks on the calling thread.
   template <typename Body>
   void run(int64_t n, int64_t work, Body&& body) {
     if (work < kSmallWork) {
@@ -36,7 +37,7 @@ struct Context {
     }
   }
 
-  // The same for an elementwise kernel over n rows of `width` values.
+  // run() for an elementwise kernel over n rows of `width` values.
   template <typename Body>
   void rows(int64_t n, int64_t width, Body&& body) {
     run(n, kElementWork * n * width, body);

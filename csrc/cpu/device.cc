@@ -13,7 +13,7 @@
 namespace qvl {
 namespace {
 
-// Value of the first line "NAME: value" or "NAME\t: value".
+// Value of the first line "NAME: value" or "NAME\t: value" of a file; empty if there is none.
 std::string entry(const char* path, const std::string& name) {
   std::ifstream file(path);
   for (std::string line; std::getline(file, line);) {
@@ -25,27 +25,30 @@ std::string entry(const char* path, const std::string& name) {
   return "";
 }
 
-uint64_t number_in(const std::string& path, uint64_t otherwise) {
+// Number at the beginning of a file; `fallback` if the file does not exist or begins with "max".
+uint64_t number_in(const std::string& path, uint64_t fallback) {
   std::ifstream file(path);
   uint64_t value = 0;
-  return file >> value ? value : otherwise;  // "max" is not a number
+  return file >> value ? value : fallback;
 }
 
-// Limit the total and free memory to those of this process's control group and its parents (cgroup 1 or 2).
+// Reduce total and free memory to the limits of this process's control group and its parents (cgroup 1 or 2).
 void limit_memory(qvl_device_info* info) {
   std::ifstream file("/proc/self/cgroup");
   for (std::string line; std::getline(file, line);) {
+    // A line is ID:CONTROLLERS:PATH; with cgroup 2 the ID is 0 and there are no controllers.
     const bool version_2 = line.compare(0, 3, "0::") == 0;
     if (!version_2 && line.find(":memory:") == std::string::npos) continue;
     const std::string root = version_2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory";
     std::string group = line.substr(line.rfind(':') + 1);
     while (true) {
       const std::string folder = root + group;
-      const uint64_t most =
+      const uint64_t limit =
           number_in(folder + (version_2 ? "/memory.max" : "/memory.limit_in_bytes"), UINT64_MAX);
       const uint64_t used = number_in(folder + (version_2 ? "/memory.current" : "/memory.usage_in_bytes"), 0);
-      info->memory_bytes = std::min(info->memory_bytes, most);
-      info->free_bytes = std::min(info->free_bytes, most > used ? most - used : 0);
+      info->memory_bytes = std::min(info->memory_bytes, limit);
+      info->free_bytes = std::min(info->free_bytes, limit > used ? limit - used : 0);
+      // Continue with the parent group.
       const size_t slash = group.rfind('/');
       if (group.empty() || slash == std::string::npos) break;
       group.erase(slash);

@@ -17,7 +17,8 @@ bool has_f16c() {
 }
 #endif
 
-bool runs_here(qvl_isa isa) {
+// Whether this processor supports the ISA.
+bool is_supported(qvl_isa isa) {
 #if defined(__x86_64__)
   switch (isa) {
     case QVL_ISA_GENERIC:
@@ -25,11 +26,11 @@ bool runs_here(qvl_isa isa) {
     case QVL_ISA_AVX2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     case QVL_ISA_AVX512:
-      return runs_here(QVL_ISA_AVX2) && __builtin_cpu_supports("avx512f") &&
+      return is_supported(QVL_ISA_AVX2) && __builtin_cpu_supports("avx512f") &&
              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
     case QVL_ISA_AVX512_BF16:
-      return runs_here(QVL_ISA_AVX512) && __builtin_cpu_supports("avx512bf16") &&
+      return is_supported(QVL_ISA_AVX512) && __builtin_cpu_supports("avx512bf16") &&
              __builtin_cpu_supports("avx512vbmi");
     default:
       return false;
@@ -39,8 +40,9 @@ bool runs_here(qvl_isa isa) {
 #endif
 }
 
-// Kernel table of an ISA; NULL if the build omits it, as builds for a single machine do with unneeded ISAs.
-const Kernels* table_of(qvl_isa isa) {
+// Kernels of an ISA; NULL if the build omits the ISA, as a build for a single machine omits those it does not
+// need.
+const Kernels* compiled_kernels(qvl_isa isa) {
   switch (isa) {
     case QVL_ISA_GENERIC:
       return generic_kernels();
@@ -73,11 +75,11 @@ const char* isa_name(qvl_isa isa) {
 const Kernels& kernels_for(qvl_isa isa) {
   if (isa == QVL_ISA_BEST) {
     isa = QVL_ISA_AVX512_BF16;
-    while (!runs_here(isa) || table_of(isa) == nullptr) --isa;
+    while (!is_supported(isa) || compiled_kernels(isa) == nullptr) --isa;
   }
-  QVL_REQUIRE(runs_here(isa), QVL_UNSUPPORTED, "config: this processor has no %s instructions",
+  QVL_REQUIRE(is_supported(isa), QVL_UNSUPPORTED, "config: this processor has no %s instructions",
               isa_name(isa));
-  const Kernels* table = table_of(isa);
+  const Kernels* table = compiled_kernels(isa);
   QVL_REQUIRE(table != nullptr, QVL_UNSUPPORTED, "config: this build has no kernels for %s", isa_name(isa));
   return *table;
 }

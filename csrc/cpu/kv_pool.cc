@@ -25,19 +25,20 @@ CpuKvPool::CpuKvPool(const qvl_config& config, int32_t blocks, int32_t tokens, q
 }
 
 KvTile CpuKvPool::tile(int layer, int block, int head, int n) const {
-  char* at = of_block(layer, block);
-  KvTile tile{at + size(head) * head_bytes_, at + size(heads_ + head) * head_bytes_, head_dim_, dtype, n};
+  char* memory = block_memory(layer, block);
+  KvTile tile{memory + size(head) * head_bytes_, memory + size(heads_ + head) * head_bytes_, head_dim_, dtype,
+              n};
   if (dtype == QVL_INT8) {
-    tile.key_scales = scales(at, 0, head);
-    tile.value_scales = scales(at, 1, head);
+    tile.key_scales = scales(memory, 0, head);
+    tile.value_scales = scales(memory, 1, head);
   }
   return tile;
 }
 
 void CpuKvPool::write(const Kernels& kernels, int layer, int block, int slot, int part, const float* from) {
-  char* at = of_block(layer, block);
+  char* memory = block_memory(layer, block);
   for (int h = 0; h < heads_; ++h, from += head_dim_) {
-    char* head = at + size(part * heads_ + h) * head_bytes_;
+    char* head = memory + size(part * heads_ + h) * head_bytes_;
     void* to = head + size(slot) * size(head_dim_) * element_bytes(dtype);
     switch (dtype) {
       case QVL_FLOAT32:
@@ -50,24 +51,25 @@ void CpuKvPool::write(const Kernels& kernels, int layer, int block, int slot, in
         kernels.narrow_float16(from, static_cast<uint16_t*>(to), head_dim_);
         break;
       default:
-        scales(at, part, h)[slot] = kernels.narrow_int8(from, static_cast<int8_t*>(to), head_dim_);
+        scales(memory, part, h)[slot] = kernels.narrow_int8(from, static_cast<int8_t*>(to), head_dim_);
     }
   }
 }
 
 void CpuKvPool::copy_block(int32_t from, int32_t to, qvl_stream) {
   if (from == to) return;
-  for (int i = 0; i < layers_; ++i) std::memcpy(of_block(i, to), of_block(i, from), layer_bytes_);
+  for (int i = 0; i < layers_; ++i) std::memcpy(block_memory(i, to), block_memory(i, from), layer_bytes_);
 }
 
 void CpuKvPool::read_block(int32_t block, void* host, qvl_stream) {
   char* to = static_cast<char*>(host);
-  for (int i = 0; i < layers_; ++i, to += layer_bytes_) std::memcpy(to, of_block(i, block), layer_bytes_);
+  for (int i = 0; i < layers_; ++i, to += layer_bytes_) std::memcpy(to, block_memory(i, block), layer_bytes_);
 }
 
 void CpuKvPool::write_block(int32_t block, const void* host, qvl_stream) {
   const char* from = static_cast<const char*>(host);
-  for (int i = 0; i < layers_; ++i, from += layer_bytes_) std::memcpy(of_block(i, block), from, layer_bytes_);
+  for (int i = 0; i < layers_; ++i, from += layer_bytes_)
+    std::memcpy(block_memory(i, block), from, layer_bytes_);
 }
 
 }  // namespace qvl::cpu

@@ -1,5 +1,5 @@
-// The KV pool on the CPU: per layer and block [2][heads][block_tokens][head_dim], with int8 followed by
-// float32 scales [2][heads][block_tokens].
+// The KV pool on the CPU. Each block has in each layer [2][heads][block_tokens][head_dim], keys before
+// values; int8 values are followed by float32 scales [2][heads][block_tokens].
 #pragma once
 
 #include "core/backend.h"
@@ -24,11 +24,13 @@ class CpuKvPool final : public KvPool {
   uint64_t block_bytes() const override { return size(layers_) * layer_bytes_; }
 
  private:
-  char* of_block(int layer, int block) const {
+  // Memory of a layer of a block.
+  char* block_memory(int layer, int block) const {
     return memory_ + size(int64_t{layer} * n_blocks + block) * layer_bytes_;
   }
-  float* scales(char* of_block, int part, int head) const {
-    return reinterpret_cast<float*>(of_block + size(2 * heads_) * head_bytes_) +
+  // Scales of the keys (part 0) or values (part 1) of a head; `memory`: from block_memory().
+  float* scales(char* memory, int part, int head) const {
+    return reinterpret_cast<float*>(memory + size(2 * heads_) * head_bytes_) +
            (int64_t{part} * heads_ + head) * block_tokens;
   }
 

@@ -27,7 +27,7 @@ const CpuAdapter* adapter_of(const Part& part) {
   return adapter != nullptr ? static_cast<const CpuAdapter*>(adapter->matrices.get()) : nullptr;
 }
 
-// Append n rows to `runs`, extending the last run if they follow it with the same adapter and kind.
+// Append n rows to `runs`; if they follow the last run and have the same adapter and kind, extend that run.
 void append_rows(std::vector<AdapterRows>& runs, const CpuAdapter* adapter, int64_t first, int64_t n,
                  bool decode) {
   if (adapter == nullptr) return;
@@ -87,23 +87,23 @@ void Language::embed(Context& context, const qvl_batch& batch, const Part& part,
   }
 }
 
-// Append the part's rows: angles, blocks and slots, and the work items of attention.
-void Language::place(const CpuKvPool& pool, const Part& part) {
+// Append rotary angles, blocks and slots of the part's rows, and its work items of attention.
+void Language::add_rows(const CpuKvPool& pool, const Part& part) {
   const qvl_sequence& sequence = *part.sequence;
   const auto half = size(config_.head_dim / 2);
   std::vector<float> frequencies(half);
   rotary_frequencies(config_, sequence.prompt_len, frequencies.data());
   for (int32_t position = part.past; position < part.past + part.n; ++position) {
-    const size_t at = cos_.size();
-    cos_.resize(at + half);
-    sin_.resize(at + half);
-    rotary_row(config_, frequencies.data(), position, &cos_[at], &sin_[at]);
+    const size_t index = cos_.size();
+    cos_.resize(index + half);
+    sin_.resize(index + half);
+    rotary_row(config_, frequencies.data(), position, &cos_[index], &sin_[index]);
     query_scale_.push_back(query_scale(config_, position));
     block_.push_back(sequence.blocks[position / pool.block_tokens]);
     slot_.push_back(position % pool.block_tokens);
   }
-  for (int32_t done = 0; done < part.n; done += kQueryRows) {
-    const int32_t n = std::min(kQueryRows, part.n - done);
+  for (int32_t done = 0; done < part.n; done += kQueryTile) {
+    const int32_t n = std::min(kQueryTile, part.n - done);
     std::vector<Queries>& work = part.generated ? decode_work_ : prompt_work_;
     work.push_back({part.first + done, n, int64_t{part.past} + done + n, part.generated ? kDecode : kCausal,
                     sequence.blocks});
@@ -131,41 +131,41 @@ void Language::pass(Context& context, CpuKvPool& pool, const qvl_batch& batch, s
     if (a->generated != b->generated) return b->generated;
     return std::less<const CpuAdapter*>()(adapter_of(*a), adapter_of(*b));
   });
-  adapted_.clear();
-  int64_t next = 0;
+  adapter_rows_.clear();
+  int64_t next_row = 0;
   for (Part* part : order) {
-    part->first = next;
-    next += part->n;
+    part->first = next_row;
+    next_row += part->n;
     embed(context, batch, *part, x + part->first * hidden);
-    place(pool, *part);
-    append_rows(adapted_, adapter_of(*part), part->first, part->n, part->generated);
+    add_rows(pool, *part);
+    append_rows(adapter_rows_, adapter_of(*part), part->first, part->n, part->generated);
   }
   for (int i = 0; i < config_.layers; ++i) {
     attend(context, pool, i, rows);
     feed_forward(context, i, rows);
   }
-  // lm_head for the last token of every sequence, in one decode product, for prompts as well.
+  // lm_head for the last token of every sequence. The product is that of decode steps, also for prompts.
   int64_t n_last = 0;
-  int32_t first = 0;
-  adapted_.clear();
+  int32_t first_logits = 0;
+  adapter_rows_.clear();
   for (const Part& part : parts) {
     if (part.logits < 0) continue;
-    if (n_last == 0) first = part.logits;
-    append_rows(adapted_, adapter_of(part), n_last, 1, true);
+    if (n_last == 0) first_logits = part.logits;
+    append_rows(adapter_rows_, adapter_of(part), n_last, 1, true);
     context.kernels.rms_norm(x + (part.first + part.n - 1) * hidden, ln_f_, config_.hidden,
                              config_.norm_epsilon, normed + n_last++ * hidden);
   }
   if (n_last == 0) return;
-  float* const to = logits + int64_t{first} * config_.vocab;
+  float* const to = logits + int64_t{first_logits} * config_.vocab;
   linear(context, lm_head_, normed, hidden, {0, n_last}, to, config_.vocab);
-  add_low_rank(context, adapted_, int64_t{config_.layers} * kLayerTargets, normed, hidden, to, config_.vocab,
-               low_rank_);
+  add_low_rank(context, adapter_rows_, int64_t{config_.layers} * kLayerTargets, normed, hidden, to,
+               config_.vocab, low_rank_);
 }
 
 void Language::product(Context& context, int layer, LayerTarget target, const Matrix& matrix, const float* x,
                        int64_t x_stride, Rows rows, float* y, int64_t y_stride, bool add) {
   linear(context, matrix, x, x_stride, rows, y, y_stride, add);
-  add_low_rank(context, adapted_, int64_t{layer} * kLayerTargets + target, x, x_stride, y, y_stride,
+  add_low_rank(context, adapter_rows_, int64_t{layer} * kLayerTargets + target, x, x_stride, y, y_stride,
                low_rank_);
 }
 

@@ -27,13 +27,14 @@ class Language {
     Matrix w1, w2, mlp_proj;
   };
 
+  // Write the part's rows of x: embeddings of its tokens, or features of images.
   void embed(Context& context, const qvl_batch& batch, const Part& part, float* x) const;
-  void place(const CpuKvPool& pool, const Part& part);
+  void add_rows(const CpuKvPool& pool, const Part& part);
   void pass(Context& context, CpuKvPool& pool, const qvl_batch& batch, std::vector<Part>& parts,
             float* logits);
   void attend(Context& context, CpuKvPool& pool, int layer, Rows rows);
   void feed_forward(Context& context, int layer, Rows rows);
-  // linear() with `matrix`, the layer's `target`, then the updates of the rows' adapters.
+  // linear() with `matrix`, which is the given target of the layer, then the updates of the rows' adapters.
   void product(Context& context, int layer, LayerTarget target, const Matrix& matrix, const float* x,
                int64_t x_stride, Rows rows, float* y, int64_t y_stride, bool add = false);
 
@@ -46,10 +47,10 @@ class Language {
 
   // Activations of a pass: residual stream, normed input, q with k and v, output of attention, gate and up.
   Buffer x_, normed_, qkv_, mixed_, gate_, up_;
-  std::vector<AdapterRows> adapted_;  // rows of the pass with an adapter
+  std::vector<AdapterRows> adapter_rows_;  // rows of the pass with an adapter
   Buffer low_rank_;
-  // Per row of the pass: cosines and sines, query scale, block and slot in the pool. Then work items of
-  // attention.
+  // For each row of the pass: rotary cosines and sines, query scale, block and slot in the pool. Work items
+  // of attention.
   std::vector<float> cos_, sin_, query_scale_;
   std::vector<int32_t> block_, slot_;
   std::vector<Queries> prompt_work_, decode_work_;

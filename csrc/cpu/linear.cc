@@ -10,30 +10,31 @@ namespace {
 constexpr int64_t kMatvecRows = 128;           // maximum number of weight rows in a task of matvec
 constexpr int64_t kDecodeTaskBytes = 1 << 18;  // weights of a task with more than kMaxRows activations
 constexpr int64_t kTileRows = 64;              // weight rows in a task of the blocked product
-constexpr int64_t kMaxTokens = 384;            // packed together: 512 of their columns fit the L2 cache
+constexpr int64_t kMaxTokens = 384;  // tokens packed together; 512 of their columns fit the L2 cache
 
+// Address `bytes` after `memory`.
 const void* offset(const void* memory, uint64_t bytes) {
   return static_cast<const char*>(memory) + bytes;
 }
 
-// Permute the inputs to the matrix's column order, [n_x][k].
-const float* ordered(Context& context, const Matrix& m, const float* x, int64_t x_stride, int64_t n_x) {
-  float* const to = context.ordered.get<float>(static_cast<size_t>(n_x * m.k));
+// Activations [n_x][k] permuted to the matrix's column order.
+const float* permuted(Context& context, const Matrix& m, const float* x, int64_t x_stride, int64_t n_x) {
+  float* const to = context.permuted.get<float>(static_cast<size_t>(n_x * m.k));
   context.rows(n_x, m.k, [&](int64_t i, int) {
     for (int64_t j = 0; j < m.k; ++j) to[i * m.k + j] = x[i * x_stride + m.order[j]];
   });
   return to;
 }
 
-// Decode rows in groups of kMaxRows. A task is a range of weight rows for all groups: the first group reads
-// them from memory, the others from the cache.
+// Product for decode rows, in groups of kMaxRows activations. A task is a range of weight rows for all
+// groups: the first group reads these weights from memory, the other groups from the cache.
 void decode(Context& context, const Matrix& m, const float* x, int64_t x_stride, int64_t n_x, float* y,
             int64_t y_stride, bool add) {
   const Kernels& kernels = context.kernels;
   const size_t group_bytes = kernels.prepared_bytes[m.dtype](m.k, kMaxRows);
   const int64_t groups = (n_x + kMaxRows - 1) / kMaxRows;
   char* prepared = context.activations.get<char>(group_bytes * static_cast<size_t>(groups));
-  const auto of_group = [&](int64_t g) {
+  const auto product_of_group = [&](int64_t g) {
     return Matvec{m.values,
                   m.scales,
                   m.k,
@@ -46,24 +47,26 @@ void decode(Context& context, const Matrix& m, const float* x, int64_t x_stride,
                   m.zeros};
   };
   context.run(groups, (groups - 1) * kMaxRows * kElementWork * m.k, [&](int64_t g, int) {
-    const Matvec group = of_group(g);
+    const Matvec group = product_of_group(g);
     kernels.prepare_x[m.dtype](x + g * kMaxRows * x_stride, x_stride, group.n_x, m.k,
                                prepared + group_bytes * static_cast<size_t>(g));
   });
-  const int64_t even_share = m.rows / (8 * context.pool.size()) / 32 * 32;
-  const int64_t in_cache = kDecodeTaskBytes / static_cast<int64_t>(value_bytes(m.dtype, 1, m.k)) / 16 * 16;
-  const int64_t most = groups > 1 ? std::clamp<int64_t>(in_cache, 16, kMatvecRows) : kMatvecRows;
-  const int64_t step = std::clamp<int64_t>(even_share, std::min<int64_t>(32, most), most);
+  // Rows of W per task. About 8 tasks per thread, in multiples of 32 rows; with several groups the weights of
+  // a task must also fit the cache.
+  const int64_t equal_share = m.rows / (8 * context.pool.size()) / 32 * 32;
+  const int64_t cached_rows = kDecodeTaskBytes / static_cast<int64_t>(value_bytes(m.dtype, 1, m.k)) / 16 * 16;
+  const int64_t max_step = groups > 1 ? std::clamp<int64_t>(cached_rows, 16, kMatvecRows) : kMatvecRows;
+  const int64_t step = std::clamp<int64_t>(equal_share, std::min<int64_t>(32, max_step), max_step);
   context.run((m.rows + step - 1) / step, m.rows * m.k * n_x, [&](int64_t task, int) {
     for (int64_t g = 0; g < groups; ++g) {
-      kernels.matvec[m.dtype](of_group(g), task * step, std::min((task + 1) * step, m.rows));
+      kernels.matvec[m.dtype](product_of_group(g), task * step, std::min((task + 1) * step, m.rows));
     }
   });
 }
 
-// Tile that this thread probably reads next: the next columns of these rows, or the first columns of the
-// following rows.
-Ahead next_tile(const Matrix& m, int64_t row, int k, int tile_k) {
+// Memory of the tile that this thread probably reads next: the following columns, from k on, of the rows from
+// `row` on, or after the last column the first columns of the following rows.
+PrefetchRange next_tile(const Matrix& m, int64_t row, int k, int tile_k) {
   if (k >= m.k) {
     row += kTileRows;
     k = 0;
@@ -75,12 +78,14 @@ Ahead next_tile(const Matrix& m, int64_t row, int k, int tile_k) {
           std::min(kTileRows, m.rows - row), std::min(tile_k, m.k - k) * bits / 8};
 }
 
+// Weights in the form that multiply_tile reads.
 struct Tile {
   const void* values;
   int64_t width;  // elements from row to row
 };
 
-// Unpack the tile, or use bfloat16 weights in place if they are multiplied as bfloat16 and n_k is even.
+// Unpack the tile, or use bfloat16 weights in place if they are multiplied as bfloat16 and n_k is even. kind:
+// index of the kernels, 0 for float32 and 1 for bfloat16.
 Tile tile_of(const Kernels& kernels, int kind, const Matrix& m, const UnpackTile& tile) {
   if (kind == 1 && m.dtype == QVL_BFLOAT16 && tile.n_k % 2 == 0) {
     return {static_cast<const uint16_t*>(m.values) + tile.first_row * m.k + tile.first_k, m.k};
@@ -94,9 +99,9 @@ void blocked(Context& context, const Matrix& m, const float* x, int64_t x_stride
              int64_t y_stride, bool add) {
   const Kernels& kernels = context.kernels;
   const int kind = kernels.bf16_dot && m.dtype != QVL_FLOAT32 ? 1 : 0;
-  // Divide the columns equally, as far as the units of quantized rows allow.
-  const int most_k = kind == 1 ? kMaxTileK : kMaxTileK / 2, unit = is_quantized(m.dtype) ? kPackUnit : 32;
-  const int parts = (m.k + most_k - 1) / most_k;
+  // Divide the columns equally, in multiples of `unit`.
+  const int max_k = kind == 1 ? kMaxTileK : kMaxTileK / 2, unit = is_quantized(m.dtype) ? kPackUnit : 32;
+  const int parts = (m.k + max_k - 1) / max_k;
   const int tile_k = ((m.k + parts - 1) / parts + unit - 1) / unit * unit;
   const int lanes = kernels.lanes;
   const auto n_panels = static_cast<int>((n_x + lanes - 1) / lanes);
@@ -112,18 +117,18 @@ void blocked(Context& context, const Matrix& m, const float* x, int64_t x_stride
   const int64_t c_stride = int64_t{n_panels} * lanes;
   const auto tile_floats = static_cast<size_t>(kTileRows * kMaxTileK / 2);
   const size_t c_floats = static_cast<size_t>(kTileRows * c_stride);
-  for (Buffer& buffer : context.of_thread) buffer.get<float>(tile_floats + c_floats);
+  for (Buffer& buffer : context.thread_scratch) buffer.get<float>(tile_floats + c_floats);
   const int64_t tasks = (m.rows + kTileRows - 1) / kTileRows;
   context.run(tasks, m.rows * m.k * n_x, [&](int64_t task, int thread) {
-    float* tile = context.of_thread[static_cast<size_t>(thread)].get<float>(tile_floats + c_floats);
+    float* tile = context.thread_scratch[static_cast<size_t>(thread)].get<float>(tile_floats + c_floats);
     float* c = tile + tile_floats;
     const int64_t first_row = task * kTileRows;
     const int64_t n_rows = std::min(kTileRows, m.rows - first_row);
     for (int k = 0; k < m.k; k += tile_k) {
       const int n_k = std::min(tile_k, m.k - k);
-      const Tile from =
+      const Tile unpacked =
           tile_of(kernels, kind, m, {m.values, m.scales, m.k, first_row, n_rows, k, n_k, tile, m.zeros});
-      kernels.multiply_tile[kind](from.values, from.width, static_cast<int>(n_rows), n_k,
+      kernels.multiply_tile[kind](unpacked.values, unpacked.width, static_cast<int>(n_rows), n_k,
                                   panels + static_cast<size_t>(k) * k_bytes, panel_bytes, n_panels, k == 0, c,
                                   c_stride, next_tile(m, first_row, k + n_k, tile_k));
     }
@@ -150,9 +155,9 @@ Matrix Matrix::stored(qvl_dtype dtype, int64_t rows, int64_t k, const void* data
 Matrix Matrix::slice(int64_t first, int64_t n) const {
   Matrix part = *this;
   part.values = offset(values, first > 0 ? value_bytes(dtype, first, k) : 0);
-  const uint64_t of_scales = first > 0 ? scale_bytes(dtype, first, k) : 0;
-  if (scales != nullptr) part.scales = offset(scales, of_scales);
-  if (zeros != nullptr) part.zeros = offset(zeros, of_scales);
+  const uint64_t scales_before = first > 0 ? scale_bytes(dtype, first, k) : 0;
+  if (scales != nullptr) part.scales = offset(scales, scales_before);
+  if (zeros != nullptr) part.zeros = offset(zeros, scales_before);
   if (bias != nullptr) part.bias = bias + first;
   part.rows = n;
   return part;
@@ -161,7 +166,7 @@ Matrix Matrix::slice(int64_t first, int64_t n) const {
 void linear(Context& context, const Matrix& matrix, const float* x, int64_t x_stride, Rows rows, float* y,
             int64_t y_stride, bool add) {
   if (matrix.order != nullptr) {
-    x = ordered(context, matrix, x, x_stride, rows.n());
+    x = permuted(context, matrix, x, x_stride, rows.n());
     x_stride = matrix.k;
   }
   if (context.exact && has_zeros(matrix.dtype)) rows = {rows.n(), 0};

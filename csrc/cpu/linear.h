@@ -5,14 +5,15 @@
 
 namespace qvl::cpu {
 
+// Weights [rows, k] of a linear layer, in the caller's memory.
 struct Matrix {
   const void* values = nullptr;
-  const void* scales = nullptr;  // quantized types only
+  const void* scales = nullptr;  // only for quantized types
   qvl_dtype dtype = QVL_FLOAT32;
   int64_t rows = 0;  // outputs
   int k = 0;         // inputs
   const float* bias = nullptr;
-  const void* zeros = nullptr;     // types with zero points only
+  const void* zeros = nullptr;     // only for types with zero points
   const int32_t* order = nullptr;  // [k]: stored column j multiplies x[order[j]]; NULL: x[j]
 
   // Matrix stored at `data` in the layout of qvl_packed_bytes.
@@ -23,7 +24,7 @@ struct Matrix {
   Matrix slice(int64_t first, int64_t n) const;
 };
 
-// Rows of activations: those of prompts and images first, then those of decode steps.
+// Numbers of rows of activations; rows of prompts and images precede rows of decode steps.
 struct Rows {
   int64_t prompt;
   int64_t decode;
@@ -33,9 +34,9 @@ struct Rows {
 
 // y [n][y_stride] (+)= x [n][x_stride] W^T + bias. x and y do not overlap.
 //
-// Prompt rows use the blocked product, decode rows the matrix-vector kernels, which stream the weights from
-// memory once. If the context is exact, decode rows use the blocked product as well with types that have zero
-// points. A row's result has the same bits for any number of rows.
+// Prompt rows use the blocked product, decode rows the matrix-vector kernels, which read the weights from
+// memory once. Exception: if the context is exact and the type has zero points, decode rows use the blocked
+// product as well. A row's result has the same bits for any number of rows.
 void linear(Context& context, const Matrix& matrix, const float* x, int64_t x_stride, Rows rows, float* y,
             int64_t y_stride, bool add = false);
 

@@ -13,11 +13,13 @@
 
 namespace qvl::cpu {
 
+// Convert a count, which must not be negative.
 inline size_t size(int64_t n) {
   return static_cast<size_t>(n);
 }
 
-// Allocate memory, aligned to a cache line, or if it is large to a huge page, which saves TLB misses.
+// Allocate memory aligned to a cache line. Memory of at least two huge pages is aligned to a huge page, which
+// saves TLB misses.
 inline void* allocate(size_t bytes) {
   constexpr size_t kHugePage = size_t{1} << 21;
   const size_t unit = bytes >= 2 * kHugePage ? kHugePage : 64;
@@ -30,7 +32,7 @@ inline void* allocate(size_t bytes) {
   return memory;
 }
 
-// Scratch buffer that grows on demand, losing its content, and never shrinks.
+// Scratch memory that grows on demand, which loses its content, and never shrinks.
 class Buffer {
  public:
   Buffer() = default;
@@ -42,6 +44,7 @@ class Buffer {
   Buffer& operator=(Buffer&&) = delete;
   ~Buffer() { std::free(data_); }
 
+  // Memory for n values.
   template <typename T>
   T* get(size_t n) {
     const size_t bytes = n * sizeof(T);

@@ -15,9 +15,9 @@ const std::string kPool = "visual.attn_pool.";
 }  // namespace
 
 Resampler::Resampler(const qvl_config& config, Weights& weights, Context& context)
-    : config_(config), projects_(config.vision_width != config.hidden) {
+    : config_(config), has_kv_proj_(config.vision_width != config.hidden) {
   const int64_t hidden = config.hidden, n = config.n_queries;
-  if (projects_) kv_proj_ = weights.matrix(kPool + "kv_proj.weight");
+  if (has_kv_proj_) kv_proj_ = weights.matrix(kPool + "kv_proj.weight");
   ln_kv_ = weights.norm(kPool + "ln_kv");
   key_positions_ = weights.floats(kPool + "key_pos_embed");
   const Matrix in_proj = weights.matrix(kPool + "attn.in_proj_weight", kPool + "attn.in_proj_bias");
@@ -37,7 +37,7 @@ Resampler::Resampler(const qvl_config& config, Weights& weights, Context& contex
   for (int64_t i = 0; i < n * hidden; ++i) queries[i] *= scale;
 }
 
-void Resampler::run(Context& context, const float* patches_in, float* features) {
+void Resampler::run(Context& context, const float* hidden_states, float* features) {
   const int64_t hidden = config_.hidden, n = patches(config_), n_queries = config_.n_queries;
   auto* kv = patches_.get<float>(size(n * hidden));
   auto* key_input = key_input_.get<float>(size(n * hidden));
@@ -45,11 +45,11 @@ void Resampler::run(Context& context, const float* patches_in, float* features) 
   auto* values = values_.get<float>(size(n * hidden));
   auto* mixed = mixed_.get<float>(size(n_queries * hidden));
   auto* out = out_.get<float>(size(n_queries * hidden));
-  if (projects_) {
-    linear(context, kv_proj_, patches_in, config_.vision_width, {n, 0}, kv, hidden);
-    patches_in = kv;
+  if (has_kv_proj_) {
+    linear(context, kv_proj_, hidden_states, config_.vision_width, {n, 0}, kv, hidden);
+    hidden_states = kv;
   }
-  layer_norm_rows(context, ln_kv_, patches_in, n, config_.hidden, kv);
+  layer_norm_rows(context, ln_kv_, hidden_states, n, config_.hidden, kv);
   std::memcpy(key_input, kv, size(n * hidden) * sizeof(float));
   context.kernels.add(key_positions_, key_input, n * hidden);
   linear(context, key_, key_input, hidden, {n, 0}, keys, hidden);
@@ -57,8 +57,8 @@ void Resampler::run(Context& context, const float* patches_in, float* features) 
 
   const DenseKv source(keys, values, hidden, kResamplerHeadDim);
   std::vector<Queries> work;
-  for (int64_t first = 0; first < n_queries; first += kQueryRows) {
-    work.push_back({first, static_cast<int>(std::min<int64_t>(kQueryRows, n_queries - first)), n, kAllKeys});
+  for (int64_t first = 0; first < n_queries; first += kQueryTile) {
+    work.push_back({first, static_cast<int>(std::min<int64_t>(kQueryTile, n_queries - first)), n, kAllKeys});
   }
   const AttentionShape shape{
       config_.hidden / kResamplerHeadDim, kResamplerHeadDim, hidden, kResamplerHeadDim, hidden,

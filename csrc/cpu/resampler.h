@@ -10,19 +10,19 @@ class Resampler {
  public:
   Resampler(const qvl_config& config, Weights& weights, Context& context);
 
-  // patches [patches][vision_width] -> features [n_queries][hidden]
+  // Hidden states of an image's patches [patches][vision_width] -> features [n_queries][hidden].
   void run(Context& context, const float* patches, float* features);
 
  private:
   const qvl_config& config_;
-  bool projects_;  // the model has kv_proj
+  bool has_kv_proj_;
   Matrix kv_proj_;
   Norm ln_kv_;
   const float* key_positions_;
   Matrix key_, value_, out_proj_;
   Norm ln_post_;
   Matrix proj_;
-  Buffer queries_;  // projected and scaled: the same for every image
+  Buffer queries_;  // the learned queries, projected and scaled; the same for every image
   Buffer patches_, keys_, values_, key_input_, mixed_, out_;
 };
 

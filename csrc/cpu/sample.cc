@@ -9,7 +9,7 @@
 namespace qvl::cpu {
 namespace {
 
-constexpr double kForbidden = -1e10;
+constexpr double kForbidden = -1e10;  // logit of a forbidden token
 
 struct Candidate {
   double logit;
@@ -25,19 +25,20 @@ struct Peak {
   int32_t id;  // the lowest in a tie; -1 if the row has a NaN, a positive infinity or no finite value
 };
 
-// Find the largest logit. Although compiled for baseline x86-64, it takes about as long as reading the row
-// (150,000 logits) from memory.
+// Find the largest logit. Although this function is compiled for baseline x86-64, it takes about as long as
+// reading the row (150,000 logits) from memory.
 Peak find_peak(int32_t vocab, const float* logits) {
   typedef float Four __attribute__((vector_size(16)));
   typedef int32_t FourInts __attribute__((vector_size(16)));
   constexpr int32_t kBlock = 256, kVectors = 4, kLanes = 4;
-  float most = -INFINITY;
+  float maximum = -INFINITY;
   int32_t best = -1;  // start of the block with the first occurrence of the maximum
+  // Per lane -1 or 0: whether a value was finite, and whether no value was a NaN.
   FourInts finite = {}, numbers = FourInts{} - 1;
   int32_t start = 0;
   for (; start + kBlock <= vocab; start += kBlock) {
     Four largest[kVectors];
-    for (Four& lane : largest) lane = -INFINITY - Four{};
+    for (Four& vector : largest) vector = -INFINITY - Four{};
     for (int32_t i = 0; i < kBlock; i += kVectors * kLanes) {
       for (int32_t v = 0; v < kVectors; ++v) {
         Four value;
@@ -47,12 +48,12 @@ Peak find_peak(int32_t vocab, const float* logits) {
         largest[v] = value > largest[v] ? value : largest[v];
       }
     }
-    float block = -INFINITY;
-    for (const Four& lane : largest) {
-      for (int l = 0; l < kLanes; ++l) block = std::max(block, lane[l]);
+    float block_maximum = -INFINITY;
+    for (const Four& vector : largest) {
+      for (int l = 0; l < kLanes; ++l) block_maximum = std::max(block_maximum, vector[l]);
     }
-    if (block > most) {
-      most = block;
+    if (block_maximum > maximum) {
+      maximum = block_maximum;
       best = start;
     }
   }
@@ -61,20 +62,21 @@ Peak find_peak(int32_t vocab, const float* logits) {
   for (int32_t id = start; id < vocab; ++id) {
     any_finite |= std::isfinite(logits[id]);
     all_numbers &= !std::isnan(logits[id]);
-    if (logits[id] > most) {
-      most = logits[id];
+    if (logits[id] > maximum) {
+      maximum = logits[id];
       best = id;
     }
   }
-  if (!any_finite || !all_numbers || most == INFINITY) return {0, -1};
-  while (logits[best] != most) ++best;
-  return {most, best};
+  if (!any_finite || !all_numbers || maximum == INFINITY) return {0, -1};
+  while (logits[best] != maximum) ++best;
+  return {maximum, best};
 }
 
 bool is_forbidden(const qvl_sampling& s, int32_t id) {
   return std::find(s.forbidden, s.forbidden + s.n_forbidden, id) != s.forbidden + s.n_forbidden;
 }
 
+// Apply forbidden ids and penalties.
 void adjust(const qvl_sampling& s, int32_t vocab, const int32_t* counts, Candidate* candidates) {
   for (int32_t i = 0; i < s.n_forbidden; ++i) candidates[s.forbidden[i]].logit = kForbidden;
   if (counts == nullptr) return;
@@ -87,8 +89,8 @@ void adjust(const qvl_sampling& s, int32_t vocab, const int32_t* counts, Candida
   }
 }
 
-// Token at `fraction` of the probability mass within top-k and top-p, summed in descending order of
-// probability. Sorts no more candidates than needed.
+// Token at `fraction` of the probability mass of the candidates within top-k and top-p, which is summed in
+// descending order of probability. Sorts no more candidates than needed.
 int32_t draw(const qvl_sampling& s, int32_t vocab, Candidate* candidates, double fraction) {
   const auto temperature = static_cast<double>(s.temperature), top_p = static_cast<double>(s.top_p);
   int32_t n = vocab;
@@ -96,30 +98,30 @@ int32_t draw(const qvl_sampling& s, int32_t vocab, Candidate* candidates, double
     n = s.top_k;
     std::partial_sort(candidates, candidates + n, candidates + vocab, likelier);
   }
-  const double most = std::min_element(candidates, candidates + n, likelier)->logit;
-  const auto weight = [&](const Candidate& c) { return std::exp((c.logit - most) / temperature); };
+  const double maximum = std::min_element(candidates, candidates + n, likelier)->logit;
+  const auto weight = [&](const Candidate& c) { return std::exp((c.logit - maximum) / temperature); };
   double total = 0;
   for (int32_t i = 0; i < n; ++i) total += weight(candidates[i]);
-  // Keep the candidates within top-p; without top-p, those up to the drawn token.
-  const bool all = top_p >= 1;
+  // Keep the most likely candidates: with top-p those within top-p, else those up to the drawn token.
+  const bool no_top_p = top_p >= 1;
   int32_t kept = 0;
   double mass = 0;
   double depth = 4;  // sort weights down to exp(-depth); the first round is usually enough
   for (int32_t sorted = 0; kept == sorted && sorted < n; depth += depth < 16 ? 2 : depth) {
-    const double least = depth < 800 ? most - depth * temperature : -INFINITY;
+    const double threshold = depth < 800 ? maximum - depth * temperature : -INFINITY;  // exp(-800) is 0
     Candidate* const end = std::partition(candidates + sorted, candidates + n,
-                                          [&](const Candidate& c) { return c.logit >= least; });
+                                          [&](const Candidate& c) { return c.logit >= threshold; });
     std::sort(candidates + sorted, end, likelier);
     sorted = static_cast<int32_t>(end - candidates);
-    while (kept < sorted && (all ? mass <= fraction * total : mass / total < top_p)) {
+    while (kept < sorted && (no_top_p ? mass <= fraction * total : mass / total < top_p)) {
       mass += weight(candidates[kept++]);
     }
   }
-  if (all) return candidates[kept - 1].id;
-  double reach = 0;
+  if (no_top_p) return candidates[kept - 1].id;
+  double cumulative = 0;
   for (int32_t i = 0; i < kept; ++i) {
-    reach += weight(candidates[i]);
-    if (reach > fraction * mass) return candidates[i].id;
+    cumulative += weight(candidates[i]);
+    if (cumulative > fraction * mass) return candidates[i].id;
   }
   return candidates[kept - 1].id;
 }
@@ -139,7 +141,8 @@ int32_t sample_row(int32_t vocab, const float* logits, const qvl_sampling& s, in
   const Peak peak = find_peak(vocab, logits);
   int32_t id = peak.id;
   if (id < 0) return id;
-  // With greedy sampling forbidden tokens matter only if the peak itself is forbidden.
+  // A forbidden token other than the peak does not affect greedy sampling, unless the peak is as low as
+  // kForbidden.
   const bool penalties = counts != nullptr && penalised(s);
   const bool adjusted = penalties || (s.n_forbidden > 0 && (peak.logit <= kForbidden || is_forbidden(s, id)));
   if (!greedy(s) || adjusted) {
@@ -161,10 +164,10 @@ void row_logprobs(int32_t vocab, const float* logits, int32_t token, float* logp
     std::fill_n(top_logprobs, n_top, NAN);
     return;
   }
-  const float most = find_peak(vocab, logits).logit;
+  const float maximum = find_peak(vocab, logits).logit;
   double total = 0;
-  for (int32_t id = 0; id < vocab; ++id) total += static_cast<double>(std::exp(logits[id] - most));
-  const double log_total = static_cast<double>(most) + std::log(total);
+  for (int32_t id = 0; id < vocab; ++id) total += static_cast<double>(std::exp(logits[id] - maximum));
+  const double log_total = static_cast<double>(maximum) + std::log(total);
   if (logprob != nullptr) *logprob = static_cast<float>(static_cast<double>(logits[token]) - log_total);
   // Insertion sort of the n_top most likely tokens; in a tie the lower id precedes.
   int32_t n = 0;

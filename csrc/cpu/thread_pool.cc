@@ -30,16 +30,17 @@ namespace {
 // loops.
 constexpr int kSpins = 2000;
 
-// Times in nanoseconds; kAlone and kMostAlone are factors. When several threads have lost more than
-// kTolerated compared with one, loops run single-threaded for alone_ times that loss, at most a second, and
-// alone_ doubles: if another process always occupies a processor, almost no time is lost. Gains count up to
-// kCredit, enough for a processor that is occupied occasionally; then alone_ is reset to kAlone.
-constexpr int64_t kTolerated = 50000;
-constexpr int64_t kCredit = 2000000;
-constexpr int64_t kAlone = 32, kMostAlone = 1 << 14;
-constexpr int64_t kLongestAlone = 1000000000;
-// A worker that spins for longer than this has been preempted.
-constexpr int64_t kPreempted = 500000;
+// Single-threaded periods; all times are in nanoseconds. When several threads have lost more than
+// kToleratedLoss compared with one, loops run single-threaded for single_threaded_factor_ times that loss, at
+// most for kMaxSingleThreaded, and the factor doubles: if another process always occupies a processor, almost
+// no time is lost. Gains compensate later losses, but only up to kMaxGain, which is enough for a processor
+// that is occupied occasionally. When the gains reach kMaxGain, the factor is reset to kMinFactor.
+constexpr int64_t kToleratedLoss = 50000;
+constexpr int64_t kMaxGain = 2000000;
+constexpr int64_t kMinFactor = 32, kMaxFactor = 1 << 14;
+constexpr int64_t kMaxSingleThreaded = 1000000000;
+// A worker that spins for longer than this many nanoseconds has been preempted.
+constexpr int64_t kPreemptedSpin = 500000;
 
 void pause() {
 #if defined(__x86_64__)
@@ -56,6 +57,7 @@ int64_t now() {
 // Number of forks between the process that loaded the library and this one.
 std::atomic<uint32_t> forks{0};
 
+// Count forks from now on.
 void count_forks() {
 #if defined(__unix__) || defined(__APPLE__)
   static const int registered = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1); });
@@ -65,20 +67,20 @@ void count_forks() {
 
 }  // namespace
 
-// The threads and their current loop. On the heap, because a child process after fork() must leak its
-// parent's Team: the threads do not exist in the child and cannot be joined, and the destructor of a
-// condition variable on which they sleep would wait for them.
-struct ThreadPool::Team {
+// The threads and their current loop. It is on the heap because a child process after fork() must leak the
+// Workers of its parent: the threads do not exist in the child and cannot be joined, and the destructor of
+// the condition variable on which they slept would wait for them.
+struct ThreadPool::Workers {
   // A thread's range of tasks, on a separate cache line. The upper half of a ticket is the number of the
-  // loop, the lower half the number of tasks left: a late worker finds the number of a later loop and takes
-  // no task. The caller waits while a ticket of its loop can be taken, so all that a thread reads between its
-  // first load of the number and taking a ticket belongs to that loop.
+  // loop, the lower half the number of remaining tasks. A worker that starts late finds the number of a later
+  // loop and takes no task. The caller does not return while a task of its loop can be taken. Everything that
+  // a thread reads between its first load of the loop number and taking a task thus belongs to that loop.
   struct alignas(64) TaskRange {
     std::atomic<uint64_t> ticket{0};
-    std::atomic<int64_t> end{0};
+    std::atomic<int64_t> end{0};  // the next task is `end` minus the number of remaining tasks
   };
 
-  explicit Team(int n) : forked(forks.load()), ranges(static_cast<size_t>(n)) {
+  explicit Workers(int n) : forks_at_start(forks.load()), ranges(static_cast<size_t>(n)) {
     workers.reserve(static_cast<size_t>(n));
     try {
       for (int i = 1; i < n; ++i) workers.emplace_back([this, i] { work(i); });
@@ -98,11 +100,11 @@ struct ThreadPool::Team {
     for (std::thread& worker : workers) worker.join();
   }
 
-  // Publish n tasks to the threads; take_tasks() and the wait for `left` must follow.
-  void publish(int64_t n, Function body, void* with) {
-    function.store(body, std::memory_order_relaxed);
-    context.store(with, std::memory_order_relaxed);
-    left.store(n, std::memory_order_relaxed);
+  // Publish n tasks to the threads; take_tasks() and the wait for `remaining` must follow.
+  void publish(int64_t n, Function new_function, void* new_context) {
+    function.store(new_function, std::memory_order_relaxed);
+    context.store(new_context, std::memory_order_relaxed);
+    remaining.store(n, std::memory_order_relaxed);
     const uint32_t number = loop.load(std::memory_order_relaxed) + 1;
     const auto threads = static_cast<int64_t>(ranges.size());
     for (int64_t i = 0; i < threads; ++i) {
@@ -113,20 +115,22 @@ struct ThreadPool::Team {
                          std::memory_order_release);
     }
     loop.store(number);
-    // Resetting the count saves the next loop a system call if the notified threads have not started yet.
+    // With the count reset to 0, the next loop makes no system call if the notified threads have not started
+    // yet.
     if (sleepers.load() == 0) return;
     sleepers.store(0);
-    // The empty critical section orders this with a worker between its last check and its sleep.
+    // The empty critical section waits for a worker that is between its last check and its sleep: that worker
+    // would otherwise miss the notification.
     {
       const std::lock_guard<std::mutex> lock(mutex);
     }
     wake.notify_all();
   }
 
-  // Run tasks of loop `number` until none is left; returns the number taken.
+  // Run tasks of loop `number` until none remain. Returns how many tasks this thread has run.
   int64_t take_tasks(uint32_t number, int thread) {
     const Function body = function.load(std::memory_order_relaxed);
-    void* const with = context.load(std::memory_order_relaxed);
+    void* const argument = context.load(std::memory_order_relaxed);
     const size_t n = ranges.size();
     int64_t taken = 0;
     for (size_t i = 0; i < n; ++i) {
@@ -139,17 +143,18 @@ struct ThreadPool::Team {
                                                 std::memory_order_acquire)) {
           continue;
         }
-        body(with, task, thread);
+        body(argument, task, thread);
         ++taken;
         --ticket;
       }
     }
-    if (taken > 0) left.fetch_sub(taken, std::memory_order_acq_rel);
+    if (taken > 0) remaining.fetch_sub(taken, std::memory_order_acq_rel);
     return taken;
   }
 
+  // Wait until all tasks of the loop are done.
   void wait() const {
-    for (int spins = 0; left.load(std::memory_order_acquire) > 0; ++spins) {
+    for (int spins = 0; remaining.load(std::memory_order_acquire) > 0; ++spins) {
       if (spins < kSpins) {
         pause();
       } else {
@@ -158,96 +163,97 @@ struct ThreadPool::Team {
     }
   }
 
+  // Body of a worker thread.
   void work(int thread) {
-    uint32_t seen = 0;
+    uint32_t last_loop = 0;
     while (true) {
       const int64_t start = now();
       int spins = 0;
-      while (loop.load() == seen && ++spins < kSpins) pause();
+      while (loop.load() == last_loop && ++spins < kSpins) pause();
       const int64_t spun = now() - start;
-      if (spun > kPreempted) preempted.fetch_add(spun, std::memory_order_relaxed);
-      if (loop.load() == seen) {
+      if (spun > kPreemptedSpin) preempted.fetch_add(spun, std::memory_order_relaxed);
+      if (loop.load() == last_loop) {
         std::unique_lock<std::mutex> lock(mutex);
         // Count this thread before the last check, and again after each wake-up, which resets the count.
         while (true) {
           sleepers.fetch_add(1);
-          if (loop.load() != seen) break;
+          if (loop.load() != last_loop) break;
           wake.wait(lock);
         }
       }
-      seen = loop.load();
+      last_loop = loop.load();
       if (stop.load()) return;
-      take_tasks(seen, thread);
+      take_tasks(last_loop, thread);
     }
   }
 
-  const uint32_t forked;  // `forks` when the threads were started
+  const uint32_t forks_at_start;  // `forks` when the threads were started
   std::vector<TaskRange> ranges;
   std::atomic<Function> function{nullptr};
   std::atomic<void*> context{nullptr};
-  std::atomic<int64_t> left{0};  // tasks not done yet
-  std::atomic<uint32_t> loop{0};
+  std::atomic<int64_t> remaining{0};  // tasks not done yet
+  std::atomic<uint32_t> loop{0};      // number of the current loop
   std::atomic<bool> stop{false};
-  std::atomic<int> sleepers{0};
+  std::atomic<int> sleepers{0};       // workers that sleep or are about to, since the count was last reset
   std::atomic<int64_t> preempted{0};  // nanoseconds that workers were preempted while spinning
   std::mutex mutex;
   std::condition_variable wake;
   std::vector<std::thread> workers;
 };
 
-ThreadPool::ThreadPool(int n) : n_threads_(n), alone_(kAlone) {
+ThreadPool::ThreadPool(int n) : n_threads_(n), single_threaded_factor_(kMinFactor) {
   count_forks();
-  team_ = std::make_unique<Team>(n);
+  workers_ = std::make_unique<Workers>(n);
 }
 
 ThreadPool::~ThreadPool() {
-  if (team_ != nullptr && team_->forked == forks.load()) {
-    team_->join();
+  if (workers_ != nullptr && workers_->forks_at_start == forks.load()) {
+    workers_->join();
   } else {
-    (void)team_.release();
+    (void)workers_.release();
   }
 }
 
-bool ThreadPool::alone() {
-  if (alone_until_ == 0) return false;
-  if (now() < alone_until_) return true;
-  alone_until_ = 0;
+bool ThreadPool::runs_single_threaded() {
+  if (single_threaded_until_ == 0) return false;
+  if (now() < single_threaded_until_) return true;
+  single_threaded_until_ = 0;
   return false;
 }
 
 void ThreadPool::run_erased(int64_t n, Function function, void* context) {
-  if (n_threads_ == 1 || n <= 1 || n > INT32_MAX || alone()) {
+  if (n_threads_ == 1 || n <= 1 || n > INT32_MAX || runs_single_threaded()) {
     for (int64_t task = 0; task < n; ++task) function(context, task, 0);
     return;
   }
-  if (team_ == nullptr || team_->forked != forks.load(std::memory_order_relaxed)) {
-    (void)team_.release();
-    team_ = std::make_unique<Team>(n_threads_);
+  if (workers_ == nullptr || workers_->forks_at_start != forks.load(std::memory_order_relaxed)) {
+    (void)workers_.release();
+    workers_ = std::make_unique<Workers>(n_threads_);
   }
   const int64_t start = now();
-  team_->publish(n, function, context);
+  workers_->publish(n, function, context);
   const int64_t published = now();
-  const int64_t taken = team_->take_tasks(team_->loop.load(std::memory_order_relaxed), 0);
+  const int64_t taken = workers_->take_tasks(workers_->loop.load(std::memory_order_relaxed), 0);
   const int64_t finished = now();
-  team_->wait();
-  if (team_->preempted.load(std::memory_order_relaxed) > 0) debt_ += team_->preempted.exchange(0);
+  workers_->wait();
+  if (workers_->preempted.load(std::memory_order_relaxed) > 0) total_loss_ += workers_->preempted.exchange(0);
   // Time of this loop minus the estimated single-threaded time, extrapolated from the caller's tasks.
   const int64_t loss = taken > 0 ? now() - start - (finished - published) * n / taken : 0;
-  debt_ = std::max(-kCredit, debt_ + loss);
-  if (debt_ == -kCredit) alone_ = kAlone;
-  if (debt_ <= kTolerated) return;
-  alone_until_ = now() + std::min(alone_ * debt_, kLongestAlone);
-  alone_ = std::min(2 * alone_, kMostAlone);
-  debt_ = 0;
+  total_loss_ = std::max(-kMaxGain, total_loss_ + loss);
+  if (total_loss_ == -kMaxGain) single_threaded_factor_ = kMinFactor;
+  if (total_loss_ <= kToleratedLoss) return;
+  single_threaded_until_ = now() + std::min(single_threaded_factor_ * total_loss_, kMaxSingleThreaded);
+  single_threaded_factor_ = std::min(2 * single_threaded_factor_, kMaxFactor);
+  total_loss_ = 0;
 }
 
 int thread_count(int requested) {
   if (requested > 0) return requested;
   const char* variable = std::getenv("OMP_NUM_THREADS");
-  const int set = variable != nullptr ? std::atoi(variable) : 0;
-  if (set > 0 && set <= 1024) return set;
-  const unsigned all = std::thread::hardware_concurrency();
-  int n = all > 0 ? static_cast<int>(all) : 1;
+  const int from_variable = variable != nullptr ? std::atoi(variable) : 0;
+  if (from_variable > 0 && from_variable <= 1024) return from_variable;
+  const unsigned hardware_threads = std::thread::hardware_concurrency();
+  int n = hardware_threads > 0 ? static_cast<int>(hardware_threads) : 1;
 #if defined(__linux__)
   cpu_set_t cpus;
   if (sched_getaffinity(0, sizeof cpus, &cpus) == 0) n = CPU_COUNT(&cpus);

@@ -1,4 +1,4 @@
-// Thread pool for parallel loops. Not for concurrent callers.
+// Thread pool for parallel loops. Only one thread at a time may call it.
 #pragma once
 
 #include <cstdint>
@@ -19,33 +19,37 @@ class ThreadPool {
   int size() const { return n_threads_; }
 
   // Call body(task, thread) for tasks 0 to n - 1; thread 0 is the caller. Each thread has a range of
-  // consecutive tasks and runs them in order, so that the memory it reads next is predictable; then it steals
-  // from the other threads. Returns when all tasks are done. `body` must not throw.
+  // consecutive tasks and runs them in order, so that the memory it reads next is predictable. Afterwards it
+  // steals tasks of the other threads. Returns when all tasks are done. `body` must not throw.
   //
-  // The caller waits only for threads that have begun a task. If waiting has cost more time than
-  // single-threaded execution, because another process occupies a thread's processor, the caller runs loops
-  // single-threaded for a while. In a child process after fork() the first loop starts new threads, and fails
-  // like the constructor if it cannot.
+  // The caller waits only for threads that have begun a task. If another process occupies the processor of a
+  // thread, so that loops take longer than on a single thread, the caller runs the next loops
+  // single-threaded. In a child process after fork() the first loop starts new threads, and fails like the
+  // constructor if it cannot.
   template <typename Body>
   void run(int64_t n, Body&& body) {
-    using Plain = std::remove_reference_t<Body>;
+    using Callable = std::remove_reference_t<Body>;
     run_erased(
-        n, [](void* context, int64_t task, int thread) { (*static_cast<Plain*>(context))(task, thread); },
+        n, [](void* context, int64_t task, int thread) { (*static_cast<Callable*>(context))(task, thread); },
         const_cast<void*>(static_cast<const void*>(&body)));
   }
 
  private:
   using Function = void (*)(void*, int64_t, int);
-  struct Team;
+  struct Workers;
 
+  // run() without its template parameter: `function` calls the body, to which `context` points.
   void run_erased(int64_t n, Function function, void* context);
-  bool alone();
+  bool runs_single_threaded();
 
   int n_threads_;
-  std::unique_ptr<Team> team_;
-  int64_t debt_ = 0;         // nanoseconds lost compared with single-threaded execution; negative: gained
-  int64_t alone_;            // factor from the next debt to the time of single-threaded execution
-  int64_t alone_until_ = 0;  // end of single-threaded execution, nanoseconds of the steady clock; 0: none
+  std::unique_ptr<Workers> workers_;
+  // Nanoseconds lost by using several threads instead of one since the last single-threaded period; negative:
+  // gained.
+  int64_t total_loss_ = 0;
+  int64_t
+      single_threaded_factor_;  // duration of the next single-threaded period, divided by the loss before it
+  int64_t single_threaded_until_ = 0;  // end of the period, nanoseconds of the steady clock; 0: none
 };
 
 // Number of threads: `requested` if positive, else OMP_NUM_THREADS, else the CPUs available to this process

@@ -34,8 +34,8 @@ Vision::Vision(const qvl_config& config, Weights& weights, Context& context)
   }
 }
 
-// Patches [patches][3][patch_size][patch_size]: the convolution is then a product with conv1.weight as
-// stored.
+// Copy the patches of an image to [patches][3][patch_size][patch_size]. The convolution of the patches is
+// then a product with conv1.weight as stored.
 void Vision::cut_patches(Context& context, const float* image, float* to) const {
   const int64_t side = config_.image_size, patch = config_.patch_size, grid = side / patch;
   context.rows(patches_, 3 * patch * patch, [&](int64_t i, int) {
@@ -52,16 +52,16 @@ void Vision::encode(Context& context, const float* image, float* features) {
   const int64_t width = config_.vision_width;
   const Rows rows{patches_, 0};
   auto* x = x_.get<float>(size(patches_ * width));
-  auto* cut = wide_.get<float>(size(patches_ * std::max<int64_t>(conv1_.k, config_.vision_mlp_width)));
-  cut_patches(context, image, cut);
-  linear(context, conv1_, cut, conv1_.k, rows, x, width);
+  auto* patches = wide_.get<float>(size(patches_ * std::max<int64_t>(conv1_.k, config_.vision_mlp_width)));
+  cut_patches(context, image, patches);
+  linear(context, conv1_, patches, conv1_.k, rows, x, width);
   context.kernels.add(positions_, x, patches_ * width);
   layer_norm_rows(context, ln_pre_, x, patches_, config_.vision_width, x);
-  for (const Block& each : blocks_) block(context, each, x);
+  for (const Block& block : blocks_) run_block(context, block, x);
   resampler_.run(context, x, features);
 }
 
-void Vision::block(Context& context, const Block& block, float* x) {
+void Vision::run_block(Context& context, const Block& block, float* x) {
   const int64_t width = config_.vision_width, mlp = config_.vision_mlp_width;
   const int head_dim = config_.vision_width / config_.vision_heads;
   const Rows rows{patches_, 0};
@@ -80,9 +80,9 @@ void Vision::block(Context& context, const Block& block, float* x) {
   });
   const DenseKv kv(qkv + head_dim, qkv + 2 * head_dim, 3 * width, 3 * head_dim);
   std::vector<Queries> work;
-  for (int64_t first = 0; first < patches_; first += kQueryRows) {
+  for (int64_t first = 0; first < patches_; first += kQueryTile) {
     work.push_back(
-        {first, static_cast<int>(std::min<int64_t>(kQueryRows, patches_ - first)), patches_, kAllKeys});
+        {first, static_cast<int>(std::min<int64_t>(kQueryTile, patches_ - first)), patches_, kAllKeys});
   }
   const AttentionShape shape{config_.vision_heads, head_dim, 3 * width,
                              3 * head_dim,         width,    block.in_proj.dtype != QVL_FLOAT32};

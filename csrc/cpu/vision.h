@@ -1,5 +1,5 @@
-// The vision tower on the CPU: a ViT without class token, image -> hidden states of patches, and the
-// resampler (resampler.h), hidden states -> features.
+// The vision stage on the CPU: the vision tower, a ViT without class token, image -> hidden states of
+// patches; and the resampler (resampler.h), hidden states -> features.
 #pragma once
 
 #include <vector>
@@ -26,7 +26,8 @@ class Vision {
   };
 
   void cut_patches(Context& context, const float* image, float* to) const;
-  void block(Context& context, const Block& block, float* x);
+  // Apply one block of the ViT to x [patches][vision_width], in place.
+  void run_block(Context& context, const Block& block, float* x);
 
   const qvl_config& config_;
   int64_t patches_;
@@ -35,9 +36,11 @@ class Vision {
   Norm ln_pre_;
   std::vector<Block> blocks_;
   Resampler resampler_;
+  // Activations: residual stream, normed input, q with k and v, and patches or output of c_fc.
   Buffer x_, normed_, qkv_, wide_;
 };
 
+// LayerNorm of n rows x [n][width] -> y, which may be the same memory as x.
 void layer_norm_rows(Context& context, const Norm& norm, const float* x, int64_t n, int width, float* y);
 
 // Epsilon of all LayerNorms of the vision stage.

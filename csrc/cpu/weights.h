@@ -15,23 +15,24 @@ struct Norm {
   const float* bias;  // NULL: RMSNorm
 };
 
+// The weights of an engine by name. matrix() refers to the caller's memory, floats() copies.
 class Weights {
  public:
   Weights(const WeightTable& table) : table_(table) {}
 
-  // float32 copy of a tensor, owned by this object until take_copies().
+  // float32 copy of a tensor; this object owns it until take_copies().
   const float* floats(const std::string& name);
 
-  // Matrix in place; `bias` may be empty.
+  // Matrix with an optional bias; `bias` is the name of that tensor.
   Matrix matrix(const std::string& name, const std::string& bias = "");
 
-  // name.weight and name.bias
+  // Matrix name.weight with bias name.bias.
   Matrix linear(const std::string& name) { return matrix(name + ".weight", name + ".bias"); }
 
-  // name.weight and name.bias as float32.
+  // Norm with name.weight and name.bias.
   Norm norm(const std::string& name) { return {floats(name + ".weight"), floats(name + ".bias")}; }
 
-  // Move the copies to the caller; must be the last call.
+  // Transfer the ownership of the copies to the caller; must be the last call.
   std::vector<std::unique_ptr<float[]>> take_copies() { return std::move(copies_); }
 
  private:

@@ -6,29 +6,29 @@
  *   3. calls qvl_generate, or creates a qvl_kv_pool and calls qvl_step (or qvl_forward and qvl_sample).
  *
  * Errors. Functions that can fail return a qvl_status, QVL_OK being 0, and take a qvl_error as their last
- * argument, which may be NULL. On failure it contains a one-line message. The library throws no C++
- * exceptions. After a failure the outputs are unspecified; engine and pool stay usable.
+ * argument, which may be NULL. On failure the qvl_error contains a one-line message. The library throws no
+ * C++ exceptions. After a failure the outputs are unspecified; engine and pool stay usable.
  *
  * Threads. There is no global state: a process may have any number of engines. Every function may be called
  * from any thread. A lock serialises the calls that compute on the same engine; different engines run
  * concurrently. Freeing a handle while another call uses it is undefined behaviour.
  *
  * Memory. "Device memory" below means memory of the engine's device; for QVL_DEVICE_CPU that is any memory.
- * "Host memory" is ordinary memory on every device. Structs and arrays of lengths, positions and parameters
- * are in host memory and are read before the call returns.
+ * "Host memory" is ordinary memory of the CPU. Structs and arrays of lengths, positions and parameters are in
+ * host memory and are read before the call returns.
  *
  * Streams. A NULL qvl_stream selects the engine's default stream. On the CPU every call is synchronous and
  * ignores the stream. On a GPU qvl_step, qvl_forward, qvl_encode_images, qvl_sample, qvl_copy_async and the
  * block functions of a pool return once their work is enqueued on the stream, and afterwards access no host
  * memory of the caller except memory from qvl_host_alloc that was passed to them. Work on one stream runs in
  * order. The scratch memory of an engine belongs to one stream at a time: a call that computes on another
- * stream first waits, on the device, for the work enqueued before. Copies do not wait, so a copy on a second
- * stream overlaps with a step; use events to order dependent work.
+ * stream first waits, on the device, for the work enqueued before. Copies do not wait for work on other
+ * streams, so a copy on a second stream overlaps with a step; use events to order dependent work.
  *
  * Compatibility. Every struct that a caller fills begins with its size, or is passed in an array along with
- * the size of one element (the stride). Fields missing from an older caller's struct are read as zero, which
- * selects the older behaviour; fields unknown to this library are ignored. Set `size` with QVL_INIT, as in
- * `qvl_config config = QVL_INIT(qvl_config);`. Fields called reserved must be 0.
+ * the size of one element (the stride). If the caller's struct is older, missing fields are read as zero,
+ * which selects the older behaviour; if it is newer, fields unknown to this library are ignored. Set `size`
+ * with QVL_INIT, as in `qvl_config config = QVL_INIT(qvl_config);`. Fields called reserved must be 0.
  */
 #ifndef QWENVL_H
 #define QWENVL_H
@@ -87,7 +87,7 @@ enum {
   QVL_UINT8_G32 = 9,
   QVL_UINT8_G64 = 10,
   QVL_UINT8_G128 = 11,
-  QVL_INT32 = 12, /* only for vectors of indices */
+  QVL_INT32 = 12, /* only for the column order of a matrix, NAME.order; see qvl_tensor */
   QVL_DTYPES = 13
 };
 
@@ -106,13 +106,15 @@ enum {
   QVL_ISA_AVX512_BF16 = 4 /* QVL_ISA_AVX512 with BF16 and VBMI */
 };
 
-/* Compute type of the matrix products of prompts and images. */
+/* Compute type: the type in which the matrix products of prompts and images multiply; on a GPU also the type
+ * of activations. */
 typedef int32_t qvl_compute;
 enum {
-  QVL_COMPUTE_BEST = 0,     /* CPU: bfloat16 if the processor has bfloat16 instructions, else float32 */
-  QVL_COMPUTE_FLOAT32 = 1,  /* CPU: does not use the instructions of QVL_ISA_AVX512_BF16; decode steps
-                               multiply QVL_UINT* weights with float32 activations, which is slow */
-  QVL_COMPUTE_BFLOAT16 = 2, /* QVL_UNSUPPORTED on processors without bfloat16 instructions */
+  QVL_COMPUTE_BEST = 0,     /* CPU: bfloat16 if the processor has bfloat16 instructions, else float32. GPU:
+                               float16 with float16 weights or without bfloat16 instructions, else bfloat16 */
+  QVL_COMPUTE_FLOAT32 = 1,  /* CPU: uses no instructions of QVL_ISA_AVX512_BF16; decode steps multiply
+                               QVL_UINT* weights with float32 activations, which is slow */
+  QVL_COMPUTE_BFLOAT16 = 2, /* QVL_UNSUPPORTED on a CPU without bfloat16 instructions */
   QVL_COMPUTE_FLOAT16 = 3   /* GPU only */
 };
 
@@ -129,7 +131,7 @@ typedef struct qvl_device_info {
   char isa[32]; /* CPU: name of QVL_ISA_BEST, such as "avx512_bf16" */
 } qvl_device_info;
 
-/* Number of usable devices of a kind: 1 for the CPU; for GPUs 0 without the CUDA back end. */
+/* Number of usable devices of a kind. CPU: 1. CUDA: number of GPUs; 0 without the CUDA back end. */
 QVL_API int32_t qvl_device_count(qvl_device device);
 QVL_API qvl_status qvl_get_device_info(qvl_device device, int32_t index, qvl_device_info* info,
                                        qvl_error* error);
@@ -144,7 +146,8 @@ typedef struct qvl_config {
   uint32_t stages; /* QVL_STAGE_VISION, QVL_STAGE_LANGUAGE or both; their weights are required */
   qvl_device device;
   int32_t device_index; /* index of the GPU; 0 on a CPU */
-  int32_t n_threads;    /* CPU: 0 for OMP_NUM_THREADS if it is set, else the CPUs available to the process */
+  int32_t n_threads;    /* CPU: number of threads; 0: OMP_NUM_THREADS if it is set, else the number of CPUs
+                           available to the process */
   qvl_isa isa;
   int32_t max_tokens; /* maximum number of tokens per pass over the layers, which determines the scratch
                          memory; larger batches are split; 0: 512, on a GPU 2048 */
@@ -154,7 +157,7 @@ typedef struct qvl_config {
   int32_t layers;
   int32_t heads;
   int32_t head_dim;  /* even; "kv_channels" */
-  int32_t mlp_width; /* half of "intermediate_size", which counts gate and value together */
+  int32_t mlp_width; /* half of "intermediate_size", which is the sum of the widths of w1 and w2 */
   int32_t vocab;
   float norm_epsilon;
   int32_t seq_length;    /* training sequence length, beyond which NTK and logn scaling apply */
@@ -200,16 +203,17 @@ typedef struct qvl_config {
  * Every matrix is [out, in] here. visual.proj, [in, out] in checkpoints, must be transposed; the tables
  * positional_embedding and key_pos_embed must be resized to the image's patches.
  *
- * All may be QVL_FLOAT32, QVL_BFLOAT16 or QVL_FLOAT16; the matrices other than wte.weight may be quantized.
- * Types may be mixed. A matrix NAME [out, in] other than wte.weight may have a permutation NAME.order,
- * QVL_INT32 [in] ("act-order" of GPTQ): stored column j multiplies input order[j], y[o] = sum over j of
- * value[o, j] x[order[j]]. On a GPU mlp.w1 and mlp.w2 of a layer must have the same order, and matrices of
- * the vision stage must have none.
+ * Every weight may be QVL_FLOAT32, QVL_BFLOAT16 or QVL_FLOAT16, and matrices other than wte.weight may be
+ * quantized. Types may be mixed. A matrix NAME [out, in] other than wte.weight may have a permutation
+ * NAME.order, QVL_INT32 [in] ("act-order" of GPTQ): stored column j multiplies input order[j], y[o] = sum
+ * over j of value[o, j] x[order[j]]. On a GPU mlp.w1 and mlp.w2 of a layer must have the same order, and
+ * matrices of the vision stage must have none.
  *
  * Products with float32 weights run in float32. With other weights the products of prompts and images round
- * the activations to bfloat16 if the machine has bfloat16 instructions; those of decode steps and of lm_head
- * keep them in float32, but on a CPU round them to 8 bits with one scale per 32 values if the weight is
- * quantized (QVL_UINT*: unless `compute` is QVL_COMPUTE_FLOAT32). All other operations are float32.
+ * the activations to bfloat16 if the machine has bfloat16 instructions. The products of decode steps and of
+ * lm_head keep the activations in float32; exception: on a CPU they round the activations to 8 bits, with one
+ * scale per 32 values, if the weight is quantized (for QVL_UINT* only if `compute` is not
+ * QVL_COMPUTE_FLOAT32). All other operations are float32.
  */
 typedef struct qvl_tensor {
   const char* name;
@@ -217,7 +221,7 @@ typedef struct qvl_tensor {
                        4 bytes (QVL_BFLOAT16, QVL_FLOAT16: 2) */
   qvl_dtype dtype;
   qvl_device device; /* device of `data`: the engine's device, where it is used in place, or the CPU, from
-                        which it is copied once */
+                        which the engine copies it once */
   int32_t n_dims;
   int64_t shape[4]; /* of the unpacked values, for every dtype */
   uint64_t bytes;   /* length of `data`, checked against shape and dtype */
@@ -228,19 +232,19 @@ typedef struct qvl_tensor {
  * QVL_INT8:     int8 [out, padded] and float32 [out] scales; value = scale * integer.
  * QVL_INT4_G*:  uint8 [out, padded / 2] and bfloat16 [out, padded / group] scales;
  * value = scale * (nibble - 8). 128 values of a row occupy 64 bytes, 32 little-endian 16-bit words: value
- * 32 j + i is nibble j, counted from the lowest bits, of word i. padded is `in` rounded up to 128; padding
- * has the value 0.
+ * 32 j + i is nibble j, counted from the lowest bits, of word i. padded is `in` rounded up to a multiple of
+ * 128; padding has the value 0.
  *
  * QVL_UINT4_G*, QVL_UINT8_G*: uint8 [out, padded / 2] with nibbles in the order of QVL_INT4_G*, or uint8
- * [out, padded]; float16 [out, padded / group] scales; float16 [out, padded / group] zero points, whole
- * numbers from 0 to 256. value = scale * (integer - zero). Padding: integers, scales and zero points are 0.
+ * [out, padded]; float16 [out, padded / group] scales; float16 [out, padded / group] zero points,
+ * integers from 0 to 256. value = scale * (integer - zero). Padding: integers, scales and zero points are 0.
  */
 QVL_API uint64_t qvl_packed_bytes(qvl_dtype dtype, int64_t out, int64_t in);
 
 /* Convert a float32 matrix [out, in] to `dtype` at `packed`, rounding to nearest; both in host memory.
- * Quantization is symmetric: the scale of a row follows from its largest magnitude; the scale of a group has
- * the least squared error among several candidates near its largest magnitude / 8. QVL_INVALID: a NaN or
- * infinity in the matrix, or a dtype of qvl_pack_groups.
+ * Quantization is symmetric. The scale of a row (QVL_INT8) is its largest magnitude / 127. The scale of a
+ * group (QVL_INT4_G*) is the one with the least squared error among several candidates near its largest
+ * magnitude / 8. QVL_INVALID: a NaN or infinity in the matrix, or a dtype that qvl_pack_groups creates.
  */
 QVL_API qvl_status qvl_pack(qvl_dtype dtype, int64_t out, int64_t in, const float* values, void* packed,
                             uint64_t packed_bytes, qvl_error* error);
@@ -262,15 +266,16 @@ QVL_API qvl_status qvl_unpack(qvl_dtype dtype, int64_t out, int64_t in, const vo
 
 typedef struct qvl_engine qvl_engine;
 
-/* Weights that one or more engines share: one copy in memory.
+/* Weights, of which one or more engines share a single copy in memory.
  *
- * qvl_weights_create: the array and the names are copied, the data is used in place: it must stay unchanged
- * until the weights and the last engine created from them are freed. tensor_size: sizeof(qvl_tensor).
+ * qvl_weights_create: copies the array and the names, and uses the data in place. The data must stay
+ * unchanged until the weights and the last engine created from them are freed. tensor_size:
+ * sizeof(qvl_tensor).
  *
  * qvl_weights_open: maps an exported stage's parameter file (PREFIX.pdiparams), which contains the names of
  * its tensors (paddlemix_qwenvl_plugin/artifact/params_file.py documents the format). Data is read on first
  * use, and processes that map the same file share one copy. QVL_INVALID: no such file; QVL_BAD_WEIGHT:
- * damaged, or a file without names, as written by exports before contract version 3.
+ * a damaged file, or a file without names, as written by exports before contract version 3.
  *
  * A mapped file must not be truncated or written to; replace it by renaming another file over it.
  *
@@ -283,11 +288,11 @@ QVL_API qvl_status qvl_weights_open(const char* path, qvl_weights** weights, qvl
 QVL_API int64_t qvl_weights_count(const qvl_weights* weights);
 QVL_API qvl_status qvl_weights_get(const qvl_weights* weights, int64_t i, qvl_tensor* tensor,
                                    uint32_t tensor_size, qvl_error* error);
-/* Engines created from the weights keep the tensors that they need. NULL is allowed. */
+/* Engines created from the weights remain valid. NULL is allowed. */
 QVL_API void qvl_weights_free(qvl_weights* weights);
 
 /* Create an engine. The weights must contain every tensor that the config requires; others are ignored.
- * (Vectors, and the tables of the vision tower, are copied as float32.)
+ * Vectors, and the tables of the vision tower, are copied as float32.
  */
 QVL_API qvl_status qvl_engine_create(const qvl_config* config, qvl_weights* weights, qvl_engine** engine,
                                      qvl_error* error);
@@ -329,7 +334,7 @@ QVL_API const char* qvl_version(void);
 /* Description of the back end for logs: "cpu avx512_bf16, 2 threads". Valid until the engine is freed. */
 QVL_API const char* qvl_engine_describe(const qvl_engine* engine);
 
-/* Allocate device memory without the CUDA runtime, aligned to 64 bytes; `bytes` may be 0. */
+/* Allocate device memory, aligned to 64 bytes, for callers without the CUDA runtime. `bytes` may be 0. */
 QVL_API qvl_status qvl_alloc(qvl_engine* engine, uint64_t bytes, void** memory, qvl_error* error);
 QVL_API void qvl_dealloc(qvl_engine* engine, void* memory);
 
@@ -341,12 +346,13 @@ QVL_API qvl_status qvl_copy(qvl_engine* engine, void* to, const void* from, uint
 QVL_API qvl_status qvl_host_alloc(qvl_engine* engine, uint64_t bytes, void** memory, qvl_error* error);
 QVL_API void qvl_host_free(qvl_engine* engine, void* memory);
 
-/* As qvl_copy, but without waiting for the copy to finish; host memory must be from qvl_host_alloc. */
+/* qvl_copy without waiting for the copy to finish; host memory must be from qvl_host_alloc. */
 QVL_API qvl_status qvl_copy_async(qvl_engine* engine, void* to, const void* from, uint64_t bytes,
                                   qvl_stream stream, qvl_error* error);
 
-/* Events: points in the work of a stream. An event that was never recorded is done. query: sets *done to 1 or
- * 0. wait: blocks the calling thread. */
+/* Events: points in the work of a stream. An event is done when the work enqueued before its last record is
+ * done, or if it was never recorded. qvl_event_query sets *done to 1 or 0. qvl_event_wait blocks the calling
+ * thread. */
 typedef struct qvl_event qvl_event;
 QVL_API qvl_status qvl_event_create(qvl_engine* engine, qvl_event** event, qvl_error* error);
 QVL_API qvl_status qvl_event_record(qvl_event* event, qvl_stream stream, qvl_error* error);
@@ -372,8 +378,8 @@ typedef struct qvl_kv_pool qvl_kv_pool;
 /* Create a KV pool: n_blocks blocks of block_tokens tokens (1 to 256; 32 is recommended) in all layers,
  * stored as QVL_FLOAT32, QVL_BFLOAT16, QVL_FLOAT16 or QVL_INT8 (a float32 scale per token and head). The
  * caller assigns blocks to sequences: token t of a sequence is in slot t % block_tokens of block
- * blocks[t / block_tokens] of its block table. Sequences may share blocks for reading. Memory of blocks that
- * were never written is not touched.
+ * blocks[t / block_tokens] of its block table. Sequences may share blocks for reading. On a CPU the memory
+ * of a block is not touched before the block is written.
  */
 QVL_API qvl_status qvl_kv_pool_create(qvl_engine* engine, int32_t n_blocks, int32_t block_tokens,
                                       qvl_dtype dtype, qvl_kv_pool** pool, qvl_error* error);
@@ -383,13 +389,13 @@ QVL_API void qvl_kv_pool_free(qvl_kv_pool* pool);
 QVL_API uint64_t qvl_kv_pool_bytes(const qvl_engine* engine, int32_t n_blocks, int32_t block_tokens,
                                    qvl_dtype dtype);
 
-/* Copy whole blocks, all layers, keys and values: block from[i] to block to[i] of the pool, in order of i.
+/* Copy blocks, with keys and values of all layers: block from[i] to block to[i] of the pool, in order of i.
  * For copy-on-write of a shared block. */
 QVL_API qvl_status qvl_kv_copy_blocks(qvl_kv_pool* pool, int32_t n, const int32_t* from, const int32_t* to,
                                       qvl_stream stream, qvl_error* error);
 
-/* Copy whole blocks to and from host memory of n * qvl_kv_pool_bytes(engine, 1, block_tokens, dtype) bytes.
- * The layout is private: it fits only pools of the same sizes, library version and device. */
+/* Copy blocks to and from host memory of n * qvl_kv_pool_bytes(engine, 1, block_tokens, dtype) bytes.
+ * The layout is private: it is valid only for pools with the same sizes, library version and device. */
 QVL_API qvl_status qvl_kv_read_blocks(qvl_kv_pool* pool, int32_t n, const int32_t* blocks, void* host,
                                       uint64_t bytes, qvl_stream stream, qvl_error* error);
 QVL_API qvl_status qvl_kv_write_blocks(qvl_kv_pool* pool, int32_t n, const int32_t* blocks, const void* host,
@@ -397,30 +403,31 @@ QVL_API qvl_status qvl_kv_write_blocks(qvl_kv_pool* pool, int32_t n, const int32
 
 /* ---- forward ------------------------------------------------------------------------------------------ */
 
-/* A sequence's part of a packed batch: a whole prompt, a chunk of a prompt, or one token. */
+/* A sequence's tokens in a packed batch: a prompt, a chunk of a prompt, or one token of a decode step. */
 typedef struct qvl_sequence {
-  int32_t n_new;         /* tokens in this batch, at least 1 */
-  int32_t n_past;        /* tokens before them, whose keys and values are in the pool */
-  int32_t prompt_len;    /* of the whole prompt, at least 1: determines the rotary base of all its tokens */
-  int32_t n_blocks;      /* length of `blocks`: n_past + n_new tokens must fit */
+  int32_t n_new;      /* tokens in this batch, at least 1 */
+  int32_t n_past;     /* tokens of the sequence before these, whose keys and values are in the pool */
+  int32_t prompt_len; /* length of the entire prompt, at least 1; determines the rotary base of all tokens */
+  int32_t n_blocks;   /* length of `blocks`: n_past + n_new tokens must fit */
   const int32_t* blocks; /* block table, host memory */
 
   /* Since 0.2. */
   uint32_t flags; /* QVL_SEQUENCE_* */
   uint32_t reserved;
-  const qvl_adapter* adapter; /* of all tokens of the sequence, including those in the pool; NULL: none */
+  const qvl_adapter* adapter; /* adapter of all tokens, also of those in the pool; NULL: none */
 } qvl_sequence;
 
 enum {
-  QVL_SEQUENCE_NO_LOGITS = 1, /* no logits, as for a chunk before the end of its prompt */
-  QVL_SEQUENCE_GENERATED = 2  /* tokens within the prompt that were generated: see below */
+  QVL_SEQUENCE_NO_LOGITS = 1, /* compute no logits, as for all chunks of a prompt but the last */
+  QVL_SEQUENCE_GENERATED = 2 /* compute all tokens as decode steps, also those within the prompt: see below */
 };
 
 /* Reproducibility. Tokens at positions below prompt_len are computed as prompts; the others, and those of a
- * sequence with QVL_SEQUENCE_GENERATED, as decode steps, whose arithmetic differs. Apart from that, a token's
- * results depend only on the preceding tokens and the adapter, bit for bit: not on the rest of the batch or
- * its adapters, not on the chunks of a prompt, not on whether the preceding keys and values were computed in
- * this call or an earlier one. Several entries of a batch may belong to one sequence, in order of position.
+ * sequence with QVL_SEQUENCE_GENERATED, as decode steps, whose arithmetic differs. Apart from this, a token's
+ * results depend only on the preceding tokens and the adapter, bit for bit. They do not depend on other
+ * entries of the batch, on the division of a prompt into chunks, or on whether the preceding keys and values
+ * were computed in this call or an earlier one. Several entries of a batch may belong to one sequence, in
+ * order of position.
  */
 
 /* Tokens [start, start + count) of the packed batch are vectors instead of ids: the features of an image, or
@@ -447,8 +454,8 @@ typedef struct qvl_batch {
 } qvl_batch;
 
 /* Run the batch through the layers, write its keys and values into the pool, and compute the logits of the
- * last token of each sequence without QVL_SEQUENCE_NO_LOGITS, in their order: float32 [rows, vocab], device
- * memory. With logits NULL only the pool is written.
+ * last token of each sequence without QVL_SEQUENCE_NO_LOGITS, in the order of the batch: float32 [rows,
+ * vocab], device memory. With logits NULL only the pool is written.
  *
  * An id outside the vocabulary is QVL_INVALID if the ids are in host memory; in GPU memory it is clamped.
  */
@@ -457,11 +464,11 @@ QVL_API qvl_status qvl_forward(qvl_engine* engine, qvl_kv_pool* pool, const qvl_
 
 /* ---- sampling ----------------------------------------------------------------------------------------- */
 
-/* Sampling parameters of a row of logits, applied in this order: forbidden ids, penalties, temperature,
- * top-k, top-p. A row with a NaN, a positive infinity or no finite value yields the token -1 and increments
- * no count. The random number of draw c with seed s is splitmix64's output for the state s + (c + 1) *
- * 0x9E3779B97F4A7C15, its upper 53 bits taken as a fraction: the caller owns the state, and the same seed and
- * counter give the same random number on every device.
+/* Sampling parameters of a row of logits. They are applied in this order: forbidden ids, penalties,
+ * temperature, top-k, top-p. A row with a NaN, a positive infinity or no finite value yields the token -1 and
+ * increments no count. The random number of draw c with seed s is splitmix64's output for the state s + (c +
+ * 1) * 0x9E3779B97F4A7C15, with its upper 53 bits taken as a fraction. The library has no random state: the
+ * same seed and counter give the same random number on every device.
  */
 typedef struct qvl_sampling {
   uint32_t size;     /* sizeof(qvl_sampling) */
@@ -500,7 +507,7 @@ typedef struct qvl_step_args {
   uint32_t size;          /* sizeof(qvl_step_args) */
   uint32_t sampling_size; /* sizeof(qvl_sampling) */
   const qvl_batch* batch;
-  /* One row per sequence without QVL_SEQUENCE_NO_LOGITS, in their order. */
+  /* The arrays have one row per sequence without QVL_SEQUENCE_NO_LOGITS, in the order of the batch. */
   int32_t rows;                 /* number of rows, checked against the batch */
   int32_t n_logprobs;           /* 0 to 64: number of the most likely tokens to return */
   const qvl_sampling* sampling; /* [rows], host memory */
@@ -523,24 +530,24 @@ QVL_API qvl_status qvl_step(qvl_engine* engine, qvl_kv_pool* pool, const qvl_ste
 /* ---- generate ----------------------------------------------------------------------------------------- */
 
 typedef struct qvl_request {
-  int32_t n_tokens;             /* of the prompt, at least 1 */
+  int32_t n_tokens;             /* tokens of the prompt, at least 1 */
   int32_t n_spans;              /* number of images */
   const int32_t* tokens;        /* [n_tokens], host memory */
   const qvl_span* spans;        /* `start` is relative to the beginning of this prompt */
   int32_t max_new;              /* at least 1; n_tokens + max_new is at most max_positions */
   int32_t min_new;              /* stop tokens are forbidden before this number of tokens */
-  const qvl_sampling* sampling; /* a single struct; `counter` is that of the first token and increases by one
-                                   per token, `forbidden` applies to the first token. NULL: greedy */
-  uint32_t span_size;           /* sizeof(qvl_span); 0: 16 */
+  const qvl_sampling* sampling; /* a single struct. `counter`: counter of the first token, one more for each
+                                   next token. `forbidden`: only for the first token. NULL: greedy */
+  uint32_t span_size;           /* sizeof(qvl_span); 0: 16, the size in version 0.1 */
   uint32_t reserved;
-  const qvl_adapter* adapter; /* of all tokens; NULL: none */
+  const qvl_adapter* adapter; /* adapter of all tokens; NULL: none */
 } qvl_request;
 
 enum { QVL_FINISH_END = 1, QVL_FINISH_LENGTH = 2 };
 
-/* Callback with the tokens of a step. Called on the thread that called qvl_generate, in the order of steps; a
- * GPU may be several steps ahead. Return 0 to continue; any other value makes qvl_generate return
- * QVL_STOPPED.
+/* Callback with the tokens of a step. Called on the thread that called qvl_generate, in the order of steps,
+ * while a GPU may already compute later steps. Return 0 to continue; any other value makes qvl_generate
+ * return QVL_STOPPED.
  *
  * n: number of requests with a token in this step; requests, tokens: their indices and tokens [n].
  */
@@ -549,7 +556,7 @@ typedef int32_t (*qvl_on_step)(void* user, int32_t step, int32_t n, const int32_
 
 typedef struct qvl_result {
   int32_t n_tokens; /* number of generated tokens, including a final stop token */
-  int32_t finish;   /* QVL_FINISH_END, QVL_FINISH_LENGTH; 0: stopped by the callback */
+  int32_t finish;   /* QVL_FINISH_END (stop token) or QVL_FINISH_LENGTH; 0: stopped by the callback */
   int32_t reserved[2];
 } qvl_result;
 
@@ -558,8 +565,8 @@ typedef struct qvl_result {
  * end_ids: stop tokens, int32 [n_end], host memory.
  * pool: NULL to create a pool for this call, float32 for float32 weights, else bfloat16. A given pool is
  * overwritten. tokens: int32 [n, stride], host memory; row i receives the tokens of request i. stride: at
- * least the largest max_new. results: [n]. request_size: sizeof(qvl_request). on_step: may be NULL. The
- * engine's lock is taken separately for each step, so concurrent calls interleave.
+ * least the largest max_new. results: [n]. request_size: sizeof(qvl_request). on_step: may be NULL. Each step
+ * takes and releases the engine's lock, so that steps of concurrent calls alternate.
  */
 QVL_API qvl_status qvl_generate(qvl_engine* engine, qvl_kv_pool* pool, int32_t n, const qvl_request* requests,
                                 uint32_t request_size, int32_t n_end, const int32_t* end_ids,

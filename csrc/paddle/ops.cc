@@ -1,12 +1,14 @@
-// Paddle custom operators that run the engine. The last input of each is the list of weights, described by
-// attributes:
-//   sizes    stages, hidden, layers, heads, head_dim, mlp_width, vocab, seq_length, max_positions,
-//            dynamic_ntk, logn, image_size, patch_size, vision_width, vision_layers, vision_heads,
-//            vision_mlp_width, n_queries
-//   norm_epsilon, rotary_base
-//   names, dtypes, shapes  of the weights, in the order of the input: qvl_dtype, four dimensions per weight
+// Paddle custom operators that run the engine. The last input of an operator is the list of weights.
+// Attributes:
+//   sizes    fields of qvl_config: stages, hidden, layers, heads, head_dim, mlp_width, vocab, seq_length,
+//            max_positions, dynamic_ntk, logn, image_size, patch_size, vision_width, vision_layers,
+//            vision_heads, vision_mlp_width, n_queries
+//   norm_epsilon, rotary_base  fields of qvl_config
+//   names    of the weights, in the order of the input
+//   dtypes   of the weights, qvl_dtype
+//   shapes   of the weights, four dimensions each, padded with 0
 //
-// Tensors are on the CPU even if the engine runs on a GPU.
+// The tensors of inputs and outputs are on the CPU even if the engine runs on a GPU.
 #include <algorithm>
 #include <cstring>
 #include <string>
@@ -34,14 +36,14 @@ using Ints = std::vector<int>;
 using Names = std::vector<std::string>;
 
 std::string text(const Shape& shape) {
-  std::string all = "[";
+  std::string result = "[";
   for (size_t i = 0; i < shape.size(); ++i) {
-    all += (i > 0 ? ", " : "") + (shape[i] >= 0 ? std::to_string(shape[i]) : std::string("any"));
+    result += (i > 0 ? ", " : "") + (shape[i] >= 0 ? std::to_string(shape[i]) : std::string("any"));
   }
-  return all + "]";
+  return result + "]";
 }
 
-// Values of an input after a check of its type and shape; -1: any length.
+// Values of an input, after a check of its type and shape, in which -1 stands for any length.
 template <typename T>
 const T* values(const Tensor& tensor, const char* name, const Shape& shape) {
   const Shape given = tensor.shape();
@@ -55,12 +57,13 @@ const T* values(const Tensor& tensor, const char* name, const Shape& shape) {
   return tensor.data<T>();
 }
 
-// Input with one value per row, [n, 1].
+// Values of an input with one value per row, [n, 1].
 template <typename T>
 const T* column(const Tensor& tensor, const char* name, int64_t n) {
   return values<T>(tensor, name, {n, 1});
 }
 
+// Uninitialised tensor on the CPU.
 Tensor make(const Shape& shape, paddle::DataType dtype) {
   return paddle::experimental::empty(shape, dtype, paddle::CPUPlace());
 }
@@ -96,38 +99,43 @@ std::vector<paddle::DataType> encode_images_dtype(const paddle::DataType&,
   return {paddle::DataType::FLOAT32};
 }
 
-// ---- generation of whole completions, as requested by the stock predictor --------------------------------
+// ---- completions, with the inputs of the stock program ---------------------------------------------------
 
 // Parameters and state of a row, as in modeling/generation.py.
 struct Row {
-  int64_t done, max_length, min_length, last = 0;
+  int64_t done;  // number of generated tokens, including those of earlier calls
+  int64_t max_length, min_length;
+  int64_t last = 0;  // last token
   bool stopped;
-  std::vector<int32_t> tokens;
+  std::vector<int32_t> tokens;  // tokens of this call
 };
 
+// User data of on_step.
 struct Progress {
   std::vector<Row>* rows;
   const std::vector<size_t>* row_of;  // row of each request
-  const std::vector<int32_t>* ends;
-  int64_t stop_nums;
+  const std::vector<int32_t>* stop_tokens;
+  int64_t stop_nums;  // generation ends when this number of rows has stopped
 };
 
+// qvl_on_step: update the rows; request a stop when enough rows have stopped.
 int32_t on_step(void* user, int32_t, int32_t n, const int32_t* requests, const int32_t* tokens) {
   const auto& progress = *static_cast<Progress*>(user);
   for (int32_t i = 0; i < n; ++i) {
     Row& row = (*progress.rows)[(*progress.row_of)[static_cast<size_t>(requests[i])]];
     row.last = tokens[i];
     row.tokens.push_back(tokens[i]);
-    const auto& ends = *progress.ends;
+    const auto& stop_tokens = *progress.stop_tokens;
+    const bool is_stop = std::find(stop_tokens.begin(), stop_tokens.end(), tokens[i]) != stop_tokens.end();
     ++row.done;
-    row.stopped = row.done >= row.max_length || std::find(ends.begin(), ends.end(), tokens[i]) != ends.end();
+    row.stopped = row.done >= row.max_length || is_stop;
   }
   const auto stopped =
       std::count_if(progress.rows->begin(), progress.rows->end(), [](const Row& row) { return row.stopped; });
   return stopped >= progress.stop_nums;
 }
 
-// Convert a token id; -1, which matches no token, for an id outside the vocabulary.
+// Convert a token id. An id outside the vocabulary becomes -1, which equals no token.
 int32_t as_id(int64_t id, int64_t vocab) {
   return id >= 0 && id < vocab ? static_cast<int32_t>(id) : -1;
 }
@@ -141,7 +149,7 @@ std::vector<Tensor> generate(const Tensor& input_ids, const Tensor& features, co
                              const std::vector<Tensor>& weights, const Ints& sizes, float norm_epsilon,
                              float rotary_base, const Names& names, const Ints& dtypes, const Ints& shapes) {
   const auto engine = session({sizes, norm_epsilon, rotary_base, names, dtypes, shapes}, weights);
-  const int64_t n_queries = sizes[N_QUERIES], hidden = sizes[HIDDEN], most = sizes[MAX_POSITIONS];
+  const int64_t n_queries = sizes[N_QUERIES], hidden = sizes[HIDDEN], max_positions = sizes[MAX_POSITIONS];
   const auto* all_ids = values<int64_t>(input_ids, "input_ids", {-1, -1});
   const int64_t n_rows = input_ids.shape()[0], width = input_ids.shape()[1];
   const auto* penalties = column<float>(penalty, "penalty_score", n_rows);
@@ -156,17 +164,18 @@ std::vector<Tensor> generate(const Tensor& input_ids, const Tensor& features, co
   const auto* steps = column<int64_t>(step_idx, "step_idx", n_rows);
   const auto* stops = column<bool>(stop_flags, "stop_flags", n_rows);
   const auto* positions = column<int64_t>(tgt_pos, "tgt_pos", n_rows);
-  const int64_t enough = *values<int64_t>(stop_nums, "stop_nums", {1});
+  const int64_t stop_count = *values<int64_t>(stop_nums, "stop_nums", {1});
   const auto* end_ids = values<int64_t>(eos, "eos_token_id", {-1});
   const auto* image_features = values<float>(features, "image_features", {-1, n_queries, hidden});
-  const auto* places = values<int64_t>(img_pos, "img_pos", {-1, 3});
+  // Per image: row, index of <img>, index of </img>. The features are between the two.
+  const auto* image_positions = values<int64_t>(img_pos, "img_pos", {-1, 3});
   require(n_rows <= (1 << 16), "input_ids: has more than 65536 rows");
   const auto n = static_cast<size_t>(n_rows);
   std::vector<std::vector<int32_t>> ids(n);
   std::vector<std::vector<qvl_span>> spans(n);
   for (int64_t i = 0; i < img_pos.shape()[0]; ++i) {
-    const int64_t row = places[3 * i], start = places[3 * i + 1];
-    if (row < 0) continue;
+    const int64_t row = image_positions[3 * i], start = image_positions[3 * i + 1];
+    if (row < 0) continue;  // an absent image
     const std::string where = "img_pos: image " + std::to_string(i);
     require(row < n_rows && i < features.shape()[0], where + ": no such row, or no such image");
     require(start >= 0 && start < width - n_queries, where + ": does not end within its row");
@@ -174,8 +183,8 @@ std::vector<Tensor> generate(const Tensor& input_ids, const Tensor& features, co
                                                static_cast<int32_t>(n_queries),
                                                image_features + i * n_queries * hidden});
   }
-  std::vector<int32_t> ends;
-  for (int64_t i = 0; i < eos.numel(); ++i) ends.push_back(as_id(end_ids[i], sizes[VOCAB]));
+  std::vector<int32_t> stop_tokens;
+  for (int64_t i = 0; i < eos.numel(); ++i) stop_tokens.push_back(as_id(end_ids[i], sizes[VOCAB]));
   std::vector<Row> rows(n);
   std::vector<qvl_request> requests;
   std::vector<qvl_sampling> sampling(n);
@@ -184,12 +193,12 @@ std::vector<Tensor> generate(const Tensor& input_ids, const Tensor& features, co
   const uint64_t seed = phi::DefaultCPUGenerator()->Random64();
   for (size_t i = 0; i < n; ++i) {
     Row& row = rows[i];
-    require(max_lengths[i] <= most,
-            "max_length: is " + std::to_string(max_lengths[i]) + "; the model takes " + std::to_string(most));
-    require(steps[i] >= 0 && steps[i] <= most, "step_idx: is " + std::to_string(steps[i]));
+    require(max_lengths[i] <= max_positions, "max_length: is " + std::to_string(max_lengths[i]) +
+                                                 "; the model takes " + std::to_string(max_positions));
+    require(steps[i] >= 0 && steps[i] <= max_positions, "step_idx: is " + std::to_string(steps[i]));
     row.done = steps[i];
     row.max_length = max_lengths[i];
-    row.min_length = std::clamp<int64_t>(min_lengths[i], 0, most);
+    row.min_length = std::clamp<int64_t>(min_lengths[i], 0, max_positions);
     row.stopped = stops[i] || row.max_length < 1;
     stride = std::max(stride, row.max_length);
     if (row.stopped) continue;
@@ -223,29 +232,30 @@ std::vector<Tensor> generate(const Tensor& input_ids, const Tensor& features, co
   if (!requests.empty()) {
     std::vector<int32_t> tokens(requests.size() * static_cast<size_t>(stride));
     std::vector<qvl_result> results(requests.size());
-    Progress progress{&rows, &row_of, &ends, enough};
+    Progress progress{&rows, &row_of, &stop_tokens, stop_count};
     qvl_error error;
     const qvl_status status =
         qvl_generate(engine->engine(), nullptr, static_cast<int32_t>(requests.size()), requests.data(),
-                     sizeof(qvl_request), static_cast<int32_t>(ends.size()), ends.data(), on_step, &progress,
-                     stride, tokens.data(), results.data(), nullptr, &error);
+                     sizeof(qvl_request), static_cast<int32_t>(stop_tokens.size()), stop_tokens.data(),
+                     on_step, &progress, stride, tokens.data(), results.data(), nullptr, &error);
     if (status != QVL_STOPPED) check(status, error);
   }
-  const Shape each{n_rows, 1};
-  Tensor next = integers(each), done = integers(each), position = integers(each);
-  Tensor stopped = make(each, paddle::DataType::INT32);
-  Tensor length = make(each, paddle::DataType::INT32);
+  const Shape column_shape{n_rows, 1};
+  Tensor next = integers(column_shape), done = integers(column_shape), position = integers(column_shape);
+  Tensor stopped = make(column_shape, paddle::DataType::INT32);
+  Tensor length = make(column_shape, paddle::DataType::INT32);
   Tensor tokens = integers({n_rows, stride});
   std::fill_n(tokens.data<int64_t>(), tokens.numel(), int64_t{-1});
   for (size_t i = 0; i < n; ++i) {
     const Row& row = rows[i];
-    const auto taken = static_cast<int64_t>(row.tokens.size());
+    const auto n_new = static_cast<int64_t>(row.tokens.size());
     next.data<int64_t>()[i] = row.last;
     done.data<int64_t>()[i] = row.done;
     stopped.data<int32_t>()[i] = row.stopped;
-    position.data<int64_t>()[i] = positions[i] + taken;
-    const auto fed = static_cast<int32_t>(std::max<int64_t>(0, taken - 1));
-    length.data<int32_t>()[i] = row.stopped ? 0 : decoded[i] + fed;
+    position.data<int64_t>()[i] = positions[i] + n_new;
+    // The last token is not in the KV cache yet.
+    const auto n_cached = static_cast<int32_t>(std::max<int64_t>(0, n_new - 1));
+    length.data<int32_t>()[i] = row.stopped ? 0 : decoded[i] + n_cached;
     std::copy(row.tokens.begin(), row.tokens.end(),
               tokens.data<int64_t>() + static_cast<int64_t>(i) * stride);
   }

@@ -17,8 +17,9 @@ namespace {
 std::mutex mutex;
 std::atomic<int32_t> n_threads{0};
 
+// Device of engines created later: index of a GPU, kCpu, or kFromEnvironment.
 constexpr int32_t kCpu = -1, kFromEnvironment = -2;
-std::atomic<int32_t> gpu{kFromEnvironment};
+std::atomic<int32_t> gpu_index{kFromEnvironment};
 
 struct Entry {
   std::shared_ptr<Session> session;
@@ -27,12 +28,13 @@ struct Entry {
 
 // Sessions, keyed by the allocation of the first weight.
 std::map<const phi::Allocation*, Entry>& sessions() {
-  static auto* const all = new std::map<const phi::Allocation*, Entry>;  // must outlive all predictors
-  return *all;
+  // Never freed, because it must outlive all predictors.
+  static auto* const by_allocation = new std::map<const phi::Allocation*, Entry>;
+  return *by_allocation;
 }
 
 // Deleter of the first weight's allocation, called when the program is destroyed.
-void end_session(phi::Allocation* allocation) {
+void free_session(phi::Allocation* allocation) {
   Entry entry{};
   {
     const std::lock_guard<std::mutex> lock(mutex);
@@ -45,7 +47,7 @@ void end_session(phi::Allocation* allocation) {
 }
 
 // GPU index from QWENVL_DEVICE, or kCpu.
-int32_t named_gpu() {
+int32_t gpu_from_environment() {
   const char* value = std::getenv("QWENVL_DEVICE");
   const std::string name = value != nullptr ? value : "";
   if (name.empty() || name == "cpu") return kCpu;
@@ -80,15 +82,15 @@ qvl_config make_config(const Description& d) {
   check_sizes(d.sizes);
   for (size_t i = 0; i < d.sizes.size(); ++i) *fields[i] = d.sizes[i];
   c.n_threads = n_threads;
-  const int32_t chosen = gpu == kFromEnvironment ? named_gpu() : gpu.load();
-  c.device = chosen == kCpu ? QVL_DEVICE_CPU : QVL_DEVICE_CUDA;
-  c.device_index = std::max(chosen, 0);
+  const int32_t index = gpu_index == kFromEnvironment ? gpu_from_environment() : gpu_index.load();
+  c.device = index == kCpu ? QVL_DEVICE_CPU : QVL_DEVICE_CUDA;
+  c.device_index = std::max(index, 0);
   c.norm_epsilon = d.norm_epsilon;
   c.rotary_base = d.rotary_base;
   return c;
 }
 
-// Paddle's type for a weight stored as `dtype`.
+// Paddle's type of a tensor that contains a weight stored as `dtype`.
 paddle::DataType stored_as(int dtype) {
   switch (dtype) {
     case QVL_FLOAT32:
@@ -102,6 +104,7 @@ paddle::DataType stored_as(int dtype) {
   }
 }
 
+// The allocation that contains a tensor's data.
 const std::shared_ptr<phi::Allocation>& holder(const paddle::Tensor& tensor) {
   return static_cast<const phi::DenseTensor*>(tensor.impl().get())->Holder();
 }
@@ -143,14 +146,14 @@ Session::Session(const Description& d, const std::vector<paddle::Tensor>& weight
       ++tensor.n_dims;
     }
     tensor.bytes = static_cast<uint64_t>(weights[i].numel()) * phi::SizeOf(weights[i].dtype());
-    places_.push_back(tensor.data);
+    addresses_.push_back(tensor.data);
   }
   qvl_error error;
-  qvl_weights* given;
-  check(qvl_weights_create(tensors.data(), static_cast<int64_t>(n), sizeof(qvl_tensor), &given, &error),
+  qvl_weights* handle;
+  check(qvl_weights_create(tensors.data(), static_cast<int64_t>(n), sizeof(qvl_tensor), &handle, &error),
         error);
-  const qvl_status status = qvl_engine_create(&config, given, &engine_, &error);
-  qvl_weights_free(given);
+  const qvl_status status = qvl_engine_create(&config, handle, &engine_, &error);
+  qvl_weights_free(handle);
   check(status, error);
 }
 
@@ -159,9 +162,9 @@ Session::~Session() {
 }
 
 bool Session::matches(const std::vector<paddle::Tensor>& weights) const {
-  if (weights.size() != places_.size()) return false;
-  for (size_t i = 0; i < places_.size(); ++i) {
-    if (weights[i].data() != places_[i]) return false;
+  if (weights.size() != addresses_.size()) return false;
+  for (size_t i = 0; i < addresses_.size(); ++i) {
+    if (weights[i].data() != addresses_[i]) return false;
   }
   return true;
 }
@@ -170,22 +173,22 @@ std::shared_ptr<Session> session(const Description& description, const std::vect
   require(!weights.empty() && phi::DenseTensor::classof(weights[0].impl().get()) && weights[0].initialized(),
           "the operator has no weights");
   phi::Allocation* const key = holder(weights[0]).get();
-  std::shared_ptr<Session> old;  // freed after the unlock
+  std::shared_ptr<Session> old;  // declared before the lock, so that it is freed after the unlock
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = sessions().find(key);
   if (found != sessions().end() && found->second.session->matches(weights)) return found->second.session;
-  auto made = std::make_shared<Session>(description, weights);
+  auto created = std::make_shared<Session>(description, weights);
   if (found != sessions().end()) {
-    old = std::exchange(found->second.session, made);
-    return made;
+    old = std::exchange(found->second.session, created);
+    return created;
   }
-  // Paddle has no hook for the destruction of a program, but an allocation may have a deleter, and move
-  // assignment swaps two allocations. The original allocation must not free the memory here, so it stays in a
-  // buffer whose destructor never runs.
-  sessions()[key] = {made, key->deleter()};
-  alignas(phi::Allocation) unsigned char before[sizeof(phi::Allocation)];
-  *key = std::move(*new (before) phi::Allocation(key->ptr(), key->size(), end_session, key->place()));
-  return made;
+  // Paddle has no hook for the destruction of a program, but an allocation may have a deleter. To replace the
+  // deleter, move-assign an allocation with the same memory, which swaps the two. The swapped-out allocation
+  // must not free the memory, so it stays in a buffer for which no destructor runs.
+  sessions()[key] = {created, key->deleter()};
+  alignas(phi::Allocation) unsigned char buffer[sizeof(phi::Allocation)];
+  *key = std::move(*new (buffer) phi::Allocation(key->ptr(), key->size(), free_session, key->place()));
+  return created;
 }
 
 }  // namespace qvl::paddle_ops
@@ -197,5 +200,5 @@ extern "C" __attribute__((visibility("default"))) void qwenvl_set_threads(int32_
 
 // Set the GPU of engines created later; -1: the CPU. Until the first call QWENVL_DEVICE determines it.
 extern "C" __attribute__((visibility("default"))) void qwenvl_set_gpu(int32_t index) {
-  qvl::paddle_ops::gpu = index;
+  qvl::paddle_ops::gpu_index = index;
 }

@@ -1,5 +1,5 @@
-// Engines of the custom operators: created on an operator's first run, looked up by its weights, and freed
-// with them.
+// Engines of the custom operators. An engine is created on an operator's first run, found by the operator's
+// weights in later runs, and freed with the weights.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,8 @@
 
 namespace qvl::paddle_ops {
 
-// Indices in an operator's attribute `sizes`; the others are in session.cc.
+// Indices in an operator's attribute `sizes`, as far as ops.cc needs them; make_config() in session.cc lists
+// all.
 enum Size {
   HIDDEN = 1,
   VOCAB = 6,
@@ -31,8 +32,8 @@ struct Description {
   const std::vector<int>& shapes;  // four dimensions per weight, padded with 0
 };
 
-// An engine, and the addresses of its weights at its creation. The program owns the weights; a session does
-// not extend their lifetime.
+// An engine, and the addresses that its weights had when it was created. The program owns the weights; a
+// session does not keep them alive.
 class Session {
  public:
   Session(const Description& description, const std::vector<paddle::Tensor>& weights);
@@ -46,7 +47,7 @@ class Session {
   bool matches(const std::vector<paddle::Tensor>& weights) const;
 
  private:
-  std::vector<const void*> places_;
+  std::vector<const void*> addresses_;
   qvl_engine* engine_ = nullptr;
 };
 
@@ -60,8 +61,10 @@ inline void require(bool condition, const std::string& message) {
   if (!condition) fail(message);
 }
 
+// Throw the error of a failed call.
 void check(qvl_status status, const qvl_error& error);
 
+// Check the length of the attribute `sizes`.
 void check_sizes(const std::vector<int>& sizes);
 
 }  // namespace qvl::paddle_ops

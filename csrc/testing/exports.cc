@@ -145,11 +145,11 @@ EXPORT int qvlt_attention(qvl_isa isa, int threads, qvl_dtype dtype, int tile, i
       pool.write(context.kernels, 0, t / tile, t % tile, 0, k + t * stride);
       pool.write(context.kernels, 0, t / tile, t % tile, 1, v + t * stride);
     }
-    const Seen seen = decode != 0 ? kDecode : causal != 0 ? kCausal : kAllKeys;
+    const Mask mask = decode != 0 ? kDecode : causal != 0 ? kCausal : kAllKeys;
     std::vector<Queries> work;
-    for (int64_t first = 0; first < n; first += kQueryRows) {
-      const auto count = static_cast<int>(std::min<int64_t>(kQueryRows, n - first));
-      work.push_back({first, count, causal != 0 ? n_keys - n + first + count : n_keys, seen});
+    for (int64_t first = 0; first < n; first += kQueryTile) {
+      const auto count = static_cast<int>(std::min<int64_t>(kQueryTile, n - first));
+      work.push_back({first, count, causal != 0 ? n_keys - n + first + count : n_keys, mask});
     }
     const AttentionShape shape{
         static_cast<int>(heads), static_cast<int>(head_dim), stride, head_dim, stride, rounded != 0};

@@ -85,14 +85,14 @@ void v2(const Query& p) {
 // Divide the sums of values by the sum of weights.
 QVL_INLINE void finish(const Query& p, const float* sums, float total) {
   each_vector(p.head_dim,
-              [&](int d, int count) { store_some(p.out + d, load<Floats>(sums + d) * (1 / total), count); });
+              [&](int d, int count) { store_first(p.out + d, load<Floats>(sums + d) * (1 / total), count); });
 }
 
 // If `score` exceeds the maximum, raise the maximum to it and rescale the sums of values. Return the factor
 // of the rescaling.
 QVL_INLINE float raise_maximum(const Query& p, float score, float& maximum, float* sums) {
   if (score <= maximum) return 1;
-  const float factor = exp(all(maximum - score))[0];
+  const float factor = exp(broadcast(maximum - score))[0];
   maximum = score;
   each_vector(p.head_dim, [&](int d, int) { store(sums + d, load<Floats>(sums + d) * factor); });
   return factor;
@@ -106,14 +106,15 @@ void v3(const Query& p) {
   each_vector(p.head_dim, [&](int d, int) { store(sums + d, Floats{}); });
   each_token(p, [&](const BFloat16* key, const BFloat16* value) {
     Floats dot{};
-    each_vector(p.head_dim,
-                [&](int d, int count) { dot += load_first(p.q + d, count) * load_first(key + d, count); });
+    each_vector(p.head_dim, [&](int d, int count) {
+      dot += load_elements(p.q + d, count) * load_elements(key + d, count);
+    });
     const float score = sum(dot);
     total *= raise_maximum(p, score, maximum, sums);
-    const float weight = exp(all(score - maximum))[0];
+    const float weight = exp(broadcast(score - maximum))[0];
     total += weight;
     each_vector(p.head_dim, [&](int d, int count) {
-      store(sums + d, load<Floats>(sums + d) + load_first(value + d, count) * weight);
+      store(sums + d, load<Floats>(sums + d) + load_elements(value + d, count) * weight);
     });
   });
   finish(p, sums, total);
@@ -145,7 +146,7 @@ QVL_INLINE void key_groups(const Query& p) {
         if (Prefetch) prefetch_token(values + i * tile->stride, p.head_dim);
         Floats dot{};
         each_vector(p.head_dim, [&](int d, int count) {
-          dot += load_first(p.q + d, count) * load_first(keys + i * tile->stride + d, count);
+          dot += load_elements(p.q + d, count) * load_elements(keys + i * tile->stride + d, count);
         });
         dots[i] = dot;
       }
@@ -157,7 +158,7 @@ QVL_INLINE void key_groups(const Query& p) {
       for (int i = 0; i < n; ++i) {
         if (Prefetch) prefetch_token(next_keys + i * tile->stride, p.head_dim);
         each_vector(p.head_dim, [&](int d, int count) {
-          const Floats value = load_first(values + i * tile->stride + d, count);
+          const Floats value = load_elements(values + i * tile->stride + d, count);
           store(sums + d, load<Floats>(sums + d) + value * weights[i]);
         });
       }

@@ -23,11 +23,11 @@ QVL_INLINE void each_vector(int n, Body&& body) {
 }
 
 // Load `count` values into the first lanes; the other lanes are zero.
-QVL_INLINE Floats load_first(const BFloat16* memory, int count) {
-  return count == kLanes ? load_floats(memory) : load_some(memory, count);
+QVL_INLINE Floats load_elements(const BFloat16* memory, int count) {
+  return count == kLanes ? load_floats(memory) : load_first(memory, count);
 }
-QVL_INLINE Floats load_first(const float* memory, int count) {
-  return count == kLanes ? load<Floats>(memory) : load_some(memory, count);
+QVL_INLINE Floats load_elements(const float* memory, int count) {
+  return count == kLanes ? load<Floats>(memory) : load_first(memory, count);
 }
 
 }  // namespace

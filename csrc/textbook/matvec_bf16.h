@@ -36,8 +36,8 @@ void v2(const Product& p) {
   const auto* w = static_cast<const BFloat16*>(p.weights);
   for (int64_t row = 0; row < p.rows; ++row, w += p.k) {
     Floats total{};
-    each_vector(p.k,
-                [&](int i, int count) { total += load_first(w + i, count) * load_first(p.x + i, count); });
+    each_vector(
+        p.k, [&](int i, int count) { total += load_elements(w + i, count) * load_elements(p.x + i, count); });
     p.y[row] = sum(total);
   }
 }
@@ -57,7 +57,7 @@ void v3(const Product& p) {
       }
     }
     each_vector(p.k - i, [&](int j, int count) {
-      totals[0] += load_first(w + i + j, count) * load_first(p.x + i + j, count);
+      totals[0] += load_elements(w + i + j, count) * load_elements(p.x + i + j, count);
     });
     p.y[row] = sum((totals[0] + totals[1]) + (totals[2] + totals[3]));
   }

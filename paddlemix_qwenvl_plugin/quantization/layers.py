@@ -1,4 +1,4 @@
-"""Quantization of the decoder layers one after the other, on the outputs of the preceding quantized layers."""
+"""Quantize the decoder layers one after the other, on the inputs that the quantized layers before them produce."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Streams:
 
 
 class LayerQuantizer:
-    """Quantizer of one layer at a time. In memory are two copies of the layer in float32, original and quantized."""
+    """Quantizer of one layer at a time; two layers in float32 are in memory."""
 
     def __init__(self, checkpoint: Checkpoint, batch: Batch, bits: int, group: int) -> None:
         self._checkpoint, self._batch = checkpoint, batch
@@ -56,8 +56,9 @@ class LayerQuantizer:
         """Quantize layer `index` and write the states after it.
 
         Returns:
-            The layer's tensors for the checkpoint, with unquantized tensors in `dtype`; and the layer's figures (see
-            Report.layers).
+            The layer's tensors for the checkpoint, unquantized ones in `dtype`; and its figures: for each matrix the
+            relative error of its products on the calibration rows, and that of rounding to nearest; for the layer the
+            relative error of the held-out rows' states after it.
         """
         prefix = f"h.{index}."
         specs = {name: spec for name, spec in self._checkpoint.language.items() if name.startswith(prefix)}
@@ -70,28 +71,26 @@ class LayerQuantizer:
         vectors = {name: spec for name, spec in specs.items() if not spec.linear}
         tensors: dict[str, Any] = dict(self._checkpoint.tensors(vectors, dtype))
         errors: dict[str, list[float]] = {}
-        after_attention = Streams(
+        middle = Streams(
             before.original.beside("original-middle.bin"), before.quantized.beside("quantized-middle.bin")
         )
         for stage, matrices in enumerate(STAGES):
-            if stage == 2:  # the first stage of the MLP; the quantized layer has quantized attention by now
-                self._advance(before, after_attention, DecoderLayer.after_attention)
-            source = before if stage < 2 else after_attention
+            if stage == 2:
+                self._advance(before, middle, DecoderLayer.after_attention)
+            source = before if stage < 2 else middle
             gram = self._gram(stage, source.quantized)
             hessian = Hessian(gram.copy(), f"{prefix}{matrices[0]}")
             for matrix in matrices:
                 weight = weights.pop(f"{matrix}.weight")
-                quantized = quantize(weight, hessian, self._bits, self._group)
-                values = quantized.values()
-                nearest = round_to_nearest(weight, self._bits, self._group).values()
-                errors[matrix] = [
-                    relative_error(weight, rounded_weight, gram) for rounded_weight in (values, nearest)
-                ]
+                found = quantize(weight, hessian, self._bits, self._group)
+                values = found.values()
+                plain = round_to_nearest(weight, self._bits, self._group).values()
+                errors[matrix] = [relative_error(weight, each, gram) for each in (values, plain)]
                 self._quantized.load({f"{matrix}.weight": values})
-                for suffix, packed in gptq_tensors(quantized, self._bits).items():
+                for suffix, packed in gptq_tensors(found, self._bits).items():
                     tensors[f"{prefix}{matrix}.{suffix}"] = packed
-        self._advance(after_attention, after, lambda layer, states, _: layer.after_mlp(states))
-        for states in (after_attention.original, after_attention.quantized):
+        self._advance(middle, after, lambda layer, states, _: layer.after_mlp(states))
+        for states in (middle.original, middle.quantized):
             states.path.unlink()
         return tensors, {"matrices": errors, "states": self._difference(after)}
 
@@ -101,10 +100,10 @@ class LayerQuantizer:
         pending, n_pending = list[Floats](), 0
         for number, row in enumerate(self._batch.calibration, start=1):
             inputs = self._quantized.inputs(stage, states.read(row), self._batch.prompt_lengths[row])
-            pending.append(inputs)
-            n_pending += len(inputs)
-            if n_pending >= _TOKENS_AT_ONCE or number == len(self._batch.calibration):
-                chunk = np.concatenate(pending)
+            waiting.append(inputs)
+            n_waiting += len(inputs)
+            if n_waiting >= _TOKENS_AT_ONCE or number == len(self._batch.calibration):
+                chunk = np.concatenate(waiting)
                 gram = chunk.T @ chunk if gram is None else np.add(gram, chunk.T @ chunk, out=gram)
                 pending, n_pending = [], 0
         assert gram is not None
@@ -124,9 +123,9 @@ class LayerQuantizer:
 
     def _difference(self, streams: Streams) -> float:
         """Relative error of the held-out rows' states: ||quantized - original|| / ||original||."""
-        error = total = 0.0
+        off = total = 0.0
         for row in self._batch.held_out:
             original = streams.original.read(row)
-            error += float(np.square(streams.quantized.read(row) - original).sum(dtype=np.float64))
+            off += float(np.square(streams.quantized.read(row) - original).sum(dtype=np.float64))
             total += float(np.square(original).sum(dtype=np.float64))
         return float(np.sqrt(error / total)) if total else 0.0

@@ -1,9 +1,9 @@
-// Attention with an online softmax: softmax(q k^T) v of one head, tile by tile, so that scores are stored for
-// only one tile at a time.
+// Attention of one head with an online softmax: softmax(q k^T) v, tile by tile. Scores are stored only for
+// the current tile.
 //
-// Layout. Keys and values of a tile are [token][head_dim] in a block of the pool (KvTile), of any storage
-// type. Per query: state (running maximum m, running sum l) and out, the sum of e^(s - m) v, which is finally
-// divided by l:
+// Layout. Keys and values of a tile (KvTile) are [token][head_dim] in a block of the pool, in any storage
+// type of the KV cache. Each query has a state, the running maximum m and running sum l, and out, the sum of
+// e^(s - m) v, which is finally divided by l:
 //
 //              keys ->   tile 0     tile 1     tile 2
 //   queries   q0       | s s s s  | s . . .  |          . not visible (causal)
@@ -13,16 +13,16 @@
 // Kernels:
 //
 // - attend, attend_rounded: many queries of a prompt or image. Keys are packed in panels of L tokens
-//   [head_dim][L], values in panels of L channels [tokens][L] (L = kLanes), and both products are those of
-//   gemm.h: s = q k^T, then out += weights v. attend_rounded computes both in bfloat16.
+//   [head_dim][L], values in panels of L channels [tokens][L] (L = kLanes). The products are those of gemm.h:
+//   s = q k^T, then out += weights v. attend_rounded multiplies bfloat16.
 // - attend_one: one query of a decode step, over up to kMaxKvTile keys in the pool: scores of L keys at a
-//   time, one softmax, then the weighted sum of values. attend_merge merges chunks.
+//   time, one softmax, then the weighted sum of values. attend_merge merges the results of several calls.
 //
 // Cost. Operations: 4 head_dim per query and visible key. attend: bound by the multiply-add units; packing a
 // tile costs 2 head_dim values per key, amortised over up to 256 queries; one exponential per query and key.
 // attend_one: reads 2 head_dim values per key for 4 head_dim operations, 1 operation per byte with 16-bit
-// types: memory-bound, so cache lines are prefetched, the values while keys are read, then the next tile's
-// keys.
+// types, and is bound by memory. It therefore prefetches: while it reads the keys of a tile, the values of
+// these tokens and the keys of the next tile.
 //
 // Reference: reference::attention (reference/reference.cc), tests/csrc/test_kernels.py::test_attention,
 // within 3e-5; attend_rounded within 6 % for scores of typical magnitude.
@@ -54,52 +54,56 @@ void attend_end(const float* state, int n_q, int64_t out_stride, float* out) {
 }
 
 void attend_merge(const float* from_state, const float* from, int64_t out_stride, float* state, float* out) {
-  const float most = from_state[0] > state[0] ? from_state[0] : state[0];
-  const float own_factor = exp(all(state[0] - most))[0], from_factor = exp(all(from_state[0] - most))[0];
-  state[0] = most;
-  state[1] = state[1] * own_factor + from_state[1] * from_factor;
+  const float maximum = from_state[0] > state[0] ? from_state[0] : state[0];
+  const float factor = exp(broadcast(state[0] - maximum))[0];
+  const float from_factor = exp(broadcast(from_state[0] - maximum))[0];
+  state[0] = maximum;
+  state[1] = state[1] * factor + from_state[1] * from_factor;
   for (int64_t d = 0; d < out_stride; d += kLanes) {
-    store(out + d, load<Floats>(out + d) * own_factor + load<Floats>(from + d) * from_factor);
+    store(out + d, load<Floats>(out + d) * factor + load<Floats>(from + d) * from_factor);
   }
 }
 
-QVL_INLINE void scale_row(float* out, int64_t width, float by) {
-  for (int64_t d = 0; d < width; d += kLanes) store(out + d, load<Floats>(out + d) * by);
+QVL_INLINE void scale_row(float* out, int64_t width, float factor) {
+  for (int64_t d = 0; d < width; d += kLanes) store(out + d, load<Floats>(out + d) * factor);
 }
 
-// Convert a row of scores [n, the rest of the last vector unspecified] to weights e^(score - maximum), zero
-// from index `seen`, and rescale state and out to the new maximum.
-QVL_INLINE void softmax_tile_row(float* scores, int n, int seen, float* state, float* out, int64_t width) {
+// Convert a query's scores [n] to weights e^(score - maximum), where tokens from index n_visible on get the
+// weight 0, and rescale state and out to the new maximum. The last vector of scores may contain anything
+// beyond n.
+QVL_INLINE void softmax_tile_row(float* scores, int n, int n_visible, float* state, float* out,
+                                 int64_t width) {
   const int end = round_up(n, kLanes);
-  if (seen <= 0) {
+  if (n_visible <= 0) {
     for (int t = 0; t < end; t += kLanes) store(scores + t, Floats{});
     return;
   }
   Ints lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  Floats most = all(kMinusInfinity);
+  Floats maximum = broadcast(kMinusInfinity);
   for (int t = 0; t < end; t += kLanes) {
-    const Floats s = select(lane < seen - t, load<Floats>(scores + t), all(kMinusInfinity));
+    const Floats s = select(lane < n_visible - t, load<Floats>(scores + t), broadcast(kMinusInfinity));
     store(scores + t, s);
-    most = max(most, s);
+    maximum = max(maximum, s);
   }
-  const float before = state[0], now = largest(most) > before ? largest(most) : before;
-  if (now > before) {
-    const float shrink = exp(all(before - now))[0];
-    state[0] = now;
-    state[1] *= shrink;
-    scale_row(out, width, shrink);
+  const float old_maximum = state[0];
+  const float new_maximum = largest(maximum) > old_maximum ? largest(maximum) : old_maximum;
+  if (new_maximum > old_maximum) {
+    const float factor = exp(broadcast(old_maximum - new_maximum))[0];
+    state[0] = new_maximum;
+    state[1] *= factor;
+    scale_row(out, width, factor);
   }
   Floats total{};
   for (int t = 0; t < end; t += kLanes) {
-    const Floats weight = exp(load<Floats>(scores + t) - now);
+    const Floats weight = exp(load<Floats>(scores + t) - new_maximum);
     store(scores + t, weight);
     total += weight;
   }
   state[1] += sum(total);
 }
 
-// Call body with a value of the tile's storage type.
+// Call body with a zero of the tile's storage type, from which a generic lambda takes the type.
 template <typename Body>
 QVL_INLINE void with_stored_type(const KvTile& tile, Body&& body) {
   switch (tile.dtype) {
@@ -114,22 +118,22 @@ QVL_INLINE void with_stored_type(const KvTile& tile, Body&& body) {
   }
 }
 
-// Scale of a token's stored values.
+// Scale of a token's keys or values; 1 for types without scales.
 template <typename Stored>
 QVL_INLINE float scale_of(const float* scales, int64_t t) {
   if constexpr (sizeof(Stored) == 1) return scales[t];
   return 1;
 }
 
-// Load the first `some` elements as float32, with zeros in the other lanes.
+// Load the first `count` elements as float32; the other lanes are zero.
 template <typename Stored>
-QVL_INLINE Floats load_elements(const Stored* memory, int some) {
-  return some == kLanes ? load_floats(memory) : load_some(memory, some);
+QVL_INLINE Floats load_elements(const Stored* memory, int count) {
+  return count == kLanes ? load_floats(memory) : load_first(memory, count);
 }
 
-constexpr int kMaxHeadDim = 512;
+constexpr int kMaxHeadDim = 512;  // core/config.cc checks it
 
-// Pack the keys of a tile in panels of tokens with `pack` (gemm.h).
+// Pack the keys of a tile in panels of tokens with `pack`, a pack_panel function of gemm.h.
 template <typename Pack>
 QVL_INLINE void pack_keys(const KvTile& tile, int head_dim, char* to, size_t panel_bytes, Pack&& pack) {
   with_stored_type(tile, [&](auto type) {
@@ -144,8 +148,8 @@ QVL_INLINE void pack_keys(const KvTile& tile, int head_dim, char* to, size_t pan
         for (int i = 0; i < n; ++i) {
           const Stored* from = keys + (t + i) * tile.stride;
           const float scale = scale_of<Stored>(tile.key_scales, t + i);
-          in_steps(head_dim, [&](int64_t d, int some) {
-            store_some(rows + i * head_dim + d, load_elements(from + d, some) * scale, some);
+          each_vector64(head_dim, [&](int64_t d, int count) {
+            store_first(rows + i * head_dim + d, load_elements(from + d, count) * scale, count);
           });
         }
         pack(rows, head_dim, n, head_dim, to);
@@ -154,19 +158,19 @@ QVL_INLINE void pack_keys(const KvTile& tile, int head_dim, char* to, size_t pan
   });
 }
 
-// Call put(d, t, vector of token t from channel d) for each vector of channels and each token below n; tokens
-// beyond the tile are zeros.
+// For each vector of channels, beginning with channel d, and each token t < n, call put(d, t, values), where
+// `values` is that vector of the token's values; zeros for tokens beyond the tile.
 template <typename Put>
-QVL_INLINE void each_value(const KvTile& tile, int head_dim, int n, Put&& put) {
+QVL_INLINE void each_value_vector(const KvTile& tile, int head_dim, int n, Put&& put) {
   with_stored_type(tile, [&](auto type) {
     using Stored = decltype(type);
     const auto* values = static_cast<const Stored*>(tile.values);
     for (int d = 0; d < head_dim; d += kLanes) {
-      const int some = head_dim - d < kLanes ? head_dim - d : kLanes;
+      const int count = head_dim - d < kLanes ? head_dim - d : kLanes;
       for (int t = 0; t < n; ++t) {
         put(d, t,
             t < tile.n
-                ? load_elements(values + t * tile.stride + d, some) * scale_of<Stored>(tile.value_scales, t)
+                ? load_elements(values + t * tile.stride + d, count) * scale_of<Stored>(tile.value_scales, t)
                 : Floats{});
       }
     }
@@ -176,9 +180,9 @@ QVL_INLINE void each_value(const KvTile& tile, int head_dim, int n, Put&& put) {
 QVL_INLINE void softmax_tile(const KvTile& tile, int64_t visible, int n_q, float* scores, int tokens,
                              float* state, float* out, int64_t out_stride) {
   for (int i = 0; i < n_q; ++i) {
-    const int64_t seen = visible + i < tile.n ? visible + i : tile.n;
-    softmax_tile_row(scores + static_cast<int64_t>(i) * tokens, tile.n, static_cast<int>(seen), state + 2 * i,
-                     out + i * out_stride, out_stride);
+    const int64_t n_visible = visible + i < tile.n ? visible + i : tile.n;
+    softmax_tile_row(scores + static_cast<int64_t>(i) * tokens, tile.n, static_cast<int>(n_visible),
+                     state + 2 * i, out + i * out_stride, out_stride);
   }
 }
 
@@ -199,7 +203,7 @@ void attend(const float* q, int64_t q_stride, int n_q, int head_dim, const KvTil
   float* scores = values + tokens * out_stride;
   const size_t panel_bytes = static_cast<size_t>(head_dim) * sizeof(Floats);
   pack_keys(tile, head_dim, reinterpret_cast<char*>(keys), panel_bytes, pack_panel_f32);
-  each_value(tile, head_dim, tile.n, [&](int d, int t, Floats value) {
+  each_value_vector(tile, head_dim, tile.n, [&](int d, int t, Floats value) {
     store(values + static_cast<int64_t>(d) * tile.n + t * kLanes, value);
   });
   multiply_tile<StepF32>(q, q_stride, n_q, head_dim, keys, panel_bytes, tokens / kLanes, true, scores, tokens,
@@ -210,7 +214,7 @@ void attend(const float* q, int64_t q_stride, int n_q, int head_dim, const KvTil
 }
 
 #if defined(__AVX512BF16__)
-// attend with queries, keys, weights and values rounded to bfloat16.
+// attend(), with queries, keys, weights and values rounded to bfloat16.
 void attend_rounded(const float* q, int64_t q_stride, int n_q, int head_dim, const KvTile& tile,
                     int64_t visible, float* state, float* out, int64_t out_stride, void* scratch) {
   const int tokens = round_up(tile.n, kLanes), width = round_up(head_dim, 2);
@@ -222,7 +226,7 @@ void attend_rounded(const float* q, int64_t q_stride, int n_q, int head_dim, con
   const size_t panel_bytes = static_cast<size_t>(width / 2) * sizeof(Words);
   pack_keys(tile, head_dim, reinterpret_cast<char*>(keys), panel_bytes, pack_panel_bf16);
   Words even_token{};
-  each_value(tile, head_dim, tokens, [&](int d, int t, Floats value) {
+  each_value_vector(tile, head_dim, tokens, [&](int d, int t, Floats value) {
     const Words half = widen_halves(narrow(value));
     if (t % 2 == 0) {
       even_token = half;
@@ -244,8 +248,8 @@ void attend_rounded(const float* q, int64_t q_stride, int n_q, int head_dim, con
 }
 #endif
 
-// Compute the scores of a tile's tokens, kLanes at a time, padded to a whole vector. Prefetches these tokens'
-// values and the keys of the next tile.
+// Compute the scores of a tile's tokens, kLanes at a time; the last vector is stored completely. Prefetches
+// the values of these tokens and the keys of the next tile.
 template <typename Stored>
 QVL_INLINE void score_keys(const float* q, int head_dim, const KvTile& tile, const void* next,
                            float* scores) {
@@ -253,14 +257,15 @@ QVL_INLINE void score_keys(const float* q, int head_dim, const KvTile& tile, con
   const auto* values = static_cast<const Stored*>(tile.values);
   const auto* next_keys = static_cast<const Stored*>(next);
   for (int t = 0; t < tile.n; t += kLanes) {
-    const int last = tile.n - t < kLanes ? tile.n - t - 1 : kLanes - 1;  // repeated in lanes beyond the tile
+    // Index of the last key; lanes beyond the tile repeat it.
+    const int last = tile.n - t < kLanes ? tile.n - t - 1 : kLanes - 1;
     Floats dots[kLanes] = {};
-    in_steps(head_dim, [&](int64_t d, int some) {
-      const Floats part = load_some(q + d, some);
+    each_vector64(head_dim, [&](int64_t d, int count) {
+      const Floats part = load_first(q + d, count);
       const Stored* key = keys + t * tile.stride + d;
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
-        dots[i] += part * load_elements(key, some);
+        dots[i] += part * load_elements(key, count);
         key += i < last ? tile.stride : 0;
       }
     });
@@ -269,24 +274,24 @@ QVL_INLINE void score_keys(const float* q, int head_dim, const KvTile& tile, con
       prefetch(next_keys + t * tile.stride + i);
     }
     Floats total = sums_of(dots);
-    if constexpr (sizeof(Stored) == 1) total *= load_some(tile.key_scales + t, last + 1);
+    if constexpr (sizeof(Stored) == 1) total *= load_first(tile.key_scales + t, last + 1);
     store(scores + t, total);
   }
 }
 
-// to [VectorCount vectors] += sum over tokens of weight * values, from channel d on, with `some` channels per
-// vector.
+// Add the weighted sum of all tokens' values to VectorCount vectors at `to`. The vectors begin with channel d
+// and have `count` channels each.
 template <int VectorCount, typename Stored>
-QVL_INLINE void add_values(const KvTile* tiles, int n_tiles, int64_t d, const float* weights, int some,
+QVL_INLINE void add_values(const KvTile* tiles, int n_tiles, int64_t d, const float* weights, int count,
                            float* to) {
   Floats totals[VectorCount];
   for (int v = 0; v < VectorCount; ++v) totals[v] = load<Floats>(to + v * kLanes);
-  for (const KvTile* tile = tiles; tile != tiles + n_tiles; weights += tile++->n) {
+  for (const KvTile* tile = tiles; tile != tiles + n_tiles; weights += tile->n, ++tile) {
     const Stored* values = static_cast<const Stored*>(tile->values) + d;
     for (int t = 0; t < tile->n; ++t) {
-      const Floats weight = all(weights[t] * scale_of<Stored>(tile->value_scales, t));
+      const Floats weight = broadcast(weights[t] * scale_of<Stored>(tile->value_scales, t));
       for (int v = 0; v < VectorCount; ++v) {
-        totals[v] += load_elements(values + t * tile->stride + v * kLanes, some) * weight;
+        totals[v] += load_elements(values + t * tile->stride + v * kLanes, count) * weight;
       }
     }
   }
@@ -298,22 +303,23 @@ QVL_INLINE void attend_one_typed(const float* q, int head_dim, const KvTile* til
                                  float* out) {
   float scores[kMaxKvTile + kLanes];
   int n = 0;
-  for (int i = 0; i < n_tiles; n += tiles[i++].n) {
-    // After the last tile: the keys of the next head, which follow in the block, are probably read next.
+  for (int i = 0; i < n_tiles; n += tiles[i].n, ++i) {
+    // After the last tile, prefetch the keys of the next head, which follow in the block and are probably
+    // read next.
     const void* next = i + 1 < n_tiles ? tiles[i + 1].keys
                                        : static_cast<const Stored*>(tiles->keys) + tiles->n * tiles->stride;
     score_keys<Stored>(q, head_dim, tiles[i], next, scores + n);
   }
   softmax_tile_row(scores, n, n, state, out, round_up(head_dim, kLanes));
-  // Several vectors at a time, to hide the latency of additions.
-  constexpr int kTogether = 4;
+  // Four vectors at a time, to hide the latency of additions.
+  constexpr int kVectorsAtOnce = 4;
   int d = 0;
-  for (; d + kTogether * kLanes <= head_dim; d += kTogether * kLanes) {
-    add_values<kTogether, Stored>(tiles, n_tiles, d, scores, kLanes, out + d);
+  for (; d + kVectorsAtOnce * kLanes <= head_dim; d += kVectorsAtOnce * kLanes) {
+    add_values<kVectorsAtOnce, Stored>(tiles, n_tiles, d, scores, kLanes, out + d);
   }
   for (; d < head_dim; d += kLanes) {
-    const int some = head_dim - d < kLanes ? head_dim - d : kLanes;
-    add_values<1, Stored>(tiles, n_tiles, d, scores, some, out + d);
+    const int count = head_dim - d < kLanes ? head_dim - d : kLanes;
+    add_values<1, Stored>(tiles, n_tiles, d, scores, count, out + d);
   }
 }
 

@@ -1,14 +1,14 @@
 // Activations, additions, conversions between storage types and float32, and rotary rotation.
 //
-// Layout: float32 [n], processed in vectors of L lanes and a remainder of `some` < L values. The rotation
+// Layout: float32 [n], processed in vectors of L lanes and a remainder of `count` < L values. The rotation
 // pairs channel i of the lower half of a head with channel i of its upper half:
 //
 //   x  [ a0 a1 .. a(d/2-1) | b0 b1 .. b(d/2-1) ]      a' = (a cos - b sin) scale
 //                                                     b' = (b cos + a sin) scale
 //
-// Cost: 1 to 2 reads and 1 write of n values in the cache. gelu and silu_mul need an exponential per value,
-// 20 to 30 operations, and are bound by these, not by memory. A matrix product reads thousands of times as
-// many bytes.
+// Cost: 1 to 2 reads and 1 write of n values in the cache. gelu and silu_mul also compute an exponential per
+// value, 20 to 30 operations, which takes longer than the memory accesses. Compared with a matrix product,
+// which reads thousands of times as many bytes, the cost is negligible.
 //
 // Reference: reference::gelu, silu_mul, rotary; test_activations, test_bfloat16, test_rotary of
 // tests/csrc/test_kernels.py. narrow_all_int8: test_attention with int8 caches.
@@ -23,7 +23,7 @@ namespace {
 QVL_INLINE Floats gelu_of(Floats x) {
   const Floats z = max(x, -x) * 0.70710678118654752F;
   const Floats t = 1.0F / (1.0F + 0.3275911F * z);
-  Floats p = all(1.061405429F);
+  Floats p = broadcast(1.061405429F);
   p = p * t - 1.453152027F;
   p = p * t + 1.421413741F;
   p = p * t - 0.284496736F;
@@ -32,74 +32,80 @@ QVL_INLINE Floats gelu_of(Floats x) {
   return 0.5F * x * select(x < 0.0F, tail, 2.0F - tail);
 }
 
+// each_vector (norm.h) for a 64-bit n.
 template <typename Body>
-QVL_INLINE void in_steps(int64_t n, Body&& body) {
+QVL_INLINE void each_vector64(int64_t n, Body&& body) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) body(i, kLanes);
   if (i < n) body(i, static_cast<int>(n - i));
 }
 
 void gelu(float* x, int64_t n) {
-  in_steps(n, [&](int64_t i, int some) { store_some(x + i, gelu_of(load_some(x + i, some)), some); });
+  each_vector64(n,
+                [&](int64_t i, int count) { store_first(x + i, gelu_of(load_first(x + i, count)), count); });
 }
 
 void silu_mul(const float* gate, float* x, int64_t n) {
-  in_steps(n, [&](int64_t i, int some) {
-    const Floats g = load_some(gate + i, some);
-    store_some(x + i, load_some(x + i, some) * (g / (1.0F + exp(-g))), some);
+  each_vector64(n, [&](int64_t i, int count) {
+    const Floats g = load_first(gate + i, count);
+    store_first(x + i, load_first(x + i, count) * (g / (1.0F + exp(-g))), count);
   });
 }
 
 void add(const float* from, float* to, int64_t n) {
-  in_steps(n, [&](int64_t i, int some) {
-    store_some(to + i, load_some(to + i, some) + load_some(from + i, some), some);
+  each_vector64(n, [&](int64_t i, int count) {
+    store_first(to + i, load_first(to + i, count) + load_first(from + i, count), count);
   });
 }
 
+// Convert n values of a 16-bit type to float32.
 template <typename Half>
 void widen_all(const uint16_t* from, float* to, int64_t n) {
   const Half* halves = reinterpret_cast<const Half*>(from);
-  in_steps(n, [&](int64_t i, int some) { store_some(to + i, load_some(halves + i, some), some); });
+  each_vector64(n, [&](int64_t i, int count) { store_first(to + i, load_first(halves + i, count), count); });
 }
 
+// Convert n values to bfloat16.
 void narrow_all(const float* from, uint16_t* to, int64_t n) {
-  in_steps(n, [&](int64_t i, int some) {
-    const HalfWords halves = narrow(load_some(from + i, some));
-    __builtin_memcpy(to + i, &halves, static_cast<size_t>(some) * 2);
+  each_vector64(n, [&](int64_t i, int count) {
+    const HalfWords halves = narrow(load_first(from + i, count));
+    __builtin_memcpy(to + i, &halves, static_cast<size_t>(count) * 2);
   });
 }
 
+// Convert n values to float16.
 void narrow_all_float16(const float* from, uint16_t* to, int64_t n) {
-  in_steps(n, [&](int64_t i, int some) {
-    const HalfWords halves = narrow_float16(load_some(from + i, some));
-    __builtin_memcpy(to + i, &halves, static_cast<size_t>(some) * 2);
+  each_vector64(n, [&](int64_t i, int count) {
+    const HalfWords halves = narrow_float16(load_first(from + i, count));
+    __builtin_memcpy(to + i, &halves, static_cast<size_t>(count) * 2);
   });
 }
 
+// Quantize n values to int8 with one scale, which is returned.
 float narrow_all_int8(const float* from, int8_t* to, int64_t n) {
   Floats magnitudes{};
-  in_steps(n, [&](int64_t i, int some) {
-    const Floats v = load_some(from + i, some);
+  each_vector64(n, [&](int64_t i, int count) {
+    const Floats v = load_first(from + i, count);
     magnitudes = max(magnitudes, max(v, -v));
   });
-  const float most = largest(magnitudes);
-  // Treat a denormal as zero: its inverse would overflow.
-  const bool usable = most > 1e-35F && most < __builtin_inff();
-  const float inverse = usable ? 127.0F / most : 0.0F;
-  in_steps(n, [&](int64_t i, int some) {
-    const FewBytes bytes = narrow_few(nearest(load_some(from + i, some) * inverse));
-    __builtin_memcpy(to + i, &bytes, static_cast<size_t>(some));
+  const float maximum = largest(magnitudes);
+  // With a denormal maximum, whose inverse would overflow, or an infinite one, all values become zero.
+  const bool usable = maximum > 1e-35F && maximum < __builtin_inff();
+  const float inverse = usable ? 127.0F / maximum : 0.0F;
+  each_vector64(n, [&](int64_t i, int count) {
+    const LaneBytes bytes = narrow_to_bytes(nearest(load_first(from + i, count) * inverse));
+    __builtin_memcpy(to + i, &bytes, static_cast<size_t>(count));
   });
-  return usable ? most / 127.0F : 0.0F;
+  return usable ? maximum / 127.0F : 0.0F;
 }
 
 void rotate(float* x, const float* cos, const float* sin, int head_dim, float scale) {
   float* const upper = x + head_dim / 2;
-  each_vector(head_dim / 2, [&](int i, int some) {
-    const Floats a = load_some(x + i, some), b = load_some(upper + i, some);
-    const Floats c = load_some(cos + i, some), s = load_some(sin + i, some);
-    store_some(x + i, (a * c - b * s) * scale, some);
-    store_some(upper + i, (b * c + a * s) * scale, some);
+  each_vector(head_dim / 2, [&](int i, int count) {
+    const Floats a = load_first(x + i, count), b = load_first(upper + i, count);
+    const Floats c = load_first(cos + i, count), s = load_first(sin + i, count);
+    store_first(x + i, (a * c - b * s) * scale, count);
+    store_first(upper + i, (b * c + a * s) * scale, count);
   });
 }
 

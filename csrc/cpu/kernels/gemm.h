@@ -1,7 +1,8 @@
-// Blocked product of prompts and images: c^T [rows][tokens] = W x^T, in parts that cpu/linear.cc composes.
+// Blocked product for prompts and images, c^T [rows][tokens] = W x^T: the steps that cpu/linear.cc combines.
 //
 // Layout, with L = kLanes. Vectors run along tokens: a panel contains L tokens, and weights are broadcast.
-// Weights are thus read in memory order, [out, in], and only the far smaller activations are rearranged:
+// Weights are thus read in memory order, [out, in], and only the activations, which are far smaller, are
+// rearranged:
 //
 //   panel, float32     [k][L]           k = 0: x of token 0 1 .. L-1 | k = 1: .. |
 //   panel, bfloat16    [k / 2][L][2]    a 32-bit lane contains values k and k + 1 of its token
@@ -30,59 +31,62 @@
 
 namespace {
 
-using qvl::cpu::Ahead;
+using qvl::cpu::PrefetchRange;
 
+// Pack up to kLanes tokens in a panel; the lanes of missing tokens are zero.
 void pack_panel_f32(const float* x, int64_t x_stride, int n_tokens, int k, void* panel) {
   auto* to = static_cast<float*>(panel);
   for (int i = 0; i < k; i += kLanes) {
-    const int some = k - i < kLanes ? k - i : kLanes;
+    const int count = k - i < kLanes ? k - i : kLanes;
     Words v[kLanes] = {};
-    for (int t = 0; t < n_tokens; ++t) v[t] = reinterpret_cast<Words>(load_some(x + t * x_stride + i, some));
+    for (int t = 0; t < n_tokens; ++t)
+      v[t] = reinterpret_cast<Words>(load_first(x + t * x_stride + i, count));
     transpose(v);
-    for (int j = 0; j < some; ++j) store(to + int64_t{i + j} * kLanes, v[j]);
+    for (int j = 0; j < count; ++j) store(to + int64_t{i + j} * kLanes, v[j]);
   }
 }
 
+// Pack up to kLanes tokens in a panel of bfloat16 pairs.
 void pack_panel_bf16(const float* x, int64_t x_stride, int n_tokens, int k, void* panel) {
   auto* to = static_cast<uint32_t*>(panel);
   for (int i = 0; i < k; i += 2 * kLanes) {
-    const int some = k - i < 2 * kLanes ? k - i : 2 * kLanes;
+    const int count = k - i < 2 * kLanes ? k - i : 2 * kLanes;
     Words pairs[kLanes] = {};
     for (int t = 0; t < n_tokens; ++t) {
       const float* from = x + t * x_stride + i;
       const HalfWords halves[2] = {
-          narrow(load_some(from, some < kLanes ? some : kLanes)),
-          some > kLanes ? narrow(load_some(from + kLanes, some - kLanes)) : HalfWords{}};
+          narrow(load_first(from, count < kLanes ? count : kLanes)),
+          count > kLanes ? narrow(load_first(from + kLanes, count - kLanes)) : HalfWords{}};
       pairs[t] = load<Words>(halves);
     }
     transpose(pairs);
-    for (int j = 0; 2 * j < some; ++j) store(to + int64_t{i / 2 + j} * kLanes, pairs[j]);
+    for (int j = 0; 2 * j < count; ++j) store(to + int64_t{i / 2 + j} * kLanes, pairs[j]);
   }
 }
 
-// Transpose a finished block c [rows][c_stride] of c^T, scale its rows (int8), add the bias and write it to
-// y [n_x][y_stride].
+// Write a finished block c [rows][c_stride] of c^T to y [n_x][y_stride]: multiply its rows by their scales
+// (int8), add the bias and transpose it.
 void write_block(const float* c, int64_t c_stride, int64_t rows, int64_t n_x, const float* scales,
                  const float* bias, bool add, float* y, int64_t y_stride) {
   for (int64_t r = 0; r < rows; r += kLanes) {
-    const int some = rows - r < kLanes ? static_cast<int>(rows - r) : kLanes;
-    const Floats scale = scales != nullptr ? load_some(scales + r, some) : all(1);
-    const Floats added = bias != nullptr ? load_some(bias + r, some) : Floats{};
+    const int count = rows - r < kLanes ? static_cast<int>(rows - r) : kLanes;
+    const Floats scale = scales != nullptr ? load_first(scales + r, count) : broadcast(1);
+    const Floats added = bias != nullptr ? load_first(bias + r, count) : Floats{};
     for (int64_t t = 0; t < n_x; t += kLanes) {
       Words v[kLanes] = {};
-      for (int i = 0; i < some; ++i) v[i] = load<Words>(c + (r + i) * c_stride + t);
+      for (int i = 0; i < count; ++i) v[i] = load<Words>(c + (r + i) * c_stride + t);
       transpose(v);
       for (int i = 0; i < kLanes && t + i < n_x; ++i) {
         float* to = y + (t + i) * y_stride + r;
         Floats value = reinterpret_cast<Floats>(v[i]) * scale + added;
-        if (add) value += load_some(to, some);
-        store_some(to, value, some);
+        if (add) value += load_first(to, count);
+        store_first(to, value, count);
       }
     }
   }
 }
 
-// A step along k of a register block: one value in float32, a pair in bfloat16.
+// A step along k of a register block, with kPerStep values of k: one value in float32, a pair in bfloat16.
 struct StepF32 {
   typedef float Element;
   static constexpr int kPerStep = 1;
@@ -96,55 +100,57 @@ struct StepBf16 {
   static QVL_INLINE Floats accumulate(Floats sum, const uint16_t* weights, Floats x) {
     int pair;
     __builtin_memcpy(&pair, weights, sizeof pair);
-    const __m512i both = _mm512_set1_epi32(pair);
+    const __m512i pairs = _mm512_set1_epi32(pair);
     return reinterpret_cast<Floats>(_mm512_dpbf16_ps(
-        reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(both), reinterpret_cast<__m512bh>(x)));
+        reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(pairs), reinterpret_cast<__m512bh>(x)));
   }
 };
 #endif
 
+// Multiply RowCount rows of the tile by PanelCount panels, with the sums in registers.
 template <typename Step, int RowCount, int PanelCount>
 QVL_INLINE void multiply_block(const typename Step::Element* tile, int64_t width, int n_steps,
-                               const char* panels, size_t panel_bytes, bool first, float* c,
+                               const char* panels, size_t panel_bytes, bool assign, float* c,
                                int64_t c_stride) {
   Floats sums[RowCount][PanelCount];
   for (int r = 0; r < RowCount; ++r) {
-    for (int q = 0; q < PanelCount; ++q)
-      sums[r][q] = first ? Floats{} : load<Floats>(c + r * c_stride + q * kLanes);
+    for (int p = 0; p < PanelCount; ++p)
+      sums[r][p] = assign ? Floats{} : load<Floats>(c + r * c_stride + p * kLanes);
   }
   for (int s = 0; s < n_steps; ++s) {
     Floats x[PanelCount];
-    for (int q = 0; q < PanelCount; ++q) x[q] = load<Floats>(panels + q * panel_bytes + s * sizeof(Floats));
+    for (int p = 0; p < PanelCount; ++p) x[p] = load<Floats>(panels + p * panel_bytes + s * sizeof(Floats));
     for (int r = 0; r < RowCount; ++r) {
       const typename Step::Element* weight = tile + r * width + s * Step::kPerStep;
-      for (int q = 0; q < PanelCount; ++q) sums[r][q] = Step::accumulate(sums[r][q], weight, x[q]);
+      for (int p = 0; p < PanelCount; ++p) sums[r][p] = Step::accumulate(sums[r][p], weight, x[p]);
     }
   }
   for (int r = 0; r < RowCount; ++r) {
-    for (int q = 0; q < PanelCount; ++q) store(c + r * c_stride + q * kLanes, sums[r][q]);
+    for (int p = 0; p < PanelCount; ++p) store(c + r * c_stride + p * kLanes, sums[r][p]);
   }
 }
 
-// Panels of a register block, and rows as a function of the number of panels: the sums fill the registers
-// that the panels and a weight leave. Fewer panels take more rows, so that enough independent sums hide the
-// latency of an addition.
+// Maximum number of panels of a register block, and the number of rows for each number of panels. The sums
+// use the registers that are not needed for the panels and a weight. With fewer panels a block has more rows:
+// enough independent sums hide the latency of an addition.
 constexpr int kBlockPanels = 3;
 constexpr int block_rows(int panels) {
   return (panels == 3 ? 4 : panels == 2 ? 6 : 8) * (kLanes == 16 ? 2 : 1);
 }
 
-// Prefetches a share of the cache lines with each block, to distribute the prefetches over the whole product.
+// Prefetches a range of memory evenly during a product: some cache lines of 64 bytes with each register
+// block.
 class Prefetcher {
  public:
-  Prefetcher(const Ahead& ahead, int64_t blocks)
-      : ahead_(ahead),
-        row_lines_((ahead.row_bytes + 63) / 64),
-        left_(ahead.rows * row_lines_),
-        share_((left_ + blocks - 1) / blocks) {}
+  Prefetcher(const PrefetchRange& range, int64_t blocks)
+      : range_(range),
+        row_lines_((range.row_bytes + 63) / 64),
+        remaining_(range.rows * row_lines_),
+        block_lines_((remaining_ + blocks - 1) / blocks) {}
 
   QVL_INLINE void next_block() {
-    for (int64_t i = 0; i < share_ && left_ > 0; ++i, --left_) {
-      prefetch(ahead_.first + row_ * ahead_.stride + 64 * line_);
+    for (int64_t i = 0; i < block_lines_ && remaining_ > 0; ++i, --remaining_) {
+      prefetch(range_.first + row_ * range_.stride + 64 * line_);
       if (++line_ == row_lines_) {
         line_ = 0;
         ++row_;
@@ -153,24 +159,28 @@ class Prefetcher {
   }
 
  private:
-  const Ahead& ahead_;
-  int64_t row_lines_, left_, share_, row_ = 0, line_ = 0;
+  const PrefetchRange& range_;
+  int64_t row_lines_;           // cache lines of a row
+  int64_t remaining_;           // cache lines not prefetched yet
+  int64_t block_lines_;         // cache lines to prefetch with each block
+  int64_t row_ = 0, line_ = 0;  // next cache line
 };
 
 // Multiply all rows by PanelCount panels, which stay in the L1 cache.
 template <typename Step, int PanelCount>
 QVL_INLINE void multiply_panels(const typename Step::Element* tile, int64_t width, int rows, int n_steps,
-                                const char* panels, size_t panel_bytes, bool first, float* c,
+                                const char* panels, size_t panel_bytes, bool assign, float* c,
                                 int64_t c_stride, Prefetcher& prefetcher) {
-  constexpr int kMostRows = block_rows(PanelCount), kFewerRows = block_rows(kBlockPanels);
-  const auto block = [&](auto some, int r) {
-    multiply_block<Step, some, PanelCount>(tile + r * width, width, n_steps, panels, panel_bytes, first,
-                                           c + r * c_stride, c_stride);
+  constexpr int kBlockRows = block_rows(PanelCount), kFewerRows = block_rows(kBlockPanels);
+  const auto block = [&](auto row_count, int r) {
+    multiply_block<Step, row_count, PanelCount>(tile + r * width, width, n_steps, panels, panel_bytes, assign,
+                                                c + r * c_stride, c_stride);
   };
+  // Blocks of kBlockRows rows, for the remaining rows smaller blocks, and finally single rows.
   int r = 0;
-  for (; r + kMostRows <= rows; r += kMostRows) {
+  for (; r + kBlockRows <= rows; r += kBlockRows) {
     prefetcher.next_block();
-    block(std::integral_constant<int, kMostRows>(), r);
+    block(std::integral_constant<int, kBlockRows>(), r);
   }
   for (; r + kFewerRows <= rows; r += kFewerRows) block(std::integral_constant<int, kFewerRows>(), r);
   for (; r < rows; ++r) block(std::integral_constant<int, 1>(), r);
@@ -178,26 +188,25 @@ QVL_INLINE void multiply_panels(const typename Step::Element* tile, int64_t widt
 
 template <typename Step>
 void multiply_tile(const void* tile, int64_t width, int rows, int n_k, const void* panels, size_t panel_bytes,
-                   int n_panels, bool first, float* c, int64_t c_stride, const Ahead& ahead) {
+                   int n_panels, bool assign, float* c, int64_t c_stride, const PrefetchRange& next_tile) {
   const int n_steps = (n_k + Step::kPerStep - 1) / Step::kPerStep;
   const auto* from = static_cast<const typename Step::Element*>(tile);
-  Prefetcher prefetcher(ahead,
+  Prefetcher prefetcher(next_tile,
                         int64_t{(rows + block_rows(1) - 1) / block_rows(1)} * (n_panels / kBlockPanels + 1));
-  for (int q = 0; q < n_panels;) {
-    const char* x = static_cast<const char*>(panels) + static_cast<size_t>(q) * panel_bytes;
-    float* to = c + q * kLanes;
-    const int left = n_panels - q;
-    const int some = left >= kBlockPanels && left != kBlockPanels + 1 ? 3
-                     : left >= 2                                      ? 2
-                                                                      : 1;  // 4 panels: 2 and 2
-    if (some == 3) {
-      multiply_panels<Step, 3>(from, width, rows, n_steps, x, panel_bytes, first, to, c_stride, prefetcher);
-    } else if (some == 2) {
-      multiply_panels<Step, 2>(from, width, rows, n_steps, x, panel_bytes, first, to, c_stride, prefetcher);
+  for (int p = 0; p < n_panels;) {
+    const char* x = static_cast<const char*>(panels) + static_cast<size_t>(p) * panel_bytes;
+    float* to = c + p * kLanes;
+    // Three panels at a time, but the last four as two and two.
+    const int remaining = n_panels - p;
+    const int count = remaining >= kBlockPanels && remaining != kBlockPanels + 1 ? 3 : remaining >= 2 ? 2 : 1;
+    if (count == 3) {
+      multiply_panels<Step, 3>(from, width, rows, n_steps, x, panel_bytes, assign, to, c_stride, prefetcher);
+    } else if (count == 2) {
+      multiply_panels<Step, 2>(from, width, rows, n_steps, x, panel_bytes, assign, to, c_stride, prefetcher);
     } else {
-      multiply_panels<Step, 1>(from, width, rows, n_steps, x, panel_bytes, first, to, c_stride, prefetcher);
+      multiply_panels<Step, 1>(from, width, rows, n_steps, x, panel_bytes, assign, to, c_stride, prefetcher);
     }
-    q += some;
+    p += count;
   }
 }
 

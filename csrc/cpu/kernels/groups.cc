@@ -1,5 +1,5 @@
-// The kernels of the types with zero points for one ISA. Separate from kernels.cc, with the same flags and
-// definitions, so that the two files compile in parallel.
+// The kernels of the types with zero points for one ISA. Compiled with the same flags and definitions as
+// kernels.cc; a separate file, so that the two compile in parallel.
 #include "cpu/kernels/groups.h"
 
 #include "cpu/kernels/matvec_groups.h"

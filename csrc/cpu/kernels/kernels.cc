@@ -15,6 +15,7 @@
 namespace qvl::cpu {
 namespace {
 
+// All kernels except those of the types with zero points.
 constexpr Kernels make() {
   Kernels k{};
   k.isa = QVL_KERNELS_ISA;

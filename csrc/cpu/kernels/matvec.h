@@ -1,6 +1,7 @@
 // Matrix-vector products, the part shared by all storage types: y [n_x][rows] (+)= x W^T + bias for 1 to
-// kMaxRows rows of x ("activations"), streaming W once. The inner loops are the classes `Rows` of
-// matvec_bf16.h, _float.h, _int8.h, _int4.h and _groups.h.
+// kMaxRows rows of x, which reads W from memory once. A row of x is called an activation here. The inner
+// loops are the classes `Rows` of matvec_bf16.h, matvec_float.h, matvec_int8.h, matvec_int4.h and
+// matvec_groups.h.
 //
 // Layout of the work:
 //
@@ -14,11 +15,12 @@
 //
 // A register block has R = RowCount rows and N = XCount activations, so that each loaded vector is used
 // several times. Column blocks are narrow enough to keep their activations in the L1 cache; with one
-// activation the whole row is one block. The summation order does not depend on the blocking: a token's
+// activation a block is an entire row. The order of summation does not depend on the blocking: a token's
 // result has the same bits in every batch.
 //
-// Cost: bytes of W once, 2 rows k n_x operations; the files of the storage types contain the formulas.
-// linear.cc contains the outer loop, which reuses cached parts of W for more than kMaxRows activations.
+// Cost: reads W once and computes 2 rows k n_x operations; the files of the storage types contain the
+// formulas. linear.cc contains the outer loop, which reuses cached parts of W for more than kMaxRows
+// activations.
 //
 // Reference: reference::linear (reference/reference.cc), tests/csrc/test_kernels.py.
 #pragma once
@@ -32,22 +34,23 @@ using qvl::cpu::Matvec;
 
 constexpr int kPanelRows = 16;  // rows of a panel, processed with the same column block of x
 
-// Write the sums of n rows of W for row x of the activations. Not inlined, so that the final rounding is the
-// same in every kernel.
+// Write the sums of n rows of W, from `row` on, to y for activation x. Not inlined, so that the final
+// rounding is the same in every kernel.
 template <bool HasScale>
 __attribute__((noinline)) void write_rows(const Matvec& p, int64_t row, int n, int x, const float* sums) {
   float* const y = p.y + x * p.y_stride + row;
   for (int i = 0; i < n; i += kLanes) {
-    const int some = n - i < kLanes ? n - i : kLanes;
-    Floats value = load_some(sums + i, some);
-    if (HasScale) value *= load_some(static_cast<const float*>(p.scales) + row + i, some);
-    if (p.bias != nullptr) value += load_some(p.bias + row + i, some);
-    if (p.add) value += load_some(y + i, some);
-    store_some(y + i, value, some);
+    const int count = n - i < kLanes ? n - i : kLanes;
+    Floats value = load_first(sums + i, count);
+    if (HasScale) value *= load_first(static_cast<const float*>(p.scales) + row + i, count);
+    if (p.bias != nullptr) value += load_first(p.bias + row + i, count);
+    if (p.add) value += load_first(y + i, count);
+    store_first(y + i, value, count);
   }
 }
 
-// Prefetch the cache lines of the weights in memory order, which suits the hardware prefetcher best.
+// Prefetches the weights, a cache line per call, in the order of memory, which suits the hardware prefetcher
+// best.
 class WeightPrefetcher {
  public:
   QVL_INLINE WeightPrefetcher(const Matvec& p, int64_t offset)
@@ -61,15 +64,16 @@ class WeightPrefetcher {
   const char* line_;
 };
 
-constexpr int64_t kPrefetchAhead = 65536;  // bytes, with one activation; with several, a panel of rows
+// Distance of prefetched weights in bytes with one activation. With several activations it is a panel.
+constexpr int64_t kPrefetchDistance = 65536;
 
-// Load the sums of a register block; zeros for the first column block.
+// Load the sums of a register block; with `zero`, as for the first column block, set them to zero.
 template <int RowCount, int XCount, int SumStride>
-QVL_INLINE void load_sums(const Floats* from, bool begin, Floats (&sums)[RowCount][XCount]) {
+QVL_INLINE void load_sums(const Floats* from, bool zero, Floats (&sums)[RowCount][XCount]) {
 #pragma GCC unroll 8
   for (int r = 0; r < RowCount; ++r) {
 #pragma GCC unroll 8
-    for (int n = 0; n < XCount; ++n) sums[r][n] = begin ? Floats{} : from[r * SumStride + n];
+    for (int n = 0; n < XCount; ++n) sums[r][n] = zero ? Floats{} : from[r * SumStride + n];
   }
 }
 
@@ -84,69 +88,75 @@ QVL_INLINE void store_sums(const Floats (&sums)[RowCount][XCount], Floats* to) {
 
 // Interface of the class `Rows` of a storage type:
 //   kColumnBlock      columns of a column block
-//   rows_at_once(n)   RowCount with n activations: the maximum for which the sums of kXAtOnce activations fit
-//                     the registers; with one activation the measured optimum
+//   rows_at_once(n)   RowCount for n activations: the maximum for which the sums of kXAtOnce activations fit
+//                     the registers; for one activation the measured optimum
 //   row_bytes(k)      bytes of a row of weights, without scales
 //   kHasScale         whether a finished row is multiplied by scales[row]
 //   kXAtOnce          maximum number of activations of a register block
-//   add<RowCount, XCount, Pass, Passes, SumStride>(p, row, x, first, end, ahead, sums)
+//   add<RowCount, XCount, Pass, Passes, SumStride>(p, row, x, first, end, prefetcher, sums)
 //                     add the products of columns first to end with activations x to x + XCount - 1 to
-//                     sums [RowCount][SumStride], which are uninitialised if first is 0. `Passes` calls read
-//                     the same weights; each prefetches 1 / Passes of the lines that it reads
+//                     sums [RowCount][SumStride], which are uninitialised if first is 0. The same weights are
+//                     read by `Passes` calls, of which this is number `Pass`; a call prefetches 1 / Passes as
+//                     many cache lines as it reads
 
-// Multiply RowCount whole rows by one activation.
+// Multiply RowCount entire rows by one activation.
 template <typename Rows, int RowCount>
-QVL_INLINE void multiply_whole_rows(const Matvec& p, int64_t row, WeightPrefetcher& ahead, float* to) {
+QVL_INLINE void multiply_entire_rows(const Matvec& p, int64_t row, WeightPrefetcher& prefetcher, float* to) {
   Floats sums[RowCount];
-  Rows::template add<RowCount, 1, 0, 1, 1>(p, row, 0, 0, p.k, ahead, sums);
+  Rows::template add<RowCount, 1, 0, 1, 1>(p, row, 0, 0, p.k, prefetcher, sums);
 #pragma GCC unroll 8
   for (int r = 0; r < RowCount; ++r) to[r] = sum(sums[r]);
 }
 
-// Process a column block for activations FirstX to XCount - 1, kXAtOnce at a time; the weights stay in the L1
-// cache.
+// Process a column block for activations FirstX to XCount - 1, kXAtOnce at a time. The weights of the block
+// stay in the L1 cache.
 template <typename Rows, int RowCount, int XCount, int FirstX = 0>
 QVL_INLINE void multiply_column_block(const Matvec& p, int64_t row, int first, int end,
-                                      WeightPrefetcher& ahead, Floats* sums) {
+                                      WeightPrefetcher& prefetcher, Floats* sums) {
   constexpr int GroupX = XCount - FirstX < Rows::kXAtOnce ? XCount - FirstX : Rows::kXAtOnce;
   constexpr int kPasses = (XCount + Rows::kXAtOnce - 1) / Rows::kXAtOnce;
   Rows::template add<RowCount, GroupX, FirstX / Rows::kXAtOnce, kPasses, XCount>(p, row, FirstX, first, end,
-                                                                                 ahead, sums + FirstX);
+                                                                                 prefetcher, sums + FirstX);
   if constexpr (FirstX + GroupX < XCount)
-    multiply_column_block<Rows, RowCount, XCount, FirstX + GroupX>(p, row, first, end, ahead, sums);
+    multiply_column_block<Rows, RowCount, XCount, FirstX + GroupX>(p, row, first, end, prefetcher, sums);
 }
 
+// Product with one activation, for rows `row` to `end`.
 template <typename Rows>
 void matvec_one(const Matvec& p, int64_t row, int64_t end) {
   constexpr int RowCount = Rows::rows_at_once(1);
-  WeightPrefetcher ahead(p, Rows::row_bytes(p.k) * row + kPrefetchAhead);
-  constexpr int kBatchRows = 16 * RowCount;
-  float sums[kBatchRows];
-  for (; row < end; row += kBatchRows) {
-    const int n = end - row < kBatchRows ? static_cast<int>(end - row) : kBatchRows;
+  WeightPrefetcher prefetcher(p, Rows::row_bytes(p.k) * row + kPrefetchDistance);
+  constexpr int kWriteRows = 16 * RowCount;  // rows per call of write_rows
+  float sums[kWriteRows];
+  for (; row < end; row += kWriteRows) {
+    const int n = end - row < kWriteRows ? static_cast<int>(end - row) : kWriteRows;
     int r = 0;
-    for (; r + RowCount <= n; r += RowCount) multiply_whole_rows<Rows, RowCount>(p, row + r, ahead, sums + r);
-    for (; r < n; ++r) multiply_whole_rows<Rows, 1>(p, row + r, ahead, sums + r);
+    for (; r + RowCount <= n; r += RowCount)
+      multiply_entire_rows<Rows, RowCount>(p, row + r, prefetcher, sums + r);
+    for (; r < n; ++r) multiply_entire_rows<Rows, 1>(p, row + r, prefetcher, sums + r);
     write_rows<Rows::kHasScale>(p, row, n, 0, sums);
   }
 }
 
+// Product with XCount activations, for rows `row` to `end`.
 template <typename Rows, int XCount>
 void matvec_many(const Matvec& p, int64_t row, int64_t end) {
   constexpr int RowCount = Rows::rows_at_once(XCount);
   const int64_t row_bytes = Rows::row_bytes(p.k);
   Floats sums[kPanelRows * XCount];
-  WeightPrefetcher ahead(p, row_bytes * row + kPanelRows * row_bytes);
+  WeightPrefetcher prefetcher(p, row_bytes * row + kPanelRows * row_bytes);
   for (; row < end; row += kPanelRows) {
     const int rows = end - row < kPanelRows ? static_cast<int>(end - row) : kPanelRows;
-    for (int first = 0; first < p.k; first += Rows::kColumnBlock) {
-      const int last = first + Rows::kColumnBlock < p.k ? first + Rows::kColumnBlock : p.k;
+    for (int first_k = 0; first_k < p.k; first_k += Rows::kColumnBlock) {
+      const int end_k = first_k + Rows::kColumnBlock < p.k ? first_k + Rows::kColumnBlock : p.k;
       int r = 0;
       for (; r + RowCount <= rows; r += RowCount)
-        multiply_column_block<Rows, RowCount, XCount>(p, row + r, first, last, ahead, sums + r * XCount);
+        multiply_column_block<Rows, RowCount, XCount>(p, row + r, first_k, end_k, prefetcher,
+                                                      sums + r * XCount);
       for (; r < rows; ++r)
-        multiply_column_block<Rows, 1, XCount>(p, row + r, first, last, ahead, sums + r * XCount);
+        multiply_column_block<Rows, 1, XCount>(p, row + r, first_k, end_k, prefetcher, sums + r * XCount);
     }
+    // Add the lanes of all sums; missing rows of the panel count as zeros.
     for (int i = rows * XCount; i < kPanelRows * XCount; ++i) sums[i] = Floats{};
     for (int n = 0; n < XCount; ++n) {
       float totals[kPanelRows];

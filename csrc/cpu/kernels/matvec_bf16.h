@@ -1,7 +1,8 @@
 // Matrix-vector product with bfloat16 weights: y[n][row] = sum over k of w[row][k] x[n][k], 1 to 8 rows of x.
 //
-// Layout, with L = kLanes float32 lanes. Two adjacent weights are one 32-bit word; a shift extracts the even
-// one as float32, a mask the odd one. prepare_bf16 therefore separates even and odd activations:
+// Layout, with L = kLanes float32 lanes. Two adjacent weights are one 32-bit word: a shift converts the
+// weight with even index to float32, a mask the weight with odd index. prepare_bf16 therefore separates the
+// values of x with even and odd indices:
 //
 //   weights, a row         [ w0 w1 | w2 w3 | .. | w(2L-2) w(2L-1) | w(2L) .. ]      2 bytes each, no padding
 //                            \___/ one word, one lane
@@ -22,7 +23,7 @@
 
 namespace {
 
-constexpr int kPairs = 2 * kLanes;
+constexpr int kPairs = 2 * kLanes;  // values in a vector of pairs
 
 size_t prepared_bytes_bf16(int k, int n_x) {
   return static_cast<size_t>(round_up(k, kPairs)) * n_x * sizeof(float);
@@ -32,17 +33,18 @@ void prepare_bf16(const float* x, int64_t x_stride, int n_x, int k, void* prepar
   auto* to = static_cast<float*>(prepared);
   for (int n = 0; n < n_x; ++n) {
     for (int i = 0; i < k; i += kPairs, to += kPairs) {
-      const int some = k - i < kPairs ? k - i : kPairs;
-      float both[kPairs] = {};
-      __builtin_memcpy(both, x + n * x_stride + i, static_cast<size_t>(some) * sizeof(float));
+      const int count = k - i < kPairs ? k - i : kPairs;
+      float values[kPairs] = {};
+      __builtin_memcpy(values, x + n * x_stride + i, static_cast<size_t>(count) * sizeof(float));
       for (int j = 0; j < kLanes; ++j) {
-        to[j] = both[2 * j];
-        to[kLanes + j] = both[2 * j + 1];
+        to[j] = values[2 * j];
+        to[kLanes + j] = values[2 * j + 1];
       }
     }
   }
 }
 
+// `Rows` for bfloat16 weights; matvec.h documents the members.
 struct RowsBf16 {
   static constexpr int kColumnBlock = 512;
   static constexpr int kXAtOnce = kLanes == 16 ? 4 : 2;
@@ -52,9 +54,9 @@ struct RowsBf16 {
 
   template <int RowCount, int XCount, int Pass, int Passes, int SumStride>
   static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end,
-                             WeightPrefetcher& ahead, Floats* saved) {
+                             WeightPrefetcher& prefetcher, Floats* stored_sums) {
     Floats sums[RowCount][XCount];
-    load_sums<RowCount, XCount, SumStride>(saved, first == 0, sums);
+    load_sums<RowCount, XCount, SumStride>(stored_sums, first == 0, sums);
     const int k = p.k, width = round_up(k, kPairs);
     const float* x = static_cast<const float*>(p.x) + first_x * width;
     const uint16_t* w = static_cast<const uint16_t*>(p.weights) + row * k;
@@ -64,7 +66,7 @@ struct RowsBf16 {
 #pragma GCC unroll 8
       for (int r = 0; r < RowCount; ++r) {
         pairs[r] = load<Words>(w + int64_t{r} * k + i);
-        if (r % Passes == Pass && i % 32 == 0) ahead.next();
+        if (r % Passes == Pass && i % 32 == 0) prefetcher.next();
       }
       step<RowCount, XCount>(pairs, x + i, width, sums);
     }
@@ -75,7 +77,7 @@ struct RowsBf16 {
       }
       step<RowCount, XCount>(pairs, x + i, width, sums);
     }
-    store_sums<RowCount, XCount, SumStride>(sums, saved);
+    store_sums<RowCount, XCount, SumStride>(sums, stored_sums);
   }
 
   template <int RowCount, int XCount>

@@ -25,11 +25,12 @@ void prepare_f32(const float* x, int64_t x_stride, int n_x, int k, void* prepare
   const int width = round_up(k, kLanes);
   for (int n = 0; n < n_x; ++n, to += width) {
     for (int i = 0; i < k; i += kLanes) {
-      store(to + i, load_some(x + n * x_stride + i, k - i < kLanes ? k - i : kLanes));
+      store(to + i, load_first(x + n * x_stride + i, k - i < kLanes ? k - i : kLanes));
     }
   }
 }
 
+// `Rows` for weights of type float or Float16; matvec.h documents the members.
 template <typename Value>
 struct RowsOf {
   static constexpr int kColumnBlock = 512;
@@ -40,9 +41,9 @@ struct RowsOf {
 
   template <int RowCount, int XCount, int Pass, int Passes, int SumStride>
   static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end,
-                             WeightPrefetcher& ahead, Floats* saved) {
+                             WeightPrefetcher& prefetcher, Floats* stored_sums) {
     Floats sums[RowCount][XCount];
-    load_sums<RowCount, XCount, SumStride>(saved, first == 0, sums);
+    load_sums<RowCount, XCount, SumStride>(stored_sums, first == 0, sums);
     const int k = p.k, width = round_up(k, kLanes);
     const float* x = static_cast<const float*>(p.x) + first_x * width;
     const Value* w = static_cast<const Value*>(p.weights) + row * k;
@@ -52,7 +53,7 @@ struct RowsOf {
 #pragma GCC unroll 8
       for (int r = 0; r < RowCount; ++r) {
         v[r] = load_floats(w + int64_t{r} * k + i);
-        if (r % Passes == Pass && i * sizeof(Value) % 64 == 0) ahead.next();
+        if (r % Passes == Pass && i * sizeof(Value) % 64 == 0) prefetcher.next();
       }
 #pragma GCC unroll 8
       for (int n = 0; n < XCount; ++n) {
@@ -63,11 +64,11 @@ struct RowsOf {
     }
     if (i < end) {
       for (int r = 0; r < RowCount; ++r) {
-        const Floats v = load_some(w + int64_t{r} * k + i, end - i);
+        const Floats v = load_first(w + int64_t{r} * k + i, end - i);
         for (int n = 0; n < XCount; ++n) sums[r][n] += v * load<Floats>(x + n * width + i);
       }
     }
-    store_sums<RowCount, XCount, SumStride>(sums, saved);
+    store_sums<RowCount, XCount, SumStride>(sums, stored_sums);
   }
 };
 

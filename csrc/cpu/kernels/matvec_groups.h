@@ -2,8 +2,8 @@
 // 128 values of a row: y[n][row] = sum over groups of scale * sum over k of (w[row][k] - zero) x[n][k], x
 // quantized to 8 bits (quantized_x.h).
 //
-// The zero points are subtracted in float32, once per row of W. prepare_groups computes the required sums of
-// x once for all rows:
+// The term of the zero points is subtracted in float32, once per row of W. prepare_groups computes the sums
+// of x that it needs, once for all rows:
 //
 //   sum of scale * (w - zero) * x = sum of scale * (w * x)  -  sum over groups of (scale * zero) * sum of x
 //                                   products of integers       one product per group, kLanes in a vector
@@ -25,8 +25,9 @@
 // each half of its lanes. AVX2 without VNNI multiplies signed bytes (kSignedProducts): 128 is subtracted from
 // the weights and from the zero points.
 //
-//   prepared x:  [n_x] rows: blocks of Floats scales, int8 values [kBlock]; then float32 sums of x [groups
-//                padded with zeros to kLanes]
+//   prepared x:  [n_x] rows, each with its blocks (float32 scales [kLanes], int8 values [kBlock]), followed
+//   by the
+//                float32 sums of x over the groups [groups padded with zeros to kLanes]
 //
 // Cost. Operations: as in matvec_int4.h and matvec_int8.h. Bytes: with 4 bits rows k (1/2 + 4 / group), with
 // 8 bits rows k (1 + 4 / group).
@@ -39,11 +40,13 @@
 
 namespace {
 
+// Layout of prepared x.
 template <int Bits, int Group>
 struct GroupsX {
   static constexpr int64_t kBlockBytes = sizeof(Floats) + kBlock;
   static constexpr int kGroups = kBlock / Group;  // groups in a block
 
+  // Offset of the sums in a row of prepared x.
   static QVL_INLINE int64_t sums_at(int k) { return round_up(k, kBlock) / kBlock * kBlockBytes; }
   static QVL_INLINE int64_t row_bytes(int k) {
     return sums_at(k) + round_up(round_up(k, kBlock) / Group, kLanes) * int64_t{sizeof(float)};
@@ -87,10 +90,11 @@ QVL_INLINE UnsignedBytes gather_bytes(UnsignedBytes words) {
 // Add to sums [kGroups] the sum of x over each group of a block.
 template <int Bits, int Group>
 QVL_INLINE void sum_groups(const char* block, float* sums) {
-  // First sum the vectors whose lanes belong to the same groups as integers; the groups change every kStep
+  // First add, as integers, the vectors whose lanes belong to the same groups; the groups change every kStep
   // vectors.
   constexpr int kStep = Bits == 8 ? (Group > kVector ? Group : kVector) / kVector : kUnit / kVector;
-  constexpr int kClasses = Bits == 4 && Group == 32 ? 2 : 1;  // low and high nibbles
+  // Low and high nibbles belong to different groups of 32, and their vectors alternate.
+  constexpr int kClasses = Bits == 4 && Group == 32 ? 2 : 1;
   const UnsignedBytes ones = UnsignedBytes{} + uint8_t{1};
   const Floats scales = load<Floats>(block);
 #pragma GCC unroll 8
@@ -132,8 +136,8 @@ void prepare_groups(const float* x, int64_t x_stride, int n_x, int k, void* prep
         from = values;
       }
       for (int i = 0; i < kBlock; i += 4) {
-        const int at = Bits == 8 ? i : i / kUnit * kUnit + unit_value(i % kUnit);
-        __builtin_memcpy(ordered + i, from + at, 4 * sizeof(float));
+        const int index = Bits == 8 ? i : i / kUnit * kUnit + unit_value(i % kUnit);
+        __builtin_memcpy(ordered + i, from + index, 4 * sizeof(float));
       }
       quantize_values(ordered, block, block + sizeof(Floats));
       sum_groups<Bits, Group>(block, sums);
@@ -141,25 +145,27 @@ void prepare_groups(const float* x, int64_t x_stride, int n_x, int k, void* prep
   }
 }
 
-QVL_INLINE Floats load_scales(const void* scales, int64_t at, int n) {
-  const auto* from = static_cast<const uint16_t*>(scales) + at;
-  return widen_float16(n == kLanes ? load<HalfWords>(from) : load_some_halves(from, n));
+// Load n scales, or zero points, from index `at` on; the other lanes are zero.
+QVL_INLINE Floats load_scales(const void* scales, int64_t index, int n) {
+  const auto* from = static_cast<const uint16_t*>(scales) + index;
+  return widen_float16(n == kLanes ? load<HalfWords>(from) : load_first_halves(from, n));
 }
 
-// Vector of the scales two[0] and two[1]: alternating(): in alternate lanes; by_halves(): each in one half of
-// the lanes.
-QVL_INLINE Floats alternating(const float* two) {
+// Vectors of two scales. alternating(): scales[0] in even lanes, scales[1] in odd lanes. by_halves():
+// scales[0] in the lower half of the lanes, scales[1] in the upper half.
+QVL_INLINE Floats alternating(const float* scales) {
   typedef uint64_t Pairs __attribute__((vector_size(sizeof(Floats))));
-  uint64_t both;
-  __builtin_memcpy(&both, two, sizeof both);
-  return reinterpret_cast<Floats>(both + Pairs{});
+  uint64_t pair;
+  __builtin_memcpy(&pair, scales, sizeof pair);
+  return reinterpret_cast<Floats>(pair + Pairs{});
 }
-QVL_INLINE Floats by_halves(const float* two) {
+QVL_INLINE Floats by_halves(const float* scales) {
   Ints upper;
   for (int i = 0; i < kLanes; ++i) upper[i] = i >= kLanes / 2 ? -1 : 0;
-  return select(upper, all(two[1]), all(two[0]));
+  return select(upper, broadcast(scales[1]), broadcast(scales[0]));
 }
 
+// `Rows` for a type with zero points; matvec.h documents the members.
 template <int Bits, int Group>
 struct RowsGroups {
   using X = GroupsX<Bits, Group>;
@@ -171,20 +177,20 @@ struct RowsGroups {
 
   template <int RowCount, int XCount, int Pass, int Passes, int SumStride>
   static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end,
-                             WeightPrefetcher& ahead, Floats* sums) {
-    if (first == 0) begin<RowCount, XCount, SumStride>(p, row, first_x, sums);
+                             WeightPrefetcher& prefetcher, Floats* sums) {
+    if (first == 0) initialise<RowCount, XCount, SumStride>(p, row, first_x, sums);
     for (; end - first >= kBlock; first += kBlock) {
-      add_units<RowCount, XCount, Pass, Passes, SumStride, kBlock / kUnit>(p, row, first_x, first, ahead,
+      add_units<RowCount, XCount, Pass, Passes, SumStride, kBlock / kUnit>(p, row, first_x, first, prefetcher,
                                                                            sums);
     }
     for (; first < end; first += kUnit)
-      add_units<RowCount, XCount, Pass, Passes, SumStride, 1>(p, row, first_x, first, ahead, sums);
+      add_units<RowCount, XCount, Pass, Passes, SumStride, 1>(p, row, first_x, first, prefetcher, sums);
   }
 
-  // Initialise the sums with the negated zero-point term of whole rows; the groups are distributed over
-  // lanes.
+  // Initialise the sums with the negated term of the zero points, for entire rows: each lane sums the
+  // products of some groups.
   template <int RowCount, int XCount, int SumStride>
-  static QVL_INLINE void begin(const Matvec& p, int64_t row, int first_x, Floats* sums) {
+  static QVL_INLINE void initialise(const Matvec& p, int64_t row, int first_x, Floats* sums) {
     const int groups = round_up(p.k, kUnit) / Group;
     const auto* x = reinterpret_cast<const float*>(X::row(p, first_x) + X::sums_at(p.k));
     const int64_t x_stride = X::row_bytes(p.k) / int64_t{sizeof(float)};
@@ -194,10 +200,10 @@ struct RowsGroups {
 #pragma GCC unroll 1
       for (int g = 0; g < groups; g += kLanes) {
         const int n = groups - g < kLanes ? groups - g : kLanes;
-        const int64_t at = (row + r) * groups + g;
-        Floats zeros = load_scales(p.zeros, at, n);
+        const int64_t index = (row + r) * groups + g;
+        Floats zeros = load_scales(p.zeros, index, n);
         if (Bits == 8 && kSignedProducts) zeros -= 128;
-        const Floats products = load_scales(p.scales, at, n) * zeros;
+        const Floats products = load_scales(p.scales, index, n) * zeros;
 #pragma GCC unroll 8
         for (int i = 0; i < XCount; ++i) zero_terms[i] += products * load<Floats>(x + i * x_stride + g);
       }
@@ -209,7 +215,7 @@ struct RowsGroups {
   // Add `Units` units from column `first` on, all within one block of x.
   template <int RowCount, int XCount, int Pass, int Passes, int SumStride, int Units>
   static QVL_INLINE void add_units(const Matvec& p, int64_t row, int first_x, int first,
-                                   WeightPrefetcher& ahead, Floats* sums) {
+                                   WeightPrefetcher& prefetcher, Floats* sums) {
     const int64_t stride = row_bytes(p.k), scale_stride = round_up(p.k, kUnit) / Group;
     const uint8_t* w = static_cast<const uint8_t*>(p.weights) + row * stride + first * Bits / 8;
     const char* block = X::row(p, first_x) + first / kBlock * X::kBlockBytes;
@@ -222,15 +228,15 @@ struct RowsGroups {
       if (Bits == 4 && Group == 32) scales = low_and_high(scales);
       store(factors[r], scales);
     }
-    // Keep the factors in memory: broadcasting a memory operand of a multiplication is free, broadcasting a
-    // register takes two shuffles.
+    // Keep the factors in memory: broadcasting a memory operand of a multiplication costs nothing,
+    // broadcasting a register takes two shuffles.
     asm volatile("" : "+m"(factors));
     Floats totals[RowCount][XCount] = {};
     if constexpr (Bits == 4) {
 #pragma GCC unroll 4
       for (int u = 0; u < Units; ++u) {
         add_nibbles<RowCount, XCount, Pass, Passes>(w + u * (kUnit / 2), stride, x + u * kUnit,
-                                                    X::row_bytes(p.k), factors, u * kUnit / Group, ahead,
+                                                    X::row_bytes(p.k), factors, u * kUnit / Group, prefetcher,
                                                     totals);
       }
     } else {
@@ -238,7 +244,7 @@ struct RowsGroups {
 #pragma GCC unroll 8
       for (int i = 0; i < Units * kUnit; i += kColumns) {
         add_bytes<RowCount, XCount, Pass, Passes>(w + i, stride, x + i, X::row_bytes(p.k), factors, i / Group,
-                                                  i % 64 == 0, ahead, totals);
+                                                  i % 64 == 0, prefetcher, totals);
       }
     }
     const char* blocks[XCount];
@@ -260,7 +266,7 @@ struct RowsGroups {
   template <int RowCount, int XCount, int Pass, int Passes>
   static QVL_INLINE void add_nibbles(const uint8_t* w, int64_t stride, const char* x, int64_t x_stride,
                                      const float (&factors)[RowCount][kLanes], int group,
-                                     WeightPrefetcher& ahead, Floats (&totals)[RowCount][XCount]) {
+                                     WeightPrefetcher& prefetcher, Floats (&totals)[RowCount][XCount]) {
     Ints low[RowCount][XCount] = {}, high[RowCount][XCount] = {};
 #pragma GCC unroll 4
     for (int part = 0; part < kUnit / 2; part += kVector) {
@@ -270,7 +276,7 @@ struct RowsGroups {
         const UnsignedBytes bytes = gather_bytes(load<UnsignedBytes>(w + r * stride + part));
         v[r][0] = bytes & uint8_t{15};
         v[r][1] = reinterpret_cast<UnsignedBytes>(reinterpret_cast<Halves>(bytes) >> 4) & uint8_t{15};
-        if (r % Passes == Pass && part == 0) ahead.next();
+        if (r % Passes == Pass && part == 0) prefetcher.next();
       }
 #pragma GCC unroll 8
       for (int n = 0; n < XCount; ++n) {
@@ -279,19 +285,19 @@ struct RowsGroups {
 #pragma GCC unroll 8
         for (int r = 0; r < RowCount; ++r) {
           low[r][n] = multiply_add(low[r][n], v[r][0], a);
-          Ints& to = Group == 32 ? high[r][n] : low[r][n];
-          to = multiply_add(to, v[r][1], b);
+          Ints& high_sum = Group == 32 ? high[r][n] : low[r][n];
+          high_sum = multiply_add(high_sum, v[r][1], b);
         }
       }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < RowCount; ++r) {
-      const float* from = factors[r] + group;
-      const Floats of_low = Group == 128 ? all(*from) : alternating(from);
+      const float* scales = factors[r] + group;
+      const Floats low_scales = Group == 128 ? broadcast(*scales) : alternating(scales);
 #pragma GCC unroll 8
       for (int n = 0; n < XCount; ++n) {
-        totals[r][n] += to_floats(low[r][n]) * of_low;
-        if constexpr (Group == 32) totals[r][n] += to_floats(high[r][n]) * alternating(from + 2);
+        totals[r][n] += to_floats(low[r][n]) * low_scales;
+        if constexpr (Group == 32) totals[r][n] += to_floats(high[r][n]) * alternating(scales + 2);
       }
     }
   }
@@ -301,7 +307,7 @@ struct RowsGroups {
   template <int RowCount, int XCount, int Pass, int Passes>
   static QVL_INLINE void add_bytes(const uint8_t* w, int64_t stride, const char* x, int64_t x_stride,
                                    const float (&factors)[RowCount][kLanes], int group, bool new_line,
-                                   WeightPrefetcher& ahead, Floats (&totals)[RowCount][XCount]) {
+                                   WeightPrefetcher& prefetcher, Floats (&totals)[RowCount][XCount]) {
     Ints dots[RowCount][XCount] = {};
 #pragma GCC unroll 8
     for (int i = 0; i < Group || i == 0; i += kVector) {
@@ -310,7 +316,7 @@ struct RowsGroups {
       for (int r = 0; r < RowCount; ++r) {
         v[r] = load<UnsignedBytes>(w + r * stride + i);
         if (kSignedProducts) v[r] ^= uint8_t{128};
-        if (r % Passes == Pass && new_line && i % 64 == 0) ahead.next();
+        if (r % Passes == Pass && new_line && i % 64 == 0) prefetcher.next();
       }
 #pragma GCC unroll 8
       for (int n = 0; n < XCount; ++n) {
@@ -327,15 +333,15 @@ struct RowsGroups {
     }
 #pragma GCC unroll 8
     for (int r = 0; r < RowCount; ++r) {
-      const Floats factor = Group < kVector ? by_halves(factors[r] + group) : all(factors[r][group]);
+      const Floats factor = Group < kVector ? by_halves(factors[r] + group) : broadcast(factors[r][group]);
 #pragma GCC unroll 8
       for (int n = 0; n < XCount; ++n) totals[r][n] += to_floats(dots[r][n]) * factor;
     }
   }
 };
 
-// Multiply at most kXAtOnce rows of x at a time, which limits the number of compiled variants. With more
-// rows, each panel of W is read once per kXAtOnce rows of x, from the cache after the first time.
+// Multiply kXAtOnce, 2 or 1 rows of x at a time, which limits the number of compiled variants. If the rows of
+// x take several passes, each panel of W is read several times, from the cache after the first time.
 template <int Bits, int Group>
 void matvec_groups(const Matvec& p, int64_t row, int64_t end) {
   using Rows = RowsGroups<Bits, Group>;
@@ -343,18 +349,18 @@ void matvec_groups(const Matvec& p, int64_t row, int64_t end) {
   const int64_t step = one_pass ? end - row : kPanelRows;
   Matvec part = p;
   for (; row < end; row += step) {
-    const int64_t last = end - row < step ? end : row + step;
+    const int64_t part_end = end - row < step ? end : row + step;
     for (int first = 0; first < p.n_x; first += part.n_x) {
-      const int left = p.n_x - first;
-      part.n_x = left >= Rows::kXAtOnce ? Rows::kXAtOnce : left >= 2 ? 2 : 1;
+      const int remaining = p.n_x - first;
+      part.n_x = remaining >= Rows::kXAtOnce ? Rows::kXAtOnce : remaining >= 2 ? 2 : 1;
       part.x = Rows::X::row(p, first);
       part.y = p.y + first * p.y_stride;
       if (part.n_x == Rows::kXAtOnce) {
-        matvec_many<Rows, Rows::kXAtOnce>(part, row, last);
+        matvec_many<Rows, Rows::kXAtOnce>(part, row, part_end);
       } else if (part.n_x == 2) {
-        matvec_many<Rows, 2>(part, row, last);
+        matvec_many<Rows, 2>(part, row, part_end);
       } else {
-        matvec_one<Rows>(part, row, last);
+        matvec_one<Rows>(part, row, part_end);
       }
     }
   }

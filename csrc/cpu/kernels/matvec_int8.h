@@ -9,7 +9,7 @@
 //   a block of kBlock = 32 L columns (128, 256 or 512; L = kLanes), for one row of W and one row of x:
 //
 //   weights   | 4L bytes | 4L bytes | .. 8 vectors      lane l adds 4 products per vector, 32 per block,
-//   x         | 4L bytes | 4L bytes | .. 8 vectors      in int32: dots[l]
+//   x         | 4L bytes | 4L bytes | .. 8 vectors      as int32: dots[l]
 //   x scales  | L float32 |                             sums[l] += float(dots[l]) * x_scale[l]
 //
 // The instructions multiply unsigned by signed bytes. On AVX2 without VNNI (kSignedProducts) the signs of the
@@ -50,21 +50,22 @@ struct RowsInt8 {
 
   template <int RowCount, int XCount, int Pass, int Passes, int SumStride>
   static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end,
-                             WeightPrefetcher& ahead, Floats* sums) {
+                             WeightPrefetcher& prefetcher, Floats* sums) {
     for (; end - first >= kBlock; first += kBlock) {
-      add_block<RowCount, XCount, Pass, Passes, SumStride, kBlock>(p, row, first_x, first, kBlock, ahead,
+      add_block<RowCount, XCount, Pass, Passes, SumStride, kBlock>(p, row, first_x, first, kBlock, prefetcher,
                                                                    sums);
     }
     if (first < end) {
-      const int rest = round_up(end - first, kUnit);
-      add_block<RowCount, XCount, Pass, Passes, SumStride, 0>(p, row, first_x, first, rest, ahead, sums);
+      const int remaining = round_up(end - first, kUnit);
+      add_block<RowCount, XCount, Pass, Passes, SumStride, 0>(p, row, first_x, first, remaining, prefetcher,
+                                                              sums);
     }
   }
 
-  // Add the products of n_k columns. StaticColumns: n_k if it is known at compile time, else 0.
+  // Add the products of n_k columns. StaticColumns: n_k if it is a compile-time constant, else 0.
   template <int RowCount, int XCount, int Pass, int Passes, int SumStride, int StaticColumns>
   static QVL_INLINE void add_block(const Matvec& p, int64_t row, int first_x, int first, int n_k,
-                                   WeightPrefetcher& ahead, Floats* sums) {
+                                   WeightPrefetcher& prefetcher, Floats* sums) {
     const int64_t stride = row_bytes(p.k);
     const uint8_t* w[RowCount];
     const char* x[XCount];
@@ -86,22 +87,22 @@ struct RowsInt8 {
     if constexpr (StaticColumns != 0) {
 #pragma GCC unroll 8
       for (int i = 0; i < StaticColumns; i += kVector)
-        step<RowCount, XCount, Pass, Passes>(w, x, i, ahead, dots);
+        step<RowCount, XCount, Pass, Passes>(w, x, i, prefetcher, dots);
     } else {
 #pragma GCC unroll 1
-      for (int i = 0; i < n_k; i += kVector) step<RowCount, XCount, Pass, Passes>(w, x, i, ahead, dots);
+      for (int i = 0; i < n_k; i += kVector) step<RowCount, XCount, Pass, Passes>(w, x, i, prefetcher, dots);
     }
     add_scaled<RowCount, XCount, SumStride>(dots, x, first == 0, sums);
   }
 
   template <int RowCount, int XCount, int Pass, int Passes>
   static QVL_INLINE void step(const uint8_t* const (&w)[RowCount], const char* const (&x)[XCount], int i,
-                              WeightPrefetcher& ahead, Ints (&dots)[RowCount][XCount]) {
+                              WeightPrefetcher& prefetcher, Ints (&dots)[RowCount][XCount]) {
     SignedBytes v[RowCount];
 #pragma GCC unroll 8
     for (int r = 0; r < RowCount; ++r) {
       v[r] = load<SignedBytes>(w[r] + i);
-      if (r % Passes == Pass && i % 64 == 0) ahead.next();
+      if (r % Passes == Pass && i % 64 == 0) prefetcher.next();
     }
 #pragma GCC unroll 8
     for (int n = 0; n < XCount; ++n) {

@@ -6,7 +6,7 @@
 // Layout: x, weight, bias, y float32 [n], any n; y may be x. Each of L lanes has a separate sum; sum() adds
 // them in a fixed order:
 //
-//   x  [ 0 1 .. L-1 | L .. 2L-1 | .. | rest ]      total[lane] += d * d, the rest in scalars
+//   x  [ 0 1 .. L-1 | L .. 2L-1 | .. | remainder ]      total[lane] += d * d; the remainder as scalars
 //
 // Cost. Bytes: x read twice (LayerNorm: three times) and y written once, 4 n each, in the cache. Operations:
 // 4 n (LayerNorm: 8 n). At hidden 4096 a row has 16 KB and the weights of a layer 400 MB, so the cost is
@@ -19,6 +19,8 @@
 
 namespace {
 
+// Call body(i, count) for each vector of n values: it begins at value i and has count = kLanes values, or
+// fewer at the end.
 template <typename Body>
 QVL_INLINE void each_vector(int n, Body&& body) {
   int i = 0;
@@ -34,28 +36,28 @@ QVL_INLINE float sum_of_squares(const float* x, int n, float centre) {
     const Floats d = load<Floats>(x + i) - centre;
     total += d * d;
   }
-  float rest = 0;
-  for (; i < n; ++i) rest += (x[i] - centre) * (x[i] - centre);
-  return sum(total) + rest;
+  float remainder = 0;
+  for (; i < n; ++i) remainder += (x[i] - centre) * (x[i] - centre);
+  return sum(total) + remainder;
 }
 
 void rms_norm(const float* x, const float* weight, int n, float epsilon, float* y) {
   const float mean = sum_of_squares(x, n, 0) / static_cast<float>(n);
   const float scale = 1.0F / __builtin_sqrtf(mean + epsilon);
-  each_vector(n, [&](int i, int some) {
-    store_some(y + i, load_some(x + i, some) * scale * load_some(weight + i, some), some);
+  each_vector(n, [&](int i, int count) {
+    store_first(y + i, load_first(x + i, count) * scale * load_first(weight + i, count), count);
   });
 }
 
 void layer_norm(const float* x, const float* weight, const float* bias, int n, float epsilon, float* y) {
   Floats total{};
-  each_vector(n, [&](int i, int some) { total += load_some(x + i, some); });
+  each_vector(n, [&](int i, int count) { total += load_first(x + i, count); });
   const float mean = sum(total) / static_cast<float>(n);
   const float variance = sum_of_squares(x, n, mean) / static_cast<float>(n);
   const float scale = 1.0F / __builtin_sqrtf(variance + epsilon);
-  each_vector(n, [&](int i, int some) {
-    const Floats normed = (load_some(x + i, some) - mean) * scale;
-    store_some(y + i, normed * load_some(weight + i, some) + load_some(bias + i, some), some);
+  each_vector(n, [&](int i, int count) {
+    const Floats normed = (load_first(x + i, count) - mean) * scale;
+    store_first(y + i, normed * load_first(weight + i, count) + load_first(bias + i, count), count);
   });
 }
 

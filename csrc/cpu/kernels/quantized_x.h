@@ -1,9 +1,9 @@
-// Quantization of activations to 8 bits, so that products with 8- and 4-bit weights are integer sums.
+// Quantization of activations to 8 bits, so that products with 8- and 4-bit weights are sums of integers.
 //
 // Layout. A block is 8 vectors of 4 L bytes (L = kLanes): 128, 256 or 512 values. One instruction multiplies
-// and adds the 4 bytes of a 32-bit lane, so a lane processes 4 bytes of each vector, 32 values of a block;
-// these share a float32 scale. That is as fine as one scale per 32 adjacent values, but one vector
-// multiplication applies the scales to the sums of all lanes:
+// and adds the 4 bytes of a 32-bit lane. A lane thus processes 4 bytes of each vector, 32 values of a block,
+// and these 32 values share a float32 scale. This is as precise as a scale per 32 adjacent values, and a
+// single vector multiplication applies the scales to the sums of all lanes:
 //
 //   lane        0          1        ..    L-1
 //   vector 0  x x x x    x x x x         x x x x
@@ -14,12 +14,13 @@
 //   a block in memory:  float32 scales [L] | int32 initial sums [kBlock / Group][L] | int8 values [kBlock]
 //   prepared x:         [n_x][ceil(k / kBlock)] blocks, padded with zeros
 //
-// The instruction takes the weights as unsigned bytes. They are stored with an offset (int8: 128, int4: 8)
-// that must be subtracted: sum w x = sum (w + offset) x - offset sum x. The initial sums are -offset
-// times the sum of x over each Group of weights that share a scale, computed once for all rows of W.
+// The instruction takes the weights as unsigned bytes, w + offset: int4 weights are stored with the offset 8,
+// and int8 kernels add 128. The offset is subtracted from the result: sum w x = sum (w + offset) x - offset
+// sum x. The initial sums are -offset times the sum of x over each Group of weights that share a scale,
+// computed once for all rows of W.
 //
-// Cost: per row of x, k values read and k bytes written, once per matrix: 1 / rows of the product's work. The
-// rounding error is at most 1/254 of the largest of 32 values.
+// Cost: reads k values and writes k bytes per row of x, once for all rows of W. The rounding error is at most
+// 1/254 of the largest of the 32 values.
 //
 // Reference: rounded_activations in tests/csrc/test_kernels.py, a NumPy version of the same rounding.
 #pragma once
@@ -28,50 +29,54 @@
 
 namespace {
 
-constexpr int kUnit = 128;  // rows of quantized weights are padded to a multiple of this
-constexpr int kVector = sizeof(SignedBytes);
-constexpr int kBlock = 8 * kVector;
+constexpr int kUnit = 128;                    // rows of quantized weights are padded to a multiple of this
+constexpr int kVector = sizeof(SignedBytes);  // bytes, and thus values, in a vector
+constexpr int kBlock = 8 * kVector;           // values in a block
 
 // Layout of a block: Floats scales, Ints initial sums [kBlock / Group], bytes [kBlock]. Group: number of
 // weights that share a scale, kBlock for int8. A row's last block is padded with zeros.
 template <int Group>
 struct QuantizedX {
   static constexpr int kGroups = kBlock / Group;
-  static constexpr int64_t kValues = (1 + kGroups) * sizeof(Floats);
-  static constexpr int64_t kBytes = kValues + kBlock;
+  static constexpr int64_t kValues = (1 + kGroups) * sizeof(Floats);  // offset of the values
+  static constexpr int64_t kBytes = kValues + kBlock;                 // size of a block
 
   static QVL_INLINE int64_t row_bytes(int k) { return round_up(k, kBlock) / kBlock * kBytes; }
+  // The block of activation x that begins at column `first`.
   static QVL_INLINE const char* block(const Matvec& p, int x, int first) {
     return static_cast<const char*>(p.x) + x * row_bytes(p.k) + first / kBlock * kBytes;
   }
 };
 
-// sums (+)= a block's sums [RowCount][XCount] times the scales of its activations; `begin`: assign.
+// Add block_sums [RowCount][XCount] times the scales of the activations, with which the blocks of x begin, to
+// sums [RowCount][SumStride]; `assign`: overwrite the sums.
 template <int RowCount, int XCount, int SumStride, typename Sums>
-QVL_INLINE void add_scaled(const Sums (&of_block)[RowCount][XCount], const char* const (&blocks)[XCount],
-                           bool begin, Floats* sums) {
+QVL_INLINE void add_scaled(const Sums (&block_sums)[RowCount][XCount], const char* const (&blocks)[XCount],
+                           bool assign, Floats* sums) {
 #pragma GCC unroll 8
   for (int n = 0; n < XCount; ++n) {
     const Floats scale = load<Floats>(blocks[n]);
 #pragma GCC unroll 8
     for (int r = 0; r < RowCount; ++r) {
-      const Floats value = __builtin_convertvector(of_block[r][n], Floats);
-      Floats& to = sums[r * SumStride + n];
-      to = begin ? value * scale : to + value * scale;
+      const Floats value = __builtin_convertvector(block_sums[r][n], Floats);
+      Floats& sum = sums[r * SumStride + n];
+      sum = assign ? value * scale : sum + value * scale;
     }
   }
 }
 
-// Quantize x [kBlock], in the order of the weights' bytes: Floats scales, int8 values [kBlock].
+// Quantize x [kBlock], already in the order of the weights' bytes, to int8 values [kBlock] with scales
+// [kLanes].
 QVL_INLINE void quantize_values(const float* x, char* to_scales, char* values) {
-  Floats most[4] = {};
+  Floats maxima[4] = {};
   for (int i = 0; i < kBlock; i += kVector) {
     for (int j = 0; j < 4; ++j) {
       const Floats v = load<Floats>(x + i + j * kLanes);
-      most[j] = max(most[j], max(v, -v));
+      maxima[j] = max(maxima[j], max(v, -v));
     }
   }
-  const float* const magnitudes = reinterpret_cast<const float*>(most);
+  // Maximum for each position in a vector of kVector values; 4 positions belong to a lane.
+  const float* const magnitudes = reinterpret_cast<const float*>(maxima);
   float scales[kLanes], inverse[kVector];
   for (int lane = 0; lane < kLanes; ++lane) {
     float largest = 0;
@@ -79,14 +84,14 @@ QVL_INLINE void quantize_values(const float* x, char* to_scales, char* values) {
       const float m = magnitudes[4 * lane + j];
       largest = m > largest ? m : largest;
     }
-    // Treat a denormal as zero: its inverse would overflow.
+    // With a denormal maximum, whose inverse would overflow, or an infinite one, all values become zero.
     const bool usable = largest > 1e-35F && largest < __builtin_inff();
     scales[lane] = usable ? largest / 127.0F : 0.0F;
     for (int j = 0; j < 4; ++j) inverse[4 * lane + j] = usable ? 127.0F / largest : 0.0F;
   }
   __builtin_memcpy(to_scales, scales, sizeof scales);
   for (int i = 0; i < kBlock; i += kLanes) {
-    store(values + i, narrow_few(nearest(load<Floats>(x + i) * load<Floats>(inverse + i % kVector))));
+    store(values + i, narrow_to_bytes(nearest(load<Floats>(x + i) * load<Floats>(inverse + i % kVector))));
   }
 }
 
@@ -106,7 +111,7 @@ QVL_INLINE void quantize_block(const float* x, uint8_t offset, char* block) {
   }
 }
 
-// Prepare n_x rows. order(x, ordered): permute kBlock values to the order of the weights.
+// Prepare n_x rows of x. order(from, to) permutes the kBlock values of a block to the order of the weights.
 template <int Group, typename Order>
 QVL_INLINE void prepare_quantized(const float* x, int64_t x_stride, int n_x, int k, uint8_t offset,
                                   void* prepared, Order&& order) {

@@ -5,14 +5,14 @@
 //
 //   Floats, Ints, Words     kLanes x 32 bits          Halves, Shorts           2 kLanes x 16 bits
 //   HalfWords               kLanes x 16 bits          UnsignedBytes, SignedBytes  4 kLanes x 8 bits
-//   FewBytes                kLanes x 8 bits
+//   LaneBytes               kLanes x 8 bits
 //
-// load_some and store_some access the first n lanes, for the end of a row. Everything is in an anonymous
-// namespace and uses no inline functions of the standard library: otherwise the linker might keep a copy
-// compiled for a newer processor for all callers.
+// load_first and store_first access only the first n lanes, for the end of a row. Everything is in an
+// anonymous namespace, and no inline functions of the standard library are used: the linker keeps one copy of
+// an inline function for the whole program, and that copy might be compiled for a newer processor.
 //
 // Reference: float16 and bfloat16 conversions, tests/csrc/test_kernels.py::test_every_float16, test_bfloat16;
-// the rest through the kernels.
+// the other functions through the kernels.
 #pragma once
 
 #include <stddef.h>
@@ -37,15 +37,16 @@ constexpr int kLanes = 4;
 typedef float Floats __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
-typedef int16_t Shorts __attribute__((vector_size(kLanes * 4)));  // 2 kLanes
+typedef int16_t Shorts __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t Halves __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t HalfWords __attribute__((vector_size(kLanes * 2)));
 typedef uint8_t UnsignedBytes __attribute__((vector_size(kLanes * 4)));
 typedef int8_t SignedBytes __attribute__((vector_size(kLanes * 4)));
-typedef int8_t FewBytes __attribute__((vector_size(kLanes)));
+typedef int8_t LaneBytes __attribute__((vector_size(kLanes)));
 
 #define QVL_INLINE inline __attribute__((always_inline))
 
+// Round n up to a multiple of `unit`.
 QVL_INLINE int round_up(int n, int unit) {
   return (n + unit - 1) / unit * unit;
 }
@@ -62,12 +63,13 @@ QVL_INLINE void store(void* memory, Vector v) {
   __builtin_memcpy(memory, &v, sizeof v);
 }
 
-QVL_INLINE Floats all(float value) {
+// Vector with the value in all lanes.
+QVL_INLINE Floats broadcast(float value) {
   return value - Floats{};
 }
 
 // Load the first n lanes; the others are zero.
-QVL_INLINE Floats load_some(const float* memory, int n) {
+QVL_INLINE Floats load_first(const float* memory, int n) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Floats>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), memory));
 #else
@@ -78,8 +80,8 @@ QVL_INLINE Floats load_some(const float* memory, int n) {
 #endif
 }
 
-// As load_some, for 16-bit values.
-QVL_INLINE HalfWords load_some_halves(const uint16_t* memory, int n) {
+// As load_first, for 16-bit values.
+QVL_INLINE HalfWords load_first_halves(const uint16_t* memory, int n) {
 #if defined(__AVX512BW__)
   return reinterpret_cast<HalfWords>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), memory));
 #else
@@ -89,7 +91,8 @@ QVL_INLINE HalfWords load_some_halves(const uint16_t* memory, int n) {
 #endif
 }
 
-QVL_INLINE void store_some(float* memory, Floats v, int n) {
+// Store the first n lanes.
+QVL_INLINE void store_first(float* memory, Floats v, int n) {
 #if defined(__AVX512F__)
   _mm512_mask_storeu_ps(memory, static_cast<__mmask16>((1u << n) - 1), reinterpret_cast<__m512>(v));
 #else
@@ -98,6 +101,7 @@ QVL_INLINE void store_some(float* memory, Floats v, int n) {
 #endif
 }
 
+// Lanes of `yes` where the mask is -1, of `no` where it is 0.
 QVL_INLINE Floats select(Ints mask, Floats yes, Floats no) {
   return mask ? yes : no;
 }
@@ -119,8 +123,9 @@ QVL_INLINE Words shuffle(Words a, Words b, Words from) {
 #endif
 }
 
-// Step of a transposition: exchange the off-diagonal squares, `Side` lanes wide, of two vectors. The lanes
-// are a parameter pack because shuffles need constants.
+// One step of a transposition: take rows a and b, `Side` rows apart, of a matrix cut into squares of Side x
+// Side lanes, and exchange the off-diagonal squares. upper_squares returns the new a, lower_squares the new
+// b. The lane numbers are a parameter pack because shuffles need constants.
 using AllLanes = std::make_integer_sequence<uint32_t, kLanes>;
 
 template <uint32_t Side, uint32_t... I>
@@ -145,7 +150,8 @@ QVL_INLINE void transpose(Words (&v)[kLanes]) {
   if constexpr (2 * Side < kLanes) transpose<2 * Side>(v);
 }
 
-// Sum of all lanes by halving, in an order that depends only on the width.
+// Sum of all lanes: add the upper half to the lower half until one lane remains. The order of the additions
+// depends only on kLanes.
 QVL_INLINE float sum(Floats v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps(reinterpret_cast<__m512>(v));
@@ -158,8 +164,8 @@ QVL_INLINE float sum(Floats v) {
   return lanes[0];
 }
 
-// Lane i of the result equals sum(v[i]), bit for bit, with fewer operations: each step merges two vectors
-// into one.
+// The sums of kLanes vectors: lane i of the result equals sum(v[i]), bit for bit. Fewer operations than
+// kLanes calls of sum(), because each step merges two vectors into one. Overwrites v.
 template <uint32_t Side = kLanes / 2>
 QVL_INLINE Floats sums_of(Floats (&v)[kLanes]) {
 #pragma GCC unroll 8
@@ -172,22 +178,24 @@ QVL_INLINE Floats sums_of(Floats (&v)[kLanes]) {
   return v[0];
 }
 
+// Largest lane.
 QVL_INLINE float largest(Floats v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps(reinterpret_cast<__m512>(v));
 #endif
   float lanes[kLanes];
   __builtin_memcpy(lanes, &v, sizeof v);
-  float most = lanes[0];
-  for (int i = 1; i < kLanes; ++i) most = lanes[i] > most ? lanes[i] : most;
-  return most;
+  float maximum = lanes[0];
+  for (int i = 1; i < kLanes; ++i) maximum = lanes[i] > maximum ? lanes[i] : maximum;
+  return maximum;
 }
 
 QVL_INLINE Floats to_floats(Ints v) {
   return __builtin_convertvector(v, Floats);
 }
 
-// Even (lower) and odd (upper) elements of 2 * kLanes bfloat16 values, as float32.
+// A word holds a pair of bfloat16 values: the one with even index in its lower half, the one with odd index
+// in its upper half. even() and odd() convert them to float32.
 QVL_INLINE Floats even(Words pairs) {
   return reinterpret_cast<Floats>(pairs << 16);
 }
@@ -195,7 +203,8 @@ QVL_INLINE Floats odd(Words pairs) {
   return reinterpret_cast<Floats>(pairs & 0xFFFF0000u);
 }
 
-// Conversions by intrinsics: the compiler's conversions would split the vectors.
+// Conversions between lane widths use intrinsics, since the compiler's own conversions split the vectors.
+// widen_halves extends 16 bits with zeros.
 QVL_INLINE Words widen_halves(HalfWords halves) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Words>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(halves)));
@@ -206,6 +215,7 @@ QVL_INLINE Words widen_halves(HalfWords halves) {
 #endif
 }
 
+// The lower 16 bits of each lane.
 QVL_INLINE HalfWords lower_halves(Words words) {
 #if defined(__AVX512F__)
   return reinterpret_cast<HalfWords>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(words)));
@@ -214,7 +224,8 @@ QVL_INLINE HalfWords lower_halves(Words words) {
 #endif
 }
 
-QVL_INLINE Ints widen_few(FewBytes bytes) {
+// Sign-extend bytes.
+QVL_INLINE Ints widen_bytes(LaneBytes bytes) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Ints>(_mm512_cvtepi8_epi32(reinterpret_cast<__m128i>(bytes)));
 #elif defined(__AVX2__)
@@ -225,10 +236,12 @@ QVL_INLINE Ints widen_few(FewBytes bytes) {
 #endif
 }
 
+// Convert bfloat16 to float32.
 QVL_INLINE Floats widen(HalfWords halves) {
   return reinterpret_cast<Floats>(widen_halves(halves) << 16);
 }
 
+// Convert float16 to float32.
 QVL_INLINE Floats widen_float16(HalfWords halves) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Floats>(_mm512_cvtph_ps(reinterpret_cast<__m256i>(halves)));
@@ -243,7 +256,7 @@ QVL_INLINE Floats widen_float16(HalfWords halves) {
 #endif
 }
 
-// Storage types with conversion to float32: whole vectors, and the first n values.
+// Storage types, and loads that convert to float32: load_floats loads kLanes values, load_first the first n.
 struct Float16 {
   uint16_t bits;
 };
@@ -260,30 +273,31 @@ QVL_INLINE Floats load_floats(const BFloat16* memory) {
   return widen(load<HalfWords>(memory));
 }
 QVL_INLINE Floats load_floats(const int8_t* memory) {
-  return to_floats(widen_few(load<FewBytes>(memory)));
+  return to_floats(widen_bytes(load<LaneBytes>(memory)));
 }
-QVL_INLINE Floats load_some(const int8_t* memory, int n) {
-  FewBytes bytes{};
+QVL_INLINE Floats load_first(const int8_t* memory, int n) {
+  LaneBytes bytes{};
   __builtin_memcpy(&bytes, memory, static_cast<size_t>(n));
-  return to_floats(widen_few(bytes));
+  return to_floats(widen_bytes(bytes));
 }
-QVL_INLINE Floats load_some(const Float16* memory, int n) {
-  return widen_float16(load_some_halves(&memory->bits, n));
+QVL_INLINE Floats load_first(const Float16* memory, int n) {
+  return widen_float16(load_first_halves(&memory->bits, n));
 }
-QVL_INLINE Floats load_some(const BFloat16* memory, int n) {
-  return widen(load_some_halves(&memory->bits, n));
+QVL_INLINE Floats load_first(const BFloat16* memory, int n) {
+  return widen(load_first_halves(&memory->bits, n));
 }
 
-// Round to nearest, ties to even. Not for NaN.
+// Convert float32 to bfloat16, rounding to nearest, ties to even. v must not contain NaN.
 QVL_INLINE HalfWords narrow(Floats v) {
   Words bits = reinterpret_cast<Words>(v);
   bits = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   return lower_halves(bits);
 }
 
-// Round to nearest, ties to even; values out of range and NaN become the largest finite value.
+// Convert float32 to float16, rounding to nearest, ties to even. Values out of range become the nearest
+// finite value, NaN the largest one.
 QVL_INLINE HalfWords narrow_float16(Floats v) {
-  v = max(min(v, all(65504.0F)), all(-65504.0F));
+  v = max(min(v, broadcast(65504.0F)), broadcast(-65504.0F));
 #if defined(__AVX512F__)
   return reinterpret_cast<HalfWords>(
       _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -292,38 +306,41 @@ QVL_INLINE HalfWords narrow_float16(Floats v) {
       _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
   const Words bits = reinterpret_cast<Words>(v), sign = bits & 0x80000000u, magnitude = bits ^ sign;
+  // 112 is the difference of the exponent biases, 127 - 15.
   const Words normal = (magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
-  // Adding 1/2 moves the steps of a subnormal, 2^-24, to the lowest bits.
-  const Floats half = all(0.5F);
-  const Words small =
+  // Subnormal float16 numbers are multiples of 2^-24, the distance between float32 numbers above 0.5: adding
+  // 0.5 rounds to such a multiple, and the lowest bits of the sum contain the multiplier.
+  const Floats half = broadcast(0.5F);
+  const Words subnormal =
       reinterpret_cast<Words>(reinterpret_cast<Floats>(magnitude) + half) - reinterpret_cast<Words>(half);
-  const Words rounded = magnitude >= (113u << 23) ? normal : small;
+  // 113 << 23 is 2^-14, the smallest normal float16 number.
+  const Words rounded = magnitude >= (113u << 23) ? normal : subnormal;
   return lower_halves(rounded | sign >> 16);
 #endif
 }
 
-// Round to nearest integer, magnitudes up to 2^22.
+// Round to the nearest integer; for magnitudes up to 2^22.
 QVL_INLINE Ints nearest(Floats v) {
-  const Floats magic = all(12582912.0F);  // 1.5 * 2^23
-  return __builtin_convertvector((v + magic) - magic, Ints);
+  const Floats shift = broadcast(12582912.0F);  // 1.5 * 2^23: float32 numbers of this size are integers
+  return __builtin_convertvector((v + shift) - shift, Ints);
 }
 
-// Convert values from -128 to 127.
-QVL_INLINE FewBytes narrow_few(Ints v) {
+// Convert integers, which must be from -128 to 127, to bytes.
+QVL_INLINE LaneBytes narrow_to_bytes(Ints v) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<FewBytes>(_mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v)));
+  return reinterpret_cast<LaneBytes>(_mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v)));
 #elif defined(__AVX2__)
   const __m256i wide = reinterpret_cast<__m256i>(v);
   const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
   const __m128i bytes = _mm_packs_epi16(halves, halves);
-  return load<FewBytes>(&bytes);
+  return load<LaneBytes>(&bytes);
 #else
-  return __builtin_convertvector(v, FewBytes);
+  return __builtin_convertvector(v, LaneBytes);
 #endif
 }
 
-// sums[i] + the four products a[4i + j] b[4i + j], in 32 bits. AVX2 without VNNI adds two products in 16
-// bits, so a must be at most 128; for signed a use multiply_add_signed.
+// Add to sums[i] the four products a[4i + j] b[4i + j], j = 0 to 3. On AVX2 without VNNI a must be at most
+// 128, because two products are added in 16 bits; for signed a, multiply_add_signed has no such limit.
 QVL_INLINE Ints multiply_add(Ints sums, UnsignedBytes a, SignedBytes b) {
 #if defined(__AVX512VNNI__)
   return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(
@@ -341,10 +358,12 @@ QVL_INLINE Ints multiply_add(Ints sums, UnsignedBytes a, SignedBytes b) {
 #endif
 }
 
+// kSignedProducts: products of signed weights use multiply_add_signed, because an offset of 128, which would
+// make the weights unsigned, exceeds the limit of multiply_add.
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
 constexpr bool kSignedProducts = true;
 
-// multiply_add for signed bytes a: their signs are moved to b, which must not be -128.
+// multiply_add for signed bytes a: the signs of a are moved to b, which must not contain -128.
 QVL_INLINE Ints multiply_add_signed(Ints sums, SignedBytes a, SignedBytes b) {
   const __m256i from = reinterpret_cast<__m256i>(a);
   return multiply_add(sums, reinterpret_cast<UnsignedBytes>(_mm256_abs_epi8(from)),
@@ -353,10 +372,11 @@ QVL_INLINE Ints multiply_add_signed(Ints sums, SignedBytes a, SignedBytes b) {
 #else
 constexpr bool kSignedProducts = false;
 
+// Declared for code that is discarded at compile time; never defined.
 QVL_INLINE Ints multiply_add_signed(Ints sums, SignedBytes a, SignedBytes b);
 #endif
 
-// Keep an address in a register; the compiler would recompute it at each use.
+// Keep an address in a register, which the compiler would otherwise recompute at each use.
 template <typename T>
 QVL_INLINE void keep(const T*& address) {
   asm volatile("" : "+r"(address));
@@ -369,15 +389,17 @@ QVL_INLINE void prefetch(const void* memory) {
 
 // e^x with a relative error of about 1e-7 for x in [-87, 88]; 0 for smaller x, infinity for larger x.
 QVL_INLINE Floats exp(Floats x) {
-  const Floats given = x;
-  x = min(max(x, all(-87.0F)), all(88.0F));
-  // e^x = 2^n e^r, where n is the nearest integer to x / ln 2; adding 1.5 * 2^23 rounds.
-  const Floats magic = all(12582912.0F);
-  const Floats shifted = x * 1.44269504088896341F + magic;
-  const Floats n = shifted - magic;
+  const Floats unclamped = x;
+  x = min(max(x, broadcast(-87.0F)), broadcast(88.0F));
+  // e^x = 2^n e^r, where n is the nearest integer to x / ln 2 (rounded as in nearest()) and r = x - n ln 2.
+  const Floats shift = broadcast(12582912.0F);
+  const Floats shifted = x * 1.44269504088896341F + shift;
+  const Floats n = shifted - shift;
+  // ln 2 in two parts: the product of n and the first part is exact.
   Floats r = x - n * 0.693359375F;
   r = r - n * -2.12194440e-4F;
-  Floats p = all(1.0F / 5040);
+  // e^r as a Taylor polynomial of degree 7.
+  Floats p = broadcast(1.0F / 5040);
   p = p * r + 1.0F / 720;
   p = p * r + 1.0F / 120;
   p = p * r + 1.0F / 24;
@@ -387,7 +409,7 @@ QVL_INLINE Floats exp(Floats x) {
   p = p * r + 1.0F;
   const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
   const Floats value = p * reinterpret_cast<Floats>(power);
-  return select(given < -87.0F, Floats{}, select(given > 88.0F, all(__builtin_inff()), value));
+  return select(unclamped < -87.0F, Floats{}, select(unclamped > 88.0F, broadcast(__builtin_inff()), value));
 }
 
 }  // namespace

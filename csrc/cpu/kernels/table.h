@@ -20,17 +20,17 @@ struct Matvec {
   const void* weights;
   const void* scales;  // int8: float [rows]; int4: bfloat16 [rows][k / group]
   int k;               // values in a row
-  const void* x;       // activations from prepare_x
-  int n_x;             // 1 to kMaxRows
+  const void* x;       // activations, converted by prepare_x
+  int n_x;             // rows of x, 1 to kMaxRows
   float* y;
   int64_t y_stride;
   const float* bias;  // may be NULL
-  bool add;           // y += instead of y =
-  const void* zeros;  // types with zero points only: float16 [rows][k / group], like their scales
+  bool add;           // add to y instead of overwriting it
+  const void* zeros;  // types with zero points only; like their scales float16 [rows][k / group]
 };
 
-// Tile of weights to unpack for the blocked product: values without their row scale (int8), as float32 or,
-// for kernels with bf16_dot, as bfloat16; the columns are padded with zeros to a multiple of 2.
+// Tile of weights to unpack for the blocked product, to float32 or, by kernels with bf16_dot, to bfloat16.
+// The scale of an int8 row is not applied. Columns are padded with zeros to a multiple of 2.
 struct UnpackTile {
   const void* weights;
   const void* scales;
@@ -41,10 +41,10 @@ struct UnpackTile {
   const void* zeros;  // as in Matvec
 };
 
-// Memory to prefetch: `rows` rows of row_bytes.
-struct Ahead {
+// Memory to prefetch: `rows` rows of row_bytes bytes.
+struct PrefetchRange {
   const char* first;
-  int64_t stride;  // from row to row
+  int64_t stride;  // bytes from row to row
   int64_t rows;
   int64_t row_bytes;
 };
@@ -56,16 +56,16 @@ struct KvTile {
   int64_t stride;   // elements from token to token
   qvl_dtype dtype;  // float32, bfloat16, float16 or int8
   int n;
-  const float* key_scales;  // int8: one per token
+  const float* key_scales;  // int8: one scale per token
   const float* value_scales;
 };
 
 struct Kernels {
   qvl_isa isa;
   int lanes;      // floats in a vector
-  bool bf16_dot;  // blocked products run in bfloat16, except those with float32 weights
+  bool bf16_dot;  // the blocked product and attend_rounded multiply bfloat16, except with float32 weights
 
-  // norm.h: x [n] -> y [n], which may be x.
+  // norm.h: x [n] -> y [n]; y may be the same memory as x.
   void (*rms_norm)(const float* x, const float* weight, int n, float epsilon, float* y);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, int n, float epsilon, float* y);
 
@@ -75,13 +75,14 @@ struct Kernels {
   void (*add)(const float* from, float* to, int64_t n);       // to += from
   void (*widen)(const uint16_t* from, float* to, int64_t n);  // bfloat16 -> float32
   void (*widen_float16)(const uint16_t* from, float* to, int64_t n);
-  void (*narrow)(const float* from, uint16_t* to, int64_t n);
+  void (*narrow)(const float* from, uint16_t* to, int64_t n);          // float32 -> bfloat16
   void (*narrow_float16)(const float* from, uint16_t* to, int64_t n);  // clamps to the range of float16
   float (*narrow_int8)(const float* from, int8_t* to, int64_t n);      // returns the scale: maximum / 127
   // x [head_dim] rotated by cos, sin [head_dim / 2], times scale
   void (*rotate)(float* x, const float* cos, const float* sin, int head_dim, float scale);
 
-  // matvec_*.h: size and preparation of activations x [n_x][k] with x_stride, and the products.
+  // matvec_*.h. prepare_x: convert activations x [n_x][k], x_stride apart, to the form that matvec reads, of
+  // prepared_bytes.
   size_t (*prepared_bytes[QVL_DTYPES])(int k, int n_x);
   void (*prepare_x[QVL_DTYPES])(const float* x, int64_t x_stride, int n_x, int k, void* prepared);
   void (*matvec[QVL_DTYPES])(const Matvec& product, int64_t first_row, int64_t end_row);
@@ -90,19 +91,20 @@ struct Kernels {
   // [k / 2][lanes][2]. Index 1 is bfloat16, used with unpack_tile of the same index.
   void (*pack_panel[2])(const float* x, int64_t x_stride, int n_tokens, int k, void* panel);
   void (*unpack_tile[2][QVL_DTYPES])(const UnpackTile& tile);
-  // c [rows][c_stride] (+)= n_k columns of tile [rows][width] times panels [n_panels], panel_bytes apart;
-  // first: assign to c, do not add; prefetches `ahead`
+  // Add the product of n_k columns of tile [rows][width] and panels [n_panels], panel_bytes apart, to c
+  // [rows][c_stride]; `assign`: overwrite c. Prefetches next_tile.
   void (*multiply_tile[2])(const void* tile, int64_t width, int rows, int n_k, const void* panels,
-                           size_t panel_bytes, int n_panels, bool first, float* c, int64_t c_stride,
-                           const Ahead& ahead);
-  // c [rows][c_stride, whole vectors] -> y [n_x][y_stride] (+)= c^T * scales + bias, either of which may be
-  // NULL
+                           size_t panel_bytes, int n_panels, bool assign, float* c, int64_t c_stride,
+                           const PrefetchRange& next_tile);
+  // y [n_x][y_stride] = c^T * scales + bias, or with `add` y += this, for c [rows][c_stride], whose stride is
+  // a multiple of `lanes`. scales and bias may be NULL.
   void (*write_block)(const float* c, int64_t c_stride, int64_t rows, int64_t n_x, const float* scales,
                       const float* bias, bool add, float* y, int64_t y_stride);
 
-  // attention.h: softmax(q . k) v of one head, with q scaled by the caller, tile by tile. state [n_q][2]:
-  // running maximum and sum of each query, out [n_q][out_stride]: weighted sum of values, not normalised;
-  // out_stride is head_dim rounded up to `lanes`. attend_begin initialises them, attend_end normalises.
+  // attention.h: softmax(q . k) v of one head, tile by tile; the caller has scaled q. state [n_q][2]: running
+  // maximum and running sum of each query. out [n_q][out_stride]: weighted sum of values, which attend_end
+  // divides by the running sum; out_stride is head_dim rounded up to `lanes`. attend_begin initialises state
+  // and out.
   void (*attend_begin)(int n_q, int64_t out_stride, float* state, float* out);
   size_t (*attend_scratch_bytes)(int head_dim, int n_q, int n_tokens);
   // Query i, q + i * q_stride, sees the tile's first min(visible + i, n) tokens.
@@ -114,7 +116,8 @@ struct Kernels {
   // One query that sees all tokens of n_tiles tiles, at most kMaxKvTile in total; keys and values in place.
   void (*attend_one)(const float* q, int head_dim, const KvTile* tiles, int n_tiles, float* state,
                      float* out);
-  // Merge the partial result of other tiles into state and out [out_stride] of one query.
+  // Merge the partial result of other tiles, from_state and from, into state and out [out_stride] of one
+  // query.
   void (*attend_merge)(const float* from_state, const float* from, int64_t out_stride, float* state,
                        float* out);
   void (*attend_end)(const float* state, int n_q, int64_t out_stride, float* out);

@@ -9,13 +9,13 @@
 //             |             | wide  |      |  ---->  zeros in the added column
 //             +-------------+-------+------+
 //
-// kChunk = 32 columns of a row are unpacked at a time: 2 vectors of 16 lanes, 4 of 8, 8 of 4. int4 is
-// converted to bfloat16 by table look-up: 16 products nibble * scale, one permutation instruction per 32
-// values.
+// kChunk = 32 columns of a row are unpacked at a time: 2 vectors of 16 lanes, 4 of 8 or 8 of 4. int4 is
+// converted to bfloat16 by table look-up: the table contains (nibble - 8) * scale for the 16 nibbles, and one
+// permutation instruction looks up 32 values.
 //
 // Cost: the bytes of the matrix once, and n_rows n_k values written to and read from the L2 cache. A value is
-// unpacked once for up to 384 tokens (kMaxTokens of linear.cc), so at least once per 384 multiply-adds. int8
-// values are not multiplied by their row's scale, which write_block applies to the sums.
+// unpacked once for up to 384 tokens (kMaxTokens of linear.cc). int8 values are not multiplied by the scale
+// of their row, which write_block applies to the sums.
 //
 // Reference: reference::linear over qvl_unpack's values, tests/csrc/test_kernels.py::test_linear.
 #pragma once
@@ -26,11 +26,13 @@ namespace {
 
 using qvl::cpu::UnpackTile;
 
-// Columns of a row unpacked at a time. A tile has space for a whole chunk after its last row.
+// Columns of a row unpacked at a time. The memory of a tile has space for another chunk after its last row.
 constexpr int kChunk = 32;
 constexpr int kChunkVectors = kChunk / kLanes;
 
-// chunk(): columns first_k + i to first_k + i + kChunk - 1 of a row as float32, padded with zeros.
+// An Unpack class of each storage type has chunk(): columns first_k + i to first_k + i + kChunk - 1 of a row
+// as float32, padded with zeros.
+
 template <typename Value>
 struct UnpackFloats {
   static QVL_INLINE void chunk(const UnpackTile& t, int64_t row, int i, Floats (&v)[kChunkVectors]) {
@@ -38,10 +40,10 @@ struct UnpackFloats {
     const int n = t.n_k - i;
 #pragma GCC unroll 8
     for (int j = 0; j < kChunkVectors; ++j) {
-      const int left = n - j * kLanes;
-      v[j] = left >= kLanes ? load_floats(from + j * kLanes)
-             : left > 0     ? load_some(from + j * kLanes, left)
-                            : Floats{};
+      const int remaining = n - j * kLanes;
+      v[j] = remaining >= kLanes ? load_floats(from + j * kLanes)
+             : remaining > 0     ? load_first(from + j * kLanes, remaining)
+                                 : Floats{};
     }
   }
 };
@@ -52,7 +54,7 @@ struct UnpackInt8 {
     const int8_t* from = static_cast<const int8_t*>(t.weights) + row * round_up(t.k, kUnit) + t.first_k + i;
 #pragma GCC unroll 8
     for (int j = 0; j < kChunkVectors; ++j) {
-      v[j] = to_floats(widen_few(load<FewBytes>(from + j * kLanes)));
+      v[j] = to_floats(widen_bytes(load<LaneBytes>(from + j * kLanes)));
     }
   }
 };
@@ -65,10 +67,10 @@ struct Int4Chunk {
   float scale;
 
   QVL_INLINE Int4Chunk(const UnpackTile& t, int64_t row, int i) {
-    const int64_t at = row * round_up(t.k, kUnit) + t.first_k + i;
-    words = static_cast<const uint8_t*>(t.weights) + at / kUnit * (kUnit / 2);
-    nibble = static_cast<int>(at % kUnit) / kChunk;
-    const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(t.scales)[at / Group]) << 16;
+    const int64_t index = row * round_up(t.k, kUnit) + t.first_k + i;
+    words = static_cast<const uint8_t*>(t.weights) + index / kUnit * (kUnit / 2);
+    nibble = static_cast<int>(index % kUnit) / kChunk;
+    const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(t.scales)[index / Group]) << 16;
     __builtin_memcpy(&scale, &bits, sizeof scale);
   }
 };
@@ -80,14 +82,15 @@ struct UnpackInt4 {
 #pragma GCC unroll 8
     for (int j = 0; j < kChunkVectors; ++j) {
       const HalfWords words = load<HalfWords>(from.words + 2 * j * kLanes);
-      const Ints steps = reinterpret_cast<Ints>(widen_halves(words >> (4 * from.nibble) & 15)) - 8;
-      v[j] = to_floats(steps) * from.scale;
+      const Ints integers = reinterpret_cast<Ints>(widen_halves(words >> (4 * from.nibble) & 15)) - 8;
+      v[j] = to_floats(integers) * from.scale;
     }
   }
 };
 
+// Element i of a float16 array.
 QVL_INLINE float float16_at(const void* values, int64_t i) {
-  return widen_float16(load_some_halves(static_cast<const uint16_t*>(values) + i, 1))[0];
+  return widen_float16(load_first_halves(static_cast<const uint16_t*>(values) + i, 1))[0];
 }
 
 // Types with zero points: all values of a chunk belong to one group. value = (integer - zero) * scale, exact
@@ -95,18 +98,18 @@ QVL_INLINE float float16_at(const void* values, int64_t i) {
 template <int Bits, int Group>
 struct UnpackGroups {
   static QVL_INLINE void chunk(const UnpackTile& t, int64_t row, int i, Floats (&v)[kChunkVectors]) {
-    const int64_t at = row * round_up(t.k, kUnit) + t.first_k + i;
-    const float scale = float16_at(t.scales, at / Group), zero = float16_at(t.zeros, at / Group);
+    const int64_t index = row * round_up(t.k, kUnit) + t.first_k + i;
+    const float scale = float16_at(t.scales, index / Group), zero = float16_at(t.zeros, index / Group);
     const auto* weights = static_cast<const uint8_t*>(t.weights);
 #pragma GCC unroll 8
     for (int j = 0; j < kChunkVectors; ++j) {
       if constexpr (Bits == 8) {
-        // Subtract 128 to get signed bytes.
-        const FewBytes bytes = load<FewBytes>(weights + at + j * kLanes) ^ int8_t { -128 };
-        v[j] = (to_floats(widen_few(bytes)) - (zero - 128)) * scale;
+        // Flipping the highest bit subtracts 128, which makes the bytes signed.
+        const LaneBytes bytes = load<LaneBytes>(weights + index + j * kLanes) ^ int8_t { -128 };
+        v[j] = (to_floats(widen_bytes(bytes)) - (zero - 128)) * scale;
       } else {
-        const HalfWords words = load<HalfWords>(weights + at / kUnit * (kUnit / 2) + 2 * j * kLanes);
-        const HalfWords nibbles = words >> (4 * (at % kUnit / kChunk)) & 15;
+        const HalfWords words = load<HalfWords>(weights + index / kUnit * (kUnit / 2) + 2 * j * kLanes);
+        const HalfWords nibbles = words >> (4 * (index % kUnit / kChunk)) & 15;
         v[j] = (to_floats(reinterpret_cast<Ints>(widen_halves(nibbles))) - zero) * scale;
       }
     }
@@ -128,6 +131,7 @@ void unpack_to_f32(const UnpackTile& t) {
 }
 
 #if defined(__AVX512BF16__)
+// narrow_chunk(): a chunk as 32 bfloat16 values. In general, convert the result of chunk().
 template <typename Unpack>
 QVL_INLINE __m512i narrow_chunk(Unpack, const UnpackTile& t, int64_t row, int i) {
   Floats v[2];
@@ -136,11 +140,11 @@ QVL_INLINE __m512i narrow_chunk(Unpack, const UnpackTile& t, int64_t row, int i)
       _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(v[1]), reinterpret_cast<__m512>(v[0])));
 }
 
-// Table look-up. The table contains the 16 values of a nibble twice, since the instruction uses 5 bits of a
-// word.
+// Convert nibble number `nibble` of 32 words to (integer - zero) * scale by table look-up. The table contains
+// the 16 possible values twice, because the instruction uses 5 bits of a word as the index.
 QVL_INLINE __m512i look_up(const uint8_t* words, int nibble, float scale, float zero) {
-  const Floats steps = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const __m512 values = reinterpret_cast<__m512>((steps - zero) * scale);
+  const Floats integers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const __m512 values = reinterpret_cast<__m512>((integers - zero) * scale);
   const __m512i table = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(values, values));
   const Halves shifted = load<Halves>(words) >> (4 * nibble);
   return _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(shifted), table);
@@ -154,10 +158,10 @@ QVL_INLINE __m512i narrow_chunk(UnpackInt4<Group>, const UnpackTile& t, int64_t 
 
 template <int Group>
 QVL_INLINE __m512i narrow_chunk(UnpackGroups<4, Group>, const UnpackTile& t, int64_t row, int i) {
-  const int64_t at = row * round_up(t.k, kUnit) + t.first_k + i;
-  return look_up(static_cast<const uint8_t*>(t.weights) + at / kUnit * (kUnit / 2),
-                 static_cast<int>(at % kUnit) / kChunk, float16_at(t.scales, at / Group),
-                 float16_at(t.zeros, at / Group));
+  const int64_t index = row * round_up(t.k, kUnit) + t.first_k + i;
+  return look_up(static_cast<const uint8_t*>(t.weights) + index / kUnit * (kUnit / 2),
+                 static_cast<int>(index % kUnit) / kChunk, float16_at(t.scales, index / Group),
+                 float16_at(t.zeros, index / Group));
 }
 
 template <typename Unpack>

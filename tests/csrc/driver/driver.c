@@ -1,10 +1,10 @@
-/* A C program that uses the library as an application does; built with sanitizers, it checks the library.
+/* A C program that calls the library as an application does. Built with sanitizers, it tests the library.
  *
- *   driver all            a small random model in every storage type, from memory and from a file: vision,
- *                         generate, steps, blocks, events
- *   driver threads        several engines at once, and several threads on one engine
- *   driver fuzz N SEED    N calls with one argument corrupted
- *   driver limits         more threads than the memory has room for
+ *   driver all            a small random model of every storage type, from memory and from a file: images,
+ *                         completions, steps, blocks, events
+ *   driver threads        several engines at the same time, and several threads on each engine
+ *   driver fuzz N SEED    N calls, most of them with a corrupted argument
+ *   driver limits         an engine with more threads than fit the memory
  *   driver soak N         N requests; fails if the process grows by 256 KiB after the first tenth of them
  *
  * Prints one line and returns 0, or prints the failed check and returns 1.
@@ -38,11 +38,13 @@
   } while (0)
 #define ERROR &error_
 
+/* Random integer of 31 bits from a linear congruential generator. */
 static uint64_t next(uint64_t* state) {
   *state = *state * 6364136223846793005u + 1442695040888963407u;
   return *state >> 33;
 }
 
+/* Random number from -1 to 1. */
 static float uniform(uint64_t* state) {
   return (float)next(state) / 1073741824.0f - 1;
 }
@@ -65,10 +67,10 @@ typedef struct {
   qvl_config config;
   qvl_tensor tensors[MAX_TENSORS];
   char names[MAX_TENSORS][64];
-  int64_t n;
+  int64_t n; /* number of tensors */
   qvl_weights* weights;
   qvl_dtype dtype;
-  uint64_t random;
+  uint64_t random; /* state of next() */
 } model;
 
 static qvl_sampling greedy(void) {
@@ -81,18 +83,19 @@ static int has_zeros(qvl_dtype dtype) {
   return dtype >= QVL_UINT4_G32 && dtype <= QVL_UINT8_G128;
 }
 
-/* Values of magnitudes up to `size` in a type with zero points; all groups have one scale, a power of two. */
-static void pack_groups(const qvl_tensor* t, int64_t out, int64_t in, const float* values, float size,
+/* Pack values of magnitudes up to `limit` in a type with zero points. All groups have the same scale, a power
+ * of two. */
+static void pack_groups(const qvl_tensor* t, int64_t out, int64_t in, const float* values, float limit,
                         void* packed) {
-  const int four = t->dtype <= QVL_UINT4_G128, zero = four ? 8 : 128;
-  const int exponent = (int)ceilf(log2f(size / (float)(zero - 1)));
+  const int is_4_bit = t->dtype <= QVL_UINT4_G128, zero = is_4_bit ? 8 : 128;
+  const int exponent = (int)ceilf(log2f(limit / (float)(zero - 1)));
   uint8_t* integers = malloc((size_t)(out * in));
   uint16_t* scales = malloc((size_t)(out * in) * 2);
   uint16_t* zeros = malloc((size_t)(out * in) * 2);
   for (int64_t i = 0; i < out * in; ++i) {
     integers[i] = (uint8_t)(lrintf(ldexpf(values[i], -exponent)) + zero);
-    scales[i] = (uint16_t)((15 + exponent) << 10); /* float16 of 2^exponent, of 8 and 128 */
-    zeros[i] = four ? 0x4800 : 0x5800;
+    scales[i] = (uint16_t)((15 + exponent) << 10); /* 2^exponent as float16 */
+    zeros[i] = is_4_bit ? 0x4800 : 0x5800;         /* 8 or 128 as float16 */
   }
   SUCCEED(qvl_pack_groups(t->dtype, out, in, integers, scales, zeros, packed, t->bytes, ERROR));
   free(integers);
@@ -100,25 +103,28 @@ static void pack_groups(const qvl_tensor* t, int64_t out, int64_t in, const floa
   free(zeros);
 }
 
-static void give(model* m, const char* name, int product, int64_t a, int64_t b, int64_t c, int64_t d) {
+/* Add a random tensor of shape [a, b, c, d], in which dimensions from the first 0 on are absent. is_matrix:
+ * the tensor may be quantized. */
+static void add_tensor(model* m, const char* name, int is_matrix, int64_t a, int64_t b, int64_t c,
+                       int64_t d) {
   CHECK(m->n < MAX_TENSORS);
   qvl_tensor* t = &m->tensors[m->n];
   snprintf(m->names[m->n], sizeof m->names[0], "%s", name);
   t->name = m->names[m->n++];
-  const int floats = m->dtype == QVL_FLOAT32 || m->dtype == QVL_FLOAT16;
-  t->dtype = product || floats ? m->dtype : QVL_BFLOAT16;
+  const int is_float = m->dtype == QVL_FLOAT32 || m->dtype == QVL_FLOAT16;
+  t->dtype = is_matrix || is_float ? m->dtype : QVL_BFLOAT16;
   t->device = QVL_DEVICE_CPU;
   const int64_t shape[4] = {a, b, c, d};
   memcpy(t->shape, shape, sizeof shape);
   int64_t inner = 1;
   for (t->n_dims = 1; t->n_dims < 4 && shape[t->n_dims]; ++t->n_dims) inner *= shape[t->n_dims];
   float* values = malloc((size_t)(a * inner) * sizeof(float));
-  const float size = inner > 1 ? 1.5f / sqrtf((float)inner) : 1;
-  for (int64_t i = 0; i < a * inner; ++i) values[i] = uniform(&m->random) * size;
+  const float limit = inner > 1 ? 1.5f / sqrtf((float)inner) : 1;
+  for (int64_t i = 0; i < a * inner; ++i) values[i] = uniform(&m->random) * limit;
   t->bytes = qvl_packed_bytes(t->dtype, a, inner);
   void* packed = malloc(t->bytes);
   if (has_zeros(t->dtype)) {
-    pack_groups(t, a, inner, values, size, packed);
+    pack_groups(t, a, inner, values, limit, packed);
   } else {
     SUCCEED(qvl_pack(t->dtype, a, inner, values, packed, t->bytes, ERROR));
   }
@@ -127,13 +133,13 @@ static void give(model* m, const char* name, int product, int64_t a, int64_t b, 
 }
 
 static void vector(model* m, const char* name, int64_t n) {
-  give(m, name, 0, n, 0, 0, 0);
+  add_tensor(m, name, 0, n, 0, 0, 0);
 }
 static void table(model* m, const char* name, int64_t rows, int64_t n) {
-  give(m, name, 0, rows, n, 0, 0);
+  add_tensor(m, name, 0, rows, n, 0, 0);
 }
 static void matrix(model* m, const char* name, int64_t out, int64_t in) {
-  give(m, name, 1, out, in, 0, 0);
+  add_tensor(m, name, 1, out, in, 0, 0);
 }
 
 static void norm(model* m, const char* name, int64_t n) {
@@ -152,7 +158,7 @@ static void linear(model* m, const char* name, int64_t out, int64_t in) {
   vector(m, full, out);
 }
 
-static void give_language(model* m) {
+static void add_language_tensors(model* m) {
   char name[64];
   table(m, "wte.weight", VOCAB, HIDDEN);
   for (int i = 0; i < LAYERS; ++i) {
@@ -170,9 +176,9 @@ static void give_language(model* m) {
   matrix(m, "lm_head.weight", VOCAB, HIDDEN);
 }
 
-static void give_vision(model* m) {
+static void add_vision_tensors(model* m) {
   char name[64];
-  give(m, "visual.conv1.weight", 1, WIDTH, 3, 14, 14);
+  add_tensor(m, "visual.conv1.weight", 1, WIDTH, 3, 14, 14);
   table(m, "visual.positional_embedding", PATCHES, WIDTH);
   norm(m, "visual.ln_pre", WIDTH);
   for (int i = 0; i < LAYERS; ++i) {
@@ -226,8 +232,8 @@ static model* make_model(qvl_dtype dtype, qvl_isa isa, int n_threads) {
   c->vision_heads = 3;
   c->vision_mlp_width = VISION_MLP;
   c->n_queries = QUERIES;
-  give_language(m);
-  give_vision(m);
+  add_language_tensors(m);
+  add_vision_tensors(m);
   SUCCEED(qvl_weights_create(m->tensors, m->n, sizeof m->tensors[0], &m->weights, ERROR));
   return m;
 }
@@ -248,8 +254,9 @@ static qvl_engine* make_engine(const model* m) {
 
 enum { PROMPT = 37, NEW = 9, REQUESTS = 3 };
 
-/* Encode an image and complete three prompts of different lengths; the first contains the image. */
-static void answer(qvl_engine* engine, int32_t* tokens) {
+/* Encode an image and generate completions, tokens [REQUESTS][NEW], of three prompts of different lengths.
+ * The first prompt contains the image. Tokens after the end of a completion are -1. */
+static void generate_completions(qvl_engine* engine, int32_t* tokens) {
   enum { PIXELS = 3 * 28 * 28 };
   float image[PIXELS], features[QUERIES * HIDDEN];
   uint64_t random = 3;
@@ -291,16 +298,18 @@ typedef struct {
   char path[64];
   unsigned char* bytes;
   size_t size;
-  size_t heads[MAX_TENSORS]; /* where each record begins */
+  size_t record_starts[MAX_TENSORS];
 } params_file;
 
+/* Append n bytes. */
 static void put(params_file* file, const void* from, size_t n) {
   memcpy(file->bytes + file->size, from, n);
   file->size += n;
 }
 
-static void put_varint(params_file* file, uint64_t value, int least) {
-  for (; value > 127 || least > 1; value >>= 7, --least) {
+/* Append a varint of at least `min_bytes` bytes. */
+static void put_varint(params_file* file, uint64_t value, int min_bytes) {
+  for (; value > 127 || min_bytes > 1; value >>= 7, --min_bytes) {
     const unsigned char byte = (unsigned char)(value & 127) | 128;
     put(file, &byte, 1);
   }
@@ -308,8 +317,10 @@ static void put_varint(params_file* file, uint64_t value, int least) {
   put(file, &byte, 1);
 }
 
+/* Append the record of a tensor; csrc/core/params_file.cc describes the format. */
 static void put_record(params_file* file, const qvl_tensor* t) {
   static const unsigned char zeros[64];
+  /* Per qvl_dtype: Paddle's code of the type, and bytes per value. Quantized types are stored as uint8. */
   const int types[QVL_DTYPES] = {5, 22, 20, 20, 20, 4, 20, 20, 20, 20, 20, 20, 20};
   const size_t sizes[QVL_DTYPES] = {4, 2, 1, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1};
   put(file, zeros, 16);
@@ -319,22 +330,25 @@ static void put_record(params_file* file, const qvl_tensor* t) {
   put(file, type, 2);
   put(file, "\x10", 1);
   put_varint(file, t->bytes / sizes[t->dtype], 1);
-  const uint16_t name = (uint16_t)strlen(t->name);
-  const size_t used = 8 + 8 * (size_t)t->n_dims + name;
-  const size_t padding = (64 - (file->size + 4 + used) % 64) % 64;
+  const uint16_t name_length = (uint16_t)strlen(t->name);
+  const size_t field = 8 + 8 * (size_t)t->n_dims + name_length;
+  /* 4 bytes, the tag and the length of the field, precede the field; the data after it is aligned to 64
+   * bytes. */
+  const size_t padding = (64 - (file->size + 4 + field) % 64) % 64;
   put(file, "\x7a", 1);
-  put_varint(file, used + padding, 3);
+  put_varint(file, field + padding, 3);
   const unsigned char head[6] = {'q', 'v', 'l', '1', (unsigned char)t->dtype, (unsigned char)t->n_dims};
   put(file, head, 6);
-  put(file, &name, 2);
+  put(file, &name_length, 2);
   put(file, t->shape, 8 * (size_t)t->n_dims);
-  put(file, t->name, name);
+  put(file, t->name, name_length);
   put(file, zeros, padding);
   const int32_t length = (int32_t)(file->size - length_at - 4);
   memcpy(file->bytes + length_at, &length, 4);
   put(file, t->data, t->bytes);
 }
 
+/* Write the first `size` bytes to the file's path. */
 static void save(const params_file* file, size_t size) {
   FILE* to = fopen(file->path, "wb");
   CHECK(to != NULL);
@@ -342,32 +356,33 @@ static void save(const params_file* file, size_t size) {
   CHECK(fclose(to) == 0);
 }
 
-static params_file make_file(const model* m, int64_t n) {
+/* Parameter file in /tmp with the first n tensors of a model. */
+static params_file make_params_file(const model* m, int64_t n) {
   params_file file = {"/tmp/qwenvl-driver-XXXXXX", NULL, 0, {0}};
   const int descriptor = mkstemp(file.path);
   CHECK(descriptor >= 0);
   close(descriptor);
-  size_t room = 0;
-  for (int64_t i = 0; i < n; ++i) room += m->tensors[i].bytes + 512;
-  file.bytes = malloc(room);
+  size_t capacity = 0;
+  for (int64_t i = 0; i < n; ++i) capacity += m->tensors[i].bytes + 512; /* 512: more than a record's head */
+  file.bytes = malloc(capacity);
   for (int64_t i = 0; i < n; ++i) {
-    file.heads[i] = file.size;
+    file.record_starts[i] = file.size;
     put_record(&file, &m->tensors[i]);
   }
   save(&file, file.size);
   return file;
 }
 
-static void free_file(params_file* file) {
+static void free_params_file(params_file* file) {
   CHECK(unlink(file->path) == 0);
   free(file->bytes);
 }
 
 /* ---- steps -------------------------------------------------------------------------------------------- */
 
-/* Compute a prompt in two chunks, the first beside another prompt. The second chunk gives the same logits on
- * the prompt's blocks, on a copy of them and in another pool. */
-static void take_steps(qvl_engine* engine) {
+/* Compute a prompt in two chunks, the first in a step with other prompts. The second chunk must give the same
+ * logits with the blocks of the first chunk, with a copy of these blocks, and with a copy in another pool. */
+static void run_steps(qvl_engine* engine) {
   enum { CHUNK = 13, BLOCK = 8, TOP = 5 };
   qvl_kv_pool *pool, *other;
   SUCCEED(qvl_kv_pool_create(engine, 12, BLOCK, QVL_BFLOAT16, &pool, ERROR));
@@ -402,19 +417,20 @@ static void take_steps(qvl_engine* engine) {
     CHECK(tokens[i] == top[i * TOP] && logprobs[i] == top_logprobs[i * TOP]);
     for (int t = 1; t < TOP; ++t) CHECK(top_logprobs[i * TOP + t] <= top_logprobs[i * TOP + t - 1]);
   }
-  /* The second chunk, on the blocks, on a copy of them, and on a copy in another pool. */
-  const int32_t from[2] = {7, 2}, to[2] = {10, 3}, there[3] = {1, 0, 2}, copies[3] = {10, 3, 1};
+  /* Copy the first chunk's blocks, `from`, within the pool and to the other pool. The block tables of the
+   * second chunk are blocks, copies and other_blocks. */
+  const int32_t from[2] = {7, 2}, to[2] = {10, 3}, copies[3] = {10, 3, 1}, other_blocks[3] = {1, 0, 2};
   const uint64_t bytes = 2 * qvl_kv_pool_bytes(engine, 1, BLOCK, QVL_BFLOAT16);
   void* saved = malloc(bytes);
   SUCCEED(qvl_kv_copy_blocks(pool, 2, from, to, NULL, ERROR));
   SUCCEED(qvl_kv_read_blocks(pool, 2, from, saved, bytes, NULL, ERROR));
-  SUCCEED(qvl_kv_write_blocks(other, 2, there, saved, bytes, NULL, ERROR));
+  SUCCEED(qvl_kv_write_blocks(other, 2, other_blocks, saved, bytes, NULL, ERROR));
   free(saved);
   sequences[0] = (qvl_sequence){7, CHUNK, 20, 3, blocks, 0, 0};
   batch.n_sequences = args.rows = 1;
   float logits[3][VOCAB];
   for (int i = 0; i < 3; ++i) {
-    sequences[0].blocks = i == 0 ? blocks : i == 1 ? copies : there;
+    sequences[0].blocks = i == 0 ? blocks : i == 1 ? copies : other_blocks;
     args.logits = logits[i];
     SUCCEED(qvl_step(engine, i == 2 ? other : pool, &args, NULL, ERROR));
   }
@@ -439,24 +455,25 @@ static void run_all(void) {
       const qvl_status status = qvl_engine_create(&m->config, m->weights, &engine, &error);
       if (status == QVL_OK) {
         int32_t first[REQUESTS * NEW], second[REQUESTS * NEW];
-        answer(engine, first);
-        answer(engine, second);
+        generate_completions(engine, first);
+        generate_completions(engine, second);
         CHECK(memcmp(first, second, sizeof first) == 0);
-        take_steps(engine);
+        run_steps(engine);
         qvl_engine_free(engine);
-        /* From a file, by two engines at once, with their weights freed before them. */
-        params_file file = make_file(m, m->n);
+        /* Weights from a file, shared by two engines; the handle and the file are freed before the engines.
+         */
+        params_file file = make_params_file(m, m->n);
         qvl_weights* weights;
-        qvl_engine* both[2];
+        qvl_engine* sharing[2];
         SUCCEED(qvl_weights_open(file.path, &weights, ERROR));
         CHECK(qvl_weights_count(weights) == m->n);
-        for (int i = 0; i < 2; ++i) SUCCEED(qvl_engine_create(&m->config, weights, &both[i], ERROR));
+        for (int i = 0; i < 2; ++i) SUCCEED(qvl_engine_create(&m->config, weights, &sharing[i], ERROR));
         qvl_weights_free(weights);
-        free_file(&file);
+        free_params_file(&file);
         for (int i = 0; i < 2; ++i) {
-          answer(both[i], second);
+          generate_completions(sharing[i], second);
           CHECK(memcmp(first, second, sizeof first) == 0);
-          qvl_engine_free(both[i]);
+          qvl_engine_free(sharing[i]);
         }
         ++engines;
       }
@@ -472,13 +489,13 @@ static void run_all(void) {
 typedef struct {
   qvl_engine* engine;
   const int32_t* expected;
-} shared;
+} thread_arguments;
 
-static void* answer_often(void* argument) {
-  const shared* s = argument;
+static void* generate_repeatedly(void* argument) {
+  const thread_arguments* s = argument;
   for (int i = 0; i < 10; ++i) {
     int32_t tokens[REQUESTS * NEW];
-    answer(s->engine, tokens);
+    generate_completions(s->engine, tokens);
     CHECK(memcmp(tokens, s->expected, sizeof tokens) == 0);
   }
   return NULL;
@@ -490,15 +507,15 @@ static void run_threads(void) {
   qvl_engine* engines[ENGINES];
   int32_t expected[ENGINES][REQUESTS * NEW];
   pthread_t threads[ENGINES * USERS];
-  shared arguments[ENGINES];
+  thread_arguments arguments[ENGINES];
   for (int i = 0; i < ENGINES; ++i) {
     m[i] = make_model(i == 0 ? QVL_FLOAT32 : QVL_INT8, QVL_ISA_BEST, 2 + i);
     engines[i] = make_engine(m[i]);
-    answer(engines[i], expected[i]);
-    arguments[i] = (shared){engines[i], expected[i]};
+    generate_completions(engines[i], expected[i]);
+    arguments[i] = (thread_arguments){engines[i], expected[i]};
   }
   for (int i = 0; i < ENGINES * USERS; ++i) {
-    CHECK(pthread_create(&threads[i], NULL, answer_often, &arguments[i % ENGINES]) == 0);
+    CHECK(pthread_create(&threads[i], NULL, generate_repeatedly, &arguments[i % ENGINES]) == 0);
   }
   for (int i = 0; i < ENGINES * USERS; ++i) CHECK(pthread_join(threads[i], NULL) == 0);
   for (int i = 0; i < ENGINES; ++i) {
@@ -510,23 +527,26 @@ static void run_threads(void) {
 
 /* ---- fuzz --------------------------------------------------------------------------------------------- */
 
-static uint64_t fuzz_random;
+/* A fuzz function calls the library, usually with a corrupted argument, checks that a failure has a message,
+ * and returns whether the call has failed. */
 
-static int64_t odd_number(void) {
+static uint64_t fuzz_random; /* state of next() */
+
+static int64_t unusual_integer(void) {
   static const int64_t numbers[] = {0, -1, 1, 2, 3, 31, 33, 255, 257, 4097, INT32_MAX, INT32_MIN, 1 << 20};
   return numbers[next(&fuzz_random) % (sizeof numbers / sizeof numbers[0])];
 }
 
-static float odd_float(void) {
+static float unusual_float(void) {
   static const float numbers[] = {0, -1, 1, 1e-30f, 1e30f, NAN, INFINITY, -INFINITY, 0.5f, 101};
   return numbers[next(&fuzz_random) % (sizeof numbers / sizeof numbers[0])];
 }
 
-/* Set one 4-byte field of a struct to an odd integer or float. */
+/* Set a random 4-byte field within the first `bytes` bytes of a struct to an unusual integer or float. */
 static void corrupt(void* memory, size_t bytes) {
   const size_t at = next(&fuzz_random) % (bytes / 4) * 4;
-  const int32_t integer = (int32_t)odd_number();
-  const float real = odd_float();
+  const int32_t integer = (int32_t)unusual_integer();
+  const float real = unusual_float();
   memcpy((char*)memory + at, next(&fuzz_random) % 2 ? (const void*)&integer : (const void*)&real, 4);
 }
 
@@ -542,16 +562,16 @@ static int fuzz_create(const model* m) {
       corrupt((char*)&config + 4, sizeof config - 4);
       break;
     case 2:
-      config.size = (uint32_t)odd_number() % sizeof config;
+      config.size = (uint32_t)unusual_integer() % sizeof config;
       break;
     case 3:
-      t->dtype = (qvl_dtype)odd_number();
+      t->dtype = (qvl_dtype)unusual_integer();
       break;
     case 4:
-      t->shape[next(&fuzz_random) % 4] = odd_number();
+      t->shape[next(&fuzz_random) % 4] = unusual_integer();
       break;
     case 5:
-      t->bytes = (uint64_t)odd_number();
+      t->bytes = (uint64_t)unusual_integer();
       break;
     case 6:
       t->data = NULL;
@@ -579,7 +599,7 @@ static int fuzz_create(const model* m) {
 }
 
 static int fuzz_forward(qvl_engine* engine, qvl_kv_pool* pool) {
-  /* The arrays are as long as the longest read that passes the checks. */
+  /* The arrays have the length of the longest read that passes the library's checks. */
   static int32_t ids[2 * MAX_POSITIONS], blocks[MAX_POSITIONS];
   static float features[MAX_POSITIONS * HIDDEN], logits[2 * VOCAB];
   for (int i = 0; i < 2 * MAX_POSITIONS; ++i) ids[i] = i % VOCAB;
@@ -590,19 +610,19 @@ static int fuzz_forward(qvl_engine* engine, qvl_kv_pool* pool) {
   qvl_sequence* s = &sequences[next(&fuzz_random) % 2];
   switch (next(&fuzz_random) % 10) {
     case 0:
-      s->n_new = (int32_t)odd_number();
+      s->n_new = (int32_t)unusual_integer();
       break;
     case 1:
-      s->n_past = (int32_t)odd_number();
+      s->n_past = (int32_t)unusual_integer();
       break;
     case 2:
-      s->prompt_len = (int32_t)odd_number();
+      s->prompt_len = (int32_t)unusual_integer();
       break;
     case 3:
-      s->n_blocks = (int32_t)odd_number();
+      s->n_blocks = (int32_t)unusual_integer();
       break;
     case 4:
-      blocks[next(&fuzz_random) % 2] = (int32_t)odd_number();
+      blocks[next(&fuzz_random) % 2] = (int32_t)unusual_integer();
       break;
     case 5:
       s->blocks = NULL;
@@ -611,7 +631,7 @@ static int fuzz_forward(qvl_engine* engine, qvl_kv_pool* pool) {
       corrupt(&spans[next(&fuzz_random) % 2], 8);
       break;
     case 7:
-      ids[next(&fuzz_random) % 6] = (int32_t)odd_number();
+      ids[next(&fuzz_random) % 6] = (int32_t)unusual_integer();
       break;
     case 8:
       batch.n_spans = -(int32_t)(next(&fuzz_random) % 3);
@@ -648,10 +668,10 @@ static int fuzz_generate(qvl_engine* engine, qvl_kv_pool* pool) {
       corrupt(&span, 8);
       break;
     case 9:
-      stride = next(&fuzz_random) % 2 ? INT64_MIN : odd_number() % 17;
+      stride = next(&fuzz_random) % 2 ? INT64_MIN : unusual_integer() % 17;
       break;
     case 0:
-      request.n_tokens = (int32_t)odd_number();
+      request.n_tokens = (int32_t)unusual_integer();
       break;
     case 1:
       request.n_spans = -1;
@@ -660,15 +680,15 @@ static int fuzz_generate(qvl_engine* engine, qvl_kv_pool* pool) {
       request.tokens = NULL;
       break;
     case 3:
-      request.max_new = (int32_t)odd_number() % 17;
+      request.max_new = (int32_t)unusual_integer() % 17;
       break;
     case 4:
-      request.min_new = (int32_t)odd_number();
+      request.min_new = (int32_t)unusual_integer();
       break;
     case 5:
-      end = (int32_t)odd_number();
+      end = (int32_t)unusual_integer();
       break;
-    default: /* n_forbidden stays: its pointer is NULL */
+    default: /* do not corrupt n_forbidden, whose pointer is NULL */
       corrupt(&sampling, offsetof(qvl_sampling, n_forbidden));
       if (sampling.size > sizeof sampling) sampling.size = 1;
   }
@@ -691,28 +711,28 @@ static int fuzz_step(qvl_engine* engine, qvl_kv_pool* pool) {
                         top,         top_logprobs,       logits};
   switch (next(&fuzz_random) % 9) {
     case 0:
-      args.rows = (int32_t)odd_number();
+      args.rows = (int32_t)unusual_integer();
       break;
     case 1:
-      args.n_logprobs = (int32_t)odd_number();
+      args.n_logprobs = (int32_t)unusual_integer();
       break;
-    case 2: /* a stride that the array has room for, or an impossible one */
-      args.sampling_size = next(&fuzz_random) % 2 ? (uint32_t)odd_number() % 56 : 4097;
+    case 2: /* a stride that is too small or too large */
+      args.sampling_size = next(&fuzz_random) % 2 ? (uint32_t)unusual_integer() % 56 : 4097;
       break;
     case 3:
-      args.size = (uint32_t)odd_number() % 80;
+      args.size = (uint32_t)unusual_integer() % 80;
       break;
     case 4:
-      batch.sequence_size = next(&fuzz_random) % 2 ? 1 + (uint32_t)odd_number() % 23 : 5000;
+      batch.sequence_size = next(&fuzz_random) % 2 ? 1 + (uint32_t)unusual_integer() % 23 : 5000;
       break;
     case 5:
-      sequences[next(&fuzz_random) % 2].flags = (uint32_t)odd_number();
+      sequences[next(&fuzz_random) % 2].flags = (uint32_t)unusual_integer();
       break;
     case 6:
       args.tokens = NULL;
       break;
     case 7:
-      batch.size = (uint32_t)odd_number() % sizeof batch;
+      batch.size = (uint32_t)unusual_integer() % sizeof batch;
       break;
     default:
       args.top_tokens = NULL;
@@ -731,16 +751,16 @@ static int fuzz_blocks(qvl_kv_pool* pool) {
   uint64_t bytes = 3 * block;
   switch (next(&fuzz_random) % 4) {
     case 0:
-      blocks[next(&fuzz_random) % 3] = (int32_t)odd_number();
+      blocks[next(&fuzz_random) % 3] = (int32_t)unusual_integer();
       break;
     case 1:
-      to[next(&fuzz_random) % 3] = (int32_t)odd_number();
+      to[next(&fuzz_random) % 3] = (int32_t)unusual_integer();
       break;
     case 2:
       n = -(int32_t)(next(&fuzz_random) % 3);
       break;
     default:
-      bytes += (uint64_t)odd_number();
+      bytes += (uint64_t)unusual_integer();
   }
   qvl_error error;
   qvl_status status;
@@ -758,14 +778,15 @@ static int fuzz_blocks(qvl_kv_pool* pool) {
   return status != QVL_OK;
 }
 
-/* A file with a changed byte or overwritten bytes in a record's head, or with its end cut off: if it opens,
- * all its tensors can be read. */
-static int fuzz_file(params_file* file, int64_t n) {
-  unsigned char* at = file->bytes + file->heads[next(&fuzz_random) % (uint64_t)n] + next(&fuzz_random) % 100;
+/* Open a file with a changed bit or overwritten bytes near the start of a record, or without its end. If it
+ * opens, all its tensors can be read. */
+static int fuzz_params_file(params_file* file, int64_t n) {
+  unsigned char* at =
+      file->bytes + file->record_starts[next(&fuzz_random) % (uint64_t)n] + next(&fuzz_random) % 100;
   unsigned char before[8];
   memcpy(before, at, sizeof before);
   size_t size = file->size;
-  const int64_t number = next(&fuzz_random) % 2 ? odd_number() : (int64_t)1 << next(&fuzz_random) % 63;
+  const int64_t number = next(&fuzz_random) % 2 ? unusual_integer() : (int64_t)1 << next(&fuzz_random) % 63;
   switch (next(&fuzz_random) % 4) {
     case 0:
       size = next(&fuzz_random) % size;
@@ -787,7 +808,8 @@ static int fuzz_file(params_file* file, int64_t n) {
   for (int64_t i = 0; i < qvl_weights_count(weights); ++i) {
     qvl_tensor t;
     SUCCEED(qvl_weights_get(weights, i, &t, sizeof t, ERROR));
-    if (i == 0) begin = (uintptr_t)t.data / 4096 * 4096; /* the file's start: its first head is short */
+    /* The mapped file begins at a page, which contains the first tensor's head and the start of its data. */
+    if (i == 0) begin = (uintptr_t)t.data / 4096 * 4096;
     CHECK((uintptr_t)t.data >= begin && t.bytes <= size && (uintptr_t)t.data + t.bytes <= begin + size);
     CHECK((uintptr_t)t.data % 64 == 0 && t.dtype >= 0 && t.dtype < QVL_DTYPES && strlen(t.name) > 0);
     for (uint64_t b = 0; b < t.bytes; b += 64) CHECK(((const volatile unsigned char*)t.data)[b] < 256);
@@ -798,7 +820,7 @@ static int fuzz_file(params_file* file, int64_t n) {
 
 static int fuzz_sample(qvl_engine* engine) {
   float logits[2 * VOCAB];
-  for (int i = 0; i < 2 * VOCAB; ++i) logits[i] = odd_float();
+  for (int i = 0; i < 2 * VOCAB; ++i) logits[i] = unusual_float();
   int32_t counts[VOCAB] = {0}, tokens[2] = {-1, -1}, forbidden[3] = {1, 2, 3};
   int32_t* rows[2] = {counts, NULL};
   qvl_sampling sampling[2] = {greedy(), greedy()};
@@ -811,7 +833,7 @@ static int fuzz_sample(qvl_engine* engine) {
       n = -(int32_t)(next(&fuzz_random) % 3);
       break;
     case 1:
-      forbidden[next(&fuzz_random) % 3] = (int32_t)odd_number();
+      forbidden[next(&fuzz_random) % 3] = (int32_t)unusual_integer();
       break;
     case 2:
       sampling[0].forbidden = NULL;
@@ -831,22 +853,23 @@ static int fuzz_sample(qvl_engine* engine) {
   return status != QVL_OK;
 }
 
-static int fuzz_rest(qvl_engine* engine) {
+static int fuzz_other_calls(qvl_engine* engine) {
   qvl_kv_pool* pool;
   qvl_error error;
   float values[64] = {0};
   char packed[4096];
-  const int64_t out = odd_number(), in = odd_number();
-  const qvl_dtype dtype = (qvl_dtype)odd_number();
+  const int64_t out = unusual_integer(), in = unusual_integer();
+  const qvl_dtype dtype = (qvl_dtype)unusual_integer();
   qvl_status status;
   switch (next(&fuzz_random) % 3) {
     case 0:
-      status = qvl_kv_pool_create(engine, (int32_t)odd_number(), (int32_t)odd_number(), dtype, &pool, &error);
+      status = qvl_kv_pool_create(engine, (int32_t)unusual_integer(), (int32_t)unusual_integer(), dtype,
+                                  &pool, &error);
       CHECK((status == QVL_OK) == (pool != NULL));
       qvl_kv_pool_free(pool);
       break;
     case 1: {
-      /* A possible size must equal the array's. */
+      /* Matrices that fit the arrays get the right number of bytes, all others a wrong one. */
       const uint64_t bytes = qvl_packed_bytes(dtype, out, in);
       const int fits = bytes > 0 && bytes <= sizeof packed && out <= 64 && in <= 64 && out * in <= 64;
       if (has_zeros(dtype)) {
@@ -860,7 +883,7 @@ static int fuzz_rest(qvl_engine* engine) {
       break;
     }
     default:
-      status = qvl_encode_images(engine, -1 - odd_number(), NULL, NULL, NULL, &error);
+      status = qvl_encode_images(engine, -1 - unusual_integer(), NULL, NULL, NULL, &error);
   }
   CHECK(status == QVL_OK || error.message[0] != 0);
   return status != QVL_OK;
@@ -873,8 +896,8 @@ static void run_fuzz(int n, uint64_t seed) {
   qvl_kv_pool* pool;
   SUCCEED(qvl_kv_pool_create(engine, 8, 16, QVL_BFLOAT16, &pool, ERROR));
   int32_t before[REQUESTS * NEW], after[REQUESTS * NEW];
-  answer(engine, before);
-  params_file file = make_file(m, 6);
+  generate_completions(engine, before);
+  params_file file = make_params_file(m, 6);
   int refused = 0;
   for (int i = 0; i < n; ++i) {
     switch (i % 8) {
@@ -885,7 +908,7 @@ static void run_fuzz(int n, uint64_t seed) {
         refused += fuzz_blocks(pool);
         break;
       case 7:
-        refused += fuzz_file(&file, 6);
+        refused += fuzz_params_file(&file, 6);
         break;
       case 0:
         refused += fuzz_create(m);
@@ -900,11 +923,11 @@ static void run_fuzz(int n, uint64_t seed) {
         refused += fuzz_generate(engine, pool);
         break;
       default:
-        refused += fuzz_rest(engine);
+        refused += fuzz_other_calls(engine);
     }
   }
-  free_file(&file);
-  answer(engine, after);
+  free_params_file(&file);
+  generate_completions(engine, after);
   CHECK(memcmp(before, after, sizeof before) == 0);
   qvl_kv_pool_free(pool);
   qvl_engine_free(engine);
@@ -934,6 +957,7 @@ static void run_limits(void) {
 
 /* ---- soak --------------------------------------------------------------------------------------------- */
 
+/* Resident memory of this process; 0 if it is unknown. Assumes pages of 4 KiB. */
 static long resident_kib(void) {
   long pages = 0, resident = 0;
   FILE* file = fopen("/proc/self/statm", "r");
@@ -949,9 +973,9 @@ static void run_soak(int n) {
   static int32_t ids[64];
   int32_t tokens[4];
   uint64_t random = 1;
-  long begin = 0;
+  long begin_kib = 0;
   for (int i = 0; i < n; ++i) {
-    if (i == n / 10) begin = resident_kib();
+    if (i == n / 10) begin_kib = resident_kib();
     for (int t = 0; t < 64; ++t) ids[t] = (int32_t)(next(&random) % VOCAB);
     qvl_sampling sampling = greedy();
     sampling.temperature = (float)(i % 2);
@@ -962,24 +986,24 @@ static void run_soak(int n) {
                          NULL, ERROR));
     CHECK(result.n_tokens == 1 + i % 4);
   }
-  const long grown = resident_kib() - begin;
+  const long grown_kib = resident_kib() - begin_kib;
   qvl_engine_free(engine);
   free_model(m);
-  printf("%d requests, memory grew by %ld KiB after the first tenth\n", n, grown);
-  CHECK(grown < 256);
+  printf("%d requests, memory grew by %ld KiB after the first tenth\n", n, grown_kib);
+  CHECK(grown_kib < 256);
 }
 
 int main(int n, char** arguments) {
-  const char* what = n > 1 ? arguments[1] : "";
-  if (strcmp(what, "all") == 0)
+  const char* command = n > 1 ? arguments[1] : "";
+  if (strcmp(command, "all") == 0)
     run_all();
-  else if (strcmp(what, "threads") == 0)
+  else if (strcmp(command, "threads") == 0)
     run_threads();
-  else if (strcmp(what, "fuzz") == 0 && n == 4)
+  else if (strcmp(command, "fuzz") == 0 && n == 4)
     run_fuzz(atoi(arguments[2]), strtoull(arguments[3], NULL, 10));
-  else if (strcmp(what, "limits") == 0)
+  else if (strcmp(command, "limits") == 0)
     run_limits();
-  else if (strcmp(what, "soak") == 0 && n == 3)
+  else if (strcmp(command, "soak") == 0 && n == 3)
     run_soak(atoi(arguments[2]));
   else {
     fprintf(stderr, "usage: driver all | threads | fuzz N SEED | limits | soak N\n");

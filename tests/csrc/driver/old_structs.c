@@ -1,7 +1,9 @@
-/* A program with the structs of version 0.1 of the header: without the later fields, and with no readable
- * memory behind them. It must run on every later library.
+/* A program with the structs of version 0.1 of the header: they lack the later fields, and no readable memory
+ * follows them. The program must run with every later version of the library.
  *
- *   old_structs FILE < the numbers of qvl_config, from `stages` on
+ *   old_structs FILE < NUMBERS
+ *
+ * FILE: parameter file of a model. NUMBERS: the values of qvl_config from `stages` on.
  *
  * Prints 8 greedy tokens after the prompt 1 2 3 4 5, with vectors of ones as features at positions 1 and 2.
  */
@@ -51,7 +53,7 @@ typedef struct {
   uint64_t seed, counter;
 } sampling_0_1;
 
-/* Handles are pointers, and errors begin with their text. */
+/* Declarations of the library's functions: a handle is a void*, a qvl_error an array of char. */
 int32_t qvl_weights_open(const char* path, void** weights, char* error);
 void qvl_weights_free(void* weights);
 int32_t qvl_engine_create(const config_0_1* config, void* weights, void** engine, char* error);
@@ -66,7 +68,8 @@ void qvl_sampling_init(sampling_0_1* sampling);
 
 static char error[512];
 
-static void must(int32_t status) {
+/* Exit with the error message unless a call has succeeded. */
+static void require_ok(int32_t status) {
   if (status == 0) return;
   fprintf(stderr, "%s\n", error);
   exit(1);
@@ -87,15 +90,15 @@ int main(int n, char** arguments) {
     if (scanf("%lf", &value) != 1) return 2;
     const float real = (float)value;
     const int32_t integer = (int32_t)value;
-    const char* at = (const char*)config + 4 * i;
-    const int is_real = at == (const char*)&config->norm_epsilon || at == (const char*)&config->rotary_base;
-    memcpy((char*)config + 4 * i, is_real ? (const void*)&real : (const void*)&integer, 4);
+    char* field = (char*)config + 4 * i;
+    const int is_real = field == (char*)&config->norm_epsilon || field == (char*)&config->rotary_base;
+    memcpy(field, is_real ? (const void*)&real : (const void*)&integer, 4);
   }
   void *weights, *engine, *pool;
-  must(n == 2 ? qvl_weights_open(arguments[1], &weights, error) : 1);
-  must(qvl_engine_create(config, weights, &engine, error));
+  require_ok(n == 2 ? qvl_weights_open(arguments[1], &weights, error) : 1);
+  require_ok(qvl_engine_create(config, weights, &engine, error));
   qvl_weights_free(weights);
-  must(qvl_kv_pool_create(engine, 2, 32, 0, &pool, error));
+  require_ok(qvl_kv_pool_create(engine, 2, 32, 0, &pool, error));
   int32_t tokens[5] = {1, 2, 3, 4, 5};
   const int32_t blocks[2] = {1, 0};
   float* ones = malloc((size_t)config->hidden * 2 * sizeof(float));
@@ -111,8 +114,8 @@ int main(int n, char** arguments) {
   sampling->size = sizeof *sampling;
   qvl_sampling_init(sampling);
   for (int i = 0; i < 8; ++i) {
-    must(qvl_forward(engine, pool, batch, logits, NULL, error));
-    must(qvl_sample(engine, 1, logits, sampling, sizeof *sampling, NULL, tokens, NULL, error));
+    require_ok(qvl_forward(engine, pool, batch, logits, NULL, error));
+    require_ok(qvl_sample(engine, 1, logits, sampling, sizeof *sampling, NULL, tokens, NULL, error));
     printf("%d ", tokens[0]);
     *sequence = (sequence_0_1){1, 5 + i, 5, 2, blocks};
     batch->n_spans = 0;
