@@ -16,8 +16,8 @@ int32_t sample_row(int32_t vocab, const float* logits, const qvl_sampling& sampl
                    Buffer& scratch);
 
 // Natural log-probabilities under the unchanged logits of a row: of the sampled `token`, unless `logprob` is
-// NULL, and of the n_top most likely tokens (at most kMaxLogprobs), in descending order. If `token` is -1, all
-// log-probabilities are NaN and all most likely tokens are -1.
+// NULL, and of the n_top most likely tokens (at most kMaxLogprobs), in descending order. If `token` is -1,
+// all log-probabilities are NaN and all most likely tokens are -1.
 void row_logprobs(int32_t vocab, const float* logits, int32_t token, float* logprob, int32_t n_top,
                   int32_t* top_tokens, float* top_logprobs);
 

@@ -90,8 +90,9 @@ def write_params(
                 record = records[name]
                 if values.shape != record.shape or values.dtype != _STORAGE[record.dtype]:
                     raise AssertionError(f"{name}: {values.dtype} {values.shape}, program has {record}")
-                bad = 0 if record.dtype == "uint8" else n_not_finite(values, record.dtype)
-                if bad:  # quantized values were checked when they were packed
+                # Quantized values (uint8) were checked when they were packed.
+                n_bad = 0 if record.dtype == "uint8" else n_not_finite(values, record.dtype)
+                if n_bad:
                     raise QwenVLError(
                         f"{name}: {n_bad} of its values are infinite or not a number; fix the weights"
                     )

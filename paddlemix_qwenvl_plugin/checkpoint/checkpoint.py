@@ -135,8 +135,8 @@ class Checkpoint:
         return digest.hexdigest()
 
     def _check_merge(self) -> None:
-        integers = set() if self.quantized is None else self.merge.names & set(self.quantized.names)
-        if integers:
+        quantized = set() if self.quantized is None else self.merge.names & set(self.quantized.names)
+        if quantized:
             raise UsageError(
                 f"--lora: {min(quantized)} of {self.folder} is stored as integers, into which no adapter can be "
                 "merged; load it at run time with --adapter"
@@ -256,7 +256,7 @@ class Checkpoint:
                         f"{'[out, in]' if transposed else '[in, out]'}, unlike {evidence[1]}"
                     )
                 evidence = (transposed, canonical[name])
-        # Each half has a fused projection to 3 times the width, which is never square. Only a quantized language model
+        # Each stage has a fused projection to 3 times the width, which is never square. Only a quantized language model
         # with a square lm_head gives no evidence; every quantizer stores lm_head as [out, in].
         return evidence is None or evidence[0]
 

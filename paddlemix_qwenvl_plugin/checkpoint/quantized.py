@@ -32,8 +32,8 @@ class QuantizedLinears:
     Args:
         folder: the model folder, for messages.
         specs: the language model's tensors.
-        canonical: canonical name -> stored name of all tensors. The tensors of the quantized layers are removed from
-            it, with the zero biases that quantizers store and the model lacks.
+        canonical: canonical name -> stored name of all tensors. The constructor removes the tensors of the quantized
+            layers from it, and the zero biases that quantizers store for layers without bias.
 
     Raises:
         QwenVLError: a tensor is missing, mis-shaped, of a wrong dtype, or quantized where others are not.

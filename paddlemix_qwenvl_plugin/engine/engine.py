@@ -203,8 +203,8 @@ class DeviceArray:
 class StepOutput:
     """Output buffers of a step for up to `n_rows` rows, in memory accessible to host and device, and the step's event.
 
-    Per row: a token int32 and its log probability float32, and the `n_top` most likely tokens with theirs. `tokens`,
-    `logprobs`, `top_tokens` and `top_logprobs` are the addresses.
+    A row has a token (int32) and its log probability (float32), and the same of the `n_top` most likely tokens.
+    `tokens`, `logprobs`, `top_tokens` and `top_logprobs` are the addresses of the buffers.
     """
 
     def __init__(self, engine: Engine, n_rows: int, n_top: int) -> None:
@@ -243,6 +243,12 @@ class StepOutput:
         return self._logprobs[row]
 
     def top(self, row: int, n: int, n_written: int) -> list[tuple[int, float]]:
-        """The n most likely tokens of a row, of `n_written` by the step, with log probabilities. Call after `wait`."""
-        part = slice(row * n_written, row * n_written + n)
-        return list(zip(self._top_tokens[part], self._top_logprobs[part]))
+        """(token, log probability) of the n most likely tokens of a row. Call after `wait`.
+
+        Args:
+            row: index of the row.
+            n: number of tokens to return.
+            n_written: number of most likely tokens per row that the step wrote, at least n.
+        """
+        entries = slice(row * n_written, row * n_written + n)
+        return list(zip(self._top_tokens[entries], self._top_logprobs[entries]))

@@ -33,10 +33,10 @@ def check_quant_type(quant_type: Optional[str]) -> Optional[str]:
 
 
 def quantized(specs: Mapping[str, TensorSpec], quant_type: Optional[str]) -> dict[str, str]:
-    """Select the quantized weights: name -> storage type (a key of library.DTYPES).
+    """The storage types of the quantized weights: name -> key of library.DTYPES.
 
-    weight_only_int4 keeps the matrices most sensitive to 4-bit errors in 8 bits: lm_head and attention's c_attn
-    (figures in docs/demo-model.md). Quantized checkpoints keep lm_head in floating point.
+    weight_only_int4 stores lm_head and attention's c_attn in 8 bits, since they are the most sensitive to 4-bit errors
+    (figures in docs/demo-model.md). Quantized checkpoints have lm_head in floating point.
     """
     if quant_type is None:
         return {}
@@ -51,13 +51,13 @@ def quantized(specs: Mapping[str, TensorSpec], quant_type: Optional[str]) -> dic
 
 
 def has_order(quant_type: Optional[str]) -> bool:
-    """Whether each quantized weight NAME has a permutation of its inputs, the tensor NAME + ORDER."""
-    stored = _STORED.fullmatch(quant_type or "")
-    return stored is not None and stored[3] is not None
+    """Whether each quantized weight NAME is accompanied by NAME + ORDER, the order of its inputs."""
+    match = _CHECKPOINT_TYPE.fullmatch(quant_type or "")
+    return match is not None and match[3] is not None
 
 
 def packed_bytes(kind: str, n_out: int, n_in: int = 1) -> int:
-    """Size of a quantized [n_out, n_in] matrix, or an int32 vector [n_out], in bytes."""
+    """Size in bytes of a quantized matrix [n_out, n_in], or of an int32 vector [n_out]."""
     return int(load().qvl_packed_bytes(DTYPES[kind], n_out, n_in))
 
 
@@ -83,7 +83,7 @@ def pack_groups(
     zeros: NDArray[np.float16],
     name: str,
 ) -> NDArray[np.uint8]:
-    """Store a matrix that is already quantized, unchanged: value = scale * (integer - zero).
+    """Pack a matrix that is already quantized; value = scale * (integer - zero), without any rounding.
 
     Args:
         kind: "uint4_g32" to "uint8_g128" (library.DTYPES).

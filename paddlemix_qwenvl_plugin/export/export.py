@@ -127,14 +127,16 @@ def export_language(
         choice = "fused"
     checkpoint = Checkpoint(Path(model), lora)
     if checkpoint.quantized is not None:
-        stored = f"{checkpoint.folder}: its weights are quantized ({checkpoint.quantized.quant_type})"
+        problem = f"{checkpoint.folder}: its weights are quantized ({checkpoint.quantized.quant_type})"
         if quant_type is not None:
             raise UsageError(f"{problem} and exported unchanged; omit --quant_type {quant_type}")
         if choice == "portable":
-            raise UsageError(f"{stored}; only the engine computes on them, not --engine portable")
+            raise UsageError(f"{problem}; only the engine computes on them, not --engine portable")
         choice, quant_type = "fused", checkpoint.quantized.quant_type
     kinds = quantized(checkpoint.language, quant_type)
-    layer = partial(EngineGeneration, weights=stage_weights(checkpoint.config, "language", dtype, quant_type))
+    engine_language = partial(
+        EngineGeneration, weights=stage_weights(checkpoint.config, "language", dtype, quant_type)
+    )
     stage = _Stage(
         "language",
         [
@@ -144,7 +146,7 @@ def export_language(
             ),
             Program(".step", LanguageModel, step_inputs, lambda model, i: Step(model)(*i[:7], i[7:])),
         ],
-        [Program("", layer, stock_inputs, _on_all)],
+        [Program("", engine_language, stock_inputs, _on_all)],
         partial(language_parameters, quantized=kinds),
         COMPANIONS,
     )

@@ -31,13 +31,13 @@ def language_parameters(
 ) -> Parameters:
     """Yield (parameter name, values in the storage type) of the language model.
 
-    `quantized`: name -> quantized storage type (engine/quantize.py). Weights that the checkpoint stores as integers are
-    only repacked.
+    `quantized`: name -> quantized storage type (engine/quantize.py). If the checkpoint stores these weights as
+    integers, the integers are only repacked.
     """
     kinds = quantized or {}
-    plain = {name: spec for name, spec in checkpoint.language.items() if name not in kinds}
+    unquantized = {name: spec for name, spec in checkpoint.language.items() if name not in kinds}
     packed = _repack(checkpoint, kinds) if checkpoint.quantized else _quantize(checkpoint, kinds)
-    stream = chain(checkpoint.tensors(plain, dtype, out_in=True), packed)
+    stream = chain(checkpoint.tensors(unquantized, dtype, out_in=True), packed)
     with_order = checkpoint.quantized is not None and has_order(checkpoint.quantized.quant_type)
     total = len(checkpoint.language) + (len(kinds) if with_order else 0)
     return track(stream, "language weights", total)

@@ -28,7 +28,7 @@ from paddlemix_qwenvl_plugin.util.files import write_beside
 
 _SCHEME = SCHEMES["huggingface"]
 INDEX = "model.safetensors.index.json"
-# Suffix -> type of the tensors of a quantized matrix (packing.py).
+# Suffix of a quantized matrix's tensor (packing.py) -> storage type.
 _PACKED = {"qweight": "int32", "qzeros": "int32", "g_idx": "int32", "scales": "float16"}
 # Ends of the names of weight files, which are not copied.
 _WEIGHT_SUFFIXES = (".safetensors", ".pdparams", ".bin", ".index.json", ".pdiparams", ".pdmodel")

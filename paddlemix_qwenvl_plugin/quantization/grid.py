@@ -35,9 +35,9 @@ class Quantized:
 
     def values(self) -> Floats:
         """Dequantize the matrix: float32 [out, in]."""
-        groups = self.integers.reshape(*self.scales.shape, self.group)
-        wide: Floats = (groups - self.zeros[..., None]) * self.scales[..., None]
-        return wide.reshape(self.integers.shape)
+        by_group = self.integers.reshape(*self.scales.shape, self.group)
+        values: Floats = (by_group - self.zeros[..., None]) * self.scales[..., None]
+        return values.reshape(self.integers.shape)
 
 
 def to_half(values: Floats) -> Floats:
@@ -86,5 +86,5 @@ def round_to_nearest(weight: Floats, bits: int, group: int) -> Quantized:
     ones = np.ones(group, np.float32)
     for g in range(n_in // group):
         scales[:, g], zeros[:, g] = best_grid(weight[:, g * group : (g + 1) * group], ones, bits)
-    spread = [np.repeat(each, group, axis=1) for each in (scales, zeros)]
-    return Quantized(nearest(weight, spread[0], spread[1], 2**bits - 1), scales, zeros)
+    column_scales, column_zeros = np.repeat(scales, group, axis=1), np.repeat(zeros, group, axis=1)
+    return Quantized(nearest(weight, column_scales, column_zeros, 2**bits - 1), scales, zeros)

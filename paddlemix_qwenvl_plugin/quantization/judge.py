@@ -49,7 +49,8 @@ def count_changed(
     norm, head = (np.asarray(weights.pop(f"{name}.weight"), np.float32) for name in ("ln_f", "lm_head"))
     epsilon = checkpoint.config.layer_norm_epsilon
 
-    def most likely(states: Floats) -> np.ndarray:
+    def most_likely(states: Floats) -> np.ndarray:
+        """Most likely token after each position: RMSNorm ln_f, lm_head and argmax."""
         scale = 1 / np.sqrt(np.square(states).mean(-1, keepdims=True) + np.float32(epsilon))
         normed = states * scale * norm
         chunks = range(0, len(normed), _TOKENS_AT_ONCE)
@@ -58,7 +59,8 @@ def count_changed(
     tokens = of_tokens = changed_rows = 0
     for row in held_out:
         judged = rows[row].judged
-        differs = most likely(after.original.read(row)[judged]) != most likely(after.quantized.read(row)[judged])
+        original, quantized = (states.read(row)[judged] for states in (after.original, after.quantized))
+        differs = most_likely(original) != most_likely(quantized)
         tokens += int(differs.sum())
         of_tokens += len(judged)
         changed_rows += bool(differs.any())

@@ -1,4 +1,4 @@
-"""Quantize the decoder layers one after the other, on the inputs that the quantized layers before them produce."""
+"""Quantization of the decoder layers one after the other, on the outputs of the preceding quantized layers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Streams:
 
 
 class LayerQuantizer:
-    """Quantizer of one layer at a time; two layers in float32 are in memory."""
+    """Quantizer of one layer at a time. In memory are two copies of the layer in float32, original and quantized."""
 
     def __init__(self, checkpoint: Checkpoint, batch: Batch, bits: int, group: int) -> None:
         self._checkpoint, self._batch = checkpoint, batch
@@ -56,9 +56,8 @@ class LayerQuantizer:
         """Quantize layer `index` and write the states after it.
 
         Returns:
-            The layer's tensors for the checkpoint, unquantized ones in `dtype`; and its figures: for each matrix the
-            relative error of its products on the calibration rows, and that of rounding to nearest; for the layer the
-            relative error of the held-out rows' states after it.
+            The layer's tensors for the checkpoint, with unquantized tensors in `dtype`; and the layer's figures (see
+            Report.layers).
         """
         prefix = f"h.{index}."
         specs = {name: spec for name, spec in self._checkpoint.language.items() if name.startswith(prefix)}
@@ -71,26 +70,28 @@ class LayerQuantizer:
         vectors = {name: spec for name, spec in specs.items() if not spec.linear}
         tensors: dict[str, Any] = dict(self._checkpoint.tensors(vectors, dtype))
         errors: dict[str, list[float]] = {}
-        middle = Streams(
+        after_attention = Streams(
             before.original.beside("original-middle.bin"), before.quantized.beside("quantized-middle.bin")
         )
         for stage, matrices in enumerate(STAGES):
-            if stage == 2:
-                self._advance(before, middle, DecoderLayer.after_attention)
-            source = before if stage < 2 else middle
+            if stage == 2:  # the first stage of the MLP; the quantized layer has quantized attention by now
+                self._advance(before, after_attention, DecoderLayer.after_attention)
+            source = before if stage < 2 else after_attention
             gram = self._gram(stage, source.quantized)
             hessian = Hessian(gram.copy(), f"{prefix}{matrices[0]}")
             for matrix in matrices:
                 weight = weights.pop(f"{matrix}.weight")
-                found = quantize(weight, hessian, self._bits, self._group)
-                values = found.values()
-                plain = round_to_nearest(weight, self._bits, self._group).values()
-                errors[matrix] = [relative_error(weight, each, gram) for each in (values, plain)]
+                quantized = quantize(weight, hessian, self._bits, self._group)
+                values = quantized.values()
+                nearest = round_to_nearest(weight, self._bits, self._group).values()
+                errors[matrix] = [
+                    relative_error(weight, rounded_weight, gram) for rounded_weight in (values, nearest)
+                ]
                 self._quantized.load({f"{matrix}.weight": values})
-                for suffix, packed in gptq_tensors(found, self._bits).items():
+                for suffix, packed in gptq_tensors(quantized, self._bits).items():
                     tensors[f"{prefix}{matrix}.{suffix}"] = packed
-        self._advance(middle, after, lambda layer, states, _: layer.after_mlp(states))
-        for states in (middle.original, middle.quantized):
+        self._advance(after_attention, after, lambda layer, states, _: layer.after_mlp(states))
+        for states in (after_attention.original, after_attention.quantized):
             states.path.unlink()
         return tensors, {"matrices": errors, "states": self._difference(after)}
 
@@ -100,10 +101,10 @@ class LayerQuantizer:
         pending, n_pending = list[Floats](), 0
         for number, row in enumerate(self._batch.calibration, start=1):
             inputs = self._quantized.inputs(stage, states.read(row), self._batch.prompt_lengths[row])
-            waiting.append(inputs)
-            n_waiting += len(inputs)
-            if n_waiting >= _TOKENS_AT_ONCE or number == len(self._batch.calibration):
-                chunk = np.concatenate(waiting)
+            pending.append(inputs)
+            n_pending += len(inputs)
+            if n_pending >= _TOKENS_AT_ONCE or number == len(self._batch.calibration):
+                chunk = np.concatenate(pending)
                 gram = chunk.T @ chunk if gram is None else np.add(gram, chunk.T @ chunk, out=gram)
                 pending, n_pending = [], 0
         assert gram is not None
@@ -123,9 +124,9 @@ class LayerQuantizer:
 
     def _difference(self, streams: Streams) -> float:
         """Relative error of the held-out rows' states: ||quantized - original|| / ||original||."""
-        off = total = 0.0
+        error = total = 0.0
         for row in self._batch.held_out:
             original = streams.original.read(row)
-            off += float(np.square(streams.quantized.read(row) - original).sum(dtype=np.float64))
+            error += float(np.square(streams.quantized.read(row) - original).sum(dtype=np.float64))
             total += float(np.square(original).sum(dtype=np.float64))
         return float(np.sqrt(error / total)) if total else 0.0

@@ -96,11 +96,11 @@ def gptq(weight: Floats, hessian: Hessian, bits: int, group: int) -> Quantized:
             integers[j] = nearest(compensated[j], scale, zero, top)
             error = (compensated[j] - (integers[j] - zero) * scale) / factor[j, j]
             errors[j - first] = error
-            rest[j + 1 : last] -= factor[j, j + 1 : last, None] * error
-        rest[last:] -= factor[first:last, last:].T @ errors
-    unordered = np.empty_like(weight)
-    unordered[:, order] = integers.T
-    return Quantized(unordered, scales, zeros)
+            compensated[j + 1 : last] -= factor[j, j + 1 : last, None] * error
+        compensated[last:] -= factor[first:last, last:].T @ errors
+    in_input_order = np.empty_like(weight)
+    in_input_order[:, order] = integers.T
+    return Quantized(in_input_order, scales, zeros)
 
 
 def descend(matrix: Quantized, weight: Floats, hessian: Floats, bits: int) -> None:
@@ -138,7 +138,7 @@ def descend(matrix: Quantized, weight: Floats, hessian: Floats, bits: int) -> No
 
 def relative_error(weight: Floats, values: Floats, gram: Floats) -> float:
     """Relative error of a quantized matrix's products: ||X (w - q)^T|| / ||X w^T||, with `gram` = X^T X."""
-    off = weight - values
+    error = weight - values
     total = float(np.vdot(weight @ gram, weight))
     if total <= 0:
         return 0.0

@@ -25,8 +25,8 @@ class TokenLogprobs(NamedTuple):
     """Log probabilities (natural) of a generated token under the unmodified logits.
 
     Attributes:
-        logprob: log probability of the picked token.
-        top: (token id, log probability) of the most likely tokens, in descending order, equal ones in order of their ids.
+        logprob: log probability of the generated token.
+        top: (token id, log probability) of the most likely tokens, the most likely first; ties by ascending id.
     """
 
     logprob: float
@@ -68,8 +68,8 @@ class Generation:
         prompt: token ids of the prompt.
         tokens: generated token ids, the stop token included.
         n_total: number of prompt and generated tokens.
-        n_logprobs: number of most likely tokens to report with each token; None: no log probabilities.
-        adapter: name of the adapter; None: none.
+        n_logprobs: number of most likely tokens to report per generated token; None: no log probabilities.
+        adapter: name of the adapter; None: the model's weights without an adapter.
         logprobs: log probabilities of `tokens`, if `n_logprobs` is not None.
         n_computed: number of tokens, of prompt + tokens, whose keys and values are in `blocks`.
         n_cached: prompt tokens found in the prefix cache at the first admission; None before.

@@ -6,9 +6,9 @@ from paddlemix_qwenvl_plugin.runtime.programs import Stage
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.util.machine import GIB
 
-# Size of a quantized language stage relative to half precision; in both types the embedding is not quantized, and
-# c_attn and lm_head are quantized to 8 bits.
-_SMALLER = (("weight_only_int8", 0.55), ("weight_only_int4", 0.4))
+# Size of a quantized language stage relative to half precision. Both types leave the embedding unquantized; int4 has
+# 8 bits for c_attn and lm_head.
+_RELATIVE_SIZES = (("weight_only_int8", 0.55), ("weight_only_int4", 0.4))
 
 
 def check_share(share: float) -> float:

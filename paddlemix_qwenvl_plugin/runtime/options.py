@@ -39,7 +39,9 @@ class GenerationOptions:
     ] = None
     top_p: Annotated[
         Optional[float],
-        Field(ge=0, le=1, description="Sample from the most likely tokens up to this cumulative probability."),
+        Field(
+            ge=0, le=1, description="Sample from the most likely tokens up to this cumulative probability."
+        ),
     ] = None
     top_k: Annotated[
         Optional[int], Field(ge=1, description="Sample from this number of the most likely tokens.")
@@ -83,7 +85,7 @@ class GenerationOptions:
 
     @property
     def greedy(self) -> bool:
-        """Whether each token is the most likely one."""
+        """Whether every generated token is the most likely one."""
         sampling = (self.temperature, self.top_p, self.top_k)
         return sampling == (None, None, None) or self.temperature == 0 or self.top_p == 0 or self.top_k == 1
 

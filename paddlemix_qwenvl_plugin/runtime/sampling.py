@@ -76,11 +76,11 @@ class RowSampler:
 
 def log_probabilities(logits: NDArray[np.float32], token: int, n_top: int) -> TokenLogprobs:
     """Log probabilities of a token and of the n_top most likely tokens under float32 logits [vocab_size]."""
-    exact = logits.astype(np.float64)
-    exact -= exact.max()
-    exact -= np.log(np.exp(exact).sum())
-    top = np.argsort(-exact, kind="stable")[:n_top]
-    return TokenLogprobs(float(exact[token]), tuple(zip(top.tolist(), exact[top].tolist())))
+    logprobs = logits.astype(np.float64)
+    logprobs -= logprobs.max()
+    logprobs -= np.log(np.exp(logprobs).sum())
+    top = np.argsort(-logprobs, kind="stable")[:n_top]
+    return TokenLogprobs(float(logprobs[token]), tuple(zip(top.tolist(), logprobs[top].tolist())))
 
 
 def random_fraction(seed: int, counter: int) -> float:

@@ -10,7 +10,7 @@ import shutil
 
 import numpy as np
 import pytest
-from folders import cut_in_ranks, renamed, write
+from folders import renamed, split_into_ranks, write
 from quantized_folders import Variant, copy_tool_folder, write_quantized
 from safetensors.numpy import load_file
 from torch_files import write_bin, write_legacy

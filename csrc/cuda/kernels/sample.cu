@@ -8,10 +8,10 @@
 //   sample_bins    rows that draw: weights and counts of 2048 bins, several blocks per row -> bins [n][2048]
 //   sample_keep    rows that draw: the ids of the bins that sample_draw needs         -> kept_keys [n][2048]
 //   sample_draw    rows that draw: top-k, top-p, the draw, a block per row            -> tokens [n]
-//   sample_top     log-probabilities of the most likely, if requested, a block per row -> top_tokens [n][n_top]
+//   sample_top     log probabilities of the top tokens, if any, a block per row    -> top_tokens [n][n_top]
 //
-// A draw needs the most likely ids in order, and sums in that order, but not all 151,936 ids. The key of an id
-// is its distance, (largest logit - logit) / temperature, in steps of 2^-35, followed by the id; ids at a
+// A draw needs the most likely ids in order, and sums in that order, but not all 151,936 ids. The key of an
+// id is its distance, (largest logit - logit) / temperature, in steps of 2^-35, followed by the id; ids at a
 // distance of 32 or more have weight 0. Weights exp(-distance) are integers, so that sums do not depend on
 // the order of additions, and atomic additions give the same bits for any distribution of the row over
 // blocks. The point where a running sum (of ids for top-k, of weights for top-p and the draw) crosses a value
@@ -44,7 +44,7 @@ __device__ inline bool likelier(double a, int a_id, double b, int b_id) {
 }
 
 // Set `best` and `id` to those of the most likely id of the warp's lanes.
-__device__ inline void likeliest_of_warp(double& best, int& id) {
+__device__ inline void most_likely_of_warp(double& best, int& id) {
   for (int step = 16; step > 0; step /= 2) {
     const double other = __shfl_xor_sync(0xFFFFFFFFu, best, step);
     const int other_id = __shfl_xor_sync(0xFFFFFFFFu, id, step);
