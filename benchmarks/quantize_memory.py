@@ -1,10 +1,11 @@
 """Peak memory of the phases of `qwenvl quantize` in the 7B geometry with random weights.
 
 Run: python benchmarks/quantize_memory.py embed|layer|report FOLDER
-The first run writes a checkpoint of 7 GB to FOLDER, which later runs use. Each phase needs a separate run, because
-peak memory is that of a process. `embed` encodes the images of a few default calibration rows, with the whole vision
-tower in float32. `layer` quantizes mlp.c_proj, a layer's last matrix, which has the largest Hessian, with random
-inputs. `report` compares tokens.
+The first run writes a checkpoint of 7 GB to FOLDER (the vision tower, one decoder layer, `lm_head`), which later runs
+use. Each phase needs a separate run, because the peak is that of the whole process. `embed` encodes the images of a few
+default calibration rows, with the whole vision tower in float32. `layer` quantizes mlp.c_proj, a layer's last matrix,
+which has the largest Hessian, with random inputs. `report` compares the most likely next tokens of the original and the
+quantized model.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def write_checkpoint(folder: Path) -> None:
     write_model(folder, {**CONFIG, "visual": vision}, "bfloat16")
 
 
-def report(point: str) -> None:
+def print_memory(point: str) -> None:
     """Print the peak and the current resident memory of this process at a point of the program."""
     status = Path("/proc/self/status").read_text()
     peak, current = (int(re.findall(rf"{key}:\s+(\d+)", status)[0]) / 2**20 for key in ("VmHWM", "VmRSS"))
@@ -55,7 +56,7 @@ def measure_embed(checkpoint: Checkpoint) -> None:
     tokenizer = QwenTokenizer.of_model(checkpoint.folder, checkpoint.config)
     rows = CalibrationRows(None, tokenizer, checkpoint.config, chat=False)
     for number, _ in enumerate(islice(embed(checkpoint, rows), 3), start=1):
-        report(f"{number} rows")
+        print_memory(f"{number} rows")
 
 
 def measure_layer(checkpoint: Checkpoint) -> None:
@@ -63,16 +64,16 @@ def measure_layer(checkpoint: Checkpoint) -> None:
     layers = [DecoderLayer(checkpoint.config) for _ in range(2)]
     for layer in layers:
         layer.load({"mlp.c_proj.weight": np.full((HIDDEN, MLP), 0.01, np.float32)})
-    report("two layers")
+    print_memory("two layers")
     random = np.random.default_rng(0)
     weight = random.standard_normal((HIDDEN, MLP), np.float32)
     inputs = random.standard_normal((TOKENS, MLP), np.float32)
     gram = inputs.T @ inputs
-    report("inputs")
+    print_memory("inputs")
     hessian = Hessian(gram.copy(), "mlp.c_proj")
-    report("Hessian factorized")
+    print_memory("Hessian factorized")
     quantize(weight, hessian, 4, 32)  # 4 bits, groups of 32
-    report("quantized")
+    print_memory("quantized")
 
 
 class RandomStates:
@@ -90,7 +91,7 @@ class Row:
 
 def measure_report(checkpoint: Checkpoint) -> None:
     count_changed(checkpoint, [Row()], [0], Streams(RandomStates(), RandomStates()))  # type: ignore[arg-type,list-item]
-    report("tokens compared")
+    print_memory("tokens compared")
 
 
 if __name__ == "__main__":

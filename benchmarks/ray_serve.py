@@ -1,6 +1,6 @@
-"""Latency that Ray adds to a server on this machine: `qwenvl serve --ray` with one engine, and `qwenvl serve`.
+"""Latency that Ray adds to a server on this machine: `qwenvl serve --ray` with one engine, compared with `qwenvl serve`.
 
-Run: python benchmarks/ray_serve.py [--clients 1 8] [--rounds 3]
+Run: python benchmarks/ray_serve.py [--clients N ...] [--requests N] [--rounds N]
 Needs the plugin with [serve,ray] and a C++ compiler; a round takes a minute.
 
 Times are measured by the client: to the first token of a completion, and between its tokens. Both servers have the same
@@ -8,8 +8,8 @@ number of threads, and the same exported stages in the demo model's geometry, in
 the same requests, greedy and streamed; all prompts differ, so no prefix cache has hits. The order of the servers
 alternates between rounds.
 
-The times between tokens are those between events of the stream. An overloaded front of `--ray` sends several tokens in
-one event, so compare these times together with the tokens per event.
+The times between tokens are those between events of the stream. An overloaded front of `--ray`, the replica that
+answers HTTP requests, sends several tokens in one event, so compare these times together with the tokens per event.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--clients", type=int, nargs="+", default=[1, 8], help="numbers of clients, one load each"
+        "--clients", type=int, nargs="+", default=[1, 8], help="numbers of clients, each measured separately"
     )
     parser.add_argument("--requests", type=int, default=24, help="requests of each client in a round")
     parser.add_argument("--rounds", type=int, default=1, help="default 1")
@@ -84,7 +84,7 @@ def print_table(rows: list[dict[str, Any]], clients: list[int], names: tuple[str
         print_row(
             n,
             "overhead of Ray",
-            f"{first_ray - first_plain:.2f}",
+            f"{first_ray - first_plain:.2f} (median)",
             f"{between_ray - between_plain:.2f} (mean)",
         )
 

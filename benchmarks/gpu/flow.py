@@ -1,13 +1,14 @@
-"""Overhead of Python and Paddle over the engine on a GPU, in the 7B geometry with random weights in bfloat16.
+"""Time that Python and Paddle add to the engine's on a GPU, in the 7B geometry with random weights in bfloat16.
 
 Run: python benchmarks/gpu/flow.py FOLDER
-Needs the plugin, a CPU build of Paddle, PyTorch for CUDA, 24 GB of GPU memory, and room for 19 GB in FOLDER, which is
-created and deleted at the end, preferably in memory. Exporting takes two minutes.
+Needs the plugin, a CPU build of Paddle, PyTorch for CUDA, 24 GB of GPU memory, and 19 GB for FOLDER, which must not
+exist: it is created, and deleted at the end. Choose one in memory, if possible. Exporting takes two minutes. Paddle
+needs no GPU build, because the engine computes on the GPU.
 
-Measures the time to a complete caption of 64 tokens for one image through several interfaces, each in a separate
-process: the C interface, with its tensors in GPU memory, as in ours.py; `QwenVL`, by `generate` and by `encode_images`
-and `generate_ids`; the exported programs in Paddle Inference. Figures are medians after warm-up, with a new image and a
-new prompt each time. All interfaces must generate the same tokens.
+Measures the time to a complete caption of 64 tokens for one image through several interfaces: the C interface, with its
+tensors in GPU memory, as in ours.py; `QwenVL`, by the loop of `generate` and by `encode_images` and `generate_ids`; the
+exported programs in Paddle Inference. Each has a separate process, except that the two of `QwenVL` share one. Figures
+are medians after warm-up, with a new image and a new prompt each time. All interfaces must generate the same tokens.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ RUNS = 7
 
 def parameters(weights: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield (name, bfloat16 bits) of random weights, with which special tokens never have the highest probability."""
-    pattern = np.random.default_rng(0).standard_normal(1048573).astype(np.float32)  # a prime number of values
+    pattern = (
+        np.random.default_rng(0).standard_normal(1048573).astype(np.float32)
+    )  # a prime number of values, so that the rows of a matrix differ
     for name, weight in weights.items():
         is_matrix = len(weight.shape) > 1 and name != "wte.weight"
         # Keeps activations small.
@@ -211,12 +214,14 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="for the exported stages")
     parser.add_argument(
-        "--part", choices=PARTS, help="measure only these interfaces, with the stages of an existing FOLDER"
+        "--part",
+        choices=PARTS,
+        help="measure only the interfaces of this part, with the stages of an existing FOLDER",
     )
     parser.add_argument(
         "--export",
         choices=("vision", "language", "both"),
-        help="only export, without deleting FOLDER; with `vision` or `language`, FOLDER must exist",
+        help="only export, without deleting FOLDER; with `vision` or `language`, FOLDER must exist; with `both`, it must not",
     )
     arguments = parser.parse_args()
     folder: Path = arguments.folder
@@ -243,7 +248,7 @@ def compare(folder: Path) -> None:
     baseline = figures[0]  # the C interface
     for figure in figures:
         overhead = figure["ms"] / baseline["ms"] - 1
-        warning = "" if figure["tokens"] == baseline["tokens"] else ", OTHER TOKENS"
+        warning = "" if figure["tokens"] == baseline["tokens"] else ", DIFFERENT TOKENS"
         print(
             f"{figure['interface']}: median {figure['ms']:.1f} ms ({100 * overhead:+.1f} %), "
             f"minimum {figure['minimum']:.1f} ms{warning}"

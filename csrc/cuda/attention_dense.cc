@@ -44,15 +44,15 @@ void attention_dense_with(const Gpu& gpu, CUstream stream, bool portable, const 
       hopper && has_tensor_maps(gpu) && a.kv_image > 0 && reinterpret_cast<uintptr_t>(a.k) % 16 == 0 &&
       reinterpret_cast<uintptr_t>(a.v) % 16 == 0 && (a.kv_stride | a.kv_head | a.kv_image) % 8 == 0;
   if (params.use_tensor_map) {
-    for (int part = 0; part < 2; ++part) {
+    for (int part = 0; part < 2; ++part) {  // 0: keys; 1: values
       params.keys[part] =
           tensor_map(gpu, part == 0 ? a.k : a.v, {a.head_dim, a.n_keys, a.heads, a.images},
                      {2 * a.kv_stride, 2 * a.kv_head, 2 * a.kv_image}, {64, kHopperKeys, 1, 1});
     }
   }
-  const int queries = hopper ? kAttentionTile : kAttentionQueries;
-  const Dim grid{static_cast<unsigned>((a.n_queries + queries - 1) / queries), static_cast<unsigned>(a.heads),
-                 static_cast<unsigned>(a.images)};
+  const int block_queries = hopper ? kAttentionTile : kAttentionQueries;
+  const Dim grid{static_cast<unsigned>((a.n_queries + block_queries - 1) / block_queries),
+                 static_cast<unsigned>(a.heads), static_cast<unsigned>(a.images)};
   gpu.launch(stream, kernel->name, grid, hopper ? kHopperThreads : kAttentionThreads,
              gpu.arch() >= 80 ? kernel->shared_bytes : 0, params, true);
 }

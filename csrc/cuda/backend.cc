@@ -52,7 +52,8 @@ bool has_bfloat16(int index) {
          driver().cuDeviceGetAttribute(&major, kComputeMajor, device) == 0 && major >= 8;
 }
 
-// Compute type: float16 for float16 weights and on GPUs without bfloat16, else bfloat16.
+// Compute type: that of the config; by default float16 for float16 weights and on GPUs without bfloat16, else
+// bfloat16.
 Half compute_type(const qvl_config& config, const WeightTable& weights) {
   switch (config.compute) {
     case QVL_COMPUTE_BFLOAT16:
@@ -151,15 +152,15 @@ class CudaBackend final : public Backend {
   void encode_images(int64_t n, const float* images, float* features, qvl_stream requested) override {
     const CurrentContext current(gpu_.context());
     const CUstream stream = compute_stream(requested);
-    const int64_t image = int64_t{3} * config_.image_size * config_.image_size;  // values
-    const int64_t feature = int64_t{config_.n_queries} * config_.hidden;         // values
+    const int64_t image_values = int64_t{3} * config_.image_size * config_.image_size;
+    const int64_t feature_values = int64_t{config_.n_queries} * config_.hidden;
     const bool images_on_gpu = is_device_visible(images), features_on_gpu = is_device_visible(features);
     for (int64_t i = 0; i < n; i += kImageBatch) {
       const auto count = std::min<int64_t>(kImageBatch, n - i);
-      const auto image_bytes = static_cast<uint64_t>(count * image) * 4;
-      const auto feature_bytes = static_cast<uint64_t>(count * feature) * 4;
-      const float* from = images + i * image;
-      float* to = features + i * feature;
+      const auto image_bytes = static_cast<uint64_t>(count * image_values) * 4;
+      const auto feature_bytes = static_cast<uint64_t>(count * feature_values) * 4;
+      const float* from = images + i * image_values;
+      float* to = features + i * feature_values;
       if (!images_on_gpu) {
         cuda::copy(stream, reserved(images_in_, image_bytes), from, image_bytes);
         from = images_in_.get<float>();
@@ -174,7 +175,7 @@ class CudaBackend final : public Backend {
     const CurrentContext current(gpu_.context());
     check_host_ids(batch);
     const CUstream stream = compute_stream(requested);
-    const bool direct = logits == nullptr || is_device_visible(logits);  // written by the kernels
+    const bool direct = logits == nullptr || is_device_visible(logits);  // the kernels write to `logits`
     const uint64_t bytes = logits_bytes(batch);
     run(stream, pool, batch, direct ? logits : reserved(logits_, bytes));
     if (direct) return;
@@ -203,7 +204,7 @@ class CudaBackend final : public Backend {
       graphs_->step(stream, static_cast<CudaKvPool&>(pool), batch, picks);
       return;
     }
-    const bool direct = logits != nullptr && is_device_visible(logits);  // written by the kernels
+    const bool direct = logits != nullptr && is_device_visible(logits);  // the kernels write to `logits`
     const uint64_t bytes = logits_bytes(batch);
     float* const device_logits = direct ? logits : reserved(logits_, bytes);
     run(stream, pool, batch, device_logits);
@@ -241,7 +242,7 @@ class CudaBackend final : public Backend {
     return rows * row_bytes();
   }
 
-  // Enlarge `memory` to at least `bytes`, without its content.
+  // Enlarge `memory` to at least `bytes`; its content is lost.
   static float* reserved(DeviceMemory& memory, uint64_t bytes) {
     if (memory.bytes() < bytes) {
       memory = DeviceMemory();
@@ -250,8 +251,8 @@ class CudaBackend final : public Backend {
     return memory.get<float>();
   }
 
-  // Check ids in pageable host memory. Ids in other memory may still be written by the GPU; the kernel clamps
-  // them to the vocabulary.
+  // Check ids in pageable host memory. The GPU may not have written ids in other memory yet; the kernel
+  // clamps these to the vocabulary.
   void check_host_ids(const qvl_batch& batch) const {
     if (!is_device_visible(batch.tokens)) check_ids(batch, config_.vocab);
   }

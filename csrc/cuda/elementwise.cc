@@ -35,7 +35,7 @@ void embed(const Gpu& gpu, CUstream stream, const void* wte, int vocab, int widt
            const uint64_t* features, int n, float* x) {
   constexpr int kBlockValues = kEmbedThreads * kEmbedValues;
   const int parts = (width + kBlockValues - 1) / kBlockValues;
-  // On the host uint64_t is a different type of the same size.
+  // The host's uint64_t is not unsigned long long, but has the same size.
   const auto* addresses = reinterpret_cast<const unsigned long long*>(features);
   const EmbedParams params{wte, ids, addresses, x, vocab, width, parts};
   gpu.launch(stream, "embed", {static_cast<unsigned>(n) * static_cast<unsigned>(parts)}, kEmbedThreads, 0,
@@ -74,9 +74,9 @@ void rotate_and_store(const Gpu& gpu, CUstream stream, const void* qkv, const Ro
   params.head_dim = layer.head_dim;
   params.type = cache_type(layer.dtype);
   const bool is_128 = layer.head_dim == 128;
-  const char* name = is_128                    ? "rotate_and_store_128"
-                     : layer.head_dim % 4 == 0 ? "rotate_and_store_2"
-                                               : "rotate_and_store_1";
+  const char* name = is_128                    ? "rotate_and_store_dim128"
+                     : layer.head_dim % 4 == 0 ? "rotate_and_store_run2"
+                                               : "rotate_and_store_run1";
   const int64_t threads = int64_t{n} * layer.heads * (is_128 ? 16 : 32);  // lanes per head, see HeadPart
   gpu.launch(stream, name, {static_cast<unsigned>((threads + kRotateThreads - 1) / kRotateThreads)},
              kRotateThreads, 0, params, true);

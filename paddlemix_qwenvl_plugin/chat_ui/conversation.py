@@ -43,7 +43,7 @@ def parse(line: str) -> tuple[str, str] | str:
 def path_of(argument: str) -> str:
     r"""Decode a path typed or dropped onto the terminal: `a b.png`, `"a b.png"`, `a\ b.png` or `~/a.png`.
 
-    If a file has `argument` as its literal name, `argument` is returned unchanged.
+    An address keeps its backslashes. If a file has `argument` as its literal name, `argument` is returned unchanged.
     """
     if os.path.lexists(argument):
         return argument

@@ -9,10 +9,10 @@ For a linear layer with `in` inputs and `out` outputs:
 | `scales` | float16 [groups, out] | |
 | `g_idx` | int32 [in] | group of each input; absent: input // group size |
 
-Zero points range from 0 to 2^bits - 1. In format "gptq", a zero point of 0 is stored as -1 modulo 2^bits, 2^bits - 1.
-This module reads it as 0, like AutoGPTQ's CUDA kernels for 4 bits; other readers return 2^bits, which no quantizer
-produces. GPTQModel instead subtracts one from every zero point of an int32 word by a single subtraction, in which a
-zero point of 0 borrows from the next zero point.
+Zero points range from 0 to 2^bits - 1. In format "gptq", a zero point of 0 is stored as -1 modulo 2^bits, that is, as
+2^bits - 1. This module reads it as 0, like AutoGPTQ's CUDA kernels for 4 bits; other readers return 2^bits, which no
+quantizer produces. When it writes, GPTQModel subtracts one from every zero point of an int32 word by a single
+subtraction, in which a zero point of 0 borrows from the next zero point.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def shapes(n_in: int, n_out: int, config: QuantConfig) -> dict[str, tuple[int, .
 
 
 def unpack(tensors: Mapping[str, NDArray[Any]], config: QuantConfig, name: str) -> GroupedMatrix:
-    """Unpack the stored tensors of a GPTQ linear layer and sort the columns by group.
+    """Unpack the stored tensors of a GPTQ linear layer and sort the inputs by group.
 
     Raises:
         QwenVLError: the groups of `g_idx` do not have the size in `config`.

@@ -20,7 +20,7 @@ class Limits:
         n_blocks, block_tokens: blocks of the KV cache and tokens per block; one request of the model's full context
             must fit.
         prefix_cache: whether requests can share blocks.
-        ahead: whether a step can be started while the previous one is computed.
+        ahead: whether a step can be started while the previous one is still being computed.
     """
 
     max_running: int
@@ -89,7 +89,10 @@ class Scheduler:
             self.waiting.remove(generation)
 
     def image_to_encode(self) -> tuple[Generation, ImageInput] | None:
-        """The first image without features of the next waiting request with images; None if no image is needed."""
+        """The next image to encode, of the first waiting request with images.
+
+        None if that request has the features of all its images, or no request can be admitted.
+        """
         if len(self.running) >= self.limits.max_running:
             return None
         # Only for the first such request: features take memory.
@@ -144,7 +147,11 @@ class Scheduler:
         return budget
 
     def schedule_ahead(self, chunks: Sequence[Chunk]) -> list[Chunk]:
-        """Chunks of the decode step after a running step; none if one of its requests may end or another one waits."""
+        """Chunks of the decode step after a running step.
+
+        None if a request of the running step has ended or reaches its maximum length in it, if another request waits,
+        or if too few blocks are free. A request that ends with a stop token in the running step is computed in vain.
+        """
         if not self.limits.ahead or self.waiting or len(chunks) != len(self.running):
             return []
         needed = 0
@@ -161,7 +168,7 @@ class Scheduler:
         return [Chunk(chunk.generation, 1, True, ahead=True) for chunk in chunks]
 
     def done(self, chunk: Chunk) -> None:
-        """Record that a chunk was computed, before its picked token is added; register its full blocks."""
+        """Record that a chunk was computed and register its full blocks; call this before its picked token is added."""
         generation = chunk.generation
         n_full_before = generation.n_computed // self.limits.block_tokens
         generation.n_computed += chunk.n
@@ -200,7 +207,7 @@ class Scheduler:
         n_reserved = sum(
             max(1, self._n_blocks(running.n_total) - len(running.blocks)) for running in self.running
         )
-        # The request takes its cached blocks without users from the free ones as well.
+        # Cached blocks without users count as free; the request takes these, too.
         n_available = self.pool.n_free - self.pool.n_unused(cached) - n_reserved
         return self._n_blocks(generation.n_total) - len(cached) <= n_available
 
@@ -219,7 +226,7 @@ class Scheduler:
     def _plan(self, generation: Generation, n: int, planned: dict[Generation, int]) -> int:
         """Plan `n` tokens of a request in the step and allocate their blocks.
 
-        If blocks run out, the requests admitted last are preempted. Returns n, or 0 if the request itself was.
+        If blocks run out, the requests admitted last are preempted. Returns n, or 0 if the request itself was preempted.
         """
         if n <= 0 or generation in self._preempted:
             return 0
@@ -253,7 +260,7 @@ class Scheduler:
 
 
 def images_of(generation: Generation, start: int, end: int) -> Iterator[tuple[ImageInput, int, int]]:
-    """Yield (image, first, last) for each image with slots in tokens [start, end); [first, last) are these slots."""
+    """Yield each image with slots in tokens [start, end), with the range [first, end) of these slots."""
     for image in generation.images:
         first, last = max(start, image.slots[0]), min(end, image.slots[1])
         if first < last:

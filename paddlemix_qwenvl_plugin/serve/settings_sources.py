@@ -20,7 +20,7 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 # pydantic's error types for a number outside of its limits.
 _OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
-# Beginnings of pydantic's error types for a value of a wrong type (int_parsing), and the right type in words.
+# Beginnings of pydantic's error types for a value of a wrong type, such as int_parsing, and the right type in words.
 _TYPE_WORDS = {"int": "a whole number", "float": "a number", "finite": "a number", "bool": "true or false"}
 
 
@@ -28,8 +28,8 @@ class Origin(NamedTuple):
     """Source of a setting's value.
 
     Attributes:
-        place: the source for a comment: a flag, an environment variable or the path of the YAML file.
-        name: the setting in an error message: the flag, the variable, or file and key.
+        place: as named in the comments of `as_yaml`: a flag, an environment variable or the path of the YAML file.
+        name: as named in error messages: the flag, the variable, or file and key.
     """
 
     place: str
@@ -107,7 +107,7 @@ def _check_variables() -> None:
 
 
 def _suggestion(name: str, valid_names: Any) -> str:
-    """End of the error message of an unknown name: the most similar valid name, if any."""
+    """End of the error message of an unknown name: the most similar valid name, or else a reference to --help."""
     close = difflib.get_close_matches(name, valid_names, n=1)
     return f"; did you mean {close[0]}?" if close else "; see qwenvl serve --help"
 

@@ -48,7 +48,7 @@ def test_shards_and_names(golden, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_round_trip(golden, tmp_path, dtype):
+def test_dtypes(golden, tmp_path, dtype):
     model = golden("a")
     convert(model.folder, tmp_path / "c", dtype)
     checkpoint = Checkpoint(tmp_path / "c")
@@ -83,7 +83,9 @@ SOURCES = {
     "safetensors": lambda folder, config, weights: write(folder, config, weights, "safetensors"),
     "pdparams": lambda folder, config, weights: write(folder, config, weights, "sharded-pdparams"),
     "bin": lambda folder, config, weights: write_torch(folder, config, weights, write_bin),
-    "bin before 1.6": lambda folder, config, weights: write_torch(folder, config, weights, write_legacy),
+    "bin before PyTorch 1.6": lambda folder, config, weights: write_torch(
+        folder, config, weights, write_legacy
+    ),
     "ranks": lambda folder, config, weights: write_ranks(folder, config, weights),
 }
 
@@ -106,7 +108,10 @@ def write_ranks(folder, config, weights):
 
 @pytest.mark.parametrize("form", SOURCES)
 def test_from_every_form_to_every_scheme(golden, tmp_path, form):
-    """Names and layouts are those of `renamed`, values are unchanged; converted back, the files are the same."""
+    """Names and layouts are those of `renamed`, values are unchanged.
+
+    A second conversion, to PaddleMIX's scheme, gives the same tensors as the direct one.
+    """
     model = golden("a")
     source = SOURCES[form](tmp_path / "source", model.folder / "config.json", model.weights)
     for to in ("huggingface", "paddlemix", "static"):
@@ -125,7 +130,7 @@ def test_from_every_form_to_every_scheme(golden, tmp_path, form):
 
 
 def test_every_tensor_keeps_its_dtype(golden, tmp_path):
-    """Some folders have float32 norms among bfloat16 matrices."""
+    """Some folders have float32 norms among half-precision matrices."""
     model = golden("a")
     weights = {
         name: value if value.ndim == 1 else value.astype(np.float16) for name, value in model.weights.items()

@@ -150,12 +150,13 @@ def test_paddle_twice(environment: Environment) -> None:
 def test_machine_code_of_the_pypi_wheel(environment: Environment, gpu: str, is_problem: bool) -> None:
     """The GPU build on PyPI has machine code for some GPUs only.
 
-    Machine code runs on the same major and the same or a higher minor compute capability: that for 8.6 runs on 8.9,
-    that for 6.1 not on 6.0.
+    Machine code runs on the same major and the same or a higher minor compute capability: code for 8.6 runs on 8.9,
+    code for 6.1 does not run on 6.0.
     """
     environment.add_healthy_packages()
     shutil.rmtree(environment.packages / "paddlepaddle-3.3.1.dist-info")
-    # The test addition succeeds here: it may be one of the few kernels with PTX.
+    # In this fake, the doctor's trial addition on the GPU succeeds, as it could with the real wheel: addition may be one
+    # of its few kernels with PTX.
     environment.paddle("2.6.2", gpu=True, archs=None, visible_gpu=(9, 0))
     environment.nvidia_smi(gpu)
     problems = environment.problems()
@@ -283,7 +284,8 @@ def test_broken_combinations(environment: Environment, row: pins.Broken) -> None
     problem = problems[f"combination.{row.name}"]
     assert problem["fix"] == row.fix
     assert row.symptom in problem["message"]
-    # This fix repairs the import of Paddle, so that its check has no fix.
+    # The check of Paddle's import suggests no fix of its own, since the combination has one; paddle-too-old is an
+    # exception, because that check also compares the version.
     if row.name != "paddle-too-old":
         assert problems["paddle"]["fix"] is None
 

@@ -1,4 +1,4 @@
-"""The wheel of a release, installed without a compiler. The test builds the kernels of all ISAs, for minutes."""
+"""The wheel of a release, installed without a compiler. The test builds the kernels of all ISAs, which takes minutes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def test_the_wheel_needs_no_compiler(tmp_path: Path) -> None:
     python = tmp_path / "env" / "bin" / "python"
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps", wheel)
     (site_packages,) = (tmp_path / "env" / "lib").rglob("site-packages")
-    # The package's requirements come from the folders of this environment's packages, which exclude this checkout.
+    # The new environment imports the package's requirements from the folders of the Python that runs this test. These
+    # folders do not contain this checkout.
     folders = {
         str(Path(importlib.util.find_spec(name).origin).parents[1]) for name in ("pydantic", "filelock")
     }
@@ -77,7 +78,7 @@ def test_the_wheel_needs_no_compiler(tmp_path: Path) -> None:
     major, minor = re.search(r"VERSION_MAJOR (\d+)\n#define QVL_VERSION_MINOR (\d+)", header).groups()
     assert version == f"{major}.{minor}"
     assert packed == str(3 * 128 + 3 * 4)  # int8: three rows of 128 values, and a float32 scale for each row
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "cache").exists()  # nothing was compiled
     content = Path(path).read_bytes()
     assert all(isa.name.encode() in content for isa in all_isas(source_folder()))
     # The libraries do not need the C++ runtime of the system.

@@ -113,7 +113,7 @@ def test_request_id_and_log_record(log: io.StringIO, tmp_path: Path) -> None:
         ("", False),
     ],
 )
-def test_valid_request_id_of_a_client_is_used(request_id: str, valid: bool) -> None:
+def test_request_id_of_a_client_is_used_only_if_valid(request_id: str, valid: bool) -> None:
     header = {"X-Request-Id": request_id.encode("latin-1")}
     responses = [send(ready_service(), "GET", "/health/live", headers=header) for _ in range(2)]
     ids = [response.headers["X-Request-Id"] for response in responses]
@@ -203,7 +203,7 @@ async def _chunks(sizes: list[int]) -> AsyncIterator[bytes]:
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize(("size", "status"), [(MIB - 100, 200), (MIB + 1, 413), (3 * MIB, 413)])
 def test_size_limit_of_a_body(size: int, status: int, chunked: bool) -> None:
-    """Over a TCP connection: status 413 must reach a client that is still sending."""
+    """Over a TCP connection: status 413 must reach a client that sends slightly too much."""
     with served(ready_service(max_body_bytes=MIB)) as url:
         body: Any = _chunks([size // 4] * 4) if chunked else b'{"a": "' + b"x" * size + b'"}'
 
@@ -365,7 +365,7 @@ def test_metrics() -> None:
             async with service.admission.slots(1, None):
                 await client.post(PATH, json={})
                 await client.get("/any/path")
-                await client.get("/other/path")
+                await client.get("/second/path")
                 service.metrics.first_token(0.3)
                 service.metrics.next_tokens(4, 0.2)
                 return (await client.get("/metrics")).text

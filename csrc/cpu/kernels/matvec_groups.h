@@ -25,9 +25,8 @@
 // each half of its lanes. AVX2 without VNNI multiplies signed bytes (kSignedProducts): 128 is subtracted from
 // the weights and from the zero points.
 //
-//   prepared x:  [n_x] rows, each with its blocks (float32 scales [kLanes], int8 values [kBlock]), followed
-//   by the
-//                float32 sums of x over the groups [groups padded with zeros to kLanes]
+//   prepared x:  [n_x] rows, each with its blocks (float32 scales [kLanes], int8 values [kBlock]) and then
+//                the float32 sums of x over the groups [groups padded with zeros to kLanes]
 //
 // Cost. Operations: as in matvec_int4.h and matvec_int8.h. Bytes: with 4 bits rows k (1/2 + 4 / group), with
 // 8 bits rows k (1 + 4 / group).

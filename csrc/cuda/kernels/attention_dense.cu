@@ -2,11 +2,11 @@
 //
 // Layout. A block has a tile of queries of one head of one image; grid [tiles][heads][images]:
 //
-//   vision tower   qkv [image][patch][head][q | k | v][head_dim]        strides select q, k and v
-//   resampler      q [query][head][128], the same for all images; k, v [image][patch][head][128]
+//   vision tower   qkv [image][patch][head][q | k | v][head_dim]        q, k and v point into it, with this
+//   stride resampler      q [query][head][128], the same for all images; k, v [image][patch][head][128]
 //
-// Tiles, buffers and cost: see attention.cuh, attention_hopper.cuh; 4 head_dim heads n_queries n_keys
-// operations per image, 7 GFLOP per layer of the tower.
+// Tiles, buffers and cost: see attention.cuh, attention_hopper.cuh; 4 * head_dim * heads * n_queries *
+// n_keys operations per image, 7 GFLOP per layer of the tower.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_prompt_attention.py::test_images.
 #include "cuda/kernels/attention_hopper.cuh"
@@ -28,11 +28,11 @@ struct DenseKeys {
 
   template <typename Rows>
   __device__ void load(H* to, int part, int first, int thread) const {
-    constexpr int kParts = Rows::kDims / 8;
+    constexpr int kPieces = Rows::kDims / 8;
     const H* const from = part == 0 ? k : v;
 #pragma unroll 4
-    for (int i = thread; i < Rows::kKeys * kParts; i += 128) {
-      const int key = i / kParts, d = i % kParts * 8;
+    for (int i = thread; i < Rows::kKeys * kPieces; i += 128) {
+      const int key = i / kPieces, d = i % kPieces * 8;
       const bool valid = first + key < n && d < head_dim;
       copy_async(to + Rows::at(key, d), valid ? from + (first + key) * stride + d : from, valid ? 16 : 0);
     }

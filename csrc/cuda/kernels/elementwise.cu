@@ -261,19 +261,19 @@ __device__ void rotate_head(const RotateParams& p) {
 
 // For head_dim 128.
 extern "C" __global__ void __launch_bounds__(kRotateThreads)
-    rotate_and_store_128(const __grid_constant__ RotateParams p) {
+    rotate_and_store_dim128(const __grid_constant__ RotateParams p) {
   rotate_head<HeadPart<4, 1, 16>>(p);
 }
 
 // For head_dim a multiple of 4, up to kMaxHeadDim.
 extern "C" __global__ void __launch_bounds__(kRotateThreads)
-    rotate_and_store_2(const __grid_constant__ RotateParams p) {
+    rotate_and_store_run2(const __grid_constant__ RotateParams p) {
   rotate_head<HeadPart<2, kMaxHeadDim / 2 / 64, 32>>(p);
 }
 
 // For even head_dim, up to kMaxHeadDim.
 extern "C" __global__ void __launch_bounds__(kRotateThreads)
-    rotate_and_store_1(const __grid_constant__ RotateParams p) {
+    rotate_and_store_run1(const __grid_constant__ RotateParams p) {
   rotate_head<HeadPart<1, kMaxHeadDim / 2 / 32, 32>>(p);
 }
 

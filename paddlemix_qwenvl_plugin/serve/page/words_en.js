@@ -11,7 +11,7 @@ export const en = {
 
   conversation: 'Conversation',
   'welcome.title': 'Ask about an image',
-  'welcome.text': 'Drop one here, paste it, or choose it below. Where the model names a place, it is marked on the image.',
+  'welcome.text': 'Drop one here, paste it, or choose it below. Boxes in the answer are drawn on the image.',
   'welcome.suggestions': 'Suggestions',
   'suggestion.describe': 'Describe the picture.',
   'suggestion.boxes': 'Describe the picture with boxes.',
@@ -50,7 +50,7 @@ export const en = {
   undo: 'Undo',
   cancel: 'Cancel',
   dismiss: 'Dismiss',
-  editing: ({ number }) => `Editing question ${number}. Sending replaces what follows it.`,
+  editing: ({ number }) => `Editing question ${number}. Sending it removes everything after this question.`,
 
   answering: 'Answering…',
   'answer.announced': ({ text }) => `Answer: ${text}`,
@@ -70,7 +70,7 @@ export const en = {
   'error.refused': 'The server refused this request.',
   'error.failed': 'The server could not finish this answer.',
   'image.problem': ({ name }) => `${name} cannot be opened as an image.`,
-  'camera.problem': 'The camera cannot be used. Check whether this page may use it.',
+  'camera.problem': 'The camera cannot be used. Check that the browser lets this page use it.',
   'copy.problem': 'The browser did not let the page copy.',
 
   'key.title': 'API key',
