@@ -1,4 +1,4 @@
-"""Latency that Ray adds to a server on this machine: `qwenvl serve --ray` with one engine, compared with `qwenvl serve`.
+"""Latency that Ray adds to a server: `qwenvl serve --ray` with one engine, compared with `qwenvl serve`.
 
 Run: python benchmarks/ray_serve.py [--clients N ...] [--requests N] [--rounds N]
 Needs the plugin with [serve,ray] and a C++ compiler; a round takes a minute.

@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument(
         "--export",
         choices=("vision", "language", "both"),
-        help="only export, without deleting FOLDER; with `vision` or `language`, FOLDER must exist; with `both`, it must not",
+        help="only export, without deleting FOLDER, which must exist for `vision` and `language`, and not for `both`",
     )
     arguments = parser.parse_args()
     folder: Path = arguments.folder

@@ -226,7 +226,7 @@ class Scheduler:
     def _plan(self, generation: Generation, n: int, planned: dict[Generation, int]) -> int:
         """Plan `n` tokens of a request in the step and allocate their blocks.
 
-        If blocks run out, the requests admitted last are preempted. Returns n, or 0 if the request itself was preempted.
+        If blocks run out, the requests admitted last are preempted. Returns n, or 0 if this request was preempted.
         """
         if n <= 0 or generation in self._preempted:
             return 0

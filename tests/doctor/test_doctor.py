@@ -155,8 +155,8 @@ def test_machine_code_of_the_pypi_wheel(environment: Environment, gpu: str, is_p
     """
     environment.add_healthy_packages()
     shutil.rmtree(environment.packages / "paddlepaddle-3.3.1.dist-info")
-    # In this fake, the doctor's trial addition on the GPU succeeds, as it could with the real wheel: addition may be one
-    # of its few kernels with PTX.
+    # In this fake the doctor's trial addition succeeds, as it could with the real wheel: addition may be one of its few
+    # kernels with PTX.
     environment.paddle("2.6.2", gpu=True, archs=None, visible_gpu=(9, 0))
     environment.nvidia_smi(gpu)
     problems = environment.problems()

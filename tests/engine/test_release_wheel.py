@@ -1,4 +1,4 @@
-"""The wheel of a release, installed without a compiler. The test builds the kernels of all ISAs, which takes minutes."""
+"""The wheel of a release, installed without a compiler. Building the kernels of all ISAs takes minutes."""
 
 from __future__ import annotations
 
