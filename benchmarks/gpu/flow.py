@@ -45,9 +45,8 @@ RUNS = 7
 
 def parameters(weights: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield (name, bfloat16 bits) of random weights, with which special tokens never have the highest probability."""
-    pattern = (
-        np.random.default_rng(0).standard_normal(1048573).astype(np.float32)
-    )  # a prime number of values, so that the rows of a matrix differ
+    # A prime number of values, so that the rows of a matrix differ.
+    pattern = np.random.default_rng(0).standard_normal(1048573).astype(np.float32)
     for name, weight in weights.items():
         is_matrix = len(weight.shape) > 1 and name != "wte.weight"
         # Keeps activations small.
