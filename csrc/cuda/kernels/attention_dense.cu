@@ -28,11 +28,11 @@ struct DenseKeys {
 
   template <typename Rows>
   __device__ void load(H* to, int part, int first, int thread) const {
-    constexpr int kPieces = Rows::kDims / 8;
+    constexpr int kCopies = Rows::kDims / 8;
     const H* const from = part == 0 ? k : v;
 #pragma unroll 4
-    for (int i = thread; i < Rows::kKeys * kPieces; i += 128) {
-      const int key = i / kPieces, d = i % kPieces * 8;
+    for (int i = thread; i < Rows::kKeys * kCopies; i += 128) {
+      const int key = i / kCopies, d = i % kCopies * 8;
       const bool valid = first + key < n && d < head_dim;
       copy_async(to + Rows::at(key, d), valid ? from + (first + key) * stride + d : from, valid ? 16 : 0);
     }
