@@ -105,9 +105,8 @@ def torch_peer(threads: int, seconds: float) -> None:
             layer, block = Layer().to(dtype), Block().to(dtype)
             past = [torch.randn(BATCH, PAST + 1, HIDDEN).to(dtype) for _ in range(2)]
             x = torch.randn(BATCH, PROMPT, HIDDEN).to(dtype)
-            cos = sin = torch.randn(PROMPT, 1, HIDDEN // HEADS).to(
-                dtype
-            )  # the values do not matter for the time
+            # The values do not matter for the time.
+            cos = sin = torch.randn(PROMPT, 1, HIDDEN // HEADS).to(dtype)
             patches = torch.randn(1, PATCHES, WIDTH).to(dtype)
             for compiled in (False, True):
                 run_layer, run_block = layer, block

@@ -69,9 +69,8 @@ def write_gguf(
         end = N_BYTES + n_words
         word_rows = slice(N_BYTES, end)
         byte_tokens = _gpt2_byte_tokens()
-        word_tokens = [
-            f"\u0120{i:06d}" for i in range(N_BYTES, end)
-        ]  # U+0120 is GPT-2's character for a space
+        # U+0120 is GPT-2's character for a space.
+        word_tokens = [f"\u0120{i:06d}" for i in range(N_BYTES, end)]
         control_tokens = [f"<|{i}|>" for i in range(end, vocab)]
         normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
         writer.add_tokenizer_model("gpt2")

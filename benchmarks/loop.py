@@ -132,7 +132,7 @@ def open_demo(folder: Path, dtype: str, quant_type: Optional[str]) -> QwenVL:
 
 def overhead(folder: Path) -> None:
     print(
-        "| storage type | engine only (`qvl_generate`), ms per token | loop, text included | overhead |\n"
+        "| storage type | engine only (`qvl_generate`), ms per token | loop, with detokenization | overhead |\n"
         "| --- | --- | --- | --- |"
     )
     for dtype, quant_type in STORAGE:

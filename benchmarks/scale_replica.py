@@ -11,8 +11,9 @@ from typing import Any
 import simpy
 from scale_times import Times
 
-# Token budget of a step, as in runtime/engine_executor.py. While other requests decode, the prompt chunks of a step
-# may take PROMPT_SECONDS or the time of PROMPT_STEPS decode steps, whichever is longer (runtime/prompt_budget.py).
+# Token budget of a step: that of a CPU in runtime/engine_executor.py, a quarter of a GPU's. While other requests decode
+# the prompt chunks of a step may take PROMPT_SECONDS or the time of PROMPT_STEPS decode steps, whichever is longer
+# (runtime/prompt_budget.py).
 STEP_TOKENS = 512
 PROMPT_SECONDS = 0.25
 PROMPT_STEPS = 3

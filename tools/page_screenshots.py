@@ -90,18 +90,16 @@ def save_desktop(url: str) -> None:
     browser = Browser(url, (1120, 1140), "light", "en", 1)
     browser.ask("Read the text.", "grounded.png")
     browser.ask("Describe the picture with boxes.")
-    browser.run(
-        "document.querySelectorAll('.has-boxes')[1].focus()"
-    )  # highlights the box of the second reference
+    # Highlight the box of the second reference.
+    browser.run("document.querySelectorAll('.has-boxes')[1].focus()")
     browser.save(OUT / "serve-desk.png")
     browser.driver.quit()
 
 
 def save_phone(url: str) -> None:
     browser = Browser(url, (375, 812), "dark", "zh-CN", 2)
-    browser.ask(
-        "描述图片并框出每个物体。", "chinese.png"
-    )  # "Describe the image and draw a box around every object."
+    # "Describe the image and draw a box around every object."
+    browser.ask("描述图片并框出每个物体。", "chinese.png")
     browser.save(OUT / "serve-phone.png")
     browser.driver.quit()
 

@@ -16,7 +16,7 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError, make_folder, naming
 from paddlemix_qwenvl_plugin.util.files import write_text
 
 # Version of the files in the folder: increased when a change of the code produces other files from the same inputs.
-_VERSION = 1
+_VERSION = 2
 
 
 class Work:

@@ -156,9 +156,8 @@ class Loop:
             if step is not None:
                 self._started = self._start(self._scheduler.schedule_ahead(step.chunks))
                 self._finish(step)
-        except (
-            BaseException
-        ):  # Ctrl-C or a defect: after an interrupted step, the executor's state is undefined
+        except BaseException:  # Ctrl-C or a defect
+            # After an interrupted step, the executor's state is undefined.
             self._started = None
             for generation in self._scheduler.running:
                 # The engine may have counted a token that was never added to the request.

@@ -91,7 +91,7 @@ class Scheduler:
     def image_to_encode(self) -> tuple[Generation, ImageInput] | None:
         """The next image to encode, of the first waiting request with images.
 
-        None if that request has the features of all its images, or no request can be admitted.
+        None if no waiting request has images, if that request needs no more features, or if `max_running` requests run.
         """
         if len(self.running) >= self.limits.max_running:
             return None
@@ -149,7 +149,7 @@ class Scheduler:
     def schedule_ahead(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """Chunks of the decode step after a running step.
 
-        None if a request of the running step has ended or reaches its maximum length in it, if another request waits,
+        Empty if a request of the running step has ended or reaches its maximum length in it, if another request waits,
         or if too few blocks are free. A request that ends with a stop token in the running step is computed in vain.
         """
         if not self.limits.ahead or self.waiting or len(chunks) != len(self.running):

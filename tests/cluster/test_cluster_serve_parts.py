@@ -419,9 +419,12 @@ def test_error_if_the_controller_dies_at_the_start(monkeypatch: pytest.MonkeyPat
 def test_a_restarted_proxy_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray import serve
 
-    polls = ["HEALTHY STARTING", "HEALTHY UNHEALTHY", "HEALTHY STARTING", "HEALTHY HEALTHY", "not polled"]
+    polls = ["HEALTHY STARTING", "HEALTHY UNHEALTHY", "no controller", "HEALTHY HEALTHY", "not polled"]
 
     def status() -> SimpleNamespace:
+        if polls[0] == "no controller":
+            polls.pop(0)
+            raise RayActorError
         return SimpleNamespace(
             proxies={str(n): ProxyStatus(name) for n, name in enumerate(polls.pop(0).split())}
         )

@@ -97,11 +97,8 @@ def test_anls_agrees_with_its_formula(answer: str, references: list[str]) -> Non
         ("ab", ["ax"], 0.5),
         ("abc", ["axy"], 0.0),  # a similarity of 1/3 is below the threshold
         ("", ["yes"], 0.0),
-        (
-            "p. m. hall",
-            ["t. f. riehl", "p m hall"],
-            0.8,
-        ),  # two of ten characters of the more similar reference
+        # Two of ten characters of the more similar reference.
+        ("p. m. hall", ["t. f. riehl", "p m hall"], 0.8),
     ],
 )
 def test_anls_computed_by_hand(answer: str, references: list[str], expected: float) -> None:

@@ -177,10 +177,8 @@ def test_splitting_text_before_the_merges(tmp_path: Path) -> None:
     tokenizer = QwenTokenizer(path)
     for text, expected in [
         ("12 1", ["1", "2", " ", "1"]),  # each digit is a token, without the space before it
-        (
-            "a. .",
-            ["a", ".", " ."],
-        ),  # a word ends before punctuation; punctuation includes the space before it
+        # A word ends before punctuation; punctuation includes the space before it.
+        ("a. .", ["a", ".", " ."]),
         ("   a", ["  ", " a"]),  # the last space belongs to the word
         ("a's", ["a", "'s"]),
         ("a'S", ["a", "'", "S"]),

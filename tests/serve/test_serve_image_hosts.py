@@ -177,10 +177,8 @@ def test_no_downloads_without_allowed_hosts(server: Any, net: FakeNetwork) -> No
         ("http://images.example:{port}/status/404", 1),
         ("http://images.example:{port}/status/500", 1),
         ("http://images.example:{port}/to/http://other.example:{port}/a.png", 1),  # not allowed
-        (
-            "http://images.example:{port}/to/http://inside.example/a.png",
-            1,
-        ),  # allowed, but not a public address
+        # Allowed, but not a public address.
+        ("http://images.example:{port}/to/http://inside.example/a.png", 1),
         ("http://images.example:{port}/to/http://127.0.0.1:{port}/a.png", 1),
         ("http://images.example:{port}/to/file:///etc/passwd", 1),
         ("http://inside.example/a.png", 0),

@@ -57,9 +57,8 @@ def main() -> None:
     average_model = QwenVL(config).to(device)  # with the averaged weights, for validation
     feed.start(device, wait_for=options.wait_for)
     start = time.perf_counter()
-    if (
-        options.compile
-    ):  # each block separately, which takes a tenth of the compile time of the complete model
+    if options.compile:
+        # Each block separately, which takes a tenth of the compile time of the complete model.
         for block in [*model.h, *model.visual.transformer["resblocks"]]:
             block.compile(dynamic=False)
     model_optimisers = optimisers(model, options.lr)

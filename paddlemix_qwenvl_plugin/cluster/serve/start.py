@@ -76,7 +76,8 @@ def start_on(
             print_line(
                 f"Starting {engines} and {settings.min_fronts} fronts, which need {needs(settings)} of the cluster"
             )
-            n_not_ready = _deploy(settings)
+            _deploy(settings)
+            n_not_ready = _wait_for_proxies()
             if n_not_ready:
                 machines = f"{n_not_ready} machine{'s' * (n_not_ready > 1)}"
                 print_line(
@@ -104,12 +105,8 @@ def _check(settings: ServeSettings) -> None:
     check_exposure(settings, settings.host)
 
 
-def _deploy(settings: ServeSettings) -> int:
-    """Deploy or update the application and wait until it runs.
-
-    Returns:
-        The number of machines whose HTTP proxy is not ready.
-    """
+def _deploy(settings: ServeSettings) -> None:
+    """Deploy or update the application and wait until it runs."""
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.config import HTTPOptions
@@ -124,7 +121,6 @@ def _deploy(settings: ServeSettings) -> int:
     try:
         serve.start(proxy_location="EveryNode", http_options=http_options)
         serve.run(app, name=NAME, route_prefix="/")
-        return _wait_for_proxies()
     except (RuntimeError, RayError) as error:
         message = first_line(error)
         with contextlib.suppress(RayError):  # Serve's controller itself may have failed
@@ -141,14 +137,18 @@ def _wait_for_proxies() -> int:
     connections that the proxy has accepted.
     """
     from ray import serve
+    from ray.exceptions import RayError
 
     deadline = time.monotonic() + _PROXY_SECONDS
-    while True:
-        statuses = [status.value for status in serve.status().proxies.values()]
-        n_not_ready = sum(status in ("STARTING", "UNHEALTHY") for status in statuses)
-        if n_not_ready == 0 or time.monotonic() >= deadline:
-            return n_not_ready
+    n_not_ready = 0
+    while time.monotonic() < deadline:
+        with contextlib.suppress(RayError):  # Serve's controller restarts; _watch reports a lost cluster
+            statuses = [status.value for status in serve.status().proxies.values()]
+            n_not_ready = sum(status in ("STARTING", "UNHEALTHY") for status in statuses)
+            if n_not_ready == 0:
+                break
         time.sleep(_POLL_SECONDS)
+    return n_not_ready
 
 
 def _watch() -> None:
