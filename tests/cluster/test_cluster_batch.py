@@ -133,7 +133,7 @@ def test_killed_ten_times(tmp_path, stages, cluster):
             # All nodes have the same IP address: older versions of Ray may attach the driver to the killed node.
             assert killed[-1] == "node", (job.finish(), killed)
             # No other error of `qwenvl` is printed.
-            assert "qwenvl: " not in job.finish()[2].replace("qwenvl: the cluster gave up (", "")
+            assert "qwenvl: " not in job.finish()[2].replace("qwenvl: the job failed on the cluster (", "")
             job = run()
         actors = cluster.actors()
         if n_parts() < parts_before_next_kill or not actors:

@@ -62,7 +62,7 @@ class FakeExecutor:
         self.limits = limits
         self.memory: dict[tuple[int, int], Any] = {}
         self.loop: Any = None
-        self.n_steps = self.n_encoded = self.n_preempted = self.n_found = self.n_ahead = 0
+        self.n_encoded = self.n_preempted = self.n_found = self.n_ahead = 0
         self.picked: list[int] = []  # by the last step
         self.computed: dict[Generation, int] = {}
 
@@ -74,7 +74,6 @@ class FakeExecutor:
         return pixels[0, :1]
 
     def start(self, chunks: Sequence[Chunk]) -> Callable[[], Picked]:
-        self.n_steps += 1
         scheduler = self.loop._scheduler
         assert len(chunks) <= self.limits.max_running
         assert sum(chunk.n for chunk in chunks) <= self.limits.step_tokens

@@ -158,6 +158,7 @@ def test_requests_time_out_while_the_engine_hangs(
     wait_until_idle(url)
     assert metrics(url)["qwenvl_engine_restarts_total"] == 0
     single_choice = [question for question in known_questions if question.body.get("n", 1) == 1][:4]
+    assert len(single_choice) == 4
     assert wrong_replies(asyncio.run(ask_all(url, single_choice)), single_choice) == []
     server.send_signal(signal.SIGTERM)
     code, log = server.wait_for_exit()
@@ -253,4 +254,5 @@ def image_pids(server: ServerProcess) -> list[int]:
 
 def wrong_replies(replies: list[Reply], questions: list[Question]) -> list[Reply]:
     """The replies that differ from the expected answers."""
+    assert len(replies) == len(questions)
     return [reply for reply, question in zip(replies, questions) if not reply.is_answer_to(question)]
