@@ -73,9 +73,10 @@ void launch(const Gpu& gpu, CUstream stream, const AttentionDecode& p, const KvL
   const int shared = fast ? 2 * kChunk * kFastDim * (cache.dtype == QVL_INT8 ? 1 : 2) : 0;
   const auto heads = static_cast<unsigned>(p.heads), rows = static_cast<unsigned>(n);
   gpu.launch(stream, (std::string("attention_decode_") + (fast ? "" : "any_") + type).c_str(),
-             {heads, static_cast<unsigned>(p.chunks), rows}, kThreads, shared, p, true);
+             {heads, static_cast<unsigned>(p.chunks), rows}, kThreads, shared, p, /*early=*/true);
   if (p.counters == nullptr)
-    gpu.launch(stream, "attention_decode_combine", {heads, rows}, (p.head_dim + 31) / 32 * 32, 0, p, true);
+    gpu.launch(stream, "attention_decode_combine", {heads, rows}, (p.head_dim + 31) / 32 * 32, 0, p,
+               /*early=*/true);
 }
 
 }  // namespace

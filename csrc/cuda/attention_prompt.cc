@@ -75,7 +75,7 @@ void attention_prompt_with(const Gpu& gpu, CUstream stream, bool portable, const
   const Dim grid{static_cast<unsigned>(kv.heads), static_cast<unsigned>(n_tiles),
                  hopper ? 1u : kAttentionTile / kAttentionQueries};
   gpu.launch(stream, kernel->name, grid, hopper ? kHopperThreads : kAttentionThreads,
-             gpu.arch() >= 80 ? kernel->shared_bytes : 0, params, true);
+             gpu.arch() >= 80 ? kernel->shared_bytes : 0, params, /*early=*/true);
 }
 
 void attention_prompt(const Gpu& gpu, CUstream stream, const void* q, const PromptChunk* chunks,

@@ -89,7 +89,7 @@ bool launch_wide(const Gpu& gpu, CUstream stream, const Matrix& matrix, LinearDe
                            std::to_string(p.columns / 8) + "_" + std::to_string(row_tiles);
   gpu.launch(stream, name.c_str(),
              {static_cast<unsigned>((tiles + row_tiles - 1) / row_tiles), static_cast<unsigned>(chunks)},
-             32 * row_tiles * wide_split(row_tiles), shared, p, true);
+             32 * row_tiles * wide_split(row_tiles), shared, p, /*early=*/true);
   return true;
 }
 
@@ -195,7 +195,7 @@ void linear_decode(const Gpu& gpu, CUstream stream, const Matrix& matrix, const 
   // another has none.
   gpu.launch(stream, (std::string("linear_decode_") + info(matrix.storage).name).c_str(),
              {static_cast<unsigned>(blocks), static_cast<unsigned>(chunks)}, kThreads,
-             std::max(shared, limit / 2 + 2048), p, true);
+             std::max(shared, limit / 2 + 2048), p, /*early=*/true);
 }
 
 }  // namespace qvl::cuda

@@ -125,9 +125,10 @@ void linear_decode_hopper(const Gpu& gpu, CUstream stream, const Matrix& matrix,
   const Dim grid{static_cast<unsigned>(std::min(p.tiles, blocks)), static_cast<unsigned>(chunks)};
   const int bytes_shared = std::max(shared, kMinShared);
   if (low_rank != nullptr) {
-    gpu.launch(stream, name.c_str(), grid, kThreads, bytes_shared, AdaptedLinearHopper{p, *low_rank}, true);
+    gpu.launch(stream, name.c_str(), grid, kThreads, bytes_shared, AdaptedLinearHopper{p, *low_rank},
+               /*early=*/true);
   } else {
-    gpu.launch(stream, name.c_str(), grid, kThreads, bytes_shared, p, true);
+    gpu.launch(stream, name.c_str(), grid, kThreads, bytes_shared, p, /*early=*/true);
   }
 }
 

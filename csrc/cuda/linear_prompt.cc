@@ -90,7 +90,8 @@ void launch(const Gpu& gpu, CUstream stream, int tile, const Matrix& matrix, con
     const LinearPrompt params{result, x, matrix.values, x_stride, matrix.in, matrix.stride};
     const Dim grid{static_cast<unsigned>(divide_up(n, kTile)),
                    static_cast<unsigned>(divide_up(matrix.out, kTile))};
-    gpu.launch(stream, "linear_prompt", grid, kThreads, gpu.arch() >= 80 ? kShared : 0, params, true);
+    gpu.launch(stream, "linear_prompt", grid, kThreads, gpu.arch() >= 80 ? kShared : 0, params,
+               /*early=*/true);
     return;
   }
   const TileVariant& t = kTiles[tile];
@@ -108,7 +109,7 @@ void launch(const Gpu& gpu, CUstream stream, int tile, const Matrix& matrix, con
   const Dim grid{static_cast<unsigned>(std::min(clusters.m * clusters.n, resident) * cluster)};
   constexpr int kChunk = 32 * 68 * 4, kAlign = 1024;
   const int shared = t.buffers * ((rows + t.tokens) * 128 + 16) + t.parts * kChunk + kAlign;
-  gpu.launch(stream, t.name, grid, 128 * (t.parts + 1), shared, params, true);
+  gpu.launch(stream, t.name, grid, 128 * (t.parts + 1), shared, params, /*early=*/true);
 }
 
 }  // namespace
@@ -133,7 +134,7 @@ void linear_prompt(const Gpu& gpu, CUstream stream, const Matrix& matrix, const 
     const int64_t threads = static_cast<int64_t>(matrix.out) * matrix.stride / kValues;
     const Dequantize params{matrix.values, matrix.scales, scratch, matrix.out, matrix.stride};
     gpu.launch(stream, name.c_str(), {static_cast<unsigned>((threads + kThreads - 1) / kThreads)}, kThreads,
-               0, params, true);
+               0, params, /*early=*/true);
   }
   launch(gpu, stream, linear_prompt_tile(gpu, matrix.out, matrix.in, n), half, x, x_stride, n, epilogue, y,
          matrix.storage != Storage::kHalf);
