@@ -58,7 +58,7 @@ void attention_dense_with(const Gpu& gpu, CUstream stream, bool portable, const 
 }
 
 void attention_dense(const Gpu& gpu, CUstream stream, const DenseAttention& a, void* y) {
-  attention_dense_with(gpu, stream, false, a, y);
+  attention_dense_with(gpu, stream, /*portable=*/false, a, y);
 }
 
 }  // namespace qvl::cuda

@@ -77,7 +77,7 @@ void rotate_and_store(const Gpu& gpu, CUstream stream, const void* qkv, const Ro
   const char* name = is_128                    ? "rotate_and_store_dim128"
                      : layer.head_dim % 4 == 0 ? "rotate_and_store_run2"
                                                : "rotate_and_store_run1";
-  const int64_t threads = int64_t{n} * layer.heads * (is_128 ? 16 : 32);  // lanes per head, see HeadPart
+  const int64_t threads = int64_t{n} * layer.heads * (is_128 ? 16 : 32);  // lanes per head: HeadPart::kLanes
   gpu.launch(stream, name, {static_cast<unsigned>((threads + kRotateThreads - 1) / kRotateThreads)},
              kRotateThreads, 0, params, /*early=*/true);
 }

@@ -41,7 +41,8 @@ ClusterGrid cluster_grid(const TileVariant& tile, int out, int n) {
 
 // Estimated time of a product in cycles: rounds of tiles, each with steps of 64 values and an epilogue. The
 // constants were measured on an H200: wgmma at 8 / 9 of its peak rate (2.25 cycles instead of 2), 47 bytes
-// per cycle into a multiprocessor, with and without multicast, and 2500 + 12 per token for a round.
+// per cycle into a multiprocessor, with and without multicast, and 2500 cycles plus 12 per token for the
+// start and the epilogue of a round.
 double cycles(const Gpu& gpu, const TileVariant& tile, int out, int in, int n) {
   const ClusterGrid clusters = cluster_grid(tile, out, n);
   const int cluster = tile.cluster_m * tile.cluster_n, resident = gpu.multiprocessors() / cluster;
@@ -116,7 +117,7 @@ void launch(const Gpu& gpu, CUstream stream, int tile, const Matrix& matrix, con
 
 void linear_prompt_with(const Gpu& gpu, CUstream stream, int tile, const Matrix& matrix, const void* x,
                         int64_t x_stride, int n, Epilogue epilogue, void* y) {
-  launch(gpu, stream, tile, matrix, x, x_stride, n, epilogue, y, false);
+  launch(gpu, stream, tile, matrix, x, x_stride, n, epilogue, y, /*written=*/false);
 }
 
 uint64_t linear_prompt_scratch(const Matrix& matrix) {

@@ -1,5 +1,5 @@
-// C interface to single kernels and their references, for the tests (tests/csrc) and the benchmark. Not part
-// of the library. Functions with an ISA argument return 0, or 1 if this processor does not support it.
+// C interface to single kernels and their references, for tests/csrc. Not part of the library. Functions with
+// an ISA argument return 0, or 1 if this processor does not support it.
 #include <algorithm>
 #include <cstring>
 #include <vector>

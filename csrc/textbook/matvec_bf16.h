@@ -5,10 +5,10 @@
 //   row 1   w w w w w w w w ...              x     y[row] = sum over k of w[row][k] * x[k]
 //   ...                                      :
 //
-// Cost: each weight is read once, 2 rows k bytes, for one multiplication and one addition, 2 rows k FLOPs:
-// one FLOP per byte. A core with AVX2 executes 32 FLOPs per cycle and reads about 5 bytes per cycle from
-// memory, so the bound is memory bandwidth. x (16 KiB for k = 4096) stays in the L1 cache. Versions that do
-// not reach memory bandwidth name their bottleneck.
+// Cost: each weight is read once, 2 * rows * k bytes, for one multiplication and one addition, 2 * rows * k
+// FLOPs: one FLOP per byte. A core with AVX2 executes 32 FLOPs per cycle and reads about 5 bytes per cycle
+// from memory, so the bound is memory bandwidth. x (16 KiB for k = 4096) stays in the L1 cache. Versions that
+// do not reach memory bandwidth name their bottleneck.
 #pragma once
 
 #include "textbook/common.h"
@@ -31,7 +31,7 @@ void v1(const Product& p) {
 }
 
 // kLanes columns at a time (4, 8 or 16), one sum per lane, with a horizontal sum at the end of the row. One
-// fused multiply-add computes kLanes products. Still bound by latency: 4 cycles per 2 kLanes bytes.
+// fused multiply-add computes kLanes products. Still bound by latency: 4 cycles per 2 * kLanes bytes.
 void v2(const Product& p) {
   const auto* w = static_cast<const BFloat16*>(p.weights);
   for (int64_t row = 0; row < p.rows; ++row, w += p.k) {
@@ -110,9 +110,9 @@ void v5(const Product& p) {
 
 // The production kernel (cpu/kernels/matvec_bf16.h): full-width loads in memory order, with each cache line
 // prefetched 64 KiB ahead, and all products of a row in one sum. The order of additions does not depend on
-// the number of activations, so a request gets the same bits with and without batching. With
-// several activations it processes several rows at a time; with one activation, as here, a single row, which
-// on one thread with AVX2 is slower than v5 (README.md).
+// the number of activations, so a request gets the same bits with and without batching. With several
+// activations it processes several rows at a time; with one activation, as here, a single row, which on one
+// thread with AVX2 is slower than v5 (README.md).
 void v6(const Product& p) {
   const qvl::cpu::Kernels& kernels = *qvl::cpu::QVL_KERNELS();
   kernels.prepare_x[QVL_BFLOAT16](p.x, 0, 1, p.k, p.scratch);
