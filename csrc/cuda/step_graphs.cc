@@ -75,9 +75,9 @@ void StepGraphs::step(CUstream stream, const CudaKvPool& pool, const qvl_batch& 
   const bool ids_on_host = !is_device_visible(batch.tokens);
   const int32_t spare = pool.spare_block();
   for (int i = 0; i < rows; ++i) {
-    // A padding row is the first token of a sequence that uses the spare block.
-    const qvl_sequence padding{/*n_new=*/1, /*n_past=*/0,  /*prompt_len=*/1, /*n_blocks=*/1, &spare,
-                               /*flags=*/0, /*reserved=*/0};
+    // A padding row is the first token of a sequence that uses the spare block. In order: n_new, n_past,
+    // prompt_len, n_blocks, blocks, flags, reserved.
+    const qvl_sequence padding{1, 0, 1, 1, &spare, 0, 0};
     const qvl_sequence& s = i < n ? batch.sequences[i] : padding;
     language_.describe_row(host, i, s, s.n_past, i);
     host.ids[i] = ids_on_host && i < n ? batch.tokens[i] : 0;
