@@ -152,7 +152,7 @@ void upload_matrix(const Gpu& gpu, CUstream stream, qvl_dtype dtype, const void*
                      : dtype == QVL_UINT8_G128 ? "uint8_g128"
                                                : info(to.storage).name;
   gpu.launch(stream, (std::string("upload_matrix_") + name).c_str(), {static_cast<unsigned>(out + p.padding)},
-             256, 0, p);
+             /*threads=*/256, /*shared_bytes=*/0, p);
 }
 
 void linear_decode(const Gpu& gpu, CUstream stream, const Matrix& matrix, const void* x, int64_t x_stride,

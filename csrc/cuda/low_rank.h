@@ -10,8 +10,8 @@
 
 namespace qvl::cuda {
 
-// Products of a layer: w1 and w2 are one product, with interleaved rows. Index of a product of a model: layer
-// * kLayerProducts + LayerProduct; lm_head has the index layers * kLayerProducts.
+// Products of a layer: w1 and w2 are one product, with interleaved rows. Index of a product of a model:
+// kLayerProducts * layer + LayerProduct; lm_head has the index kLayerProducts * layers.
 enum LayerProduct { kAttnProduct, kAttnProjProduct, kGateUpProduct, kMlpProjProduct, kLayerProducts };
 
 // A and B of a product, with the scale multiplied into B. Their values are NULL if the adapter does not

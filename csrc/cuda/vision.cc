@@ -9,8 +9,8 @@ void cut_patches(const Gpu& gpu, CUstream stream, const float* images, int n, in
                  void* y) {
   const int grid = size / patch;
   const CutPatchesParams params{images, y, size, patch, stride};
-  gpu.launch(stream, "cut_patches", {static_cast<unsigned>(n) * static_cast<unsigned>(grid * grid)}, 256, 0,
-             params, /*early=*/true);
+  gpu.launch(stream, "cut_patches", {static_cast<unsigned>(n) * static_cast<unsigned>(grid * grid)},
+             /*threads=*/256, 0, params, /*early=*/true);
 }
 
 void layer_norm(const Gpu& gpu, CUstream stream, const float* x, const float* weight, const float* bias,

@@ -94,7 +94,7 @@ QVL_INLINE void multiply_rows(const Product& p, int64_t row) {
 // weight, but no faster, because a single stream of reads remains the bottleneck. Rearranging x costs k
 // operations, once for all rows.
 void v4(const Product& p) {
-  qvl::cpu::QVL_KERNELS()->prepare_x[QVL_BFLOAT16](p.x, 0, 1, p.k, p.scratch);
+  qvl::cpu::QVL_KERNELS()->prepare_x[QVL_BFLOAT16](p.x, /*x_stride=*/0, /*n_x=*/1, p.k, p.scratch);
   for (int64_t row = 0; row < p.rows; ++row) multiply_rows<1>(p, row);
 }
 
@@ -102,7 +102,7 @@ void v4(const Product& p) {
 // loaded once for four products, and eight sums hide the latency. Bound by memory bandwidth.
 void v5(const Product& p) {
   constexpr int kRows = 4;
-  qvl::cpu::QVL_KERNELS()->prepare_x[QVL_BFLOAT16](p.x, 0, 1, p.k, p.scratch);
+  qvl::cpu::QVL_KERNELS()->prepare_x[QVL_BFLOAT16](p.x, /*x_stride=*/0, /*n_x=*/1, p.k, p.scratch);
   int64_t row = 0;
   for (; row + kRows <= p.rows; row += kRows) multiply_rows<kRows>(p, row);
   for (; row < p.rows; ++row) multiply_rows<1>(p, row);
@@ -115,9 +115,10 @@ void v5(const Product& p) {
 // thread with AVX2 is slower than v5 (README.md).
 void v6(const Product& p) {
   const qvl::cpu::Kernels& kernels = *qvl::cpu::QVL_KERNELS();
-  kernels.prepare_x[QVL_BFLOAT16](p.x, 0, 1, p.k, p.scratch);
-  kernels.matvec[QVL_BFLOAT16]({p.weights, nullptr, p.k, p.scratch, 1, p.y, p.rows, nullptr, false}, 0,
-                               p.rows);
+  kernels.prepare_x[QVL_BFLOAT16](p.x, /*x_stride=*/0, /*n_x=*/1, p.k, p.scratch);
+  kernels.matvec[QVL_BFLOAT16]({p.weights, /*scales=*/nullptr, p.k, p.scratch, /*n_x=*/1, p.y, p.rows,
+                                /*bias=*/nullptr, /*add=*/false},
+                               0, p.rows);
 }
 
 }  // namespace bf16

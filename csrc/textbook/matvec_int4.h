@@ -123,7 +123,7 @@ QVL_INLINE void integer_rows(const Product& p, int64_t row) {
 // test's reference rounds in the same way. Bound by instructions: load, shifts and masks of two nibbles,
 // multiply-add.
 void v3(const Product& p) {
-  qvl::cpu::QVL_KERNELS()->prepare_x[QVL_INT4_G128](p.x, 0, 1, p.k, p.scratch);
+  qvl::cpu::QVL_KERNELS()->prepare_x[QVL_INT4_G128](p.x, /*x_stride=*/0, /*n_x=*/1, p.k, p.scratch);
   for (int64_t row = 0; row < p.rows; ++row) integer_rows<1>(p, row);
 }
 
@@ -133,7 +133,7 @@ void v3(const Product& p) {
 template <bool Prefetch>
 QVL_INLINE void groups_of_rows(const Product& p) {
   constexpr int kRows = 3;
-  qvl::cpu::QVL_KERNELS()->prepare_x[QVL_INT4_G128](p.x, 0, 1, p.k, p.scratch);
+  qvl::cpu::QVL_KERNELS()->prepare_x[QVL_INT4_G128](p.x, /*x_stride=*/0, /*n_x=*/1, p.k, p.scratch);
   int64_t row = 0;
   for (; row + kRows <= p.rows; row += kRows) integer_rows<kRows, Prefetch>(p, row);
   for (; row < p.rows; ++row) integer_rows<1, Prefetch>(p, row);
@@ -151,9 +151,10 @@ void v5(const Product& p) {
 // converted together.
 void v6(const Product& p) {
   const qvl::cpu::Kernels& kernels = *qvl::cpu::QVL_KERNELS();
-  kernels.prepare_x[QVL_INT4_G128](p.x, 0, 1, p.k, p.scratch);
-  kernels.matvec[QVL_INT4_G128](
-      {p.weights, p.scales, p.k, p.scratch, 1, p.y, p.rows, nullptr, false, nullptr}, 0, p.rows);
+  kernels.prepare_x[QVL_INT4_G128](p.x, /*x_stride=*/0, /*n_x=*/1, p.k, p.scratch);
+  kernels.matvec[QVL_INT4_G128]({p.weights, p.scales, p.k, p.scratch, /*n_x=*/1, p.y, p.rows,
+                                 /*bias=*/nullptr, /*add=*/false, /*zeros=*/nullptr},
+                                0, p.rows);
 }
 
 }  // namespace int4

@@ -27,12 +27,12 @@
 //
 // attention_decode_any supports every head_dim up to 256, value by value.
 //
-// Cost. Bytes: each key and value once, 512 per head and token in bfloat16 at head_dim 128; in total 4 *
-// head_dim * heads * tokens bytes, and time = bytes / bandwidth. 300 tokens of one sequence with 32 heads are
-// 4.9 MB, 1.1 us on an H200, 2000 tokens of 32 sequences 1.05 GB, 245 us. One multiplication per value of 2
-// bytes, 0.5 per byte: no tensor cores are needed. Bound by the duration of a block, a sequence of dependent
-// memory accesses (positions, blocks, keys) and arithmetic: the copies to its 64 KB of shared memory are in
-// flight for only a part of that time.
+// Cost. Bytes: each key and value once, 512 per head and token in bfloat16 at head_dim 128; 4 * head_dim *
+// heads * tokens in total; time = bytes / bandwidth. 300 tokens of one sequence with 32 heads are 4.9 MB, 1.1
+// us on an H200, 2000 tokens of 32 sequences 1.05 GB, 245 us. One multiplication per value of 2 bytes, 0.5
+// per byte: no tensor cores are needed. Bound by the duration of a block, a sequence of dependent memory
+// accesses (positions, blocks, keys) and arithmetic: the copies to its 64 KB of shared memory are in flight
+// for only a part of that time.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_decode.py::test_attention_is_that_of_float64; the fused step
 // has the same bits as separate rotation and attention: test_a_step_is_rotation_and_attention.
