@@ -27,15 +27,15 @@ uint64_t n_counters(int heads) {
   return kMaxRows * static_cast<uint64_t>(heads);
 }
 
-// Whether attention_decode applies, else attention_decode_any.
+// Whether the kernels attention_decode_TYPE apply; otherwise attention_decode_any_TYPE are used.
 bool is_fast(const Gpu& gpu, const KvLayer& cache) {
-  // With a 16-bit cache the kernels need 64 KB of shared memory, slightly more than sm_75 has.
+  // With a 16-bit cache the kernels need 64 KiB of shared memory, slightly more than sm_75 has.
   return cache.head_dim == kFastDim && cache.dtype != QVL_FLOAT32 && cache.block_bytes % 16 == 0 &&
          (gpu.arch() != 75 || cache.dtype == QVL_INT8);
 }
 
-// Whether there are so few blocks that launch latency exceeds the duration of a block: the kernel then also
-// merges the chunks, and in attention_step rotates and stores.
+// Whether there are so few thread blocks that launch latency exceeds the duration of one: the kernel then
+// also merges the chunks, and in attention_step rotates and stores.
 bool is_small(const Gpu& gpu, const KvLayer& cache, int n, int max_keys) {
   return n_parts(n, cache.heads, max_keys) <= 8 * static_cast<uint64_t>(gpu.multiprocessors());
 }
@@ -73,16 +73,17 @@ void launch(const Gpu& gpu, CUstream stream, const AttentionDecode& p, const KvL
   const int shared = fast ? 2 * kChunk * kFastDim * (cache.dtype == QVL_INT8 ? 1 : 2) : 0;
   const auto heads = static_cast<unsigned>(p.heads), rows = static_cast<unsigned>(n);
   gpu.launch(stream, (std::string("attention_decode_") + (fast ? "" : "any_") + type).c_str(),
-             {heads, static_cast<unsigned>(p.chunks), rows}, kThreads, shared, p, true);
+             {heads, static_cast<unsigned>(p.chunks), rows}, kThreads, shared, p, /*early=*/true);
   if (p.counters == nullptr)
-    gpu.launch(stream, "attention_decode_combine", {heads, rows}, (p.head_dim + 31) / 32 * 32, 0, p, true);
+    gpu.launch(stream, "attention_decode_combine", {heads, rows}, (p.head_dim + 31) / 32 * 32, 0, p,
+               /*early=*/true);
 }
 
 }  // namespace
 
 uint64_t attention_decode_scratch(int n, int heads, int head_dim, int max_keys) {
-  const uint64_t part = static_cast<uint64_t>(head_dim) + 2;
-  return n_counters(heads) * sizeof(unsigned) + n_parts(n, heads, max_keys) * part * sizeof(float);
+  const uint64_t part_floats = static_cast<uint64_t>(head_dim) + 2;
+  return n_counters(heads) * sizeof(unsigned) + n_parts(n, heads, max_keys) * part_floats * sizeof(float);
 }
 
 void attention_decode(const Gpu& gpu, CUstream stream, const void* q, const RowMetadata& metadata,

@@ -54,11 +54,11 @@ void attention_dense_with(const Gpu& gpu, CUstream stream, bool portable, const 
   const Dim grid{static_cast<unsigned>((a.n_queries + block_queries - 1) / block_queries),
                  static_cast<unsigned>(a.heads), static_cast<unsigned>(a.images)};
   gpu.launch(stream, kernel->name, grid, hopper ? kHopperThreads : kAttentionThreads,
-             gpu.arch() >= 80 ? kernel->shared_bytes : 0, params, true);
+             gpu.arch() >= 80 ? kernel->shared_bytes : 0, params, /*early=*/true);
 }
 
 void attention_dense(const Gpu& gpu, CUstream stream, const DenseAttention& a, void* y) {
-  attention_dense_with(gpu, stream, false, a, y);
+  attention_dense_with(gpu, stream, /*portable=*/false, a, y);
 }
 
 }  // namespace qvl::cuda

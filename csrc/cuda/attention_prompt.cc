@@ -66,22 +66,23 @@ void attention_prompt_with(const Gpu& gpu, CUstream stream, bool portable, const
                           kv.head_dim % 8 == 0 && kv.block_tokens % 8 == 0 &&
                           kHopperKeys % kv.block_tokens == 0 && kv.block_bytes % 16 == 0;
   if (params.use_tensor_map) {
-    const int64_t head = int64_t{2} * kv.block_tokens * kv.head_dim;  // bytes
-    constexpr int64_t kBlocks = INT32_MAX;                            // any upper bound
+    const int64_t head_bytes = int64_t{2} * kv.block_tokens * kv.head_dim;
+    constexpr int64_t kBlocks = INT32_MAX;  // any upper bound
     params.keys = tensor_map(gpu, kv.base, {kv.head_dim, kv.block_tokens, 2 * kv.heads, kBlocks},
-                             {2 * kv.head_dim, head, static_cast<int64_t>(kv.block_bytes)},
+                             {2 * kv.head_dim, head_bytes, static_cast<int64_t>(kv.block_bytes)},
                              {64, kv.block_tokens, 1, 1});
   }
   const Dim grid{static_cast<unsigned>(kv.heads), static_cast<unsigned>(n_tiles),
                  hopper ? 1u : kAttentionTile / kAttentionQueries};
   gpu.launch(stream, kernel->name, grid, hopper ? kHopperThreads : kAttentionThreads,
-             gpu.arch() >= 80 ? kernel->shared_bytes : 0, params, true);
+             gpu.arch() >= 80 ? kernel->shared_bytes : 0, params, /*early=*/true);
 }
 
 void attention_prompt(const Gpu& gpu, CUstream stream, const void* q, const PromptChunk* chunks,
                       const Tile* tiles, int n_tiles, const int32_t* blocks, int max_blocks,
                       const KvLayer& kv, void* y) {
-  attention_prompt_with(gpu, stream, false, q, chunks, tiles, n_tiles, blocks, max_blocks, kv, y);
+  attention_prompt_with(gpu, stream, /*portable=*/false, q, chunks, tiles, n_tiles, blocks, max_blocks, kv,
+                        y);
 }
 
 }  // namespace qvl::cuda

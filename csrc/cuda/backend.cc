@@ -213,7 +213,7 @@ class CudaBackend final : public Backend {
   }
 
  private:
-  static constexpr int64_t kImageBatch = 8;
+  static constexpr int64_t kImageBatch = 8;  // images per copy: the batch size of ImageEncoder
 
   // The stream that the caller requests, or the engine's stream for NULL.
   CUstream cuda_stream(qvl_stream requested) const {
@@ -242,7 +242,7 @@ class CudaBackend final : public Backend {
     return rows * row_bytes();
   }
 
-  // Enlarge `memory` to at least `bytes`; its content is lost.
+  // Enlarge `memory` if it is smaller than `bytes`, in which case its content is lost; return its address.
   static float* reserved(DeviceMemory& memory, uint64_t bytes) {
     if (memory.bytes() < bytes) {
       memory = DeviceMemory();
@@ -251,8 +251,8 @@ class CudaBackend final : public Backend {
     return memory.get<float>();
   }
 
-  // Check ids in pageable host memory. The GPU may not have written ids in other memory yet; the kernel
-  // clamps these to the vocabulary.
+  // Check ids in pageable host memory. Ids in other memory are not checked, since the GPU may not have
+  // written them yet; embed() clamps them to the vocabulary.
   void check_host_ids(const qvl_batch& batch) const {
     if (!is_device_visible(batch.tokens)) check_ids(batch, config_.vocab);
   }

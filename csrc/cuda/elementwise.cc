@@ -28,7 +28,7 @@ void rms_norm(const Gpu& gpu, CUstream stream, const float* x, const float* weig
               int width, void* y) {
   const RmsNormParams params{x, weight, y, width, epsilon};
   gpu.launch(stream, fits_registers(width) ? "rms_norm_held" : "rms_norm_any", {static_cast<unsigned>(n)},
-             row_threads(width), 0, params, true);
+             row_threads(width), 0, params, /*early=*/true);
 }
 
 void embed(const Gpu& gpu, CUstream stream, const void* wte, int vocab, int width, const int32_t* ids,
@@ -39,7 +39,7 @@ void embed(const Gpu& gpu, CUstream stream, const void* wte, int vocab, int widt
   const auto* addresses = reinterpret_cast<const unsigned long long*>(features);
   const EmbedParams params{wte, ids, addresses, x, vocab, width, parts};
   gpu.launch(stream, "embed", {static_cast<unsigned>(n) * static_cast<unsigned>(parts)}, kEmbedThreads, 0,
-             params, true);
+             params, /*early=*/true);
 }
 
 void gather_columns(const Gpu& gpu, CUstream stream, const void* x, int64_t x_stride, const int32_t* order,
@@ -47,7 +47,7 @@ void gather_columns(const Gpu& gpu, CUstream stream, const void* x, int64_t x_st
   const GatherParams params{x, order, y, x_stride, y_stride, in};
   const int columns = (in + kGatherThreads - 1) / kGatherThreads;
   gpu.launch(stream, "gather_columns", {static_cast<unsigned>(columns), static_cast<unsigned>(n)},
-             kGatherThreads, 0, params, true);
+             kGatherThreads, 0, params, /*early=*/true);
 }
 
 void rotate_and_store(const Gpu& gpu, CUstream stream, const void* qkv, const RowMetadata& metadata,
@@ -77,9 +77,9 @@ void rotate_and_store(const Gpu& gpu, CUstream stream, const void* qkv, const Ro
   const char* name = is_128                    ? "rotate_and_store_dim128"
                      : layer.head_dim % 4 == 0 ? "rotate_and_store_run2"
                                                : "rotate_and_store_run1";
-  const int64_t threads = int64_t{n} * layer.heads * (is_128 ? 16 : 32);  // lanes per head, see HeadPart
+  const int64_t threads = int64_t{n} * layer.heads * (is_128 ? 16 : 32);  // lanes per head: HeadPart::kLanes
   gpu.launch(stream, name, {static_cast<unsigned>((threads + kRotateThreads - 1) / kRotateThreads)},
-             kRotateThreads, 0, params, true);
+             kRotateThreads, 0, params, /*early=*/true);
 }
 
 }  // namespace qvl::cuda

@@ -16,7 +16,7 @@ namespace {
 // Constants of the driver's interface.
 constexpr int kMaxDynamicShared = 8;           // attribute of a function
 constexpr int kProgrammaticSerialization = 6;  // attribute of a launch
-constexpr int kDefaultShared = 48 << 10;       // limit of dynamic shared memory without the attribute
+constexpr int kDefaultShared = 48 << 10;       // bytes of dynamic shared memory without kMaxDynamicShared
 
 // Folder of the cubins: QWENVL_CUDA_KERNELS, else the folder of this library.
 std::string kernel_folder() {

@@ -10,7 +10,7 @@
 
 namespace qvl::cuda {
 
-// Compute type of the kernels, in which it is named H.
+// Compute type of the kernels; they name it H.
 enum class Half { kBfloat16, kFloat16 };
 
 // Scope guard that makes a context current for the calling thread.

@@ -41,7 +41,8 @@ class ImageEncoder {
   const float* key_positions_;
   DeviceMemory queries_;  // the projected queries, H [n_queries, hidden], the same for every image
 
-  // Scratch memory: activations of a batch. x_: the residual stream; wide_: patches, or inputs of c_proj.
+  // Scratch memory: activations of a batch. x_: the residual stream; wide_: patches, inputs of c_proj, or
+  // inputs of the product with value_.
   DeviceMemory x_, normed_, qkv_, wide_, keys_, values_, scratch_;
 };
 

@@ -18,7 +18,7 @@ uint64_t row_bytes(const Matrix& matrix, Epilogue epilogue) {
     case Epilogue::kAdd:
       return to_size(matrix.out) * 4;
     case Epilogue::kSiluTimes:
-      return to_size(matrix.out);
+      return to_size(matrix.out);  // H [out / 2]
     default:
       return to_size(matrix.out) * 2;
   }
@@ -65,7 +65,7 @@ Language::Language(const Gpu& gpu, const qvl_config& config, Weights& weights)
   qkv_ = DeviceMemory(3 * n * hidden * 2);
   q_ = DeviceMemory(n * hidden * 2);
   attended_ = DeviceMemory(n * hidden * 2);
-  mlp_ = DeviceMemory(n * to_size(layers_[0].gate_up.out));
+  mlp_ = DeviceMemory(n * to_size(layers_[0].gate_up.out));  // H [n, gate_up.out / 2]
   uint64_t scratch = 0;
   int max_inputs = lm_head_.order != nullptr ? config.hidden : 0;  // of matrices with an input order
   for (const Layer& layer : layers_) {
@@ -223,7 +223,8 @@ std::unique_ptr<CudaAdapter> Language::make_adapter(CUstream stream,
   for (size_t i = 0; i < products_adapted_.size(); ++i) {
     products_adapted_[i] = products_adapted_[i] || adapter->product(static_cast<int>(i)) != nullptr;
   }
-  if (products_adapted_ != before) ++graph_version_;  // captured graphs omit adapters of other products
+  // Captured graphs have adapters only for the products of `before`.
+  if (products_adapted_ != before) ++graph_version_;
   if (adapter->max_rank() <= max_rank_) return adapter;
   const uint64_t rows = to_size(config_.max_tokens), max_out = to_size(std::max(3 * hidden, gate_up));
   low_ = DeviceMemory();  // cuMemFree waits for the GPU

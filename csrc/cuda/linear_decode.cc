@@ -45,7 +45,7 @@ uint64_t round_up(int value, int unit) {
 int lay_out(int arch, const Matrix& matrix, int columns, int tiles_at_once, LinearDecode& p) {
   const StorageInfo& storage = info(matrix.storage);
   const int units = static_cast<int>(padded(matrix.in)) / kUnit;
-  // groups: per unit, with offsets computed from sums of x.
+  // groups: number of groups per unit whose sums start at an offset computed from the sum of x (4 bits).
   const int depth = ring_depth(arch), groups = storage.bits == 4 ? kUnit / storage.group : 0;
   p.columns = columns;
   p.tiles_at_once = tiles_at_once;
@@ -61,7 +61,7 @@ int lay_out(int arch, const Matrix& matrix, int columns, int tiles_at_once, Line
 // Launch kernels/linear_decode_wide.cu, for more than 8 rows of x; return false if a block does not fit this
 // GPU.
 bool launch_wide(const Gpu& gpu, CUstream stream, const Matrix& matrix, LinearDecode& p) {
-  constexpr int kUnitBytes[] = {4096, 2048, 1024, 1024};  // of a tile: kHalf, kInt8, kInt4G64, kInt4G128
+  constexpr int kUnitBytes[] = {4096, 2048, 1024, 1024};  // tile x unit: kHalf, kInt8, kInt4G64, kInt4G128
   const int unit = kUnitBytes[static_cast<size_t>(matrix.storage)], limit = shared_limit(gpu.arch());
   const int groups = info(matrix.storage).group != 0 ? kUnit / info(matrix.storage).group : 0;
   p.columns = p.n <= 32 ? 32 : 64;
@@ -71,16 +71,16 @@ bool launch_wide(const Gpu& gpu, CUstream stream, const Matrix& matrix, LinearDe
   // from the largest; a smaller one must be better by 5 percentage points.
   int row_tiles = 0, shared = 0;
   double best_utilisation = 0;
-  for (const int rows : {12, 6, 2}) {
-    const int stages = wide_stages(unit, groups, p.columns, rows, limit);
+  for (const int size : {12, 6, 2}) {
+    const int stages = wide_stages(unit, groups, p.columns, size, limit);
     const int bytes =
-        stages * wide_stage_bytes(unit, groups, p.columns, rows) + wide_tail_bytes(groups, p.columns, rows);
-    const int blocks = (tiles + rows - 1) / rows * chunks, processors = gpu.multiprocessors();
+        stages * wide_stage_bytes(unit, groups, p.columns, size) + wide_tail_bytes(groups, p.columns, size);
+    const int blocks = (tiles + size - 1) / size * chunks, processors = gpu.multiprocessors();
     const int waves = (blocks + processors - 1) / processors;
     const double utilisation =
-        static_cast<double>(tiles * chunks) / (static_cast<double>(waves) * processors * rows);
+        static_cast<double>(tiles * chunks) / (static_cast<double>(waves) * processors * size);
     if (bytes > limit || utilisation <= best_utilisation + 0.05) continue;
-    row_tiles = rows;
+    row_tiles = size;
     best_utilisation = utilisation;
     shared = bytes;
   }
@@ -89,7 +89,7 @@ bool launch_wide(const Gpu& gpu, CUstream stream, const Matrix& matrix, LinearDe
                            std::to_string(p.columns / 8) + "_" + std::to_string(row_tiles);
   gpu.launch(stream, name.c_str(),
              {static_cast<unsigned>((tiles + row_tiles - 1) / row_tiles), static_cast<unsigned>(chunks)},
-             32 * row_tiles * wide_split(row_tiles), shared, p, true);
+             32 * row_tiles * wide_split(row_tiles), shared, p, /*early=*/true);
   return true;
 }
 
@@ -152,7 +152,7 @@ void upload_matrix(const Gpu& gpu, CUstream stream, qvl_dtype dtype, const void*
                      : dtype == QVL_UINT8_G128 ? "uint8_g128"
                                                : info(to.storage).name;
   gpu.launch(stream, (std::string("upload_matrix_") + name).c_str(), {static_cast<unsigned>(out + p.padding)},
-             256, 0, p);
+             /*threads=*/256, /*shared_bytes=*/0, p);
 }
 
 void linear_decode(const Gpu& gpu, CUstream stream, const Matrix& matrix, const void* x, int64_t x_stride,
@@ -191,11 +191,11 @@ void linear_decode(const Gpu& gpu, CUstream stream, const Matrix& matrix, const 
   const int tiles = static_cast<int>(round_up(matrix.out, kTileRows)) / kTileRows;
   const int chunks = (n + columns - 1) / columns;
   const int blocks = std::min(tiles, (gpu.multiprocessors() + chunks - 1) / chunks);
-  // Request more than half of the shared memory of a multiprocessor, so that none gets two blocks while
-  // another has none.
+  // Request more than half of the shared memory of a multiprocessor, so that no multiprocessor gets two
+  // blocks while another has none.
   gpu.launch(stream, (std::string("linear_decode_") + info(matrix.storage).name).c_str(),
              {static_cast<unsigned>(blocks), static_cast<unsigned>(chunks)}, kThreads,
-             std::max(shared, limit / 2 + 2048), p, true);
+             std::max(shared, limit / 2 + 2048), p, /*early=*/true);
 }
 
 }  // namespace qvl::cuda

@@ -13,9 +13,9 @@ namespace {
 constexpr int kThreads = 128 * kHopperGroups + 32, kAlign = 1024, kBoxBytes = 128;
 constexpr int kMaxShared = 227 << 10;
 constexpr int kMinShared = 120 << 10;  // over half of a multiprocessor's, for one block per multiprocessor
-// Limit with few rows of x, which leaves 64 KB for a block of attention.
+// Limit of shared memory with few rows of x; it leaves 64 KiB of a multiprocessor for a block of attention.
 constexpr int kSharedBesideAttention = 158 << 10;
-constexpr int kMaxStages = 32, kMaxSteps = 4;
+constexpr int kMaxStages = 32, kMaxSteps = 4;  // stages of the ring, steps per item
 
 // Properties of a storage type.
 struct Kind {
@@ -110,11 +110,12 @@ void linear_decode_hopper(const Gpu& gpu, CUstream stream, const Matrix& matrix,
     constexpr int kLine = 512;  // bytes
     const int tiles = divide_up(matrix.out, 16), lines = kind.tile_bytes / kLine;
     p.w = tensor_map(gpu, matrix.values, {kLine / 2, tiles * lines, p.total_steps},
-                     {kLine, tiles * kind.tile_bytes}, {kLine / 2, p.rows / 16 * lines, p.steps}, false);
+                     {kLine, tiles * kind.tile_bytes}, {kLine / 2, p.rows / 16 * lines, p.steps},
+                     /*swizzled=*/false);
     if (kind.scale_bytes != 0) {
       p.scales = tensor_map(gpu, matrix.scales, {kind.scale_bytes / 2, tiles, p.total_steps},
                             {kind.scale_bytes, tiles * kind.scale_bytes},
-                            {kind.scale_bytes / 2, p.rows / 16, p.steps}, false);
+                            {kind.scale_bytes / 2, p.rows / 16, p.steps}, /*swizzled=*/false);
     }
   }
   p.x = boxes_of(gpu, x, n, matrix.in, x_stride, columns, kind.boxes * p.steps);
@@ -125,9 +126,10 @@ void linear_decode_hopper(const Gpu& gpu, CUstream stream, const Matrix& matrix,
   const Dim grid{static_cast<unsigned>(std::min(p.tiles, blocks)), static_cast<unsigned>(chunks)};
   const int bytes_shared = std::max(shared, kMinShared);
   if (low_rank != nullptr) {
-    gpu.launch(stream, name.c_str(), grid, kThreads, bytes_shared, AdaptedLinearHopper{p, *low_rank}, true);
+    gpu.launch(stream, name.c_str(), grid, kThreads, bytes_shared, AdaptedLinearHopper{p, *low_rank},
+               /*early=*/true);
   } else {
-    gpu.launch(stream, name.c_str(), grid, kThreads, bytes_shared, p, true);
+    gpu.launch(stream, name.c_str(), grid, kThreads, bytes_shared, p, /*early=*/true);
   }
 }
 

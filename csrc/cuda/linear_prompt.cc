@@ -41,7 +41,8 @@ ClusterGrid cluster_grid(const TileVariant& tile, int out, int n) {
 
 // Estimated time of a product in cycles: rounds of tiles, each with steps of 64 values and an epilogue. The
 // constants were measured on an H200: wgmma at 8 / 9 of its peak rate (2.25 cycles instead of 2), 47 bytes
-// per cycle into a multiprocessor, with and without multicast, and 2500 + 12 per token for a round.
+// per cycle into a multiprocessor, with and without multicast, and 2500 cycles plus 12 per token for the
+// start and the epilogue of a round.
 double cycles(const Gpu& gpu, const TileVariant& tile, int out, int in, int n) {
   const ClusterGrid clusters = cluster_grid(tile, out, n);
   const int cluster = tile.cluster_m * tile.cluster_n, resident = gpu.multiprocessors() / cluster;
@@ -90,7 +91,8 @@ void launch(const Gpu& gpu, CUstream stream, int tile, const Matrix& matrix, con
     const LinearPrompt params{result, x, matrix.values, x_stride, matrix.in, matrix.stride};
     const Dim grid{static_cast<unsigned>(divide_up(n, kTile)),
                    static_cast<unsigned>(divide_up(matrix.out, kTile))};
-    gpu.launch(stream, "linear_prompt", grid, kThreads, gpu.arch() >= 80 ? kShared : 0, params, true);
+    gpu.launch(stream, "linear_prompt", grid, kThreads, gpu.arch() >= 80 ? kShared : 0, params,
+               /*early=*/true);
     return;
   }
   const TileVariant& t = kTiles[tile];
@@ -108,14 +110,14 @@ void launch(const Gpu& gpu, CUstream stream, int tile, const Matrix& matrix, con
   const Dim grid{static_cast<unsigned>(std::min(clusters.m * clusters.n, resident) * cluster)};
   constexpr int kChunk = 32 * 68 * 4, kAlign = 1024;
   const int shared = t.buffers * ((rows + t.tokens) * 128 + 16) + t.parts * kChunk + kAlign;
-  gpu.launch(stream, t.name, grid, 128 * (t.parts + 1), shared, params, true);
+  gpu.launch(stream, t.name, grid, 128 * (t.parts + 1), shared, params, /*early=*/true);
 }
 
 }  // namespace
 
 void linear_prompt_with(const Gpu& gpu, CUstream stream, int tile, const Matrix& matrix, const void* x,
                         int64_t x_stride, int n, Epilogue epilogue, void* y) {
-  launch(gpu, stream, tile, matrix, x, x_stride, n, epilogue, y, false);
+  launch(gpu, stream, tile, matrix, x, x_stride, n, epilogue, y, /*written=*/false);
 }
 
 uint64_t linear_prompt_scratch(const Matrix& matrix) {
@@ -133,7 +135,7 @@ void linear_prompt(const Gpu& gpu, CUstream stream, const Matrix& matrix, const 
     const int64_t threads = static_cast<int64_t>(matrix.out) * matrix.stride / kValues;
     const Dequantize params{matrix.values, matrix.scales, scratch, matrix.out, matrix.stride};
     gpu.launch(stream, name.c_str(), {static_cast<unsigned>((threads + kThreads - 1) / kThreads)}, kThreads,
-               0, params, true);
+               0, params, /*early=*/true);
   }
   launch(gpu, stream, linear_prompt_tile(gpu, matrix.out, matrix.in, n), half, x, x_stride, n, epilogue, y,
          matrix.storage != Storage::kHalf);

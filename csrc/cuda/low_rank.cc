@@ -132,7 +132,7 @@ LowRankParams low_rank_params(const AdaptedRows& rows, const void* x, int64_t x_
 void low_rank_down(const Gpu& gpu, CUstream stream, const LowRankParams& p) {
   gpu.launch(stream, "low_rank_down",
              {blocks(p.low_stride, kLowRankDown), blocks(p.n, kLowRankRows), kLowRankRuns},
-             kLowRankDownThreads, 0, p, true);
+             kLowRankDownThreads, 0, p, /*early=*/true);
 }
 
 void low_rank_up(const Gpu& gpu, CUstream stream, const AdaptedRows& rows, const void* low, int low_stride,
@@ -143,14 +143,14 @@ void low_rank_up(const Gpu& gpu, CUstream stream, const AdaptedRows& rows, const
   if (epilogue == Epilogue::kFloat) epilogue = Epilogue::kAdd;  // B low is added to y
   p.result = {nullptr, y, rows.n, out, static_cast<int>(epilogue)};
   gpu.launch(stream, "low_rank_up", {blocks(out, kLowRankUp), blocks(rows.n, kLowRankRows)}, kLowRankThreads,
-             0, p, true);
+             0, p, /*early=*/true);
 }
 
 void finish_raw(const Gpu& gpu, CUstream stream, const float* raw, int n, int out, Epilogue epilogue,
                 void* y) {
   const FinishParams p{raw, {nullptr, y, n, out, static_cast<int>(epilogue)}};
   gpu.launch(stream, "finish_raw", {blocks(out, 2 * kFinishThreads), static_cast<unsigned>(n)},
-             kFinishThreads, 0, p, true);
+             kFinishThreads, 0, p, /*early=*/true);
 }
 
 }  // namespace qvl::cuda

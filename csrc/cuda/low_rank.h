@@ -10,8 +10,8 @@
 
 namespace qvl::cuda {
 
-// Products of a layer: w1 and w2 are one product, with interleaved rows. Index of a product of a model: layer
-// * kLayerProducts + LayerProduct; lm_head has the index layers * kLayerProducts.
+// Products of a layer: w1 and w2 are one product, with interleaved rows. Index of a product of a model:
+// kLayerProducts * layer + LayerProduct; lm_head has the index kLayerProducts * layers.
 enum LayerProduct { kAttnProduct, kAttnProjProduct, kGateUpProduct, kMlpProjProduct, kLayerProducts };
 
 // A and B of a product, with the scale multiplied into B. Their values are NULL if the adapter does not
@@ -44,8 +44,8 @@ class CudaAdapter final : public Adapter {
   int max_rank() const { return max_rank_; }
 
  private:
-  // A matrix of an interleaved product, or NULL: row i of its B becomes row first + i * step of the product's
-  // B.
+  // One of the one or two matrices of a product: row i of its B becomes row first + i * step of the product's
+  // B. matrix: NULL if the adapter lacks it.
   struct Part {
     const AdapterMatrix* matrix;
     int first, step;
@@ -71,8 +71,8 @@ struct AdaptedRows {
 };
 
 // low = A x, for each row with its adapter: x H [n, x_stride], of which `in` values per row are used -> H [n,
-// low_stride]. Rows without an adapter are not written. The parameters are separate because on Hopper
-// linear_decode computes low, too.
+// low_stride]. Rows without an adapter are not written. The parameters have a function of their own because
+// on Hopper linear_decode takes them and computes low.
 LowRankParams low_rank_params(const AdaptedRows&, const void* x, int64_t x_stride, int in, void* low,
                               int low_stride);
 void low_rank_down(const Gpu&, CUstream, const LowRankParams&);

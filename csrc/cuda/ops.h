@@ -19,8 +19,8 @@ namespace qvl::cuda {
 
 struct LowRankParams;  // kernels/low_rank.h
 
-// A weight [out, in] on the GPU. `in` is padded to `stride` values with zeros: a multiple of 8 (kHalf: as
-// stored) or of 128 (quantized).
+// A weight [out, in] on the GPU. `in` is padded with zeros to `stride` values: a multiple of 8 (kHalf) or of
+// 128 (quantized).
 enum class Storage {
   kHalf,
   kInt8,
@@ -78,7 +78,7 @@ MatrixBytes matrix_bytes(Storage storage, int out, int in);
 // Storage type on the GPU for the dtype of a matrix in a file.
 Storage storage_of(qvl_dtype dtype);
 
-// Convert a matrix from the layout of a file (qwenvl.h: qvl_packed_bytes), copied to `from`, to that of the
+// Convert the matrix `from`, in the layout of a file (qwenvl.h: qvl_packed_bytes), to the layout of the
 // kernels. float32, bfloat16 and float16 become kHalf, rounded if necessary; quantized types keep their
 // integers, scales and zero points. UINT8_G128 becomes kUint8G64, whose kernels sum 64 values at a time. Row
 // r of the file becomes row first + r * step of `to`; step 2 interleaves two matrices.
@@ -142,9 +142,9 @@ void rotate_and_store(const Gpu&, CUstream, const void* qkv, const RowMetadata&,
                       const KvLayer&, int n, void* q);
 
 // Attention of one query per sequence over its keys: q H [n, heads * head_dim] -> H, the same shape. Sequence
-// i has positions[i] + 1 keys, at most max_keys. Keys are split at fixed multiples, so that a row does not
-// depend on max_keys or n. scratch: set to zero once after allocation; later calls with any n and max_keys
-// may then use it unchanged.
+// i has positions[i] + 1 keys, at most max_keys. Keys are split at multiples of a fixed number, so that a row
+// does not depend on max_keys or n. scratch: the caller sets it to zero once after allocation; it then serves
+// calls with any n and max_keys.
 uint64_t attention_decode_scratch(int n, int heads, int head_dim, int max_keys);
 void attention_decode(const Gpu&, CUstream, const void* q, const RowMetadata&, const KvLayer&, int n,
                       int max_keys, void* scratch, void* y);

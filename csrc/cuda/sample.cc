@@ -68,16 +68,16 @@ void sample(const Gpu& gpu, CUstream stream, const float* logits, int n, int voc
   params.bin_vectors = n <= 8 ? 1 : kScanVectors;
 
   const auto rows = static_cast<unsigned>(n), chunks = static_cast<unsigned>(params.chunks);
-  gpu.launch(stream, "sample_scan", {chunks, rows}, kScanThreads, 0, params, true);
-  gpu.launch(stream, "sample_peak", {rows}, 32, 0, params, true);
+  gpu.launch(stream, "sample_scan", {chunks, rows}, kScanThreads, 0, params, /*early=*/true);
+  gpu.launch(stream, "sample_peak", {rows}, 32, 0, params, /*early=*/true);
   if (any_draw) {
     const int block_logits = 4 * params.bin_vectors * kScanThreads;
     const Dim grid{static_cast<unsigned>((vocab + block_logits - 1) / block_logits), rows};
-    gpu.launch(stream, "sample_bins", grid, kScanThreads, 0, params, true);
-    gpu.launch(stream, "sample_keep", grid, kScanThreads, 0, params, true);
-    gpu.launch(stream, "sample_draw", {rows}, kSearchThreads, 0, params, true);
+    gpu.launch(stream, "sample_bins", grid, kScanThreads, 0, params, /*early=*/true);
+    gpu.launch(stream, "sample_keep", grid, kScanThreads, 0, params, /*early=*/true);
+    gpu.launch(stream, "sample_draw", {rows}, kSearchThreads, 0, params, /*early=*/true);
   }
-  if (outputs.n_top > 0) gpu.launch(stream, "sample_top", {rows}, kSearchThreads, 0, params, true);
+  if (outputs.n_top > 0) gpu.launch(stream, "sample_top", {rows}, kSearchThreads, 0, params, /*early=*/true);
 }
 
 }  // namespace qvl::cuda

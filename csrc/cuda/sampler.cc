@@ -85,11 +85,11 @@ void Sampler::copy_output(CUstream stream, void* to, const void* from, uint64_t 
 
 void Sampler::copy_outputs(CUstream stream, const Picks& picks) {
   bool must_wait = false;
-  const uint64_t rows = to_size(picks.n) * 4, top = rows * to_size(picks.n_top);
-  copy_output(stream, picks.tokens, tokens_.get(), rows, &must_wait);
-  copy_output(stream, picks.logprobs, logprobs_.get(), rows, &must_wait);
-  copy_output(stream, picks.top_tokens, top_tokens_.get(), top, &must_wait);
-  copy_output(stream, picks.top_logprobs, top_logprobs_.get(), top, &must_wait);
+  const uint64_t bytes = to_size(picks.n) * 4, top_bytes = bytes * to_size(picks.n_top);
+  copy_output(stream, picks.tokens, tokens_.get(), bytes, &must_wait);
+  copy_output(stream, picks.logprobs, logprobs_.get(), bytes, &must_wait);
+  copy_output(stream, picks.top_tokens, top_tokens_.get(), top_bytes, &must_wait);
+  copy_output(stream, picks.top_logprobs, top_logprobs_.get(), top_bytes, &must_wait);
   if (must_wait) check(driver().cuStreamSynchronize(stream), "computing on the GPU");
 }
 

@@ -24,14 +24,14 @@ class Sampler {
   Sampler(const Gpu& gpu, const qvl_config& config);
 
   // Write the sampling parameters to rows 0 to picks.n - 1 of host.picks, and greedy ones to the rows up to
-  // `rows`; write the ids to host.forbidden.
+  // `rows`; write the forbidden ids to host.forbidden.
   void write_picks(const Picks& picks, int rows, const InputArrays& host);
 
-  // Enqueue sampling of `rows` rows of logits; `inputs` describes them in device memory.
+  // Enqueue sampling of `rows` rows of logits; `inputs`, in device memory, has the parameters of the rows.
   void run(CUstream stream, const float* logits, int rows, const InputArrays& inputs, const SampleKind& kind);
 
-  // Enqueue the copies of the outputs of the first picks.n rows to the caller's memory. Waits for them if
-  // that is pageable memory.
+  // Enqueue the copies of the outputs of the first picks.n rows to the caller's memory. Waits for the copies
+  // if that memory is pageable.
   void copy_outputs(CUstream stream, const Picks& picks);
 
   // Reserve scratch memory and memory for outputs. A captured graph stays valid while graph_version() is

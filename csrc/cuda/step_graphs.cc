@@ -17,7 +17,7 @@ int row_bucket(int n) {
   return n <= 2 ? n : n <= 4 ? 4 : (n + 7) / 8 * 8;
 }
 
-// Limit of the number of keys of the graph for `keys` keys: a power of two, within max_keys.
+// Limit of the number of keys of the graph for `keys` keys: a power of two, or max_keys if that is less.
 int key_bucket(int keys, int max_keys) {
   int bucket = kMinKeys;
   while (bucket < keys) bucket *= 2;
@@ -75,7 +75,8 @@ void StepGraphs::step(CUstream stream, const CudaKvPool& pool, const qvl_batch& 
   const bool ids_on_host = !is_device_visible(batch.tokens);
   const int32_t spare = pool.spare_block();
   for (int i = 0; i < rows; ++i) {
-    // A padding row is the first token of a sequence that uses the spare block.
+    // A padding row is the first token of a sequence that uses the spare block. In order: n_new, n_past,
+    // prompt_len, n_blocks, blocks, flags, reserved.
     const qvl_sequence padding{1, 0, 1, 1, &spare, 0, 0};
     const qvl_sequence& s = i < n ? batch.sequences[i] : padding;
     language_.describe_row(host, i, s, s.n_past, i);
@@ -104,10 +105,10 @@ CUgraphExec StepGraphs::graph_for(const CudaKvPool& pool, const InputSizes& size
   const int rows = shape.n_decode;
   language_.reserve(rows, shape.max_keys);
   sampler_.reserve(rows, kind);
-  const uint64_t logits = static_cast<uint64_t>(rows) * static_cast<uint64_t>(config_.vocab) * sizeof(float);
-  if (logits_.bytes() < logits) {
+  const uint64_t bytes = static_cast<uint64_t>(rows) * static_cast<uint64_t>(config_.vocab) * sizeof(float);
+  if (logits_.bytes() < bytes) {
     logits_ = DeviceMemory();
-    logits_ = DeviceMemory(logits);
+    logits_ = DeviceMemory(bytes);
     graph_version_ = -1;  // all graphs are stale
   }
   drop_stale_graphs();

@@ -19,7 +19,7 @@ class StepGraphs {
   StepGraphs& operator=(const StepGraphs&) = delete;
 
   // Whether the batch is a decode step of up to 256 sequences, with one token per sequence, all of them
-  // sampled.
+  // sampled, without image features, and with token counts only in memory that the GPU can access.
   static bool can_run(const qvl_batch& batch, const Picks& picks);
 
   // Run a batch for which can_run() is true.

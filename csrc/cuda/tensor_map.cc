@@ -28,7 +28,7 @@ TensorMap tensor_map(const Gpu& gpu, const void* base, std::initializer_list<int
   check(driver().cuTensorMapEncodeTiled(
             reinterpret_cast<CUtensorMap*>(&map), gpu.half() == Half::kBfloat16 ? kBfloat16 : kFloat16,
             static_cast<unsigned>(sizes.size()), const_cast<void*>(base), all_sizes, all_strides, all_boxes,
-            steps, 0, swizzled ? kSwizzle128 : 0, kL2Lines256, 0),
+            steps, /*interleave=*/0, swizzled ? kSwizzle128 : 0, kL2Lines256, /*oobFill=*/0),
         "encoding a tensor map");
   return map;
 }

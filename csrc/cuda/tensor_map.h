@@ -13,8 +13,8 @@ bool has_tensor_maps(const Gpu&);
 
 // Encode a tensor map. Sizes and boxes are in values, the first dimension is contiguous; strides, of all
 // dimensions but the first, are in bytes, multiples of 16. Elements out of range read as zeros. swizzled: a
-// box in shared memory has the layout of wgmma_descriptor() in hopper.cuh; otherwise its values are in the
-// order of the tensor.
+// box in shared memory has the layout of wgmma_descriptor() in kernels/hopper.cuh; otherwise its values are
+// in the order of the tensor.
 TensorMap tensor_map(const Gpu&, const void* base, std::initializer_list<int64_t> sizes,
                      std::initializer_list<int64_t> strides, std::initializer_list<int> box,
                      bool swizzled = true);

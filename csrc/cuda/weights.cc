@@ -173,7 +173,7 @@ Matrix Weights::interleaved(const std::string& first, const std::string& second)
       (order_a == nullptr || std::memcmp(order_a->data, order_b->data, order_a->bytes) == 0);
   QVL_REQUIRE(same_order, QVL_UNSUPPORTED, "%s and %s have their inputs in different orders; a GPU needs one",
               first.c_str(), second.c_str());
-  // Pad with rows of zeros, so that a row of the result is a whole number of vectors.
+  // Pad with rows of zeros, so that a row of the product's result is a whole number of vectors.
   const auto rows = static_cast<int64_t>(round_up(static_cast<uint64_t>(a.shape[0]), 8));
   Matrix result = allocate_matrix(storage_of(a.dtype), 2 * rows, row_values(a));
   if (rows != a.shape[0]) {
@@ -193,7 +193,7 @@ Matrix Weights::half_matrix(const std::string& name, const std::string& bias) {
   if (!is_quantized(tensor.dtype)) return matrix(name, bias);
   QVL_REQUIRE(tensor.device == QVL_DEVICE_CPU, QVL_UNSUPPORTED, "%s: is quantized; it must be on the CPU",
               name.c_str());
-  order(name);  // fails if the matrix has an input order
+  order(name);  // fails if the matrix, one of the vision stage, has an input order
   const int64_t out = tensor.shape[0], in = row_values(tensor);
   const std::unique_ptr<float[]> values(new float[static_cast<size_t>(out * in)]);
   unpack(tensor.dtype, out, in, tensor.data, values.get());

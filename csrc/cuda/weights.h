@@ -44,7 +44,8 @@ class Weights {
 
  private:
   void check_memory() const;
-  // Input order of the matrix `name`: its tensor, and a copy of that on the GPU; NULL if it has none.
+  // Input order of the matrix `name`, as a tensor of the table and as a copy on the GPU; NULL if the matrix
+  // has none.
   const qvl_tensor* order_of(const std::string& name) const;
   const int32_t* order(const std::string& name);
   Matrix allocate_matrix(Storage storage, int64_t out, int64_t in);
@@ -61,7 +62,7 @@ class Weights {
   DeviceMemory staging_;
   std::deque<DeviceMemory> memory_;
   char* slab_ = nullptr;    // unused part of the last slab in memory_
-  uint64_t slab_left_ = 0;  // its bytes
+  uint64_t slab_left_ = 0;  // its size in bytes
 };
 
 }  // namespace qvl::cuda

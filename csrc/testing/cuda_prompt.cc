@@ -1,5 +1,5 @@
 // C interface to the functions of cuda/ops.h for prompts and images, for tests/cuda. Pointers are device
-// memory. Functions return NULL or an error message.
+// memory. The functions with a stream return NULL or an error message. bfloat16: compute type; 0: float16.
 #include <string>
 
 #include "core/error.h"

@@ -1,5 +1,6 @@
 // C interface to the elementwise, adapter, image and sampling kernels, for tests/cuda. Pointers are device
-// memory unless noted. Functions return NULL or an error message.
+// memory unless noted. The functions with a stream return NULL or an error message. bfloat16: compute type;
+// 0: float16.
 #include "core/error.h"
 #include "cuda/low_rank.h"
 #include "cuda/ops.h"

@@ -1,5 +1,5 @@
-// C interface to single kernels and their references, for the tests (tests/csrc) and the benchmark. Not part
-// of the library. Functions with an ISA argument return 0, or 1 if this processor does not support it.
+// C interface to single kernels and their references, for tests/csrc. Not part of the library. Functions with
+// an ISA argument return 0, or 1 if this processor does not support it.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -142,8 +142,8 @@ EXPORT int qvlt_attention(qvl_isa isa, int threads, qvl_dtype dtype, int tile, i
     config.head_dim = static_cast<int32_t>(head_dim);
     CpuKvPool pool(config, static_cast<int32_t>((n_keys + tile - 1) / tile), tile, dtype);
     for (int t = 0; t < n_keys; ++t) {
-      pool.write(context.kernels, 0, t / tile, t % tile, 0, k + t * stride);
-      pool.write(context.kernels, 0, t / tile, t % tile, 1, v + t * stride);
+      pool.write(context.kernels, /*layer=*/0, t / tile, t % tile, /*part=*/0, k + t * stride);
+      pool.write(context.kernels, /*layer=*/0, t / tile, t % tile, /*part=*/1, v + t * stride);
     }
     const Mask mask = decode != 0 ? kDecode : causal != 0 ? kCausal : kAllKeys;
     std::vector<Queries> work;

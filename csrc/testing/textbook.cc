@@ -1,5 +1,5 @@
 // C interface to the versions of csrc/textbook, for the tests and benchmarks/textbook.py. Versions are
-// numbered from 0. Functions return 0, or 1 if this processor lacks the ISA.
+// numbered from 0, which is "v1". Functions with an ISA return 0, or 1 if this processor lacks it.
 #include "textbook/versions.h"
 
 #include <algorithm>
@@ -38,7 +38,7 @@ const Versions& versions_for(qvl_isa isa) {
   }
 }
 
-// Call `body`; return 0, or 1 if it throws because this processor lacks the ISA.
+// Call `body`; return 0, or 1 if it throws, as it does if this processor lacks the ISA.
 template <typename Body>
 int status_of(Body&& body) {
   return guarded(nullptr, body) == QVL_OK ? 0 : 1;

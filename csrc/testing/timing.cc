@@ -141,9 +141,9 @@ EXPORT uint64_t qvlt_read_memory(const char* memory, int64_t bytes, int way) {
   return read_memory(memory, bytes, way);
 }
 
-// Seconds per product of n_x activations, as rows of a prompt or of a decode step, with a [rows, k] matrix:
-// the best of `repeats`. The repeats cycle through `copies` matrices, so that none of them is still in a
-// cache. Negative on failure.
+// Seconds per product of n_x activations, as rows of a decode step (decode not 0) or of a prompt, with a
+// [rows, k] matrix: the best of `repeats`. The repeats cycle through `copies` matrices, so that none of them
+// is still in a cache. Negative on failure.
 EXPORT double qvlt_time_linear(qvl_isa isa, int threads, qvl_dtype dtype, int decode, int64_t n_x,
                                int64_t rows, int64_t k, int copies, int repeats) {
   double best = 1e9;

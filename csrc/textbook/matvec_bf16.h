@@ -5,10 +5,10 @@
 //   row 1   w w w w w w w w ...              x     y[row] = sum over k of w[row][k] * x[k]
 //   ...                                      :
 //
-// Cost: each weight is read once, 2 rows k bytes, for one multiplication and one addition, 2 rows k FLOPs:
-// one FLOP per byte. A core with AVX2 executes 32 FLOPs per cycle and reads about 5 bytes per cycle from
-// memory, so the bound is memory bandwidth. x (16 KiB for k = 4096) stays in the L1 cache. Versions that do
-// not reach memory bandwidth name their bottleneck.
+// Cost: each weight is read once, 2 * rows * k bytes, for one multiplication and one addition, 2 * rows * k
+// FLOPs: one FLOP per byte. A core with AVX2 executes 32 FLOPs per cycle and reads about 5 bytes per cycle
+// from memory, so the bound is memory bandwidth. x (16 KiB for k = 4096) stays in the L1 cache. Versions that
+// do not reach memory bandwidth name their bottleneck.
 #pragma once
 
 #include "textbook/common.h"
@@ -31,7 +31,7 @@ void v1(const Product& p) {
 }
 
 // kLanes columns at a time (4, 8 or 16), one sum per lane, with a horizontal sum at the end of the row. One
-// fused multiply-add computes kLanes products. Still bound by latency: 4 cycles per 2 kLanes bytes.
+// fused multiply-add computes kLanes products. Still bound by latency: 4 cycles per 2 * kLanes bytes.
 void v2(const Product& p) {
   const auto* w = static_cast<const BFloat16*>(p.weights);
   for (int64_t row = 0; row < p.rows; ++row, w += p.k) {
@@ -94,7 +94,7 @@ QVL_INLINE void multiply_rows(const Product& p, int64_t row) {
 // weight, but no faster, because a single stream of reads remains the bottleneck. Rearranging x costs k
 // operations, once for all rows.
 void v4(const Product& p) {
-  qvl::cpu::QVL_KERNELS()->prepare_x[QVL_BFLOAT16](p.x, 0, 1, p.k, p.scratch);
+  qvl::cpu::QVL_KERNELS()->prepare_x[QVL_BFLOAT16](p.x, /*x_stride=*/0, /*n_x=*/1, p.k, p.scratch);
   for (int64_t row = 0; row < p.rows; ++row) multiply_rows<1>(p, row);
 }
 
@@ -102,7 +102,7 @@ void v4(const Product& p) {
 // loaded once for four products, and eight sums hide the latency. Bound by memory bandwidth.
 void v5(const Product& p) {
   constexpr int kRows = 4;
-  qvl::cpu::QVL_KERNELS()->prepare_x[QVL_BFLOAT16](p.x, 0, 1, p.k, p.scratch);
+  qvl::cpu::QVL_KERNELS()->prepare_x[QVL_BFLOAT16](p.x, /*x_stride=*/0, /*n_x=*/1, p.k, p.scratch);
   int64_t row = 0;
   for (; row + kRows <= p.rows; row += kRows) multiply_rows<kRows>(p, row);
   for (; row < p.rows; ++row) multiply_rows<1>(p, row);
@@ -110,14 +110,15 @@ void v5(const Product& p) {
 
 // The production kernel (cpu/kernels/matvec_bf16.h): full-width loads in memory order, with each cache line
 // prefetched 64 KiB ahead, and all products of a row in one sum. The order of additions does not depend on
-// the number of activations, so a request gets the same bits with and without batching. With
-// several activations it processes several rows at a time; with one activation, as here, a single row, which
-// on one thread with AVX2 is slower than v5 (README.md).
+// the number of activations, so a request gets the same bits with and without batching. With several
+// activations it processes several rows at a time; with one activation, as here, a single row, which on one
+// thread with AVX2 is slower than v5 (README.md).
 void v6(const Product& p) {
   const qvl::cpu::Kernels& kernels = *qvl::cpu::QVL_KERNELS();
-  kernels.prepare_x[QVL_BFLOAT16](p.x, 0, 1, p.k, p.scratch);
-  kernels.matvec[QVL_BFLOAT16]({p.weights, nullptr, p.k, p.scratch, 1, p.y, p.rows, nullptr, false}, 0,
-                               p.rows);
+  kernels.prepare_x[QVL_BFLOAT16](p.x, /*x_stride=*/0, /*n_x=*/1, p.k, p.scratch);
+  kernels.matvec[QVL_BFLOAT16]({p.weights, /*scales=*/nullptr, p.k, p.scratch, /*n_x=*/1, p.y, p.rows,
+                                /*bias=*/nullptr, /*add=*/false},
+                               0, p.rows);
 }
 
 }  // namespace bf16

@@ -1,6 +1,7 @@
 // Matrix-vector product with int4 weights, from the textbook loop to the production kernel. Group size 128.
 //
-// A group, 128 values of a row, has 32 words of 16 bits; nibble j of word i is value 32 j + i plus 8:
+// A group, 128 values of a row, has 32 words of 16 bits; nibble j of word i is value 32 * j + i, stored plus
+// 8:
 //
 //   bits     15..12        11..8         7..4          3..0
 //   word 0   value 96      value 64      value 32      value 0
@@ -8,9 +9,9 @@
 //   ...
 //   word 31  value 127     value 95      value 63      value 31
 //
-// Cost: rows k / 2 bytes of values and rows k / 64 of scales, 2 rows k FLOPs: four FLOPs per byte. The lower
-// bound is still memory bandwidth, but unpacking a value costs more than its product, so the number of
-// instructions per weight determines the speed.
+// Cost: rows * k / 2 bytes of values and rows * k / 64 of scales, for 2 * rows * k FLOPs: four FLOPs per
+// byte. The lower bound is still memory bandwidth, but unpacking a value costs more than its product, so the
+// number of instructions per weight determines the speed.
 #pragma once
 
 #include "cpu/kernels/matvec_int4.h"
@@ -116,23 +117,23 @@ QVL_INLINE void integer_rows(const Product& p, int64_t row) {
 }
 
 // Activations as int8, so the products are integers: one instruction (vpdpbusd, or vpmaddubsw and vpmaddwd)
-// multiplies and adds 4 kLanes bytes, and unpacking yields bytes instead of floats, 4 times as many per
+// multiplies and adds 4 * kLanes bytes, and unpacking yields bytes instead of floats, 4 times as many per
 // vector. The offset 8 of the values is not subtracted: a sum starts at -8 times the sum of the activations.
 // The rounding error of an activation is at most 1/254 of the largest of the 32 with the same scale; the
 // test's reference rounds in the same way. Bound by instructions: load, shifts and masks of two nibbles,
 // multiply-add.
 void v3(const Product& p) {
-  qvl::cpu::QVL_KERNELS()->prepare_x[QVL_INT4_G128](p.x, 0, 1, p.k, p.scratch);
+  qvl::cpu::QVL_KERNELS()->prepare_x[QVL_INT4_G128](p.x, /*x_stride=*/0, /*n_x=*/1, p.k, p.scratch);
   for (int64_t row = 0; row < p.rows; ++row) integer_rows<1>(p, row);
 }
 
 // v4 and v5: three rows at a time. A vector of x and its scales are loaded once for three rows, and the three
 // sums are independent. AVX2 lacks the registers for more rows. With weights in memory this is no faster
-// without prefetches: three streams of 2 to 6 KB, and the hardware prefetcher restarts for each of them.
+// without prefetches: three streams of 2 to 6 KiB, and the hardware prefetcher restarts for each of them.
 template <bool Prefetch>
 QVL_INLINE void groups_of_rows(const Product& p) {
   constexpr int kRows = 3;
-  qvl::cpu::QVL_KERNELS()->prepare_x[QVL_INT4_G128](p.x, 0, 1, p.k, p.scratch);
+  qvl::cpu::QVL_KERNELS()->prepare_x[QVL_INT4_G128](p.x, /*x_stride=*/0, /*n_x=*/1, p.k, p.scratch);
   int64_t row = 0;
   for (; row + kRows <= p.rows; row += kRows) integer_rows<kRows, Prefetch>(p, row);
   for (; row < p.rows; ++row) integer_rows<1, Prefetch>(p, row);
@@ -150,9 +151,10 @@ void v5(const Product& p) {
 // converted together.
 void v6(const Product& p) {
   const qvl::cpu::Kernels& kernels = *qvl::cpu::QVL_KERNELS();
-  kernels.prepare_x[QVL_INT4_G128](p.x, 0, 1, p.k, p.scratch);
-  kernels.matvec[QVL_INT4_G128](
-      {p.weights, p.scales, p.k, p.scratch, 1, p.y, p.rows, nullptr, false, nullptr}, 0, p.rows);
+  kernels.prepare_x[QVL_INT4_G128](p.x, /*x_stride=*/0, /*n_x=*/1, p.k, p.scratch);
+  kernels.matvec[QVL_INT4_G128]({p.weights, p.scales, p.k, p.scratch, /*n_x=*/1, p.y, p.rows,
+                                 /*bias=*/nullptr, /*add=*/false, /*zeros=*/nullptr},
+                                0, p.rows);
 }
 
 }  // namespace int4

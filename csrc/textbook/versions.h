@@ -5,7 +5,7 @@
 
 namespace qvl::textbook {
 
-// y [rows] = weights [rows][k] x [k]
+// y [rows] = weights [rows][k] * x [k]
 struct Product {
   const void* weights;  // bfloat16 [rows][k], or int4 as in qwenvl.h
   const void* scales;   // int4: bfloat16 [rows][ceil(k / 128)]
@@ -18,7 +18,7 @@ struct Product {
   float* y;
 };
 
-// out [head_dim] = softmax(q . keys) values, for one query and one head; the caller has scaled q. The keys
+// out [head_dim] = softmax(q . keys) . values, for one query and one head; the caller has scaled q. The keys
 // and values are bfloat16, in tiles located by a block table.
 struct Query {
   const float* q;

@@ -13,12 +13,13 @@
 //   shared:  queries [64][D + 8]  |  2 x (keys [64][D + 8], values [64][D + 8])  |  offsets of keys
 //
 // Tiles of keys start at multiples of their size, and a tile in which all keys are masked for a query does
-// not change the bits of its result (factor 1, weights 0): a query's result depends only on its keys and its position, not
-// on the other queries.
+// not change the bits of its result (factor 1, weights 0): a query's result depends only on its keys and its
+// position, not on the other queries.
 //
-// Cost. Operations: 4 head_dim per query and key on the tensor cores, and one exponential per query and key,
-// 16 per cycle and multiprocessor, which takes half the time of the tensor cores on sm_90 at head_dim 128. Bytes: keys and values once per
-// 64 queries, from the L2 cache. Bound by the tensor cores.
+// Cost. Operations: 4 * head_dim per query and key on the tensor cores, and one exponential per query and
+// key. A multiprocessor computes 16 exponentials per cycle; on sm_90 at head_dim 128 they take half the time
+// of the tensor cores. Bytes: keys and values once per 64 queries, from the L2 cache. Bound by the tensor
+// cores.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_prompt_attention.py.
 #pragma once
@@ -65,10 +66,11 @@ struct PaddedRows {
 };
 
 // Attention of a job's queries. kPaddedDim: head_dim, padded to a multiple of 16. `source` provides keys and
-// values by two functions, which 128 threads call together (before sm_80 by value(part, key, d)):
+// values by two functions, which 128 threads call together; before sm_80, by value(part, key, d), which
+// returns a value:
 //
-//   locate(first, n, thread)              looks up the addresses of keys first to first + n - 1, some of which
-//                                         may not exist; may write to shared memory
+//   locate(first, n, thread)              looks up the addresses of those of keys first to first + n - 1 that
+//                                         exist; may write to shared memory
 //   load<Rows>(to, part, first, thread)   after locate and a barrier: writes the keys (part 0) or values
 //                                         (part 1) first to first + Rows::kKeys - 1 to the offsets Rows::at,
 //                                         and zeros beyond the last key; may use copy_async

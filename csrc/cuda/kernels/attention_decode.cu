@@ -3,7 +3,7 @@
 // Layout. A block processes a chunk of 128 keys of one head and one row, a warp 32 of them. The warp requests
 // the copies of all its keys and values to shared memory together, each lane into its own part, as in
 // linear_decode.cu. Three blocks fit a multiprocessor (int8: four). A lane has 16 bytes of a key: 16 lanes
-// share a 16-bit key, 8 lanes an 8-bit key:
+// share a key of 16-bit values, 8 lanes one of 8-bit values:
 //
 //   sequence   | chunk 0: keys 0-127 | chunk 1: 128-255 | .. |       grid [heads][chunks][rows]
 //                block                 block
@@ -12,8 +12,8 @@
 //   scratch      parts [row][head][chunk] (maximum, sum) | sums [row][head][chunk][head_dim]
 //
 // Partial results (maximum, sum of exp2, weighted sum of values) of warps, then of chunks, are merged in a
-// fixed order. Chunks begin at multiples of 128 tokens, so that a row depends only on its keys. Adjacent
-// blocks have adjacent heads, whose keys are contiguous in a block of the cache.
+// fixed order. Chunks begin at multiples of 128 tokens, so that a row's result depends only on its keys.
+// Adjacent blocks have adjacent heads, whose keys are contiguous in a block of the cache.
 //
 // On sm_90a the copy engine loads a warp's keys in one copy, and its values in another, if they are
 // contiguous in the cache. On an H200 this took 7 % less time than copies of 16 bytes at 32 rows x 2000 keys,
@@ -27,11 +27,12 @@
 //
 // attention_decode_any supports every head_dim up to 256, value by value.
 //
-// Cost. Bytes: each key and value once, 512 per head and token in bfloat16 at head_dim 128; time = 4 head_dim
-// heads tokens bytes / bandwidth. 300 tokens of one sequence with 32 heads are 4.9 MB, 1.1 us on an H200,
-// 2000 tokens of 32 sequences 1.05 GB, 245 us. One multiplication per value of 2 bytes, 0.5 per byte: no
-// tensor cores are needed. Bound by the duration of a block, since its 64 KB of shared memory are in flight
-// for only a part of it: dependent memory accesses to positions, blocks and keys, then the arithmetic.
+// Cost. Bytes: each key and value once, 512 per head and token in bfloat16 at head_dim 128; 4 * head_dim *
+// heads * tokens in total; time = bytes / bandwidth. 300 tokens of one sequence with 32 heads are 4.9 MB, 1.1
+// us on an H200, 2000 tokens of 32 sequences 1.05 GB, 245 us. One multiplication per value of 2 bytes, 0.5
+// per byte: no tensor cores are needed. Bound by the duration of a block, a sequence of dependent memory
+// accesses (positions, blocks, keys) and arithmetic: the copies to its 64 KB of shared memory are in flight
+// for only a part of that time.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_decode.py::test_attention_is_that_of_float64; the fused step
 // has the same bits as separate rotation and attention: test_a_step_is_rotation_and_attention.
@@ -88,7 +89,7 @@ struct TokenAddress {
     return reinterpret_cast<T*>(block) +
            (static_cast<int64>(part * p.heads + head) * p.block_tokens + slot) * p.head_dim;
   }
-  // For 8-bit types.
+  // Address of the scale of the key or the value, for 8-bit types.
   __device__ float* scale(const AttentionDecode& p, int part, int head) const {
     char* scales = block + 2 * static_cast<int64>(p.heads) * p.block_tokens * p.head_dim;
     return reinterpret_cast<float*>(scales) + (part * p.heads + head) * p.block_tokens + slot;
@@ -338,6 +339,7 @@ __device__ void attention(const AttentionDecode& p) {
   const bool has_newest = newest >= 0 && newest < kWarpKeys;
   const TokenAddress<T> address(p, lane < n_keys ? block_index : 0, token);
   const int64 key_address = reinterpret_cast<int64>(address.vector(p, 0, chunk.head));
+  // Bytes from the key of a token to its value.
   const int64 to_value = static_cast<int64>(p.heads) * p.block_tokens * (kFastDim * sizeof(T));
   uint4* const keys = shared + warp * (2 * kLoads * 32) + lane;
   uint4* const values = keys + kLoads * 32;

@@ -2,11 +2,11 @@
 //
 // Layout. A block has a tile of queries of one head of one image; grid [tiles][heads][images]:
 //
-//   vision tower   qkv [image][patch][head][q | k | v][head_dim]        q, k and v point into it, with this
-//   stride resampler      q [query][head][128], the same for all images; k, v [image][patch][head][128]
+//   vision tower   qkv [image][patch][head][q | k | v][head_dim]        q, k and v point into it
+//   resampler      q [query][head][128], the same for all images; k, v [image][patch][head][128]
 //
-// Tiles, buffers and cost: see attention.cuh, attention_hopper.cuh; 4 * head_dim * heads * n_queries *
-// n_keys operations per image, 7 GFLOP per layer of the tower.
+// Tiles, buffers and cost: see attention.cuh, attention_hopper.cuh; 4 * head_dim * heads * n_queries * n_keys
+// operations per image, 7 GFLOP per layer of the tower.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_prompt_attention.py::test_images.
 #include "cuda/kernels/attention_hopper.cuh"

@@ -12,8 +12,9 @@
 //
 // As in attention.cuh, a query's bits do not depend on the division into tiles.
 //
-// Cost of a tile of 128 keys at head_dim 128, in cycles of a multiprocessor: 2048 of wgmma for 128 queries, 4
-// head_dim operations per query and key; 1024 of exponentials, which overlap. Bound by the tensor cores.
+// Cost of a tile of 128 keys at head_dim 128, in cycles of a multiprocessor: 2048 of wgmma for 128 queries,
+// at 4 * head_dim operations per query and key; 1024 of exponentials, which overlap. Bound by the tensor
+// cores.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_prompt_attention.py (`portable` False).
 #pragma once
@@ -45,8 +46,8 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
   char* const aligned = raw_shared + (-shared_address(raw_shared) & 1023);
   const uint32 queries = shared_address(aligned), keys = queries + kTile, values = keys + 2 * kTile;
   const uint32 barriers = values + 2 * kTile + kKeys * 16;
-  // full and empty: barriers of keys (part 0) and values (part 1), for each of the two buffers. filled: of
-  // the copy of a last tile, whose other rows must be set to zero.
+  // full and empty: barriers of keys (part 0) and values (part 1), for each of the two buffers. filled:
+  // barrier of the copy of the values of an incomplete last tile, whose remaining rows are then set to zero.
   const uint32 filled = barriers + 64;
   auto full = [&](int part, int tile) { return barriers + 8 * (2 * part + tile % 2); };
   auto empty = [&](int part, int tile) { return barriers + 32 + 8 * (2 * part + tile % 2); };
@@ -145,7 +146,8 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
   auto score = [&](int tile) {
     barrier_wait(full(0, tile), tile / 2 % 2);
     wgmma_fence();
-    const uint64 a = wgmma_descriptor(queries + group * 64 * 128), b = wgmma_descriptor(keys + tile % 2 * kTile);
+    const uint64 a = wgmma_descriptor(queries + group * 64 * 128),
+                 b = wgmma_descriptor(keys + tile % 2 * kTile);
 #pragma unroll
     for (int k = 0; k < (kPaddedDim + 15) / 16; ++k) {
       const int step = (k / 4 * kColumn + k % 4 * 32) / 16;

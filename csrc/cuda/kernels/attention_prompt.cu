@@ -10,7 +10,7 @@
 //                    [2][heads][block_tokens]
 //
 // Tiles, buffers and cost: see attention.cuh, attention_hopper.cuh. A causal prompt of n tokens is half a
-// square: 2 head_dim heads n^2 operations.
+// square: 2 * head_dim * heads * n^2 operations.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_prompt_attention.py::test_prompts; the same bits for any
 // chunks of a prompt: test_a_prompt_cut_anywhere_is_the_same.

@@ -19,7 +19,7 @@ constexpr int kAttentionShared =
 
 // The Hopper kernels: two warpgroups with 64 queries each; a third loads keys and values. Shared memory:
 // queries, two tiles of 128 keys and two of values, in rows of 64 values; offsets of 128 keys and of their
-// scales; barriers.
+// scales; 128 bytes of barriers; 1024 bytes for alignment.
 constexpr int kHopperThreads = 384, kHopperKeys = 128;
 template <int kPaddedDim>
 constexpr int kHopperShared =

@@ -2,7 +2,7 @@
 //
 // Layout: a thread converts 8 adjacent values, with two float4 loads and one 16-byte store.
 //
-// Cost. Bytes: 4 read and 2 written per value; memory-bound, time = 6 n / bandwidth.
+// Cost. Bytes: 4 read and 2 written per value; memory-bound, time = 6 * n / bandwidth.
 //
 // Reference: the golden image features, tests/csrc/test_golden_gpu.py.
 #include "cuda/kernels/common.cuh"

@@ -20,11 +20,11 @@
 // Shared memory limits occupancy to one block per multiprocessor: with two, some multiprocessors get two
 // blocks and others none, which made a chain of products up to a third slower than without early launches.
 //
-// Cost. Bytes: each weight once, 4.3 TB/s on an H200; x and y are negligible. time = out in bytes /
-// bandwidth: 4096 x 4096 takes 7.8 us in bfloat16, 2 us with 4 bits, as long as the start of a kernel. The
-// next kernel therefore starts when the last weights have been requested, and fetches its first 64 KB on each
-// multiprocessor that is done. At that bandwidth a multiprocessor can execute 220 warp instructions per KB of
-// weights, which bounds 4 and 8 bits.
+// Cost. Bytes: each weight once, 4.3 TB/s on an H200; x and y are negligible. time = out * in * bytes per
+// weight / bandwidth: 4096 x 4096 takes 7.8 us in bfloat16, 2 us with 4 bits, as long as the start of a
+// kernel. The next kernel therefore starts when the last weights have been requested, and fetches its first
+// 64 KB on each multiprocessor that is done. At that bandwidth a multiprocessor can execute 220 warp
+// instructions per KB of weights; this limits weights of 4 and 8 bits.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_decode.py::test_a_product_is_that_of_float64; the same bits
 // in every batch: test_a_row_does_not_depend_on_the_others; both on GPUs other than Hopper.
@@ -368,7 +368,8 @@ __device__ void linear_decode(const LinearDecode& p) {
 
   int slot = 0, refill_slot = kDepth - 1;
   float* sums = reinterpret_cast<float*>(bytes + p.sums_at);
-  const int tile_sums = columns * kSumsPitch, pitch = p.tiles_at_once * tile_sums;  // floats: tile, slice
+  // Floats from the sums of a tile, and of a slice, to those of the next.
+  const int tile_sums = columns * kSumsPitch, pitch = p.tiles_at_once * tile_sums;
   int other_half = kSlices * pitch;  // offset between the halves of the sums' double buffer
   const int rows = p.epilogue == kSiluTimes ? kTileRows / 2 : kTileRows;
   for (int next = first_tile; next < tiles; next += p.tiles_at_once * next_tile) {

@@ -43,6 +43,7 @@ QVL_BOTH_SIDES constexpr int wide_tail_bytes(int groups, int columns, int row_ti
   const int split = wide_split(row_tiles);
   return 4 * (split * groups * columns + (split > 1 ? row_tiles * 4 * columns * 16 : 0));
 }
+// Number of stages that fit, at most 6; 2 even if two do not fit.
 QVL_BOTH_SIDES constexpr int wide_stages(int unit_bytes, int groups, int columns, int row_tiles,
                                          int shared_bytes) {
   const int fit = (shared_bytes - wide_tail_bytes(groups, columns, row_tiles)) /

@@ -1,7 +1,7 @@
 // y = x W^T for 1 to 256 rows of x on Hopper: wgmma with W as its left operand, loaded by TMA.
 //
-// Layout. A tile is `rows` rows of W, up to 64 kSubtiles, by N rows of x, its columns. k advances in steps of
-// 64 (H) or 128 values (quantized) and is divided into four slices, one per warpgroup, each summed in
+// Layout. A tile is `rows` rows of W, up to 64 * kSubtiles, by N rows of x, its columns. k advances in steps
+// of 64 (H) or 128 values (quantized) and is divided into four slices, one per warpgroup, each summed in
 // ascending order:
 //
 //               k ->  slice 0    slice 1    slice 2    slice 3

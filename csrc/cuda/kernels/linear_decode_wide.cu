@@ -15,9 +15,9 @@
 // the same order. In a block with two tiles, two warps share a tile: one sums the first half of the slices,
 // the other the second half.
 //
-// Cost. Bytes: each weight once, x once per block from the L2 cache. Operations: 2 n in out. Bound by the
-// bytes of the weights up to 64 rows, beyond by the tensor cores; every multiprocessor must have weights in
-// flight at all times.
+// Cost. Bytes: each weight once, x once per block from the L2 cache. Operations: 2 * n * in * out. Bound by
+// the bytes of the weights up to 64 rows, beyond by the tensor cores; every multiprocessor must have weights
+// in flight at all times.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_decode.py::test_a_product_is_that_of_float64; the same bits
 // as for one row: test_a_row_does_not_depend_on_the_others; both on GPUs other than Hopper.

@@ -6,8 +6,8 @@
 //   8 bits   bytes of values 0 2 1 3 4 6 5 7      |
 //   4 bits   nibbles of values 0 2 4 6 1 3 5 7    |   ->   H of values 0 1 2 3 4 5 6 7
 //
-// Cost. Bytes per value: 2 written, and 1 (8 bits) or 1/2 (4 bits) read; memory-bound. time = out stride (2 +
-// 1) / bandwidth: at the 7B geometry a layer's 202 million values take 0.14 ms with int8.
+// Cost. Bytes per value: 2 written, and 1 (8 bits) or 1/2 (4 bits) read; memory-bound. With int8 a matrix has
+// 3 * out * stride bytes: at the 7B geometry a layer's 202 million values take 0.14 ms at 4.3 TB/s.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_prompt_linear.py::test_quantized_weights.
 #include "cuda/kernels/linear_prompt.h"
@@ -32,7 +32,7 @@ __device__ inline void dequantize(const Dequantize& p) {
   } else if constexpr (kZeros) {
     const int64 at = layout.group_scale<kBits>(row, k, kGroup);
     scale = low_float16_to_float(scales[at]);
-    const float base = kBits == 4 ? kZeroBase4 : kZeroBase8 + 128;  // 8 bits: values minus 128
+    const float base = kBits == 4 ? kZeroBase4 : kZeroBase8 + 128;  // 8-bit integers are stored minus 128
     zero = static_cast<int>(to_float(reinterpret_cast<const H&>(scales[at + 2])) - base);
   } else {
     scale = low_bfloat16_to_float(scales[layout.int4_scale(row, k, kGroup)]);

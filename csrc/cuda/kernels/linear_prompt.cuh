@@ -1,10 +1,11 @@
-// Epilogue of a product: bias, activation, type (Epilogue of ops.h). A thread finishes two adjacent columns of a
-// row:
+// Epilogue of a product: bias, activation, type (Epilogue of ops.h). A thread finishes two adjacent columns
+// of a row:
 //
 //   sums (a, b) of columns c, c + 1 -> H [n, out] | float32 [n, out] | += float32 [n, out] | gelu: H [n, out]
-//   kEpilogueSiluTimes: a and b are a value of w1 x and of w2 x; a silu(b) -> H [n, out / 2]
+//   kEpilogueSiluTimes: a and b are a value of w1 x and of w2 x; a * silu(b) -> H [n, out / 2]
 //
-// Cost: y once, 2 to 8 bytes per element, negligible compared with the 2 in operations of the product.
+// Cost: y once, 2 to 8 bytes per element, negligible compared with the 2 * in operations per element of the
+// product.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_prompt_linear.py::test_every_tile_at_odd_sizes, test_gelu.
 #pragma once
@@ -18,7 +19,7 @@ namespace qvl::cuda {
 // -4.25, below which the result is 0), and 2e-5 relative from -1 on.
 __device__ inline float gelu(float x) {
   const float square = fminf(x * x, 4.25f * 4.25f);
-  float slope = -2.1248387e-12f;  // polynomial in x^2, of which CDF = 0.5 + x * slope
+  float slope = -2.1248387e-12f;  // polynomial in x^2; CDF = 0.5 + x * slope
   slope = fmaf(slope, square, 2.34336245e-10f);
   slope = fmaf(slope, square, -1.16305197e-08f);
   slope = fmaf(slope, square, 3.46490964e-07f);

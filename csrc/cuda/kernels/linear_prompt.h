@@ -14,7 +14,7 @@ struct Result {
   const float* bias;  // [out], or NULL
   void* y;
   int n, out;    // rows and columns of the product
-  int epilogue;  // epilogue
+  int epilogue;  // kEpilogueHalf ..
 };
 
 // y [n, out] = x [n, x_stride] W^T, W [out, stride]; only the first `in` values of a row are used.

@@ -1,10 +1,10 @@
 // Products of prompts on Hopper: wgmma on tiles loaded by the copy engine (TMA).
 //
-// Layout. A block computes 64 kGroups rows of W x kTokens tokens: kGroups warpgroups of 64 rows each, and one
-// more, of which one thread requests copies. Steps of 64 values of k pass through kStages buffers, in rows of
-// 128 bytes swizzled by the copy engine:
+// Layout. A block computes 64 * kGroups rows of W x kTokens tokens: kGroups warpgroups of 64 rows each, and
+// one more, of which one thread requests copies. Steps of 64 values of k pass through kStages buffers, in
+// rows of 128 bytes swizzled by the copy engine:
 //
-//   buffer:  W [64 kGroups][64]  |  x [kTokens][64]      barriers: full, empty
+//   buffer:  W [64 * kGroups][64]  |  x [kTokens][64]      barriers: full, empty
 //
 //   a cluster of kClusterRows x kClusterTokens blocks, here for example 2 x 2:
 //
@@ -16,10 +16,11 @@
 // cache. Each sum has one accumulator and adds ascending steps of 16 values of k in every variant: a row's
 // bits do not depend on the choice of tile.
 //
-// Cost of a step, in cycles of a multiprocessor: 2 kGroups kTokens of wgmma (64 x 8 x 16 products in 4
-// cycles), against (64 kGroups + kTokens) 128 bytes at 47 bytes per cycle, with and without multicast, which
-// only reduces the load of the L2 cache. Tiles are therefore large, about as many as multiprocessors;
-// linear_prompt.cc minimises max(2.25 kGroups kTokens, bytes / 47) times the number of rounds.
+// Cost of a step, in cycles of a multiprocessor: 2 * kGroups * kTokens of wgmma (64 x 8 x 16 products in 4
+// cycles), against 128 * (64 * kGroups + kTokens) bytes at 47 bytes per cycle, with and without multicast:
+// multicast only reduces the load of the L2 cache. Tiles are therefore large, about as many as
+// multiprocessors; linear_prompt.cc minimises max(2.25 * kGroups * kTokens, bytes / 47) times the number of
+// rounds.
 //
 // Reference: float64 in PyTorch, and the same bits for every tile, tests/cuda/test_prompt_linear.py.
 #include "cuda/kernels/hopper.cuh"
@@ -104,7 +105,7 @@ __device__ inline void linear(const LinearTensors& p) {
   const int rank = kBlocks > 1 ? static_cast<int>(cluster_rank()) : 0;
   const int rank_m = rank % kClusterRows,
             rank_n = rank / kClusterRows;  // position in the cluster: rows, tokens
-  // A group is the tiles that a cluster computes at a time.
+  // A group here is not a warpgroup but the tiles that a cluster computes at a time.
   const int first_group = blockIdx.x / kBlocks, stride = gridDim.x / kBlocks;
   const int groups = p.m_groups * p.n_groups;
 

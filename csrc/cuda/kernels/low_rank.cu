@@ -11,9 +11,9 @@
 //                   8 rows of B per warp, a tile of sums in shared memory, then two columns per thread
 //   finish_raw      for prompts, whose B (A x) ordinary products have added    raw float32 [n][out] -> y
 //
-// Cost. Bytes: A and B once per adapter: (in + out) rank values, 2 MB for rank 64 of a 4096 x 12288 product,
-// compared with 24 to 96 MB of base weights. The kernels are latency-bound: they read A, B and the tables
-// before their predecessors end, which write only x, low and raw.
+// Cost. Bytes: A and B once per adapter: (in + out) * rank values, 2 MB for rank 64 of a 4096 x 12288
+// product, compared with 24 to 96 MB of base weights. The kernels are latency-bound: they read A, B and the
+// tables before their predecessors end, which write only x, low and raw.
 //
 // A row's sums depend only on the row and its adapter: the steps and their order are the same in every batch,
 // and a row without an adapter has the same bits as in a batch without adapters.

@@ -8,7 +8,7 @@ namespace qvl::cuda {
 // A and B of a product: y += B (A x). For two interleaved matrices A contains the rows of the first matrix's
 // A, then those of the second's, and row i of B belongs to matrix i % parts.
 struct LowRankEntry {
-  const void* a;  // H [rank, x_stride of the product's inputs]
+  const void* a;  // H [rank, in]
   const void* b;  // H [out, rank], multiplied by the adapter's scale
   int rank;       // a multiple of 8; 0: the adapter does not change the product
   int parts;      // number of interleaved matrices, 1 or 2; rank / parts is a multiple of 8

@@ -17,7 +17,7 @@
 //   INT4   [tile][unit][half][lane] 4 words, a run each: both quarters of row g, then those of row g + 8.
 //          Nibbles of a run, from the lowest: values 0 2 4 6 1 3 5 7, with an offset of 8.
 //          Scales bfloat16 [tile][unit][g][group of the unit][row g, row g + 8].
-//   UINT4  As INT4, without the offset (value = scale (integer - zero point)).
+//   UINT4  As INT4, without the offset (value = scale * (integer - zero point)).
 //   UINT8  As INT8, with 128 subtracted from the values.
 //
 // A word has 32 bits. The scales and zero points of UINT4 and UINT8 are stored by span, which is 128 values

@@ -1,7 +1,8 @@
 // Rotation of queries and keys by the angles of a position, and conversion to the types of the cache. Shared
 // by several kernels, whose results are therefore bit-identical.
 //
-//   head  [ lower half | upper half ]      lower' = lower cos - upper sin,  upper' = upper cos + lower sin
+//   head  [ lower half | upper half ]      lower' = lower * cos - upper * sin
+//                                          upper' = upper * cos + lower * sin
 //   int8  value = scale * integer, scale = largest magnitude of the head / 127
 //
 // Cost: a multiplication and a multiply-add per value.

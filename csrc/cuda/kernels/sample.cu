@@ -22,9 +22,9 @@
 //
 // Cost. Greedy, one row of 151,936: 608 KB from the L2 cache, where the preceding product left them, by 38
 // blocks with 64 bytes in flight per thread, then 38 small structs: little more than two launches. 256 rows
-// have 156 MB: 36 us at memory bandwidth (4 n vocab bytes). Measured on an H200: greedy 3.5 us for one row,
-// 13 for 64, 45 for 256. A draw adds 14 to 22 us for one row, 76 to 82 for 64 (57 of them in sample_bins,
-// bound by atomic additions in shared memory), and 150 for one flat row with top-p.
+// have 156 MB: 36 us at memory bandwidth (4 * n * vocab bytes). Measured on an H200: greedy 3.5 us for one
+// row, 13 for 64, 45 for 256. A draw adds 14 to 22 us for one row, 76 to 82 for 64 (57 of them in
+// sample_bins, bound by atomic additions in shared memory), and 150 for one flat row with top-p.
 //
 // Reference: `expected` in tests/cuda/test_sample.py, the same rules in NumPy with float64.
 #include "cuda/kernels/sample.h"
@@ -349,14 +349,14 @@ extern "C" __global__ void __launch_bounds__(kSearchThreads, 1)
   if (kept.n > 0) search.begin_with(kept, p.kept_keys + static_cast<int64>(row) * kMaxKept);
   uint64 key, mass = kept.mass, through;
   if (kept.by_count) {
-    search.find(true, static_cast<uint64>(pick.top_k - 1), false, key, through);
+    search.find(/*by_count=*/true, static_cast<uint64>(pick.top_k - 1), /*keep_all=*/false, key, through);
     mass = through;
   }
   if (pick.top_p < 1) {
-    search.find(false, top_p_target(pick, mass), false, key, through);
+    search.find(/*by_count=*/false, top_p_target(pick, mass), /*keep_all=*/false, key, through);
     mass = through;
   }
-  search.find(false, draw_target(pick, mass), false, key, through);
+  search.find(/*by_count=*/false, draw_target(pick, mass), /*keep_all=*/false, key, through);
   if (threadIdx.x == 0) finish(p, row, static_cast<int>(key & ((1u << kIdBits) - 1)), state.log_sum);
 }
 
@@ -380,7 +380,8 @@ extern "C" __global__ void __launch_bounds__(kSearchThreads, 1)
           items.key(0xFFFFFFFF, p.warp_maxima[static_cast<int64>(row) * p.chunks * kScanWarps + thread]);
     search.sort(n_maxima);
     uint64 key = p.n_top <= n_maxima ? scratch.keys[p.n_top - 1] : ~0ull, through;
-    if (!search.keep_up_to(key)) search.find(true, static_cast<uint64>(p.n_top - 1), true, key, through);
+    if (!search.keep_up_to(key))
+      search.find(/*by_count=*/true, static_cast<uint64>(p.n_top - 1), /*keep_all=*/true, key, through);
   }
   if (thread >= p.n_top) return;
   const int id = invalid ? -1 : static_cast<int>(scratch.keys[thread] & 0xFFFFFFFF);

@@ -32,7 +32,7 @@ struct RowState {
 struct KeptIds {
   unsigned blocks_done;                        // number of finished blocks of sample_bins
   bool by_count;                               // the first search is by count: top-k applies
-  bool too_many;                               // more than kKept: no ids are kept
+  bool too_many;                               // more than kMaxKept: no ids are kept
   int n;                                       // number of kept ids
   unsigned long long mass;                     // total weight of the row's ids
   unsigned long long base_count, base_weight;  // number and weight of the ids before the kept ones
@@ -55,7 +55,7 @@ struct SampleParams {
   unsigned long long* bin_weights;  // [n, kSearchBins]
   unsigned int* bin_counts;         // [n, kSearchBins]
   KeptIds* kept;                    // [n]
-  unsigned long long* kept_keys;    // [n, kKept]
+  unsigned long long* kept_keys;    // [n, kMaxKept]
   float* warp_maxima;               // [n, chunks * kScanWarps]: the largest logit of each warp of the scan
   unsigned int* marks;              // [n, mark_words]: one bit per forbidden id
   int mark_words;

@@ -1,7 +1,7 @@
 // A row of logits with its penalties and forbidden ids, and its distribution over threads.
 //
 // Layout: logits float32 [vocab]; counts int32 [vocab]; marks: one bit per forbidden id. A thread reads
-// kVectors float4, 4 * threads apart:
+// kVectors float4, 4 * threads logits apart:
 //
 //   logits   | t0: 4 | t1: 4 | .. | t255: 4 | t0: 4 | ..
 //
@@ -56,7 +56,8 @@ struct Row {
   }
 };
 
-// Load a thread's logits: kVectors float4 from `first` on, 4 * threads apart; -infinity beyond the row.
+// Load a thread's logits: kVectors float4 from `first` on, 4 * threads logits apart; -infinity beyond the
+// row.
 template <int kVectors>
 __device__ void load_logits(const float* logits, int vocab, int first, float (&values)[kVectors][4]) {
   const int step = 4 * blockDim.x;

@@ -3,7 +3,7 @@
 //
 // Layout of a key, 64 bits; a smaller key is a likelier id:
 //
-//   draws             | 40 bits: (largest logit - logit) / temperature, in steps of 2^-35 | 24 bits: id |
+//   draws               | 40 bits: (largest logit - logit) / temperature, in steps of 2^-35 | 24 bits: id |
 //   most likely tokens  | 32 bits: the logit, in reversed order | 32 bits: id |
 //
 //   level 1: 2048 bins of the upper 11 bits    | w0 | w1 | w2 | ..      the bin where the running sum crosses
@@ -12,7 +12,7 @@
 //
 // Weights are integers, so that sums do not depend on the order of additions.
 //
-// Cost: a pass over the row per level, 4 vocab bytes from the L2 cache, and a bitonic sort of 2048 keys in
+// Cost: a pass over the row per level, 4 * vocab bytes from the L2 cache, and a bitonic sort of 2048 keys in
 // shared memory, 66 rounds of comparisons.
 //
 // Reference: `expected` in tests/cuda/test_sample.py; sample.cu describes the whole algorithm.
@@ -23,7 +23,7 @@
 namespace qvl::cuda {
 
 constexpr int kIdBits = 24, kStepBits = 35;       // parts of a key for draws
-constexpr uint64 kFarthest = 32ull << kStepBits;  // in steps; with kIdBits these are 64 bits
+constexpr uint64 kFarthest = 32ull << kStepBits;  // in steps; a smaller distance has 40 bits
 constexpr uint64 kLog2E = 6653256548922161246;    // log2(e) * 2^62
 
 // Range of logits that includes the logits of a range of keys.

@@ -1,6 +1,6 @@
 // Building blocks of kernels that stream weights or keys from memory: asynchronous copies (cp.async) and
-// tensor-core products (mma). Before sm_80 plain loads replace the copies, and sums over warp shuffles the
-// products.
+// tensor-core products (mma). Before sm_80 plain loads replace the copies, and sums over warp shuffles
+// replace the products.
 //
 // Layout: a ring buffer of slots in shared memory. Each lane reads only the bytes that it has copied, so no
 // barrier is needed between a copy and its use:

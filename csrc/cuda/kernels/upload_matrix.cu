@@ -5,7 +5,7 @@
 //
 //   float32, bfloat16, float16 [out, in]  ->  H [out][stride], padded with zeros
 //   quantized                             ->  tiles of 16 rows x units of 128 values (quantized.cuh)
-//   row r of the file                     ->  row first + r step; step 2 interleaves two matrices
+//   row r of the file                     ->  row first + r * step; step 2 interleaves two matrices
 //
 // Cost. Bytes: each weight is read and written once when a model is opened. Bound by the copy from the host.
 //
