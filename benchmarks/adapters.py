@@ -46,7 +46,7 @@ def make_adapter(engine: Engine, rank: int, dtype: str, seed: int) -> Adapter:
 
     return engine.adapter(
         {
-            f"h.{i}.{name}.weight": LowRank(values(rank, n_in), values(n_out, rank), 2.0)
+            f"h.{i}.{name}.weight": LowRank(values(rank, n_in), values(n_out, rank), scale=2.0)
             for i in range(LAYERS)
             for name, (n_out, n_in) in SHAPES.items()
         }

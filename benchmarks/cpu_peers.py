@@ -176,7 +176,7 @@ def llama_peer(threads: int, seconds: float) -> None:
         options.n_threads = options.n_threads_batch = threads
         context = llama_cpp.llama_init_from_model(model, options)
         memory = llama_cpp.llama_get_memory(context)
-        batch = llama_cpp.llama_batch_init(512, 0, 1)
+        batch = llama_cpp.llama_batch_init(512, 0, 1)  # 512 token ids, each in one sequence
 
         def feed(tokens: list[tuple[int, int]], context: Any = context, batch: Any = batch) -> None:
             """Compute a token for each (sequence, position).

@@ -24,7 +24,8 @@ from scale_times import COSTS, FRONT_TOKEN, MEASURED_IMAGE, PROFILES, Times
 
 # The conversations of docs/scaling.md, with a shorter think time, so that a run reaches its steady state soon.
 CONVERSATIONS = Conversations(think=1.0)
-# The scenario `replicas`: requests per second per replica, and replicas per cell.
+# The scenario `replicas`: requests per second per replica, and replicas per cell. A cell is a service with its own
+# coordinator.
 RATE = 30
 CELL = 8
 # A row of a batch job: tokens of a prompt with one image, and of its caption; rows that an engine decodes concurrently.

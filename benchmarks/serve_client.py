@@ -105,7 +105,8 @@ def parse(response: RawResponse) -> dict[str, Any]:
     """Parse a response; return a report of it.
 
     `start` and `end` are times of the clock, `times` are those of the events with text, in seconds since the request;
-    `error`, `finish` (finish reason) and `usage` are as sent by the server.
+    `error`, `finish` (finish reason) and `usage` are as sent by the server. If the connection failed, `error` is the
+    reason, and `end` is absent.
     """
     report: dict[str, Any] = {"start": response.start, "times": [], "error": response.error, "finish": None}
     if response.error is not None:

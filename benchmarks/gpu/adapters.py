@@ -36,7 +36,7 @@ def make_adapter(ours: Ours, rank: int, seed: int) -> Adapter:
         if name.endswith(TARGETS):
             n_out, n_in = shape
             a, b = values[: rank * n_in].reshape(rank, n_in), values[: n_out * rank].reshape(n_out, rank)
-            updates[name] = LowRank(a, b, 0.25)
+            updates[name] = LowRank(a, b, scale=0.25)
     return ours.engine.adapter(updates)
 
 

@@ -333,7 +333,8 @@ def write_stage(path: Path, shapes: dict[str, tuple[int, ...]], pattern: bytes) 
             message = b"\x08\x16" + b"".join(b"\x10" + varint(n) for n in shape)
             metadata = struct.pack("<4sBBH", b"qvl1", BFLOAT16, len(shape), len(name))
             metadata += struct.pack(f"<{len(shape)}q", *shape) + name.encode()
-            # The data begins at a multiple of 64 bytes; a header of 20 bytes and the 4 bytes before the metadata count.
+            # Padding, so that the data begins at a multiple of 64 bytes. The data follows a header of 20 bytes and the
+            # message, whose metadata has a prefix of 4 bytes (field number and length).
             metadata += bytes(-(file.tell() + 20 + len(message) + 4 + len(metadata)) % 64)
             metadata_length = varint(len(metadata))[:2] + bytes([len(metadata) >> 14])  # in three bytes
             message += b"\x7a" + metadata_length + metadata

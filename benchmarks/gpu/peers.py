@@ -3,7 +3,7 @@
 eager: PyTorch's operators, one after another.
 compiled: torch.compile for the operations between two attention calls, shared by all layers, and one CUDA graph per
 pass. This is equivalent to the mode "reduce-overhead", but without its copies of inputs, and the 32 equal layers are
-compiled once. Decode steps of one token are compiled with coordinate_descent_tuning, which makes them faster.
+compiled once. Decode steps of one sequence are compiled with coordinate_descent_tuning, which makes them faster.
 
 Weights and activations are bfloat16. One product computes q, k and v, and one the gate and value of the MLP. The KV
 cache is static; attention reads only its valid part, with the kernel of scaled_dot_product_attention that is fastest
@@ -48,7 +48,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 Function = Callable[..., Any]
 KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 PREFILL_BATCH = 8  # requests whose images and prompts are computed in one pass
-# Positions of the static cache per sequence; of 64 concurrent requests.
+# Positions of the static cache per sequence: in general, and with 64 concurrent requests.
 CACHE_LENGTH = 2048
 CACHE_LENGTH_REQUESTS = 384
 
@@ -163,8 +163,8 @@ def before_attention(
 ) -> Any:
     """First part of a layer: norm, product for q, k and v, rotary embedding.
 
-    x, delta [n, hidden]: residual stream, and the last layer's output, which is to be added to it. Writes the keys and
-    values to their slots of the cache; returns the residual stream and the queries.
+    x, delta [n, hidden]: residual stream, and the previous layer's output, which is to be added to it. Writes the keys
+    and values to their slots of the cache; returns the residual stream and the queries.
     """
     x = x + delta
     heads, head_dim = keys.shape[1:]

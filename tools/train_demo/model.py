@@ -1,8 +1,8 @@
 """Qwen-VL in PyTorch for training the demo model: the numerics of `paddlemix_qwenvl_plugin/modeling`.
 
-Tensor names are Hugging Face's. The patch grid must be 16 x 16 with 256 queries, so that no position table is resized;
-sequences must be within `seq_length`, where dynamic NTK and logn have no effect. tests/demo/world compares the results
-with those of `modeling`.
+Parameter names are Hugging Face's without the prefix `transformer.`. The patch grid must be 16 x 16 with 256 queries,
+so that no position table is resized; sequences must be within `seq_length`, where dynamic NTK and logn have no effect.
+tests/demo/world compares the results with those of `modeling`.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class Layer(nn.Module):
 
 
 class QwenVL(nn.Module):
-    """Qwen-VL. Its parameters have canonical names: Hugging Face's without the prefix `transformer.`."""
+    """Qwen-VL. The names of its parameters are called canonical elsewhere in this folder."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ class QwenVL(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
 
     def _initialise(self, layers: int, vision_layers: int) -> None:
-        """Initialise matrices with variance 1 / inputs; the last matrix of a residual branch smaller with depth."""
+        """Initialise matrices with variance 1 / inputs; the last of a residual branch with 1 / (2 * layers) of it."""
         for name, tensor in self.named_parameters():
             if tensor.dim() == 1:
                 continue
