@@ -1,8 +1,7 @@
 """Qwen-VL in PyTorch for training the demo model: the numerics of `paddlemix_qwenvl_plugin/modeling`.
 
-Parameter names are Hugging Face's without the prefix `transformer.`. The patch grid must be 16 x 16 with 256 queries,
-so that no position table is resized; sequences must be within `seq_length`, where dynamic NTK and logn have no effect.
-tests/demo/world compares the results with those of `modeling`.
+The patch grid must be 16 x 16 with 256 queries, so that no position table is resized; sequences must be within
+`seq_length`, where dynamic NTK and logn have no effect. tests/demo/world compares the results with those of `modeling`.
 """
 
 from __future__ import annotations
@@ -173,7 +172,7 @@ class Layer(nn.Module):
 
 
 class QwenVL(nn.Module):
-    """Qwen-VL. The names of its parameters are called canonical elsewhere in this folder."""
+    """Qwen-VL. Its parameters have canonical names: Hugging Face's without the prefix `transformer.`."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
