@@ -216,7 +216,7 @@ def language_row(
             result is returned.
     """
     dtype = DTYPES[name]
-    with language_engine(library, dtype) as engine, engine.pool(96, 32, BFLOAT16) as pool:
+    with language_engine(library, dtype) as engine, engine.pool(96, block_tokens=32, dtype=BFLOAT16) as pool:
         block_tables = [list(range(10 * i, 10 * i + 10)) for i in range(8)]
         bandwidths: list[float] = []
 

@@ -156,7 +156,7 @@ def test_littles_law(router: Router) -> None:
         router,
         admission=Station(),
         admission_call=3e-3,
-        failures=Failures(20.0, detect=0.5),
+        failures=Failures(mean_time_to_failure=20.0, detect=0.5),
     )
     Users(service, 80.0)
     env.run(40)
@@ -284,7 +284,9 @@ def test_hit_rate_of_prefix_routing_is_the_share_of_follow_up_questions() -> Non
 def test_failures_neither_lose_nor_repeat_requests() -> None:
     env = simpy.Environment()
     detect = 2.0
-    service = Service(env, H200_BF16, 6, ByPrefix(), failures=Failures(10.0, detect=detect, repair=1.0))
+    service = Service(
+        env, H200_BF16, 6, ByPrefix(), failures=Failures(mean_time_to_failure=10.0, detect=detect, repair=1.0)
+    )
     submitted: list[Request] = []
     submit = service.submit
 
@@ -305,7 +307,7 @@ def test_failures_neither_lose_nor_repeat_requests() -> None:
 def test_surge_starts_replicas_after_the_delays() -> None:
     env = simpy.Environment()
     service = Service(env, H200_BF16, 2)
-    rule = Autoscaling(2, 16, target=2, upscale_delay=5, look_back=5, provision=20)
+    rule = Autoscaling(smallest=2, largest=16, target=2, upscale_delay=5, look_back=5, provision=20)
     env.process(service.autoscale(rule))
     surge = 30
     Users(service, lambda now: 5.0 if now < surge else 60.0, Conversations(turns=1.0))
@@ -319,7 +321,9 @@ def test_surge_starts_replicas_after_the_delays() -> None:
 def test_downscaling_restarts_no_requests() -> None:
     env = simpy.Environment()
     service = Service(env, H200_BF16, 10)
-    env.process(service.autoscale(Autoscaling(2, 10, target=8, downscale_delay=10, look_back=5)))
+    env.process(
+        service.autoscale(Autoscaling(smallest=2, largest=10, target=8, downscale_delay=10, look_back=5))
+    )
     Users(service, 10.0, Conversations(turns=1.0))
     env.run(40)
     assert len(service.live) == 2

@@ -1133,7 +1133,7 @@ def _(bench: Bench) -> list[str]:
     with bench.monkeypatch.context() as patch:
         patch.setattr("paddlemix_qwenvl_plugin.batch.job.write_beside", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            run(Source(Path("in.jsonl"), options), Path("out.jsonl"), model, 8)
+            run(Source(Path("in.jsonl"), options), Path("out.jsonl"), model, window=8)
     assert Path("out.jsonl.partial").is_file()
     return command
 

@@ -125,7 +125,7 @@ def test_correct_answers_score_the_maximum(
     require_libraries(task)
     monkeypatch.setattr(ask, "answers", lambda model, requests, options: iter(CORRECT_ANSWERS[task]))
     figures = run(task, write_data(task), *stage_flags(tiny_exported), "--output", "out.jsonl")
-    # CIDEr is between 5 and 10, its maximum, because an answer cannot match both captions of the first image.
+    # CIDEr is less than its maximum of 10, because an answer cannot match both captions of the first image.
     expected = [1.0] if task != "captions" else pytest.approx([7.5, 1.0, 1.0], abs=2.5)
     assert values(task, figures) == expected
     assert [line["text"] for line in read_lines("out.jsonl")] == CORRECT_ANSWERS[task]
