@@ -46,7 +46,7 @@ def make_adapter(engine: Engine, rank: int, dtype: str, seed: int) -> Adapter:
 
     return engine.adapter(
         {
-            f"h.{i}.{name}.weight": LowRank(values(rank, n_in), values(n_out, rank), 2.0)
+            f"h.{i}.{name}.weight": LowRank(values(rank, n_in), values(n_out, rank), scale=2.0)
             for i in range(LAYERS)
             for name, (n_out, n_in) in SHAPES.items()
         }
@@ -100,7 +100,10 @@ def main() -> None:
     print("| base | adapters | decode step, ms per layer | overhead | prompts, ms per layer | overhead |")
     print("| --- |" + " --- |" * 5)
     for base in arguments.dtypes.split(","):
-        with language_engine(library, DTYPES[base]) as engine, engine.pool(512, 32, BFLOAT16) as pool:
+        with (
+            language_engine(library, DTYPES[base]) as engine,
+            engine.pool(512, block_tokens=32, dtype=BFLOAT16) as pool,
+        ):
             runs = {
                 "none": decode_step(pool, [None] * arguments.batch),
                 "none, prompts": prefill(pool, [None] * N_PROMPTS),

@@ -84,8 +84,8 @@ class Weights:
 def add_layer(weights: Weights, stored: dict[str, Stored], layer: str, hidden: int, mlp: int) -> None:
     """Add the tensors of a decoder layer to `stored`."""
     for norm in ("ln_1", "ln_2"):
-        stored[f"{layer}.{norm}.weight"] = weights.get("", (hidden,), False)
-    stored[f"{layer}.attn.c_attn.bias"] = weights.get("", (3 * hidden,), False)
+        stored[f"{layer}.{norm}.weight"] = weights.get("", (hidden,), matrix=False)
+    stored[f"{layer}.attn.c_attn.bias"] = weights.get("", (3 * hidden,), matrix=False)
     for name, shape in {
         "attn.c_attn": (3 * hidden, hidden),
         "attn.c_proj": (hidden, hidden),
@@ -93,15 +93,15 @@ def add_layer(weights: Weights, stored: dict[str, Stored], layer: str, hidden: i
         "mlp.w2": (mlp, hidden),
         "mlp.c_proj": (hidden, mlp),
     }.items():
-        stored[f"{layer}.{name}.weight"] = weights.get(f"{name}.weight", shape, True)
+        stored[f"{layer}.{name}.weight"] = weights.get(f"{name}.weight", shape, matrix=True)
 
 
 def language_engine(library: Library, dtype: int) -> Engine:
     weights, stored = Weights(library, dtype), {}
     hidden, mlp, vocab = 4096, 11008, GEOMETRY["vocab_size"]
-    stored["wte.weight"] = weights.get("wte.weight", (vocab, hidden), False)
-    stored["lm_head.weight"] = weights.get("lm_head.weight", (vocab, hidden), True)
-    stored["ln_f.weight"] = weights.get("ln_f.weight", (hidden,), False)
+    stored["wte.weight"] = weights.get("wte.weight", (vocab, hidden), matrix=False)
+    stored["lm_head.weight"] = weights.get("lm_head.weight", (vocab, hidden), matrix=True)
+    stored["ln_f.weight"] = weights.get("ln_f.weight", (hidden,), matrix=False)
     for i in range(LAYERS):
         add_layer(weights, stored, f"h.{i}", hidden, mlp)
     return Engine(library, make_config(GEOMETRY, LANGUAGE), stored)
@@ -114,10 +114,10 @@ def vision_engine(library: Library, dtype: int, layers: int) -> Engine:
     width, mlp, hidden, patches, queries = 1664, config.vision_mlp_width, 4096, 1024, 256
 
     def bfloat16(name: str, *shape: int) -> None:
-        stored[f"visual.{name}"] = weights.get(name, shape, False)
+        stored[f"visual.{name}"] = weights.get(name, shape, matrix=False)
 
     def matrix(name: str, *shape: int) -> None:
-        stored[f"visual.{name}"] = weights.get(name, shape, True)
+        stored[f"visual.{name}"] = weights.get(name, shape, matrix=True)
 
     def norm(name: str, n: int) -> None:
         bfloat16(f"{name}.weight", n)
@@ -161,7 +161,7 @@ def small_engine(library: Library, dtype: int, threads: int) -> Engine:
     weights, stored = Weights(library, dtype), {}
     for name in ("wte", "lm_head"):
         stored[f"{name}.weight"] = weights.get(name, (vocab, hidden), name == "lm_head")
-    stored["ln_f.weight"] = weights.get("", (hidden,), False)
+    stored["ln_f.weight"] = weights.get("", (hidden,), matrix=False)
     for i in range(layers):
         add_layer(weights, stored, f"h.{i}", hidden, mlp)
     return Engine(library, make_config(geometry, LANGUAGE, n_threads=threads), stored)
@@ -216,7 +216,7 @@ def language_row(
             result is returned.
     """
     dtype = DTYPES[name]
-    with language_engine(library, dtype) as engine, engine.pool(96, 32, BFLOAT16) as pool:
+    with language_engine(library, dtype) as engine, engine.pool(96, block_tokens=32, dtype=BFLOAT16) as pool:
         block_tables = [list(range(10 * i, 10 * i + 10)) for i in range(8)]
         bandwidths: list[float] = []
 
@@ -229,7 +229,7 @@ def language_row(
             **{f"decode_{n} {i}": functools.partial(decode_step, n) for i in range(8) for n in (1, 8)},
             "bandwidth": lambda: bandwidths.append(read_bandwidth()),
         }
-        times = shortest(runs, 4 * seconds)
+        times = shortest(runs, 4 * seconds)  # for four figures: prefill, decode_1, decode_8, bandwidth
     figures = {"prefill": times["prefill"]}
     for kind in ("decode_1", "decode_8"):
         figures[kind] = min(run_seconds for run, run_seconds in times.items() if run.startswith(kind))
@@ -316,6 +316,7 @@ def main() -> None:
     threads = int(description.split(", ")[1].split()[0])
     print(f"{datetime.date.today()}: {description}; ms per layer\n")
     language = [
+        # Read bandwidth: the best of six passes over 256 MiB.
         language_row(library, name, seconds, lambda: dll.qvlt_read_bandwidth(threads, 1 << 28, 6))
         for name in names
     ]

@@ -80,7 +80,7 @@ def torch_peer(threads: int, seconds: float) -> None:
                 past_keys, past_values = past
                 past_keys[:, -1:], past_values[:, -1:] = k, v
                 k, v = past
-            x = x + self.c_proj(attend(q, k, v, HEADS, past is None))
+            x = x + self.c_proj(attend(q, k, v, HEADS, causal=past is None))
             normed = self.ln_2(x)
             return x + self.down(self.w1(normed) * f.silu(self.w2(normed)))
 
@@ -96,7 +96,7 @@ def torch_peer(threads: int, seconds: float) -> None:
 
         def forward(self, x: Any) -> Any:
             q, k, v = self.in_proj(self.ln_1(x)).chunk(3, -1)
-            x = x + self.out_proj(attend(q, k, v, VISION_HEADS, False))
+            x = x + self.out_proj(attend(q, k, v, VISION_HEADS, causal=False))
             return x + self.c_proj(f.gelu(self.c_fc(self.ln_2(x))))
 
     for dtype in (torch.bfloat16, torch.float32):
@@ -175,7 +175,7 @@ def llama_peer(threads: int, seconds: float) -> None:
         options.n_threads = options.n_threads_batch = threads
         context = llama_cpp.llama_init_from_model(model, options)
         memory = llama_cpp.llama_get_memory(context)
-        batch = llama_cpp.llama_batch_init(512, 0, 1)
+        batch = llama_cpp.llama_batch_init(512, 0, 1)  # 512 token ids, each in one sequence
 
         def feed(tokens: list[tuple[int, int]], context: Any = context, batch: Any = batch) -> None:
             """Compute a token for each (sequence, position).
@@ -250,7 +250,7 @@ def portable_graph(folder: Path, n_layers: int, seconds: float) -> dict[str, flo
     config = {"hidden_size": HIDDEN, "num_hidden_layers": n_layers, "num_attention_heads": HEADS}
     config |= {"intermediate_size": 2 * MLP, "vocab_size": 64, "visual": vision}
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(random_weights(parse_config(config, "7B"), 0), str(folder / "model.safetensors"))
+    save_file(random_weights(parse_config(config, "7B"), seed=0), str(folder / "model.safetensors"))
     export_vision(folder, folder / "vision")
     export_language(folder, folder / "text", "qwen")
     encode = Stage(folder / "vision", "vision", "cpu").open()
@@ -270,10 +270,10 @@ def portable_graph(folder: Path, n_layers: int, seconds: float) -> dict[str, flo
         return step([np.full([n_rows, n_tokens], 5), *no_images, *lengths, valid, *cache])[1:]
 
     figures = {"vision": best(lambda: encode([pixels]), seconds)}
-    figures["prefill"] = best(lambda: forward(empty_cache(1), 1, 0, PROMPT), seconds)
+    figures["prefill"] = best(lambda: forward(empty_cache(1), n_rows=1, past=0, n_tokens=PROMPT), seconds)
     for n in (1, BATCH):
-        cache = forward(empty_cache(n), n, 0, PAST)
-        figures[f"decode_{n}"] = best(functools.partial(forward, cache, n, PAST, 1), seconds)
+        cache = forward(empty_cache(n), n, past=0, n_tokens=PAST)
+        figures[f"decode_{n}"] = best(functools.partial(forward, cache, n, PAST, n_tokens=1), seconds)
     return figures
 
 

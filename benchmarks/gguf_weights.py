@@ -41,7 +41,7 @@ def write_gguf(
     writer = gguf.GGUFWriter(path, "qwen")
     writer.add_context_length(sizes["max_position_embeddings"])
     writer.add_embedding_length(hidden)
-    writer.add_feed_forward_length(2 * mlp)
+    writer.add_feed_forward_length(2 * mlp)  # as in config.json; llama.cpp halves it
     writer.add_block_count(sizes["num_hidden_layers"])
     writer.add_head_count(sizes["num_attention_heads"])
     writer.add_rope_freq_base(10000)

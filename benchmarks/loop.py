@@ -2,7 +2,8 @@
 
 Run: python benchmarks/loop.py
 Needs the plugin and a C++ compiler; takes two minutes. Each figure is the best of several rounds. With --busy N, only
-the engine is measured, with one and with two threads, while N other processes use the CPU.
+the engine is measured, with one and with two threads, while N other processes use the CPU; these figures are medians,
+and include the time of the prompt.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ STORAGE: list[tuple[str, Optional[str]]] = [
     ("bfloat16", "weight_only_int4"),
 ]
 
-# Prompt of the time per token, and decode steps over which it is measured.
+# Prompt for measuring the time per token, and number of decode steps in the measurement.
 PROMPT, DECODE_STEPS = list(range(200, 232)), 200
 
 # Prompts of 4 to 63 tokens and completions of 16 to 255 tokens, in a deterministic mix.
@@ -47,7 +48,7 @@ COMPLETION_TOKENS = [16 + 37 * n % 240 for n in range(64)]
 
 
 class CRequest(ctypes.Structure):
-    """The C struct qvl_request up to its last member, `adapter`, which is optional."""
+    """The C struct qvl_request without its last member, `adapter`, which is optional."""
 
     _fields_ = [
         ("n_tokens", c_int32),

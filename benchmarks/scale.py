@@ -24,7 +24,8 @@ from scale_times import COSTS, FRONT_TOKEN, MEASURED_IMAGE, PROFILES, Times
 
 # The conversations of docs/scaling.md, with a shorter think time, so that a run reaches its steady state soon.
 CONVERSATIONS = Conversations(think=1.0)
-# The scenario `replicas`: requests per second per replica, and replicas per cell.
+# The scenario `replicas`: requests per second per replica, and replicas per cell. A cell is a service with its own
+# coordinator.
 RATE = 30
 CELL = 8
 # A row of a batch job: tokens of a prompt with one image, and of its caption; rows that an engine decodes concurrently.
@@ -186,7 +187,7 @@ def scaling(times: Times) -> list[Line]:
     for provision, delay in ((0.0, 5.0), (0.0, 30.0), (60.0, 30.0), (180.0, 30.0)):
         env = simpy.Environment()
         service = Service(env, times, 2, ByPrefix())
-        rule = Autoscaling(2, 20, target=32, upscale_delay=delay, provision=provision)
+        rule = Autoscaling(smallest=2, largest=20, target=32, upscale_delay=delay, provision=provision)
         env.process(service.autoscale(rule))
         Users(service, lambda now: 40.0 if now < surge else 160.0, CONVERSATIONS)
         samples: list[tuple[float, float]] = []  # (time, length of the queue), once per second

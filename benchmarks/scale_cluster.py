@@ -63,13 +63,13 @@ class Service:
         max_running: maximum number of requests per replica.
         front, front_token: station of the fronts' CPUs, and its seconds per token.
         admission, admission_call: station of the coordinator, and its seconds per request.
-        live: the replicas to which requests are routed; a failed replica until its failure is detected.
+        live: the replicas to which requests are routed, including a failed replica until its failure is detected.
         starting: number of replicas that are starting.
         queue: requests for which no replica has a slot.
         unfinished: completion event of each request in the system.
         ongoing: number of requests in the system.
         done: the completed requests.
-        area: integral of `ongoing` over time, in request seconds, up to its last change.
+        area: integral of `ongoing` over time, in request seconds, up to the last change of `ongoing`.
         history: (time, requests in the system, replicas), once per second if the service is autoscaled.
     """
 
@@ -212,7 +212,8 @@ class Service:
     def autoscale(self, rule: Autoscaling) -> Iterator[Any]:
         """Simulation process that applies the rule once per second."""
         means: deque[float] = deque(maxlen=round(rule.look_back))  # mean ongoing requests of each second
-        seconds_above = seconds_below = 0.0  # for which more replicas are desired than exist, and fewer
+        # For how many seconds more replicas have been desired than are live or starting; and fewer.
+        seconds_above = seconds_below = 0.0
         area = self.area_until_now()
         while True:
             yield self.env.timeout(1.0)

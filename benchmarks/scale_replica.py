@@ -29,7 +29,8 @@ class Request:
         prompt: number of prompt tokens, the prefix included.
         tokens: number of completion tokens.
         images: number of images to encode on a replica that has not cached the prefix.
-        arrived, first, finished: times of arrival, first token and completion, in seconds.
+        arrived, first, finished: times of arrival, first token and completion, in seconds; first and finished are -1
+            before the event.
         remaining: number of prompt tokens not yet computed.
         hit: whether the replica has cached the prefix.
         restarts: number of times that the request was resubmitted after a failure of its replica.

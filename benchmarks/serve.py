@@ -28,7 +28,8 @@ from serve_targets import Load, Server, llama, on_loop, on_server, ours
 
 # By geometry: requests per client, and minimum number of requests, of a load in a round.
 _REQUESTS = {"slice": (2, 8), "demo": (8, 64)}
-_OPEN_LOOP_CLIENTS = 16  # an open loop has as many requests as this number of clients
+# A load of requests per second (an open loop) has as many requests as a load of this number of clients.
+_OPEN_LOOP_CLIENTS = 16
 # Minimum and maximum.
 _PROMPT_TOKENS, _NEW_TOKENS = (16, 48), (16, 48)
 
@@ -48,7 +49,7 @@ def main() -> None:
                 running = on_server(target, folder) if target else on_loop(folder)
                 with running as measure:
                     for load in loads:
-                        if target is None and load.rate:  # the loop has only closed loops of clients
+                        if target is None and load.rate:  # the target `loop` runs only loads of clients
                             continue
                         bodies = requests(f"{number} {load}", n_requests(arguments, load), sizes)
                         row = {"round": number, "load": str(load), **measure(load, bodies)}

@@ -1,7 +1,7 @@
 """Load generator for an OpenAI-compatible server: HTTP/1.1 and event streams over plain sockets.
 
 serve.py runs it as a separate process. It reads a JSON object from standard input and writes one to standard output:
-the CPU time of the client, and a report of each response. To take little CPU time from a server on the same machine,
+the CPU time of the run, and a report of each response. To take little CPU time from a server on the same machine,
 it only records the time and bytes of each read during the run, and parses them when all requests have ended.
 
 Input:
@@ -105,7 +105,8 @@ def parse(response: RawResponse) -> dict[str, Any]:
     """Parse a response; return a report of it.
 
     `start` and `end` are times of the clock, `times` are those of the events with text, in seconds since the request;
-    `error`, `finish` (finish reason) and `usage` are as sent by the server.
+    `error`, `finish` (finish reason) and `usage` are as sent by the server. If the connection failed, `error` is the
+    reason, and `end` is absent.
     """
     report: dict[str, Any] = {"start": response.start, "times": [], "error": response.error, "finish": None}
     if response.error is not None:

@@ -35,7 +35,7 @@ def main() -> None:
     for path in sorted(arguments.folder.iterdir()):
         if path.suffix.lower() in SUFFIXES:
             # chat=False: the base form, in which the prompt is used without ChatML. The image is passed as bytes,
-            # because a path would become part of the prompt and may have only 256 bytes.
+            # because a path would become part of the prompt, which has room for a path of at most 256 bytes.
             parts = [{"image": path.read_bytes()}, {"text": arguments.prompt}]
             answer = model.generate(parts, chat=False, max_new_tokens=128)
             print(f"{path.name:13} {answer.text.strip()}")

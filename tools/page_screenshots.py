@@ -87,7 +87,7 @@ class Browser:
 
 
 def save_desktop(url: str) -> None:
-    browser = Browser(url, (1120, 1140), "light", "en", 1)
+    browser = Browser(url, (1120, 1140), "light", "en", zoom=1)
     browser.ask("Read the text.", "grounded.png")
     browser.ask("Describe the picture with boxes.")
     # Highlight the box of the second reference.
@@ -97,7 +97,7 @@ def save_desktop(url: str) -> None:
 
 
 def save_phone(url: str) -> None:
-    browser = Browser(url, (375, 812), "dark", "zh-CN", 2)
+    browser = Browser(url, (375, 812), "dark", "zh-CN", zoom=2)
     # "Describe the image and draw a box around every object."
     browser.ask("描述图片并框出每个物体。", "chinese.png")
     browser.save(OUT / "serve-phone.png")

@@ -36,7 +36,7 @@ def make_adapter(ours: Ours, rank: int, seed: int) -> Adapter:
         if name.endswith(TARGETS):
             n_out, n_in = shape
             a, b = values[: rank * n_in].reshape(rank, n_in), values[: n_out * rank].reshape(n_out, rank)
-            updates[name] = LowRank(a, b, 0.25)
+            updates[name] = LowRank(a, b, scale=0.25)
     return ours.engine.adapter(updates)
 
 
@@ -60,14 +60,16 @@ def time_adapters(storage: str, ranks: list[int]) -> None:
     n_blocks = BATCH * math.ceil((PAST + 1) / BLOCK)
     with ours.engine.pool(n_blocks, BLOCK, BFLOAT16) as pool:
         prompts = ours.batch(pool, n_blocks, BATCH, PAST + 1)
-        prompts.run(random_ids(BATCH * PAST, ours.sizes), ours.tokens(BATCH), PAST, 0, PAST)
+        prompts.run(
+            random_ids(BATCH * PAST, ours.sizes), ours.tokens(BATCH), n_new=PAST, n_past=0, prompt_len=PAST
+        )
         tokens = random_ids(BATCH, ours.sizes)
 
         def time_step(adapters: list[Adapter]) -> float:
             steps = Steps(ours.engine, pool, prompts.tables)
             for i, sequence in enumerate(steps.sequences):
                 sequence.adapter = adapters[i % len(adapters)].handle.value if adapters else None
-            run = functools.partial(steps.run, tokens, tokens, 1, PAST, PAST)
+            run = functools.partial(steps.run, tokens, tokens, n_new=1, n_past=PAST, prompt_len=PAST)
             return measure(run, functools.partial(tokens.random_, 0, ours.sizes.vocab), group=8)
 
         without = time_step([])

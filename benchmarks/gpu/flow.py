@@ -133,9 +133,9 @@ def engine(folder: Path) -> None:
         library.call(
             *("qvl_encode_images", vision.handle, 1, images.data_ptr(), features.data_ptr()), stream()
         )
-        steps.run(prompt, tokens[0], PROMPT, 0, PROMPT, features)
+        steps.run(prompt, tokens[0], n_new=PROMPT, n_past=0, prompt_len=PROMPT, features=features)
         for i in range(1, NEW_TOKENS):
-            steps.run(tokens[i - 1], tokens[i], 1, PROMPT + i - 1, PROMPT)
+            steps.run(tokens[i - 1], tokens[i], n_new=1, n_past=PROMPT + i - 1, prompt_len=PROMPT)
         completion: list[int] = tokens[:, 0].tolist()
         return completion
 

@@ -1,4 +1,4 @@
-"""The 7B model for GPU benchmarks: shapes of its weights, random values, rows of the table, and their lower bounds.
+"""The 7B model for GPU benchmarks: shapes of its weights, random values, rows of run.py's table with lower bounds.
 
 Needs only PyTorch, neither the plugin nor Paddle.
 """

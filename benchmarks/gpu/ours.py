@@ -258,7 +258,9 @@ def time_prompts(column: str, ours: Ours, steps: Steps) -> None:
     for n, row in PROMPT_ROWS.items():
         ids = random_ids(n, ours.sizes)
         image_features = features if n == PROMPT else None
-        run = functools.partial(steps.run, ids, tokens, n, 0, n, image_features)
+        run = functools.partial(
+            steps.run, ids, tokens, n_new=n, n_past=0, prompt_len=n, features=image_features
+        )
         report(column, row, measure(run, functools.partial(ids.random_, 0, ours.sizes.vocab)))
 
 
@@ -267,11 +269,17 @@ def time_steps(column: str, ours: Ours, pool: Pool, n_blocks: int) -> None:
         batches = [batch for batch, batch_past in STEPS if batch_past == past]
         largest = max(batches)
         prompts = ours.batch(pool, n_blocks, largest, past + 1)
-        prompts.run(random_ids(largest * past, ours.sizes), ours.tokens(largest), past, 0, past)
+        prompts.run(
+            random_ids(largest * past, ours.sizes),
+            ours.tokens(largest),
+            n_new=past,
+            n_past=0,
+            prompt_len=past,
+        )
         for batch in batches:
             steps = Steps(ours.engine, pool, prompts.tables[:batch])
             tokens = random_ids(batch, ours.sizes)
-            run = functools.partial(steps.run, tokens, tokens, 1, past, past)
+            run = functools.partial(steps.run, tokens, tokens, n_new=1, n_past=past, prompt_len=past)
             fill = functools.partial(tokens.random_, 0, ours.sizes.vocab)
             report(column, step_row(batch, past), measure(run, fill, group=8))
             if int(tokens.min()) < 0:
@@ -295,9 +303,9 @@ def time_answers(column: str, ours: Ours, pool: Pool, n_blocks: int) -> None:
             images.normal_()
             ids.random_(0, ours.sizes.vocab)
             ours.encode(images, features)
-            steps.run(ids, tokens[0], PROMPT, 0, PROMPT, features)
+            steps.run(ids, tokens[0], n_new=PROMPT, n_past=0, prompt_len=PROMPT, features=features)
             for i in range(1, NEW_TOKENS):
-                steps.run(tokens[i - 1], tokens[i], 1, PROMPT + i - 1, PROMPT)
+                steps.run(tokens[i - 1], tokens[i], n_new=1, n_past=PROMPT + i - 1, prompt_len=PROMPT)
             return tokens.cpu()
 
         report(column, row, measure_waiting(answer))
@@ -310,7 +318,15 @@ def check(ours: Ours, steps: Steps, path: Path) -> None:
     reference = torch.load(path)
     features, logits = ours.features(1), torch.full((1, ours.sizes.vocab), float("nan"), device=DEVICE)
     ours.encode(reference["image"], features)
-    steps.run(reference["ids"], ours.tokens(1), PROMPT, 0, PROMPT, features, logits)
+    steps.run(
+        reference["ids"],
+        ours.tokens(1),
+        n_new=PROMPT,
+        n_past=0,
+        prompt_len=PROMPT,
+        features=features,
+        logits=logits,
+    )
     for name, values in (("features", features), ("logits", logits)):
         error = float((values - reference[name]).norm() / reference[name].norm())
         warning = "" if error < 0.1 else ", NOT THE SAME MODEL"
@@ -333,7 +349,8 @@ def write_stage(path: Path, shapes: dict[str, tuple[int, ...]], pattern: bytes) 
             message = b"\x08\x16" + b"".join(b"\x10" + varint(n) for n in shape)
             metadata = struct.pack("<4sBBH", b"qvl1", BFLOAT16, len(shape), len(name))
             metadata += struct.pack(f"<{len(shape)}q", *shape) + name.encode()
-            # The data begins at a multiple of 64 bytes; a header of 20 bytes and the 4 bytes before the metadata count.
+            # Padding, so that the data begins at a multiple of 64 bytes. The data follows a header of 20 bytes and the
+            # message, whose metadata has a prefix of 4 bytes (field number and length).
             metadata += bytes(-(file.tell() + 20 + len(message) + 4 + len(metadata)) % 64)
             metadata_length = varint(len(metadata))[:2] + bytes([len(metadata) >> 14])  # in three bytes
             message += b"\x7a" + metadata_length + metadata
@@ -375,7 +392,7 @@ def time_rows(storage: str, sizes: Sizes, reference: Path | None) -> None:
     batches.append((REQUESTS, PROMPT + NEW_TOKENS))
     n_blocks = max(n * math.ceil(positions / BLOCK) for n, positions in batches)
     with ours.engine.pool(n_blocks, BLOCK, BFLOAT16) as pool:
-        single = ours.batch(pool, n_blocks, 1, max(PROMPT_ROWS))
+        single = ours.batch(pool, n_blocks, n_sequences=1, positions=max(PROMPT_ROWS))
         if reference and storage == "bf16":
             check(ours, single, reference)
         time_steps(storage, ours, pool, n_blocks)

@@ -3,7 +3,7 @@
 eager: PyTorch's operators, one after another.
 compiled: torch.compile for the operations between two attention calls, shared by all layers, and one CUDA graph per
 pass. This is equivalent to the mode "reduce-overhead", but without its copies of inputs, and the 32 equal layers are
-compiled once. Decode steps of one token are compiled with coordinate_descent_tuning, which makes them faster.
+compiled once. Decode steps of one sequence are compiled with coordinate_descent_tuning, which makes them faster.
 
 Weights and activations are bfloat16. One product computes q, k and v, and one the gate and value of the MLP. The KV
 cache is static; attention reads only its valid part, with the kernel of scaled_dot_product_attention that is fastest
@@ -48,7 +48,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 Function = Callable[..., Any]
 KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 PREFILL_BATCH = 8  # requests whose images and prompts are computed in one pass
-# Positions of the static cache per sequence; of 64 concurrent requests.
+# Positions of the static cache per sequence: in general, and with 64 concurrent requests.
 CACHE_LENGTH = 2048
 CACHE_LENGTH_REQUESTS = 384
 
@@ -163,8 +163,8 @@ def before_attention(
 ) -> Any:
     """First part of a layer: norm, product for q, k and v, rotary embedding.
 
-    x, delta [n, hidden]: residual stream, and the last layer's output, which is to be added to it. Writes the keys and
-    values to their slots of the cache; returns the residual stream and the queries.
+    x, delta [n, hidden]: residual stream, and the previous layer's output, which is to be added to it. Writes the keys
+    and values to their slots of the cache; returns the residual stream and the queries.
     """
     x = x + delta
     heads, head_dim = keys.shape[1:]
@@ -410,7 +410,7 @@ def time_prompts(column: str, vision: Vision, language: Language, capture: Funct
     for n, row in PROMPT_ROWS.items():
         ids = random_ids(n, language.sizes).long()
         image_features = features if n == PROMPT else None
-        run = capture(functools.partial(language.run, cache, ids, 0, n, 0, image_features))
+        run = capture(functools.partial(language.run, cache, ids, past=0, tokens=n, features=image_features))
         report(column, row, measure(run, lambda ids=ids: ids.random_(0, language.sizes.vocab)))
 
 
@@ -424,7 +424,7 @@ def time_steps(column: str, language: Language, capture: Function) -> None:
         ids = random_ids(batch, language.sizes).long()
 
         def step(cache: Cache = cache, ids: Any = ids, past: int = past) -> Any:
-            logits, tokens = language.run(cache, ids, past, 1)
+            logits, tokens = language.run(cache, ids, past, tokens=1)
             return logits, ids.copy_(tokens)
 
         run = capture(step)
@@ -446,10 +446,12 @@ def make_answer(vision: Vision, language: Language, capture: Function, n: int) -
         end = first + batch
         features = vision.run(images[first:end])
         ids = prompts[first * PROMPT : end * PROMPT]
-        _, tokens[0, first:end] = language.run(cache, ids, 0, PROMPT, first, features)
+        _, tokens[0, first:end] = language.run(
+            cache, ids, past=0, tokens=PROMPT, first=first, features=features
+        )
 
     def decode_step(i: int) -> None:
-        _, tokens[i] = language.run(cache, tokens[i - 1], PROMPT + i - 1, 1)
+        _, tokens[i] = language.run(cache, tokens[i - 1], past=PROMPT + i - 1, tokens=1)
 
     passes = [capture(functools.partial(prefill, first)) for first in range(0, n, batch)]
     passes += [capture(functools.partial(decode_step, i)) for i in range(1, NEW_TOKENS)]
@@ -478,7 +480,8 @@ def save_check(path: Path, vision: Vision, language: Language) -> None:
     image = image_sets(1, vision.sizes)[0]
     ids = random_ids(PROMPT, language.sizes)
     features = vision.run(image)
-    logits, _ = language.run(Cache(language.sizes, 1, CACHE_LENGTH), ids.long(), 0, PROMPT, 0, features)
+    cache = Cache(language.sizes, batch=1, length=CACHE_LENGTH)
+    logits, _ = language.run(cache, ids.long(), past=0, tokens=PROMPT, features=features)
     torch.save({"image": image, "ids": ids, "features": features.float(), "logits": logits.float()}, path)
 
 

@@ -115,7 +115,7 @@ int main(int argc, char** argv) {
   static float pixels[3 * SIDE * SIDE], features[QUERIES * HIDDEN];
   qvl_error error;
   draw(pixels);
-  check(qvl_encode_images(vision, 1, pixels, features, NULL, &error), &error);
+  check(qvl_encode_images(vision, /*n=*/1, pixels, features, /*stream=*/NULL, &error), &error);
 
   /* Picture 1:<img>, 256 image slots for the features, </img>, the instruction. */
   int32_t prompt[N_BEFORE + 1 + QUERIES + 1 + N_AFTER] = {0};
@@ -133,8 +133,9 @@ int main(int argc, char** argv) {
   const int32_t stop[] = {END_OF_TEXT};
   int32_t tokens[MAX_NEW];
   qvl_result result;
-  check(qvl_generate(language, NULL, 1, &request, sizeof request, 1, stop, NULL, NULL, MAX_NEW, tokens,
-                     &result, NULL, &error),
+  check(qvl_generate(language, /*pool=*/NULL, /*n=*/1, &request, sizeof request, /*n_end=*/1, stop,
+                     /*on_step=*/NULL, /*user=*/NULL, /*stride=*/MAX_NEW, tokens, &result, /*stream=*/NULL,
+                     &error),
         &error);
   const int32_t n_stop = result.finish == QVL_FINISH_END; /* the stop token is not printed */
   print_tokens(argv[2], result.n_tokens - n_stop, tokens);

@@ -156,7 +156,7 @@ def test_littles_law(router: Router) -> None:
         router,
         admission=Station(),
         admission_call=3e-3,
-        failures=Failures(20.0, detect=0.5),
+        failures=Failures(mean_time_to_failure=20.0, detect=0.5),
     )
     Users(service, 80.0)
     env.run(40)
@@ -190,11 +190,11 @@ def test_simulated_times_agree_with_the_table_of_benchmarks_md() -> None:
         assert H200_BF16.prompt(tokens) == pytest.approx(measured(f"prefill, {tokens} tokens"))
     env = simpy.Environment()
     service = Service(env, H200_BF16, 1)
-    service.submit(Request(1, 0, 284, 64, images=1))
+    service.submit(Request(conversation=1, prefix=0, prompt=284, tokens=64, images=1))
     env.run()
     assert env.now == pytest.approx(measured("caption of 64 tokens, one image"), rel=0.02)
     for _ in range(64):
-        service.submit(Request(1, 0, 284, 64, images=1))
+        service.submit(Request(conversation=1, prefix=0, prompt=284, tokens=64, images=1))
     begin = env.now
     env.run()
     # Slower than measured: the simulated server encodes images one at a time, between steps. The measured run encoded
@@ -228,7 +228,7 @@ def test_figure_is_xml_and_contains_its_lines() -> None:
 
 
 def test_decode_steps_are_interpolated_and_extrapolated() -> None:
-    times = Times(0, 0, 0, ((1, 1.0), (3, 2.0)), 0, 0)
+    times = Times(image=0, chunk=0, token=0, decode=((1, 1.0), (3, 2.0)), start=0, cached_tokens=0)
     assert [times.decode_step(rows) for rows in (0, 1, 2, 3, 5)] == [0, 1.0, 1.5, 2.0, 3.0]
 
 
@@ -243,13 +243,13 @@ def test_only_conversations_of_a_removed_replica_move() -> None:
             self.number = number
 
     replicas: list[Any] = [StubReplica(number) for number in range(1, 21)]
-    requests = [Request(conversation, 0, 0, 1, 0) for conversation in range(4000)]
+    requests = [Request(number, prefix=0, prompt=0, tokens=1, images=0) for number in range(4000)]
     router = ByPrefix()
 
     def route(replicas: list[Any]) -> list[int]:
         """Numbers of the replicas that the router chooses for the requests."""
         router.changed(replicas)
-        chosen = [router.choose(replicas, request, 1) for request in requests]
+        chosen = [router.choose(replicas, request, limit=1) for request in requests]
         return [replica.number for replica in chosen if replica is not None]
 
     before = route(replicas)
@@ -275,7 +275,7 @@ def hit_rate(router: Router) -> float:
 def test_hit_rate_of_prefix_routing_is_the_share_of_follow_up_questions() -> None:
     """Two of three requests are follow-up questions; a random choice of eight replicas finds an eighth of prefixes."""
     assert hit_rate(ByPrefix()) == pytest.approx(2 / 3, abs=0.06)
-    assert hit_rate(TwoChoices()) < 2 / 3 * 2 / 8
+    assert hit_rate(TwoChoices()) < 2 / 3 * 2 / 8  # twice the expected rate
 
 
 # Failures and scaling
@@ -284,7 +284,9 @@ def test_hit_rate_of_prefix_routing_is_the_share_of_follow_up_questions() -> Non
 def test_failures_neither_lose_nor_repeat_requests() -> None:
     env = simpy.Environment()
     detect = 2.0
-    service = Service(env, H200_BF16, 6, ByPrefix(), failures=Failures(10.0, detect=detect, repair=1.0))
+    service = Service(
+        env, H200_BF16, 6, ByPrefix(), failures=Failures(mean_time_to_failure=10.0, detect=detect, repair=1.0)
+    )
     submitted: list[Request] = []
     submit = service.submit
 
@@ -305,7 +307,7 @@ def test_failures_neither_lose_nor_repeat_requests() -> None:
 def test_surge_starts_replicas_after_the_delays() -> None:
     env = simpy.Environment()
     service = Service(env, H200_BF16, 2)
-    rule = Autoscaling(2, 16, target=2, upscale_delay=5, look_back=5, provision=20)
+    rule = Autoscaling(smallest=2, largest=16, target=2, upscale_delay=5, look_back=5, provision=20)
     env.process(service.autoscale(rule))
     surge = 30
     Users(service, lambda now: 5.0 if now < surge else 60.0, Conversations(turns=1.0))
@@ -319,7 +321,9 @@ def test_surge_starts_replicas_after_the_delays() -> None:
 def test_downscaling_restarts_no_requests() -> None:
     env = simpy.Environment()
     service = Service(env, H200_BF16, 10)
-    env.process(service.autoscale(Autoscaling(2, 10, target=8, downscale_delay=10, look_back=5)))
+    env.process(
+        service.autoscale(Autoscaling(smallest=2, largest=10, target=8, downscale_delay=10, look_back=5))
+    )
     Users(service, 10.0, Conversations(turns=1.0))
     env.run(40)
     assert len(service.live) == 2

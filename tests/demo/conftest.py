@@ -21,7 +21,7 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the demo model with random weights."""
     folder = tmp_path_factory.mktemp("demo") / "model"
     shutil.copytree(MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    save_file(random_weights(load_config(folder), 1), str(folder / "model.safetensors"))
+    save_file(random_weights(load_config(folder), seed=1), str(folder / "model.safetensors"))
     return folder
 
 
@@ -29,4 +29,4 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def all_correct_run() -> Run:
     """A run in which every answer is the expected one."""
     results = tuple(Result(question, make_answer(question.turn.answer)) for question in QUESTIONS)
-    return Run(results, 5_500_000, 4.2)
+    return Run(results, parameters=5_500_000, export_seconds=4.2)

@@ -64,7 +64,9 @@ def page(tmp_path_factory: pytest.TempPathFactory, all_correct_run: Run) -> Path
     )
     results = (*all_correct_run.results, Result(question_named("count"), make_answer(wrong_answer)))
     path = tmp_path_factory.mktemp("page") / "index.html"
-    path.write_text(html_page(Run(results, 1_000_000, 1.0), Path("a" * 60)), "utf-8")
+    path.write_text(
+        html_page(Run(results, parameters=1_000_000, export_seconds=1.0), Path("a" * 60)), "utf-8"
+    )
     return path
 
 

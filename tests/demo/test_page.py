@@ -24,7 +24,7 @@ MALICIOUS = (
 
 
 def page_of(*results: Result) -> tuple[str, Page]:
-    html = html_page(Run(results, 1, 1.0), OUT)
+    html = html_page(Run(results, parameters=1, export_seconds=1.0), OUT)
     return html, Page(html)
 
 

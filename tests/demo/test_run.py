@@ -20,7 +20,7 @@ from PIL import Image
 
 from paddlemix_qwenvl_plugin.cli.main import app, main
 from paddlemix_qwenvl_plugin.demo import run as run_module
-from paddlemix_qwenvl_plugin.demo import score as evaluation
+from paddlemix_qwenvl_plugin.demo import score as score_module
 from paddlemix_qwenvl_plugin.demo.questions import QUESTIONS
 from paddlemix_qwenvl_plugin.demo.run import MODEL, run_demo
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
@@ -65,7 +65,7 @@ DEMO_FILES = {
 
 
 def test_files_that_no_demo_wrote_are_not_replaced(tmp_path: Path, random_model: Path) -> None:
-    """A folder of a demo is recognized by its marker file, or by its page, as of versions without a marker file."""
+    """A folder of a demo is recognized by its marker file, or, if an older version wrote it, by its page."""
     for name in ("index.html", "sheet.png", "answers.json", "images", "vision", "text"):
         folder = tmp_path / name.partition(".")[0]
         folder.mkdir()
@@ -92,7 +92,7 @@ def test_only_files_of_the_demo_are_replaced(
         (folder / name).write_text("old")
     (folder / "index.html").write_text("<html><title>qwenvl demo: 8 of 8 right")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluation, "_MAX_NEW_TOKENS", 4)  # a random model generates no stop token
+    monkeypatch.setattr(score_module, "_MAX_NEW_TOKENS", 4)  # a random model generates no stop token
     monkeypatch.setattr(run_module, "MODEL", random_model)
     monkeypatch.setattr(sys, "argv", ["qwenvl", "demo"])
     with pytest.raises(SystemExit) as exit_info:
@@ -146,7 +146,7 @@ print(len(demo_run.results))
 def test_export_time_excludes_the_engine_build(
     tmp_path: Path, random_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation, "_MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr(score_module, "_MAX_NEW_TOKENS", 4)
     monkeypatch.setattr(run_module, "library_state", lambda: ("not built", Path("libqwenvl.so")))
     # Building the engine takes 5 seconds.
     monkeypatch.setattr(run_module, "engine_available", lambda choice, operators: time.sleep(5) or True)

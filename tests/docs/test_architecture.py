@@ -146,7 +146,7 @@ def test_document_lists_the_inputs_of_the_contracts() -> None:
     from paddlemix_qwenvl_plugin.checkpoint.config import parse_config
     from paddlemix_qwenvl_plugin.tiny.make import tiny_config
 
-    config = parse_config(tiny_config(700, 600), "tiny model")
+    config = parse_config(tiny_config(n_vocab=700, image_start_id=600), "tiny model")
     stock, step = (
         DOCUMENT.split(f"## The {name} contract")[1].split("\n## ")[0] for name in ("stock", "step")
     )
@@ -158,6 +158,7 @@ def test_document_lists_the_inputs_of_the_contracts() -> None:
         r"`([a-z_]+(?:_0)?)`", " ".join(cell or row_3_cell for cell, row_3_cell in name_cells)
     )
     assert [name for name in listed if name != "max_len"] == names
+    # Seven inputs, and the first three caches.
     for tensor in step_inputs(config, "float32", "float32")[:10]:
         assert f"`{tensor.name}`" in step, tensor.name
 

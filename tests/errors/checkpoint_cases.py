@@ -152,9 +152,11 @@ cases(
             lambda entries: entries[WTE].update(shape=[float("nan")])
         ),
         "a tensor twice in the header of model.safetensors": header_with_duplicate,
+        # The key is a tuple of two equal tuples, nested 40 levels deep.
         "model_state.pdparams has a table with other keys than text": pdparams(
             b"\x80\x02}" + b")" + b"q\x00h\x00\x86" * 40 + b"Ns."
         ),
+        # N pushes None, 0 removes it.
         "model_state.pdparams has operations without end": pdparams(b"\x80\x02" + b"N0" * 200_000 + b"."),
         "model_state.pdparams has an operation that no table needs": pdparams(b"\x80\x02L7L\n."),
         "pytorch_model.bin brings code": lambda bench: archive(

@@ -824,7 +824,10 @@ def predict(*arguments: str) -> Case:
 
 
 def driver(driver: Optional[CudaDriver], *arguments: str) -> Case:
-    """`predict` on a machine with this CUDA driver (None: without one), and a Paddle for CPUs."""
+    """`predict` on a machine with this CUDA driver (None: without one), and a Paddle for CPUs.
+
+    A driver's version 12090 is CUDA 12.9; the number of a GPU is its compute capability times ten.
+    """
 
     def prepare(bench: Bench) -> list[str]:
         import paddle
@@ -844,7 +847,7 @@ def _(bench: Bench) -> list[str]:
 
 
 def nvrtc_version(major: int, minor: int, architecture: int, *include_folders: Path) -> Case:
-    """`predict --device gpu` with an NVRTC of this version that supports one GPU architecture."""
+    """`predict --device gpu` with this version of NVRTC, which supports one GPU architecture, and these headers."""
 
     def prepare(bench: Bench) -> list[str]:
         from paddlemix_qwenvl_plugin.engine import nvrtc
@@ -1130,7 +1133,7 @@ def _(bench: Bench) -> list[str]:
     with bench.monkeypatch.context() as patch:
         patch.setattr("paddlemix_qwenvl_plugin.batch.job.write_beside", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            run(Source(Path("in.jsonl"), options), Path("out.jsonl"), model, 8)
+            run(Source(Path("in.jsonl"), options), Path("out.jsonl"), model, window=8)
     assert Path("out.jsonl.partial").is_file()
     return command
 
@@ -1661,7 +1664,7 @@ def _(bench: Bench) -> list[str]:
 @case("logits that are not finite")
 def _(bench: Bench) -> list[str]:
     arguments = bench.predict()
-    corrupt(Path("text/qwen"), "ln_f.weight", 3e38, 256)
+    corrupt(Path("text/qwen"), "ln_f.weight", 3e38, n=256)
     return arguments
 
 

@@ -55,7 +55,7 @@ def cider(references: list[list[str]], candidates: list[str]) -> list[float]:
 
     Args:
         references: reference captions of each image.
-        candidates: caption of each image that is scored.
+        candidates: the caption to score, for each image.
     """
 
     def ngrams(text: str, n: int) -> Counter[tuple[str, ...]]:

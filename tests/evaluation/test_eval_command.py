@@ -125,7 +125,7 @@ def test_correct_answers_score_the_maximum(
     require_libraries(task)
     monkeypatch.setattr(ask, "answers", lambda model, requests, options: iter(CORRECT_ANSWERS[task]))
     figures = run(task, write_data(task), *stage_flags(tiny_exported), "--output", "out.jsonl")
-    # CIDEr is less than 10, because an answer cannot match both captions of the first image.
+    # CIDEr is less than its maximum of 10, because an answer cannot match both captions of the first image.
     expected = [1.0] if task != "captions" else pytest.approx([7.5, 1.0, 1.0], abs=2.5)
     assert values(task, figures) == expected
     assert [line["text"] for line in read_lines("out.jsonl")] == CORRECT_ANSWERS[task]
@@ -134,6 +134,7 @@ def test_correct_answers_score_the_maximum(
 
 def test_partially_correct_answers(run: Run) -> None:
     answers = write_predictions("vqa", ["blue", "3"])
+    # The mean of 0.9, for an answer that three of ten people gave, and 0.
     assert run("vqa", write_data("vqa"), "--predictions", answers)["value"] == pytest.approx(0.45)
     assert run("vqa", "data.jsonl", "--metric", "exact", "--predictions", answers)["value"] == 0.5
     boxes = write_predictions("grounding", [CORRECT_ANSWERS["grounding"][0], "(500,250),(999,400)</box>"])

@@ -64,9 +64,9 @@ def _corrupted_json(data: bytes, random: Random) -> bytes:
         container[key] = json.loads(json.dumps(source[source_key]))
     elif mutation == 3 and isinstance(container[key], int):  # change the number
         container[key] = container[key] * random.choice((-1, 2, 64)) + random.choice((-1, 0, 1))
-    else:
+    else:  # replace by a fragment, also if the selected mutation does not apply
         container[key] = _PLACEHOLDER
-    if "" not in root:
+    if "" not in root:  # the document was deleted
         return b""
     text = json.dumps(root[""])
     return text.replace(json.dumps(_PLACEHOLDER), random.choice(FRAGMENTS)).encode()

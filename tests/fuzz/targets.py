@@ -326,7 +326,7 @@ def _small_weight_files(base: Path) -> dict[str, Path]:
     """
     for name in ("small", "ranks", "files"):
         (base / name).mkdir()
-    config = tiny_config(4, 1)
+    config = tiny_config(n_vocab=4, image_start_id=1)
     config.update(
         hidden_size=128, num_attention_heads=2, intermediate_size=8, vocab_size=8, num_hidden_layers=1
     )

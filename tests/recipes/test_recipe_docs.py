@@ -20,7 +20,7 @@ def code_block(language: str) -> str:
 
 
 def without_variable_parts(text: str) -> str:
-    """Replace run folders with their dates, and numbers of seconds."""
+    """Replace what differs between runs: the paths and dates of run folders, and numbers of seconds."""
     text = re.sub(r"/\S*/runs/\d{8}-\d{6}-", "RUNS/", text)
     return re.sub(r"\d+(\.\d)? s\b", "N s", text)
 

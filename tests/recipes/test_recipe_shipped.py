@@ -37,11 +37,11 @@ def test_dry_run_of_a_shipped_recipe(tmp_path: Path, name: str) -> None:
     completed = qwenvl(tmp_path, "run", name, "--dry_run", "dtype=bfloat16")
     assert completed.returncode == 0
     assert "${" not in completed.stdout
-    commands = [
+    printed_commands = [
         shlex.split(line) for line in completed.stdout.splitlines() if line.startswith(sys.executable)
     ]
-    assert len(commands) == len(loader.load(loader.find(name)).steps)
-    export_vision, export_language, predict = commands[-3:]
+    assert len(printed_commands) == len(loader.load(loader.find(name)).steps)
+    export_vision, export_language, predict = printed_commands[-3:]
     assert predict[3] == "predict"
 
     def value(command: list[str], flag: str) -> str:
@@ -58,9 +58,9 @@ def test_dry_run_of_a_shipped_recipe(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_flags_in_a_shipped_recipe_exist(tmp_path: Path, name: str) -> None:
     cli_commands = typer.main.get_command(main.app).commands  # type: ignore[attr-defined]
-    recipe = loader.load(loader.find(name))
-    for step in recipe.steps:
-        program, command, *arguments = commands.argv(step, commands.values(recipe, tmp_path))[2:]
+    shipped = loader.load(loader.find(name))
+    for step in shipped.steps:
+        program, command, *arguments = commands.argv(step, commands.values(shipped, tmp_path))[2:]
         assert program == "paddlemix_qwenvl_plugin.cli"
         # Parse the arguments without running the command: an unknown flag raises.
         cli_commands[command].make_context(command, arguments)

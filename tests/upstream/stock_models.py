@@ -13,7 +13,7 @@ import numpy as np
 
 from paddlemix_qwenvl_plugin import QwenVL
 
-# All bytes, and further tokens. With the tokenizer's 208 special tokens, it has golden model a's 640 tokens.
+# All bytes, and 176 further tokens: with the tokenizer's 208 special tokens, the 640 tokens of golden model a.
 VOCABULARY = [bytes([i]) for i in range(256)] + [f"<{i}>".encode() for i in range(256, 432)]
 # <|endoftext|>, the first special token.
 END = len(VOCABULARY)

@@ -29,7 +29,7 @@ def _sections(command: Any, path: str, parent: Any) -> Iterator[str]:
 
 
 def _section(command: Any, path: str, context: Any) -> Iterator[str]:
-    # Listing all flags of `qwenvl serve` needs the server's libraries, and they have a separate page.
+    # Listing all flags of `qwenvl serve` needs the server's libraries; these flags have a separate page.
     is_serve = path == "qwenvl serve"
     parameters = command.params if is_serve else command.get_params(context)
     usage = ["[OPTIONS]"] if is_serve else command.collect_usage_pieces(context)

@@ -36,8 +36,10 @@ def _answer_batch(
     model: QwenVL, tokenizer: QwenTokenizer, samples: Sequence[Sample], device: torch.device
 ) -> list[str]:
     # The input size for 16 x 16 patches.
-    side = model.visual.conv1.kernel_size[0] * 16
-    images = np.stack([image_array(scene, side, 256) for sample in samples for scene in sample.scenes])
+    image_size = model.visual.conv1.kernel_size[0] * 16
+    images = np.stack(
+        [image_array(scene, image_size, side=256) for sample in samples for scene in sample.scenes]
+    )
     prompts = [prompt_ids(tokenizer, sample) for sample in samples]
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     ids = torch.full((len(samples), int(lengths.max()) + MAX_NEW_TOKENS), tokenizer.eod_id)

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 
 def hugging_face_name(name: str) -> str:
-    """Name in the checkpoint of the tensor with this canonical name."""
+    """Name in the checkpoint of a parameter of QwenVL in model.py."""
     return name if name == "lm_head.weight" else f"transformer.{name}"
 
 

@@ -1,8 +1,7 @@
 """Qwen-VL in PyTorch for training the demo model: the numerics of `paddlemix_qwenvl_plugin/modeling`.
 
-Tensor names are Hugging Face's. The patch grid must be 16 x 16 with 256 queries, so that no position table is resized;
-sequences must be within `seq_length`, where dynamic NTK and logn have no effect. tests/demo/world compares the results
-with those of `modeling`.
+The patch grid must be 16 x 16 with 256 queries, so that no position table is resized; sequences must be within
+`seq_length`, where dynamic NTK and logn have no effect. tests/demo/world compares the results with those of `modeling`.
 """
 
 from __future__ import annotations
@@ -216,7 +215,7 @@ class QwenVL(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
 
     def _initialise(self, layers: int, vision_layers: int) -> None:
-        """Initialise matrices with variance 1 / inputs; the last matrix of a residual branch smaller with depth."""
+        """Initialise matrices with variance 1 / inputs; the last of a residual branch with 1 / (2 * layers) of it."""
         for name, tensor in self.named_parameters():
             if tensor.dim() == 1:
                 continue

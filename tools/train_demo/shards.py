@@ -66,13 +66,15 @@ def make_shard(number: int, folder: Path, image_size: int) -> Arrays:
             if rng.random() < BASE_SHARE:
                 sample = Sample((scene,), (base_turn(rng, scene),), "base")
             else:
-                sample = Sample((scene,), conversation(rng, (scene,), 8), "chat")
+                sample = Sample((scene,), conversation(rng, (scene,), n_turns=8), "chat")
             one_rows.append(make_row(tokenizer, sample, ONE))
             one_images.append([i])
         if i % 4 == 0:
             second = rng.randrange(IMAGES)
             pair = (scene, scenes[second])
-            two_rows.append(make_row(tokenizer, Sample(pair, conversation(rng, pair, 6), "chat"), TWO))
+            two_rows.append(
+                make_row(tokenizer, Sample(pair, conversation(rng, pair, n_turns=6), "chat"), TWO)
+            )
             two_images.append([i, second])
     images = np.stack([image_array(scene, image_size, rng.choice(SIDES)) for scene in scenes])
     return {
@@ -109,7 +111,7 @@ class Feed:
         self._n_shards = n_shards
         self.ready = 0
         self._tensors: dict[str, torch.Tensor] = {}
-        self._rows_per_shard: dict[str, int] = {}  # by "one" or "two", and of the images
+        self._rows_per_shard: dict[str, int] = {}  # by "one", "two" and "images"
         self._failure: BaseException | None = None
 
     def start(self, device: torch.device, wait_for: int) -> None:

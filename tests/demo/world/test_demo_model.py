@@ -120,7 +120,7 @@ def test_training_rows_are_chat_prompts() -> None:
 
     tokenizer = QwenTokenizer.from_folder(FOLDER)
     scene = random_scene(random.Random("rows"))
-    turns = conversation(random.Random("rows"), (scene,), 4)
+    turns = conversation(random.Random("rows"), (scene,), n_turns=4)
     assert len(turns) > 2
     row = make_row(tokenizer, Sample((scene,), turns, "chat"), ONE)
     query = [{"image": NAME}, {"text": turns[0].question}]

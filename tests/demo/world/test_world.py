@@ -37,7 +37,7 @@ def test_boxes_surround_the_pixels(side: int) -> None:
     white = (255, 255, 255)
     for scene in SCENES[:60]:
         for thing in scene.things:
-            alone = Scene((thing,), (white, white), 0, 0)
+            alone = Scene((thing,), (white, white), noise=0, seed=0)
             changed = np.abs(np.asarray(draw(alone, side)).astype(int) - 255).max(axis=2) > 64
             ys, xs = np.nonzero(changed)
             drawn = [value * 1000 / side for value in (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)]
