@@ -175,8 +175,8 @@ struct ThreadPool::Workers {
       if (spun > kPreemptedSpin) preempted.fetch_add(spun, std::memory_order_relaxed);
       if (loop.load() == last_loop) {
         std::unique_lock<std::mutex> lock(mutex);
-        // Count this thread before the last check, and again after each wake-up, before which
-        // publish() has reset the count.
+        // Count this thread before the last check, and again after each wake-up, because publish() has reset
+        // the count.
         while (true) {
           sleepers.fetch_add(1);
           if (loop.load() != last_loop) break;
