@@ -780,8 +780,8 @@ static int fuzz_blocks(qvl_kv_pool* pool) {
   return status != QVL_OK;
 }
 
-/* Open a file with a changed bit or overwritten bytes near the start of a record, or without its end. If
- * the file opens, all its tensors can be read. */
+/* Open a file with a changed bit or overwritten bytes near the start of a record, or without its end. If the
+ * file opens, all its tensors can be read. */
 static int fuzz_params_file(params_file* file, int64_t n) {
   unsigned char* at =
       file->bytes + file->record_starts[next(&fuzz_random) % (uint64_t)n] + next(&fuzz_random) % 100;
