@@ -75,8 +75,8 @@ uint64_t product(const int64_t* dims, int n, uint64_t factor) {
   return result;
 }
 
-// Paddle's code for a type (VarType in Paddle's framework.proto), and the size of a value in bytes. All
-// types but the three float types are stored as uint8, code 20.
+// Paddle's code for a type (VarType in Paddle's framework.proto), and the size of a value in bytes. All types
+// but the three float types are stored as uint8, code 20.
 struct PaddleType {
   uint64_t code;
   uint64_t bytes;

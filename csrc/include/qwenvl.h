@@ -233,9 +233,9 @@ typedef struct qvl_tensor {
  *
  * QVL_INT8: int8 [out, padded] and float32 [out] scales; value = scale * integer.
  *
- * QVL_INT4_G*: uint8 [out, padded / 2] and bfloat16 [out, padded / group] scales; value = scale * (nibble -
- * 8). 128 values of a row occupy 64 bytes, 32 little-endian 16-bit words: value 32 * j + i is nibble j,
- * counted from the lowest bits, of word i.
+ * QVL_INT4_G*: uint8 [out, padded / 2] and bfloat16 [out, padded / group] scales;
+ * value = scale * (nibble - 8). 128 values of a row occupy 64 bytes, 32 little-endian 16-bit words: value
+ * 32 * j + i is nibble j, counted from the lowest bits, of word i.
  *
  * QVL_UINT4_G*, QVL_UINT8_G*: uint8 [out, padded / 2] with nibbles in the order of QVL_INT4_G*, or uint8
  * [out, padded]; float16 [out, padded / group] scales; float16 [out, padded / group] zero points,
