@@ -24,7 +24,7 @@ std::unordered_map<std::string, std::pair<int64_t, WeightSpec>> adapter_targets(
   return result;
 }
 
-// Check that a matrix has only finite values. `floats` is scratch memory.
+// Check that A or B (`which`) is not NULL, is aligned and has only finite values. `floats`: scratch memory.
 void check_values(const char* name, const char* which, qvl_dtype dtype, int64_t rows, int64_t columns,
                   const void* values, std::vector<float>& floats) {
   QVL_REQUIRE(values != nullptr, QVL_BAD_WEIGHT, "%s: %s is NULL", name, which);

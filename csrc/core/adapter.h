@@ -12,8 +12,8 @@ namespace qvl {
 // last index.
 enum LayerTarget { kAttn, kAttnProj, kW1, kW2, kMlpProj, kLayerTargets };
 
-// Checked A and B of an adapter for one target: y += scale * b [out, rank] (a [rank, in] x). a and b are in
-// the caller's memory.
+// Checked A and B of an adapter for one target: y += scale * b * (a * x), with a [rank, in] and b [out, rank]
+// in the caller's memory.
 struct AdapterMatrix {
   int64_t target;
   qvl_dtype dtype;  // float32, bfloat16 or float16
@@ -23,7 +23,7 @@ struct AdapterMatrix {
   float scale;
 };
 
-// Check names, types, shapes and values of an adapter's matrices and convert them.
+// Check names, types, shapes and values of an adapter's matrices; return the matrices as AdapterMatrix.
 std::vector<AdapterMatrix> checked_adapter(const qvl_config& config, const qvl_adapter_matrix* matrices,
                                            int64_t n);
 

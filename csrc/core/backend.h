@@ -74,7 +74,7 @@ class Backend {
   virtual void encode_images(int64_t n, const float* images, float* features, qvl_stream stream) = 0;
   virtual void forward(KvPool& pool, const qvl_batch& batch, float* logits, qvl_stream stream) = 0;
   virtual void sample(const float* logits, const Picks& picks, qvl_stream stream) = 0;
-  // forward(), then sample(). If `logits` is NULL, the logits are in scratch memory.
+  // forward(), then sample(). If `logits` is NULL, the logits are written to scratch memory.
   virtual void step(KvPool& pool, const qvl_batch& batch, float* logits, const Picks& picks,
                     qvl_stream stream) = 0;
 };
@@ -92,8 +92,8 @@ struct CudaBackEnd {
   std::unique_ptr<Backend> (*make)(const qvl_config& config, const WeightTable& weights);
 };
 
-// Load libqwenvl_cuda.so on the first call, from the folder of this library. If it is not there, use one that
-// the process has already loaded. Throws QVL_UNSUPPORTED if there is neither.
+// Load libqwenvl_cuda.so on the first call, from the folder of libqwenvl.so. If that folder has no such file,
+// use a libqwenvl_cuda.so that the process has already loaded. Throws QVL_UNSUPPORTED if there is neither.
 const CudaBackEnd& cuda_back_end();
 
 }  // namespace qvl

@@ -77,7 +77,7 @@ qvl_config checked_config(const qvl_config* config) {
 uint64_t kv_block_bytes(const qvl_config& c, int32_t block_tokens, qvl_dtype dtype) {
   const uint64_t element = dtype == QVL_FLOAT32 ? 4 : dtype == QVL_INT8 ? 1 : 2;
   const uint64_t scale = dtype == QVL_INT8 ? sizeof(float) : 0;
-  // The keys, or the values, of one token and head.
+  // Bytes of the keys, or of the values, of one token and head.
   const uint64_t token = static_cast<uint64_t>(c.head_dim) * element + scale;
   return 2 * static_cast<uint64_t>(c.layers) * static_cast<uint64_t>(c.heads) *
          static_cast<uint64_t>(block_tokens) * token;

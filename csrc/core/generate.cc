@@ -68,18 +68,18 @@ class Generation {
       pending.tokens = HostTokens(backend_, n);
       pending.done_event = backend_.make_event();
     }
-    if (n > 0) start(pending_[0], true, ids.data());
+    if (n > 0) start(pending_[0], /*prompts=*/true, ids.data());
     for (int32_t step = 0; !active_.empty(); ++step) {
       PendingStep &current = pending_[step % 2], &next = pending_[(step + 1) % 2];
       const bool ahead = backend_.runs_ahead() && may_repeat(current);
       if (ahead) start_ahead(next, ids.data());
       finish_step(current, step);
-      if (!ahead && !active_.empty()) start(next, false, ids.data());
+      if (!ahead && !active_.empty()) start(next, /*prompts=*/false, ids.data());
     }
   }
 
  private:
-  // Page-locked memory, freed at the end of the scope.
+  // Tokens of a step in page-locked memory, freed at the end of the scope.
   class HostTokens {
    public:
     HostTokens() = default;
@@ -127,7 +127,7 @@ class Generation {
                   config.max_positions);
       check_spans(where, r.n_spans, r.spans, r.n_tokens);
       check_ids(where, config.vocab, r.n_tokens, r.tokens, r.n_spans, r.spans);
-      check_sampling(config, "requests", i, r.sampling, true);
+      check_sampling(config, "requests", i, r.sampling, /*counted=*/true);
       QVL_REQUIRE(r.adapter == nullptr || r.adapter->engine == &engine_, QVL_INVALID,
                   "%s: adapter: belongs to another engine", where);
       n_prompt += r.n_tokens;
@@ -181,10 +181,11 @@ class Generation {
   void start(PendingStep& pending, bool prompts, int32_t* ids) {
     pending.requests = active_;
     build_batch(prompts, ids);
-    enqueue(pending, 0, ids);
+    enqueue(pending, /*unread=*/0, ids);
   }
 
-  // Enqueue the step that follows a pending step; the tokens of the pending step are in `ids`.
+  // Enqueue a decode step, as `pending`, before the host has read the tokens of the step before it; `ids`
+  // contains these tokens.
   void start_ahead(PendingStep& pending, int32_t* ids) {
     pending.requests = active_;
     sequences_.clear();
@@ -194,7 +195,7 @@ class Generation {
       sequences_.push_back(sequence(index, 1));
       lengths_[index] += 1;
     }
-    enqueue(pending, 1, ids);
+    enqueue(pending, /*unread=*/1, ids);
   }
 
   // Batch entry for a request's next n tokens.
@@ -312,7 +313,7 @@ class Generation {
   std::vector<int64_t> first_block_;            // per request: start of its table in blocks_
   std::vector<std::vector<int32_t>> forbidden_;
   PendingStep pending_[2];
-  std::vector<int32_t*> counts_;
+  std::vector<int32_t*> counts_;  // per request: token counts in device memory, NULL without penalties
   // Scratch memory of a step, reused.
   std::vector<qvl_sequence> sequences_;
   std::vector<qvl_span> spans_;

@@ -49,6 +49,7 @@ typedef float Four __attribute__((vector_size(16)));
 // Squared error of a group's values when they are stored as int4 with this scale; n is a multiple of 4.
 float int4_error(const float* values, int64_t n, float scale) {
   constexpr float kShift = 12582912.0F;  // 1.5 * 2^23: adding it rounds to an integer
+  // Subtracting Four{} broadcasts a scalar.
   const Four inverse = 1 / scale - Four{}, minimum = -8.0F - Four{}, maximum = 7.0F - Four{};
   Four errors = {};
   for (int64_t i = 0; i < n; i += 4) {

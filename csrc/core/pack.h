@@ -35,6 +35,7 @@ inline int group_size(qvl_dtype dtype) {
 
 // Bits per stored value, without scales; 0 for an unknown type.
 inline int value_bits(qvl_dtype dtype) {
+  // In the order of qvl_dtype.
   constexpr int kBits[QVL_DTYPES] = {32, 16, 8, 4, 4, 16, 4, 4, 4, 8, 8, 8, 32};
   return dtype >= 0 && dtype < QVL_DTYPES ? kBits[dtype] : 0;
 }

@@ -2,9 +2,8 @@
 //   file:     records, one for each tensor
 //   record:   uint32 0, uint64 0, uint32 0, int32 length of the message, message, data
 //   message:  0x08, code of the data type; for each dimension 0x10, length; 0x7A, length of the field, field
-//   field:    "qvl1", uint8 qvl_dtype, uint8 n_dims, uint16 length of the name, n_dims x int64, name, zeros
-//   as
-//             padding
+//   field:    "qvl1", uint8 qvl_dtype, uint8 n_dims, uint16 length of the name, n_dims x int64, name,
+//             padding with zeros
 // All numbers are little-endian; those of the message are varints. The data is aligned to 64 bytes. The file
 // may be damaged or malicious: Cursor checks the bounds of every read.
 #include <fcntl.h>
@@ -76,7 +75,8 @@ uint64_t product(const int64_t* dims, int n, uint64_t factor) {
   return result;
 }
 
-// Paddle's code for a type, and the size of a value in bytes.
+// Paddle's code for a type (VarType in Paddle's framework.proto), and the size of a value in bytes. All types
+// but the three float types are stored as uint8, code 20.
 struct PaddleType {
   uint64_t code;
   uint64_t bytes;

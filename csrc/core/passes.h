@@ -32,7 +32,8 @@ inline void check_ids(const qvl_batch& batch, int32_t vocab) {
   check_ids("batch", vocab, n, batch.tokens, batch.n_spans, batch.spans);
 }
 
-// Consecutive tokens of one sequence in a pass, either all of its prompt or all of decode steps.
+// Consecutive tokens of one sequence in a pass. Either all are tokens of the prompt, or all are computed as
+// decode steps.
 struct Part {
   const qvl_sequence* sequence;
   int64_t token;      // index of the first token in the batch

@@ -21,6 +21,7 @@ double ntk_alpha(const qvl_config& config, int prompt_len) {
 void rotary_frequencies(const qvl_config& config, int prompt_len, float* frequencies) {
   const int dim = config.head_dim;
   const double alpha = ntk_alpha(config, prompt_len);
+  // With head_dim 2 the only frequency is 1, whatever the base.
   const double base =
       dim > 2 ? static_cast<double>(config.rotary_base) * std::pow(alpha, dim / (dim - 2.0)) : alpha;
   for (int i = 0; i < dim / 2; ++i) frequencies[i] = static_cast<float>(std::pow(base, -2.0 * i / dim));

@@ -35,7 +35,8 @@ inline constexpr uint32_t kFirstSize<qvl_request> = 48;
 template <>
 inline constexpr uint32_t kFirstSize<qvl_device_info> = 200;
 
-// Check a struct's size or an array's stride, `size`, which the caller has set in `field` of `where`.
+// Check a struct's size or an array's stride, `size`, which the caller has set in `field` of `where`. It may
+// be larger than T, because a newer version may have more fields; over 4096 it is taken for uninitialised.
 template <typename T>
 void check_size(const char* where, const char* field, uint32_t size) {
   QVL_REQUIRE(size >= kFirstSize<T> && size <= 4096, QVL_INVALID, "%s: %s is %u; it must be %zu", where,

@@ -14,9 +14,11 @@ struct Specs {
   std::vector<WeightSpec> list;
 
   void table(const std::string& name, std::vector<int64_t> shape) {
-    list.push_back({name, std::move(shape), false});
+    list.push_back({name, std::move(shape), /*product=*/false});
   }
-  void matrix(const std::string& name, int64_t out, int64_t in) { list.push_back({name, {out, in}, true}); }
+  void matrix(const std::string& name, int64_t out, int64_t in) {
+    list.push_back({name, {out, in}, /*product=*/true});
+  }
   void norm(const std::string& name, int64_t width) {
     table(name + ".weight", {width});
     table(name + ".bias", {width});
@@ -46,7 +48,7 @@ void language_specs(const qvl_config& c, Specs& specs) {
 
 void vision_specs(const qvl_config& c, Specs& specs) {
   const int64_t width = c.vision_width, mlp = c.vision_mlp_width, out = c.hidden;
-  specs.list.push_back({"visual.conv1.weight", {width, 3, c.patch_size, c.patch_size}, true});
+  specs.list.push_back({"visual.conv1.weight", {width, 3, c.patch_size, c.patch_size}, /*product=*/true});
   specs.table("visual.positional_embedding", {patches(c), width});
   specs.norm("visual.ln_pre", width);
   for (int i = 0; i < c.vision_layers; ++i) {

@@ -9,8 +9,8 @@ namespace qvl::cpu {
 CpuAdapter::CpuAdapter(const Kernels& kernels, int layers, const std::vector<AdapterMatrix>& matrices)
     : targets_(size(int64_t{layers} * kLayerTargets + 1)) {
   for (const AdapterMatrix& m : matrices) {
-    // Pad rows to full vectors, because the kernels compute a remainder value by value. A vector of bfloat16
-    // contains pairs of values.
+    // Pad the rows of B to full vectors, because the kernels compute a remainder value by value. A vector of
+    // bfloat16 contains two values per lane.
     const int64_t unit = int64_t{kernels.lanes} * (m.dtype == QVL_BFLOAT16 ? 2 : 1);
     const int64_t width = (m.rank + unit - 1) / unit * unit;
     LowRank& target = targets_[size(m.target)];
@@ -42,7 +42,7 @@ void add_low_rank(Context& context, const std::vector<AdapterRows>& runs, int64_
     std::memset(low, 0, size(run.n * width) * sizeof(float));
     linear(context, m->a, x + run.first * x_stride, x_stride, rows, low, width);
     for (int64_t i = 0; i < run.n * width; ++i) low[i] *= m->scale;
-    linear(context, m->b, low, width, rows, y + run.first * y_stride, y_stride, true);
+    linear(context, m->b, low, width, rows, y + run.first * y_stride, y_stride, /*add=*/true);
   }
 }
 

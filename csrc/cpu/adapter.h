@@ -1,4 +1,4 @@
-// Low-rank adapters (LoRA) on the CPU: y += scale * B (A x).
+// Low-rank adapters (LoRA) on the CPU: y += scale * B * (A * x).
 #pragma once
 
 #include <vector>
@@ -34,7 +34,8 @@ class CpuAdapter final : public Adapter {
   std::vector<Buffer> memory_;
 };
 
-// Consecutive rows of activations with the same adapter, either all of prompts or all of decode steps.
+// Consecutive rows of activations with the same adapter. Either all are rows of prompts (decode false), or
+// all are rows of decode steps.
 struct AdapterRows {
   const CpuAdapter* adapter;
   int64_t first;

@@ -11,7 +11,7 @@ namespace {
 // in order. Several threads can thus share a long context, and the result does not depend on their number.
 constexpr int kChunkKeys = kMaxKvTile;
 
-// Common to prompts and decode steps.
+// Arguments and sizes that PromptAttention and DecodeAttention share.
 struct AttentionBase {
   const Kernels& kernels;
   const AttentionShape& shape;
@@ -42,8 +42,8 @@ struct PromptAttention : AttentionBase {
     const auto attend = shape.rounded && kernels.bf16_dot ? kernels.attend_rounded : kernels.attend;
     for (int64_t start = 0, t = 0; start < queries.n_keys; start += kv.tile_tokens, ++t) {
       const KvTile tile = kv.tile(queries, head, t);
-      // Number of the tile's keys that the first query sees; each query sees one key more than the previous
-      // one.
+      // Number of keys from `start` on that the first query sees; 0 or less if it sees none. With kCausal
+      // each query sees one key more than the previous one.
       const int64_t visible =
           queries.mask == kCausal ? queries.n_keys - queries.n + 1 - start : queries.n_keys;
       // Skip the first queries if they see no key of this tile.
@@ -111,8 +111,8 @@ void attend_decode(Context& context, const AttentionShape& shape, const float* q
     n_chunks += decode.chunks(queries.n_keys);
   }
   const int64_t operations = 2 * n_keys * shape.heads * shape.head_dim;
-  // With one thread, one chunk per query, or enough heads for all threads, a task is a complete query and
-  // head.
+  // With one thread, with one chunk per query, or if there are at least 8 pairs of a query and a head for
+  // each thread, a task is such a pair with all its chunks.
   if (context.pool.size() == 1 || n_chunks == n_work || n_work * shape.heads >= 8 * context.pool.size()) {
     for (Buffer& buffer : context.thread_scratch)
       buffer.get<float>(static_cast<size_t>(2 * decode.result_floats()));

@@ -40,8 +40,8 @@ struct AttentionShape {
   bool rounded;        // kAllKeys and kCausal may compute in bfloat16
 };
 
-// Compute out[row][head * head_dim ...] for all rows of `work`; its items must be either all kDecode or all
-// of the other masks. A row's result depends only on its query and keys, bit for bit, not on the other items
+// Compute out[row][head * head_dim ...] for all rows of `work`. Either all items must have the mask kDecode,
+// or none may have it. A row's result depends only on its query and keys, bit for bit, not on the other items
 // or the number of threads.
 void attention(Context& context, const AttentionShape& shape, const float* q, const KeysAndValues& kv,
                const Queries* work, int64_t n_work, float* out);

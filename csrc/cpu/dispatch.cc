@@ -40,8 +40,8 @@ bool is_supported(qvl_isa isa) {
 #endif
 }
 
-// Kernels of an ISA; NULL if the build omits the ISA, as a build for a single machine omits those it does not
-// need.
+// Kernels of an ISA; NULL if the build omits the ISA. A build for a single machine omits the ISAs that the
+// machine does not need.
 const Kernels* compiled_kernels(qvl_isa isa) {
   switch (isa) {
     case QVL_ISA_GENERIC:

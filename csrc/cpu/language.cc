@@ -144,14 +144,14 @@ void Language::pass(Context& context, CpuKvPool& pool, const qvl_batch& batch, s
     attend(context, pool, i, rows);
     feed_forward(context, i, rows);
   }
-  // lm_head for the last token of every sequence. The product is that of decode steps, also for prompts.
+  // lm_head for the last token of every sequence. The rows count as decode rows, also for prompts.
   int64_t n_last = 0;
   int32_t first_logits = 0;
   adapter_rows_.clear();
   for (const Part& part : parts) {
     if (part.logits < 0) continue;
     if (n_last == 0) first_logits = part.logits;
-    append_rows(adapter_rows_, adapter_of(part), n_last, 1, true);
+    append_rows(adapter_rows_, adapter_of(part), n_last, 1, /*decode=*/true);
     context.kernels.rms_norm(x + (part.first + part.n - 1) * hidden, ln_f_, config_.hidden,
                              config_.norm_epsilon, normed + n_last++ * hidden);
   }
@@ -191,16 +191,17 @@ void Language::attend(Context& context, CpuKvPool& pool, int layer_index, Rows r
       kernels.rotate(q + h * head_dim, cos, sin, head_dim, query_scale_[size(i)]);
       kernels.rotate(k + h * head_dim, cos, sin, head_dim, 1);
     }
-    pool.write(kernels, layer_index, block_[size(i)], slot_[size(i)], 0, k);
-    pool.write(kernels, layer_index, block_[size(i)], slot_[size(i)], 1, k + hidden);
+    pool.write(kernels, layer_index, block_[size(i)], slot_[size(i)], /*part=*/0, k);
+    pool.write(kernels, layer_index, block_[size(i)], slot_[size(i)], /*part=*/1, k + hidden);
   });
   const PagedKv kv(pool, layer_index);
+  // heads, head_dim, q_stride, q_head, out_stride, rounded
   const AttentionShape shape{config_.heads, head_dim, 3 * hidden,
                              head_dim,      hidden,   layer.c_attn.dtype != QVL_FLOAT32};
   for (const std::vector<Queries>* work : {&prompt_work_, &decode_work_}) {
     attention(context, shape, qkv, kv, work->data(), static_cast<int64_t>(work->size()), mixed);
   }
-  product(context, layer_index, kAttnProj, layer.attn_proj, mixed, hidden, rows, x, hidden, true);
+  product(context, layer_index, kAttnProj, layer.attn_proj, mixed, hidden, rows, x, hidden, /*add=*/true);
 }
 
 void Language::feed_forward(Context& context, int layer_index, Rows rows) {
@@ -217,7 +218,7 @@ void Language::feed_forward(Context& context, int layer_index, Rows rows) {
   product(context, layer_index, kW1, layer.w1, normed, hidden, rows, up, width);
   product(context, layer_index, kW2, layer.w2, normed, hidden, rows, gate, width);
   context.rows(n, width, [&](int64_t i, int) { kernels.silu_mul(gate + i * width, up + i * width, width); });
-  product(context, layer_index, kMlpProj, layer.mlp_proj, up, width, rows, x, hidden, true);
+  product(context, layer_index, kMlpProj, layer.mlp_proj, up, width, rows, x, hidden, /*add=*/true);
 }
 
 }  // namespace qvl::cpu

@@ -7,10 +7,12 @@
 namespace qvl::cpu {
 namespace {
 
-constexpr int64_t kMatvecRows = 128;           // maximum number of weight rows in a task of matvec
-constexpr int64_t kDecodeTaskBytes = 1 << 18;  // weights of a task with more than kMaxRows activations
-constexpr int64_t kTileRows = 64;              // weight rows in a task of the blocked product
-constexpr int64_t kMaxTokens = 384;  // tokens packed together; 512 of their columns fit the L2 cache
+constexpr int64_t kMatvecRows = 128;  // maximum number of weight rows in a task of matvec
+// Bytes of weights in a task of matvec with more than kMaxRows activations.
+constexpr int64_t kDecodeTaskBytes = 1 << 18;
+constexpr int64_t kTileRows = 64;  // weight rows in a task of the blocked product
+// Tokens packed together: their panels have 393 KB per tile and stay in the L2 cache (gemm.h).
+constexpr int64_t kMaxTokens = 384;
 
 // Address `bytes` after `memory`.
 const void* offset(const void* memory, uint64_t bytes) {

@@ -13,7 +13,7 @@
 
 namespace qvl::cpu {
 
-// Convert a count, which must not be negative.
+// Convert a count, which must not be negative, to size_t.
 inline size_t size(int64_t n) {
   return static_cast<size_t>(n);
 }

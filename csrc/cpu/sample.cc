@@ -16,6 +16,7 @@ struct Candidate {
   int32_t id;
 };
 
+// Order from the most to the least likely candidate, so that std::min_element() finds the most likely one.
 bool likelier(const Candidate& a, const Candidate& b) {
   return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
 }
@@ -33,7 +34,7 @@ Peak find_peak(int32_t vocab, const float* logits) {
   constexpr int32_t kBlock = 256, kVectors = 4, kLanes = 4;
   float maximum = -INFINITY;
   int32_t best = -1;  // start of the block with the first occurrence of the maximum
-  // Per lane -1 or 0: whether a value was finite, and whether no value was a NaN.
+  // Per lane -1 (true) or 0. finite: a value was finite; numbers: no value was a NaN.
   FourInts finite = {}, numbers = FourInts{} - 1;
   int32_t start = 0;
   for (; start + kBlock <= vocab; start += kBlock) {
@@ -89,7 +90,7 @@ void adjust(const qvl_sampling& s, int32_t vocab, const int32_t* counts, Candida
   }
 }
 
-// Token at `fraction` of the probability mass of the candidates within top-k and top-p, which is summed in
+// Token at `fraction` of the probability mass of the candidates within top-k and top-p. The mass is summed in
 // descending order of probability. Sorts no more candidates than needed.
 int32_t draw(const qvl_sampling& s, int32_t vocab, Candidate* candidates, double fraction) {
   const auto temperature = static_cast<double>(s.temperature), top_p = static_cast<double>(s.top_p);

@@ -30,11 +30,12 @@ namespace {
 // loops.
 constexpr int kSpins = 2000;
 
-// Single-threaded periods; all times are in nanoseconds. When several threads have lost more than
-// kToleratedLoss compared with one, loops run single-threaded for single_threaded_factor_ times that loss, at
-// most for kMaxSingleThreaded, and the factor doubles: if another process always occupies a processor, almost
-// no time is lost. Gains compensate later losses, but only up to kMaxGain, which is enough for a processor
-// that is occupied occasionally. When the gains reach kMaxGain, the factor is reset to kMinFactor.
+// Single-threaded periods; all times are in nanoseconds. When the loops on several threads have taken more
+// than kToleratedLoss longer than on one thread, loops run single-threaded for single_threaded_factor_ times
+// that loss, at most for kMaxSingleThreaded, and the factor doubles: if another process always occupies a
+// processor, almost no time is lost. Gains compensate later losses, but only up to kMaxGain, which is enough
+// for a processor that is occupied occasionally. When the gains reach kMaxGain, the factor is reset to
+// kMinFactor.
 constexpr int64_t kToleratedLoss = 50000;
 constexpr int64_t kMaxGain = 2000000;
 constexpr int64_t kMinFactor = 32, kMaxFactor = 1 << 14;
@@ -67,9 +68,9 @@ void count_forks() {
 
 }  // namespace
 
-// The threads and their current loop. It is on the heap because a child process after fork() must leak the
-// Workers of its parent: the threads do not exist in the child and cannot be joined, and the destructor of
-// the condition variable on which they slept would wait for them.
+// The threads and their current loop. This object is on the heap because a child process after fork() must
+// leak the Workers of its parent: the threads do not exist in the child and cannot be joined, and the
+// destructor of the condition variable on which they slept would wait for them.
 struct ThreadPool::Workers {
   // A thread's range of tasks, on a separate cache line. The upper half of a ticket is the number of the
   // loop, the lower half the number of remaining tasks. A worker that starts late finds the number of a later
@@ -100,7 +101,7 @@ struct ThreadPool::Workers {
     for (std::thread& worker : workers) worker.join();
   }
 
-  // Publish n tasks to the threads; take_tasks() and the wait for `remaining` must follow.
+  // Publish n tasks to the threads; take_tasks() and wait() must follow.
   void publish(int64_t n, Function new_function, void* new_context) {
     function.store(new_function, std::memory_order_relaxed);
     context.store(new_context, std::memory_order_relaxed);
@@ -174,7 +175,8 @@ struct ThreadPool::Workers {
       if (spun > kPreemptedSpin) preempted.fetch_add(spun, std::memory_order_relaxed);
       if (loop.load() == last_loop) {
         std::unique_lock<std::mutex> lock(mutex);
-        // Count this thread before the last check, and again after each wake-up, which resets the count.
+        // Count this thread before the last check, and again after each wake-up, because publish() has reset
+        // the count.
         while (true) {
           sleepers.fetch_add(1);
           if (loop.load() != last_loop) break;

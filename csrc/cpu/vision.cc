@@ -84,14 +84,15 @@ void Vision::run_block(Context& context, const Block& block, float* x) {
     work.push_back(
         {first, static_cast<int>(std::min<int64_t>(kQueryTile, patches_ - first)), patches_, kAllKeys});
   }
+  // heads, head_dim, q_stride, q_head, out_stride, rounded
   const AttentionShape shape{config_.vision_heads, head_dim, 3 * width,
                              3 * head_dim,         width,    block.in_proj.dtype != QVL_FLOAT32};
   attention(context, shape, qkv, kv, work.data(), static_cast<int64_t>(work.size()), normed);
-  linear(context, block.out_proj, normed, width, rows, x, width, true);
+  linear(context, block.out_proj, normed, width, rows, x, width, /*add=*/true);
   layer_norm_rows(context, block.ln_2, x, patches_, config_.vision_width, normed);
   linear(context, block.c_fc, normed, width, rows, wide, mlp);
   context.rows(patches_, mlp, [&](int64_t i, int) { context.kernels.gelu(wide + i * mlp, mlp); });
-  linear(context, block.c_proj, wide, mlp, rows, x, width, true);
+  linear(context, block.c_proj, wide, mlp, rows, x, width, /*add=*/true);
 }
 
 }  // namespace qvl::cpu

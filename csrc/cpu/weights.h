@@ -10,9 +10,10 @@
 
 namespace qvl::cpu {
 
+// Weight and bias of a LayerNorm.
 struct Norm {
   const float* weight;
-  const float* bias;  // NULL: RMSNorm
+  const float* bias;
 };
 
 // The weights of an engine by name. matrix() refers to the caller's memory, floats() copies.
@@ -29,7 +30,7 @@ class Weights {
   // Matrix name.weight with bias name.bias.
   Matrix linear(const std::string& name) { return matrix(name + ".weight", name + ".bias"); }
 
-  // Norm with name.weight and name.bias.
+  // LayerNorm with name.weight and name.bias.
   Norm norm(const std::string& name) { return {floats(name + ".weight"), floats(name + ".bias")}; }
 
   // Transfer the ownership of the copies to the caller; must be the last call.

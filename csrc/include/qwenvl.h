@@ -206,7 +206,7 @@ typedef struct qvl_config {
  * Every weight may be QVL_FLOAT32, QVL_BFLOAT16 or QVL_FLOAT16, and matrices other than wte.weight may be
  * quantized. Types may be mixed. A matrix NAME [out, in] other than wte.weight may have a permutation
  * NAME.order, QVL_INT32 [in] ("act-order" of GPTQ): stored column j multiplies input order[j], y[o] = sum
- * over j of value[o, j] x[order[j]]. On a GPU mlp.w1 and mlp.w2 of a layer must have the same order, and
+ * over j of value[o, j] * x[order[j]]. On a GPU mlp.w1 and mlp.w2 of a layer must have the same order, and
  * matrices of the vision stage must have none.
  *
  * Products with float32 weights run in float32. With other weights the products of prompts and images round
@@ -229,11 +229,13 @@ typedef struct qvl_tensor {
 
 /* Bytes of an [out, in] matrix stored as `dtype`, 0 for invalid arguments. QVL_INT32: `in` must be 1.
  *
- * QVL_INT8:     int8 [out, padded] and float32 [out] scales; value = scale * integer.
- * QVL_INT4_G*:  uint8 [out, padded / 2] and bfloat16 [out, padded / group] scales;
+ * Below, `padded` is `in` rounded up to a multiple of 128, `group` the group size; padding has the value 0.
+ *
+ * QVL_INT8: int8 [out, padded] and float32 [out] scales; value = scale * integer.
+ *
+ * QVL_INT4_G*: uint8 [out, padded / 2] and bfloat16 [out, padded / group] scales;
  * value = scale * (nibble - 8). 128 values of a row occupy 64 bytes, 32 little-endian 16-bit words: value
- * 32 j + i is nibble j, counted from the lowest bits, of word i. padded is `in` rounded up to a multiple of
- * 128; padding has the value 0.
+ * 32 * j + i is nibble j, counted from the lowest bits, of word i.
  *
  * QVL_UINT4_G*, QVL_UINT8_G*: uint8 [out, padded / 2] with nibbles in the order of QVL_INT4_G*, or uint8
  * [out, padded]; float16 [out, padded / group] scales; float16 [out, padded / group] zero points,
@@ -300,7 +302,7 @@ QVL_API qvl_status qvl_engine_create(const qvl_config* config, qvl_weights* weig
 /* Pools, events and adapters of the engine must have been freed before. NULL is allowed. */
 QVL_API void qvl_engine_free(qvl_engine* engine);
 
-/* Low-rank adapters (LoRA): y = W x + scale * B (A x), not merged into the base weights, which may be
+/* Low-rank adapters (LoRA): y = W * x + scale * B * (A * x), not merged into the base weights, which may be
  * quantized and are shared by all sequences, with and without an adapter. The number of adapters is not
  * limited.
  *
@@ -466,9 +468,9 @@ QVL_API qvl_status qvl_forward(qvl_engine* engine, qvl_kv_pool* pool, const qvl_
 
 /* Sampling parameters of a row of logits. They are applied in this order: forbidden ids, penalties,
  * temperature, top-k, top-p. A row with a NaN, a positive infinity or no finite value yields the token -1 and
- * increments no count. The random number of draw c with seed s is splitmix64's output for the state s + (c +
- * 1) * 0x9E3779B97F4A7C15, with its upper 53 bits taken as a fraction. The library has no random state: the
- * same seed and counter give the same random number on every device.
+ * increments no count. The random number of a draw is splitmix64's output for the state
+ * seed + (counter + 1) * 0x9E3779B97F4A7C15, with its upper 53 bits taken as a fraction. The library has no
+ * random state: the same seed and counter give the same random number on every device.
  */
 typedef struct qvl_sampling {
   uint32_t size;     /* sizeof(qvl_sampling) */

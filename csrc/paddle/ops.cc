@@ -4,7 +4,7 @@
 //            max_positions, dynamic_ntk, logn, image_size, patch_size, vision_width, vision_layers,
 //            vision_heads, vision_mlp_width, n_queries
 //   norm_epsilon, rotary_base  fields of qvl_config
-//   names    of the weights, in the order of the input
+//   names    of the weights, in the order of that list
 //   dtypes   of the weights, qvl_dtype
 //   shapes   of the weights, four dimensions each, padded with 0
 //
@@ -43,7 +43,7 @@ std::string text(const Shape& shape) {
   return result + "]";
 }
 
-// Values of an input, after a check of its type and shape, in which -1 stands for any length.
+// Values of an input, after a check of its type and shape. In `shape`, -1 stands for any length.
 template <typename T>
 const T* values(const Tensor& tensor, const char* name, const Shape& shape) {
   const Shape given = tensor.shape();

@@ -12,8 +12,8 @@
 
 namespace qvl::paddle_ops {
 
-// Indices in an operator's attribute `sizes`, as far as ops.cc needs them; make_config() in session.cc lists
-// all.
+// Indices in an operator's attribute `sizes`, as far as ops.cc needs them; make_config() in session.cc has
+// the complete list.
 enum Size {
   HIDDEN = 1,
   VOCAB = 6,

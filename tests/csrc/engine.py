@@ -205,7 +205,7 @@ OnStep = ctypes.CFUNCTYPE(c_int32, c_void_p, c_int32, c_int32, POINTER(c_int32),
 
 
 class EngineError(Exception):
-    """A failed function of the library: its status code, and its message."""
+    """A failed call of the library: its status code, and its message."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -727,7 +727,7 @@ class Pool:
         """Run a forward pass and sample a token for each entry without NO_LOGITS."""
         n = len(sampling)
         step = Step(
-            np.full(n, -9, np.int32),
+            np.full(n, -9, np.int32),  # -9: not written by the engine
             np.empty(n, np.float32),
             np.empty([n, n_logprobs], np.int32),
             np.empty([n, n_logprobs], np.float32),
@@ -753,8 +753,8 @@ class Pool:
     def read_blocks(self, blocks: Sequence[int]) -> np.ndarray:
         """Copy blocks to host memory, uint8."""
         numbers = np.asarray(blocks, np.int32)
-        size = self.engine.handle, len(numbers), self.block_tokens, self.dtype
-        host = np.zeros(self.engine.library.dll.qvl_kv_pool_bytes(*size), np.uint8)
+        pool = self.engine.handle, len(numbers), self.block_tokens, self.dtype
+        host = np.zeros(self.engine.library.dll.qvl_kv_pool_bytes(*pool), np.uint8)
         self.engine.library.call(
             "qvl_kv_read_blocks",
             self.handle,

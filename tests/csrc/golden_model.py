@@ -73,7 +73,7 @@ class GoldenModel:
         return np.random.RandomState(101).randn(n, 3, 448, 448).astype("float32")
 
     def spans(self, features: np.ndarray) -> list[tuple[int, np.ndarray]]:
-        """(First token after the image's <img>, features) of every image in the prompt."""
+        """(Position of the first token after the image's <img>, features) of every image in the prompt."""
         starts = np.flatnonzero(self.figures["input_ids"][0] == self.config["visual"]["image_start_id"]) + 1
         return list(zip(starts.tolist(), features))
 

@@ -90,7 +90,7 @@ def test_a_row_of_nan_does_not_change_another(pool, engine):
 
 
 def test_a_step_without_rows_writes_the_pool(pool, engine):
-    """A chunk of a prompt without logits: the rest of the prompt then finds its keys and values."""
+    """A chunk of a prompt without logits: the remaining tokens then use the keys and values of the chunk."""
     prompt, table = PROMPTS[0], list(range(10))
     expected = pool.forward([(prompt, 0, 70, table)])
     with engine.pool(10) as chunk_pool:

@@ -174,7 +174,7 @@ def test_damaged_files(library, mixed, tmp_path):
     path = tmp_path / "damaged"
     for position in range(second_record, second_record + 128):
         path.write_bytes(intact[:position])
-        if position > second_record:
+        if position > second_record:  # a file that ends after its first record is valid
             assert open_error(library, path)[0] == BAD_WEIGHT
         for flipped_bits in (1, 64, 255):
             changed = bytearray(intact)

@@ -91,14 +91,14 @@ def rounded_activations(x, isa, dtype):
 def test_linear(library, isa, dtype, shape):
     """Tokens of prompts (blocked product), of decode steps (matrix-vector kernels), and both in one call."""
     rows, columns = shape
-    storage = DTYPES[dtype]
+    storage, threads = DTYPES[dtype], 2
     packed = library.pack(normal(rows, columns), storage)
     weights = library.unpack(packed, storage, rows, columns)
     bias = normal(rows)
     # Of n tokens, the first n_prompt belong to prompts, the others to decode steps.
     for n_prompt, n in [(0, 1), (0, 2), (0, 5), (0, 8), (0, 9), (0, 20), (1, 1), (9, 9), (50, 50), (3, 7)]:
         x, y = normal(n, columns), normal(n, rows)
-        exact, add = y.copy(), n % 2
+        exact, add = y.copy(), n % 2  # exact: without rounding of the activations
         # Root mean square of the results if the signs of their terms were random.
         variances = np.square(x) @ np.square(weights).T + np.square(bias) + add * np.square(y)
         size = np.sqrt(variances.mean())
@@ -113,7 +113,7 @@ def test_linear(library, isa, dtype, shape):
             *(n, rows, columns, pointer(rounded_x), pointer(weights), pointer(bias), add, pointer(expected))
         )
         status = library.dll.qvlt_linear(
-            *(isa, 2, storage, n_prompt, n, rows, columns),
+            *(isa, threads, storage, n_prompt, n, rows, columns),
             *(pointer(x), pointer(packed), None, pointer(bias), add, pointer(y)),
         )
         assert status == 0
@@ -125,7 +125,7 @@ def test_linear(library, isa, dtype, shape):
 @pytest.mark.parametrize("dtype", GROUPS)
 def test_zero_points_and_order(library, isa, dtype):
     """Smallest and largest zero points, a row of scales 0, and permuted inputs, compared with NumPy in float64."""
-    rows, columns = 19, 715
+    rows, columns, threads = 19, 715, 2
     group, n_levels = GROUPS[dtype], 16 if dtype in UINT4 else 256
     scales_shape = rows, -(-columns // group)
     integers = RANDOM.integers(0, n_levels, [rows, columns], np.uint8)
@@ -142,9 +142,9 @@ def test_zero_points_and_order(library, isa, dtype):
         x, y = normal(n, columns) + 0.5, np.empty([n, rows], np.float32)
         permuted = x[:, order]
         rounded_x = permuted if n_prompt else rounded_activations(permuted, isa, dtype)
-        sizes = isa, 2, dtype, n_prompt, n, rows, columns
+        arguments = isa, threads, dtype, n_prompt, n, rows, columns
         assert not library.dll.qvlt_linear(
-            *sizes, pointer(x), pointer(packed), pointer(order), None, 0, pointer(y)
+            *arguments, pointer(x), pointer(packed), pointer(order), None, 0, pointer(y)
         )
         rounds_to_bfloat16 = n_prompt and isa == ISAS["avx512_bf16"]
         assert_close(y, rounded_x @ weights.T, 2e-2 if rounds_to_bfloat16 else 2e-5)
@@ -185,6 +185,7 @@ def test_every_float16(library, isa):
     for first in range(0, 31, 8):  # matrix-vector kernels take up to 8 tokens
         n = min(8, 31 - first)
         x, y = pointer(unit_vectors[first:]), pointer(products[first:])
+        # Threads, storage type, tokens of prompts, all tokens, rows, columns.
         sizes = 1, FLOAT16, 0, n, 2048, 31
         assert library.dll.qvlt_linear(isa, *sizes, x, pointer(weights), None, None, 0, y) == 0
     expected = weights.T.astype(np.float32)

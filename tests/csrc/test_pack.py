@@ -113,7 +113,7 @@ def test_dtypes_that_need_another_function(library):
             library.call("qvl_pack", dtype, 1, columns, pointer(zeros), pointer(zeros), n_bytes)
     with pytest.raises(EngineError, match="dtype 3 has no groups with zero points"):
         library.pack_groups(*random_groups(UINT4_G64, 1, 128), INT4_G64)
-    # int32 is for vectors only: a second column has size 0.
+    # int32 is for vectors only: the size of a matrix with two columns is 0.
     assert [library.dll.qvl_packed_bytes(INT32, n, m) for n, m in ((5, 1), (5, 2))] == [20, 0]
 
 

@@ -175,7 +175,7 @@ def test_decode_steps_of_many_sequences(case):
 
 
 def test_shared_blocks(case):
-    """A second sequence shares the first three blocks of another, and computes the others itself."""
+    """A second sequence shares the first three blocks of another, and computes its remaining blocks itself."""
     expected = case.expected(BFLOAT16)
     n_shared = 3 * BLOCK
     with case.engine(3) as engine, engine.pool(2 * N_BLOCKS, BLOCK, BFLOAT16) as pool:

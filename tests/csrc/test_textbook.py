@@ -89,7 +89,7 @@ def test_attention(library, isa, version, scores):
 
 
 def in_blocks(k, v, block):
-    """Keys and values [tokens, heads, head_dim] as bfloat16 blocks [2, heads, block, head_dim]; NaN after the last."""
+    """Keys and values [tokens, heads, head_dim] as bfloat16 blocks [2, heads, block, head_dim], padded with NaN."""
     n_keys, heads, head_dim = k.shape
     bfloat16_nan = 0x7FC0
     cache = np.full([-(-n_keys // block) * block, 2, heads, head_dim], bfloat16_nan, np.uint16)

@@ -24,7 +24,7 @@ INSTALL = r": pip install 'paddlemix-qwenvl-plugin\[gpu-engine\]'$"
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A site-packages folder, to which the search for NVRTC is limited, apart from the empty toolkit and usr."""
+    """A site-packages folder. The search for NVRTC is limited to it and to `toolkit` and `usr`, which are empty."""
     monkeypatch.setattr(nvrtc, "_sites", lambda: [tmp_path / "site"])
     monkeypatch.setattr(nvrtc, "_toolkits", lambda: [tmp_path / "toolkit"])
     monkeypatch.setattr(nvrtc, "_NAMES", ())
@@ -34,7 +34,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def kernels(tmp_path: Path, site: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of kernels, with two files; also an NVRTC for three architectures, and a GPU."""
+    """Install a fake NVRTC and a fake driver with one GPU; return the folder of kernels, which has two files."""
     csrc = Path(shutil.copytree(CSRC, tmp_path / "csrc"))
     folder = csrc / "cuda" / "kernels"
     for path in folder.glob("*.cu"):
@@ -46,7 +46,7 @@ def kernels(tmp_path: Path, site: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     monkeypatch.delenv("QWENVL_NO_BUILD", raising=False)
     monkeypatch.delenv("QWENVL_CUDA_KERNELS", raising=False)
     wheel = site / "nvidia" / "cuda_nvrtc"
-    fake_nvrtc(wheel / "lib" / "libnvrtc.so.12", 12, 9, 75, 80, 90)
+    fake_nvrtc(wheel / "lib" / "libnvrtc.so.12", 12, 9, 75, 80, 90)  # NVRTC 12.9 for sm_75, sm_80 and sm_90
     headers(site / "nvidia" / "cuda_runtime" / "include")
     install_gpus(monkeypatch, 90)
     return folder

@@ -14,7 +14,8 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
 # Compiled to machine code: one type per architecture, and both for 9.0, which has separate kernels.
 ASSEMBLED = ("sm_70.f16", "sm_75.f16", "sm_80.bf16", "sm_90a.f16", "sm_90a.bf16", "sm_120.bf16")
-# Compiled only to PTX, since assembly takes most of the time: preprocessor branches are those of architectures above.
+# Compiled only to PTX, since assembly takes most of the time. The preprocessor branches of these architectures are
+# among those of ASSEMBLED.
 TO_PTX = ("sm_86.bf16", "sm_89.bf16", "sm_100.bf16")
 SOURCES = sorted((sources.source_folder() / "cuda" / "kernels").glob("*.cu"))
 
@@ -46,7 +47,7 @@ def _tested_unit(unit: sources.Unit) -> Optional[sources.Unit]:
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_compiles(source: Path, compiled: Path) -> None:
-    """Each cubin is an ELF file with the architecture in its flags; at least one of a source has kernels."""
+    """Each cubin is an ELF file with the architecture in its flags; at least one cubin of a source has kernels."""
     cubins = {code: (compiled / f"{source.stem}.{code}.cubin").read_bytes() for code in ASSEMBLED}
     for code, cubin in cubins.items():
         assert cubin[:4] == b"\x7fELF"

@@ -42,7 +42,7 @@ def test_the_unchanged_feed_is_accepted(programs: dict[str, Program]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("index", "values", "message"),  # of the input that is replaced
+    ("index", "values", "message"),  # index of the input that is replaced, and its new values
     [
         (0, np.zeros(300, np.int64), "input_ids: shape is [300]; it must be [any, any]"),
         (0, np.full([2, 300], 1 << 40, np.int64), "the vocabulary has"),
@@ -100,7 +100,7 @@ def test_an_engine_is_freed_with_its_program(tiny_exported: Path, monkeypatch: p
         program = Stage(tiny_exported / "text" / "qwen", "language", "cpu").open()
         before = threads()
         program(feed())
-        assert threads() >= before + 3
+        assert threads() >= before + 3  # 4 threads, one of which is the caller
         del program
         assert threads() <= before
     finally:

@@ -31,9 +31,10 @@ def library() -> Path:
     """Stub of the library for GPUs; cached like the engine, since its build takes as long."""
     csrc = sources.source_folder()
     stub = Path(__file__).with_name("cpu_as_gpu.cc")
-    replaced = ("core_capi.o", "core_generate.o", "core_cuda_back_end.o")
+    # Units of libqwenvl.so that the stub does not need.
+    omitted = ("core_capi.o", "core_generate.o", "core_cuda_back_end.o")
     units = [
-        unit for unit in sources.library_units(csrc, sources.isas_here(csrc)) if unit.name not in replaced
+        unit for unit in sources.library_units(csrc, sources.isas_here(csrc)) if unit.name not in omitted
     ]
     target = build.cuda_target()
     target = target._replace(

@@ -77,7 +77,7 @@ def matrix(random: np.random.Generator, dtype: int, out: int, width: int) -> tup
         return values.astype(np.int8).tobytes() + scales.tobytes(), exact[:, :width]
     group = 64 if dtype == INT4_G64 else 128
     scales = bfloat16(random.standard_normal((out, padded // group)) / 10)
-    nibbles = (values + 8).reshape(out, padded // 128, 4, 32)  # value 32 j + i is nibble j of word i
+    nibbles = (values + 8).reshape(out, padded // 128, 4, 32)  # value 32 * j + i is nibble j of word i
     words = sum(nibbles[:, :, j] << (4 * j) for j in range(4)).astype(np.uint16)
     exact = values * np.repeat(to_float32(scales).astype(float), group, axis=1)
     return words.tobytes() + scales.tobytes(), exact[:, :width]
@@ -96,7 +96,7 @@ def grouped(
     exact = (values - zero) * scale
     stored = values.astype(np.uint8)
     if bits == 4:
-        nibbles = values.reshape(out, padded // 128, 4, 32)  # value 32 j + i is nibble j of word i
+        nibbles = values.reshape(out, padded // 128, 4, 32)  # value 32 * j + i is nibble j of word i
         stored = sum(nibbles[:, :, j] << (4 * j) for j in range(4)).astype(np.uint16)
     return stored.tobytes() + scales.tobytes() + zeros.tobytes(), exact[:, :width]
 
@@ -130,7 +130,7 @@ class Product:
         y: Optional[np.ndarray] = None,
         adapted: Optional[Adapted] = None,
     ) -> np.ndarray:
-        """Compute y = x W^T + bias with an epilogue. x: bfloat16 bits [n, stride]; only the first `width` count."""
+        """Compute y = x W^T + bias with an epilogue. x: bfloat16 bits [n, stride], `width` columns of them used."""
         n = len(x)
         if y is None:
             y = np.full((n, self.out // 2 if epilogue == "silu_times" else self.out), np.nan, np.float32)
@@ -200,7 +200,7 @@ def test_epilogues(library: ctypes.CDLL) -> None:
     ("kind", "out", "width", "n"), [("bfloat16", 40, 648, 19), ("int4_g64", 40, 4136, 5)]
 )
 def test_low_rank_adapters(library: ctypes.CDLL, kind: str, out: int, width: int, n: int) -> None:
-    """A x of each row's adapter is that of float64, and the product has the same bits as without adapters."""
+    """A x of each row's adapter is close to float64, and the product has the same bits as without adapters."""
     product, x, rank = Product(library, KINDS[kind], out, width), rows(n, width), 8
     random = np.random.default_rng(n)
     a = bfloat16(random.standard_normal((5, rank, width), np.float32))

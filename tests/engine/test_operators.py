@@ -98,7 +98,7 @@ def test_kv_caches_are_freed(tiny_exported: Path) -> None:
     for _ in range(3):
         vl.generate_ids(prompt, max_new_tokens=2, eos_token_ids=())
     before = resident_bytes()
-    for _ in range(40):  # each has a KV cache of 4 MB
+    for _ in range(40):  # each call has a KV cache of 4 MB
         vl.generate_ids(prompt, max_new_tokens=2, eos_token_ids=())
     assert resident_bytes() - before < 40e6
 
@@ -125,7 +125,7 @@ except Exception as error:
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("device", "pattern"),  # of the printed line
+    ("device", "pattern"),  # QWENVL_DEVICE, and a pattern of the printed line
     [
         ("", "^answered$"),
         ("cpu", "^answered$"),

@@ -16,6 +16,7 @@ def test_layout_of_eight_bits() -> None:
     random = np.random.default_rng(0)
     integers = random.integers(0, 256, (3, 130), np.uint8)
     scales, zeros = random.random((3, 3)).astype(np.float16), np.full((3, 3), 256, np.float16)
+    # [:, ::-1] makes a view that is not contiguous.
     packed = pack_groups("uint8_g64", integers[:, ::-1], scales, zeros, NAME)
     assert packed.nbytes == packed_bytes("uint8_g64", 3, 130) == 3 * (256 + 2 * 4 * 2)
     assert (packed[: 3 * 256].reshape(3, 256)[:, :130] == integers[:, ::-1]).all()

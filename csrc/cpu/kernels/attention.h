@@ -3,26 +3,26 @@
 //
 // Layout. Keys and values of a tile (KvTile) are [token][head_dim] in a block of the pool, in any storage
 // type of the KV cache. Each query has a state, the running maximum m and running sum l, and out, the sum of
-// e^(s - m) v, which is finally divided by l:
+// e^(s - m) * v, which is finally divided by l:
 //
 //              keys ->   tile 0     tile 1     tile 2
 //   queries   q0       | s s s s  | s . . .  |          . not visible (causal)
 //      |      q1       | s s s s  | s s . .  |          m' = max(m, s), out *= e^(m - m'), l likewise
-//      v      q2       | s s s s  | s s s .  |          out += e^(s - m') v, l += e^(s - m')
+//      v      q2       | s s s s  | s s s .  |          out += e^(s - m') * v, l += e^(s - m')
 //
 // Kernels:
 //
 // - attend, attend_rounded: many queries of a prompt or image. Keys are packed in panels of L tokens
 //   [head_dim][L], values in panels of L channels [tokens][L] (L = kLanes). The products are those of gemm.h:
-//   s = q k^T, then out += weights v. attend_rounded multiplies bfloat16.
+//   s = q k^T, then out += weights * v. attend_rounded multiplies bfloat16.
 // - attend_one: one query of a decode step, over up to kMaxKvTile keys in the pool: scores of L keys at a
 //   time, one softmax, then the weighted sum of values. attend_merge merges the results of several calls.
 //
-// Cost. Operations: 4 head_dim per query and visible key. attend: bound by the multiply-add units; packing a
-// tile costs 2 head_dim values per key, amortised over up to 256 queries; one exponential per query and key.
-// attend_one: reads 2 head_dim values per key for 4 head_dim operations, 1 operation per byte with 16-bit
-// types, and is bound by memory. It therefore prefetches: while it reads the keys of a tile, the values of
-// these tokens and the keys of the next tile.
+// Cost. Operations: 4 * head_dim per query and visible key. attend: bound by the multiply-add units; packing
+// a tile costs 2 * head_dim values per key, amortised over up to 256 queries; one exponential per query and
+// key. attend_one: reads 2 * head_dim values per key for 4 * head_dim operations, 1 operation per byte with
+// 16-bit types, and is bound by memory. While it reads the keys of a tile, it therefore prefetches the values
+// of the same tile and the keys of the next tile.
 //
 // Reference: reference::attention (reference/reference.cc), tests/csrc/test_kernels.py::test_attention,
 // within 3e-5; attend_rounded within 6 % for scores of typical magnitude.
@@ -206,11 +206,11 @@ void attend(const float* q, int64_t q_stride, int n_q, int head_dim, const KvTil
   each_value_vector(tile, head_dim, tile.n, [&](int d, int t, Floats value) {
     store(values + static_cast<int64_t>(d) * tile.n + t * kLanes, value);
   });
-  multiply_tile<StepF32>(q, q_stride, n_q, head_dim, keys, panel_bytes, tokens / kLanes, true, scores, tokens,
-                         {});
+  multiply_tile<StepF32>(q, q_stride, n_q, head_dim, keys, panel_bytes, tokens / kLanes, /*assign=*/true,
+                         scores, tokens, {});
   softmax_tile(tile, visible, n_q, scores, tokens, state, out, out_stride);
   multiply_tile<StepF32>(scores, tokens, n_q, tile.n, values, static_cast<size_t>(tile.n) * sizeof(Floats),
-                         static_cast<int>(out_stride / kLanes), false, out, out_stride, {});
+                         static_cast<int>(out_stride / kLanes), /*assign=*/false, out, out_stride, {});
 }
 
 #if defined(__AVX512BF16__)
@@ -238,13 +238,13 @@ void attend_rounded(const float* q, int64_t q_stride, int n_q, int head_dim, con
     narrow_all(q + i * q_stride, queries + int64_t{i} * width, head_dim);
     if (width > head_dim) queries[int64_t{i} * width + head_dim] = 0;
   }
-  multiply_tile<StepBf16>(queries, width, n_q, width, keys, panel_bytes, tokens / kLanes, true, scores,
-                          tokens, {});
+  multiply_tile<StepBf16>(queries, width, n_q, width, keys, panel_bytes, tokens / kLanes, /*assign=*/true,
+                          scores, tokens, {});
   softmax_tile(tile, visible, n_q, scores, tokens, state, out, out_stride);
   narrow_all(scores, weights, int64_t{n_q} * tokens);
   multiply_tile<StepBf16>(weights, tokens, n_q, tokens, values,
                           static_cast<size_t>(tokens / 2) * sizeof(Words),
-                          static_cast<int>(out_stride / kLanes), false, out, out_stride, {});
+                          static_cast<int>(out_stride / kLanes), /*assign=*/false, out, out_stride, {});
 }
 #endif
 

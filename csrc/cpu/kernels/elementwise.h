@@ -3,8 +3,8 @@
 // Layout: float32 [n], processed in vectors of L lanes and a remainder of `count` < L values. The rotation
 // pairs channel i of the lower half of a head with channel i of its upper half:
 //
-//   x  [ a0 a1 .. a(d/2-1) | b0 b1 .. b(d/2-1) ]      a' = (a cos - b sin) scale
-//                                                     b' = (b cos + a sin) scale
+//   x  [ a0 a1 .. a(d/2-1) | b0 b1 .. b(d/2-1) ]      a' = (a * cos - b * sin) * scale
+//                                                     b' = (b * cos + a * sin) * scale
 //
 // Cost: 1 to 2 reads and 1 write of n values in the cache. gelu and silu_mul also compute an exponential per
 // value, 20 to 30 operations, which takes longer than the memory accesses. Compared with a matrix product,
@@ -19,7 +19,7 @@
 
 namespace {
 
-// x (1 + erf(x / sqrt 2)) / 2, erf after Abramowitz and Stegun 7.1.26: error at most 1.5e-7.
+// x * (1 + erf(x / sqrt(2))) / 2, erf after Abramowitz and Stegun 7.1.26: error at most 1.5e-7.
 QVL_INLINE Floats gelu_of(Floats x) {
   const Floats z = max(x, -x) * 0.70710678118654752F;
   const Floats t = 1.0F / (1.0F + 0.3275911F * z);

@@ -14,13 +14,13 @@
 //      +------------+          |  v   |      |      |     +------+------+------+   4 x 3 (AVX2, SSE)
 //      |            |          +------+------+------+
 //
-// A step of R x P multiply-adds loads P vectors and broadcasts R weights. It uses R P + P + 1 registers: 28
+// A step of R x P multiply-adds loads P vectors and broadcasts R weights. It uses R * P + P + 1 registers: 28
 // of 32 with AVX-512, 16 of 16 with AVX2. Each element of c is a single sum over ascending k, so a row's bits
 // do not depend on the number of tokens.
 //
-// Cost. Operations: 2 rows k n. Bytes: W once for up to 384 tokens, 384 operations per byte in bfloat16; the
-// panels of a tile, 384 x 512 bfloat16 or 384 x 256 float32 = 393 KB, stay in the L2 cache. Bound by the
-// multiply-add units: 2 L operations per instruction, 4 L with bfloat16.
+// Cost. Operations: 2 * rows * k * tokens. Bytes: W once for up to 384 tokens, 384 operations per byte in
+// bfloat16; the panels of a tile, 384 x 512 bfloat16 or 384 x 256 float32 = 393 KB, stay in the L2 cache.
+// Bound by the multiply-add units: 2 * L operations per instruction, 4 * L with bfloat16.
 //
 // Reference: reference::linear (reference/reference.cc), tests/csrc/test_kernels.py::test_linear; within 2e-5
 // in float32, within 2 % where activations are rounded to bfloat16.

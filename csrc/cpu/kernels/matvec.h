@@ -1,5 +1,5 @@
 // Matrix-vector products, the part shared by all storage types: y [n_x][rows] (+)= x W^T + bias for 1 to
-// kMaxRows rows of x, which reads W from memory once. A row of x is called an activation here. The inner
+// kMaxRows rows of x. A product reads W from memory once. A row of x is called an activation here. The inner
 // loops are the classes `Rows` of matvec_bf16.h, matvec_float.h, matvec_int8.h, matvec_int4.h and
 // matvec_groups.h.
 //
@@ -18,7 +18,7 @@
 // activation a block is an entire row. The order of summation does not depend on the blocking: a token's
 // result has the same bits in every batch.
 //
-// Cost: reads W once and computes 2 rows k n_x operations; the files of the storage types contain the
+// Cost: reads W once and computes 2 * rows * k * n_x operations; the files of the storage types contain the
 // formulas. linear.cc contains the outer loop, which reuses cached parts of W for more than kMaxRows
 // activations.
 //
@@ -94,7 +94,7 @@ QVL_INLINE void store_sums(const Floats (&sums)[RowCount][XCount], Floats* to) {
 //   kHasScale         whether a finished row is multiplied by scales[row]
 //   kXAtOnce          maximum number of activations of a register block
 //   add<RowCount, XCount, Pass, Passes, SumStride>(p, row, x, first, end, prefetcher, sums)
-//                     add the products of columns first to end with activations x to x + XCount - 1 to
+//                     add the products of columns [first, end) with activations x to x + XCount - 1 to
 //                     sums [RowCount][SumStride], which are uninitialised if first is 0. The same weights are
 //                     read by `Passes` calls, of which this is number `Pass`; a call prefetches 1 / Passes as
 //                     many cache lines as it reads
@@ -103,7 +103,7 @@ QVL_INLINE void store_sums(const Floats (&sums)[RowCount][XCount], Floats* to) {
 template <typename Rows, int RowCount>
 QVL_INLINE void multiply_entire_rows(const Matvec& p, int64_t row, WeightPrefetcher& prefetcher, float* to) {
   Floats sums[RowCount];
-  Rows::template add<RowCount, 1, 0, 1, 1>(p, row, 0, 0, p.k, prefetcher, sums);
+  Rows::template add<RowCount, 1, 0, 1, 1>(p, row, /*x=*/0, /*first=*/0, p.k, prefetcher, sums);
 #pragma GCC unroll 8
   for (int r = 0; r < RowCount; ++r) to[r] = sum(sums[r]);
 }
@@ -121,7 +121,7 @@ QVL_INLINE void multiply_column_block(const Matvec& p, int64_t row, int first, i
     multiply_column_block<Rows, RowCount, XCount, FirstX + GroupX>(p, row, first, end, prefetcher, sums);
 }
 
-// Product with one activation, for rows `row` to `end`.
+// Product with one activation, for rows [row, end).
 template <typename Rows>
 void matvec_one(const Matvec& p, int64_t row, int64_t end) {
   constexpr int RowCount = Rows::rows_at_once(1);
@@ -134,11 +134,11 @@ void matvec_one(const Matvec& p, int64_t row, int64_t end) {
     for (; r + RowCount <= n; r += RowCount)
       multiply_entire_rows<Rows, RowCount>(p, row + r, prefetcher, sums + r);
     for (; r < n; ++r) multiply_entire_rows<Rows, 1>(p, row + r, prefetcher, sums + r);
-    write_rows<Rows::kHasScale>(p, row, n, 0, sums);
+    write_rows<Rows::kHasScale>(p, row, n, /*x=*/0, sums);
   }
 }
 
-// Product with XCount activations, for rows `row` to `end`.
+// Product with XCount activations, for rows [row, end).
 template <typename Rows, int XCount>
 void matvec_many(const Matvec& p, int64_t row, int64_t end) {
   constexpr int RowCount = Rows::rows_at_once(XCount);

@@ -1,4 +1,5 @@
-// Matrix-vector product with bfloat16 weights: y[n][row] = sum over k of w[row][k] x[n][k], 1 to 8 rows of x.
+// Matrix-vector product with bfloat16 weights: y[n][row] = sum over k of w[row][k] * x[n][k], for 1 to 8 rows
+// of x.
 //
 // Layout, with L = kLanes float32 lanes. Two adjacent weights are one 32-bit word: a shift converts the
 // weight with even index to float32, a mask the weight with odd index. prepare_bf16 therefore separates the
@@ -11,9 +12,9 @@
 //
 //   prepared x: [n_x][ceil(k / 2L)][2][L] float32, padded with zeros.
 //
-// Cost. Bytes: 2 rows k, once for all rows of x; the prepared x stays in the L1 cache (kColumnBlock).
-// Operations: 2 rows k n_x, that is n_x per byte: memory-bound for few rows of x. time = max(2 rows k /
-// bandwidth, 2 rows k n_x / multiply-add rate).
+// Cost. Bytes: 2 * rows * k, once for all rows of x; the prepared x stays in the L1 cache (kColumnBlock).
+// Operations: 2 * rows * k * n_x, that is n_x per byte: memory-bound for few rows of x.
+// time = max(2 * rows * k / bandwidth, 2 * rows * k * n_x / multiply-add rate).
 //
 // Reference: reference::linear (reference/reference.cc), in tests/csrc/test_kernels.py::test_linear; the same
 // bits in every batch: test_linear_of_a_row_does_not_depend_on_the_others.

@@ -1,12 +1,13 @@
-// Matrix-vector product with float32 or float16 weights: y[n][row] = sum over k of w[row][k] x[n][k].
+// Matrix-vector product with float32 or float16 weights: y[n][row] = sum over k of w[row][k] * x[n][k].
 //
 // Layout, with L = kLanes:
 //
 //   weights, a row   [ w0 w1 .. w(L-1) | wL .. ]        4 or 2 bytes each, no padding
 //   prepared x       [ x0 x1 .. x(L-1) | xL .. 0 0 ]    float32 [n_x][k padded with zeros to L]
 //
-// Cost. Bytes: 4 rows k (float16: 2 rows k), once for all rows of x. Operations: 2 rows k n_x, that is n_x /
-// 2 (float16: n_x) per byte: memory-bound for few rows of x. float16 adds one conversion per vector.
+// Cost. Bytes: 4 * rows * k (float16: 2 * rows * k), once for all rows of x. Operations: 2 * rows * k * n_x,
+// that is n_x / 2 per byte (float16: n_x): memory-bound for few rows of x. float16 adds one conversion per
+// vector.
 //
 // Reference: reference::linear in tests/csrc/test_kernels.py::test_linear; test_every_float16 covers all
 // values.

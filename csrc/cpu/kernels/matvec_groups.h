@@ -1,6 +1,6 @@
 // Matrix-vector product with 4- or 8-bit weights and a float16 scale and zero point per group of 32, 64 or
-// 128 values of a row: y[n][row] = sum over groups of scale * sum over k of (w[row][k] - zero) x[n][k], x
-// quantized to 8 bits (quantized_x.h).
+// 128 values of a row: y[n][row] = sum over groups of scale * sum over k of (w[row][k] - zero) * x[n][k],
+// x quantized to 8 bits (quantized_x.h).
 //
 // The term of the zero points is subtracted in float32, once per row of W. prepare_groups computes the sums
 // of x that it needs, once for all rows:
@@ -28,8 +28,8 @@
 //   prepared x:  [n_x] rows, each with its blocks (float32 scales [kLanes], int8 values [kBlock]) and then
 //                the float32 sums of x over the groups [groups padded with zeros to kLanes]
 //
-// Cost. Operations: as in matvec_int4.h and matvec_int8.h. Bytes: with 4 bits rows k (1/2 + 4 / group), with
-// 8 bits rows k (1 + 4 / group).
+// Cost. Operations: as in matvec_int4.h and matvec_int8.h. Bytes: with 4 bits rows * k * (1/2 + 4 / group),
+// with 8 bits rows * k * (1 + 4 / group).
 //
 // Reference: reference::linear with the same rounding of activations (rounded_activations),
 // tests/csrc/test_kernels.py::test_linear.
@@ -144,7 +144,7 @@ void prepare_groups(const float* x, int64_t x_stride, int n_x, int k, void* prep
   }
 }
 
-// Load n scales, or zero points, from index `at` on; the other lanes are zero.
+// Load n scales, or zero points, from `index` on; the other lanes are zero.
 QVL_INLINE Floats load_scales(const void* scales, int64_t index, int n) {
   const auto* from = static_cast<const uint16_t*>(scales) + index;
   return widen_float16(n == kLanes ? load<HalfWords>(from) : load_first_halves(from, n));
@@ -249,7 +249,7 @@ struct RowsGroups {
     const char* blocks[XCount];
 #pragma GCC unroll 8
     for (int n = 0; n < XCount; ++n) blocks[n] = block + n * X::row_bytes(p.k);
-    add_scaled<RowCount, XCount, SumStride>(totals, blocks, false, sums);
+    add_scaled<RowCount, XCount, SumStride>(totals, blocks, /*assign=*/false, sums);
   }
 
   // Permute scales of groups of 32 to the order of the sums: groups 0 and 2 of a unit (low nibbles), then 1

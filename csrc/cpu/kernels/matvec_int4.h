@@ -1,8 +1,8 @@
 // Matrix-vector product with int4 weights and a bfloat16 scale per group of 64 or 128 values of a row:
-// y[n][row] = sum over groups of scale * (sum over k of (nibble - 8) x[n][k]), x quantized to 8 bits.
+// y[n][row] = sum over groups of scale * (sum over k of (nibble - 8) * x[n][k]), x quantized to 8 bits.
 //
-// Layout. 128 values of a row (a unit) are 32 little-endian 16-bit words; value 32 j + i is nibble j of word
-// i:
+// Layout. 128 values of a row (a unit) are 32 little-endian 16-bit words; value 32 * j + i is nibble j of
+// word i:
 //
 //   word i      bits 15-12   11-8      7-4       3-0
 //               v[96 + i]  v[64 + i] v[32 + i]  v[i]
@@ -14,12 +14,13 @@
 //   half 1          : nibbles 2 and 3:                 v64 v96 v65 v97 .. v127      nibbles<1>()
 //
 // All values of a half belong to the same group, for group sizes 64 and 128. prepare_int4 permutes x to the
-// order of the bytes. Products are unsigned nibble x signed x; sums start at -8 times the sum of x
+// order of the bytes. Products are unsigned nibble * signed x; sums start at -8 times the sum of x
 // (quantized_x.h).
 //
-// Cost. Bytes: rows k (1/2 + 2 / group), once for all rows of x: 0.53 per weight in groups of 64. Operations:
-// 2 rows k n_x on integers, 4 n_x per byte. The 64 bytes of a unit take about 13 instructions for one row of
-// x with AVX-512 VBMI (int8: 3), so the product is bound by instructions rather than memory.
+// Cost. Bytes: rows * k * (1/2 + 2 / group), once for all rows of x: 0.53 per weight in groups of 64.
+// Operations: 2 * rows * k * n_x on integers, 4 * n_x per byte. The 64 bytes of a unit take about 13
+// instructions for one row of x with AVX-512 VBMI (int8: 3), so the product is bound by instructions rather
+// than memory.
 //
 // Reference: reference::linear with the same rounding of activations,
 // tests/csrc/test_kernels.py::test_linear.
@@ -52,11 +53,11 @@ size_t prepared_bytes_int4(int k, int n_x) {
   return static_cast<size_t>(QuantizedX<Group>::row_bytes(k) * n_x);
 }
 
-// Order of the bytes of x: in each half, of 64 values, value i becomes byte 2 i and value 32 + i byte 2 i
-// + 1.
+// Order of the bytes of x: in each half, of 64 values, value i becomes byte 2 * i and value 32 + i byte
+// 2 * i + 1.
 template <int Group>
 void prepare_int4(const float* x, int64_t x_stride, int n_x, int k, void* prepared) {
-  prepare_quantized<Group>(x, x_stride, n_x, k, 8, prepared, [](const float* from, float* to) {
+  prepare_quantized<Group>(x, x_stride, n_x, k, /*offset=*/8, prepared, [](const float* from, float* to) {
     for (int first = 0; first < kBlock; first += 64) {
       for (int i = 0; i < 32; ++i) {
         to[first + 2 * i] = from[first + i];

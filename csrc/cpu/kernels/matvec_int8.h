@@ -1,5 +1,5 @@
 // Matrix-vector product with int8 weights and one float32 scale per row: y[n][row] = scale[row] * sum over k
-// of w[row][k] x[n][k], x quantized to 8 bits (quantized_x.h).
+// of w[row][k] * x[n][k], x quantized to 8 bits (quantized_x.h).
 //
 // Layout:
 //
@@ -13,12 +13,13 @@
 //   x scales  | L float32 |                             sums[l] += float(dots[l]) * x_scale[l]
 //
 // The instructions multiply unsigned by signed bytes. On AVX2 without VNNI (kSignedProducts) the signs of the
-// weights are moved to x: |w| * (sign(w) x). Elsewhere 128 is added to the weights, and dots start at -128
+// weights are moved to x: |w| * (sign(w) * x). Elsewhere 128 is added to the weights, and dots start at -128
 // times the sum of x (quantized_x.h).
 //
-// Cost. Bytes: (k + 4) rows, once for all rows of x. Operations: 2 rows k n_x on integers, 64 products per
-// instruction with AVX-512 VNNI, 32 per five instructions with AVX2. 2 n_x operations per byte: memory-bound
-// for one row of x. time = max((k + 4) rows / bandwidth, 2 rows k n_x / integer rate).
+// Cost. Bytes: (k + 4) * rows, once for all rows of x. Operations: 2 * rows * k * n_x on integers, 64
+// products per instruction with AVX-512 VNNI, 32 per five instructions with AVX2. 2 * n_x operations per
+// byte: memory-bound for one row of x. time = max((k + 4) * rows / bandwidth, 2 * rows * k * n_x / integer
+// rate).
 //
 // Reference: reference::linear with the same rounding of activations (rounded_activations), and within 3 %
 // without rounding, tests/csrc/test_kernels.py::test_linear.
@@ -35,7 +36,7 @@ size_t prepared_bytes_int8(int k, int n_x) {
 }
 
 void prepare_int8(const float* x, int64_t x_stride, int n_x, int k, void* prepared) {
-  prepare_quantized<kBlock>(x, x_stride, n_x, k, 128, prepared, [](const float* from, float* to) {
+  prepare_quantized<kBlock>(x, x_stride, n_x, k, /*offset=*/128, prepared, [](const float* from, float* to) {
     __builtin_memcpy(to, from, kBlock * sizeof(float));
   });
 }

@@ -8,9 +8,9 @@
 //
 //   x  [ 0 1 .. L-1 | L .. 2L-1 | .. | remainder ]      total[lane] += d * d; the remainder as scalars
 //
-// Cost. Bytes: x read twice (LayerNorm: three times) and y written once, 4 n each, in the cache. Operations:
-// 4 n (LayerNorm: 8 n). At hidden 4096 a row has 16 KB and the weights of a layer 400 MB, so the cost is
-// negligible.
+// Cost. Bytes: x read twice (LayerNorm: three times) and y written once, 4 * n each, in the cache.
+// Operations: 4 * n (LayerNorm: 8 * n). At hidden 4096 a row has 16 KB and the weights of a layer 400 MB, so
+// the cost is negligible.
 //
 // Reference: reference::rms_norm, reference::layer_norm, tests/csrc/test_kernels.py::test_norms.
 #pragma once
@@ -42,8 +42,8 @@ QVL_INLINE float sum_of_squares(const float* x, int n, float centre) {
 }
 
 void rms_norm(const float* x, const float* weight, int n, float epsilon, float* y) {
-  const float mean = sum_of_squares(x, n, 0) / static_cast<float>(n);
-  const float scale = 1.0F / __builtin_sqrtf(mean + epsilon);
+  const float mean_square = sum_of_squares(x, n, /*centre=*/0) / static_cast<float>(n);
+  const float scale = 1.0F / __builtin_sqrtf(mean_square + epsilon);
   each_vector(n, [&](int i, int count) {
     store_first(y + i, load_first(x + i, count) * scale * load_first(weight + i, count), count);
   });

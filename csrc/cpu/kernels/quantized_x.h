@@ -1,9 +1,9 @@
 // Quantization of activations to 8 bits, so that products with 8- and 4-bit weights are sums of integers.
 //
-// Layout. A block is 8 vectors of 4 L bytes (L = kLanes): 128, 256 or 512 values. One instruction multiplies
-// and adds the 4 bytes of a 32-bit lane. A lane thus processes 4 bytes of each vector, 32 values of a block,
-// and these 32 values share a float32 scale. This is as precise as a scale per 32 adjacent values, and a
-// single vector multiplication applies the scales to the sums of all lanes:
+// Layout. A block is 8 vectors of 4 * L bytes (L = kLanes): 128, 256 or 512 values. One instruction
+// multiplies and adds the 4 bytes of a 32-bit lane. A lane thus processes 4 bytes of each vector, 32 values
+// of a block, and these 32 values share a float32 scale. This is as precise as a scale per 32 adjacent
+// values, and a single vector multiplication applies the scales to the sums of all lanes:
 //
 //   lane        0          1        ..    L-1
 //   vector 0  x x x x    x x x x         x x x x
@@ -15,9 +15,9 @@
 //   prepared x:         [n_x][ceil(k / kBlock)] blocks, padded with zeros
 //
 // The instruction takes the weights as unsigned bytes, w + offset: int4 weights are stored with the offset 8,
-// and int8 kernels add 128. The offset is subtracted from the result: sum w x = sum (w + offset) x - offset
-// sum x. The initial sums are -offset times the sum of x over each Group of weights that share a scale,
-// computed once for all rows of W.
+// and int8 kernels add 128. The offset is subtracted from the result:
+// sum(w * x) = sum((w + offset) * x) - offset * sum(x). The initial sums are -offset times the sum of x over
+// each Group of weights that share a scale, computed once for all rows of W.
 //
 // Cost: reads k values and writes k bytes per row of x, once for all rows of W. The rounding error is at most
 // 1/254 of the largest of the 32 values.

@@ -339,7 +339,7 @@ QVL_INLINE LaneBytes narrow_to_bytes(Ints v) {
 #endif
 }
 
-// Add to sums[i] the four products a[4i + j] b[4i + j], j = 0 to 3. On AVX2 without VNNI a must be at most
+// Add to sums[i] the four products a[4i + j] * b[4i + j], j = 0 to 3. On AVX2 without VNNI a must be at most
 // 128, because two products are added in 16 bits; for signed a, multiply_add_signed has no such limit.
 QVL_INLINE Ints multiply_add(Ints sums, UnsignedBytes a, SignedBytes b) {
 #if defined(__AVX512VNNI__)
@@ -384,14 +384,15 @@ QVL_INLINE void keep(const T*& address) {
 
 // Prefetch a cache line; the address may be invalid.
 QVL_INLINE void prefetch(const void* memory) {
-  __builtin_prefetch(memory, 0, 2);
+  __builtin_prefetch(memory, /*write=*/0, /*locality=*/2);
 }
 
 // e^x with a relative error of about 1e-7 for x in [-87, 88]; 0 for smaller x, infinity for larger x.
 QVL_INLINE Floats exp(Floats x) {
   const Floats unclamped = x;
   x = min(max(x, broadcast(-87.0F)), broadcast(88.0F));
-  // e^x = 2^n e^r, where n is the nearest integer to x / ln 2 (rounded as in nearest()) and r = x - n ln 2.
+  // e^x = 2^n * e^r, where n is the nearest integer to x / ln 2 (rounded as in nearest()), and
+  // r = x - n * ln 2.
   const Floats shift = broadcast(12582912.0F);
   const Floats shifted = x * 1.44269504088896341F + shift;
   const Floats n = shifted - shift;

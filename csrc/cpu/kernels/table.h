@@ -15,7 +15,7 @@ constexpr int kMaxRows = 8;      // maximum number of rows of x of a matrix-vect
 constexpr int kMaxKvTile = 256;  // maximum number of tokens of a KvTile
 constexpr int kMaxTileK = 512;   // maximum number of columns of an unpacked tile
 
-// y[r * y_stride + row] (+)= sum over k of weight[row][k] * x[r][k] for rows first_row to end_row.
+// y[r * y_stride + row] (+)= sum over k of weight[row][k] * x[r][k] for the rows in [first_row, end_row).
 struct Matvec {
   const void* weights;
   const void* scales;  // int8: float [rows]; int4: bfloat16 [rows][k / group]

@@ -13,9 +13,9 @@
 // converted to bfloat16 by table look-up: the table contains (nibble - 8) * scale for the 16 nibbles, and one
 // permutation instruction looks up 32 values.
 //
-// Cost: the bytes of the matrix once, and n_rows n_k values written to and read from the L2 cache. A value is
-// unpacked once for up to 384 tokens (kMaxTokens of linear.cc). int8 values are not multiplied by the scale
-// of their row, which write_block applies to the sums.
+// Cost: the bytes of the matrix once, and n_rows * n_k values written to and read from the L2 cache. A value
+// is unpacked once for up to 384 tokens (kMaxTokens of linear.cc). int8 values are not multiplied by the
+// scale of their row, which write_block applies to the sums.
 //
 // Reference: reference::linear over qvl_unpack's values, tests/csrc/test_kernels.py::test_linear.
 #pragma once
@@ -141,7 +141,8 @@ QVL_INLINE __m512i narrow_chunk(Unpack, const UnpackTile& t, int64_t row, int i)
 }
 
 // Convert nibble number `nibble` of 32 words to (integer - zero) * scale by table look-up. The table contains
-// the 16 possible values twice, because the instruction uses 5 bits of a word as the index.
+// the 16 possible values twice, because the instruction uses 5 bits of a word as the index; the fifth is the
+// lowest bit of the next nibble.
 QVL_INLINE __m512i look_up(const uint8_t* words, int nibble, float scale, float zero) {
   const Floats integers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const __m512 values = reinterpret_cast<__m512>((integers - zero) * scale);

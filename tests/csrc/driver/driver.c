@@ -56,7 +56,7 @@ enum {
   LAYERS = 2,
   MLP = 100,
   VOCAB = 53,
-  WIDTH = 48,
+  WIDTH = 48, /* vision_width */
   VISION_MLP = 70,
   PATCHES = 4,
   QUERIES = 5
@@ -133,13 +133,13 @@ static void add_tensor(model* m, const char* name, int is_matrix, int64_t a, int
 }
 
 static void vector(model* m, const char* name, int64_t n) {
-  add_tensor(m, name, 0, n, 0, 0, 0);
+  add_tensor(m, name, /*is_matrix=*/0, n, 0, 0, 0);
 }
 static void table(model* m, const char* name, int64_t rows, int64_t n) {
-  add_tensor(m, name, 0, rows, n, 0, 0);
+  add_tensor(m, name, /*is_matrix=*/0, rows, n, 0, 0);
 }
 static void matrix(model* m, const char* name, int64_t out, int64_t in) {
-  add_tensor(m, name, 1, out, in, 0, 0);
+  add_tensor(m, name, /*is_matrix=*/1, out, in, 0, 0);
 }
 
 static void norm(model* m, const char* name, int64_t n) {
@@ -178,7 +178,7 @@ static void add_language_tensors(model* m) {
 
 static void add_vision_tensors(model* m) {
   char name[64];
-  add_tensor(m, "visual.conv1.weight", 1, WIDTH, 3, 14, 14);
+  add_tensor(m, "visual.conv1.weight", /*is_matrix=*/1, WIDTH, 3, 14, 14);
   table(m, "visual.positional_embedding", PATCHES, WIDTH);
   norm(m, "visual.ln_pre", WIDTH);
   for (int i = 0; i < LAYERS; ++i) {
@@ -389,6 +389,7 @@ static void run_steps(qvl_engine* engine) {
   SUCCEED(qvl_kv_pool_create(engine, 3, BLOCK, QVL_BFLOAT16, &other, ERROR));
   int32_t ids[2 * CHUNK + 3], blocks[9] = {7, 2, 9, 0, 11, 4, 5, 6, 8};
   for (int i = 0; i < 2 * CHUNK + 3; ++i) ids[i] = (i * 5) % VOCAB;
+  /* n_new, n_past, prompt_len, n_blocks, blocks, flags, reserved */
   qvl_sequence sequences[3] = {{CHUNK, 0, 20, 3, blocks, QVL_SEQUENCE_NO_LOGITS, 0},
                                {CHUNK, 0, CHUNK, 3, blocks + 3, 0, 0},
                                {3, 0, 3, 3, blocks + 6, 0, 0}};
@@ -397,6 +398,7 @@ static void run_steps(qvl_engine* engine) {
   int32_t *tokens, *top;
   float *logprobs, *top_logprobs;
   void* host;
+  /* 4-byte values for two rows: tokens, logprobs, top_tokens, top_logprobs. */
   SUCCEED(qvl_host_alloc(engine, 4 * (2 + 2 + 4 * TOP), &host, ERROR));
   tokens = host;
   logprobs = (float*)host + 2;
@@ -460,8 +462,8 @@ static void run_all(void) {
         CHECK(memcmp(first, second, sizeof first) == 0);
         run_steps(engine);
         qvl_engine_free(engine);
-        /* Weights from a file, shared by two engines; the handle and the file are freed before the engines.
-         */
+        /* Weights from a file, shared by two engines. The handle is freed and the file deleted before the
+         * engines run. */
         params_file file = make_params_file(m, m->n);
         qvl_weights* weights;
         qvl_engine* sharing[2];
@@ -746,7 +748,7 @@ static int fuzz_step(qvl_engine* engine, qvl_kv_pool* pool) {
 static int fuzz_blocks(qvl_kv_pool* pool) {
   static unsigned char host[1 << 17];
   int32_t blocks[3] = {0, 5, 7}, to[3] = {1, 2, 3}, n = 3;
-  const uint64_t block = 2 * 2 * LAYERS * 16 * HIDDEN;
+  const uint64_t block = 2 * 2 * LAYERS * 16 * HIDDEN; /* keys and values of 16 tokens, 2 bytes each */
   CHECK(3 * block <= sizeof host);
   uint64_t bytes = 3 * block;
   switch (next(&fuzz_random) % 4) {
@@ -778,8 +780,8 @@ static int fuzz_blocks(qvl_kv_pool* pool) {
   return status != QVL_OK;
 }
 
-/* Open a file with a changed bit or overwritten bytes near the start of a record, or without its end. If it
- * opens, all its tensors can be read. */
+/* Open a file with a changed bit or overwritten bytes near the start of a record, or without its end. If the
+ * file opens, all its tensors can be read. */
 static int fuzz_params_file(params_file* file, int64_t n) {
   unsigned char* at =
       file->bytes + file->record_starts[next(&fuzz_random) % (uint64_t)n] + next(&fuzz_random) % 100;

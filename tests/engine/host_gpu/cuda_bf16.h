@@ -71,7 +71,7 @@ inline int __shfl_sync(unsigned, int value, int) {
 inline float __shfl_xor_sync(unsigned, float, int) {
   std::abort();
 }
-// These exchange values between the lanes of a warp; the lanes wait for each other.
+// The next three functions exchange values between the lanes of a warp; the lanes wait for each other.
 unsigned __shfl_sync(unsigned, unsigned value, int lane);
 unsigned long long __shfl_up_sync(unsigned, unsigned long long value, int by);
 unsigned __ballot_sync(unsigned, bool value);

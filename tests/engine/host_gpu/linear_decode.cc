@@ -85,10 +85,10 @@ void copy(const Copy& copy) {
   for (int line = 0; line < lines; ++line) {
     int64_t from = 0;
     bool inside = true;
-    for (size_t d = 1, left = static_cast<size_t>(line); d < map.box.size(); ++d) {
+    for (size_t d = 1, index = static_cast<size_t>(line); d < map.box.size(); ++d) {
       const auto size = static_cast<size_t>(map.box[d]);
-      const int64_t coordinate = copy.at[d] + static_cast<int64_t>(left % size);
-      left /= size;
+      const int64_t coordinate = copy.at[d] + static_cast<int64_t>(index % size);
+      index /= size;
       inside = inside && coordinate < map.sizes[d];
       from += coordinate * map.strides[d - 1];
     }
@@ -252,6 +252,7 @@ void Gpu::launch_bytes(CUstream, const char* name, Dim grid, int threads, int sh
     barriers.clear();
     finished = false;
     for (int i = 0; i < kMeetings; ++i) {
+      // Barrier 0 is for all threads, barrier 1 for all but the last warp, which requests copies.
       const int count = i == 0 ? threads : i == 1 ? threads - 32 : i < kOfWarps ? 128 : 32;
       meetings[i] = std::make_unique<std::barrier<>>(count);
     }
@@ -325,8 +326,9 @@ struct HostAdapted {
   uint16_t* low;
 };
 
-// y = x W^T + bias, and A x unless `adapted` is NULL. `stored`: W in the layout of files (qwenvl.h). Returns
-// NULL or an error message.
+// y = x W^T + bias, and A x unless `adapted` is NULL. `stored`: W in the layout of files (qwenvl.h). x:
+// bfloat16 [n][x_stride]. y: float32 or bfloat16, depending on the epilogue. Returns NULL or an error
+// message.
 EXPORT const char* host_linear(int dtype, int out, int in, const void* stored, const float* bias,
                                const void* x, int64_t x_stride, int n, int epilogue, void* y,
                                const HostAdapted* adapted) {
@@ -347,7 +349,7 @@ EXPORT const char* host_linear(int dtype, int out, int in, const void* stored, c
     if (adapted != nullptr) {
       for (int i = 0; i < adapted->adapters; ++i) {
         const uint16_t* const a = adapted->a + int64_t{i} * adapted->rank * in;
-        entries.push_back({a, a, adapted->rank, 1});  // B is not read, but tells adapters apart
+        entries.push_back({a, a, adapted->rank, 1});  // B is not read; its address distinguishes adapters
       }
       for (int i = 0; i < n; ++i) {
         const int adapter = adapted->of_rows[i];

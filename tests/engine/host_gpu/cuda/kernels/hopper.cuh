@@ -1,6 +1,6 @@
 // Hopper's instructions on the host, in place of csrc/cuda/kernels/hopper.cuh. They take effect as late, and
-// in as random an order, as the hardware allows: a thread executes the copies in random order, and products
-// are computed when a thread waits for them.
+// in as random an order, as the hardware allows: one thread of the host executes all copies in random order,
+// and products are computed when a thread of the block waits for them.
 #pragma once
 
 #include <functional>
@@ -34,7 +34,8 @@ inline void copy_box(uint32 to, const TensorMap& map, int x0, int x1, int x2, ui
   copy_later(to, map, {x0, x1, x2}, barrier);
 }
 
-// Indices of barriers: 0 and 1 are the kernel's; then one for each warpgroup, then one for each warp.
+// Indices of barriers: 0 and 1 are the kernel's; from kOfGroups on, one for each of 4 warpgroups; from
+// kOfWarps on, one for each of 17 warps (544 threads).
 constexpr int kOfGroups = 2, kOfWarps = 6, kMeetings = kOfWarps + 17;
 void meet(int barrier, int threads);
 template <int threads>
@@ -84,8 +85,9 @@ inline void wgmma_wait() {
 template <int n>
 inline void fence_registers(float (&)[n]) {}
 
-// A thread's part of d [64, N] = a [64, 16] b [N, 16]^T, plus d if `add`: the rows g and g + 8 of the warp's
-// 16 rows, and the columns 8 j + 2 t and 8 j + 2 t + 1. a(upper, k): value k of row g (upper: g + 8).
+// A thread's part of d [64, N] = a [64, 16] * b [N, 16]^T, plus d if `add`. With g = lane / 4 and
+// t = lane % 4, the part has the rows g and g + 8 of the warp's 16 rows, and the columns 8 * j + 2 * t and
+// 8 * j + 2 * t + 1. a(upper, k): value k of row g, or with `upper` of row g + 8.
 template <int N, class A>
 inline void add_products(float* d, A&& a, uint64 b, int add) {
   const int t = threadIdx.x % 4;
