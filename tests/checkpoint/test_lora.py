@@ -186,7 +186,7 @@ def test_shards_of_paddlenlps_unified_checkpoint(tmp_path):
 
 
 def test_fingerprints(tmp_path):
-    """A model's fingerprint depends on the adapter's updates of the vision stage, not on its others nor on formats.
+    """A model's fingerprint depends on an adapter's updates of the vision stage, not on its other updates or formats.
 
     An adapter's fingerprint does not depend on its format.
     """
