@@ -235,7 +235,8 @@ def test_members_that_overlap(tmp_path):
         tmp_path / "a.bin", [("a/0", bytes(500)), ("a/1", bytes(500)), ("a/data.pkl", b"\x80\x02}.")]
     )
     content = bytearray(path.read_bytes())
-    entry = content.index(b"PK\x01\x02", content.index(b"PK\x01\x02") + 4)  # the second of the central directory
+    # The second entry of the central directory.
+    entry = content.index(b"PK\x01\x02", content.index(b"PK\x01\x02") + 4)
     assert content[entry + 46 : entry + 49] == b"a/1"
     content[entry + 42 : entry + 46] = struct.pack("<I", 0)  # offset of the member in the file
     path.write_bytes(content)

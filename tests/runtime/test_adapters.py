@@ -149,7 +149,7 @@ def test_the_portable_graph_refuses_adapters(folder, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_storage_type_of_an_opened_adapter(tmp_path, dtype):
-    """The narrowest type that represents every value: a step reads the matrices from memory."""
+    """An adapter is stored in the narrowest type that represents every value, so that a step reads few bytes."""
     config = load_config(MODEL)
     write_adapter(tmp_path / "a", config, 0, dtype=dtype)
     [adapter] = open_adapters({"a": tmp_path / "a"}, config).values()

@@ -196,7 +196,8 @@ def check(rng: random.Random, limits: Limits, context: int, n_requests: int) -> 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_soak(ahead):
     """10,000 requests, of which some are preempted and some begin with cached blocks; equal images are encoded once."""
-    executor = check(random.Random(1), Limits(9, 32, 26, 4, ahead=ahead), context=96, n_requests=10_000)
+    limits = Limits(max_running=9, step_tokens=32, n_blocks=26, block_tokens=4, ahead=ahead)
+    executor = check(random.Random(1), limits, context=96, n_requests=10_000)
     assert (executor.n_ahead > 1000) == ahead
     assert executor.n_preempted > 100
     assert executor.n_found > 1000
@@ -204,7 +205,7 @@ def test_soak(ahead):
 
 
 def test_a_long_prompt_does_not_stall_a_decoding_request():
-    loop, executor = open_loop(Limits(4, 64, 64, 8))
+    loop, executor = open_loop(Limits(max_running=4, step_tokens=64, n_blocks=64, block_tokens=8))
     loop._prompt_budget.tokens = 16
     first = Generation([1, 2], [], [], GenerationOptions(max_new_tokens=20))
     loop.submit(first)
@@ -228,7 +229,8 @@ def test_cancelling_frees_blocks_at_once():
 
 
 def test_a_failed_step_ends_only_its_requests(monkeypatch):
-    loop, executor = open_loop(Limits(1, 64, 64, 8))
+    # One running request: the second one is not in the failed step.
+    loop, executor = open_loop(Limits(max_running=1, step_tokens=64, n_blocks=64, block_tokens=8))
     options = GenerationOptions(max_new_tokens=3)
     first, second = (Generation([n, 1, 1], [], [STOP], options) for n in (1, 2))
     loop.submit(first)
