@@ -47,7 +47,7 @@ def folder(tmp_path):
 def test_answers_equal_those_of_generate(vl, folder):
     sampling = {"temperature": 1.5, "seed": 3}
     street, red = str(folder / "in" / "street.png"), str(folder / "in" / "red.png")
-    system = {"role": "system", "content": "Be brief_chat."}
+    system = {"role": "system", "content": "Be brief."}
     first_turn = [user("street.png", text("A dog?")), {"role": "assistant", "content": "Yes."}]
     rows = [
         {"id": 1, "image": "street.png", "prompt": "What is this?"},
@@ -60,7 +60,7 @@ def test_answers_equal_those_of_generate(vl, folder):
         openai_row("h", [system, user("Hm?")], max_tokens=2),
     ]
     history = [([{"image": street}, {"text": "A dog?"}], "Yes.")]
-    brief_chat = {"chat": True, "system": "Be brief_chat.", "max_new_tokens": 2}
+    brief_chat = {"chat": True, "system": "Be brief.", "max_new_tokens": 2}
     answers = [
         vl.generate([{"image": street}, {"text": "What is this?"}], max_new_tokens=5),
         vl.generate("Hello, hello, hello!", max_new_tokens=5),

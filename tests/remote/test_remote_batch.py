@@ -156,6 +156,7 @@ def test_results_equal_those_of_exported_stages(server: FakeServer, batch: Any, 
                 del result["id"]
         if row.get("id") != 5:  # the row with an image file
             assert row == expected
+    # The last request, which may be of any row, has no image or the bytes of street.png.
     assert images(server.bodies[-1].get("prompt", [])) in ([], [STREET.read_bytes()])
 
 
