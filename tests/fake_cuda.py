@@ -58,7 +58,7 @@ def fake_driver(folder: Path) -> Path:
     """Build libcuda.so.1 in `folder`.
 
     It reads the environment variables FAKE_CUDA (CUDA's version, as 12090 for 12.9), FAKE_GPUS (the number of GPUs) and
-    FAKE_MAJOR (compute capability; default 8).
+    FAKE_MAJOR (the first GPU's major compute capability; default 8).
     """
     return _library(folder / "libcuda.so.1", DRIVER)
 

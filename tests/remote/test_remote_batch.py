@@ -201,6 +201,7 @@ def test_requests_to_a_busy_server_are_retried(
     server.refuse = refuse
     write_input([{"id": 1, "prompt": "Hello"}])
     assert batch()[0] == 0
+    # Retry-After, at most 60 s; without a valid one, a pause that begins at 1 s and doubles with each retry.
     assert pauses == [7, 2, 4, 60]
     assert read_results()[0]["text"] == "You said Hello."
 

@@ -218,7 +218,7 @@ def test_a_long_prompt_does_not_stall_a_decoding_request():
 
 
 def test_cancelling_frees_blocks_at_once():
-    loop, _ = open_loop(Limits(4, 64, 64, 8))
+    loop, _ = open_loop(Limits(max_running=4, step_tokens=64, n_blocks=64, block_tokens=8))
     generation = Generation([1] * 100, [], [], GenerationOptions(max_new_tokens=20))
     loop.submit(generation)
     loop.step()
@@ -249,7 +249,7 @@ def test_a_failed_step_ends_only_its_requests(monkeypatch):
 
 def test_an_interrupted_step_is_computed_again(monkeypatch):
     """After an interruption, as by Ctrl-C, no result of the interrupted step is used."""
-    loop, executor = open_loop(Limits(4, 64, 64, 8))
+    loop, executor = open_loop(Limits(max_running=4, step_tokens=64, n_blocks=64, block_tokens=8))
     generation = Generation([1] * 21, [], [STOP], GenerationOptions(max_new_tokens=9))
     assert len(completion(generation)) > 2
     loop.submit(generation)
@@ -270,7 +270,7 @@ def test_an_interrupted_step_is_computed_again(monkeypatch):
 
 
 def test_logits_that_are_not_finite_end_the_request(monkeypatch):
-    loop, executor = open_loop(Limits(4, 64, 64, 8))
+    loop, executor = open_loop(Limits(max_running=4, step_tokens=64, n_blocks=64, block_tokens=8))
     generation = Generation([1, 2], [], [], GenerationOptions())
     loop.submit(generation)
     monkeypatch.setattr(executor, "start", lambda chunks: lambda: Picked([NO_TOKEN]))
@@ -280,7 +280,7 @@ def test_logits_that_are_not_finite_end_the_request(monkeypatch):
 
 
 def test_requests_of_several_threads():
-    loop, _ = open_loop(Limits(9, 32, 40, 4))
+    loop, _ = open_loop(Limits(max_running=9, step_tokens=32, n_blocks=40, block_tokens=4))
     rng = random.Random(3)
     requests = [[random_request(rng, 96) for _ in range(40)] for _ in range(6)]
     errors = []
