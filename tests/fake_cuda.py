@@ -55,7 +55,11 @@ int nvrtcGetCUBIN(void* program, char* to) { memcpy(to, text, strlen(text)); ret
 
 
 def fake_driver(folder: Path) -> Path:
-    """Build libcuda.so.1 in `folder`; it reads FAKE_CUDA (12090), FAKE_GPUS and FAKE_MAJOR (8) from the environment."""
+    """Build libcuda.so.1 in `folder`.
+
+    It reads the environment variables FAKE_CUDA (CUDA's version, as 12090 for 12.9), FAKE_GPUS (the number of GPUs) and
+    FAKE_MAJOR (the first GPU's major compute capability; default 8).
+    """
     return _library(folder / "libcuda.so.1", DRIVER)
 
 

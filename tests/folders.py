@@ -29,6 +29,7 @@ def rename(name: str, scheme: str) -> str:
 
 
 def renamed(weights: dict[str, np.ndarray], scheme: str, transpose: bool) -> dict[str, np.ndarray]:
+    """Weights with the names of a scheme, from PaddleMIX's; with `transpose`, linear weights are [out, in]."""
     return {
         rename(name, scheme): np.ascontiguousarray(value.T) if transpose and LINEAR.search(name) else value
         for name, value in weights.items()

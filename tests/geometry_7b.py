@@ -95,7 +95,7 @@ def gptq_tensors(
         n_in, n_out = spec.shape
         layer, groups = stored[: -len(".weight")], n_in // group
         yield f"{layer}.qweight", rng.integers(-(2**31), 2**31, [n_in // 8, n_out], np.int32)
-        # Zero points 8, which GPTQ stores less 1.
+        # Zero points of 8, stored as 7: GPTQ subtracts 1.
         yield f"{layer}.qzeros", np.full([groups, n_out // 8], 0x77777777, np.int32)
         yield f"{layer}.scales", np.full([groups, n_out], 0.1 / n_in**0.5, np.float16)
         yield f"{layer}.g_idx", rng.permutation(n_in).astype(np.int32) // group

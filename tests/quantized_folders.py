@@ -20,7 +20,7 @@ from paddlemix_qwenvl_plugin.tiny.make import random_weights
 # Checkpoints that quantization tools wrote; golden/quantized/make.py runs the tools.
 BY_TOOLS = Path(__file__).parent / "golden" / "quantized"
 
-# hidden_size 256 and an MLP of 192: with group size 128, the last group of c_proj is shorter.
+# The MLP has 192 units, half of intermediate_size: with group size 128, the last group of mlp.c_proj is shorter.
 CONFIG: dict[str, Any] = {
     "hidden_size": 256,
     "num_hidden_layers": 1,

@@ -190,7 +190,7 @@ def test_invalid_openai_rows(row, message):
 
 
 def test_plain_output():
-    line = reply_line(3, False, Reply(ANSWER, 300, len(ANSWER.token_ids), "m"), "tag")
+    line = reply_line(3, openai=False, reply=Reply(ANSWER, 300, len(ANSWER.token_ids), "m"), tag="tag")
     assert "狗".encode() in line
     assert json.loads(line) == {
         "id": 3,
@@ -206,14 +206,16 @@ def test_plain_output():
         "finish_reason": "stop",
         "usage": {"prompt_tokens": 300, "completion_tokens": 2, "total_tokens": 302},
     }
-    assert json.loads(error_line(None, False, QwenVLError("no\nway"), "tag")) == {
+    assert json.loads(error_line(None, openai=False, error=QwenVLError("no\nway"), tag="tag")) == {
         "id": None,
         "error": "no way",
     }
 
 
 def test_openai_output():
-    row = json.loads(reply_line("a", True, Reply(ANSWER, 300, len(ANSWER.token_ids), "m"), "tag"))
+    row = json.loads(
+        reply_line("a", openai=True, reply=Reply(ANSWER, 300, len(ANSWER.token_ids), "m"), tag="tag")
+    )
     body = row["response"].pop("body")
     assert row == {
         "id": "batch_req_tag",
@@ -231,7 +233,7 @@ def test_openai_output():
         "usage": {"prompt_tokens": 300, "completion_tokens": 2, "total_tokens": 302},
     }
     for error, code in ((UsageError("no"), "invalid_request"), (QwenVLError("no"), "failed")):
-        assert json.loads(error_line("a", True, error, "tag")) == {
+        assert json.loads(error_line("a", openai=True, error=error, tag="tag")) == {
             "id": "batch_req_tag",
             "custom_id": "a",
             "response": None,

@@ -134,7 +134,8 @@ def test_code_in_a_pickle_does_not_run(tmp_path):
     assert not created.exists()
 
 
-# Replaced in the pickle: the shape (3, 20) or the strides (20, 1), both tuples of small integers (K) or int32 (J).
+# Replaced in the pickle: the shape (3, 20) or the strides (20, 1). K pushes an integer of one byte, J one of four
+# bytes, and \x86 makes a tuple of two.
 @pytest.mark.parametrize(
     ("old", "new"),
     [

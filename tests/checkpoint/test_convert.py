@@ -25,7 +25,7 @@ def test_shards_and_names(golden, tmp_path):
     model = golden("b")
     config = model.folder / "config.json"
     source = write(
-        tmp_path / "hf", config, renamed(model.weights, "huggingface", True), "sharded-safetensors"
+        tmp_path / "hf", config, renamed(model.weights, "huggingface", transpose=True), "sharded-safetensors"
     )
     (source / "qwen.tiktoken").write_text("vocabulary")
     target = tmp_path / "converted"

@@ -23,7 +23,7 @@ from paddlemix_qwenvl_plugin.checkpoint.config import MAX_JSON_BYTES, load_confi
 from paddlemix_qwenvl_plugin.checkpoint.shards import read_index
 
 BY_TORCH = Path(__file__).parents[1] / "golden" / "torch"
-MAX_MIB = 300  # growth of the process in a test
+MAX_MIB = 300  # growth of the process's peak memory in a test
 MAX_SECONDS = 10.0  # for a call of a reader
 
 
@@ -33,7 +33,10 @@ def text(value: str) -> bytes:
 
 
 def nested(levels: int) -> bytes:
-    """A pair of the same pair twice, and so on: few bytes, but hashing or printing it takes 2^levels steps."""
+    """Opcodes of nested pairs, of which each holds the next inner pair twice.
+
+    They are few bytes, but hashing or printing the tuple takes 2^levels steps.
+    """
     slots = [struct.pack("<I", 10_000 + i) for i in range(levels)]  # memo slots that no other opcode uses
     # Each level: r stores the last tuple in a slot, j pushes it a second time, \x86 makes a pair of the two.
     return b")" + b"".join(b"r" + slot + b"j" + slot + b"\x86" for slot in slots)
@@ -57,7 +60,7 @@ def table_with_array(shape: bytes, code: bytes = text("f4"), content: bytes = b"
     return table_with(start + b"(K\x01" + shape + dtype + b"\x89" + content + b"tb")
 
 
-# Content of the pickle -> (its bytes, pattern of the message).
+# Description of the pickle -> (its bytes, pattern of the message).
 PICKLES = {
     "a function": (table_with(b"cos\nsystem\n" + text("touch ran") + b"\x85R"), "imports os.system"),
     "a function returned by a function": (
@@ -172,6 +175,7 @@ def test_pickles_of_pytorch(tmp_path, monkeypatch, case):
         (b"K\x03K\x14\x86", nested(60), "no valid shape"),
         (b"FloatStorage", b"ComplexFloatStorage", "ComplexFloatStorage, which no weight is"),
         (b"FloatStorage", b"TypedStorage", "TypedStorage, which no weight is"),
+        # The first word of the reference to a storage.
         (b"storageq", b"starageq", "refers to something that is not a storage|truncated"),
     ],
 )
@@ -231,9 +235,10 @@ def test_members_that_overlap(tmp_path):
         tmp_path / "a.bin", [("a/0", bytes(500)), ("a/1", bytes(500)), ("a/data.pkl", b"\x80\x02}.")]
     )
     content = bytearray(path.read_bytes())
+    # The second entry of the central directory.
     entry = content.index(b"PK\x01\x02", content.index(b"PK\x01\x02") + 4)
     assert content[entry + 46 : entry + 49] == b"a/1"
-    content[entry + 42 : entry + 46] = struct.pack("<I", 0)
+    content[entry + 42 : entry + 46] = struct.pack("<I", 0)  # offset of the member in the file
     path.write_bytes(content)
     assert "is in it twice, or overlaps another member" in refused(torch_file.read_header, path)
 

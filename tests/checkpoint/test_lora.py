@@ -72,20 +72,22 @@ def test_adapters_add_up_with_their_weights(tmp_path):
     second = make_peft(
         tmp_path / "second",
         {
-            **update_tensors("transformer.h.0.attn.c_attn", 128, 384, 3, "2"),
-            **update_tensors("transformer.h.0.mlp.w1", 128, 64, 3),
+            **update_tensors("transformer.h.0.attn.c_attn", 128, 384, rank=3, seed="2"),
+            **update_tensors("transformer.h.0.mlp.w1", 128, 64, rank=3),
         },
         r=3,
         lora_alpha=9,
         use_rslora=True,
     )
     values = merged(write_base(tmp_path / "model"), (first, 0.5), (second, -2))
-    first_update = dense_update(read_tensors(first), "base_model.model.transformer.h.0.attn.c_attn", 4, 2)
+    first_update = dense_update(
+        read_tensors(first), "base_model.model.transformer.h.0.attn.c_attn", alpha=4, rank=2
+    )
     second_update = dense_update(
-        read_tensors(second), "base_model.model.transformer.h.0.attn.c_attn", 9, 3, rslora=True
+        read_tensors(second), "base_model.model.transformer.h.0.attn.c_attn", alpha=9, rank=3, rslora=True
     )
     w1_update = dense_update(
-        read_tensors(second), "base_model.model.transformer.h.0.mlp.w1", 9, 3, rslora=True
+        read_tensors(second), "base_model.model.transformer.h.0.mlp.w1", alpha=9, rank=3, rslora=True
     )
     original = base.weights()
     np.testing.assert_allclose(
@@ -108,7 +110,7 @@ def test_an_update_is_added_to_another_adapters_replacement(tmp_path):
     update = make_peft(tmp_path / "update", update_tensors("lm_head", 128, 40))
     new = base.random("new", 40, 128)
     replacement = make_peft(tmp_path / "replacement", {"lm_head.weight": new})
-    expected = new.T + dense_update(read_tensors(update), "base_model.model.lm_head", 4, 2)
+    expected = new.T + dense_update(read_tensors(update), "base_model.model.lm_head", alpha=4, rank=2)
     values = merged(write_base(tmp_path / "model"), update, replacement)[LM_HEAD]
     np.testing.assert_allclose(values, expected, rtol=0, atol=1e-6)
 
@@ -146,7 +148,7 @@ def test_an_adapter_in_half_precision(tmp_path, dtype):
     rounded = {key: cast(value, "float32", dtype, key) for key, value in read_tensors(adapter).items()}
     safetensors_file.write(adapter / "adapter_model.safetensors", rounded, dtype)
     exact = {key: to_float32(value, dtype) for key, value in rounded.items()}
-    update = dense_update(exact, "base_model.model.transformer.h.0.attn.c_attn", 4, 2)
+    update = dense_update(exact, "base_model.model.transformer.h.0.attn.c_attn", alpha=4, rank=2)
     values = merged(write_base(tmp_path / "model"), adapter)[C_ATTN]
     np.testing.assert_allclose(values, base.weights()[C_ATTN] + update, rtol=0, atol=1e-6)
 
@@ -163,7 +165,7 @@ def test_alpha_patterns_match_the_end_of_module_names(tmp_path):
     for layer, alpha in ((0, 7), (1, 5)):
         name = f"h.{layer}.mlp.w1.weight"
         update = dense_update(
-            read_tensors(adapter), f"base_model.model.transformer.h.{layer}.mlp.w1", alpha, 2
+            read_tensors(adapter), f"base_model.model.transformer.h.{layer}.mlp.w1", alpha=alpha, rank=2
         )
         np.testing.assert_allclose(found[name], base.weights()[name] + update, rtol=0, atol=1e-6)
 
@@ -186,7 +188,7 @@ def test_shards_of_paddlenlps_unified_checkpoint(tmp_path):
 
 
 def test_fingerprints(tmp_path):
-    """A model's fingerprint depends on the adapter's updates of the vision stage, not on its others nor on formats.
+    """A model's fingerprint depends on an adapter's updates of the vision stage, not on its other updates or formats.
 
     An adapter's fingerprint does not depend on its format.
     """
@@ -236,5 +238,5 @@ def test_a_quantized_checkpoint_accepts_adapters_of_weights_that_are_not_quantiz
     checkpoint, with_adapter = Checkpoint(tmp_path / "model"), Checkpoint(tmp_path / "model", [adapter])
     spec = {name: checkpoint.vision[name]}
     original, changed = (dict(each.tensors(spec, "float32")) for each in (checkpoint, with_adapter))
-    update = dense_update(read_tensors(adapter), f"base_model.model.transformer.{module}", 4, 2)
+    update = dense_update(read_tensors(adapter), f"base_model.model.transformer.{module}", alpha=4, rank=2)
     np.testing.assert_allclose(changed[name], original[name] + update, rtol=0, atol=1e-6)

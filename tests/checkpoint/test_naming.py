@@ -11,7 +11,7 @@ from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 
 
 def canonical(name):
-    """Translate PaddleMIX's name of a tensor to the canonical name; a second implementation."""
+    """Translate PaddleMIX's name of a tensor to the canonical name, independently of the package."""
     return name.replace("transformer.llm.", "").replace("visual.vit.", "visual.")
 
 

@@ -164,6 +164,7 @@ def test_code_in_a_file_does_not_run(
         (Evil(eval, "data.mkdir('ran')", {"data": 1}), "its pickle evaluates"),
         (Evil(getattr, os, "mkdir"), "its pickle imports"),
         (Evil(paddle.load, "other.pdparams"), "its pickle imports paddle"),
+        # None, True: mmap_mode, allow_pickle.
         (Evil(np.load, "other.npy", None, True), "its pickle imports numpy"),
         (np.array([os.mkdir], dtype=object), "its pickle imports|holds no numbers"),
         (np.array(["a", None], dtype=object), "an array in it holds no numbers"),

@@ -36,7 +36,7 @@ def png(colour: str) -> bytes:
 
 def plain_row(row_id: Any, **values: Any) -> Row:
     """Build an expected row in the plain form (not in OpenAI's form)."""
-    return Row(row_id, False, read(values, DEFAULTS))
+    return Row(row_id, openai=False, parsed=read(values, DEFAULTS))
 
 
 def rows_in_parts(source: object, n_rows: int, prompt: str | None = None) -> list[Row]:

@@ -274,7 +274,7 @@ def test_limits_hold_over_all_fronts(service: Service) -> None:
                 return tasks
 
             tasks = await flood(KEYS[1], MAX_PER_KEY + 10, 10, f"This API key has {MAX_PER_KEY} of at most")
-            n_admitted = n_slots + MAX_WAITING - MAX_PER_KEY  # the first key's requests are still admitted
+            n_admitted = n_slots + MAX_WAITING - MAX_PER_KEY  # the requests of KEYS[1] still run or wait
             tasks += await flood(KEYS[2], n_admitted + 8, 8, f"{MAX_WAITING} requests are waiting")
             running = await asyncio.to_thread(service.clients[0].metrics, "qwenvl_slots_running")
             waiting = await asyncio.to_thread(service.clients[0].metrics, "qwenvl_queue_waiting")

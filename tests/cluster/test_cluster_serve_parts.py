@@ -106,10 +106,12 @@ class TestCoordinator:
             for lease_id in ("released", "held"):
                 assert await queue.acquire("front", lease_id, 1, None) is None
             leases = {"held": (1, None)}
-            assert (await queue.report("front", "front", True, [], leases)).running == 2
+            assert (await queue.report("front", "front", ready=True, metrics=[], leases=leases)).running == 2
             await asyncio.sleep(0.3)
-            assert (await queue.report("another front", "front", True, [], {})).running == 2
-            assert (await queue.report("front", "front", True, [], leases)).running == 1
+            assert (
+                await queue.report("another front", "front", ready=True, metrics=[], leases={})
+            ).running == 2
+            assert (await queue.report("front", "front", ready=True, metrics=[], leases=leases)).running == 1
 
         asyncio.run(scenario())
 
@@ -120,11 +122,13 @@ class TestCoordinator:
         async def scenario() -> None:
             queue = Coordinator(serve_settings())
             for front in ("lost", "live"):
-                await queue.report(front, "front", True, [])
+                await queue.report(front, "front", ready=True, metrics=[])
                 assert await queue.acquire(front, f"lease of {front}", 1, "key") is None
             waiting = asyncio.ensure_future(queue.acquire("live", "waiting", 1, None))
             while not waiting.done():  # only the live front continues to report
-                totals = await queue.report("live", "front", True, [], {"lease of live": (1, "key")})
+                totals = await queue.report(
+                    "live", "front", ready=True, metrics=[], leases={"lease of live": (1, "key")}
+                )
                 await asyncio.sleep(0.02)
             assert totals.running <= 2
             assert set((await queue.metrics())[0]) == {"live"}
@@ -141,7 +145,7 @@ class TestCoordinator:
             await run_pending_tasks()
             leases = {"old0": (1, "key"), "old1": (1, None)}
             for _ in range(3):  # repeated reports count a lease once
-                totals = await queue.report("front", "front", True, [], leases)
+                totals = await queue.report("front", "front", ready=True, metrics=[], leases=leases)
             assert totals.running == 2
             assert await granted is None
             await run_pending_tasks()

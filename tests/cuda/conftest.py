@@ -26,7 +26,8 @@ def cuda_library():
 def launch(cuda_library):
     """`launch(NAME, half, *arguments)` calls a launcher on the current stream and asserts success.
 
-    It converts integers to int, tensors to pointers and None to NULL.
+    `half`: 0 for bfloat16, 1 for float16. Of the arguments, it converts integers to C's int, tensors to pointers and
+    None to NULL, and passes others as they are.
     """
     import torch
 

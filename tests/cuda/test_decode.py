@@ -47,7 +47,7 @@ def stored_matrix(dtype, out, width):
     group = 64 if dtype == INT4_G64 else 128
     values = random_integers(-8, 8, out, padded) * inside
     scales = (torch.randn(out, padded // group, device="cuda") / 10).bfloat16()
-    nibbles = (values + 8).view(out, padded // 128, 4, 32)  # value 32 j + i is nibble j of word i
+    nibbles = (values + 8).view(out, padded // 128, 4, 32)  # value 32 * j + i is nibble j of word i
     low, high = nibbles[:, :, 0] | nibbles[:, :, 1] << 4, nibbles[:, :, 2] | nibbles[:, :, 3] << 4
     stored = torch.stack([low, high], dim=-1).to(torch.uint8)
     stored = torch.cat([stored.flatten(), scales.view(torch.uint8).flatten()])
@@ -62,7 +62,7 @@ def stored_groups(bits, group, out, width):
     zeros = random_integers(0, 2**bits + 1, out, padded // group)
     scale, zero = (each.double().repeat_interleave(group, dim=1) for each in (scales, zeros))
     if bits == 4:
-        nibbles = values.view(out, padded // 128, 4, 32)  # value 32 j + i is nibble j of word i
+        nibbles = values.view(out, padded // 128, 4, 32)  # value 32 * j + i is nibble j of word i
         low, high = nibbles[:, :, 0] | nibbles[:, :, 1] << 4, nibbles[:, :, 2] | nibbles[:, :, 3] << 4
         values_stored = torch.stack([low, high], dim=-1).to(torch.uint8)
     else:

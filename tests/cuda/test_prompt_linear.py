@@ -142,7 +142,7 @@ def packed(kind: str, integers: torch.Tensor, scales: torch.Tensor) -> tuple[tor
         parts = integers.reshape(tiles, 2, 8, units, 4, 4, 8)[..., [0, 2, 1, 3, 4, 6, 5, 7]]
         values = parts.permute(0, 3, 4, 2, 5, 1, 6).to(torch.int8)
         return (values.transpose(0, 1) if hopper else values).contiguous(), scales.float()
-    # int4 is stored plus 8.
+    # int4 values are stored with 8 added.
     parts = integers.reshape(tiles, 2, 8, units, 2, 2, 4, 8)[..., [0, 2, 4, 6, 1, 3, 5, 7]] + 8
     nibbles = parts.permute(0, 3, 4, 2, 6, 1, 5, 7).to(torch.uint8)
     values = nibbles[..., 0::2] | nibbles[..., 1::2] << 4

@@ -54,7 +54,11 @@ class Setting:
 
 
 def sample(logits, settings, n_top=0, logprobs=True):
-    """Sample a token of each row: tokens [n], their log probabilities, and the n_top most likely tokens and theirs."""
+    """Sample a token for each row.
+
+    Returns the tokens [n], their log probabilities (None unless `logprobs`), and the `n_top` most likely tokens of each
+    row with their log probabilities.
+    """
     n, vocab = logits.shape
     picks = np.zeros(n, PICK)
     forbidden: list[int] = []
@@ -93,7 +97,7 @@ def sample(logits, settings, n_top=0, logprobs=True):
 
 
 def expected(logits, setting, counts):
-    """The token of a row; -1 if its logits are not finite. `counts`: the counts before the draw.
+    """The token of a row; -1 if a logit is NaN or +infinity, or if none is finite. `counts`: those before the draw.
 
     None if rounding may decide: `fraction` or top_p is within 1e-6 of one of the cumulative probabilities.
     """
@@ -239,7 +243,7 @@ def test_most_likely(vocab, n_top):
 @pytest.mark.parametrize("where", [slice(None), slice(5, 9), slice(639, 640), slice(0, 1)], ids=str)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_row_that_is_not_finite(value, where):
-    """A row with NaN or infinity, or without a finite logit, gives token -1 and no count; -infinity is allowed."""
+    """A row with NaN or +infinity, or without a finite logit, gives token -1 and no count; -infinity is allowed."""
     rows = np.zeros([3, 640], np.float32)
     rows[:, where] = value
     logits = torch.tensor(rows, device="cuda")

@@ -38,4 +38,5 @@ def test_memory_stays_flat(
     assert report.cancelled > 20
     assert report.cached_tokens > 5000
     assert report.grown_bytes < 16 * 2**20
-    assert report.gpu_grown_bytes < 8 * 2**20  # CUDA graphs of step sizes that occur late
+    # Room for the CUDA graphs of step sizes that first occur late in the run.
+    assert report.gpu_grown_bytes < 8 * 2**20

@@ -87,7 +87,7 @@ def test_the_real_paddle() -> None:
 def test_a_gpu_that_only_the_driver_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")  # no nvidia-smi
     cpu = Answer({"version": "3.3.1", "gpu_build": False, "cuda": None, "architectures": []})
-    paddle = machine.check_paddle({"paddlepaddle": "3.3.1"}, True, cpu, False)
+    paddle = machine.check_paddle({"paddlepaddle": "3.3.1"}, found=True, answer=cpu, has_fix=False)
     check = machine.check_gpu(paddle, Answer({}), ["A GPU"])
     assert check.status == "ok"
     assert check.message == "A GPU, used by the engine only: this Paddle is no GPU build"

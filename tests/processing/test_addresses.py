@@ -1,4 +1,4 @@
-"""Images are downloaded only from public addresses by default. The address is checked when it is connected."""
+"""Images are downloaded only from public addresses by default. An address is checked when it is connected to."""
 
 from __future__ import annotations
 

@@ -191,7 +191,8 @@ def test_chat_drops_the_oldest_turns_and_their_images(tiny: QwenTokenizer) -> No
         assert "Picture 4: <img>4.jpg" in tiny.decode(prompt.input_ids)
         return prompt.images
 
-    # The number of tokens of the system prompt, and of a turn of the history: all turns have the same length.
+    # The number of tokens of the system prompt, and of a turn of the history: all turns have the same length. Turns are
+    # kept if they and the system prompt are shorter than the window; the query does not count.
     empty = len(chat_prompt(tiny, "", []).input_ids)
     empty_system = len([tiny.im_start_id, *tiny.encode("system"), *tiny.encode("\n"), tiny.im_end_id])
     query = len(chat_prompt(tiny, "", [], system="").input_ids) - empty_system

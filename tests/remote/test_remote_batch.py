@@ -156,6 +156,7 @@ def test_results_equal_those_of_exported_stages(server: FakeServer, batch: Any, 
                 del result["id"]
         if row.get("id") != 5:  # the row with an image file
             assert row == expected
+    # The last request, which may be of any row, has no image or the bytes of street.png.
     assert images(server.bodies[-1].get("prompt", [])) in ([], [STREET.read_bytes()])
 
 
@@ -200,6 +201,7 @@ def test_requests_to_a_busy_server_are_retried(
     server.refuse = refuse
     write_input([{"id": 1, "prompt": "Hello"}])
     assert batch()[0] == 0
+    # Retry-After, at most 60 s; without a valid one, a pause that begins at 1 s and doubles with each retry.
     assert pauses == [7, 2, 4, 60]
     assert read_results()[0]["text"] == "You said Hello."
 

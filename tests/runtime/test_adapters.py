@@ -68,7 +68,7 @@ def test_equals_the_merged_export(folder):
 
 def ask(model: QwenVL, question: str, adapter: str | None, n: int = 12) -> list[int]:
     options = GenerationOptions(max_new_tokens=n, min_new_tokens=n)
-    return model.ask(Request(question, options, False, adapter=adapter)).finish().token_ids
+    return model.ask(Request(question, options, chat=False, adapter=adapter)).finish().token_ids
 
 
 def test_a_mixed_batch_equals_requests_alone(folder):
@@ -84,7 +84,7 @@ def test_a_mixed_batch_equals_requests_alone(folder):
             assert alone[-1] == ask(plain, question, None)
     without_cache(model)
     options = GenerationOptions(max_new_tokens=12, min_new_tokens=12)
-    requests = [Request(question, options, False, adapter=adapter) for question, adapter in cases]
+    requests = [Request(question, options, chat=False, adapter=adapter) for question, adapter in cases]
     assert [answer.token_ids for answer in model.generate_batch(requests)] == alone
 
 
@@ -112,7 +112,7 @@ def test_a_preempted_request_keeps_its_adapter(folder):
     # Blocks for two requests, which need three each, and for the beginning of a third.
     loop._scheduler.pool = BlockPool(8)
     options = GenerationOptions(max_new_tokens=40, min_new_tokens=40)
-    requests = [Request(question, options, False, adapter=adapter) for question, adapter in cases]
+    requests = [Request(question, options, chat=False, adapter=adapter) for question, adapter in cases]
     assert [answer.token_ids for answer in model.generate_batch(requests)] == expected
     assert loop.statistics.preempted > 0
 
@@ -149,7 +149,7 @@ def test_the_portable_graph_refuses_adapters(folder, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_storage_type_of_an_opened_adapter(tmp_path, dtype):
-    """The narrowest type that represents every value: a step reads the matrices from memory."""
+    """An adapter is stored in the narrowest type that represents every value, so that a step reads few bytes."""
     config = load_config(MODEL)
     write_adapter(tmp_path / "a", config, 0, dtype=dtype)
     [adapter] = open_adapters({"a": tmp_path / "a"}, config).values()

@@ -10,7 +10,7 @@ from paddlemix_qwenvl_plugin import QwenVL, export_language, export_vision
 
 @pytest.mark.parametrize(("name", "dtype", "bound"), [("a", "float16", 1e-3), ("b", "bfloat16", 0.05)])
 def test_golden(golden, engine, tmp_path, name, dtype, bound):
-    """Features are within `bound` of the golden ones, relative to the largest.
+    """Features are within `bound` of the golden ones, relative to the largest golden feature.
 
     The golden weights are float16 numbers, so a float16 export rounds only the two resized position tables.
     """

@@ -195,7 +195,8 @@ def check(rng: random.Random, limits: Limits, context: int, n_requests: int) -> 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_soak(ahead):
     """10,000 requests, of which some are preempted and some begin with cached blocks; equal images are encoded once."""
-    executor = check(random.Random(1), Limits(9, 32, 26, 4, ahead=ahead), context=96, n_requests=10_000)
+    limits = Limits(max_running=9, step_tokens=32, n_blocks=26, block_tokens=4, ahead=ahead)
+    executor = check(random.Random(1), limits, context=96, n_requests=10_000)
     assert (executor.n_ahead > 1000) == ahead
     assert executor.n_preempted > 100
     assert executor.n_found > 1000
@@ -203,7 +204,7 @@ def test_soak(ahead):
 
 
 def test_a_long_prompt_does_not_stall_a_decoding_request():
-    loop, executor = open_loop(Limits(4, 64, 64, 8))
+    loop, executor = open_loop(Limits(max_running=4, step_tokens=64, n_blocks=64, block_tokens=8))
     loop._prompt_budget.tokens = 16
     first = Generation([1, 2], [], [], GenerationOptions(max_new_tokens=20))
     loop.submit(first)
@@ -216,7 +217,7 @@ def test_a_long_prompt_does_not_stall_a_decoding_request():
 
 
 def test_cancelling_frees_blocks_at_once():
-    loop, _ = open_loop(Limits(4, 64, 64, 8))
+    loop, _ = open_loop(Limits(max_running=4, step_tokens=64, n_blocks=64, block_tokens=8))
     generation = Generation([1] * 100, [], [], GenerationOptions(max_new_tokens=20))
     loop.submit(generation)
     loop.step()
@@ -227,7 +228,8 @@ def test_cancelling_frees_blocks_at_once():
 
 
 def test_a_failed_step_ends_only_its_requests(monkeypatch):
-    loop, executor = open_loop(Limits(1, 64, 64, 8))
+    # One running request: the second one is not in the failed step.
+    loop, executor = open_loop(Limits(max_running=1, step_tokens=64, n_blocks=64, block_tokens=8))
     options = GenerationOptions(max_new_tokens=3)
     first, second = (Generation([n, 1, 1], [], [STOP], options) for n in (1, 2))
     loop.submit(first)
@@ -246,7 +248,7 @@ def test_a_failed_step_ends_only_its_requests(monkeypatch):
 
 def test_an_interrupted_step_is_computed_again(monkeypatch):
     """After an interruption, as by Ctrl-C, no result of the interrupted step is used."""
-    loop, executor = open_loop(Limits(4, 64, 64, 8))
+    loop, executor = open_loop(Limits(max_running=4, step_tokens=64, n_blocks=64, block_tokens=8))
     generation = Generation([1] * 21, [], [STOP], GenerationOptions(max_new_tokens=9))
     assert len(completion(generation)) > 2
     loop.submit(generation)
@@ -267,7 +269,7 @@ def test_an_interrupted_step_is_computed_again(monkeypatch):
 
 
 def test_logits_that_are_not_finite_end_the_request(monkeypatch):
-    loop, executor = open_loop(Limits(4, 64, 64, 8))
+    loop, executor = open_loop(Limits(max_running=4, step_tokens=64, n_blocks=64, block_tokens=8))
     generation = Generation([1, 2], [], [], GenerationOptions())
     loop.submit(generation)
     monkeypatch.setattr(executor, "start", lambda chunks: lambda: Picked([NO_TOKEN]))
@@ -277,7 +279,7 @@ def test_logits_that_are_not_finite_end_the_request(monkeypatch):
 
 
 def test_requests_of_several_threads():
-    loop, _ = open_loop(Limits(9, 32, 40, 4))
+    loop, _ = open_loop(Limits(max_running=9, step_tokens=32, n_blocks=40, block_tokens=4))
     rng = random.Random(3)
     requests = [[random_request(rng, 96) for _ in range(40)] for _ in range(6)]
     errors = []

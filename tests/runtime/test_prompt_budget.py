@@ -46,7 +46,9 @@ def test_more_decoding_requests_than_before() -> None:
 def test_a_step_of_prompts_only() -> None:
     """The whole step counts as the time of its prompt tokens."""
     budget = PromptBudget(STEP_TOKENS)
-    budget.learn(0, 1, 0.125)  # without requests, a decode step is expected to take four fifths: 0.1 s
+    # Reading the weights counts as four rows: with no row instead of one, a decode step is estimated to take four
+    # fifths of this time, 0.1 s.
+    budget.learn(0, 1, 0.125)
     budget.learn(400, 0, 1.0)
     assert budget.tokens == 120  # the prompt tokens of 0.3 s, three times the decode step
 
@@ -56,4 +58,5 @@ def test_a_step_shorter_than_the_decode_step_before() -> None:
     budget = PromptBudget(100_000)
     budget.learn(0, 4, 10.0)
     budget.learn(64, 4, 1.0)
-    assert budget.tokens == 64 * 8 * 30  # 64 tokens in an eighth of a second, for three times 10 s
+    # At least an eighth of the step counts as prompt time: 64 tokens in 1/8 s. The budget is for three times 10 s.
+    assert budget.tokens == 64 * 8 * 30

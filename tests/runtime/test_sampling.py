@@ -85,7 +85,10 @@ def test_seeds():
     [(0, (1.0, 0.0, 0.0)), (9, (1.0, 0.0, 0.0)), (5, (1.7, 0.0, 0.0)), (0, (1.2, 0.6, 0.9))],
 )
 def test_stock_graph_and_predictor_agree(tiny_exported, engine, min_new, penalties):
-    """Both generate the same tokens, with penalties, min_length, stop tokens and prompts of unequal lengths."""
+    """The stock program and QwenVL generate the same tokens.
+
+    With penalties, a minimum number of new tokens, stop tokens and prompts of unequal lengths.
+    """
     prefix = tiny_exported / "text" / "qwen"
     vl = QwenVL.from_exported(tiny_exported / "vision" / "vision", prefix)
     ids = np.array([[5, 6, 7, 8, 9], [200, 100, 50, 0, 0], [33, 0, 0, 0, 0]])

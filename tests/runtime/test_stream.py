@@ -223,7 +223,10 @@ def test_chat_equals_the_same_turns_without_a_cache(vl):
 
 
 def test_chat_drops_its_oldest_turns(vl, monkeypatch):
-    """The next prompt begins with another image: cached blocks of the paths' common beginning are not reused."""
+    """The prompt then begins with another image, whose path begins like that of the dropped one.
+
+    Blocks that are cached for the dropped image do not change the completion.
+    """
     short_window = functools.partial(prompts.chat_prompt, max_window=600)
     monkeypatch.setattr("paddlemix_qwenvl_plugin.runtime.chat.chat_prompt", short_window)
     monkeypatch.setattr("paddlemix_qwenvl_plugin.runtime.predictor.chat_prompt", short_window)

@@ -184,7 +184,7 @@ JSON_HEADERS = {"Content-Type": "application/json"}
 
 
 def with_changes(path: str, valid_body: dict[str, Any], changes: dict[str, Any]) -> Case:
-    """Valid body with these parameters changed; ... in place of a value removes the parameter."""
+    """POST of a valid body with these parameters changed; ... in place of a value removes the parameter."""
     changed = {**valid_body, **changes}
     body = {name: value for name, value in changed.items() if value is not ...}
     return lambda server: server.send("POST", path, json=body)
@@ -303,7 +303,7 @@ async def no_image_process(server: ConfigurableServer) -> ErrorResponse:
     original_sys = image_process.sys
     image_process.sys = SimpleNamespace(executable="/bin/false")  # type: ignore
     try:
-        server.configure(max_images=3)
+        server.configure(max_images=3)  # settings of no other case, so that a new image process is started
         return await chat_with_image(data_url(png()))(server)
     finally:
         image_process.sys = original_sys
@@ -311,13 +311,14 @@ async def no_image_process(server: ConfigurableServer) -> ErrorResponse:
 
 async def after_sigterm(server: ConfigurableServer) -> ErrorResponse:
     """At SIGTERM the server closes its slot queue."""
+    # Settings of no other case that runs later: this app remains closed.
     server.configure(max_running=2).admission.close()
     return await chat()(server)
 
 
 async def internal_error(server: ConfigurableServer) -> ErrorResponse:
     """Without its slot queue, the handler of the request raises an AttributeError."""
-    service = server.configure(max_running=3)
+    service = server.configure(max_running=3)  # settings of no other case: this app remains without its queue
     service.admission = None  # type: ignore[assignment]
     return await chat()(server)
 

@@ -176,7 +176,7 @@ def fake_app(service: Service, **arguments: Any) -> FastAPI:
 @contextlib.contextmanager
 def served(service: Service, **arguments: Any) -> Iterator[str]:
     """Serve a fake service on a free port, in a thread; the context is the URL."""
-    listener = bound_socket(service.settings.host, 0, False)
+    listener = bound_socket(service.settings.host, 0, reuse_port=False)
     started = threading.Event()
     servers: list[Server] = []
 

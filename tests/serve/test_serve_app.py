@@ -388,6 +388,7 @@ def test_metrics() -> None:
     assert value("errors_total", kind="not_found") == 2
     assert value("queue_duration_seconds_count") == 2
     assert value("time_to_first_token_seconds_sum") == pytest.approx(0.3)
+    # Four tokens in 0.2 s are one observation: the mean time of a token.
     assert value("time_between_tokens_seconds_count") == 1
     assert value("time_between_tokens_seconds_sum") == pytest.approx(0.05)
     assert (value("slots_running"), value("queue_waiting")) == (1, 0)

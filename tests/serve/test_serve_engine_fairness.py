@@ -20,7 +20,7 @@ class CountingExecutor:
     """Executor that picks token 1 for every request; `step_sizes` lists the number of tokens of each step."""
 
     def __init__(self, n_blocks: int) -> None:
-        self.limits = Limits(64, STEP_TOKENS, n_blocks, 32)
+        self.limits = Limits(max_running=64, step_tokens=STEP_TOKENS, n_blocks=n_blocks, block_tokens=32)
         self.step_sizes: list[int] = []
 
     def load(self, vision: bool) -> None:

@@ -1,4 +1,4 @@
-"""Every row of the server's tables in docs/errors.md is a test: the request gives that status, code and message."""
+"""Every row of the server's tables in docs/errors.md is a test: its request gives its status, code and message."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read_rows() -> list[Row]:
 
 
 def read_types() -> dict[int, tuple[str, bool]]:
-    """Status -> OpenAI's error type, whether the response has a header Retry-After; from the table of the statuses."""
+    """Status -> (OpenAI's error type, whether the response has a header Retry-After), from the table of statuses."""
     types = {}
     for cells in table_rows():
         if len(cells) == 4 and cells[0].isdigit():

@@ -133,7 +133,7 @@ def test_engine_killed_under_load(
 def test_requests_time_out_while_the_engine_hangs(
     serve_demo: Callable[..., ServerProcess], known_questions: list[Question], long_question: Question
 ) -> None:
-    """Four requests are running and four are waiting when the engine process is stopped."""
+    """The engine process is suspended (SIGSTOP) while four requests run; four more requests wait."""
     server = serve_demo("--max_running", 4, "--running_timeout", 8, "--waiting_timeout", 3)
     url = server.wait_until_ready()
 

@@ -398,7 +398,8 @@ def test_new_connections_go_to_the_newest_server(unused_port: int) -> None:
 
     with contextlib.ExitStack() as stack:
         old, new, newest = (
-            stack.enter_context(bound_socket("127.0.0.1", unused_port, True).socket) for _ in range(3)
+            stack.enter_context(bound_socket("127.0.0.1", unused_port, reuse_port=True).socket)
+            for _ in range(3)
         )
         listeners = [old]
         old.listen()

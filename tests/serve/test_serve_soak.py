@@ -1,6 +1,6 @@
 """Soak test with concurrent clients, some of which disconnect or send invalid requests.
 
-QWENVL_TEST_SOAK_CLIENTS sets the number of clients. The duration is QWENVL_TEST_SOAK_SECONDS, or it ends after
+QWENVL_TEST_SOAK_CLIENTS sets the number of clients. The test runs for QWENVL_TEST_SOAK_SECONDS, or, if it is set, for
 QWENVL_TEST_SOAK_REQUESTS requests. Examples of a long test: 64 clients for 600 s, or 64 clients with 10000 requests.
 """
 
@@ -33,7 +33,8 @@ CLIENTS = int(os.environ.get("QWENVL_TEST_SOAK_CLIENTS", 16))
 REQUESTS = int(os.environ.get("QWENVL_TEST_SOAK_REQUESTS", 0))  # 0: SECONDS decides
 SECONDS = float(os.environ.get("QWENVL_TEST_SOAK_SECONDS", 15))
 
-# Maximum growth of a process's memory after warm-up, in bytes: fragmentation of the heap, but no leak per request.
+# Maximum growth of the memory of the processes of a kind after warm-up, in bytes. It allows fragmentation of the heap,
+# but no leak per request.
 MAX_GROWTH = 48 * 2**20
 WARM_UP = 0.4  # fraction of the run
 

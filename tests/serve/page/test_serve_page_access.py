@@ -244,7 +244,7 @@ def test_all_texts_exist_in_both_languages(page: Page) -> None:
 
 
 def test_dark_color_scheme(page: Page, server: PageServer) -> None:
-    brightness = (
+    brightness = (  # 0 to 765
         "const [r, g, b] = getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number);"
         "return r + g + b"
     )

@@ -112,7 +112,7 @@ def test_large_image_is_reduced_and_rotated_upright(page: Page, server: PageServ
     page.attach(file)
     (image,) = send_question(page, server)
     assert image.format == "JPEG"
-    assert image.size == (672, 1344)
+    assert image.size == (672, 1344)  # the page reduces the longer side to 1344 pixels
     assert dict(image.getexif()) == {}
     pixels = np.asarray(image, np.int16)
     assert np.abs(pixels[200:600].mean((0, 1)) - (200, 30, 30)).max() < 6
