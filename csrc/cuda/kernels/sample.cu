@@ -2,13 +2,15 @@
 //
 // Layout. Six kernels of one launch each:
 //
-//   sample_scan    a block per 4096 logits: most likely id, checks, partial sum of the softmax, bits of
-//                  forbidden ids                                                      -> peaks [n][chunks]
-//   sample_peak    a warp per row merges them; greedy rows are finished               -> states [n]
-//   sample_bins    rows that draw: weights and counts of 2048 bins, several blocks per row -> bins [n][2048]
-//   sample_keep    rows that draw: the ids of the bins that sample_draw needs         -> kept_keys [n][2048]
-//   sample_draw    rows that draw: top-k, top-p, the draw, a block per row            -> tokens [n]
-//   sample_top     log probabilities of the top tokens, if any, a block per row    -> top_tokens [n][n_top]
+//   sample_scan    a block per 4096 logits: most likely id, checks,           -> peaks [n][chunks]
+//                  partial sum of the softmax, bits of forbidden ids
+//   sample_peak    a warp per row merges them; greedy rows are finished       -> states [n]
+//   sample_bins    rows that draw: weights and counts of 2048 bins,           -> bins [n][2048]
+//                  several blocks per row
+//   sample_keep    rows that draw: the ids of the bins that sample_draw needs -> kept_keys [n][2048]
+//   sample_draw    rows that draw: top-k, top-p, the draw, a block per row    -> tokens [n]
+//   sample_top     log probabilities of the most likely tokens, if requested, -> top_tokens [n][n_top]
+//                  a block per row
 //
 // A draw needs the most likely ids in order, and sums in that order, but not all 151,936 ids. The key of an
 // id is its distance, (largest logit - logit) / temperature, in steps of 2^-35, followed by the id; ids at a

@@ -3,8 +3,8 @@
 //
 // Layout of a key, 64 bits; a smaller key is a likelier id:
 //
-//   draws               | 40 bits: (largest logit - logit) / temperature, in steps of 2^-35 | 24 bits: id |
-//   most likely tokens  | 32 bits: the logit, in reversed order | 32 bits: id |
+//   draws              | 40 bits: (largest logit - logit) / temperature, in steps of 2^-35 | 24 bits: id |
+//   most likely tokens | 32 bits: the logit, in reversed order                             | 32 bits: id |
 //
 //   level 1: 2048 bins of the upper 11 bits    | w0 | w1 | w2 | ..      the bin where the running sum crosses
 //   level 2: 2048 bins of the next 11 bits          \_ | | | ..         and so on, until at most kMaxKept
