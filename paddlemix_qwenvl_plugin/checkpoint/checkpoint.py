@@ -117,8 +117,8 @@ class Checkpoint:
         Of the adapters' changes, it covers only those to the vision stage. One vision stage therefore fits all language
         stages whose adapters change only the language model.
 
-        Hashes the config and the first 64 values of each norm and bias, rounded to float16. A conversion of the folder to
-        float16, or one to bfloat16 without rounding, keeps the digest.
+        Hashes the config and the first 64 values of each norm and bias, rounded to float16. A conversion of the folder
+        to float16, or one to bfloat16 without rounding, keeps the digest.
         """
         digest = hashlib.sha256(self.config.model_dump_json().encode())
         specs = {**self.language, **self.vision}

@@ -34,8 +34,8 @@ from paddlemix_qwenvl_plugin.util.sources import without_password
 
 MANIFEST, ERRORS = "job.json", "errors.jsonl"
 
-# The size of parts depends on the number of actors (if it has no maximum, on this one), on the parts per actor, and on
-# the maximum of rows per part in multiples of the window.
+# Parts are sized for the maximum number of actors (_ACTORS if there is no maximum) and for _PARTS_PER_ACTOR parts per
+# actor. A part has at most _MAX_WINDOWS * window rows.
 _ACTORS, _PARTS_PER_ACTOR = 16, 4
 _MAX_WINDOWS = 32
 
