@@ -140,7 +140,7 @@ def export_language(
     stage = _Stage(
         "language",
         [
-            # The inputs after the 22nd and the 7th are the caches of the layers.
+            # The caches of the layers: the inputs after the 22nd of the stock program, after the 7th of the step program.
             Program(
                 "", LanguageModel, stock_inputs, lambda model, i: StockGeneration(model)(*i[:22], i[22:])
             ),

@@ -107,6 +107,7 @@ def run(job: Job, open_model: Callable[[], Model[Any]], actors: Actors, address:
                 print(f"resuming: {done} of {len(rows)} rows are answered", file=sys.stderr)
             else:
                 write(join(job.target, MANIFEST), dump(expected))
+            # `expected` without the keys that only jobs on a cluster have.
             job_identity = {key: expected[key] for key in identity("", job.options, [], "")}
             work = Work(open_model, job_identity, files.folder, format, job.target, job.window, actors.cpus)
             _answer(work, remaining, actors)

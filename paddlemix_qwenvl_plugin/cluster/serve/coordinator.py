@@ -87,7 +87,7 @@ class Coordinator:
         self._processes: dict[str, _Process] = {}
         self._draining = self._ending = False
         self._owner = ""
-        # Time until which `acquire` waits: after a restart, the slots in use are unknown until every front has reported.
+        # Time until which `acquire` waits: after a restart, the slots in use are unknown until every front reports.
         self._settled = time.monotonic() + (2 * REPORT_SECONDS if restarted else 0.0)
         self._idle_since = time.monotonic()
         self._sweeper: Optional[asyncio.Task[None]] = None
