@@ -140,7 +140,7 @@ def export_language(
     stage = _Stage(
         "language",
         [
-            # The caches of the layers: the inputs after the 22nd of the stock program, after the 7th of the step program.
+            # The caches of the layers are the inputs after the 22nd (stock program) and after the 7th (step program).
             Program(
                 "", LanguageModel, stock_inputs, lambda model, i: StockGeneration(model)(*i[:22], i[22:])
             ),

@@ -95,7 +95,7 @@ def is_loopback(address: str) -> bool:
 
 
 def _of_systemd(path: Path) -> bool:
-    """Whether a file is a systemd credential: the group bits of its mode are the ACL entry of the service's user."""
+    """Whether a file is a systemd credential: the group bits of its mode come from an ACL entry for the service."""
     folder = os.environ.get("CREDENTIALS_DIRECTORY")
     return bool(folder) and path.is_relative_to(str(folder))
 
