@@ -1,4 +1,8 @@
-"""Inputs of the exported programs: names, order, shapes and dtypes. In a shape, -1 is any size."""
+"""Inputs of the exported programs: names, order, shapes and dtypes. In a shape, -1 is any size.
+
+Every function takes the dtypes of the parameters (`dtype`) and of the activations (`compute_dtype`), even if no input
+depends on them: export/program.py calls all of them alike.
+"""
 
 from __future__ import annotations
 

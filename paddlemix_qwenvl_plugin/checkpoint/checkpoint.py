@@ -32,7 +32,7 @@ _BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias|log
 class _Entry:
     stored_name: str
     dtype: str
-    transposed: bool
+    transposed: bool  # stored as [out, in]
 
 
 class Checkpoint:
@@ -117,8 +117,8 @@ class Checkpoint:
         Of the adapters' changes, it covers only those to the vision stage. One vision stage therefore fits all language
         stages whose adapters change only the language model.
 
-        Hashes the config and up to 64 values of each norm and bias, rounded to float16. A conversion of the folder to
-        float16, or one to bfloat16 without rounding, keeps the digest.
+        Hashes the config and the first 64 values of each norm and bias, rounded to float16. A conversion of the folder
+        to float16, or one to bfloat16 without rounding, keeps the digest.
         """
         digest = hashlib.sha256(self.config.model_dump_json().encode())
         specs = {**self.language, **self.vision}
@@ -256,8 +256,8 @@ class Checkpoint:
                         f"{'[out, in]' if transposed else '[in, out]'}, unlike {evidence[1]}"
                     )
                 evidence = (transposed, canonical[name])
-        # Each stage has a fused projection to 3 times the width, which is never square. Only a quantized language model
-        # with a square lm_head gives no evidence; every quantizer stores lm_head as [out, in].
+        # Each stage has a fused projection to 3 times the width, a matrix that is never square. Only a quantized
+        # language model with a square lm_head gives no evidence; every quantizer stores lm_head as [out, in].
         return evidence is None or evidence[0]
 
 

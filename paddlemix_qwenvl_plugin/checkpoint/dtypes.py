@@ -60,7 +60,7 @@ def to_float32(array: NDArray[np.generic], source: str) -> NDArray[np.float32]:
     """Convert values from any storage type to float32."""
     if source == "bfloat16":
         bits = array.astype(np.uint32)
-        bits <<= 16  # in place: an lm_head of 7B takes 2.5 GB
+        bits <<= 16  # in place: in float32 the lm_head of a 7B model takes 2.5 GB
         return bits.view(np.float32)
     return array.astype(np.float32)
 

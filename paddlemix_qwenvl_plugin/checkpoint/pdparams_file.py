@@ -153,7 +153,7 @@ class _Array:
         self._content = content.content if isinstance(content, _Latin1) else content
         n_bytes = self.size * self.dtype.itemsize
         # Protocol 2 writes bytes as latin1 text, one character per byte. A Span has the length of the text in UTF-8,
-        # one or two bytes per character, which only bounds the number of characters. `read` checks it exactly.
+        # one or two bytes per character, which only bounds the number of characters. `read` checks the exact number.
         stored = self._content.n_bytes if isinstance(self._content, Span) else len(self._content)
         possible = stored // 2 <= n_bytes <= stored if self._is_text else stored == n_bytes
         if not possible:

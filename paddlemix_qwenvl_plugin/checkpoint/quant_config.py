@@ -32,8 +32,8 @@ class QuantConfig:
         group_size: input values that share a scale and a zero point; -1: all of them.
         act_order: whether columns may belong to groups in any order (`desc_act`), given by `g_idx`.
         zeros_minus_one: whether zero points are stored minus one, as in AutoGPTQ's first format.
-        zeros_borrow: if zeros_minus_one: whether the quantizer subtracted from int32 words, with borrows between their
-            zero points, as GPTQModel does; AutoGPTQ subtracts from each zero point separately.
+        zeros_borrow: if zeros_minus_one: whether the quantizer subtracted in whole int32 words, with borrows between
+            their zero points, as GPTQModel does; AutoGPTQ subtracts one from each zero point separately.
         origin: the file, for messages.
     """
 

@@ -6,7 +6,7 @@
 | Paddle static | `qwen.h.…` | `visual.vit.…`, the resampler `visual.…` | [in, out] |
 | PaddleMIX | `transformer.llm.h.…` | as Paddle static | [in, out] |
 
-`lm_head.weight` is the same in all three.
+`lm_head.weight` has the same name in all three.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ class TableUnpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
             raise RefusedError("its pickle sets the state of an unexpected object")
         target.__setstate__(state)
 
-    # The content of a string follows its length, 4 or 8 bytes, little-endian.
+    # The content of a string follows its length, 4 or 8 bytes, little-endian. The last argument is `is_text`.
     dispatch[pickle.BINUNICODE[0]] = lambda self: self._string(*struct.unpack("<I", self.read(4)), True)
     dispatch[pickle.BINUNICODE8[0]] = lambda self: self._string(*struct.unpack("<Q", self.read(8)), True)
     dispatch[pickle.BINBYTES[0]] = lambda self: self._string(*struct.unpack("<I", self.read(4)), False)

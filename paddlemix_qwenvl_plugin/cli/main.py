@@ -102,7 +102,7 @@ def main() -> None:
     """
     _prepare_streams()
     try:
-        require_addresses("qwenvl", 200)
+        require_addresses("qwenvl", mib=200)
         with signals.ending():
             code = app(prog_name="qwenvl", standalone_mode=False) or 0
         if code == 130:  # some versions of typer convert KeyboardInterrupt, others let it through

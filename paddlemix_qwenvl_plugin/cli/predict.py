@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
     from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
-_MAX_ANSWER_BYTES = 1 << 26
+_MAX_ANSWER_BYTES = 1 << 26  # a larger file is not an earlier answer
 _DRAW_FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 

@@ -92,6 +92,7 @@ def _outline(number: int, box: Box) -> str:
     left, top = min(x for x, _ in box.points), min(y for _, y in box.points)
     # The number is drawn above the box, or inside it if there is no room.
     y = top - _LABEL_HEIGHT if top >= _LABEL_HEIGHT else top
+    # The baseline is below the label's upper edge by the font size in page.html, 44 thousandths.
     text_x, baseline = left + _LABEL_WIDTH // 2, y + 44
     return (
         f'<g class="{_css_class(number)}"><polygon points="{points}"/>'

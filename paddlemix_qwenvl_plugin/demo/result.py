@@ -23,7 +23,7 @@ class Result:
 
     @cached_property
     def right(self) -> bool:
-        """Whether the text is exact, every box overlaps its object (IoU at least 0.5), and no box is extra."""
+        """Whether the text is exact and all boxes overlap their objects (IoU at least 0.5), without other boxes."""
         marked = mark(self.question.sample, self.answer.text)
         return (
             marked.words_right

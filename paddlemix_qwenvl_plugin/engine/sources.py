@@ -69,8 +69,8 @@ def library_units(csrc: Path, isas: Sequence[Isa]) -> list[Unit]:
     """Compiler runs for `libqwenvl.so`; the kernels come first because they take longest.
 
     In a build for a machine with a better ISA, the generic kernels serve only for comparison and are compiled without
-    optimisation, which would take most of the compile time. In a build of all ISAs, each is the best
-    one of some machine.
+    optimisation, which would take most of the compile time. In a build of all ISAs, each ISA is the best one of some
+    machine.
     """
     found = []
     for isa in reversed(isas):

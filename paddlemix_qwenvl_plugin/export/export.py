@@ -140,7 +140,7 @@ def export_language(
     stage = _Stage(
         "language",
         [
-            # The inputs after the 22nd and the 7th are the caches of the layers.
+            # The caches of the layers are the inputs after the 22nd (stock program) and after the 7th (step program).
             Program(
                 "", LanguageModel, stock_inputs, lambda model, i: StockGeneration(model)(*i[:22], i[22:])
             ),

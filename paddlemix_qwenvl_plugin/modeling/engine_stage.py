@@ -81,7 +81,7 @@ class EngineGeneration(EngineStage):
 
     def forward(self, *inputs: paddle.Tensor) -> list[paddle.Tensor]:
         """Generate completions. Shapes and dtypes: artifact/contract.py."""
-        # The inputs after the 22nd are the caches.
+        # Only the names are read: the dtypes may be empty. The inputs after the 22nd are the caches.
         names = [declared.name for declared in stock_inputs(self._config, "", "")[:22]]
         read = {name: tensor for name, tensor in zip(names, inputs) if name not in _UNREAD}
         outputs = ("next_tokens", "steps", "stopped", "lengths", "positions", "tokens")

@@ -48,7 +48,7 @@ class ImageLimits:
 
     Attributes:
         max_bytes: encoded size.
-        max_pixels: width x height.
+        max_pixels: width * height.
         timeout_seconds: total time of a download.
         allow_private: also download from addresses that are not public: this machine, its network, and the metadata
             services of clouds.

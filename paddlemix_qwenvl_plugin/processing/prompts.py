@@ -107,8 +107,8 @@ def chat_prompt(
     """Build the prompt of the chat model: system text, (query, answer) turns of `history`, and the new query.
 
     Keeps the newest turns, as many as take less than `max_window` tokens together with the system text. Older turns are
-    dropped with their images. The new query is always kept and not counted. Images are numbered through all turns,
-    including the dropped turns.
+    dropped with their images. The new query is always kept and not counted. The default of `max_window` is that of the
+    official code. Images are numbered through all turns, including the dropped turns.
 
     Role and content are tokenised separately, and the special tokens of ChatML are plain text in a content, as are
     image tags in an answer or in the system text. Answers are not stripped here; the official code strips an answer

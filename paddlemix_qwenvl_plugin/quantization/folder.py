@@ -39,7 +39,7 @@ Tensors = dict[str, NDArray[np.generic]]
 
 
 class GptqFolder:
-    """Writer of a GPTQ model folder. Each file is written atomically."""
+    """Writer of a GPTQ model folder. Each shard is written atomically."""
 
     def __init__(self, folder: Path, checkpoint: Checkpoint) -> None:
         self._folder = folder

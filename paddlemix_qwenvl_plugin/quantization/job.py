@@ -28,7 +28,7 @@ DEFAULT_GROUP_SIZES = {4: 32, 8: 64}
 GROUP_SIZES = (32, 64, 128)
 
 MAX_TOKENS = 1 << 16
-"""Limit on the tokens of all rows. A file of hidden states then has at most 1 GiB for the 7B model; four exist."""
+"""Limit on the tokens of all rows. A file of hidden states then has at most 1 GiB for the 7B model; up to six exist."""
 
 
 def quantize_model(

@@ -120,7 +120,7 @@ def descend(matrix: Quantized, weight: Floats, hessian: Floats, bits: int) -> No
         best_scale = to_half(best_scale)
         decrease = scale - best_scale
         better = curvature * decrease**2 + 2 * slope * decrease < 0  # also after rounding to float16
-        # Change of the error, weight - values, which the gradient and `error` follow.
+        # Change of the error, weight - values; it is added to `error`, and times the Hessian to the gradient.
         change = np.where(better, decrease, 0)[:, None] * steps
         scale = matrix.scales[:, g] = np.where(better, best_scale, scale)
         gradient += change @ group_hessian

@@ -20,10 +20,10 @@ _VERSION = 2
 
 
 class Work:
-    """Work folder `OUT.partial`: the unfinished model folder, the hidden states before the next layer, the progress.
+    """Work folder `TARGET.partial`: the unfinished model folder, the hidden states before the next layer, the progress.
 
     Attributes:
-        model: the unfinished model folder, renamed to OUT when it is complete.
+        model: the unfinished model folder, renamed to TARGET when it is complete.
         figures: figures of the finished layers for the report, one dict per layer.
         embedded: whether the file of the states before the next layer is complete.
     """

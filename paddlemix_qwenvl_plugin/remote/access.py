@@ -33,7 +33,7 @@ def check_url(url: str) -> str:
 
 
 def read_key(file: Optional[Path]) -> Optional[str]:
-    """Read the API key: the first key of a file with one key per line, else the environment variable, if set.
+    """Read the API key: the first key of a file with one key per line, else the environment variable's value, if any.
 
     Raises:
         UsageError: the file is unreadable or contains no key, or the key is not printable ASCII.

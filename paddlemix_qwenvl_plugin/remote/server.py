@@ -21,9 +21,9 @@ from paddlemix_qwenvl_plugin.remote.errors import (
 
 T = TypeVar("T")
 
-# A server may queue a request and compute the whole answer before it sends the first byte.
+# In seconds. A server may queue a request and compute the whole answer before it sends the first byte.
 _TIMEOUT = httpx.Timeout(30, read=1200)
-# Shorter than the keep-alive timeout of servers: a request must not race with the closing of its connection.
+# In seconds, shorter than servers' keep-alive timeout: a request must not race with the closing of its connection.
 _LIMITS = httpx.Limits(max_connections=None, keepalive_expiry=2)
 
 # Maximum total wait while a server is busy, and the first and longest wait between retries without Retry-After.

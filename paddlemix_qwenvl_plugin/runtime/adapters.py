@@ -58,7 +58,7 @@ def open_adapters(folders: Mapping[str, Union[str, Path]], config: ModelConfig) 
 
 
 def low_rank(adapter: Adapter) -> Iterator[LowRank]:
-    """Read the updates of an adapter one at a time, in a 16-bit type if it holds all values exactly, else float32."""
+    """Read the updates of an adapter one at a time, in a 16-bit type that holds all their values, else in float32."""
     for name, entry in adapter.updates.items():
         a, b = adapter.update(name)  # [in, rank], [rank, out]
         factors: list[Any] = [np.ascontiguousarray(factor.T) for factor in (a, b)]

@@ -61,7 +61,8 @@ class Chat:
             query = [{"text": query}]
         tokenizer = self._vl.tokenizer
         prompt = chat_prompt(tokenizer, query, self.history, self.system)
-        loaded = self._vl.load_images(render(query)[1])
+        _, sources = render(query)
+        loaded = self._vl.load_images(sources)
         images = [*self._images, *self._vl.image_inputs(loaded)]
         # A long prompt lacks the oldest turns (chat_prompt), and therefore the oldest images.
         images = images[len(images) - len(prompt.images) :]

@@ -33,6 +33,7 @@ from paddlemix_qwenvl_plugin.runtime.programs import Stage
 from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits, images_of
 from paddlemix_qwenvl_plugin.util.memory import address_space_left
 
+# Tokens of a block of the KV cache; maximum numbers of tokens in a step, on a CPU and on a GPU, and of requests in it.
 _BLOCK_TOKENS = 32
 _STEP_TOKENS = 512
 _GPU_STEP_TOKENS = 2048
@@ -44,6 +45,7 @@ _CACHE_SHARE = 0.25
 # Maximum size of the KV cache on any device, in requests of the full context.
 _CACHE_CONTEXTS = 64
 
+# Numbers of the _Row objects: unlike ids of objects, they are never used again.
 _row_numbers = itertools.count()
 
 
@@ -65,7 +67,7 @@ class EngineExecutor:
             vision: the vision stage.
             language: the language stage.
             n_blocks: size of the KV cache in blocks; None: a share of the free memory, at least one full context.
-            gpu_memory: share of the GPU memory left by the weights that the KV cache takes.
+            gpu_memory: share that the KV cache takes of the GPU memory left by the weights.
             ahead: start a step while the previous one is computed (loop.py); None: on a GPU only.
             adapters: adapters by the names with which requests choose them.
 
@@ -170,7 +172,7 @@ class EngineExecutor:
                     spans.append((len(tokens) + first - start, last - first, features))
                 tokens += generation.ids(start, end)
             if chunk.picks:
-                self._sample(n_rows, row, len(generation.tokens) + chunk.ahead)
+                self._put_sampling(n_rows, row, len(generation.tokens) + chunk.ahead)
                 counts.append(row.counts_address)
                 n_logprobs.append(generation.n_logprobs)
                 n_rows += 1
@@ -211,7 +213,7 @@ class EngineExecutor:
             entry.adapter = row.adapter
             entry.flags = (0 if picks else c.NO_LOGITS) | (c.GENERATED if generated else 0)
 
-    def _sample(self, i: int, row: _Row, n_tokens: int) -> None:
+    def _put_sampling(self, i: int, row: _Row, n_tokens: int) -> None:
         """Write the sampling parameters of row `i` of the logits; the request has `n_tokens` generated tokens."""
         stop_forbidden = row.stop_forbidden(n_tokens)
         sampling = self._sampling_views[i]
@@ -228,7 +230,7 @@ class EngineExecutor:
         n_logprobs: list[int | None],
         n_entries: int,
     ) -> StepOutput:
-        """Start a step and return its output buffers; without `tokens`, it reads the previous step's output."""
+        """Start a step and return its output buffers; without `tokens`, it takes those of the last step."""
         batch, args, n_rows = self._batch, self._args, len(counts)
         ids = (ctypes.c_int32 * len(tokens))(*tokens)
         batch.n_sequences = n_entries
@@ -268,7 +270,7 @@ class EngineExecutor:
         )
 
     def _grow(self, capacity: int) -> None:
-        """Enlarge the batch to `capacity` entries and rows."""
+        """Enlarge the batch to `capacity` entries and as many rows of the logits."""
         self._capacity = capacity
         self._sequences = (c.SequenceRow * capacity)(*self._sequences)
         self._sampling = (c.Sampling * capacity)(*self._sampling)

@@ -20,8 +20,8 @@ class Picked(NamedTuple):
 
     Attributes:
         tokens: one token id for each chunk with `picks`, in their order; NO_TOKEN if the logits are not finite.
-        logprobs: log probabilities of each token; None for the tokens of a request without `n_logprobs`, or in place of
-            the list if no request has `n_logprobs`.
+        logprobs: an entry for each token: its log probabilities, or None if its request has no `n_logprobs`. None in
+            place of the list if no request of the step has `n_logprobs`.
     """
 
     tokens: list[int]
@@ -43,7 +43,7 @@ class Executor(Protocol):
         """Start a step: compute the chunks, and pick a token for each chunk with `picks`.
 
         Returns:
-            A function that waits for the step and returns its tokens. Steps end in the order of their start.
+            A function that waits for the step and returns its result. Steps end in the order of their start.
 
         Raises:
             QwenVLError: the step failed for all requests; the returned function may raise it as well.

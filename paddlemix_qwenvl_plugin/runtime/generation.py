@@ -199,7 +199,10 @@ class Generation:
         return any(start <= position < end for start, end in self._generated)
 
     def _hashed_values(self) -> NDArray[np.int64]:
-        """The value of each prompt token in the block keys: its id, or -1 - i for the i-th slot of an image."""
+        """The value of each prompt token in the block keys.
+
+        Its id, plus _GENERATED if a decode step computed it; -1 - i for the i-th slot of an image.
+        """
         values = np.array(self.prompt, np.int64)
         for start, end in self._generated:
             values[start:end] += _GENERATED

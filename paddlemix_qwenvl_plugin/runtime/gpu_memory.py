@@ -25,13 +25,13 @@ def check_room(vision: Stage, language: Stage, free: int, share: float) -> None:
         vision: the vision stage.
         language: the language stage.
         free: free bytes of GPU memory.
-        share: share of the memory left by the weights that the KV cache may take.
+        share: share that the KV cache may take of the memory left by the weights.
 
     Raises:
         QwenVLError: they do not fit; the message suggests a quantization that would.
     """
     config = language.manifest.config
-    # Keys and values, each of 2 bytes per element.
+    # Keys and values, each of 2 bytes per element; divided by the share, the memory that the weights must leave.
     cache = 4 * config.num_hidden_layers * config.hidden_size * config.max_position_embeddings / share
 
     def fits(factor: float) -> bool:

@@ -46,8 +46,8 @@ class Loop:
 
     The loop has no thread. A thread that waits for tokens runs steps, which advance all requests; if several threads
     wait, one runs a step and the others wait for its end. If the executor can compute ahead, the next step is started
-    before the tokens of the current step are read; for requests that end with the current step, its results are
-    discarded.
+    before the tokens of the current step are read; for requests that end with the current step, the results of the next
+    one are discarded.
     """
 
     def __init__(self, executor: Executor) -> None:
@@ -72,7 +72,7 @@ class Loop:
         self._submitted.append(generation)
 
     def cancel(self, generation: Generation) -> None:
-        """Cancel a request unless it has ended; its blocks are freed now, or at the next step if one is running."""
+        """Cancel a request unless it has ended; its blocks are freed now, or at the next step if a step is running."""
         self._cancelled.append(generation)
         # Do not block: the garbage collector may call this within a step.
         if self._lock.acquire(blocking=False):
@@ -105,7 +105,7 @@ class Loop:
         with self._lock:
             self._take_queues()
             if self._scheduler.idle:
-                self._started = None  # all of its requests have ended
+                self._started = None  # all requests of the started step have ended
                 return False
             self._step()
             return True

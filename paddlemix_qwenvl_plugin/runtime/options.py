@@ -17,9 +17,10 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError
 class GenerationOptions:
     """Sampling parameters and length limits of a generation; they apply to every row of a batch.
 
-    Greedy unless `temperature`, `top_p` or `top_k` is given. The order is upstream's: stop tokens are forbidden before
-    `min_new_tokens`, then penalties, temperature, top-k and top-p. Penalties count generated tokens only. Every row has
-    a separate random generator seeded with `seed`, so that a row generates the same tokens alone and in a batch.
+    Greedy unless `temperature`, `top_p` or `top_k` is given. The order of operations on the logits is upstream's: stop
+    tokens are forbidden until there are `min_new_tokens` tokens; then penalties, temperature, top-k and top-p.
+    Penalties count generated tokens only. Every row has a separate random generator seeded with `seed`, so that a row
+    generates the same tokens alone and in a batch.
 
     The command line's flags, defaults and help texts are generated from these fields (cli/options.py).
 

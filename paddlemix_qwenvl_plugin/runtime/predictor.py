@@ -90,7 +90,7 @@ class QwenVL:
             limits: limits for loading images.
             verify: compare the digests of all files with the manifests; otherwise weights of more than 64 MiB are
                 compared by samples.
-            gpu_memory: share of the GPU memory left by the weights that the KV cache may take, up to 1.
+            gpu_memory: share that the KV cache may take of the GPU memory left by the weights, up to 1.
             adapters: folders of LoRA adapters, as saved by PEFT or PaddleNLP, by the names with which requests choose
                 them. Adapters need the engine.
 
@@ -451,6 +451,7 @@ class QwenVL:
                 f"{self.config.max_position_embeddings}"
             )
         images_with_slots = [
+            # The slots are between `<img>` at `start` and `</img>` at `end`.
             ImageInput(image.digest, image.pixels, image.features, (start + 1, end))
             for image, (start, end) in zip(images, spans)
         ]

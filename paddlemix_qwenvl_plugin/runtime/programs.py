@@ -184,7 +184,7 @@ def _create_predictor(program: Path, params: Path, gpu: Optional[int]) -> Any:
         # Paddle 3.3 enables oneDNN by default, which fails on these graphs (zero-dimension reorders).
         getattr(config, "disable_onednn", config.disable_mkldnn)()
     else:
-        config.enable_use_gpu(100, gpu)
+        config.enable_use_gpu(100, gpu)  # initial size of the GPU memory pool: 100 MB
     try:
         return inference.create_predictor(config)
     except _PADDLE_ERRORS as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 _PROMPT_SECONDS = 0.25
 _PROMPT_SHARE = 3.0
 _MIN_TOKENS = 64
-# Time to read the weights in a decode step, as the number of rows that take as long.
+# Time to read the weights in a decode step, as the number of rows (decoding requests) that take as long.
 _ROWS_FOR_WEIGHTS = 4
 
 

@@ -52,7 +52,7 @@ class Scheduler:
     ones. When blocks run out, the request admitted last is preempted.
 
     Attributes:
-        prompt_budget: prompt tokens of a step with decoding requests, 1 to limits.step_tokens.
+        prompt_budget: maximum number of prompt tokens in a step with decoding requests, 1 to limits.step_tokens.
         waiting: requests to admit, in order.
         running: admitted requests, in the order of their admission.
         n_prompt_tokens: number of prompt tokens of the requests admitted so far.
@@ -91,7 +91,8 @@ class Scheduler:
     def image_to_encode(self) -> tuple[Generation, ImageInput] | None:
         """The next image to encode, of the first waiting request with images.
 
-        None if no waiting request has images, if that request needs no more features, or if `max_running` requests run.
+        None if no waiting request has images, if the first one with images needs no more features, or if `max_running`
+        requests run.
         """
         if len(self.running) >= self.limits.max_running:
             return None
@@ -191,7 +192,7 @@ class Scheduler:
         return self.pool.find(generation.block_keys(n_blocks, self.limits.block_tokens))
 
     def _missing_image(self, generation: Generation, cached: Sequence[int]) -> ImageInput | None:
-        """The first image without features that the cached blocks do not cover."""
+        """The first image without features that the cached blocks do not cover; None if there is none."""
         n_cached = len(cached) * self.limits.block_tokens
         for image in generation.images:
             if image.features is None and image.slots[1] > n_cached:

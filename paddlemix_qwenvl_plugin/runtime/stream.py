@@ -97,7 +97,7 @@ class AnswerStream(Iterator[Segment]):
 
     @property
     def done(self) -> bool:
-        """Whether the last token has been computed."""
+        """Whether the request has ended: with its last token, with an error or by cancellation."""
         return self._generation.finished
 
     @property

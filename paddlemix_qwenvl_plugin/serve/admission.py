@@ -48,7 +48,7 @@ class SlotQueue:
         self.running = 0
         self.set_limits(max_running, max_waiting, waiting_timeout, max_per_key)
         self._observe_wait = observe_wait
-        # Number of slots of each waiting request, and a future that ends when they are granted or refused.
+        # Number of slots of each waiting request, and a future that is done when the request gets them or is refused.
         self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._slots_by_key: Counter[str] = Counter()
         self._mean_hold_seconds = _INITIAL_HOLD_SECONDS

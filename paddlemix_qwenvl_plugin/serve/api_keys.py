@@ -95,7 +95,7 @@ def is_loopback(address: str) -> bool:
 
 
 def _of_systemd(path: Path) -> bool:
-    """Whether a file is a systemd credential: its mode shows the ACL entry of the service's user as a group's."""
+    """Whether a file is a systemd credential: the group bits of its mode come from an ACL entry for the service."""
     folder = os.environ.get("CREDENTIALS_DIRECTORY")
     return bool(folder) and path.is_relative_to(str(folder))
 

@@ -18,8 +18,8 @@ class Connection(H11Protocol):
     """uvicorn's HTTP connection with two additional timeouts.
 
     - Headers: the complete headers of a request must arrive within HEADER_SECONDS.
-    - Send: a client with more unread data than the socket buffer and 64 KiB is disconnected after `send_timeout`
-      seconds. Its request sees a disconnect.
+    - Send: a client with more unread data than the socket buffer and asyncio's write buffer (64 KiB) hold is
+      disconnected after `send_timeout` seconds. Its request sees a disconnect.
     """
 
     send_timeout = 30.0

@@ -101,7 +101,7 @@ class EngineChild(asyncio.Protocol):
         await self._closed.wait()
 
     async def wait_ended(self) -> QwenVLError:
-        """Wait for the exit; return the reason as a one-line error."""
+        """Wait for the exit or a closed socket, end the process and return the reason as a one-line error."""
         assert self._process is not None
         await self.wait_closed()
         await self.end()

@@ -49,7 +49,7 @@ class _Request:
 
 
 class EngineProcess:
-    """Event loop of the engine process: receives requests, sends one message of results after each step.
+    """State of the engine process, which receives requests and sends one message of results after each step.
 
     The main thread runs steps and sends. A second thread receives, so that requests and the front's exit are noticed
     during a step.
@@ -120,7 +120,7 @@ class EngineProcess:
         tokens, ended, check_device = [], [], False
         for number, request in requests:
             generation = request.generation
-            finished = generation.finished  # read before the tokens: the last token is appended first
+            finished = generation.finished  # read before the tokens: it is set after the last one is appended
             if len(generation.tokens) > request.n_sent:
                 n_cached = generation.n_cached or 0
                 tokens.append([number, encode_tokens(generation, request.n_sent), n_cached])

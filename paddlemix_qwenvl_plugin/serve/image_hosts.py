@@ -69,7 +69,7 @@ class ImageHosts:
             )
         try:
             return await self._download(url, host)
-        except TooLargeError as error:  # the message may be sent: only a public address sends a body
+        except TooLargeError as error:  # the client may see the message: only public addresses send a body
             message = f"{param}: {line_of(error)}; send a smaller one"
             raise ApiError(400, message, param=param, code="image_too_large") from error
         except QwenVLError as error:
@@ -83,7 +83,7 @@ class ImageHosts:
             ) from error
 
     async def _download(self, url: str, host: str) -> bytes:
-        """Run `download` in a thread. If the caller is cancelled, the thread still counts until its download ends."""
+        """Run `download` in a thread. It counts towards _MAX_DOWNLOADS until it ends, even for a cancelled caller."""
         loop = asyncio.get_running_loop()
         if self._semaphore is None:
             self._semaphore = asyncio.Semaphore(_MAX_DOWNLOADS)

@@ -62,7 +62,8 @@ def _path(error: Mapping[str, Any], body: Any) -> tuple[Any, ...]:
             valid_steps = range(len(value))
         elif isinstance(value, dict):
             valid_steps = value
-        # The location also contains a message's role or a part's type, which may be the name of a parameter too.
+        # The location also contains the tag of a union: a message's role or a part's type. A tag may be the name of a
+        # parameter, too.
         if isinstance(value, dict) and step in (value.get("role"), value.get("type")) and not tag_passed:
             tag_passed = True
             continue

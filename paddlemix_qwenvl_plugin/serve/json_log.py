@@ -11,7 +11,7 @@ from typing import Any
 
 LOGGER = logging.getLogger("paddlemix_qwenvl_plugin.serve")
 
-# Attribute of a log record with its fields.
+# Name of the attribute of a log record that contains the event's fields.
 _FIELDS = "qwenvl_fields"
 
 

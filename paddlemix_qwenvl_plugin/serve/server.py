@@ -24,7 +24,7 @@ from paddlemix_qwenvl_plugin.serve.service import Service
 # Longer than clients keep an idle connection (httpx: 5 s), so that the client closes it: if the server closes it, a
 # request in transit is lost.
 _KEEP_ALIVE_SECONDS = 15
-# Timeout for handlers to send their error events, and for the service's processes to end.
+# Timeout of a step of the shutdown: handlers send their error events, or the service's processes end.
 _STEP_TIMEOUT_SECONDS = 10.0
 # Timeout for the cleanup of handlers whose connection was aborted.
 _CLEANUP_SECONDS = 1.0
@@ -61,7 +61,7 @@ async def run(
             if service.settings.reuse_port or listener.inherited:
                 await server.wait_for_task_or_signal(loading)
                 if server.should_exit or loading.exception() is not None:
-                    return await _second_signal(loading, server)
+                    return await _result(loading, server)
             if service.settings.reuse_port and not listener.inherited:
                 listener.socket.listen(BACKLOG)
                 distribute_to_all_servers(listener.socket)
@@ -72,7 +72,7 @@ async def run(
             elif loading.done():
                 ready()
             await serving
-            return await _second_signal(loading, server)
+            return await _result(loading, server)
         finally:
             loading.cancel()
             await asyncio.wait([loading])
@@ -80,8 +80,8 @@ async def run(
             await _with_timeout(service.images.close(), "the image processes do not end")
 
 
-async def _second_signal(loading: asyncio.Task[None], server: Server) -> Optional[int]:
-    """Return the result of `run`; raise the error of the engine's start, if any."""
+async def _result(loading: asyncio.Task[None], server: Server) -> Optional[int]:
+    """Return the result of `run`: the second signal, if any. Raise the error of the engine's start, if any."""
     if loading.done():
         await loading
     return server.second_signal

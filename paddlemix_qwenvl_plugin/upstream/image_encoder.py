@@ -64,7 +64,7 @@ def _exporting_save(save: Callable[..., None]) -> Callable[..., None]:
 
 
 def _export(model: str, dtype: str, path: str) -> None:
-    """Export to PATH.* like `qwenvl export-vision`; in float32 without a GPU, which half types need."""
+    """Export to PATH.* like `qwenvl export-vision`; without a GPU in float32, since half types need one."""
     if dtype != "float32" and not paddle_gpus():
         notice(
             f"no GPU found: the image encoder is exported as float32 in place of {dtype} "

@@ -148,7 +148,7 @@ def _arange_in_half_types(arange: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _skip_upstream_validation() -> None:
-    """Skip the check of PaddleNLP generation 1's script for print operators, which fails on a CPU and on Paddle 3.
+    """Skip a check by PaddleNLP generation 1's script: it looks for print operators, and fails on a CPU and Paddle 3.
 
     The script looks up the function after the export, so its replacement takes effect.
     """

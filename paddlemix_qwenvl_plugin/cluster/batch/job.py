@@ -34,8 +34,8 @@ from paddlemix_qwenvl_plugin.util.sources import without_password
 
 MANIFEST, ERRORS = "job.json", "errors.jsonl"
 
-# The size of parts depends on the number of actors (if it has no maximum, on this one), on the parts per actor, and on
-# the maximum of rows per part in multiples of the window.
+# Parts are sized for the maximum number of actors (_ACTORS if there is no maximum) and for _PARTS_PER_ACTOR parts per
+# actor. A part has at most _MAX_WINDOWS * window rows.
 _ACTORS, _PARTS_PER_ACTOR = 16, 4
 _MAX_WINDOWS = 32
 
@@ -107,6 +107,7 @@ def run(job: Job, open_model: Callable[[], Model[Any]], actors: Actors, address:
                 print(f"resuming: {done} of {len(rows)} rows are answered", file=sys.stderr)
             else:
                 write(join(job.target, MANIFEST), dump(expected))
+            # `expected` without the keys that only jobs on a cluster have.
             job_identity = {key: expected[key] for key in identity("", job.options, [], "")}
             work = Work(open_model, job_identity, files.folder, format, job.target, job.window, actors.cpus)
             _answer(work, remaining, actors)

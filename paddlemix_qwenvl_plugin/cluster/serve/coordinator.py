@@ -19,6 +19,7 @@ from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 REPORT_SECONDS = 1.0
 """Interval of the reports of fronts and engines, in seconds."""
 
+# A process that has not reported for this time is lost.
 _LOST_SECONDS = 10.0
 # A granted lease that its front has not reported after this time belongs to a client that has disconnected.
 _UNCLAIMED_SECONDS = 5.0
@@ -86,7 +87,7 @@ class Coordinator:
         self._processes: dict[str, _Process] = {}
         self._draining = self._ending = False
         self._owner = ""
-        # The slots in use are unknown until every front has reported once.
+        # Time until which `acquire` waits: after a restart, the slots in use are unknown until every front reports.
         self._settled = time.monotonic() + (2 * REPORT_SECONDS if restarted else 0.0)
         self._idle_since = time.monotonic()
         self._sweeper: Optional[asyncio.Task[None]] = None

@@ -87,7 +87,7 @@ class Member:
         """
         self.name = name
         self.coordinator = coordinator(settings)
-        self.totals = Totals(0, 0, 0, False, False)
+        self.totals = Totals(running=0, waiting=0, engines=0, draining=False, ending=False)
         self._kind = kind
         self._state = state
         self._on_report = on_report

@@ -83,7 +83,7 @@ class ChatCompletionRequest(SamplingParameters):
 
     @property
     def n_logprobs(self) -> Optional[int]:
-        """Number of log probabilities per token; see EngineRequest."""
+        """Number of most likely tokens reported per token; None: no log probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 

@@ -138,7 +138,7 @@ class ChoiceRun:
             self._stream.cancel()
 
     def _observe(self, n_tokens: int, previous_time: float) -> float:
-        """Record the latency of received tokens in the metrics and return their time.
+        """Record the latency of tokens received now in the metrics; return the present time.
 
         Args:
             previous_time: time of the previous tokens; for the first tokens the begin of the request.

@@ -110,7 +110,7 @@ class Completion:
         spec, service = self._spec, self._service
         loading = load_images(service.images, prompt.images)
         try:
-            # The deadline begins here: a prompt with images is the only prompt of its request.
+            # The full time limit is left: a prompt with images is the only prompt of its request.
             images = await asyncio.wait_for(loading, self._deadline.seconds)
         except asyncio.TimeoutError:
             raise self._deadline.error() from None

@@ -20,7 +20,7 @@ import { TurnView } from './turn_view.js';
 let conversation = new Conversation();
 let views = new Map(); // from turns to their TurnView
 let running = null; // AbortController of the running answer
-let editing = null; // { turn, draft } while a question is edited; draft: content of the composer before
+let editing = null; // { turn, draft } while a question is edited; draft: content of the composer before that
 
 const status = new ServerStatus(openKeyDialog);
 const composer = new Composer({ send, stop });

@@ -41,7 +41,7 @@ export class BoxFigure {
     setWords(this.img, 'alt', 'figure.alt', { number, name: this.image.name, boxes: boxes.length });
   }
 
-  /** Highlight the boxes with these numbers and dim the other ones; with no numbers, neither. */
+  /** Highlight the boxes with these numbers and dim the other ones; with no numbers, show all alike. */
   highlight(numbers) {
     this.frame.classList.toggle('dimmed', numbers.length > 0);
     for (const { box, shape, badge } of this.drawn) {
