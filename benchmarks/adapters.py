@@ -59,12 +59,14 @@ def block_table(sequence: int) -> list[int]:
 
 def decode_step(pool: Pool, adapters: list[Adapter | None]) -> Callable[[], object]:
     """Return a function that runs a decode step of a batch; `adapters` has an entry for each sequence."""
+    # (tokens, n_past, prompt_len, block table)
     sequences = [([1], PAST, PAST, block_table(i)) for i in range(len(adapters))]
     return lambda: pool.forward(sequences, logits=False, adapters=adapters)
 
 
 def prefill(pool: Pool, adapters: list[Adapter | None]) -> Callable[[], object]:
     """Return a function that computes a batch of prompts; `adapters` has an entry for each prompt."""
+    # (tokens, n_past, prompt_len, block table)
     sequences = [([1] * PROMPT, 0, PROMPT, block_table(i)) for i in range(len(adapters))]
     return lambda: pool.forward(sequences, logits=False, adapters=adapters)
 
@@ -86,7 +88,9 @@ def shortest(
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--library", type=Path, default=REPO / "build/engine/libqwenvl_testing.so")
-    parser.add_argument("--seconds", type=float, default=10, help="time for each table (default 10)")
+    parser.add_argument(
+        "--seconds", type=float, default=10, help="seconds of measurement for each storage type (default 10)"
+    )
     parser.add_argument(
         "--dtypes", default="int4_g64", help="storage types of the base model, separated by commas"
     )

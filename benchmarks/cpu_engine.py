@@ -1,6 +1,6 @@
 """Benchmark of the engine and other implementations on a CPU: milliseconds per layer of the 7B geometry.
 
-Also measures the limits of the machine: memory bandwidth, and the throughput of the bfloat16 instruction.
+Also measures the limits of the machine: memory bandwidth, and the throughput of the bfloat16 instruction of AVX-512.
 
 Build first: cmake -S csrc -B build/engine && cmake --build build/engine -j2. Needs NumPy and 3 GB of memory; takes 4
 minutes.
@@ -9,9 +9,9 @@ Run: python benchmarks/cpu_engine.py --paddle PYTHON --torch PYTHON --llama PYTH
   pip install torch                          for --torch
   pip install llama-cpp-python gguf numpy    for --llama
 
-Weights are random; all layers of a run share the memory of one layer, which exceeds every CPU cache. Times are the best
-of many runs, since other load on the machine only adds time. The memory bandwidth of a virtual machine varies with the
-load of others on the same host, so runs of the engine alternate with runs of a bandwidth test.
+Weights are random; all layers of a run share the memory of one layer, which must exceed the CPU's caches (int4: 0.1
+GB). Times are the best of many runs, since other load on the machine only adds time. The memory bandwidth of a virtual
+machine varies with the load of others on the same host, so runs of the engine alternate with runs of a bandwidth test.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ sys.path.insert(0, str(REPO / "tests" / "csrc"))
 
 from engine import BFLOAT16, DTYPES, LANGUAGE, VISION, Engine, Library, Stored, make_config  # noqa: E402
 
-# Layers of the timed models; tokens of the prompt, and tokens before a decode step.
+# Layers of the language model; difference in blocks between the two timed vision models; tokens of the prompt, and
+# tokens before a decode step.
 LAYERS, VISION_LAYERS, PROMPT, PAST = 3, 2, 300, 300
 GEOMETRY: dict[str, Any] = {
     "hidden_size": 4096,
@@ -62,7 +63,7 @@ GEOMETRY: dict[str, Any] = {
 
 
 class Weights:
-    """Random tensors of any shape, packed in one storage type, and cached so that all layers share them."""
+    """Random tensors: matrices in one storage type, others in bfloat16; cached, so that all layers share them."""
 
     def __init__(self, library: Library, dtype: int) -> None:
         self._library, self._dtype = library, dtype
@@ -72,8 +73,8 @@ class Weights:
     def get(self, name: str, shape: tuple[int, ...], matrix: bool) -> Stored:
         """Return a tensor; those that are not matrices are bfloat16."""
         dtype = self._dtype if matrix else BFLOAT16
-        # The matrices of a layer have separate memory, even those of equal shape; the same matrix of all layers shares
-        # it, as the key contains only the last two components of the name, such as "c_attn.weight".
+        # The matrices of a layer have separate memory, even those of equal shape; the same matrix of the other layers
+        # shares it, as the key contains only the last two components of the name, such as "c_attn.weight".
         key = (".".join(name.split(".")[-2:]) if matrix else "", shape, dtype)
         if key not in self._cache:
             values = np.resize(self._random, (shape[0], int(np.prod(shape[1:]))))
@@ -209,7 +210,9 @@ class Row(dict[str, float]):
 def language_row(
     library: Library, name: str, seconds: float, read_bandwidth: Callable[[], float]
 ) -> tuple[Row, float, float]:
-    """Measure the engine with a storage type; return its times, the rate at which decode steps read, and the machine's.
+    """Measure the engine with a storage type.
+
+    Returns its times, the read rate of a decode step of one token, and the machine's read bandwidth, in bytes/s.
 
     Args:
         read_bandwidth: measures the machine's rate in bytes per second. It alternates with the engine's runs; the best
@@ -274,7 +277,7 @@ def peer_rows(kind: str, python: str, threads: int, seconds: float) -> list[Row]
 
 def print_table(rows: list[Row], flops: dict[str, float]) -> None:
     print(
-        "| | decode 1, ms | decode 8, ms | 8 over 1, x | prefill 300, ms | GFLOP/s | vision, ms | GFLOP/s |"
+        "| | decode 1, ms | decode 8, ms | throughput of 8 / of 1 | prefill 300, ms | GFLOP/s | vision, ms | GFLOP/s |"
     )
     print("| --- |" + " --- |" * 7)
     for row in rows:
@@ -335,7 +338,7 @@ def main() -> None:
         else:
             print(f"{kind} is omitted: no --{kind}\n")
     print_table(rows, {"prefill": LAYER_FLOPS, "vision": BLOCK_FLOPS})
-    print("\n| one token | reads, GB/s | read loop, GB/s | share |\n| --- | --- | --- | --- |")
+    print("\n| one token | reads, GB/s | read bandwidth, GB/s | share |\n| --- | --- | --- | --- |")
     for row, read_rate, bandwidth in language:
         print(f"| {row.name} | {read_rate / 1e9:.1f} | {bandwidth / 1e9:.1f} | {read_rate / bandwidth:.0%} |")
     print(f"\nbfloat16 instruction on registers: {dll.qvlt_bf16_peak(threads) / 1e9:.0f} GFLOP/s")

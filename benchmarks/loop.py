@@ -42,7 +42,7 @@ STORAGE: list[tuple[str, Optional[str]]] = [
 # Prompt for measuring the time per token, and number of decode steps in the measurement.
 PROMPT, DECODE_STEPS = list(range(200, 232)), 200
 
-# Prompts of 4 to 63 tokens and completions of 16 to 255 tokens, in a deterministic mix.
+# Prompts of 4 to 59 tokens and completions of 16 to 242 tokens, in a deterministic mix.
 PROMPTS = [[200 + (7 * n + i) % 300 for i in range(4 + 5 * n % 60)] for n in range(64)]
 COMPLETION_TOKENS = [16 + 37 * n % 240 for n in range(64)]
 

@@ -104,9 +104,9 @@ async def open_loop(port: int, requests: list[bytes], rate: float, seed: int) ->
 def parse(response: RawResponse) -> dict[str, Any]:
     """Parse a response; return a report of it.
 
-    `start` and `end` are times of the clock, `times` are those of the events with text, in seconds since the request;
-    `error`, `finish` (finish reason) and `usage` are as sent by the server. If the connection failed, `error` is the
-    reason, and `end` is absent.
+    `start` and `end` are readings of time.perf_counter, `times` are those of the events with text, in seconds after
+    `start`; `finish` (finish reason) and `usage` are as sent by the server, and `error` is its error, shortened. If the
+    connection failed, `error` is the reason, and `end` is absent.
     """
     report: dict[str, Any] = {"start": response.start, "times": [], "error": response.error, "finish": None}
     if response.error is not None:

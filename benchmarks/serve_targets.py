@@ -139,7 +139,7 @@ def wait_ready(url: str, process: subprocess.Popen[bytes], log: str) -> None:
         with contextlib.suppress(urllib.error.URLError, ConnectionError), urllib.request.urlopen(url):
             return
         time.sleep(0.1)
-    raise SystemExit(f"timed out waiting for the server; see {log}")
+    raise SystemExit(f"the server has exited, or was not ready within {_START_TIMEOUT:g} s; see {log}")
 
 
 def cpu_seconds(pid: int) -> float:
@@ -153,11 +153,12 @@ def cpu_seconds(pid: int) -> float:
 def figures(report: dict[str, Any]) -> dict[str, Any]:
     """Figures of a run on a server, from the report of serve_client.py.
 
-    `first` (time to first token) and `between` (times between tokens) are lists of all samples in seconds, so that
-    several rounds can be combined.
+    `first` (time to first token) and `between` (times between events with text) are lists of all samples in seconds, so
+    that several rounds can be combined.
     """
     responses = report["responses"]
     for response in responses:
+        # Every request must generate max_tokens tokens, so that all servers do the same work.
         if not response["error"] and response["finish"] != "length":
             response["error"] = f"finish_reason {response['finish']}"
     complete = [response for response in responses if not response["error"]]

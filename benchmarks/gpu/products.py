@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import torch
 from model import DEVICE, Sizes
 
-# Names of the values of enum class Storage in csrc/cuda/ops.h, in order.
+# Names of the values of enum class Storage in csrc/cuda/ops.h, in order; half: 16-bit floats, here bfloat16.
 STORAGES = ("half", "int8", "int4_g64", "int4_g128")
 STORAGES += ("uint4_g32", "uint4_g64", "uint4_g128", "uint8_g32", "uint8_g64")
-# Epilogues of a product: values of enum class Into in csrc/cuda/ops.h.
+# Epilogues of a product: values of enum class Epilogue in csrc/cuda/ops.h.
 EPILOGUES = {"half": 0, "float": 1, "add": 2, "silu_times": 4}
 REPLAYS = 7
 
@@ -66,7 +66,8 @@ class Products:
     @staticmethod
     def fill_scales(storage: str, scales: torch.Tensor) -> None:
         if storage.startswith("uint"):
-            # Four 16-bit words: two scales in float16, two zero points in bfloat16 (4-bit ones plus 128).
+            # Four 16-bit words: two scales in float16, two zero points in bfloat16, which
+            # for 4-bit types have 128 added.
             words = scales.view(torch.int16).view(-1, 4)
             words[:, :2] = torch.tensor(1e-3, dtype=torch.float16).view(torch.int16)
             zero_point = 128 + 8 if storage.startswith("uint4") else 0

@@ -49,7 +49,7 @@ class Generation {
   void run() {
     const auto n = static_cast<size_t>(call_.n);
     const auto vocab = static_cast<size_t>(engine_.config.vocab);
-    size_t n_prompt = 0, n_counted = 0;
+    size_t n_prompt = 0, n_counted = 0;  // prompt tokens; requests whose penalties need token counts
     for (size_t i = 0; i < n; ++i) {
       n_prompt += static_cast<size_t>(call_.requests[i].n_tokens);
       n_counted += penalised(call_.requests[i].sampling);
@@ -246,6 +246,7 @@ class Generation {
       qvl_sampling s = r.sampling;
       std::vector<int32_t>& forbidden = forbidden_[index];
       forbidden.clear();
+      // The caller's forbidden tokens apply to the first token only.
       if (done == 0) forbidden.assign(s.forbidden, s.forbidden + s.n_forbidden);
       if (done < r.min_new) forbidden.insert(forbidden.end(), stop_tokens_.begin(), stop_tokens_.end());
       s.n_forbidden = static_cast<int32_t>(forbidden.size());

@@ -65,8 +65,8 @@ float int4_error(const float* values, int64_t n, float scale) {
 }
 
 // bfloat16 scale with the least squared error among five candidates. A candidate maps the value with the
-// largest magnitude to one of kTargets: the first exactly to -8, so that the scale may be negative; the
-// others clip or round that value.
+// largest magnitude to one of kTargets, so the scale has the opposite sign. Targets below -8 clip that value
+// to -8, in exchange for a finer scale; -7.5 rounds it.
 uint16_t int4_scale(const float* values, int64_t n) {
   constexpr float kTargets[] = {-8.0F, -7.5F, -7.0F, -8.6F, -9.2F};
   const float largest = largest_magnitude(values, n);
@@ -109,7 +109,7 @@ uint64_t value_bytes(qvl_dtype dtype, int64_t out, int64_t in) {
   constexpr int64_t kMaxSize = int64_t{1} << 31;
   if (out < 1 || in < 1 || out > kMaxSize || in > kMaxSize) return 0;
   const auto rows = static_cast<uint64_t>(out);
-  if (dtype == QVL_INT32 && in != 1) return 0;
+  if (dtype == QVL_INT32 && in != 1) return 0;  // the order of a matrix's columns, a vector
   const int64_t columns = is_quantized(dtype) ? padded(in) : in;
   return rows * static_cast<uint64_t>(columns) * static_cast<uint64_t>(value_bits(dtype)) / 8;
 }

@@ -23,7 +23,10 @@ class Result:
 
     @cached_property
     def right(self) -> bool:
-        """Whether the text is exact and all boxes overlap their objects (IoU at least 0.5), without other boxes."""
+        """Whether the text is exact and every box overlaps its object (IoU at least 0.5).
+
+        False if a box is missing, or if there is another or an invalid one.
+        """
         marked = mark(self.question.sample, self.answer.text)
         return (
             marked.words_right

@@ -59,13 +59,12 @@ def read_rows(path: Path, kind: type[RowKind]) -> dict[Id, RowKind]:
 
 
 def check_images(path: Path, rows: Mapping[Id, Row]) -> None:
-    """Check that all images exist before the model runs.
+    """Check that all image files exist, before the model runs; URLs are not checked.
 
     Raises:
         UsageError: an image is missing; the message names the first.
     """
     for row_id, row in rows.items():
-        # URLs are checked by the loader.
         if not is_address(row.image) and not Path(row.image).exists():
             raise UsageError(f"{path}, id {row_id!r}: image {row.image} does not exist")
 
@@ -74,7 +73,7 @@ def read_predictions(path: Path, ids: Iterable[Id]) -> dict[Id, str]:
     """Read the answers of a JSONL file with `id` and `text` in each line, in the order of `ids`.
 
     Raises:
-        UsageError: the file does not exist, a line is malformed, or an id is missing or unknown.
+        UsageError: the file does not exist, a line is malformed, or an id is missing, duplicate or unknown.
     """
     texts: dict[Id, str] = {}
     for number, prediction in _read(path, _Prediction):

@@ -1,4 +1,4 @@
-"""Progress lines `[3/6] export-language … ok 4 s`: plain in a log, with elapsed time on a terminal."""
+"""Progress lines `[3/6] export-language … ok 4 s`: on a terminal, the elapsed time is shown while a step runs."""
 
 from __future__ import annotations
 

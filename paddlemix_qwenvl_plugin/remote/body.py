@@ -30,7 +30,7 @@ class ContentReader:
         """Set the options of image loading.
 
         Args:
-            allow_http, limits: see load_image.
+            allow_http, limits: see processing.images.load_image.
             locate: resolves the source of an image, such as a relative path.
         """
         self._allow_http = allow_http
@@ -84,7 +84,8 @@ def assistant(answer: str) -> dict[str, Any]:
 def parameters(options: GenerationOptions) -> dict[str, Any]:
     """Convert options to request parameters, under OpenAI's names where they exist; omit defaults.
 
-    The temperature is always sent: OpenAI samples by default, this package is greedy.
+    max_tokens and the temperature are always sent, the latter because OpenAI samples by default and this package is
+    greedy.
     """
     sent: dict[str, Any] = {"max_tokens": options.max_new_tokens}
     if options.min_new_tokens:

@@ -52,8 +52,8 @@ class ImageHosts:
         """Download the encoded image at an http(s) URL.
 
         Raises:
-            ApiError: the host is not allowed, or the download failed. The reason is only logged: a client must not
-                be able to probe internal addresses.
+            ApiError: the URL is not valid, the host is not allowed, the image is too large, or the download failed. The
+                reason of a failed download is only logged: a client must not be able to probe internal addresses.
         """
         try:
             host = httpx.URL(url).raw_host.decode("ascii")
@@ -69,7 +69,9 @@ class ImageHosts:
             )
         try:
             return await self._download(url, host)
-        except TooLargeError as error:  # the client may see the message: only public addresses send a body
+        except (
+            TooLargeError
+        ) as error:  # safe to show: only public addresses send a body, so this reveals no other address
             message = f"{param}: {line_of(error)}; send a smaller one"
             raise ApiError(400, message, param=param, code="image_too_large") from error
         except QwenVLError as error:
@@ -83,7 +85,7 @@ class ImageHosts:
             ) from error
 
     async def _download(self, url: str, host: str) -> bytes:
-        """Run `download` in a thread. It counts towards _MAX_DOWNLOADS until it ends, even for a cancelled caller."""
+        """Run `download` in a thread. The thread counts towards _MAX_DOWNLOADS until it ends."""
         loop = asyncio.get_running_loop()
         if self._semaphore is None:
             self._semaphore = asyncio.Semaphore(_MAX_DOWNLOADS)
@@ -130,6 +132,6 @@ def _normalized(host: str) -> str:
 
 
 def _printable(host: str) -> str:
-    """Shorten a host name from a request for a message, and replace unprintable characters."""
+    """Make a client's host name printable for a message: shortened, unprintable characters replaced."""
     name = "".join(c if c.isprintable() else "?" for c in host)
     return name if len(name) <= 100 else f"{name[:97]}…"

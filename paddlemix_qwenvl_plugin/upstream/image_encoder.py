@@ -22,15 +22,15 @@ from paddlemix_qwenvl_plugin.util.notice import notice
 class DeferredModel(Deferred):
     """Deferred upstream model; its `visual` can be exported without loading it."""
 
-    kept = ("eval", "visual")
+    kept = ("eval", "visual")  # do not load the model
 
     def __init__(self, load: Callable[[], Any], name_or_path: str, dtype: str) -> None:
         super().__init__(load)
         encoder = DeferredEncoder(lambda: materialize(self).visual)
         state(encoder).update(model=name_or_path, dtype=dtype)
         state(self).update(visual=encoder)
-        replace(paddle.jit, "to_static", _deferring_to_static)
-        replace(paddle.jit, "save", _exporting_save)
+        replace(paddle.jit, "to_static", _wrap_to_static)
+        replace(paddle.jit, "save", _wrap_save)
 
     def eval(self) -> None:
         """Record the call for the real model."""
@@ -41,7 +41,7 @@ class DeferredEncoder(Deferred):
     """Deferred image encoder, which `paddle.jit.save` exports from the model folder."""
 
 
-def _deferring_to_static(to_static: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap_to_static(to_static: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(to_static)
     def to_static_or_keep(function: Any = None, *args: Any, **kwargs: Any) -> Any:
         if type(function) is not DeferredEncoder:
@@ -52,7 +52,7 @@ def _deferring_to_static(to_static: Callable[..., Any]) -> Callable[..., Any]:
     return to_static_or_keep
 
 
-def _exporting_save(save: Callable[..., None]) -> Callable[..., None]:
+def _wrap_save(save: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(save)
     def save_or_export(layer: Any, path: str, *args: Any, **kwargs: Any) -> None:
         if type(layer) is DeferredEncoder:

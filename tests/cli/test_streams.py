@@ -51,7 +51,7 @@ def run(
 def test_encodings_of_stdout(
     encoding: str, command: str, tiny_exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Characters that an encoding lacks are printed as Python's escapes; a file is always in UTF-8."""
+    """Characters that an encoding lacks are printed as escapes of Python, or of JSON; a file is always in UTF-8."""
     stdin = "What is it?\n" if command == "chat" else ""
     arguments = [*command.split(), "--max_new_tokens", "99"]
     if command != "chat":
@@ -71,7 +71,10 @@ def test_encodings_of_stdout(
 @pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- 2>&-", ">&-", "<&- >&- 2>&-"])
 @pytest.mark.parametrize("command", ["chat", "predict", "export-vision"])
 def test_closed_streams(command: str, closed: str, tiny_exported: Path, tmp_path: Path) -> None:
-    """Without stdin, `chat` fails; otherwise a command succeeds, and its files do not contain printed text."""
+    """Without stdin, `chat` fails; all other cases succeed.
+
+    A file that a command opens may get the descriptor of a closed stream: no printed text must get into it.
+    """
     arguments = {
         "chat": [*stages(tiny_exported), "--max_new_tokens", "2"],
         "predict": [

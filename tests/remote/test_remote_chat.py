@@ -123,6 +123,7 @@ def test_segments_are_not_buffered(server: FakeServer, model: ServerModel) -> No
     assert stream.answer.text == "You"
     server.resume.set()
     assert "".join(segment.text for segment in stream) == " said Hello."
+    # The fake server's usage: 7 prompt tokens, a token per character of "You said Hello.", and a stop token.
     assert (stream.n_prompt_tokens, stream.n_new_tokens) == (7, 16)
     assert stream.answer.finish_reason == "stop"
 
@@ -155,7 +156,7 @@ def test_close(server: FakeServer, model: ServerModel, begun: bool) -> None:
         assert server.disconnected.acquire(timeout=60)
     server.resume.set()
     chat.ask("And?").finish()
-    # System prompt and question, with the closed turn's question and partial answer between them.
+    # System prompt and question; if the answer had begun, its question and partial answer between them.
     assert len(server.bodies[-1]["messages"]) == (4 if begun else 2)
 
 

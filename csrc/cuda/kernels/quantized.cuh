@@ -1,8 +1,8 @@
 // Layout of quantized matrices on the GPU, and the exact conversion of their integers to H (float16 or
 // bfloat16, the compute type).
 //
-// Layout. Tiles of 16 rows (the last one is padded with zeros), in units of 128 columns, 16 x 128 values, in
-// the order [tile][unit]; on Hopper [unit][tile], so that one copy loads adjacent tiles of a unit:
+// Layout. Rows form tiles of 16 (the last one is padded with zeros), and a tile is divided into units of 128
+// columns, 16 x 128 values, in the order [tile][unit]; on Hopper [unit][tile], so that one copy loads adjacent tiles of a unit:
 //
 //                 unit 0      unit 1
 //   16 rows    | 4 quarters | 4 quarters |       quarter: 32 values, half: 64
@@ -10,23 +10,23 @@
 //
 // A run is 8 values of a row in one quarter. Lane 4 g + t of a warp (g 0 to 7, t 0 to 3) loads runs of rows g
 // and g + 8 of a tile, 16 bytes at a time. A run contains the operands of this lane for two matrix
-// instructions, which multiply 16 values of k each; which values form run t: run_value().
+// instructions of depth 16 in k. run_value() defines the values of run t.
 //
 //   INT8   [tile][unit][quarter][lane] 16 bytes: the run of row g, then that of row g + 8.
 //          Bytes of a run: values 0 2 1 3 4 6 5 7. Scales float32 [out].
-//   INT4   [tile][unit][half][lane] 4 words, a run each: both quarters of row g, then those of row g + 8.
+//   INT4   [tile][unit][half][lane] 4 words of 32 bits, a run each: both quarters of row g, then those of row g + 8.
 //          Nibbles of a run, from the lowest: values 0 2 4 6 1 3 5 7, with an offset of 8.
 //          Scales bfloat16 [tile][unit][g][group of the unit][row g, row g + 8].
 //   UINT4  As INT4, without the offset (value = scale * (integer - zero point)).
 //   UINT8  As INT8, with 128 subtracted from the values.
 //
-// A word has 32 bits. The scales and zero points of UINT4 and UINT8 are stored by span, which is 128 values
+// The scales and zero points of UINT4 and UINT8 are stored by span, which is 128 values
 // of UINT4 or 64 of UINT8. For each [tile][span][g][group of the span] there are two words: scales float16
 // [row g, row g + 8], then zero points H [row g, row g + 8]. A zero point includes kZeroBase4 or kZeroBase8,
 // the offset of an integer whose bits are read as H, so that one subtraction removes zero point and offset.
 //
-// Cost of the conversion: 1 to 2 instructions for two values (an and-or and an addition in H), 3 for UINT8 in
-// bfloat16.
+// Cost of the conversion of two values, without shifts: 2 instructions, an and-or and an addition in H. In
+// bfloat16 INT8 takes 3 and UINT8 4.
 //
 // Reference: `packed` in tests/cuda/test_prompt_linear.py builds the layout with PyTorch; test_decode.py
 // compares products with float64.
@@ -124,8 +124,8 @@ __device__ inline uint32 and_xor(uint32 word) {
 
 #ifdef QVL_COMPUTE_BFLOAT16
 // Conversions of two integers in a word to two values of H. nibbles_to_half2: of bits 0 to 3 and 16 to 19,
-// minus 8 (INT4). bytes_to_half2: of bits 0 to 7 and 16 to 23, in two's complement (INT8). With `zeros`, two
-// stored zero points: minus the zero points (UINT4, UINT8).
+// minus 8 (INT4). bytes_to_half2: of bits 0 to 7 and 16 to 23, in two's complement (INT8). The
+// overloads with `zeros`, two stored zero points, subtract these (UINT4, UINT8).
 //
 // A bfloat16 in [128, 256) with the mantissa bits m is 128 + m: or-ing m to the bits of 128 (0x4300) adds m.
 __device__ inline uint32 nibbles_to_half2(uint32 word) {
