@@ -40,7 +40,7 @@ STAND_INS = {"paddlenlp_ops": _PLUGIN + ".upstream.ops_stand_in:fill"}
 _IMPORTERS_OF_STAND_INS = "paddlenlp.experimental."
 _TABLE = {**HOOKS, **EARLY_HOOKS, **STAND_INS}
 
-# The user's value, for the plugin's util/threads.py: Paddle's import sets the variable to 1.
+# The user's value, kept for the plugin's util/threads.py: Paddle's import sets the variable to 1.
 omp_num_threads = os.environ.get("OMP_NUM_THREADS", "")
 
 # Module -> "armed", "fired" or "failed: ERROR"; empty before init() and if the activation is switched off.
@@ -70,7 +70,7 @@ def _write(line: str) -> None:
 def _fire(name: str, module: "ModuleType") -> bool:
     """Call the hook of a module; return whether it succeeded.
 
-    A failure only causes a warning, at the first time: a hook must not break the user's import.
+    A hook's first failure causes a warning, further failures do not; a hook must not break the user's import.
     """
     try:
         from importlib import import_module

@@ -138,7 +138,9 @@ def read_manifest(prefix: Path, stage: Optional[str] = None) -> Manifest:
 
 
 def check_weights(path: Path, manifest: Manifest) -> None:
-    """Check that a parameter file is the exported file; of a file over 64 MiB, only samples are read.
+    """Check that a parameter file is the exported file.
+
+    Of a file over 64 MiB, only samples are read; with a manifest of contract version 2, only its size is checked.
 
     Raises:
         QwenVLError: the file is missing, or its size or content differs from the manifest.

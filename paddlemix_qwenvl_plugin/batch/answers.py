@@ -30,7 +30,7 @@ class Answers(Generic[S]):
         self._digest = hashlib.sha256(dump(job)).hexdigest()
 
     def lines(self, rows: Iterable[tuple[int, Row]], window: int) -> Iterator[list[tuple[int, Row, bytes]]]:
-        """Answer up to `window` rows concurrently; yield (number, row, output line) on completion.
+        """Answer up to `window` rows concurrently; yield lists of (number, row, output line) of completed rows.
 
         Args:
             rows: (number, row) pairs, read lazily.
@@ -65,7 +65,7 @@ class Answers(Generic[S]):
                 stream.close()
 
     def error_line(self, number: int, row: Row, error: QwenVLError) -> bytes:
-        """Write the output line of a failed row."""
+        """Format the output line of a failed row."""
         return error_line(row.id, row.openai, error, self._tag(number))
 
     def _start(self, row: Row) -> S:

@@ -17,7 +17,7 @@ MARKS = ("custom_id", "body")
 
 _FIXED = {"method": "POST", "url": "/v1/chat/completions"}
 
-# Keys of the body that are ignored, and keys that accept only their default.
+# Keys of the body without effect, except that `model` may name an adapter; keys that accept only their default.
 _IGNORED = ("model", "user", "metadata")
 _DEFAULT_ONLY = {"n": 1, "stream": False}
 
@@ -30,7 +30,7 @@ _OPTIONS = {
 
 
 def read(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> RowRequest:
-    """Parse a row, after the removal of its null values.
+    """Parse a row, from which the caller has removed null values.
 
     Raises:
         UsageError: an unknown key or an invalid value; the message names it.
@@ -57,7 +57,7 @@ def read(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> RowRequest:
 
 
 def reply(row_id: RowId, reply: Reply, tag: str) -> dict[str, Any]:
-    """Build the output row of an answer, with a chat.completion object."""
+    """Build the output row of an answer, with a chat.completion object; `tag`: the unique request id."""
     message = {"role": "assistant", "content": reply.answer.text}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reply.answer.finish_reason}
     body = {
@@ -73,7 +73,7 @@ def reply(row_id: RowId, reply: Reply, tag: str) -> dict[str, Any]:
 
 
 def failure(row_id: RowId, code: str, message: str, tag: str) -> dict[str, Any]:
-    """Build the output row of an error."""
+    """Build the output row of an error; `tag` as in `reply`."""
     error = {"code": code, "message": message}
     return {"id": f"batch_req_{tag}", "custom_id": row_id, "response": None, "error": error}
 

@@ -15,7 +15,7 @@ _OPTIONS = [field.name for field in fields(GenerationOptions)]
 
 
 def read(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> RowRequest:
-    """Parse a row, after the removal of its null values.
+    """Parse a row, from which the caller has removed null values.
 
     Raises:
         UsageError: an unknown key or an invalid value; the message names it.

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RowRequest:
-    """Request of a row, and the model name that the reply repeats."""
+    """Request of a row, and its model name, which the reply repeats; in OpenAI's format it may name an adapter."""
 
     request: Request
     model: str = "qwen-vl"

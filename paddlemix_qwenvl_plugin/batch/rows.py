@@ -1,4 +1,4 @@
-"""Parsing of input lines and writing of output lines of a batch file.
+"""Parsing of the input lines and formatting of the output lines of a batch job.
 
 A row is in one of two formats: OpenAI's (openai_form.py) or the plain one (plain_form.py).
 """
@@ -58,13 +58,13 @@ def read_row(number: int, line: bytes, defaults: Mapping[str, Any]) -> Row:
 
 
 def reply_line(row_id: RowId, openai: bool, reply: Reply, tag: str) -> bytes:
-    """Write the output line of an answered row; `tag` is the unique request id."""
+    """Format the output line of an answered row; `tag` is the unique request id."""
     values = openai_form.reply(row_id, reply, tag) if openai else plain_form.reply(row_id, reply)
     return dump(values)
 
 
 def error_line(row_id: RowId, openai: bool, error: QwenVLError, tag: str) -> bytes:
-    """Write the output line of a failed row."""
+    """Format the output line of a failed row; `tag` as in `reply_line`."""
     message = line_of(error)
     if not openai:
         return dump(plain_form.failure(row_id, message))

@@ -41,8 +41,8 @@ from paddlemix_qwenvl_plugin.util.memory import require_addresses
 from paddlemix_qwenvl_plugin.util.program import program
 from paddlemix_qwenvl_plugin.version import __version__
 
-# typer depends on click, and from 0.16 on contains a copy of it. Both are found as a base class of BadParameter, whose
-# bases are UsageError, then ClickException.
+# typer depends on click, and from 0.16 on contains a copy of it. The ClickException of either is found through typer's
+# BadParameter, which is derived from UsageError, which is derived from ClickException.
 _ClickException: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
@@ -105,7 +105,7 @@ def main() -> None:
         require_addresses("qwenvl", mib=200)
         with signals.ending():
             code = app(prog_name="qwenvl", standalone_mode=False) or 0
-        if code == 130:  # some versions of typer convert KeyboardInterrupt, others let it through
+        if code == 130:  # some versions of typer turn KeyboardInterrupt into this code, others let it through
             raise KeyboardInterrupt
         sys.stdout.flush()  # a full disk shows here, while it can still be reported
     except QwenVLError as error:

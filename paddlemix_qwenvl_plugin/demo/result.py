@@ -25,7 +25,7 @@ class Result:
     def right(self) -> bool:
         """Whether the text is exact and every box overlaps its object (IoU at least 0.5).
 
-        False if a box is missing, or if there is another or an invalid one.
+        False if a box is missing, additional or invalid.
         """
         marked = mark(self.question.sample, self.answer.text)
         return (

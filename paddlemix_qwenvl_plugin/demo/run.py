@@ -50,7 +50,7 @@ def run_demo(out: Path, say: Callable[[str], None], model: Optional[Path] = None
 
     Raises:
         UsageError: `out` cannot be created, or contains files of these names that no demo wrote.
-        QwenVLError: the installation lacks the model's weights.
+        QwenVLError: the model folder has no model.safetensors.
     """
     model = model or MODEL
     weights = model / "model.safetensors"

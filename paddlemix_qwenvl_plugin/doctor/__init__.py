@@ -33,7 +33,8 @@ def examine(model: Optional[Path] = None, visible_gpus: Sequence[str] = ()) -> R
     model_checks = [check_model(model)] if model is not None else []
     has_paddle, has_ops = (upstreams.source_of(name) is not None for name in ("paddle", "paddlenlp_ops"))
     installed = [pinned.name for pinned in pins.load().upstreams if upstreams.source_of(pinned.name)]
-    with ThreadPoolExecutor(2) as pool:  # each probe takes a core and half a gigabyte
+    # Two probes in the pool and one from this thread at a time: each takes a core and half a gigabyte.
+    with ThreadPoolExecutor(2) as pool:
         futures = {name: pool.submit(ask, "import_upstream", name) for name in installed}
         entry_points = pool.submit(ask, "entry_points", installation.DISTRIBUTION)
         paddle_answer = ask("paddle") if has_paddle else Answer({}, "not installed")

@@ -25,7 +25,7 @@ ENTRY_POINTS = {
 
 
 def check_plugin() -> Check:
-    """Check that this package is installed, at the version that runs."""
+    """Check that this package is installed, and that the installed version is the one that runs."""
     distribution = _distribution()
     data = {
         "version": __version__,
@@ -44,7 +44,12 @@ def check_plugin() -> Check:
 
 
 def check_entry_points(answer: Answer, paddle_imports: bool) -> list[Check]:
-    """Check each of our entry points; `answer`: result of questions.entry_points."""
+    """Check each of our entry points.
+
+    Args:
+        answer: result of questions.entry_points.
+        paddle_imports: whether Paddle can be imported; without it, entry points cannot be loaded.
+    """
     if _distribution() is None:
         return []  # reported by check_plugin
     declared = _declared()

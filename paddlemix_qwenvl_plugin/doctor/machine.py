@@ -19,11 +19,11 @@ from paddlemix_qwenvl_plugin.upstream import pins
 from paddlemix_qwenvl_plugin.util.paddle_version import MINIMUM
 
 PYTHONS = ((3, 9), (3, 12))  # oldest and newest supported versions
-_FIRST_UNTESTED = "3.4"  # oldest untested version of Paddle
+_FIRST_UNTESTED = "3.4"  # oldest version of Paddle that is newer than the tested ones
 _RANGE = f">={MINIMUM},<{_FIRST_UNTESTED}"
 
 INSTALL_CPU = f"pip install 'paddlepaddle{_RANGE}' setuptools"
-# The Python index has no recent enough GPU wheel.
+# PyPI has no recent enough GPU wheel.
 INSTALL_GPU = (
     "pip uninstall -y paddlepaddle paddlepaddle-gpu; "
     f"pip install --extra-index-url \"$PADDLE_INDEX\" 'paddlepaddle-gpu{_RANGE}' setuptools"
@@ -111,9 +111,9 @@ def _is_paddle(distribution: str) -> bool:
 
 
 def machine_gpus(visible: Sequence[str]) -> tuple[list[Gpu], Optional[str]]:
-    """List the machine's GPUs by nvidia-smi, and its error message, if any.
+    """List the machine's GPUs with nvidia-smi; return them and the error message of nvidia-smi, if any.
 
-    Fallback without nvidia-smi: `visible`, the GPUs visible to this process through the CUDA driver.
+    Fallback if nvidia-smi is missing or fails: `visible`, the GPUs visible to this process through the CUDA driver.
     """
     query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
     try:
@@ -172,7 +172,8 @@ def check_gpu(paddle: Check, answer: Answer, visible: Sequence[str]) -> Check:
         code_list = "sm_" + ", ".join(map(str, architectures))
         gpu_list = ", ".join(map(str, unsupported))
         lacking = f"{gpu_list}: this Paddle has no machine code for it; it has code for {code_list}"
-        # The test addition may be one of the few kernels with PTX; the pinned data on the wheel take precedence.
+        # The addition in questions.gpu may succeed because its kernel is one of few with PTX: for a pinned wheel, `ptx`
+        # decides.
         if (wheel is not None and not wheel.ptx) or answer.cause:
             return result("problem", lacking, INSTALL_GPU)
         return result("note", f"{lacking} and runs on it from PTX, which is translated at the first start")

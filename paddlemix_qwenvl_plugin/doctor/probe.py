@@ -1,4 +1,4 @@
-"""Probes in a separate process, where a broken Paddle may raise, abort, hang or print."""
+"""Probes, each in a process of its own, where a broken Paddle may raise, abort, hang or print."""
 
 from __future__ import annotations
 

@@ -48,7 +48,10 @@ def gpu() -> dict[str, Any]:
 
 
 def import_upstream(package: str) -> dict[str, Any]:
-    """Import paddlenlp or paddlemix and its hooked modules. `hooks`: state of each hook."""
+    """Import paddlenlp or paddlemix and its hooked modules.
+
+    `hooks`: state of each hook; `not_imported`: hooked module -> the error of its import.
+    """
     module = import_module(package)
     failed = {}
     for name in upstream.hook_states():

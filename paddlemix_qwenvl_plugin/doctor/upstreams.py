@@ -23,7 +23,7 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.util.program import program
 
 _INSTALL_PADDLENLP = "pip install 'paddlemix-qwenvl-plugin[paddlenlp]'"
-# A checkout on sys.path has no version; these packages count as installed if they can be found.
+# A checkout on sys.path has no version; these packages count as installed, at version 0, if they can be found.
 _FROM_CHECKOUTS = ("paddlenlp", "paddlemix", "ppdiffusers")
 
 
@@ -193,7 +193,13 @@ def check_hooks(answers: Mapping[str, Answer]) -> Check:
 
 
 def check_ops(answer: Answer, paddle_imports: bool, hooks: Check) -> Check:
-    """Check paddlenlp_ops: built, replaced by the stand-in, or missing. `answer`: result of questions.ops."""
+    """Check paddlenlp_ops: built, replaced by the stand-in, or missing.
+
+    Args:
+        answer: result of questions.ops.
+        paddle_imports: whether Paddle can be imported; without it, paddlenlp_ops cannot be.
+        hooks: result of `check_hooks`.
+    """
     if source_of("paddlenlp_ops") is None:
         stand_in = "paddlenlp_ops" in hooks.data["modules"]
         data = {"state": "stand-in" if stand_in else "missing", "cause": None}

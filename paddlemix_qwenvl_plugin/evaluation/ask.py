@@ -14,7 +14,7 @@ from paddlemix_qwenvl_plugin.runtime.stream import AnswerStream
 
 @dataclass(frozen=True)
 class Question:
-    """Prompt `<img>…</img>` + `before` + `words` + `after`. Tags in `words`, from a data set, are plain text."""
+    """Prompt `<img>…</img>` + `before` + `words` + `after`. `words` is from a data set: its tags are plain text."""
 
     image: str
     words: str

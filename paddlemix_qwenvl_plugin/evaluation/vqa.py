@@ -26,7 +26,7 @@ class VqaRow(Row):
     Attributes:
         question_id: id of the row.
         question: the question without the prompt's other text.
-        answers: up to 10 reference answers; `answer`, one or several, in the official files.
+        answers: up to 10 reference answers; in the official files, the key is `answer`, with a string or a list.
     """
 
     question_id: Id
@@ -69,9 +69,10 @@ def anls(answer: str, references: Sequence[str]) -> float:
 
 
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
-    """VQA accuracy: min(matches / 3, 1), averaged over leaving out each reference (visualqa.org/evaluation).
+    """VQA accuracy (visualqa.org/evaluation).
 
-    With ten references: 0, 0.3, 0.6, 0.9 and 1 for 0, 1, 2, 3 and more matches. Both sides are normalised.
+    The mean of min(matches / 3, 1) over all ways to leave out one reference. With ten references: 0, 0.3, 0.6, 0.9 and
+    1 for 0, 1, 2, 3 and more matches. The answer and the references are normalised.
     """
     candidate = normalise(answer)
     is_match = [normalise(text) == candidate for text in references]
@@ -114,8 +115,8 @@ def check(path: Path, rows: Mapping[Id, VqaRow], metric: str) -> None:
 def normalise(answer: str) -> str:
     """Normalise an answer for VQA accuracy (visualqa.org/evaluation).
 
-    Lower case, number words as digits, no articles, apostrophes in contractions, no punctuation except apostrophes,
-    colons and decimal points.
+    Lower case, number words as digits, no articles; contractions get their apostrophe ("dont" becomes "don't").
+    Punctuation is removed except apostrophes, colons, decimal points and symbols such as % and $.
     """
     text = answer.lower()
     text = re.sub(r"(?<=\d),(?=\d)", "", text)  # thousands separators

@@ -50,7 +50,7 @@ def save_program(
     """Write one program, form "pir" or "legacy", to `path`.
 
     Returns:
-        All parameters, in the order of the parameter file.
+        Name -> record of all parameters, in the order of the parameter file.
     """
     stand_in = form == "pir" and compute_dtype != "float32"
     dtypes = (_STAND_IN, _STAND_IN) if stand_in else (dtype, compute_dtype)
@@ -103,7 +103,8 @@ def _build_and_save(
                 program=main,
                 skip_prune_program=True,
             )
-    # The parameters exist as long as the program. Their dtype is compared as text: its class depends on the form.
+    # Plain values, since the parameters exist only as long as the program. Their dtypes are compared as text: the class
+    # of a dtype depends on the form.
     return [
         (parameter.name, tuple(parameter.shape), str(parameter.dtype).lower().endswith("uint8"))
         for parameter in parameters

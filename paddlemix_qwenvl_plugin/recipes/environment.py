@@ -68,5 +68,5 @@ def _git(*arguments: str) -> Optional[str]:
             ["git", "-C", str(_REPO), *arguments], capture_output=True, text=True, timeout=10, check=True
         )
     except (OSError, subprocess.SubprocessError):
-        return None  # no git, or no commit yet
+        return None  # git is missing, fails (no commit yet) or times out
     return done.stdout.strip() or None

@@ -18,8 +18,8 @@ _SEARCH_SECONDS = 10.0
 def evaluate(expect: Expect, file: Path) -> dict[str, Any]:
     """Evaluate one expectation on `file` (`expect.file` with its references filled in).
 
-    Returns {"file", "key", "check", "wanted", "actual", "ok", "problem"}. `problem` is None unless the value cannot
-    be read, in which case `actual` is None, or a regular expression times out.
+    Returns {"file", "key", "check", "wanted", "actual", "ok", "problem"}. `problem` says that the value cannot be read
+    (then `actual` is None) or that the search for a regular expression timed out; otherwise it is None.
     """
     check = expect.check or "exists"
     wanted = True if check == "exists" else getattr(expect, check)
@@ -89,7 +89,7 @@ def _passes(check: str, wanted: Any, actual: Any) -> bool:
 
 
 def _search(expression: str, text: str) -> bool:
-    """Search for a regular expression in a separate process with a timeout, since some never terminate."""
+    """Search for a regular expression, in a separate process with a timeout: some searches take exponential time."""
     done = subprocess.run(
         [sys.executable, "-I", "-c", _SEARCH],
         input=json.dumps([expression, text]).encode(),

@@ -22,7 +22,10 @@ LOG_MIB = 100
 
 @dataclass(frozen=True)
 class Finished:
-    """Outcome of a command. `exit_code`: negative for a signal; `seconds`: wall time."""
+    """Outcome of a command.
+
+    `exit_code`: negative for a signal; `seconds`: wall time; `log_full`: stopped because the log exceeded LOG_MIB.
+    """
 
     exit_code: int
     seconds: float
@@ -70,7 +73,10 @@ def run(
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Send SIGTERM, then SIGKILL, to the process group, even if a second Ctrl-C interrupts the wait."""
+    """Send SIGTERM, then SIGKILL, to the process group, even if a second Ctrl-C interrupts the wait.
+
+    On Windows, only the process itself is terminated.
+    """
     try:
         _signal(process, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):  # SIGTERM ignored: SIGKILL follows

@@ -47,7 +47,7 @@ def find_resumable(recipe: Recipe, output: Path, first: int) -> Path:
     """Find the newest run folder of the recipe, which must have the same resolved recipe.
 
     Raises:
-        QwenVLError: no earlier run exists, or it was run from another recipe.
+        QwenVLError: no earlier run exists, or the newest was run from another recipe or is damaged.
     """
     name_pattern = re.compile(rf"\d{{8}}-\d{{6}}-{re.escape(recipe.name)}")
     folders = sorted(p for p in output.absolute().glob("*") if name_pattern.fullmatch(p.name) and p.is_dir())
@@ -78,7 +78,7 @@ def earlier_results(folder: Path, recipe: Recipe, first: int) -> dict[str, Any]:
     try:
         results: dict[str, Any] = json.loads(_read(path))
         statuses = {result["name"]: result["status"] for result in results["steps"]}
-        # Both look-ups raise KeyError if the file lacks them.
+        # The two look-ups raise KeyError if the file lacks the benchmark or a step.
         results["bench"]
         for step in recipe.steps[:first]:
             statuses[step.name]
@@ -104,7 +104,7 @@ def to_yaml(data: dict[str, Any]) -> str:
 
 
 def tail(log: Path, start: int) -> str:
-    """Last lines of a step in the log; the step's output begins at byte `start`."""
+    """The last 20 lines (at most 16 KiB) of a step's output in the log, which begins at byte `start`."""
     with log.open("rb") as file:
         file.seek(max(start, log.stat().st_size - _LOG_TAIL_BYTES))
         lines = file.read().decode(errors="replace").splitlines()

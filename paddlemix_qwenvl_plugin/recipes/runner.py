@@ -29,7 +29,8 @@ from paddlemix_qwenvl_plugin.util.files import write_text
 def run(recipe: Recipe, output: Path, from_step: Optional[str] = None) -> Path:
     """Run the recipe's steps and check its expectations. Returns the run folder, `output`/DATE-TIME-NAME.
 
-    With `from_step`, the newest run of the same resolved recipe resumes at that step in its folder.
+    With `from_step`, the newest run of the recipe resumes at that step in its folder; it must have been run from the
+    same resolved recipe.
 
     Raises:
         UsageError: the recipe has no step `from_step`, or the run folder cannot be created in `output`.
@@ -69,7 +70,10 @@ def dry_run(recipe: Recipe, output: Path, from_step: Optional[str] = None) -> li
 
 
 class _Run:
-    """A run in progress. `results`: contents of results.json, which is rewritten after every change."""
+    """A run in progress.
+
+    `results`: contents of results.json, which is written at the start of each step and at the end of the run.
+    """
 
     def __init__(self, recipe: Recipe, folder: Path, first: int, earlier: Optional[dict[str, Any]]) -> None:
         self.recipe = recipe

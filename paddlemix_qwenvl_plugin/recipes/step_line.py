@@ -8,7 +8,7 @@ from typing import Optional
 
 
 def seconds_text(seconds: float) -> str:
-    """Format seconds: one decimal below ten, none above."""
+    """Format seconds: one decimal below ten, none from ten on."""
     return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
 
 

@@ -34,7 +34,7 @@ class ServerModel:
     def __init__(
         self, server: Server, allow_http: bool = False, limits: Optional[ImageLimits] = None
     ) -> None:
-        """Create the model without a request; `allow_http` and `limits` as in QwenVL.from_exported."""
+        """Create the model; no request is sent. `allow_http` and `limits`: see QwenVL.from_exported."""
         self.server = server
         self._allow_http = allow_http
         self._limits = limits or ImageLimits()
@@ -57,7 +57,7 @@ class ServerModel:
         """Name of the first model on the server.
 
         Raises:
-            QwenVLError: the server cannot be reached; the message names its URL.
+            QwenVLError: the server cannot be reached, or its response is invalid; the message names its URL.
         """
         return self._names[0]
 

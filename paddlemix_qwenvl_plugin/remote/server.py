@@ -48,7 +48,7 @@ class Server:
         threading.Thread(target=self._loop.run_forever, name="server", daemon=True).start()
 
     def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run a coroutine in the event loop. Cancelling the future closes its connection."""
+        """Run a coroutine in the event loop. Cancelling the future closes the connection of its request."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     async def get(self, path: str) -> dict[str, Any]:

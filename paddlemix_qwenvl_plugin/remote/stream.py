@@ -27,7 +27,10 @@ Work = Callable[[Callable[[str], None]], Coroutine[Any, Any, End]]
 
 
 class ServerStream(Iterator[Segment]):
-    """AnswerStream of a server. Its answer has no token ids and only total timings."""
+    """AnswerStream of a server.
+
+    Its answer has no token ids, and only the timings `prepare` and `server`, the duration of the request.
+    """
 
     def __init__(
         self,
@@ -37,7 +40,7 @@ class ServerStream(Iterator[Segment]):
         prepare_seconds: float,
         on_end: Callable[[Answer], None] = lambda answer: None,
     ) -> None:
-        """Create the stream; arguments as in AnswerStream."""
+        """Create the stream; `work` sends the request to `server`. Other arguments: see AnswerStream."""
         self._server = server
         self._work = work
         self._image_size = image_size

@@ -39,7 +39,7 @@ class Deferred:
 
 
 def state(deferred: Deferred) -> dict[str, Any]:
-    """State of a deferred object. The functions in its list `steps` are called on the real object, in order."""
+    """State of a deferred object. When the real object is made, the functions in the list `steps` are called on it."""
     fields: dict[str, Any] = object.__getattribute__(deferred, "__dict__")
     return fields
 

@@ -20,7 +20,7 @@ from paddlemix_qwenvl_plugin.util.notice import notice
 
 
 class DeferredModel(Deferred):
-    """Deferred upstream model; its `visual` can be exported without loading it."""
+    """Deferred upstream model; its image encoder `visual` can be exported without loading the model."""
 
     kept = ("eval", "visual")  # do not load the model
 
@@ -64,7 +64,7 @@ def _wrap_save(save: Callable[..., None]) -> Callable[..., None]:
 
 
 def _export(model: str, dtype: str, path: str) -> None:
-    """Export to PATH.* like `qwenvl export-vision`; without a GPU in float32, since half types need one."""
+    """Export to PATH.* like `qwenvl export-vision`; as float32 if there is no GPU to run half-precision programs."""
     if dtype != "float32" and not paddle_gpus():
         notice(
             f"no GPU found: the image encoder is exported as float32 in place of {dtype} "

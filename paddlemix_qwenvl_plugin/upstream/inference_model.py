@@ -68,7 +68,7 @@ class QWenForQWenVLInferenceModel:
     def get_cache_kvs_shape(
         cls, config: Any, max_batch_size: Optional[int] = None, max_length: Optional[int] = None
     ) -> list[list[Optional[int]]]:
-        """Cache shape of each layer, [2, batch, heads, length, head_dim]; None: unknown."""
+        """Cache shape of each layer: [2, max_batch_size, heads, length, head_dim]. An unknown batch size is None."""
         heads = config.num_attention_heads
         length = max_length if max_length is not None else config.max_position_embeddings
         shape = [2, max_batch_size, heads, length, config.hidden_size // heads]
@@ -102,7 +102,7 @@ class QWenForQWenVLInferenceModel:
         _skip_upstream_validation()
 
     def generate(self, **inputs: Any) -> Any:
-        """Generate for upstream's dynamic predictor, and write the tokens to the working directory for its reader.
+        """Generate for upstream's dynamic predictor; write the tokens to the working directory, where it reads them.
 
         Args:
             inputs: inputs of the stock graph by name; image_features and img_pos may be absent without images.
@@ -120,7 +120,7 @@ class QWenForQWenVLInferenceModel:
             "image_features", paddle.zeros([1, config.visual.n_queries, config.hidden_size], "float32")
         )
         inputs.setdefault("img_pos", paddle.to_tensor([[-1, 0, 0]], dtype="int64"))
-        # Upstream passes positions for the longest prompt and completion, and repeats the stop tokens for each row.
+        # Upstream passes positions for prompt and completion together, and repeats the stop tokens for each row.
         inputs["position_ids"] = inputs["position_ids"][:, : inputs["input_ids"].shape[1]]
         inputs["eos_token_id"] = inputs["eos_token_id"].flatten()
         with paddle.no_grad():
@@ -148,9 +148,10 @@ def _arange_in_half_types(arange: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _skip_upstream_validation() -> None:
-    """Skip a check by PaddleNLP generation 1's script: it looks for print operators, and fails on a CPU and Paddle 3.
+    """Skip a check by the export script of PaddleNLP's generation 1 (pins.py).
 
-    The script looks up the function after the export, so its replacement takes effect.
+    The check looks for print operators, and fails on a CPU and Paddle 3. The script looks up the check's function only
+    after the export, so a replacement set now takes effect.
     """
     script = sys.modules["__main__"]
     if hasattr(script, "validate_pdmodel"):

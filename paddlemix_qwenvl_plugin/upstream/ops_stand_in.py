@@ -1,7 +1,7 @@
-"""Stand-in for missing operators: paddlenlp_ops if it is not installed, and single functions.
+"""Stand-ins for missing operators: for the module paddlenlp_ops if it is not installed, and for single functions.
 
-PaddleNLP imports CUDA operators by name in modules that do not need them to run this model. The stand-in has every
-operator, and each raises an error when it is called. A real paddlenlp_ops always takes precedence.
+PaddleNLP imports CUDA operators by name in modules that do not need them to run Qwen-VL. The module's stand-in has
+every operator, and each raises an error when it is called. A real paddlenlp_ops always takes precedence.
 """
 
 from __future__ import annotations

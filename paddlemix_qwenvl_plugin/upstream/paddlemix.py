@@ -15,7 +15,10 @@ from paddlemix_qwenvl_plugin.util.notice import notice
 
 
 def hook_auto_modeling(module: ModuleType) -> None:
-    """Hook of paddlemix.auto.modeling: export the image encoder of a Qwen-VL model; leave other models to upstream."""
+    """Hook of paddlemix.auto.modeling: return a DeferredModel for Qwen-VL, and upstream's model otherwise.
+
+    The image encoder of a DeferredModel is exported without loading the model.
+    """
     auto_model = module.AutoModelMIX
     upstream = vars(auto_model)["from_pretrained"].__func__
 

@@ -1,7 +1,8 @@
 """Hooks of PaddleNLP: `--model_type qwen-img2txt` selects the plugin's model, in both generations (pins.yaml).
 
-Generation 1 (commit 498f709, wheel 3.0.0b0) imports QWenForQWenVLInferenceModel by name; generation 2 (wheel
-3.0.0b4) reads it from the same module in AutoInferenceModelForCausalLM. One replacement suffices for both.
+The predictor script of generation 1 (commit 498f709, wheel 3.0.0b0) imports QWenForQWenVLInferenceModel by name. In
+generation 2 (wheel 3.0.0b4), AutoInferenceModelForCausalLM looks the class up in the same module. One replacement
+suffices for both.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def hook_qwen(module: ModuleType) -> None:
 def before_fused_layers(module: ModuleType) -> None:
     """Hook before paddlenlp.experimental.transformers.fused_transformer_layers: make its imports succeed.
 
-    PaddleNLP 3.0.0b4 imports fused_moe, which only Paddle 3.0 has. This model does not use it.
+    PaddleNLP 3.0.0b4 imports fused_moe, which only Paddle 3.0 has. Qwen-VL does not use it.
     """
     from paddle import __version__
     from paddle.incubate.nn import functional

@@ -48,7 +48,8 @@ class Patch:
     Attributes:
         path: the patch file.
         description: first line of the patch file.
-        files: paths that it changes, relative to the tree -> the file's git blob id at the commit.
+        files: path of each file that the patch changes, relative to the tree -> git blob id of that file at the
+            pinned commit.
     """
 
     path: Path
@@ -72,7 +73,10 @@ class Tree:
 
 @dataclass(frozen=True)
 class Report:
-    """A tree and the state of each of its patches, in order. `refusal`: why the tree must not be changed."""
+    """A tree and the state of each of its patches, in order.
+
+    `refusal`: why the tree must not be changed; None if it may be.
+    """
 
     tree: Tree
     states: tuple[tuple[Patch, State], ...]
@@ -151,8 +155,8 @@ def apply(folder: Path, force: bool = False) -> Report:
     """Apply the patches that are not applied yet, all or none. Returns the report before the change.
 
     Raises:
-        QwenVLError: the tree is at another commit (unless `force`), a file to be patched has other changes, or a
-            patch does not apply.
+        QwenVLError: the tree is at another commit (unless `force`), a file of a patch has other changes (unless `force`
+            in a tree without .git), or a patch does not apply.
         UsageError: see `open_tree`.
     """
     report = check(folder, force)
@@ -204,7 +208,10 @@ def _refusal(tree: Tree, states: Sequence[tuple[Patch, State]], force: bool) -> 
 
 
 def _has_other_changes(tree: Tree, patch: Patch, state: State, file: str) -> bool:
-    """Whether a file has changes since the commit other than those of an applied patch."""
+    """Whether a file has changes other than those of the patch, if that is applied.
+
+    The changes are those since the tree's commit; in a tree without .git, since the pinned commit.
+    """
     if tree.commit is None:
         expected = patch.files[file]
     else:
@@ -231,7 +238,7 @@ def _blob_id(root: Path, file: str, content: Path) -> str:
 
 
 def _state(tree: Tree, patch: Patch) -> State:
-    # Check the reverse patch first: git may apply an applied patch again a few lines below.
+    # Check the reverse patch first: git might also accept an applied patch a second time, a few lines further down.
     for arguments, state in ((["--reverse"], State.APPLIED), ([], State.APPLICABLE)):
         if _run(tree.root, "apply", "--check", *arguments, stdin=patch.path.read_bytes()).returncode == 0:
             return state

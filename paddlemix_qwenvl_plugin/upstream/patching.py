@@ -1,4 +1,7 @@
-"""Reversible monkey patches of upstream's and Paddle's objects: all or none, each once."""
+"""Reversible monkey patches of upstream's and Paddle's objects.
+
+`patching` makes all changes of a hook or none; `replace` makes a change once per process.
+"""
 
 from __future__ import annotations
 

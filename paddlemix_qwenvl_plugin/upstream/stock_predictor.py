@@ -38,8 +38,9 @@ def adapt(predictor_class: type, script: ModuleType) -> None:
     """Make the script's Predictor open our exports; other exports are opened as before.
 
     Args:
-        predictor_class: its objects have `args`, `tokenizer` and `processor` when they call `create_predictor`.
-        script: module with the reader of token files, which is redirected to a folder of this process.
+        predictor_class: the Predictor; its objects have `args`, `tokenizer` and `processor` when they call
+            `create_predictor`.
+        script: the script's module; its reader of token files is redirected to `_token_folder`.
     """
 
     def open_our_exports(upstream: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,7 +68,7 @@ def adapt(predictor_class: type, script: ModuleType) -> None:
 
 
 class _OlderPaddle:
-    """Proxy of Paddle with the old `where(condition)`, which returned columns; the script concatenates them."""
+    """Proxy of Paddle with the old `where(condition)`: the script expects indices of shape [n, 1] from it."""
 
     def __init__(self, module: ModuleType) -> None:
         self._module = module
@@ -76,7 +77,7 @@ class _OlderPaddle:
         return getattr(self._module, name)
 
     def where(self, *args: Any, **kwargs: Any) -> Any:
-        """Call paddle.where, and return indices as columns."""
+        """Call paddle.where; if it returns indices (no x and y given), reshape each tensor to [n, 1]."""
         result = self._module.where(*args, **kwargs)
         if isinstance(result, (list, tuple)):
             return tuple(indices.reshape([-1, 1]) for indices in result)
@@ -145,7 +146,7 @@ class LanguageModel:
 
 
 def _stage(path: str, stage: str, script_device: str) -> Stage:
-    """Open a stage on QWENVL_DEVICE, else on the script's `--device` (default: GPU)."""
+    """Open a stage on QWENVL_DEVICE, else on the script's `--device` (default: GPU; without a GPU, the CPU)."""
     device = env.DEVICE.read()
     if device is not None:
         gpu_index(device, env.DEVICE.name)  # raises an error that names the variable
@@ -160,7 +161,10 @@ def _stage(path: str, stage: str, script_device: str) -> Stage:
 
 @functools.cache
 def _token_folder() -> Path:
-    """Per-process folder of token files: in a shared folder, processes would read each other's files."""
+    """Folder of token files: QWENVL_REAL_TIME_SAVE_DIR, else a temporary folder of this process.
+
+    The script itself uses the working directory, where processes would read each other's files.
+    """
     configured = env.REAL_TIME_SAVE_DIR.read()
     if configured:
         folder = configured.absolute()

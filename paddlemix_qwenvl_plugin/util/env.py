@@ -1,7 +1,7 @@
 """The environment variables that this package reads; docs/environment.md describes them.
 
 `activation/_qwenvl_activate.py` reads QWENVL_PLUGIN and QWENVL_PLUGIN_DEBUG without this module: it runs at the start
-of every Python process and imports nothing.
+of every Python process, where it must not import this package.
 """
 
 from __future__ import annotations

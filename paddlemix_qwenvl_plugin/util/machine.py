@@ -15,7 +15,7 @@ GIB = 1024**3
 
 
 def memory_gib() -> Optional[float]:
-    """Memory available to this process in GiB: the machine's memory, or the container's limit if it is lower.
+    """Total memory that this process may use, in GiB: the machine's, or the container's limit if it is lower.
 
     None where the platform does not report it.
     """

@@ -16,14 +16,14 @@ from paddlemix_qwenvl_plugin.util.program import program
 
 MINIMUM = "3.0"
 
-_NEEDED_MIB = 2048
+_NEEDED_MIB = 2048  # address space that Paddle's import takes
 
 
 def require_paddle() -> None:
     """Import Paddle and check its version.
 
-    The import is slow: call this where Paddle is used, not at the top of a module. Builds for other devices have other
-    distribution names; their version is not checked.
+    The import is slow: call this where Paddle is used, not at the top of a module. The versions of builds for devices
+    other than CPUs and NVIDIA GPUs, which have other distribution names, are not checked.
 
     Raises:
         QwenVLError: Paddle is missing, too old or broken; the message names the fix.

@@ -14,7 +14,7 @@ MAX_BYTES = 1 << 16
 """Maximum size of a file. Recipes and settings take a few kilobytes; some YAML constructs take long to parse."""
 
 _MAX_DEPTH = 32
-_INT_BITS = 63
+_INT_BITS = 63  # of a 64-bit integer, without the sign
 
 
 def read_file(path: Path, what: str) -> Any:

@@ -13,7 +13,7 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError
 NAME = "standard input"
 """Name of standard input in messages."""
 
-# Maximum size of text, or of a line, and of other content, in bytes.
+# Maximum sizes in bytes: of text and of each of `lines`, and of other content.
 _MAX_TEXT = 1 << 20
 _MAX_BYTES = 50 << 20
 
