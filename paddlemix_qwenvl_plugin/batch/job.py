@@ -33,7 +33,7 @@ def identity(
     Args:
         digest: digest of the input.
         options: generation options of rows that do not set them.
-        weights, picture_label: of the model.
+        weights, picture_label: attributes of the model (runtime/model.py).
     """
     return {
         "qwenvl_batch": 1,
@@ -65,7 +65,7 @@ def run(source: Source, target: Path, model: Model[S], window: int) -> None:
 
 
 def count_failed(target: Path, source: Source) -> int:
-    """Count the errors in a complete output.
+    """Count the failed rows in a complete output.
 
     Raises:
         UsageError: the file is not the output of `source`.

@@ -269,7 +269,7 @@ def _generation_flags() -> list[Any]:
 
 
 def click_parameters(parameters: Sequence[inspect.Parameter]) -> list[Any]:
-    """Convert function parameters to click parameters with typer, for a command that creates its flags on demand."""
+    """Convert function parameters to click parameters with typer, for commands that create their flags on first use."""
 
     def command() -> None: ...
 

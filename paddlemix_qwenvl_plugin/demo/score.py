@@ -33,7 +33,7 @@ class Mark:
         task: Turn.task of the sample.
         words_right: whether the text without boxes is correct.
         boxes_right, boxes: number of correct boxes, and of expected boxes.
-        reading: whether the question asks for a text in the image.
+        reading: whether the question asks for the text in an image that has one.
     """
 
     task: str
@@ -73,9 +73,9 @@ def mark(sample: Sample, answer: str) -> Mark:
 def score(marks: Sequence[Mark]) -> dict[str, Rate]:
     """Compute rates over all answers, then per task.
 
-    "words": answers with exactly the expected text; "boxes": correct boxes (see `mark`); "reading": as "words", for the
-    questions that ask for a text in the image; then "words" per task, and "boxes" per task under a name that ends in
-    " (boxes)".
+    "words": answers with exactly the expected text, without the task "box"; "boxes": correct boxes (see `mark`);
+    "reading": as "words", for the answers with `Mark.reading`. Then the rate of "words" per task and, for tasks with
+    boxes, that of "boxes" under a name that ends in " (boxes)".
     """
     # A box-only answer has no text to score.
     with_text = [scored for scored in marks if scored.task != "box"]

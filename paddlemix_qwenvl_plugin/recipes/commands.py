@@ -30,7 +30,7 @@ def env(recipe: Recipe, references: Mapping[str, str]) -> dict[str, str]:
 def argv(step: Step, references: Mapping[str, str]) -> list[str]:
     """Command line of a step, as arguments of a process."""
     arguments = [interpolate.fill(argument, references) for argument in step.run]
-    # The command of this installation, not one on PATH.
+    # `qwenvl` is the command of this installation, not one on PATH.
     qwenvl = [sys.executable, "-m", "paddlemix_qwenvl_plugin.cli"]
     return [*qwenvl, *arguments[1:]] if arguments[0] == "qwenvl" else arguments
 

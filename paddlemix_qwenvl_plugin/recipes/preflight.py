@@ -16,7 +16,7 @@ from paddlemix_qwenvl_plugin.util.machine import GIB, gpus, memory_gib
 
 
 def problems(recipe: Recipe, output: Path) -> list[str]:
-    """List the unmet requirements, one line each; `output`: parent of the run folder."""
+    """List the unmet requirements and asset problems, one line each; `output`: parent of the run folder."""
     unmet = _unmet_requirements(recipe.requires, output)
     for asset in recipe.assets:
         unmet += _asset_problems(asset)

@@ -57,7 +57,7 @@ def error_of_response(url: str, response: httpx.Response) -> QwenVLError:
 
 
 def error_of_event(url: str, error: Any) -> QwenVLError:
-    """Convert an error event of a stream to an exception."""
+    """Convert `error`, the error object of an event of a stream, to an exception."""
     fields = error if isinstance(error, dict) else {"message": error}
     message = str(fields.get("message"))
     if fields.get("type") == "invalid_request_error":

@@ -1,4 +1,4 @@
-"""Shape outlines as polygons of radius 1 around the origin, y downwards."""
+"""Shape outlines as polygons of roughly radius 1 around the origin, y downwards."""
 
 from __future__ import annotations
 

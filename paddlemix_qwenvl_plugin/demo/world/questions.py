@@ -1,4 +1,4 @@
-"""Short-answer questions about one image. Each function returns None where the scene does not allow the question."""
+"""Short-answer questions about one image. A function returns None if the scene does not allow its question."""
 
 from __future__ import annotations
 

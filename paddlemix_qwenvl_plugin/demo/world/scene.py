@@ -20,13 +20,17 @@ BOX_STEP = 10
 
 _CELL = 1000 / 3
 _RADII = {"small": (75, 92), "large": (128, 155)}
-_MARGIN = 12  # between objects, and to the image's edge
+_MARGIN = 12  # minimum distance between objects' bounds; half of it to the image's edge
 _MAX_TEXT_WIDTH = 880
 
 
 @dataclass(frozen=True)
 class Thing:
-    """A shape or a text. `cell`: index in the 3 x 3 grid in reading order; `kind`: a shape's name or "text"."""
+    """A shape or a text.
+
+    `kind`: a shape's name or "text"; `cell`: index in the 3 x 3 grid in reading order, for a text the middle cell of
+    its row; `size`: "small" or "large", empty for a text; `angle`: rotation in degrees, clockwise.
+    """
 
     kind: str
     colour: str
@@ -59,7 +63,7 @@ class Thing:
 
     @property
     def box(self) -> Box:
-        """`bounds` rounded to BOX_STEP, as the model writes them."""
+        """`bounds` in the image, rounded to BOX_STEP, as the model writes them."""
         left, top, right, bottom = (
             min(1000, max(0, round(value / BOX_STEP) * BOX_STEP)) for value in self.bounds
         )

@@ -43,7 +43,7 @@ def held_out(number: int) -> Sample:
 
 
 def random_sample(rng: random.Random) -> Sample:
-    """Draw a sample with one turn: one image or two, in chat form or base form."""
+    """Draw a sample with one turn: one image in chat form or base form, or two images in chat form."""
     if rng.random() < 0.15:
         scenes = (random_scene(rng), random_scene(rng))
         return Sample(scenes, (pair_turn(rng, scenes),), "chat")
@@ -54,7 +54,7 @@ def random_sample(rng: random.Random) -> Sample:
 
 
 def image_turn(rng: random.Random, scene: Scene) -> Turn:
-    """Draw a question about one image; in scenes with text often a reading question."""
+    """Draw a question about one image: often a reading question if the scene has text, rarely if it has none."""
     if rng.random() < (0.45 if scene.texts else 0.02):
         return questions.read(rng, scene, rng.choice(LANGUAGES))
     return _draw(rng, _ONE_IMAGE, scene)
