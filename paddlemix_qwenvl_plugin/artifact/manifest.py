@@ -140,7 +140,8 @@ def read_manifest(prefix: Path, stage: Optional[str] = None) -> Manifest:
 def check_weights(path: Path, manifest: Manifest) -> None:
     """Check that a parameter file is the exported file.
 
-    Of a file over 64 MiB, only samples are read; with a manifest of contract version 2, only its size is checked.
+    A file of up to 64 MiB is hashed completely. Of a larger one, only the size and samples are checked; only the size
+    if the manifest is of contract version 2, which has no digest of samples.
 
     Raises:
         QwenVLError: the file is missing, or its size or content differs from the manifest.

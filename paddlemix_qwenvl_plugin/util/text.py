@@ -11,7 +11,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def without_controls(text: str) -> str:
-    r"""Escape control characters other than new lines and tabs, as in `\x1b`."""
+    r"""Escape control characters other than line feeds and tabs, as in `\x1b`."""
     return _CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
 
 
