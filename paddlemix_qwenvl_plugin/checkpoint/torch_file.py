@@ -75,7 +75,10 @@ def _folder(archive: zipfile.ZipFile) -> str:
 
 
 def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
-    """Refuse members that PyTorch never writes: compressed, duplicate or overlapping ones, and a huge table."""
+    """Refuse members that PyTorch never writes, a huge table, and big-endian values.
+
+    PyTorch never writes compressed, duplicate or overlapping members.
+    """
     end = 0
     names = set()
     for member in sorted(archive.infolist(), key=lambda member: member.header_offset):

@@ -176,7 +176,9 @@ class LanguageModel(nn.Layer):
 
 
 def chunk_mask(positions: paddle.Tensor, cache_valid: paddle.Tensor | None) -> paddle.Tensor:
-    """Attention mask, float32 [1 or B, 1, S, P + S]: 0 where a token of the chunk attends, MASKED elsewhere.
+    """Attention mask: 0 where a token of the chunk attends, MASKED elsewhere.
+
+    Its shape is float32 [B, 1, S, P + S]; without a cache, [1, 1, S, S] for all rows.
 
     Within the chunk the mask is causal, so that no token attends to the padding, which is on the right.
     """

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Chat:
     """A conversation about images in the ChatML form; created by `QwenVL.chat`.
 
-    On the engine, the prefix cache holds the tokens of earlier turns: only new tokens are computed.
+    On the engine, a turn computes only its new tokens, as long as the prefix cache holds those of the earlier turns.
 
     Attributes:
         system: the system message.

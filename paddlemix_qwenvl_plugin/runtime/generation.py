@@ -73,9 +73,10 @@ class Generation:
         logprobs: log probabilities of `tokens`, if `n_logprobs` is not None.
         n_computed: number of tokens, of prompt + tokens, whose keys and values are in `blocks`.
         n_cached: prompt tokens found in the prefix cache at the first admission; None before.
-        finish_reason: "stop", "length" or "cancelled"; None while the request runs or after an error.
+        finish_reason: "stop", "length" or "cancelled"; None while the request waits or runs, and after an error.
         error: the exception that ended the request, raised to the reader of its tokens.
-        encode_seconds, prefill_seconds, decode_seconds: time of the steps in which the request took part.
+        encode_seconds: time to encode the images of the request, or to take their features from a cache.
+        prefill_seconds, decode_seconds: time of the steps with this request, until its first token and after it.
     """
 
     def __init__(

@@ -100,7 +100,7 @@ class Stage:
             target = ".fused"
             paddle_gpu = None  # the operator's tensors are on the CPU, even if the engine runs on a GPU
         elif self.gpu is None and self.manifest.dtype != "float32":
-            target = ".cpu"
+            target = ".cpu"  # the program that computes in float32, for CPUs
         programs = [
             self.prefix.with_name(f"{self.prefix.name}{suffix}{target}{form}") for form in self._forms
         ]
