@@ -120,7 +120,8 @@ class LanguageModel(nn.Layer):
             positions: int64 [B, S], the 0-based position of each token in its row.
             prompt_len: integer [B, 1], length of the complete prompt, which sets the rotary base.
             seq_len: integer [B, 1], number of the row's tokens without padding, at least 1.
-            cache_valid: bool [B, P], which cache entries hold a token of the row; None without a cache.
+            cache_valid: bool [B, P], which of the P cache entries hold a token of the row, not padding; None without a
+                cache.
             caches: per layer (key, value), each [B, heads, P, head_dim].
 
         Returns:

@@ -40,7 +40,7 @@ class ImageInput:
     Attributes:
         digest: digest of the pixels or the features; images with the same digest have the same features.
         pixels: float32 [3, image_size, image_size] from `preprocess`, or uint8 [image_size, image_size, 3] from
-            `resize`, contiguous; None for an image given as features.
+            `resize`, contiguous; None for an image given as features, and after the image has been encoded.
         features: float32 [n_queries, hidden_size]; None until the image is encoded.
         slots: [start, end) of its tokens in the prompt.
     """

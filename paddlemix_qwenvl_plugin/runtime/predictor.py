@@ -292,7 +292,9 @@ class QwenVL:
         return stream.finish()
 
     def generate_batch(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer several prompts in one batch, each with separate options; the answers are the same as without a batch.
+        """Answer several prompts in one batch, each with separate options.
+
+        The answers are the same as without a batch; those sampled without a seed are random in both cases.
 
         Raises:
             UsageError, QwenVLError: the error of the first request that fails; no answers are returned.
