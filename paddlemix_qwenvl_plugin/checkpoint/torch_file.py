@@ -75,9 +75,9 @@ def _folder(archive: zipfile.ZipFile) -> str:
 
 
 def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
-    """Refuse members that PyTorch never writes, a huge table, and big-endian values.
+    """Refuse compressed, duplicate and overlapping members, a huge table, and big-endian values.
 
-    PyTorch never writes compressed, duplicate or overlapping members.
+    PyTorch writes none of them, except big-endian values on some machines.
     """
     end = 0
     names = set()

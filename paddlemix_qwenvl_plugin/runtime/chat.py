@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class Chat:
     """A conversation about images in the ChatML form; created by `QwenVL.chat`.
 
-    On the engine, a turn computes only its new tokens, as long as the prefix cache holds those of the earlier turns.
+    On the engine, the prefix cache keeps the full blocks of earlier turns until other requests need the memory; a turn
+    computes only the tokens after them.
 
     Attributes:
         system: the system message.
