@@ -69,7 +69,7 @@ class Scheduler:
         self.n_prompt_tokens = self.n_cached_tokens = self.n_preempted = 0
         # State of `schedule`.
         self._preempted: set[Generation] = set()
-        self._full = False  # whether a waiting request did not fit, so that no later one is admitted in this step
+        self._full = False  # whether a waiting request did not fit: then no later one is admitted
 
     @property
     def idle(self) -> bool:
