@@ -178,7 +178,10 @@ class Adapter:
         return LowRank(stored["A"], stored["B"], scaling)
 
     def _check_shape(self, stored: str, shape: tuple[int, ...], reverse: bool, rank: int = 0) -> None:
-        """Raise QwenVLError unless a tensor has a shape, or the reverse; a `rank` above 0 is named in the message."""
+        """Raise QwenVLError unless a tensor has a shape; with `reverse`, the reversed shape.
+
+        The message names `rank` if it is not 0.
+        """
         required = shape[::-1] if reverse else shape
         actual = self._shards.tensors[stored].shape
         if actual != required:

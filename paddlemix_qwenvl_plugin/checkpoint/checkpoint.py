@@ -38,8 +38,9 @@ class _Entry:
 class Checkpoint:
     """The weights of a model folder under canonical names, in Paddle's [in, out] layout.
 
-    The checkpoint must contain exactly the tensors of the model, with the right shapes. The naming scheme is detected
-    from the names; the layouts of the language model and of the vision tower are detected from the shapes.
+    The checkpoint must contain exactly the tensors of the model, with the right shapes; some buffers are ignored. The
+    naming scheme is detected from the names; the layouts of the language model and of the vision stage are detected
+    from the shapes.
 
     Args:
         folder: the model folder.

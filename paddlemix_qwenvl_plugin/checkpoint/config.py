@@ -135,7 +135,7 @@ def load_config(folder: Path) -> ModelConfig:
 
 
 def is_chat_model(folder: Path) -> bool:
-    """Whether a model folder holds a chat model such as Qwen-VL-Chat: "chat_format" in generation_config.json.
+    """Whether a model folder holds a chat model: "chat_format" is "chatml" in generation_config.json.
 
     Raises:
         QwenVLError: the file exists and is not JSON.

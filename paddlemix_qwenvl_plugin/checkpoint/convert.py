@@ -57,7 +57,7 @@ def convert(
 
     Raises:
         UsageError: `target` exists, or `to` is not a scheme.
-        QwenVLError: as for Checkpoint.
+        UsageError, QwenVLError: as for Checkpoint.
     """
     if to not in SCHEMES:
         raise UsageError(f"--to {to}: must be one of {', '.join(SCHEMES)}")

@@ -7,12 +7,15 @@ from typing import NamedTuple, Optional
 import numpy as np
 from numpy.typing import NDArray
 
-# Largest group size of the engine's storage types; a larger group is stored as several groups with the same scale.
+# Largest group size of the engine's storage types; a larger group is stored as several groups with the same scale and
+# zero point.
 MAX_GROUP = 128
 
 
 class GroupedMatrix(NamedTuple):
     """A quantized matrix: value[o, i] = scales[o, g] * (integers[o, i] - zeros[o, g]), g = i // group size.
+
+    The groups are the engine's (see engine_group), which may be smaller than the checkpoint's.
 
     Attributes:
         integers: uint8 [out, in].

@@ -25,7 +25,8 @@ class Merge:
     is added.
 
     Raises:
-        UsageError: two adapters replace the same tensor; and as for Adapter.
+        UsageError: two adapters replace the same tensor.
+        UsageError, QwenVLError: as for Adapter.
     """
 
     def __init__(self, lora: Union[PathLike, Sequence[Lora]], specs: Mapping[str, TensorSpec]) -> None:

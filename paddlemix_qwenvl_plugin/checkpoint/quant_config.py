@@ -17,7 +17,7 @@ from paddlemix_qwenvl_plugin.checkpoint.config import read_json
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 _BITS = {"gptq": (4, 8), "awq": (4,)}
-_MAX_GROUP = 1 << 20  # maximum number of inputs of a layer (config.py)
+_MAX_GROUP = 1 << 20  # more than the inputs of any layer (config.py)
 # The quantizer's JSON file -> method.
 _SIDE_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 

@@ -26,8 +26,8 @@ class QuantizedLinears:
     """The quantized weights of a checkpoint: all linear weights of the language model except lm_head.
 
     Attributes:
-        quant_type: the export's name for this storage, such as "gptq_int4_g128"; ends with "_order" if the columns of
-            a weight are sorted by group.
+        quant_type: the export's name for this storage, such as "gptq_int4_g128"; ends with "_order" if `read` has to
+            sort the columns of at least one weight by group.
 
     Args:
         folder: the model folder, for messages.

@@ -21,6 +21,7 @@ class Scheme(NamedTuple):
     """A naming scheme: prefixes of the names, and the layout that its model class loads.
 
     `language`, `tower` and `vision` are the prefixes of the language model, the vision tower and the resampler.
+    `out_in` is True if linear weights are [out, in].
     `format` is the value of "format" in the metadata of safetensors files: "pt" for PyTorch, "pd" for Paddle.
     """
 

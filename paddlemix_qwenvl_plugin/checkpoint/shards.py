@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.checkpoint import pdparams_file, safetensors_file, 
 from paddlemix_qwenvl_plugin.checkpoint.config import read_json
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
-# (file or index, kind), in the order of preference if a folder has several.
+# (weight file or index of shards, key of _READERS), in the order of preference if a folder has several.
 WEIGHT_FILES = (
     ("model.safetensors.index.json", "safetensors"),
     ("model.safetensors", "safetensors"),

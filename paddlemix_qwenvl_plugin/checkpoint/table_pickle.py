@@ -21,6 +21,7 @@ MAX_DIMS = 8
 _MAX_OPCODES = 300_000
 # A longer string becomes a Span. Names are shorter; the values of norms and biases are mostly longer.
 _MAX_STRING_BYTES = 1024
+# Opcodes executed as in Python's unpickler. TableUnpickler replaces a few more; all others are refused.
 _OPCODES = (
     *("PROTO", "FRAME", "MARK", "STOP", "NONE", "NEWTRUE", "NEWFALSE", "POP", "POP_MARK"),
     *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINSTRING", "SHORT_BINUNICODE"),

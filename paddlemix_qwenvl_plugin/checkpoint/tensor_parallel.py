@@ -105,7 +105,7 @@ class Ranks:
         return self._ranks[0].file_of(name)
 
     def unlisted(self) -> list[str]:
-        """Names of shards in the folder that are not read; always empty."""
+        """Names of shards in the folder that are not read: none, since ranks have no index."""
         return []
 
 

@@ -75,7 +75,10 @@ def _folder(archive: zipfile.ZipFile) -> str:
 
 
 def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
-    """Refuse members that PyTorch never writes: compressed, duplicate or overlapping ones, and a huge table."""
+    """Refuse compressed, duplicate and overlapping members, a huge table, and big-endian values.
+
+    PyTorch writes none of them, except big-endian values on some machines.
+    """
     end = 0
     names = set()
     for member in sorted(archive.infolist(), key=lambda member: member.header_offset):

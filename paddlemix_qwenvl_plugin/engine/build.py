@@ -123,6 +123,8 @@ class Target(NamedTuple):
 
     Attributes:
         folders: folders of csrc/ whose files are part of the cache key, in addition to the flags and `identity`.
+        identity: texts that identify the compiler and, for the operators, the installed Paddle.
+        link: further arguments of the linker.
         title: name of the target in error messages.
         subcommand: the subcommand of `qwenvl` that builds the target.
     """

@@ -70,6 +70,8 @@ def _architectures() -> set[int]:
 def build_for(index: int, allowed: bool = False) -> tuple[Path, Path]:
     """Paths of the library for GPUs and of the folder of kernels, built now if necessary.
 
+    Kernels are not built if QWENVL_CUDA_KERNELS names their folder.
+
     Args:
         index: the GPU.
         allowed: as for build.library.

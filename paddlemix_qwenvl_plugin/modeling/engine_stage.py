@@ -17,14 +17,15 @@ from paddlemix_qwenvl_plugin.engine.operators import call
 from paddlemix_qwenvl_plugin.engine.quantize import packed_bytes
 from paddlemix_qwenvl_plugin.modeling.layers import parameter_attr
 
-# Stock inputs that the engine does not read (see StockGeneration). The operator takes the others, in stock order.
+# Stock inputs that the engine does not read: those that StockGeneration ignores, and position_ids, since every prompt
+# begins at position 0. The operator takes the others, in stock order, without the caches at the end.
 _UNREAD = ("attention_mask", "position_ids", "tgt_ids", "tgt_generation_mask", "pre_ids")
 
 
 class EngineStage(nn.Layer):
     """Parameters of a stage, and the operator attributes that describe them.
 
-    The engine chooses its compute dtype; `compute_dtype` is ignored.
+    `compute_dtype`, an argument of all stages, is ignored: the engine chooses its compute dtype.
 
     Args:
         weights: weights of the stage by name; quantized weights and int32 vectors become uint8 parameters.

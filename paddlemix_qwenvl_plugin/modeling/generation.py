@@ -21,7 +21,7 @@ FORBIDDEN = -1e10
 
 
 class StockGeneration(nn.Layer):
-    """Generation of complete completions, with the inputs and outputs of the stock predictor, and the tokens."""
+    """Generation of complete completions, with the stock predictor's inputs and outputs and an output `tokens`."""
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class Step(nn.Layer):
 
         Returns:
             logits float32 [B, vocab_size] of each row's last token, then the keys and values of every layer, each
-            [B, heads, P + S, head_dim].
+            [B, heads, P + S, head_dim] for P entries of the given cache and S new tokens.
         """
         indices = paddle.arange(paddle.shape(input_ids)[1], dtype="int64").unsqueeze(0)
         logits, caches = self.model(

@@ -120,7 +120,8 @@ class LanguageModel(nn.Layer):
             positions: int64 [B, S], the 0-based position of each token in its row.
             prompt_len: integer [B, 1], length of the complete prompt, which sets the rotary base.
             seq_len: integer [B, 1], number of the row's tokens without padding, at least 1.
-            cache_valid: bool [B, P], which cache entries hold a token of the row; None without a cache.
+            cache_valid: bool [B, P], which of the P cache entries hold a token of the row, not padding; None without a
+                cache.
             caches: per layer (key, value), each [B, heads, P, head_dim].
 
         Returns:
@@ -176,7 +177,9 @@ class LanguageModel(nn.Layer):
 
 
 def chunk_mask(positions: paddle.Tensor, cache_valid: paddle.Tensor | None) -> paddle.Tensor:
-    """Attention mask, float32 [1 or B, 1, S, P + S]: 0 where a token of the chunk attends, MASKED elsewhere.
+    """Attention mask: 0 where a token of the chunk attends, MASKED elsewhere.
+
+    Its shape is float32 [B, 1, S, P + S]; without a cache, [1, 1, S, S] for all rows.
 
     Within the chunk the mask is causal, so that no token attends to the padding, which is on the right.
     """

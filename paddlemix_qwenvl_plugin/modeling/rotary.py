@@ -1,7 +1,8 @@
 """Rotary embedding with dynamic NTK scaling, and logn scaling of the query.
 
-Source of the formulas: the official Qwen-VL code. Values i and i + d / 2 are rotated as a pair, d being head_dim. Alpha
-depends only on the prompt's length, so that it is fixed for a request.
+Source of the formulas: the official Qwen-VL code. Values i and i + d / 2 are rotated as a pair, d being head_dim. The
+NTK factor alpha, which enlarges the rotary base, depends only on the prompt's length, so that it is fixed for a
+request.
 """
 
 from __future__ import annotations

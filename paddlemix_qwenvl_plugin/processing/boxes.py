@@ -9,7 +9,7 @@ from typing import Literal, Optional
 _FULL = 1000  # coordinate of the right or bottom edge of the image
 
 _TAG = re.compile(r"<(/?)(ref|box|quad)>")
-# At most six digits: int() refuses very long ones.
+# At most six digits: int() refuses numbers of thousands of digits.
 _POINT = r"\(\s*(-?[0-9]{1,6})\s*,\s*(-?[0-9]{1,6})\s*\)"
 _POINTS = {
     "box": re.compile(rf"\s*{_POINT}\s*,\s*{_POINT}\s*"),

@@ -45,8 +45,8 @@ def draw_boxes(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
     """Draw the outlines of `boxes`, with their refs as labels, on an RGB copy of `image`.
 
     A label has a background of the box's colour. It is above the box if there is room, and always inside the image; a
-    label that is too wide is truncated. Chinese labels use a font of the system; without such a font, their glyphs are
-    empty squares.
+    label that is too wide is truncated. A label that is not Latin uses a font of the system with Chinese glyphs;
+    without one, its glyphs are empty squares.
     """
     drawn = image.convert("RGB")
     draw = ImageDraw.Draw(drawn)

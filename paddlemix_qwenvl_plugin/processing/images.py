@@ -116,7 +116,9 @@ def load_image(source: Any, *, allow_http: bool = False, limits: ImageLimits = D
 
 
 def read_encoded(source: Any, *, allow_http: bool = False, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-    """Read the encoded bytes of an image for `decode_image`; of a file, at most one byte more than the limit.
+    """Read the encoded bytes of an image for `decode_image`.
+
+    Of a file, at most one byte more than the limit is read, by which `decode_image` detects that it is too large.
 
     `source` and errors as for `load_image`, except that PIL images, which have no encoded bytes, are rejected.
     """

@@ -108,7 +108,8 @@ def chat_prompt(
 
     Keeps the newest turns, as many as take less than `max_window` tokens together with the system text. Older turns are
     dropped with their images. The new query is always kept and not counted. The default of `max_window` is that of the
-    official code. Images are numbered through all turns, including the dropped turns.
+    official code. Images are numbered through all turns, including the dropped ones, so that the number of an image
+    does not change during a conversation.
 
     Role and content are tokenised separately, and the special tokens of ChatML are plain text in a content, as are
     image tags in an answer or in the system text. Answers are not stripped here; the official code strips an answer

@@ -171,8 +171,8 @@ class QwenTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Decode any token ids to text; bytes that are not UTF-8 become U+FFFD.
 
-        Image slots become the path in them. An id outside [0, n_vocab), such as a row that pads the model's vocabulary,
-        becomes U+FFFD as well, so that it stays visible.
+        Image slots become the path in them. An id outside [0, n_vocab) becomes U+FFFD as well, so that it stays
+        visible: the model may generate one, since its embedding can have more rows than the tokenizer has tokens.
         """
         decoded: list[bytes] = []
         id_list = [int(token_id) for token_id in ids]

@@ -41,7 +41,7 @@ class Quantized:
 
 
 def to_half(values: Floats) -> Floats:
-    """Round scales to float16, their storage type; a scale of 0 becomes the smallest positive number."""
+    """Round scales to float16, their storage type; scales of 0 and below become the smallest positive number."""
     smallest = np.finfo(np.float16).smallest_subnormal
     return np.asarray(np.maximum(values.astype(np.float16), smallest), np.float32)
 
@@ -58,7 +58,7 @@ def best_grid(columns: Floats, importance: Floats, bits: int) -> tuple[Floats, F
 
     Args:
         columns: [out, group].
-        importance: [group], the diagonal of the Hessian.
+        importance: [group], weight of each column's squared error: the diagonal of the Hessian, or ones.
         bits: 4 or 8.
 
     Returns:

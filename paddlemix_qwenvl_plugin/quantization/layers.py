@@ -35,7 +35,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Streams:
-    """Hidden states of all rows before a layer, in the original and in the partly quantized model."""
+    """Hidden states of all rows at one point of the forward pass, in the original and the partly quantized model."""
 
     original: States
     quantized: States

@@ -20,9 +20,9 @@ class Report:
         rows, tokens: numbers of rows and tokens that were used for calibration.
         skipped_rows: number of rows beyond the limit on tokens.
         held_out: changed predictions on the held-out rows.
-        layers: one dict per layer. `matrices` maps each matrix to the relative error of its products on the calibration
-            rows, as quantized and if it were rounded to nearest. `states` is the relative error of the hidden states of
-            the held-out rows after the layer.
+        layers: one dict per layer. `matrices` maps each matrix to two relative errors of its products on the
+            calibration rows: as quantized, and if it were rounded to nearest. `states` is the relative error of the
+            hidden states of the held-out rows after the layer.
         bytes: size of the weights in the quantized model folder.
         bytes_before: size of the weights if no tensor were quantized.
     """

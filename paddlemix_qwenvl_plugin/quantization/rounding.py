@@ -1,6 +1,7 @@
 """Rounding of a matrix that minimises the error of its products on calibration inputs.
 
-For inputs X the error of a row is (w - q) H (w - q)^T with H = X^T X. Two steps reduce it:
+For inputs X, a row w of the matrix that is rounded to q has the squared error (w - q) H (w - q)^T with H = X^T X. Two
+steps reduce it:
 
 1. GPTQ (Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022):
    columns are rounded one after the other, and the error of a column is compensated in the columns not yet rounded.

@@ -58,7 +58,7 @@ def open_adapters(folders: Mapping[str, Union[str, Path]], config: ModelConfig) 
 
 
 def low_rank(adapter: Adapter) -> Iterator[LowRank]:
-    """Read the updates of an adapter one at a time, in a 16-bit type that holds all their values, else in float32."""
+    """Read the updates of an adapter one at a time: in a 16-bit type if it holds A and B exactly, else in float32."""
     for name, entry in adapter.updates.items():
         a, b = adapter.update(name)  # [in, rank], [rank, out]
         factors: list[Any] = [np.ascontiguousarray(factor.T) for factor in (a, b)]
@@ -84,5 +84,5 @@ def _float16(values: NDArray[np.float32]) -> Optional[NDArray[Any]]:
     return rounded if np.array_equal(rounded.astype(np.float32), values) else None
 
 
-# 16-bit types in which training code saves adapters; `Adapter.update` has converted their values to float32.
+# The 16-bit types in which training code saves adapters, to undo the conversion of `Adapter.update` to float32.
 _HALF_TYPES = {"bfloat16": _bfloat16, "float16": _float16}

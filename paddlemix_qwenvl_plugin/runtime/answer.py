@@ -17,7 +17,7 @@ class Answer:
         boxes: its boxes and quads, in thousandths of the image's width and height;
             `box.to_pixels(*answer.image_size)` gives pixels.
         image_size: (width, height) in pixels of the last image, to which the boxes refer; None without an image.
-        problems: boxes that could not be parsed, one line each.
+        problems: malformed boxes, boxes whose coordinates were corrected, and unpaired tags; one line each.
         token_ids: every generated token, the stop token included.
         finish_reason: "stop" (a stop token), "length" (max_new_tokens, or the context is full) or "cancelled" (the
             stream was closed, or has not ended yet).
@@ -47,7 +47,10 @@ class Answer:
 
 
 def box_as_dict(box: Box, image_size: Optional[tuple[int, int]]) -> dict[str, Any]:
-    """Convert a box to JSON-ready values: `points` in thousandths and, with an image's (width, height), `pixels`."""
+    """Convert a box to JSON-ready values: `points` in thousandths, and `pixels`, which is None without `image_size`.
+
+    `image_size` is (width, height) in pixels.
+    """
     return {
         "kind": box.kind,
         "ref": box.ref,

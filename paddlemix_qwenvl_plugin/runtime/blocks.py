@@ -10,7 +10,8 @@ class BlockPool:
     """Reference-counted allocator of KV cache blocks with a prefix cache.
 
     A full block can be registered under a key: a digest of everything that determines its attention keys and values.
-    A block without users keeps its content and key until it is allocated again, the least recently used block first.
+    A block without users keeps its content and key until it is allocated again. Of these blocks, those without a key
+    are allocated first, then the least recently used.
     """
 
     def __init__(self, n_blocks: int) -> None:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class Chat:
     """A conversation about images in the ChatML form; created by `QwenVL.chat`.
 
-    On the engine, the prefix cache holds the tokens of earlier turns: only new tokens are computed.
+    On the engine, the prefix cache keeps the full blocks of earlier turns until other requests need the memory; a turn
+    computes only the tokens after them.
 
     Attributes:
         system: the system message.

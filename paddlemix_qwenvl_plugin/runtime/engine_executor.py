@@ -33,11 +33,10 @@ from paddlemix_qwenvl_plugin.runtime.programs import Stage
 from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits, images_of
 from paddlemix_qwenvl_plugin.util.memory import address_space_left
 
-# Tokens of a block of the KV cache; maximum numbers of tokens in a step, on a CPU and on a GPU, and of requests in it.
-_BLOCK_TOKENS = 32
-_STEP_TOKENS = 512
-_GPU_STEP_TOKENS = 2048
-_MAX_RUNNING = 256
+_BLOCK_TOKENS = 32  # tokens of a block of the KV cache
+_STEP_TOKENS = 512  # maximum number of tokens in a step on a CPU
+_GPU_STEP_TOKENS = 2048  # the same on a GPU
+_MAX_RUNNING = 256  # maximum number of requests in a step
 
 # Maximum size of the KV cache on a CPU, as a share of the memory free when the model is opened. The operating system
 # commits the memory only as the cache fills.
@@ -45,7 +44,7 @@ _CACHE_SHARE = 0.25
 # Maximum size of the KV cache on any device, in requests of the full context.
 _CACHE_CONTEXTS = 64
 
-# Numbers of the _Row objects: unlike ids of objects, they are never used again.
+# Numbers that identify _Row objects: unlike id(), a number is never used again for a later object.
 _row_numbers = itertools.count()
 
 
@@ -66,8 +65,10 @@ class EngineExecutor:
         Args:
             vision: the vision stage.
             language: the language stage.
-            n_blocks: size of the KV cache in blocks; None: a share of the free memory, at least one full context.
-            gpu_memory: share that the KV cache takes of the GPU memory left by the weights.
+            n_blocks: size of the KV cache in blocks; None: a share of the free memory, but at least one and at most 64
+                requests of the full context.
+            gpu_memory: on a GPU, the share that the KV cache takes of the memory left by the weights, if `n_blocks` is
+                None.
             ahead: start a step while the previous one is computed (loop.py); None: on a GPU only.
             adapters: adapters by the names with which requests choose them.
 
@@ -144,7 +145,7 @@ class EngineExecutor:
         return features
 
     def start(self, chunks: Sequence[Chunk]) -> Callable[[], Picked]:
-        """Start a step (see Executor); on a CPU the step has ended when this returns."""
+        """Start a step (see Executor); unless steps are started ahead, the step has ended when this returns."""
         tokens: list[int] = []
         spans: list[tuple[int, int, NDArray[np.float32]]] = []
         counts: list[int | None] = []
@@ -230,7 +231,7 @@ class EngineExecutor:
         n_logprobs: list[int | None],
         n_entries: int,
     ) -> StepOutput:
-        """Start a step and return its output buffers; without `tokens`, it takes those of the last step."""
+        """Start a step and return its output buffers; if `tokens` is empty, it takes the previous step's picks."""
         batch, args, n_rows = self._batch, self._args, len(counts)
         ids = (ctypes.c_int32 * len(tokens))(*tokens)
         batch.n_sequences = n_entries
@@ -292,7 +293,7 @@ class _Row:
 
         Args:
             generation: the request.
-            vocab_size: number of token counts, if penalties need them.
+            vocab_size: size of the vocabulary; if penalties are set, each of its tokens has a count.
             counts_engine: the engine in whose device memory the counts are; None: in a NumPy array.
             adapter: address of the engine's adapter.
         """
@@ -365,7 +366,7 @@ def _sampling(options: GenerationOptions) -> c.Sampling:
 
 
 def _free_bytes(gpu: int | None) -> int:
-    """Free memory in bytes of the GPU, or, for None, of the machine within the address space limit."""
+    """Free memory in bytes of a GPU; None: of the machine, at most what the process's address space limit leaves."""
     free = int(c.device_info(gpu).free_bytes)
     left = address_space_left() if gpu is None else None
     return free if left is None else min(free, left)

@@ -40,7 +40,7 @@ class ImageInput:
     Attributes:
         digest: digest of the pixels or the features; images with the same digest have the same features.
         pixels: float32 [3, image_size, image_size] from `preprocess`, or uint8 [image_size, image_size, 3] from
-            `resize`, contiguous; None for an image given as features.
+            `resize`, contiguous; None for an image given as features, and after the image has been encoded.
         features: float32 [n_queries, hidden_size]; None until the image is encoded.
         slots: [start, end) of its tokens in the prompt.
     """
@@ -73,9 +73,10 @@ class Generation:
         logprobs: log probabilities of `tokens`, if `n_logprobs` is not None.
         n_computed: number of tokens, of prompt + tokens, whose keys and values are in `blocks`.
         n_cached: prompt tokens found in the prefix cache at the first admission; None before.
-        finish_reason: "stop", "length" or "cancelled"; None while the request runs or after an error.
+        finish_reason: "stop", "length" or "cancelled"; None while the request waits or runs, and after an error.
         error: the exception that ended the request, raised to the reader of its tokens.
-        encode_seconds, prefill_seconds, decode_seconds: time of the steps in which the request took part.
+        encode_seconds: time to encode the images of the request, or to take their features from a cache.
+        prefill_seconds, decode_seconds: time of the steps with this request, until its first token and after it.
     """
 
     def __init__(

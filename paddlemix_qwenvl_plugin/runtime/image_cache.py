@@ -7,7 +7,7 @@ from collections import OrderedDict
 import numpy as np
 from numpy.typing import NDArray
 
-_MAX_BYTES = 256 * 2**20
+_MAX_BYTES = 256 * 2**20  # the features of 64 images of the 7B model
 
 
 class ImageCache:

@@ -68,7 +68,7 @@ class Loop:
             self._executor.load(vision)
 
     def submit(self, generation: Generation) -> None:
-        """Queue a request; it joins at the next step."""
+        """Queue a request; it can join from the next step on."""
         self._submitted.append(generation)
 
     def cancel(self, generation: Generation) -> None:
@@ -122,7 +122,7 @@ class Loop:
 
     @property
     def statistics(self) -> LoopStatistics:
-        """Gauges and counters; to be read by the thread that runs the steps."""
+        """Gauges and counters, read without the lock: only the thread that runs the steps may call this."""
         scheduler = self._scheduler
         return LoopStatistics(
             running=len(scheduler.running),
@@ -166,7 +166,10 @@ class Loop:
             raise
 
     def _encode_next(self) -> bool:
-        """Encode the next image that a request waits for, if any; running requests have a step between two images."""
+        """Encode the next image that a request waits for; return False if there is none.
+
+        One image per call, so that running requests have a step between two images.
+        """
         next_image = self._scheduler.image_to_encode()
         if next_image is None:
             return False

@@ -19,8 +19,8 @@ class GenerationOptions:
 
     Greedy unless `temperature`, `top_p` or `top_k` is given. The order of operations on the logits is upstream's: stop
     tokens are forbidden until there are `min_new_tokens` tokens; then penalties, temperature, top-k and top-p.
-    Penalties count generated tokens only. Every row has a separate random generator seeded with `seed`, so that a row
-    generates the same tokens alone and in a batch.
+    Penalties count generated tokens only. Every row has a separate random generator seeded with `seed`, so that for a
+    given seed, a row generates the same tokens alone and in a batch.
 
     The command line's flags, defaults and help texts are generated from these fields (cli/options.py).
 

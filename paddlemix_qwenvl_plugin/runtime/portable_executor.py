@@ -84,7 +84,10 @@ class PortableExecutor:
         return [self._program.zeros(shape, self._dtype) for _ in range(2 * self._config.num_hidden_layers)]
 
     def _images(self, generation: Generation, past: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Features and positions of the images in the tokens from `past` on; without images, zeros in absent row -1."""
+        """Features and positions of the images in the tokens from `past` on.
+
+        Without images, zeros at a position with row -1, which the program takes for an absent image.
+        """
         images = [image for image in generation.images if image.slots[0] >= past]
         if not images:
             shape = [1, self._config.visual.n_queries, self._config.hidden_size]

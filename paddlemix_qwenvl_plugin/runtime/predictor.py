@@ -95,8 +95,9 @@ class QwenVL:
                 them. Adapters need the engine.
 
         Raises:
-            UsageError: a path or the device does not exist, or an adapter cannot be used at run time.
-            QwenVLError: files are damaged, or the stages come from different models.
+            UsageError: a path or the device does not exist, `gpu_memory` is out of range, or an adapter cannot be used
+                at run time.
+            QwenVLError: files are damaged, or the stages and `config.json` come from different models.
         """
         check_share(gpu_memory)
         if verify:
@@ -140,7 +141,7 @@ class QwenVL:
 
     @cached_property
     def is_chat(self) -> bool:
-        """Whether the model folder declares a chat model; the default of a request's `chat`."""
+        """Whether the model folder, or that of the language stage, declares a chat model; default of `Request.chat`."""
         return is_chat_model(self._model) or is_chat_model(self._stages[1].prefix.parent)
 
     @cached_property
@@ -182,7 +183,7 @@ class QwenVL:
         return self._loop
 
     def load_images(self, sources: Sequence[Any], folder: Optional[Path] = None) -> list[Image.Image]:
-        """Load images within `allow_http` and `limits`; relative paths are resolved against `folder`."""
+        """Load images; relative paths are resolved against `folder`. `allow_http` and `limits` apply."""
         return [
             load_image(from_folder(source, folder), allow_http=self._allow_http, limits=self._limits)
             for source in sources
@@ -291,7 +292,9 @@ class QwenVL:
         return stream.finish()
 
     def generate_batch(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer several prompts in one batch, each with separate options; the answers are the same as without a batch.
+        """Answer several prompts in one batch, each with separate options.
+
+        The answers are the same as without a batch; those sampled without a seed are random in both cases.
 
         Raises:
             UsageError, QwenVLError: the error of the first request that fails; no answers are returned.
@@ -428,7 +431,8 @@ class QwenVL:
             generated, n_logprobs, adapter: see Generation.
 
         Raises:
-            UsageError: an invalid id, a wrong number of images, a prompt that fills the context, or an unknown adapter.
+            UsageError: an invalid id, a wrong number of images, a prompt that fills the context, `n_logprobs` out of
+                range, or an unknown adapter.
         """
         if adapter is not None and adapter not in self._adapters:
             names = ", ".join(self._adapters) or "none"

@@ -33,7 +33,9 @@ _PADDLE_ERRORS = (RuntimeError, ValueError, OSError, MemoryError, SystemError, I
 
 
 class Stage:
-    """An exported stage whose files have been checked against its manifest.
+    """An exported stage whose weights, if large by samples, have been checked against its manifest.
+
+    Programs are checked by `open`.
 
     Args:
         path: the prefix, or the program file itself to choose its form (`.json` PIR, `.pdmodel` legacy).
@@ -42,7 +44,7 @@ class Stage:
 
     Raises:
         UsageError: nothing was exported under the prefix, or the device does not exist.
-        QwenVLError: a file is missing, damaged or not the exported one.
+        QwenVLError: the manifest or the parameter file is missing, damaged or not the exported one.
     """
 
     def __init__(self, path: str | Path, stage: str, device: str) -> None:
@@ -100,7 +102,7 @@ class Stage:
             target = ".fused"
             paddle_gpu = None  # the operator's tensors are on the CPU, even if the engine runs on a GPU
         elif self.gpu is None and self.manifest.dtype != "float32":
-            target = ".cpu"
+            target = ".cpu"  # the program that computes in float32, for CPUs
         programs = [
             self.prefix.with_name(f"{self.prefix.name}{suffix}{target}{form}") for form in self._forms
         ]

@@ -16,7 +16,7 @@ class PromptBudget:
     """Budget of prompt tokens for the next step with decoding requests, chosen by the times of the last steps.
 
     Attributes:
-        tokens: the budget, at least 1.
+        tokens: the budget, at least 64, or the maximum if that is smaller.
     """
 
     def __init__(self, maximum: int) -> None:

@@ -69,7 +69,7 @@ class Scheduler:
         self.n_prompt_tokens = self.n_cached_tokens = self.n_preempted = 0
         # State of `schedule`.
         self._preempted: set[Generation] = set()
-        self._full = False  # whether a waiting request did not fit
+        self._full = False  # whether a waiting request did not fit: then no later one is admitted
 
     @property
     def idle(self) -> bool:
@@ -150,8 +150,9 @@ class Scheduler:
     def schedule_ahead(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """Chunks of the decode step after a running step.
 
-        Empty if a request of the running step has ended or reaches its maximum length in it, if another request waits,
-        or if too few blocks are free. A request that ends with a stop token in the running step is computed in vain.
+        Empty unless the executor can start steps ahead, no request waits, and the running step picks a token for every
+        running request. Also empty if one of these has ended or reaches its maximum length with this token, or if too
+        few blocks are free. A request that ends with a stop token in the running step is computed in vain.
         """
         if not self.limits.ahead or self.waiting or len(chunks) != len(self.running):
             return []
@@ -185,7 +186,7 @@ class Scheduler:
             self._preempt(self.running[-1])
 
     def _cached_blocks(self, generation: Generation) -> list[int]:
-        """Cached blocks for the beginning of a request; its last token is never taken from the cache."""
+        """Cached blocks for the beginning of a request, without its last token: computing that one gives the logits."""
         if not self.limits.prefix_cache:
             return []
         n_blocks = (generation.n_total - 1) // self.limits.block_tokens
@@ -200,7 +201,10 @@ class Scheduler:
         return None
 
     def _has_room(self, generation: Generation, cached: Sequence[int]) -> bool:
-        """Whether a waiting request fits and leaves the running requests the blocks for their next tokens."""
+        """Whether a waiting request fits and leaves the running requests the blocks for their next tokens.
+
+        True if no request runs, since the pool holds at least one full context (Limits).
+        """
         if not self.running:
             return True
         if len(self.running) >= self.limits.max_running:
@@ -227,7 +231,8 @@ class Scheduler:
     def _plan(self, generation: Generation, n: int, planned: dict[Generation, int]) -> int:
         """Plan `n` tokens of a request in the step and allocate their blocks.
 
-        If blocks run out, the requests admitted last are preempted. Returns n, or 0 if this request was preempted.
+        If blocks run out, the requests admitted last are preempted, possibly this one. Returns the number of planned
+        tokens: n, or 0 if this request was preempted by now.
         """
         if n <= 0 or generation in self._preempted:
             return 0

@@ -22,7 +22,7 @@ class Segment:
     Attributes:
         text: the generated text, tags included; the texts of all segments join to the answer's text.
         ref: the text between `<ref>` and `</ref>`, if the segment is a ref.
-        boxes: the box or quad, if the segment is one; empty if it is malformed.
+        boxes: the box or quad, if the segment is one; empty for other segments and for a malformed box.
     """
 
     text: str

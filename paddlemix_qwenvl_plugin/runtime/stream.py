@@ -83,7 +83,7 @@ class AnswerStream(Iterator[Segment]):
             self._loop.cancel(self._generation)
 
     def stop(self) -> None:
-        """End the iteration after the current token.
+        """End the iteration after the current token and cancel the request.
 
         Unlike `close()`, a signal handler or another thread may call this while the iteration waits for a segment.
         """
@@ -107,7 +107,7 @@ class AnswerStream(Iterator[Segment]):
 
     @property
     def n_new_tokens(self) -> int:
-        """Number of generated tokens so far, the stop token included."""
+        """Number of tokens read so far, the stop token included; other readers' steps may have generated more."""
         return self._n_seen
 
     @property
