@@ -77,7 +77,7 @@ def test_sigterm(command: str, tiny_exported: Path, tmp_path: Path) -> None:
     assert (completed.returncode, completed.stderr) == (143, "qwenvl: terminated\n")
     assert "Traceback" not in completed.stdout
     assert "FatalError" not in completed.stdout
-    # No temporary files remain.
+    # No files remain except the input, the partial file of `batch` and the marker in the folder of `demo`.
     files = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert files <= {"in.jsonl", "out.jsonl.partial", ".qwenvl-demo"}
 

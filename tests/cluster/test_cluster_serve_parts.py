@@ -48,7 +48,10 @@ async def run_pending_tasks() -> None:
 
 
 class TestCoordinator:
-    """Coordinator: acquire(front, lease id, number of slots, API key) returns None, or the error of a refusal."""
+    """Coordinator: acquire(front, lease id, number of slots, API key) returns None, or the error of a refusal.
+
+    A lease is the slots of one request, which is known by the lease id.
+    """
 
     def test_limits_count_the_slots_of_all_replicas(self) -> None:
         async def scenario() -> None:
@@ -59,7 +62,7 @@ class TestCoordinator:
             await run_pending_tasks()
             totals = await queue.drain()
             assert (totals.running, totals.waiting) == (4, 2)
-            # Accept requests again.
+            # drain() makes the queue refuse new requests; configure() makes it accept them again.
             await queue.configure(serve_settings(min_replicas=1, max_replicas=2, max_per_key=None))
             refusal = await queue.acquire("front0", "too many", 1, None)
             assert refusal is not None
@@ -189,7 +192,7 @@ class Replicas:
 
     Attributes:
         calls: request, n_skip and routing arguments of each call.
-        last_call: the last call.
+        last_call: the last call; None before the first.
     """
 
     def __init__(self, *failures: Any) -> None:
@@ -212,7 +215,7 @@ class Replicas:
 
 
 def collect(replicas: Replicas, request: Optional[EngineRequest] = None) -> tuple[list[int], Optional[Ended]]:
-    """Run a request on stub replicas; return its token ids and finish reason."""
+    """Run a request on stub replicas; return its token ids and its end (finish reason, cached prompt tokens)."""
 
     async def scenario() -> tuple[list[int], Optional[Ended]]:
         stream = HandleEngineClient(replicas).submit(request or engine_request([1, 2, 3]))
