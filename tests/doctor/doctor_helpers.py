@@ -183,7 +183,7 @@ class Environment:
         return Result(completed.returncode, completed.stdout, completed.stderr)
 
     def checks(self, *arguments: str) -> dict[str, dict[str, Any]]:
-        """Run the doctor with `--json`, check its report, exit code and stderr, and return the report's checks by name."""
+        """Run the doctor with `--json`, check report, exit code and stderr, and return the report's checks by name."""
         result = self.run("--json", *arguments)
         report = json.loads(result.out)
         validate(report)

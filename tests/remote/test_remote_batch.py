@@ -77,8 +77,8 @@ def openai_row(row_id: str, *messages: Any, **body: Any) -> dict[str, Any]:
 def test_results_equal_those_of_exported_stages(server: FakeServer, batch: Any, tiny_exported: Path) -> None:
     """The server runs the tiny model, which the reference job opens in this process.
 
-    Images are data: URLs, because the prompt of an image file contains its path on exported stages, but not on a server.
-    Row 5 has an image file, and its result is not compared.
+    Images are data: URLs, because the prompt of an image file contains its path on exported stages, but not on a
+    server. Row 5 has an image file, and its result is not compared.
     """
     vl = QwenVL.from_exported(tiny_exported / "vision" / "vision", tiny_exported / "text" / "qwen")
     image = {"type": "image_url", "image_url": {"url": DATA_URL}}

@@ -264,7 +264,10 @@ def test_page_parses_answers_like_parse_boxes(page: Page) -> None:
 
 
 def test_incomplete_tags_are_not_shown(page: Page) -> None:
-    """The text shown for each prefix of an answer contains no part of a tag, and is never removed again."""
+    """The text shown for each prefix of an answer contains no part of a tag, and stays when the answer grows.
+
+    Only spaces and a `<` at the end of the text, which may begin a tag, may disappear again.
+    """
     page.open()
     texts = page.browser.driver.execute_async_script(
         "const [text, done] = arguments;"
