@@ -84,7 +84,7 @@ def test_only_a_possible_beginning_of_a_stop_string_is_held_back(deltas, stop_st
 @settings(deadline=None, max_examples=300)
 @given(text=texts, stop_strings=text_stop_strings, byte_tokens=st.booleans(), size=st.integers(1, 4))
 def test_result_is_independent_of_the_tokens(text, stop_strings, byte_tokens, size):
-    """Text, boxes and tokens of a completion, for one token per byte or for the usual tokens, in lists of any size."""
+    """Text, boxes and tokens of a completion, with a token per byte or the usual tokens, in lists of 1 to 4 tokens."""
     ids = list(text.encode()) if byte_tokens else TOKENIZER.encode(text)
     lists = [[Token(id_) for id_ in ids[i : i + size]] for i in range(0, len(ids), size)]
     completion = CompletionText(TOKENIZER, [TOKENIZER.im_end_id], stop_strings, with_tokens=True)

@@ -1,7 +1,8 @@
 """Soak test with concurrent clients, some of which disconnect or send invalid requests.
 
-QWENVL_TEST_SOAK_CLIENTS sets the number of clients. The test runs for QWENVL_TEST_SOAK_SECONDS, or, if it is set, for
-QWENVL_TEST_SOAK_REQUESTS requests. Examples of a long test: 64 clients for 600 s, or 64 clients with 10000 requests.
+QWENVL_TEST_SOAK_CLIENTS sets the number of clients (default 16). The load lasts QWENVL_TEST_SOAK_SECONDS (default 15);
+if QWENVL_TEST_SOAK_REQUESTS is set, it lasts for this number of requests instead. Examples of a long test: 64 clients
+for 600 s, or 64 clients with 10000 requests.
 """
 
 from __future__ import annotations
