@@ -61,6 +61,7 @@ class TestCoordinator:
             ]
             await run_pending_tasks()
             totals = await queue.drain()
+            # max_running = 2 for each of up to two replicas; max_waiting = 2 for all together.
             assert (totals.running, totals.waiting) == (4, 2)
             # drain() makes the queue refuse new requests; configure() makes it accept them again.
             await queue.configure(serve_settings(min_replicas=1, max_replicas=2, max_per_key=None))
@@ -100,7 +101,7 @@ class TestCoordinator:
         asyncio.run(scenario())
 
     def test_slots_of_unreported_leases_are_freed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Only after a grace period, because a grant may still be on its way to the front."""
+        """Only after a grace period (here 0.2 s), because a grant may still be on its way to the front."""
         monkeypatch.setattr(coordinator, "_UNCLAIMED_SECONDS", 0.2)
 
         async def scenario() -> None:
@@ -111,6 +112,7 @@ class TestCoordinator:
             leases = {"held": (1, None)}
             assert (await queue.report("front", "front", ready=True, metrics=[], leases=leases)).running == 2
             await asyncio.sleep(0.3)
+            # Only a report of the front that holds the lease frees it.
             assert (
                 await queue.report("another front", "front", ready=True, metrics=[], leases={})
             ).running == 2

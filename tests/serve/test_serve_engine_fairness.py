@@ -145,6 +145,7 @@ def test_request_without_images_does_not_wait_for_images_of_others(loop):
     assert steps_until(loop, lambda: text_only.finished) == 1
     assert loop.statistics.images_encoded == 1
     assert steps_until(loop, lambda: with_images[0].finished) == 7
+    # 9, not 8: a request that is alone begins its prefill in the step after its last image.
     assert steps_until(loop, lambda: with_images[1].finished) == 9
 
 

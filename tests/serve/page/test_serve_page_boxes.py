@@ -195,7 +195,7 @@ def test_saved_image(page: Page, server: PageServer, tmp_path: Path, size: tuple
     with Image.open(io.BytesIO(data)) as saved, Image.open(source) as original:
         scale = saved.width // original.width
         assert saved.size == (original.width * scale, original.height * scale)
-        assert saved.width >= 768
+        assert saved.width >= 768  # the longer side is enlarged to at least MIN_LONG_SIDE of png.js
         pixels = np.asarray(saved.convert("RGB"), np.int16)
         scaled = np.asarray(original.resize(saved.size, Image.Resampling.BICUBIC), np.int16)
     height, width, _ = pixels.shape
