@@ -346,6 +346,7 @@ class TestRouter:
 
     def test_an_overloaded_replica_comes_last(self) -> None:
         first, second, third = Router(dict.fromkeys("abc", 0)).ranking("p")
+        # Up to 4 requests more than in the shortest queue are no overload (_SLACK in routing.py).
         assert Router({first: 4, second: 0, third: 0}).ranking("p") == [first, second, third]
         assert Router({first: 5, second: 0, third: 0}).ranking("p") == [second, third, first]
 

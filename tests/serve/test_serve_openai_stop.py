@@ -126,7 +126,7 @@ def test_answer_ends_before_a_stop_string(server, local_model):
 
 
 def test_a_stop_string_cancels_the_completion(server, monkeypatch):
-    """The usage counts the tokens up to the stop string, the generation ends a few steps later."""
+    """The usage counts the tokens up to the end of the stop string; the generation ends a few steps later."""
     tokenizer = server.service.tokenizer
     tokens = tokenizer.encode("well stop " + "and on " * 200)
     n_until_stop = len(tokenizer.encode("well stop"))
