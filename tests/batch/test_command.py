@@ -83,7 +83,10 @@ def test_failed_rows_are_reported_by_every_run(batch):
 
 
 def test_progress_in_a_log(batch, monkeypatch):
-    """Without a terminal, each row gets a progress line; a resumed job first prints the number of answered rows."""
+    """Without a terminal, progress is printed as lines; a resumed job first prints the number of answered rows.
+
+    Each row gets a line here, since the minimum time between two lines is set to 0.
+    """
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0)
     write_rows(Path("in.jsonl"), ROWS)
     with monkeypatch.context() as patch:

@@ -111,7 +111,10 @@ def test_boxes_are_in_pixels_of_the_rows_last_image(tiny_exported, folder, monke
 
 
 def mixed_rows():
-    """Build 16 rows of both formats. Three fail: without an image file, without a prompt, without an id."""
+    """Build 16 rows of both formats, and a blank line.
+
+    Three rows fail: one names a missing image file, one has an empty prompt, one is not JSON and so has no id.
+    """
     rows = [{"id": n, "prompt": "word " * (n * 7 % 11 + 1)} for n in range(9)]
     rows += [openai_row(f"o{n}", [user("red.png", text("Why? " * n))]) for n in range(1, 5)]
     rows += [{"id": 50, "prompt": "", "temperature": 2}, {"id": 51, "image": "no.png"}, b"{oops"]

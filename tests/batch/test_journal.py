@@ -12,7 +12,7 @@ from paddlemix_qwenvl_plugin.batch.journal import Journal
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 JOB = {"qwenvl_batch": 1, "input": "abc", "options": {"seed": None}, "weights": ["x", "y"]}
-# Output lines by their row's id_key.
+# Output lines by the keys that id_key returns for the ids of their rows: the ids as JSON.
 LINES = {json.dumps(key): f'{{"id": "{key}", "text": "回答{key}"}}\n'.encode() for key in "abcdef"}
 
 

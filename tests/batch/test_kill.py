@@ -72,7 +72,7 @@ def test_killed_ten_times(folder, tiny_exported):
     sizes = [0]  # of the partial file after each kill
     for _ in range(N_KILLS):
         process = start(folder, tiny_exported, "out.jsonl")
-        # Kill the process after it has written up to 1/20 of the output, and at any point of a step.
+        # Kill the process when it has written up to 1/20 of the output, and up to 30 ms later: at any point of a step.
         min_size = sizes[-1] + random.randrange(output_size // 20)
         while size(partial) <= min_size and process.poll() is None:
             time.sleep(0.001)
@@ -82,7 +82,7 @@ def test_killed_ten_times(folder, tiny_exported):
         process.communicate(timeout=60)
         sizes.append(size(partial))
     assert not (folder / "out.jsonl").exists()
-    assert len(set(sizes)) > N_KILLS // 2  # most of the processes have written results
+    assert len(set(sizes)) > N_KILLS // 2  # at least half of the processes have written results
     finish(start(folder, tiny_exported, "out.jsonl"))
 
     results, expected = read_rows(folder / "out.jsonl"), read_rows(folder / "expected.jsonl")

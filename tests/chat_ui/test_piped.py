@@ -26,7 +26,7 @@ def run(tiny_exported: Path, tmp_path: Path) -> Run:
             command(tiny_exported, "--max_new_tokens", "8", *arguments),
             input=lines,
             cwd=tmp_path,
-            env=environment(tmp_path, TERM="xterm-kitty"),
+            env=environment(tmp_path, TERM="xterm-kitty"),  # piped output must not get the previews of kitty
             capture_output=True,
             encoding="utf-8",
             timeout=120,

@@ -56,7 +56,7 @@ def test_conversation(
     assert terminal.type("/save talk.md").strip() == "/save: there is no answer yet to save"
 
     assert terminal.type("/image 'the street.png'").strip() == "Image 1: the street.png, 960 x 640"
-    # No image preview, neither kitty's nor iTerm2's.
+    # No image preview, neither kitty's nor iTerm2's, which begins with the code 1337.
     assert "\x1b_G" not in terminal.raw
     assert "1337" not in terminal.raw
     for question, answer in zip(questions, answers):

@@ -77,7 +77,7 @@ def test_sigterm(command: str, tiny_exported: Path, tmp_path: Path) -> None:
     assert (completed.returncode, completed.stderr) == (143, "qwenvl: terminated\n")
     assert "Traceback" not in completed.stdout
     assert "FatalError" not in completed.stdout
-    # No temporary files remain.
+    # No files remain except the input, the partial file of `batch` and the marker in the folder of `demo`.
     files = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert files <= {"in.jsonl", "out.jsonl.partial", ".qwenvl-demo"}
 
@@ -133,7 +133,7 @@ def test_sigterm_during_a_long_call(tmp_path: Path) -> None:
 
 
 def test_other_signals_do_not_end_a_command(tmp_path: Path) -> None:
-    """Such as SIGWINCH, for a change of the terminal's size."""
+    """Such as SIGWINCH, for a change of the terminal's size; the test sends SIGUSR1, which has an empty handler."""
     completed = run_with_signal_in_a_call(signal.SIGUSR1, tmp_path, "time.sleep(3)")
     assert (completed.returncode, completed.stdout, completed.stderr) == (0, "made model\n", "")
 

@@ -203,7 +203,7 @@ def test_refused_folders(tmp_path, names, message):
 def test_images_by_url():
     """Images on an fsspec file system are replaced by their bytes; relative paths start at the input's folder.
 
-    Data URLs and absolute local paths are left to the model.
+    An image that does not exist makes its row an error. Data URLs and absolute local paths are left to the model.
     """
     from fsspec import filesystem
 

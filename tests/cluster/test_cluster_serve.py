@@ -47,6 +47,8 @@ KEYS = ("key-a", "key-b", "key-c")
 # its loss is detected.
 MAX_RUNNING = 16
 MAX_WAITING = 24
+# More than the 48 slots and less than slots and queue together (72): one key alone reaches its own limit, and only with
+# a second key the queue's.
 MAX_PER_KEY = 60
 LONG = "Tell me a long story about two squares and a dog."
 
@@ -287,7 +289,7 @@ def test_limits_hold_over_all_fronts(service: Service) -> None:
     # The clients have disconnected: all slots are free again, and the engines are idle.
     wait_until(lambda: service.clients[0].metrics("qwenvl_slots_running") == {"": 0})
     wait_until(lambda: not any(service.clients[0].metrics("qwenvl_engine_running").values()))
-    # At least two fronts have received more than ten of the requests.
+    # At least two fronts have each received more than ten of the requests.
     requests_after = service.clients[0].metrics("qwenvl_requests_total")
     assert sum(n > requests_before.get(front, 0) + 10 for front, n in requests_after.items()) >= 2
 

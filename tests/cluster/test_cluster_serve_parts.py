@@ -48,7 +48,10 @@ async def run_pending_tasks() -> None:
 
 
 class TestCoordinator:
-    """Coordinator: acquire(front, lease id, number of slots, API key) returns None, or the error of a refusal."""
+    """Coordinator: acquire(front, lease id, number of slots, API key) returns None, or the error of a refusal.
+
+    A lease is the slots of one request, which is known by the lease id.
+    """
 
     def test_limits_count_the_slots_of_all_replicas(self) -> None:
         async def scenario() -> None:
@@ -58,8 +61,9 @@ class TestCoordinator:
             ]
             await run_pending_tasks()
             totals = await queue.drain()
+            # max_running = 2 for each of up to two replicas; max_waiting = 2 for all together.
             assert (totals.running, totals.waiting) == (4, 2)
-            # Accept requests again.
+            # drain() makes the queue refuse new requests; configure() makes it accept them again.
             await queue.configure(serve_settings(min_replicas=1, max_replicas=2, max_per_key=None))
             refusal = await queue.acquire("front0", "too many", 1, None)
             assert refusal is not None
@@ -97,7 +101,7 @@ class TestCoordinator:
         asyncio.run(scenario())
 
     def test_slots_of_unreported_leases_are_freed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Only after a grace period, because a grant may still be on its way to the front."""
+        """Only after a grace period (here 0.2 s), because a grant may still be on its way to the front."""
         monkeypatch.setattr(coordinator, "_UNCLAIMED_SECONDS", 0.2)
 
         async def scenario() -> None:
@@ -108,6 +112,7 @@ class TestCoordinator:
             leases = {"held": (1, None)}
             assert (await queue.report("front", "front", ready=True, metrics=[], leases=leases)).running == 2
             await asyncio.sleep(0.3)
+            # Only a report of the front that holds the lease frees it.
             assert (
                 await queue.report("another front", "front", ready=True, metrics=[], leases={})
             ).running == 2
@@ -189,7 +194,7 @@ class Replicas:
 
     Attributes:
         calls: request, n_skip and routing arguments of each call.
-        last_call: the last call.
+        last_call: the last call; None before the first.
     """
 
     def __init__(self, *failures: Any) -> None:
@@ -212,7 +217,7 @@ class Replicas:
 
 
 def collect(replicas: Replicas, request: Optional[EngineRequest] = None) -> tuple[list[int], Optional[Ended]]:
-    """Run a request on stub replicas; return its token ids and finish reason."""
+    """Run a request on stub replicas; return its token ids and its end (finish reason, cached prompt tokens)."""
 
     async def scenario() -> tuple[list[int], Optional[Ended]]:
         stream = HandleEngineClient(replicas).submit(request or engine_request([1, 2, 3]))
@@ -341,6 +346,7 @@ class TestRouter:
 
     def test_an_overloaded_replica_comes_last(self) -> None:
         first, second, third = Router(dict.fromkeys("abc", 0)).ranking("p")
+        # Up to 4 requests more than in the shortest queue are no overload (_SLACK in routing.py).
         assert Router({first: 4, second: 0, third: 0}).ranking("p") == [first, second, third]
         assert Router({first: 5, second: 0, third: 0}).ranking("p") == [second, third, first]
 

@@ -30,7 +30,7 @@ def misspellings(
 ) -> Iterator[tuple[str, Any]]:
     """For each key of a document, yield the key's path and a copy of the document with an x appended to the key.
 
-    The keys of `maps_with_user_keys` are left as they are.
+    Keys in the maps that `maps_with_user_keys` names are left as they are.
     """
 
     def key_paths(node: Any, path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:

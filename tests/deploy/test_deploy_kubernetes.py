@@ -112,7 +112,7 @@ def test_the_grace_period_of_the_pod_is_longer_than_a_shutdown() -> None:
     assert command == "sleep"
     variables = {variable["name"]: variable["value"] for variable in container()["env"]}
     shutdown_timeout = float(variables["QWENVL_SERVE_SHUTDOWN_TIMEOUT"])
-    # The timeouts of the other steps of a shutdown, in server.py.
+    # The timeouts of the other steps of a shutdown: see Server.shutdown and run in serve/server.py.
     other_timeouts = 4 * server._STEP_TIMEOUT_SECONDS + server._CLEANUP_SECONDS + server._HANDSHAKE_SECONDS
     grace_period = resource("deployment")["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     assert grace_period > int(seconds) + shutdown_timeout + other_timeouts

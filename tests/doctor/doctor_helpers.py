@@ -125,6 +125,8 @@ class Environment:
         """Add a fake Paddle.
 
         Args:
+            version: version of the package.
+            gpu: whether it is the package for GPUs, compiled with CUDA.
             archs: code of the result of cuda_archs(); None: Paddle has no such function.
             visible_gpu: compute capability of the GPU that Paddle sees, if any.
             addition: code that a test addition on the GPU runs.
@@ -181,7 +183,7 @@ class Environment:
         return Result(completed.returncode, completed.stdout, completed.stderr)
 
     def checks(self, *arguments: str) -> dict[str, dict[str, Any]]:
-        """Run the doctor with `--json`, validate the report, and return its checks by name."""
+        """Run the doctor with `--json`, check report, exit code and stderr, and return the report's checks by name."""
         result = self.run("--json", *arguments)
         report = json.loads(result.out)
         validate(report)

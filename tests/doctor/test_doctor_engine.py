@@ -108,11 +108,11 @@ def test_gpus(environment: Environment, cache: Path, tmp_path: Path) -> None:
     check = run_check()
     assert check["data"]["gpus"] == [{"name": "First", "architecture": 996}]
     wheel = environment.packages / "nvidia" / "cuda_nvrtc"
-    library = fake_nvrtc(wheel / "lib" / "libnvrtc.so.12", 12, 0, 80)
+    library = fake_nvrtc(wheel / "lib" / "libnvrtc.so.12", 12, 0, 80)  # NVRTC 12.0, only for sm_80
     check = run_check()
     assert (check["status"], check["fix"]) == ("note", "pip install 'paddlemix-qwenvl-plugin[gpu-engine]'")
     assert check["message"].endswith(f"{library} is NVRTC 12.0, which cannot compile for sm_996")
-    fake_nvrtc(library, 12, 7, 996)
+    fake_nvrtc(library, 12, 7, 996)  # NVRTC 12.7, for the fake GPU
     headers(wheel / "include")
     check = run_check()
     assert (check["status"], check["fix"]) == ("note", "qwenvl build-engine --device gpu")

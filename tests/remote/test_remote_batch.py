@@ -77,7 +77,8 @@ def openai_row(row_id: str, *messages: Any, **body: Any) -> dict[str, Any]:
 def test_results_equal_those_of_exported_stages(server: FakeServer, batch: Any, tiny_exported: Path) -> None:
     """The server runs the tiny model, which the reference job opens in this process.
 
-    Images are data: URLs: the prompt of an image file would contain its path on exported stages only.
+    Images are data: URLs, because the prompt of an image file contains its path on exported stages, but not on a
+    server. Row 5 has an image file, and its result is not compared.
     """
     vl = QwenVL.from_exported(tiny_exported / "vision" / "vision", tiny_exported / "text" / "qwen")
     image = {"type": "image_url", "image_url": {"url": DATA_URL}}
@@ -132,7 +133,7 @@ def test_results_equal_those_of_exported_stages(server: FakeServer, batch: Any, 
 
     server.answer = answer
     # Reject chat requests without an explicit system prompt, as a server with a base model does: the client then
-    # uses the base form. Row 3 is a chat with the default system prompt.
+    # uses the base form. Row 3, which asks for a chat, is accepted with the default system prompt.
     server.refuse = lambda path, body: (
         (400, {"message": "no chat model", "param": "model"}, {})
         if path == "/v1/chat/completions"
@@ -211,7 +212,7 @@ def test_requests_to_a_busy_server_are_retried(
     code, _, err = batch()
     assert code == 1
     assert f"qwenvl: {server.url}: full (status 429); try again later\n" in err
-    assert 500 < sum(pauses) <= 600  # seconds after which the client gives up
+    assert 500 < sum(pauses) <= 600  # the client gives up after 600 s
     assert not Path("out.jsonl").exists()
 
 

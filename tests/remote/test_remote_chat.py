@@ -117,7 +117,7 @@ def test_boxes_are_drawn(
 
 
 def test_segments_are_not_buffered(server: FakeServer, model: ServerModel) -> None:
-    server.resume.clear()
+    server.resume.clear()  # from now on, a stream pauses after its first text until `resume` is set
     stream = model.chat().ask("Hello")
     assert next(stream).text == "You"
     assert stream.answer.text == "You"

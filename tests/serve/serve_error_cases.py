@@ -116,7 +116,7 @@ class ConfigurableServer:
         self._settings: dict[str, Any] = {}
 
     def configure(self, is_chat: bool = True, **settings: Any) -> Service:
-        """Use these settings for the next requests."""
+        """Use these settings for the next requests, and return the service that has them."""
         self._settings = {"is_chat": is_chat, **settings}
         return self._app()[0]
 
@@ -445,7 +445,7 @@ CASES: dict[str, Case] = {
     "an empty prompt": completion(prompt=""),
     "tokens among texts": completion(prompt=["a", 3]),
     "a token that is negative": completion(prompt=[1, -1]),
-    "a control token": completion(prompt=[1, 681]),
+    "a control token": completion(prompt=[1, 681]),  # <|extra_2|> of the demo model
     "more prompts than `max_choices`": completion(prompt=["a"] * 9),
     "`echo`": completion(echo=True),
     "`suffix`": completion(suffix="x"),

@@ -27,7 +27,7 @@ class Reply:
     """Response of the server, streamed or not: texts and finish reasons of all choices, or an error object.
 
     Attributes:
-        complete: whether the response has its end, which in a stream is the usage and `[DONE]`.
+        complete: whether the response arrived to its end; a stream must end with the usage and `[DONE]`.
     """
 
     status: int
@@ -49,7 +49,7 @@ class Tally:
     Attributes:
         answered: number of requests with the expected answer.
         errors: number of allowed errors, by status and code.
-        disconnected: number of requests after which the client disconnected early.
+        disconnected: number of requests whose client disconnected on purpose before the end of the response.
         invalid: number of invalid requests, by name.
         failures: descriptions of unexpected responses.
     """
@@ -62,6 +62,7 @@ class Tally:
 
     @property
     def requests(self) -> int:
+        """Number of all requests, except those read to the end with an unexpected response."""
         return self.answered + sum(self.errors.values()) + self.disconnected + sum(self.invalid.values())
 
 
@@ -86,8 +87,8 @@ class Load:
             url: URL of the server.
             questions: the clients choose from these at random.
             seed: seed of the random choices.
-            read_all: no client disconnects early or sends invalid requests.
-            allow_errors: an error for which `is_server_error` is true does not count as a failure.
+            read_all: if true, no client disconnects early or sends invalid requests.
+            allow_errors: if true, an error for which `is_server_error` is true does not count as a failure.
         """
         self.tally = Tally()
         self._url = url
@@ -129,7 +130,7 @@ class Load:
             self.tally.failures.append(f"{parameters}: {reply}, expected {expected}")
 
     async def _disconnect_early(self, http: httpx.AsyncClient) -> None:
-        """Disconnect before the response, or after some events of a stream; check the events so far."""
+        """Disconnect within 0.2 s, or after 1 to 19 events of a stream; check the text of these events."""
         question = self._rng.choice(self._questions)
         if self._rng.random() < 0.3:
             task = asyncio.ensure_future(ask(http, question, stream=self._rng.random() < 0.5))
@@ -166,7 +167,7 @@ def is_server_error(reply: Reply) -> bool:
 async def ask(
     http: httpx.AsyncClient, question: Question, stream: bool, n_events: Optional[int] = None
 ) -> Reply:
-    """Send the request of a question; with `n_events`, disconnect after this number of events."""
+    """Send the request of a question; a stream is closed after `n_events` events, if this number is given."""
     if not stream:
         response = await http.post(question.path, json=question.body)
         body = response.json()
@@ -212,10 +213,10 @@ async def ask(
 
 
 class HealthPoller:
-    """Client that polls /health/live while it is open.
+    """Client that requests /health/live again and again, with pauses of 20 ms, while the context is open.
 
     Attributes:
-        max_seconds: the longest response time so far.
+        max_seconds: the longest response time so far, in seconds.
         failures: descriptions of failed requests.
     """
 

@@ -45,7 +45,7 @@ class Stream:
 
     Attributes:
         n_sent: number of tokens sent so far.
-        n_tokens_before_submit: number of tokens that the engine had sent to other requests before this one.
+        n_tokens_before_submit: number of tokens that other requests had got when this request was submitted.
     """
 
     def __init__(self, engine: Engine, request: EngineRequest, generation: Generation) -> None:
@@ -175,7 +175,7 @@ class Engine:
 
 
 class Images:
-    """ImageLoader for data: URLs; `loaded` lists the URLs of all requests."""
+    """ImageLoader for data: URLs; `loaded` lists the URLs that it was asked to load."""
 
     def __init__(self, image_size: int) -> None:
         self._image_size = image_size
@@ -203,7 +203,7 @@ class NoLimits:
     Attributes:
         slots_in_use: number of slots in use.
         max_slots_in_use: maximum of slots_in_use so far.
-        keys: the API key hashes of all requests, None without a key.
+        keys: the API key hash of each admitted request, None without a key.
         refuse_with: error with which requests are refused, if any.
     """
 

@@ -67,7 +67,7 @@ class ServerProcess:
             thread.start()
 
     def read_line(self) -> str:
-        """Read the next line of stdout."""
+        """Read the next line of stdout; fails at the end of stdout, with the log as message."""
         line = self._lines.get(timeout=TIMEOUT)
         assert line, "".join(self.log)
         return line
@@ -90,12 +90,12 @@ class ServerProcess:
         return code, "".join(self.log)
 
     def close(self) -> None:
-        """Kill the process."""
+        """Kill the process and wait for its exit."""
         self._process.kill()
         self.wait_for_exit()
 
     def children(self) -> dict[int, str]:
-        """Process id -> kind of all descendant processes: "engine", "images" or the command line."""
+        """Process id -> kind of all descendants: "engine", "images", or the command line; "" if it has exited."""
         family = {self.pid}
         kinds: dict[int, str] = {}
         parents = {pid: parent for pid, (parent, _) in _processes().items()}
@@ -110,7 +110,7 @@ class ServerProcess:
         return next((pid for pid, kind in self.children().items() if kind == "engine"), None)
 
     def memory(self) -> dict[str, int]:
-        """Private bytes of the processes of each kind, without file-mapped weights and libraries."""
+        """Kind of process -> sum of their private bytes, which exclude file-mapped weights and libraries."""
         kinds = {self.pid: "front", **self.children()}
         memory: dict[str, int] = {}
         for pid, kind in kinds.items():
@@ -141,7 +141,7 @@ def wait_until(condition: Callable[[], Any], seconds: float = TIMEOUT) -> None:
         time.sleep(0.02)
 
 
-# Metrics that are 0 in an idle server.
+# Metrics that are 0 in an idle server, without the prefix "qwenvl_".
 _IDLE_METRICS = ("slots_running", "queue_waiting", "engine_running", "engine_waiting", "kv_blocks_used")
 
 
@@ -164,7 +164,7 @@ def checked_records(text: str) -> list[dict[str, Any]]:
 
 
 def private_bytes(pid: int) -> int:
-    """Anonymous memory of a process; 0 if it has exited."""
+    """Anonymous memory of a process in bytes; 0 if the process has exited."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("RssAnon:"):

@@ -54,7 +54,7 @@ class CountingStream:
 
 
 class CountingEngine:
-    """EngineClient whose completions are the token ids 0, 1, 2 …; they have the maximum length.
+    """EngineClient whose completions are the token ids 0, 1, 2 …, as many as the request allows.
 
     Attributes:
         start_error: exception of `start`, if any.
@@ -109,7 +109,7 @@ class NoImages:
 
 
 def fake_service(engine: Optional[CountingEngine] = None, **settings: Any) -> Service:
-    """Service with a CountingEngine and these settings."""
+    """Service with a CountingEngine and these settings; the port is 0 (any free port) if it is not given."""
     values = ServeSettings(**{"port": 0, **settings})
     metrics = Metrics()
     queue = SlotQueue(

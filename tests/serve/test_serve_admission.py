@@ -158,7 +158,7 @@ def test_queue_follows_the_model(
 
 def test_waiting_timeout_lets_later_requests_start() -> None:
     async def scenario() -> None:
-        queue = SlotQueue(2, 5, 0.2)  # two slots, five waiting requests, a timeout of 0.2 s
+        queue = SlotQueue(2, 5, 0.2)  # two slots, at most five waiting requests, a timeout of 0.2 s
         first = Request(queue, 1, None)
         await run_ready_tasks()
         two_slots = Request(queue, 2, None)  # waits until both slots are free

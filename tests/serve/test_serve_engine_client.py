@@ -64,7 +64,7 @@ def test_concurrent_completions_equal_those_of_qwenvl(stages, local_model):
                 assert ids == expected_ids
                 stopped = expected_ids[-1] in cases[i].request.stop_token_ids
                 assert ended.reason == ("stop" if stopped else "length")
-            streams[i].cancel()  # no error after the end
+            streams[i].cancel()  # a cancellation after the end raises no error
         await wait_until(lambda: client.stats.steps > 0 and client.stats.running == 0)
         stats = client.stats
         assert (stats.waiting, stats.blocks_used) == (0, 0)

@@ -40,7 +40,7 @@ class CountingExecutor:
 
 @pytest.fixture
 def loop(monkeypatch: pytest.MonkeyPatch) -> Loop:
-    """Loop whose steps always have STEP_TOKENS prompt tokens, whatever time they take."""
+    """Loop whose steps may have STEP_TOKENS prompt tokens, however long the steps take."""
     monkeypatch.setattr("paddlemix_qwenvl_plugin.runtime.prompt_budget._MIN_TOKENS", STEP_TOKENS)
     return Loop(CountingExecutor(4000))
 
@@ -76,7 +76,7 @@ def test_short_prompt_does_not_wait_for_long_prompts(loop, n_long):
 
 
 def test_long_prompt_gets_at_least_half_of_the_tokens(loop):
-    """At least half of each step, however many short prompts are submitted between the steps."""
+    """With 20 short prompts before each step, it starts within twice as many steps as without them."""
     long_request = make_request(8000)
     loop.submit(long_request)
     loop.step()
@@ -91,7 +91,7 @@ def test_long_prompt_gets_at_least_half_of_the_tokens(loop):
 
 @pytest.mark.parametrize("n_blocks", [4000, 300])
 def test_long_prompt_starts_though_more_short_requests_arrive_than_can_run(loop, n_blocks):
-    """With 300 blocks the long prompt needs most of them, and must not lose each free block to a short request."""
+    """Of 300 blocks the long prompt needs 250, and short requests must not get each block that becomes free."""
     loop = Loop(CountingExecutor(n_blocks))
     long_request = make_request(8000)
 
@@ -115,7 +115,7 @@ def test_prompts_of_equal_length_are_computed_in_order_of_arrival(loop):
     for request in requests:
         loop.submit(request)
     n_steps = [steps_until(loop, lambda request=request: request.finished) for request in requests]
-    assert sum(n_steps) == 16  # 8000 tokens, 512 per step
+    assert sum(n_steps) == 16  # 8000 tokens, 512 per step, rounded up
     assert max(n_steps) <= 3
 
 
@@ -145,6 +145,7 @@ def test_request_without_images_does_not_wait_for_images_of_others(loop):
     assert steps_until(loop, lambda: text_only.finished) == 1
     assert loop.statistics.images_encoded == 1
     assert steps_until(loop, lambda: with_images[0].finished) == 7
+    # 9, not 8: a request that is alone begins its prefill in the step after its last image.
     assert steps_until(loop, lambda: with_images[1].finished) == 9
 
 

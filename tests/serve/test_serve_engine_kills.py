@@ -69,7 +69,7 @@ def test_killed_ten_times_under_load(stages, local_model):
 
 
 def test_failed_restart_is_repeated(stages, tmp_path, monkeypatch):
-    """With backoff; until a restart succeeds, requests are refused with the error of the failed one."""
+    """Until a restart succeeds; until then, requests are refused with the error of the last failed restart."""
     monkeypatch.setattr(engine_client, "_FIRST_PAUSE_SECONDS", 0.01)
     moved = stages[1].parent.with_name("moved")
 
@@ -167,8 +167,9 @@ def test_engine_process_that_loses_its_gpu_is_replaced(stages, tmp_path):
         run_with_client(stages, scenario)
 
 
-# sitecustomize.py of the engine process: while the file LOST_GPU exists, steps and the check of the device fail.
-# It patches EngineExecutor when the engine process imports serve/messages.py.
+# sitecustomize.py, which Python runs at the start of the engine process. While the file that the environment variable
+# LOST_GPU names exists, steps and the check of the device fail. For this, it replaces methods of EngineExecutor when
+# the engine process imports serve/messages.py.
 _LOST_GPU = """
 import os
 if os.environ.get("LOST_GPU"):

@@ -1,6 +1,7 @@
 """Random requests generated from the OpenAPI document: no status 500, no hang, all errors in OpenAI's format.
 
-QWENVL_TEST_FUZZ_SECONDS sets the duration (default 20), QWENVL_TEST_FUZZ_SEED the seed of the requests (default 0).
+QWENVL_TEST_FUZZ_SECONDS sets the duration (default 20; longer if not all operations have had their requests by then),
+QWENVL_TEST_FUZZ_SEED the seed of the requests (default 0).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ SEED = int(os.environ.get("QWENVL_TEST_FUZZ_SEED") or 0)
 # Completions are short, since their text is not checked.
 FLAGS = ("--max_new_tokens", 6, "--max_running", 8, "--image_workers", 1)
 TIMEOUT = 60.0  # seconds for a response
-BATCH = 15  # number of requests per operation and seed
+BATCH = 15  # number of requests of a batch, which has one operation and one seed
 
 IMAGE = data_url(IMAGES / "locate.png")
 

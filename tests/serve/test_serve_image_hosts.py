@@ -40,7 +40,11 @@ ALLOWED_HOSTS = [
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Image server: /to/URL redirects, /status/N has status N, /slow waits for the test, other paths are an image."""
+    """Image server for tests of downloads; every path that is not listed here is an image.
+
+    /to/URL redirects; /status/N is an image with status N; /slow is an image, sent when the test allows it; /text is
+    not an image; /large is 1 MiB of zeros.
+    """
 
     def do_GET(self) -> None:
         server: Any = self.server

@@ -39,7 +39,7 @@ def known_questions(local_model: QwenVL) -> list[Question]:
 
 @pytest.fixture(scope="module")
 def long_question(known_questions: list[Question]) -> Question:
-    """Question with an answer of 1500 tokens; its expected text is not known."""
+    """Question with an answer of 1500 tokens, without the expected text."""
     question = known_questions[0]
     body = {name: question.body[name] for name in ("model", "messages")}
     return Question(question.path, {**body, "min_tokens": 1500, "max_tokens": 1500})
@@ -114,7 +114,7 @@ def test_engine_killed_under_load(
         print(f"/health/live within {poller.max_seconds:.2f} s")
     assert tally.failures == []
     assert poller.failures == []
-    assert max(recovery_seconds) < 60  # 5 on an idle machine
+    assert max(recovery_seconds) < 60  # about 5 s on an idle machine
     assert tally.errors
     assert {error.partition(" ")[2] for error in tally.errors} == {"engine_unavailable"}
     replies = asyncio.run(ask_all(url, known_questions))
@@ -236,7 +236,8 @@ def test_killed_image_process_is_replaced(
     with_image = [
         question for question in questions(local_model, 40, seed=3) if "data:image" in str(question.body)
     ]
-    # Two questions about different images: the image comes first in a body, and an equal one would be cached.
+    # Two questions about different images: a cached image would not need the image process. The image comes first in
+    # a body, so that 3000 characters distinguish the images.
     by_image = {str(question.body)[:3000]: question for question in with_image}
     first, second = list(by_image.values())[:2]
     assert wrong_replies(asyncio.run(ask_all(url, [first])), [first]) == []

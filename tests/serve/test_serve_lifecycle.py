@@ -32,7 +32,8 @@ TIMEOUT = 120.0  # seconds; longer than any operation takes on a busy machine
 class Process(ServerProcess):
     """`qwenvl serve` with a CountingEngine.
 
-    `engine` has the arguments of serve_fake_server.py; the command in `prefix` runs the server.
+    `engine` has the arguments of the CountingEngine, see serve_fake_server.py; `prefix` is a command that starts the
+    server's command, which follows it.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ def start() -> Iterator[Callable[..., Process]]:
 
 
 class StreamClient(threading.Thread):
-    """Client that reads a stream in a thread.
+    """Client that reads a stream in a thread; the constructor returns when the first event has arrived.
 
     Attributes:
         events: the data of all events so far, and "cut off" if the connection was closed within the stream.
@@ -235,7 +236,7 @@ def with_systemd_socket(listener: socket.socket) -> dict[str, Any]:
 
 
 def test_socket_of_systemd(start: Callable[..., Process]) -> None:
-    """Two servers after each other use the same socket."""
+    """Two servers after each other use the same socket; its port counts, not that of the flag --port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         for _ in range(2):

@@ -88,7 +88,7 @@ def test_consecutive_messages_of_a_role_are_joined(server, local_model):
 
 
 def test_sampling_parameters(server, local_model):
-    """The server passes each parameter to the engine: the answer equals that of QwenVL with the same options."""
+    """The answer equals that of QwenVL with the same options, of which at least one has an effect on it."""
     options = {
         "temperature": 1.5,
         "top_p": 0.9,

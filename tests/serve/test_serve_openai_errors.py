@@ -234,6 +234,7 @@ INVALID_COMPLETION_REQUESTS = [
     ({"prompt": "<img>x</img>"}, "prompt", "invalid_value", "image_url"),
     ({"prompt": [1, -1]}, "prompt[1]", "invalid_value", "-1"),
     ({"prompt": [1, 2**40]}, "prompt[1]", "invalid_value", "less than"),
+    # In the demo model's vocabulary, 681 is <|extra_2|>, 890 is <img>, 892 is <imgpad>.
     ({"prompt": [1, 681]}, "prompt[1]", "invalid_value", "control tokens"),
     ({"prompt": [[1], [890]]}, "prompt[1][0]", "invalid_value", "control tokens"),
     ({"prompt": [[1], [892]]}, "prompt[1][0]", "invalid_value", "control tokens"),

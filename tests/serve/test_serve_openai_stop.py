@@ -84,7 +84,7 @@ def test_only_a_possible_beginning_of_a_stop_string_is_held_back(deltas, stop_st
 @settings(deadline=None, max_examples=300)
 @given(text=texts, stop_strings=text_stop_strings, byte_tokens=st.booleans(), size=st.integers(1, 4))
 def test_result_is_independent_of_the_tokens(text, stop_strings, byte_tokens, size):
-    """Text, boxes and tokens of a completion, for one token per byte or for the usual tokens, in lists of any size."""
+    """Text, boxes and tokens of a completion, with a token per byte or the usual tokens, in lists of 1 to 4 tokens."""
     ids = list(text.encode()) if byte_tokens else TOKENIZER.encode(text)
     lists = [[Token(id_) for id_ in ids[i : i + size]] for i in range(0, len(ids), size)]
     completion = CompletionText(TOKENIZER, [TOKENIZER.im_end_id], stop_strings, with_tokens=True)
@@ -126,7 +126,7 @@ def test_answer_ends_before_a_stop_string(server, local_model):
 
 
 def test_a_stop_string_cancels_the_completion(server, monkeypatch):
-    """The usage counts the tokens up to the stop string, the generation ends a few steps later."""
+    """The usage counts the tokens up to the end of the stop string; the generation ends a few steps later."""
     tokenizer = server.service.tokenizer
     tokens = tokenizer.encode("well stop " + "and on " * 200)
     n_until_stop = len(tokenizer.encode("well stop"))

@@ -1,7 +1,8 @@
 """Soak test with concurrent clients, some of which disconnect or send invalid requests.
 
-QWENVL_TEST_SOAK_CLIENTS sets the number of clients. The test runs for QWENVL_TEST_SOAK_SECONDS, or, if it is set, for
-QWENVL_TEST_SOAK_REQUESTS requests. Examples of a long test: 64 clients for 600 s, or 64 clients with 10000 requests.
+QWENVL_TEST_SOAK_CLIENTS sets the number of clients (default 16). The load lasts QWENVL_TEST_SOAK_SECONDS (default 15);
+if QWENVL_TEST_SOAK_REQUESTS is set, it lasts for this number of requests instead. Examples of a long test: 64 clients
+for 600 s, or 64 clients with 10000 requests.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def test_answers_under_load_equal_those_without_a_server(
     serve_demo: Callable[..., ServerProcess], local_model: QwenVL, capsys: pytest.CaptureFixture[str]
 ) -> None:
     known_questions = questions(local_model, 200 if SECONDS > 60 or REQUESTS else 40)
+    # With many equal answers, an exchange of two answers could remain unnoticed.
     distinct_texts = {text for question in known_questions for text in question.texts}
     assert len(distinct_texts) > len(known_questions) // 2
     server = serve_demo(*FLAGS)

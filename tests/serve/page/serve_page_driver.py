@@ -44,7 +44,10 @@ class Page:
         language: str = "en",
         reduced_motion: bool = False,
     ) -> None:
-        """Open the page and wait until it shows the state of the server, and the model if no API key is needed."""
+        """Open the page and wait until it shows the state of the server.
+
+        If the server is ready and needs no API key, also wait until the page shows the model's name.
+        """
         agent = self.js("return navigator.userAgent")
         self.browser.call("Emulation.setUserAgentOverride", userAgent=agent, acceptLanguage=language)
         self.browser.call("Emulation.setTouchEmulationEnabled", enabled=width < 600)
@@ -100,7 +103,7 @@ class Page:
         self.wait_for_end()
 
     def wait_for_end(self) -> None:
-        """Wait until the answer is complete."""
+        """Wait until the answer has ended: it is complete, stopped or failed."""
         self.wait(lambda: self.find_all(".answer") and not self.find_all(".answer.running"))
 
     def answers(self) -> list[str]:

@@ -195,7 +195,7 @@ def test_saved_image(page: Page, server: PageServer, tmp_path: Path, size: tuple
     with Image.open(io.BytesIO(data)) as saved, Image.open(source) as original:
         scale = saved.width // original.width
         assert saved.size == (original.width * scale, original.height * scale)
-        assert saved.width >= 768
+        assert saved.width >= 768  # the longer side is enlarged to at least MIN_LONG_SIDE of png.js
         pixels = np.asarray(saved.convert("RGB"), np.int16)
         scaled = np.asarray(original.resize(saved.size, Image.Resampling.BICUBIC), np.int16)
     height, width, _ = pixels.shape
@@ -264,7 +264,10 @@ def test_page_parses_answers_like_parse_boxes(page: Page) -> None:
 
 
 def test_incomplete_tags_are_not_shown(page: Page) -> None:
-    """The text shown for each prefix of an answer contains no part of a tag, and is never removed again."""
+    """The text shown for each prefix of an answer contains no part of a tag, and stays when the answer grows.
+
+    Only spaces and a `<` at the end of the text, which may begin a tag, may disappear again.
+    """
     page.open()
     texts = page.browser.driver.execute_async_script(
         "const [text, done] = arguments;"

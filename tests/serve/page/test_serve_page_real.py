@@ -78,7 +78,7 @@ def test_answer_stop_and_retry_after_the_engine_is_killed(
     os.kill(pid, signal.SIGCONT)
     wait_until_idle(url)
 
-    os.kill(pid, signal.SIGSTOP)
+    os.kill(pid, signal.SIGSTOP)  # so that the answer is not complete before the process is killed
     page.attach(LOCATE.images[0])
     page.type(LOCATE.turn.question + "\n")
     page.wait(lambda: page.find_all(".answer.running"))
