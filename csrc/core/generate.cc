@@ -1,9 +1,9 @@
 // qvl_generate: one step computes all prompts as a packed batch, then decode steps compute one token per
 // request until all requests have finished.
 //
-// On an asynchronous device step n + 1 is enqueued before the host has read the tokens of step n. Step n + 1
-// then takes these tokens from device memory, and its results for requests that finish in step n are
-// discarded.
+// On an asynchronous device step n + 1 is enqueued before the host has read the tokens of step n, unless a
+// request reaches its maximum length in step n. Step n + 1 then takes these tokens from device memory, and
+// its results for requests that turn out to have finished in step n are discarded.
 #include <algorithm>
 #include <memory>
 #include <numeric>

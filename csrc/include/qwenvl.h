@@ -56,7 +56,7 @@ typedef int32_t qvl_status;
 enum {
   QVL_OK = 0,
   QVL_INVALID = 1,     /* an invalid argument; nothing was computed */
-  QVL_BAD_WEIGHT = 2,  /* a weight is missing, unknown, or has the wrong shape, dtype or length */
+  QVL_BAD_WEIGHT = 2,  /* a weight is missing, unknown or wrong in shape, dtype or length; a damaged file */
   QVL_UNSUPPORTED = 3, /* not supported by this build or this machine */
   QVL_NO_MEMORY = 4,
   QVL_STOPPED = 5, /* the callback of qvl_generate requested a stop */
@@ -397,7 +397,8 @@ QVL_API qvl_status qvl_kv_copy_blocks(qvl_kv_pool* pool, int32_t n, const int32_
                                       qvl_stream stream, qvl_error* error);
 
 /* Copy blocks to and from host memory of n * qvl_kv_pool_bytes(engine, 1, block_tokens, dtype) bytes.
- * The layout is private: it is valid only for pools with the same sizes, library version and device. */
+ * The layout is private: it is valid only for pools with the same model sizes, block_tokens, dtype, library
+ * version and device. */
 QVL_API qvl_status qvl_kv_read_blocks(qvl_kv_pool* pool, int32_t n, const int32_t* blocks, void* host,
                                       uint64_t bytes, qvl_stream stream, qvl_error* error);
 QVL_API qvl_status qvl_kv_write_blocks(qvl_kv_pool* pool, int32_t n, const int32_t* blocks, const void* host,
@@ -565,10 +566,11 @@ typedef struct qvl_result {
 /* Generate completions for a batch of n requests.
  *
  * end_ids: stop tokens, int32 [n_end], host memory.
- * pool: NULL to create a pool for this call, float32 for float32 weights, else bfloat16. A given pool is
- * overwritten. tokens: int32 [n, stride], host memory; row i receives the tokens of request i. stride: at
- * least the largest max_new. results: [n]. request_size: sizeof(qvl_request). on_step: may be NULL. Each step
- * takes and releases the engine's lock, so that steps of concurrent calls alternate.
+ * pool: NULL to create a pool for this call, float32 for float32 weights, else bfloat16. A given pool needs
+ * (n_tokens + max_new) / block_tokens blocks for each request, rounded up, and is overwritten. tokens: int32
+ * [n, stride], host memory; row i receives the tokens of request i. stride: at least the largest max_new.
+ * results: [n]. request_size: sizeof(qvl_request). on_step: may be NULL. Each step takes and releases the
+ * engine's lock, so that steps of concurrent calls alternate.
  */
 QVL_API qvl_status qvl_generate(qvl_engine* engine, qvl_kv_pool* pool, int32_t n, const qvl_request* requests,
                                 uint32_t request_size, int32_t n_end, const int32_t* end_ids,
