@@ -170,7 +170,7 @@ class Generation {
     std::iota(blocks_.begin(), blocks_.end(), 0);
   }
 
-  // Whether the next step has the same requests, unless one of them generates a stop token.
+  // Whether the step after `pending` has the same requests, unless one of them generates a stop token.
   bool may_repeat(const PendingStep& pending) const {
     return pending.requests == active_ && std::all_of(active_.begin(), active_.end(), [&](int32_t i) {
              return call_.results[i].n_tokens + 1 < call_.requests[i].max_new;

@@ -13,7 +13,7 @@ namespace qvl::cpu {
 
 constexpr int kMaxRows = 8;      // maximum number of rows of x of a matrix-vector kernel
 constexpr int kMaxKvTile = 256;  // maximum number of tokens of a KvTile
-constexpr int kMaxTileK = 512;   // maximum number of columns of an unpacked tile
+constexpr int kMaxTileK = 512;   // maximum number of columns of an unpacked tile in bfloat16; float32: half
 
 // y[r * y_stride + row] (+)= sum over k of weight[row][k] * x[r][k] for the rows in [first_row, end_row).
 struct Matvec {
@@ -53,9 +53,9 @@ struct PrefetchRange {
 struct KvTile {
   const void* keys;
   const void* values;
-  int64_t stride;   // elements from token to token
-  qvl_dtype dtype;  // float32, bfloat16, float16 or int8
-  int n;
+  int64_t stride;           // elements from token to token
+  qvl_dtype dtype;          // float32, bfloat16, float16 or int8
+  int n;                    // number of tokens
   const float* key_scales;  // int8: one scale per token
   const float* value_scales;
 };
@@ -81,8 +81,8 @@ struct Kernels {
   // x [head_dim] rotated by cos, sin [head_dim / 2], times scale
   void (*rotate)(float* x, const float* cos, const float* sin, int head_dim, float scale);
 
-  // matvec_*.h. prepare_x: convert activations x [n_x][k], x_stride apart, to the form that matvec reads, of
-  // prepared_bytes.
+  // matvec_*.h. prepare_x: convert activations x [n_x][k], with rows x_stride apart, to the form that matvec
+  // reads; it has prepared_bytes() bytes.
   size_t (*prepared_bytes[QVL_DTYPES])(int k, int n_x);
   void (*prepare_x[QVL_DTYPES])(const float* x, int64_t x_stride, int n_x, int k, void* prepared);
   void (*matvec[QVL_DTYPES])(const Matvec& product, int64_t first_row, int64_t end_row);
