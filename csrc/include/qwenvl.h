@@ -295,7 +295,7 @@ QVL_API qvl_status qvl_weights_get(const qvl_weights* weights, int64_t i, qvl_te
 QVL_API void qvl_weights_free(qvl_weights* weights);
 
 /* Create an engine. The weights must contain every tensor that the config requires; others are ignored.
- * Vectors, and the tables of the vision tower, are copied as float32.
+ * Vectors, and the tables of the vision tower and the resampler, are copied as float32.
  */
 QVL_API qvl_status qvl_engine_create(const qvl_config* config, qvl_weights* weights, qvl_engine** engine,
                                      qvl_error* error);

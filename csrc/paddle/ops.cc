@@ -101,7 +101,7 @@ std::vector<paddle::DataType> encode_images_dtype(const paddle::DataType&,
 
 // ---- completions, with the inputs of the stock program ---------------------------------------------------
 
-// Parameters and state of a row, as in modeling/generation.py.
+// Parameters and state of a row, as in paddlemix_qwenvl_plugin/modeling/generation.py.
 struct Row {
   int64_t done;  // number of generated tokens, including those of earlier calls
   int64_t max_length, min_length;
