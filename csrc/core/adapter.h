@@ -8,8 +8,8 @@
 
 namespace qvl {
 
-// Target matrices of a layer. The index of a target is layer * kLayerTargets + LayerTarget; lm_head has the
-// last index.
+// Target matrices of a layer: attn.c_attn, attn.c_proj, mlp.w1, mlp.w2 and mlp.c_proj. The index of a target
+// is layer * kLayerTargets + LayerTarget; lm_head has the last index.
 enum LayerTarget { kAttn, kAttnProj, kW1, kW2, kMlpProj, kLayerTargets };
 
 // Checked A and B of an adapter for one target: y += scale * b * (a * x), with a [rank, in] and b [out, rank]

@@ -1,4 +1,5 @@
-// Interface of a back end. All arguments have been checked (core/checks.h).
+// Interface of a back end. All arguments have been checked (core/checks.h), except the token ids of a batch,
+// which the back end checks or clamps.
 #pragma once
 
 #include <memory>
@@ -81,7 +82,7 @@ class Backend {
 
 std::unique_ptr<Backend> make_cpu_backend(const qvl_config& config, const WeightTable& weights);
 
-// Fill all fields of a device info except `size`, for the CPU.
+// Fill in the fields of a zeroed device info that apply to the CPU, except `size`.
 void describe_cpu(qvl_device_info* info);
 
 // Entry points of libqwenvl_cuda.so, exported as its symbol qvl_cuda_back_end. The functions throw Error.
@@ -92,8 +93,9 @@ struct CudaBackEnd {
   std::unique_ptr<Backend> (*make)(const qvl_config& config, const WeightTable& weights);
 };
 
-// Load libqwenvl_cuda.so on the first call, from the folder of libqwenvl.so. If that folder has no such file,
-// use a libqwenvl_cuda.so that the process has already loaded. Throws QVL_UNSUPPORTED if there is neither.
+// Load libqwenvl_cuda.so on the first call, from the folder of libqwenvl.so. If it cannot be loaded from
+// there, use one that the process has already loaded or that is on the loader's search path. Throws
+// QVL_UNSUPPORTED if there is none, or if its version differs.
 const CudaBackEnd& cuda_back_end();
 
 }  // namespace qvl

@@ -33,7 +33,8 @@ void check_packing(qvl_dtype dtype, int64_t out, int64_t in, const void* values,
   require_pointer(packed, "packed");
 }
 
-// Type of the KV pool that qvl_generate creates: float32 for a float32 model, else bfloat16.
+// Type of the KV pool that qvl_generate creates: float32 for a float32 model, else bfloat16. The type of one
+// matrix of the first layer stands for the model.
 qvl_dtype cache_dtype(const qvl_config& config, const WeightTable& weights) {
   if (!has_language(config)) return QVL_FLOAT32;
   return weights.at("h.0.attn.c_attn.weight").dtype == QVL_FLOAT32 ? QVL_FLOAT32 : QVL_BFLOAT16;

@@ -1,4 +1,4 @@
-// Checks of the arguments of the functions that compute. They throw QVL_INVALID.
+// Checks of the arguments of the functions that compute, and of pools. They throw QVL_INVALID.
 #pragma once
 
 #include "core/backend.h"

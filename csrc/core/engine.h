@@ -29,8 +29,8 @@ struct qvl_event {
 
 namespace qvl {
 
-// These functions check their arguments, take the engine's lock and compute. Structs must be in the current
-// layout.
+// These functions check their arguments. forward(), sample() and step() then take the engine's lock and
+// compute. Structs must be in the current layout.
 void forward(qvl_engine& engine, qvl_kv_pool& pool, const qvl_batch& batch, float* logits, qvl_stream stream);
 void sample(qvl_engine& engine, const float* logits, const Picks& picks, qvl_stream stream);
 void step(qvl_engine& engine, qvl_kv_pool& pool, const qvl_batch& batch, float* logits, const Picks& picks,

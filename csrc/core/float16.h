@@ -13,8 +13,8 @@ inline float from_float16(uint16_t bits) {
   const uint32_t wide = finite ? magnitude : magnitude | 0x7F800000u;
   float value;
   std::memcpy(&value, &wide, sizeof value);
-  // Multiply by 2^112, the difference of the exponent biases, 127 - 15; this converts subnormal numbers as
-  // well.
+  // Multiply by 2^112: 112 is the difference of the exponent biases, 127 - 15. This converts subnormal
+  // numbers as well.
   if (finite) value *= 0x1p112F;
   return sign ? -value : value;
 }

@@ -1,9 +1,9 @@
 // qvl_generate: one step computes all prompts as a packed batch, then decode steps compute one token per
 // request until all requests have finished.
 //
-// On an asynchronous device step n + 1 is enqueued before the host has read the tokens of step n. Step n + 1
-// then takes these tokens from device memory, and its results for requests that finish in step n are
-// discarded.
+// On an asynchronous device step n + 1 is enqueued before the host has read the tokens of step n, unless a
+// request reaches its maximum length in step n. Step n + 1 then takes these tokens from device memory, and
+// its results for requests that turn out to have finished in step n are discarded.
 #include <algorithm>
 #include <memory>
 #include <numeric>
@@ -170,7 +170,7 @@ class Generation {
     std::iota(blocks_.begin(), blocks_.end(), 0);
   }
 
-  // Whether the next step has the same requests, unless one of them generates a stop token.
+  // Whether the step after `pending` has the same requests, unless one of them generates a stop token.
   bool may_repeat(const PendingStep& pending) const {
     return pending.requests == active_ && std::all_of(active_.begin(), active_.end(), [&](int32_t i) {
              return call_.results[i].n_tokens + 1 < call_.requests[i].max_new;

@@ -65,8 +65,8 @@ float int4_error(const float* values, int64_t n, float scale) {
 }
 
 // bfloat16 scale with the least squared error among five candidates. A candidate maps the value with the
-// largest magnitude to one of kTargets, so the scale has the opposite sign. Targets below -8 clip that value
-// to -8, in exchange for a finer scale; -7.5 rounds it.
+// largest magnitude to one of kTargets, so the scale has the opposite sign of that value. With targets below
+// -8 the value is clipped to -8, in exchange for a finer scale; with -7.5 it is rounded to an integer.
 uint16_t int4_scale(const float* values, int64_t n) {
   constexpr float kTargets[] = {-8.0F, -7.5F, -7.0F, -8.6F, -9.2F};
   const float largest = largest_magnitude(values, n);

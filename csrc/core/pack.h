@@ -59,7 +59,7 @@ uint64_t value_bytes(qvl_dtype dtype, int64_t out, int64_t in);
 uint64_t scale_bytes(qvl_dtype dtype, int64_t out, int64_t in);
 
 // The functions behind qvl_packed_bytes, qvl_pack, qvl_pack_groups and qvl_unpack (qwenvl.h). pack() is not
-// for types with zero points, pack_groups() is only for them.
+// for types with zero points, pack_groups() is only for those types.
 uint64_t packed_bytes(qvl_dtype dtype, int64_t out, int64_t in);
 
 void pack(qvl_dtype dtype, int64_t out, int64_t in, const float* values, void* packed);

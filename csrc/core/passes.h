@@ -1,5 +1,5 @@
-// Division of a packed batch into passes over the layers, and the check of its token ids; the same on every
-// device.
+// Division of a packed batch into passes over the layers, the same on every device, and the check of its
+// token ids if they are in host memory.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +25,7 @@ inline void check_ids(const char* where, int32_t vocab, int64_t n, const int32_t
   }
 }
 
-// Check the token ids of a batch.
+// Check the token ids of a batch, which must be in host memory.
 inline void check_ids(const qvl_batch& batch, int32_t vocab) {
   int64_t n = 0;
   for (int32_t i = 0; i < batch.n_sequences; ++i) n += batch.sequences[i].n_new;
@@ -41,7 +41,7 @@ struct Part {
   int32_t past;       // number of tokens of the sequence before this part
   bool generated;     // the tokens are computed as decode steps
   int32_t logits;     // row of the logits for the last token, or -1
-  int64_t first = 0;  // first row of activations in the pass; set by the callee
+  int64_t first = 0;  // first row of activations in the pass; set by pass()
 };
 
 // Divide a batch into passes of at most max_tokens tokens and call pass(parts) for each. logits: whether

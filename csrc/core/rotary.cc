@@ -13,8 +13,8 @@ int ntk_doublings(const qvl_config& config, int prompt_len) {
 }
 
 double ntk_alpha(const qvl_config& config, int prompt_len) {
-  // ceil(log2(ratio) + 1) is 1 + the number of doublings; unlike the logarithm, that number has no rounding
-  // error.
+  // ceil(log2(prompt_len / seq_length) + 1), if it is at least 1, is 1 + the number of doublings. Unlike the
+  // logarithm, that number has no rounding error.
   return std::ldexp(1.0, ntk_doublings(config, prompt_len) + 1) - 1;
 }
 

@@ -19,8 +19,8 @@ void rotary_frequencies(const qvl_config& config, int prompt_len, float* frequen
 // Cosines and sines [head_dim / 2] of the rotary angles at a position.
 void rotary_row(const qvl_config& config, const float* frequencies, int position, float* cos, float* sin);
 
-// Scale of the query at a position: logn / sqrt(head_dim); logn is 1 up to seq_length tokens, then
-// log(position + 1) / log(seq_length).
+// Scale of the query at a position: logn / sqrt(head_dim). logn is 1 for the first seq_length positions, and
+// for all if config.logn is 0; beyond them it is log(position + 1) / log(seq_length).
 float query_scale(const qvl_config& config, int position);
 
 }  // namespace qvl

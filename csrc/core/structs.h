@@ -11,7 +11,7 @@
 
 namespace qvl {
 
-// Size of a struct in the version that introduced it.
+// Size of a struct, in bytes, in the version that introduced it.
 template <typename T>
 constexpr uint32_t kFirstSize = 0;
 template <>

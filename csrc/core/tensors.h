@@ -1,4 +1,5 @@
-// Named tensors that engines share. Their data is in the caller's memory or in a mapped parameter file.
+// Named tensors that engines share. The tensors' data is in the caller's memory or in a mapped parameter
+// file.
 #pragma once
 
 #include <deque>

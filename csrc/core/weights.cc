@@ -9,7 +9,8 @@
 namespace qvl {
 namespace {
 
-// List of specs under construction.
+// List of specs under construction. table(): a tensor that must be stored as floats; matrix(): one that may
+// be quantized.
 struct Specs {
   std::vector<WeightSpec> list;
 

@@ -14,7 +14,7 @@ namespace qvl {
 struct WeightSpec {
   std::string name;
   std::vector<int64_t> shape;
-  bool product;  // an [out, in] matrix of a linear layer, which may be quantized
+  bool product;  // an [out, in] matrix of a linear layer, or conv1, [out, 3, p, p]: may be quantized
 };
 
 std::vector<WeightSpec> weight_specs(const qvl_config& config);

@@ -9,8 +9,8 @@ namespace qvl::cpu {
 CpuAdapter::CpuAdapter(const Kernels& kernels, int layers, const std::vector<AdapterMatrix>& matrices)
     : targets_(size(int64_t{layers} * kLayerTargets + 1)) {
   for (const AdapterMatrix& m : matrices) {
-    // Pad the rows of B to full vectors, because the kernels compute a remainder value by value. A vector of
-    // bfloat16 contains two values per lane.
+    // Pad the rows of B to full vectors, because the kernels take a slower path for a remainder, and the rows
+    // are short. A vector of bfloat16 contains two values per lane.
     const int64_t unit = int64_t{kernels.lanes} * (m.dtype == QVL_BFLOAT16 ? 2 : 1);
     const int64_t width = (m.rank + unit - 1) / unit * unit;
     LowRank& target = targets_[size(m.target)];

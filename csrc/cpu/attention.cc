@@ -130,7 +130,7 @@ void attend_decode(Context& context, const AttentionShape& shape, const float* q
     });
     return;
   }
-  // With few heads and long contexts a task is a single chunk.
+  // With few heads and long contexts a task is a single chunk of such a pair.
   struct Chunk {
     const Queries* queries;
     int64_t index;

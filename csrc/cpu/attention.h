@@ -37,7 +37,7 @@ struct AttentionShape {
   int64_t q_stride;    // values of q from token to token
   int64_t q_head;      // values of q from head to head
   int64_t out_stride;  // values of the output from token to token; its heads are adjacent
-  bool rounded;        // kAllKeys and kCausal may compute in bfloat16
+  bool rounded;        // kAllKeys and kCausal compute in bfloat16 if the kernels can (bf16_dot)
 };
 
 // Compute out[row][head * head_dim ...] for all rows of `work`. Either all items must have the mask kDecode,

@@ -16,7 +16,7 @@
 namespace qvl {
 namespace {
 
-// Event of a synchronous device, which is always done.
+// Event of a synchronous device: always done.
 struct DoneEvent final : Event {
   void record(qvl_stream) override {}
   bool done() override { return true; }

@@ -18,8 +18,8 @@ constexpr int64_t kElementWork = 8;
 struct Context {
   const Kernels& kernels;
   ThreadPool pool;
-  const bool exact;                    // do not round activations for types with zero points
-  Buffer activations;                  // linear(): prepared (matvec) or packed (blocked product)
+  const bool exact;                    // never round activations for types with zero points (linear.h)
+  Buffer activations;                  // linear(): prepared or packed x; attention: partial results
   Buffer permuted;                     // linear(): activations permuted to a matrix's column order
   std::vector<Buffer> thread_scratch;  // linear() and attention: one buffer per thread
 

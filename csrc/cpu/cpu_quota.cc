@@ -31,8 +31,9 @@ double quota_of(const std::string& folder) {
   return cpus(first_line(folder + "/cpu.cfs_quota_us"), first_line(folder + "/cpu.cfs_period_us"));
 }
 
-// Smallest quota of a group and its parents. In a container without a cgroup namespace the path of the group
-// is valid only on the host, but the root of the mount is the group of the container.
+// Smallest quota of a group and its parents in CPUs; 0 without a limit. In a container without a cgroup
+// namespace the path of the group is valid only on the host, but the root of the mount is the group of the
+// container.
 double smallest_quota(const std::string& mount, std::string group) {
   double smallest = 0;
   while (true) {

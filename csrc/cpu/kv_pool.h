@@ -1,5 +1,6 @@
-// The KV pool on the CPU. Each block has in each layer [2][heads][block_tokens][head_dim], keys before
-// values; int8 values are followed by float32 scales [2][heads][block_tokens].
+// The KV pool on the CPU: memory [layers][blocks]. Each block has in each layer
+// [2][heads][block_tokens][head_dim], keys before values; in an int8 pool float32 scales
+// [2][heads][block_tokens] follow.
 #pragma once
 
 #include "core/backend.h"

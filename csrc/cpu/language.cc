@@ -124,7 +124,8 @@ void Language::pass(Context& context, CpuKvPool& pool, const qvl_batch& batch, s
   slot_.clear();
   prompt_work_.clear();
   decode_work_.clear();
-  // Sort the parts: prompts before decode steps, and within each kind by adapter.
+  // Sort the parts, so that the rows of a kind and of an adapter are consecutive: prompts before decode
+  // steps, and within each kind by adapter.
   std::vector<Part*> order;
   for (Part& part : parts) order.push_back(&part);
   std::stable_sort(order.begin(), order.end(), [](const Part* a, const Part* b) {
@@ -144,7 +145,8 @@ void Language::pass(Context& context, CpuKvPool& pool, const qvl_batch& batch, s
     attend(context, pool, i, rows);
     feed_forward(context, i, rows);
   }
-  // lm_head for the last token of every sequence. The rows count as decode rows, also for prompts.
+  // lm_head for the last token of every sequence that wants logits. The rows count as decode rows, also for
+  // prompts: lm_head does not round activations to bfloat16 (qwenvl.h).
   int64_t n_last = 0;
   int32_t first_logits = 0;
   adapter_rows_.clear();

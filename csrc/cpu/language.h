@@ -16,7 +16,7 @@ class Language {
   Language(const qvl_config& config, Weights& weights);
 
   // Run a batch in passes of at most config.max_tokens tokens. logits [rows, vocab]: a row per sequence
-  // without QVL_SEQUENCE_NO_LOGITS.
+  // without QVL_SEQUENCE_NO_LOGITS; NULL: compute none.
   void forward(Context& context, CpuKvPool& pool, const qvl_batch& batch, float* logits);
 
  private:
@@ -47,7 +47,7 @@ class Language {
 
   // Activations of a pass: residual stream, normed input, q with k and v, output of attention, gate and up.
   Buffer x_, normed_, qkv_, mixed_, gate_, up_;
-  std::vector<AdapterRows> adapter_rows_;  // rows of the pass with an adapter
+  std::vector<AdapterRows> adapter_rows_;  // rows with an adapter: of the pass, finally of lm_head
   Buffer low_rank_;
   // For each row of the pass: rotary cosines and sines, query scale, block and slot in the pool. Work items
   // of attention.

@@ -8,9 +8,10 @@ namespace qvl::cpu {
 namespace {
 
 constexpr int64_t kMatvecRows = 128;  // maximum number of weight rows in a task of matvec
-// Bytes of weights in a task of matvec with more than kMaxRows activations.
+// Maximum number of bytes of weights in a task of matvec with more than kMaxRows activations (but at least 16
+// weight rows), so that the weights stay in the cache.
 constexpr int64_t kDecodeTaskBytes = 1 << 18;
-constexpr int64_t kTileRows = 64;  // weight rows in a task of the blocked product
+constexpr int64_t kTileRows = 64;  // maximum number of weight rows in a task of the blocked product
 // Tokens packed together: their panels have 393 KB per tile and stay in the L2 cache (gemm.h).
 constexpr int64_t kMaxTokens = 384;
 
@@ -53,8 +54,8 @@ void decode(Context& context, const Matrix& m, const float* x, int64_t x_stride,
     kernels.prepare_x[m.dtype](x + g * kMaxRows * x_stride, x_stride, group.n_x, m.k,
                                prepared + group_bytes * static_cast<size_t>(g));
   });
-  // Rows of W per task. About 8 tasks per thread, in multiples of 32 rows; with several groups the weights of
-  // a task must also fit the cache.
+  // Rows of W per task: 32 to kMatvecRows in multiples of 32, for about 8 tasks per thread. With several
+  // groups no more than cached_rows, a multiple of 16, because the weights of a task must stay in the cache.
   const int64_t equal_share = m.rows / (8 * context.pool.size()) / 32 * 32;
   const int64_t cached_rows = kDecodeTaskBytes / static_cast<int64_t>(value_bytes(m.dtype, 1, m.k)) / 16 * 16;
   const int64_t max_step = groups > 1 ? std::clamp<int64_t>(cached_rows, 16, kMatvecRows) : kMatvecRows;

@@ -5,7 +5,7 @@
 
 namespace qvl::cpu {
 
-// Weights [rows, k] of a linear layer, in the caller's memory.
+// Weights [rows, k] of a linear layer. The memory belongs to the caller or to an adapter.
 struct Matrix {
   const void* values = nullptr;
   const void* scales = nullptr;  // only for quantized types

@@ -44,7 +44,7 @@ class Buffer {
   Buffer& operator=(Buffer&&) = delete;
   ~Buffer() { std::free(data_); }
 
-  // Memory for n values.
+  // Memory for n values. get(0) returns the memory of the last call, with its content.
   template <typename T>
   T* get(size_t n) {
     const size_t bytes = n * sizeof(T);

@@ -6,7 +6,8 @@
 
 namespace qvl::cpu {
 
-// Whether sample_row() needs `scratch` of sample_scratch_bytes(vocab) for this row.
+// Whether sample_row() may need `scratch` of sample_scratch_bytes(vocab) for this row. The caller allocates
+// it beforehand, because sample_row() runs in a thread pool, where an allocation must not throw.
 bool needs_scratch(const qvl_sampling& sampling, const int32_t* counts);
 size_t sample_scratch_bytes(int32_t vocab);
 

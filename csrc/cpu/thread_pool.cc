@@ -32,15 +32,16 @@ constexpr int kSpins = 2000;
 
 // Single-threaded periods; all times are in nanoseconds. When the loops on several threads have taken more
 // than kToleratedLoss longer than on one thread, loops run single-threaded for single_threaded_factor_ times
-// that loss, at most for kMaxSingleThreaded, and the factor doubles: if another process always occupies a
-// processor, almost no time is lost. Gains compensate later losses, but only up to kMaxGain, which is enough
-// for a processor that is occupied occasionally. When the gains reach kMaxGain, the factor is reset to
-// kMinFactor.
+// that loss, at most for kMaxSingleThreaded, and the factor doubles, up to kMaxFactor: if another process
+// always occupies a processor, almost no time is lost. Gains compensate later losses, but only up to
+// kMaxGain, which is enough for a processor that is occupied occasionally. When the gains reach kMaxGain, the
+// factor is reset to kMinFactor.
 constexpr int64_t kToleratedLoss = 50000;
 constexpr int64_t kMaxGain = 2000000;
 constexpr int64_t kMinFactor = 32, kMaxFactor = 1 << 14;
 constexpr int64_t kMaxSingleThreaded = 1000000000;
-// A worker that spins for longer than this many nanoseconds has been preempted.
+// A worker that spins for longer than this many nanoseconds, ten times the duration of kSpins, has been
+// preempted.
 constexpr int64_t kPreemptedSpin = 500000;
 
 void pause() {
@@ -55,7 +56,7 @@ int64_t now() {
       .count();
 }
 
-// Number of forks between the process that loaded the library and this one.
+// Number of forks between the process that created the first pool and this one.
 std::atomic<uint32_t> forks{0};
 
 // Count forks from now on.

@@ -52,8 +52,8 @@ class ThreadPool {
   int64_t single_threaded_until_ = 0;  // end of the period, nanoseconds of the steady clock; 0: none
 };
 
-// Number of threads: `requested` if positive, else OMP_NUM_THREADS, else the CPUs available to this process
-// within its affinity mask and the quota of its control group.
+// Number of threads: `requested` if positive, else OMP_NUM_THREADS if it is 1 to 1024, else the CPUs
+// available to this process within its affinity mask and the quota of its control group.
 int thread_count(int requested);
 
 // CPU quota of the control groups listed in `cgroup_file` (/proc/self/cgroup) and their parents, of cgroup

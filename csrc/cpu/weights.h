@@ -24,7 +24,8 @@ class Weights {
   // float32 copy of a tensor; this object owns it until take_copies().
   const float* floats(const std::string& name);
 
-  // Matrix with an optional bias; `bias` is the name of that tensor.
+  // Matrix with its column order (tensor name.order), if it has one, and with the bias of this name, unless
+  // the name is empty.
   Matrix matrix(const std::string& name, const std::string& bias = "");
 
   // Matrix name.weight with bias name.bias.

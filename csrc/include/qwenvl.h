@@ -56,7 +56,7 @@ typedef int32_t qvl_status;
 enum {
   QVL_OK = 0,
   QVL_INVALID = 1,     /* an invalid argument; nothing was computed */
-  QVL_BAD_WEIGHT = 2,  /* a weight is missing, unknown, or has the wrong shape, dtype or length */
+  QVL_BAD_WEIGHT = 2,  /* a weight is missing, unknown or wrong in shape, dtype or length; a damaged file */
   QVL_UNSUPPORTED = 3, /* not supported by this build or this machine */
   QVL_NO_MEMORY = 4,
   QVL_STOPPED = 5, /* the callback of qvl_generate requested a stop */
@@ -112,7 +112,7 @@ typedef int32_t qvl_compute;
 enum {
   QVL_COMPUTE_BEST = 0,     /* CPU: bfloat16 if the processor has bfloat16 instructions, else float32. GPU:
                                float16 with float16 weights or without bfloat16 instructions, else bfloat16 */
-  QVL_COMPUTE_FLOAT32 = 1,  /* CPU: uses no instructions of QVL_ISA_AVX512_BF16; decode steps multiply
+  QVL_COMPUTE_FLOAT32 = 1,  /* CPU only: uses no instructions of QVL_ISA_AVX512_BF16; decode steps multiply
                                QVL_UINT* weights with float32 activations, which is slow */
   QVL_COMPUTE_BFLOAT16 = 2, /* QVL_UNSUPPORTED on a CPU without bfloat16 instructions */
   QVL_COMPUTE_FLOAT16 = 3   /* GPU only */
@@ -209,11 +209,12 @@ typedef struct qvl_config {
  * over j of value[o, j] * x[order[j]]. On a GPU mlp.w1 and mlp.w2 of a layer must have the same order, and
  * matrices of the vision stage must have none.
  *
- * Products with float32 weights run in float32. With other weights the products of prompts and images round
- * the activations to bfloat16 if the machine has bfloat16 instructions. The products of decode steps and of
- * lm_head keep the activations in float32; exception: on a CPU they round the activations to 8 bits, with one
- * scale per 32 values, if the weight is quantized (for QVL_UINT* only if `compute` is not
- * QVL_COMPUTE_FLOAT32). All other operations are float32.
+ * On a CPU products with float32 weights run in float32. With other weights the products of prompts and
+ * images round the activations to the compute type (qvl_compute). The products of decode steps and of lm_head
+ * keep the activations in float32, unless the weight is quantized: then they round the activations to 8 bits,
+ * with one scale per 32 values (for QVL_UINT* only if `compute` is not QVL_COMPUTE_FLOAT32). All other
+ * operations are float32. On a GPU all products multiply in the compute type, to which float32 weights are
+ * rounded, and add in float32.
  */
 typedef struct qvl_tensor {
   const char* name;
@@ -294,7 +295,7 @@ QVL_API qvl_status qvl_weights_get(const qvl_weights* weights, int64_t i, qvl_te
 QVL_API void qvl_weights_free(qvl_weights* weights);
 
 /* Create an engine. The weights must contain every tensor that the config requires; others are ignored.
- * Vectors, and the tables of the vision tower, are copied as float32.
+ * Vectors, and the tables of the vision tower and the resampler, are copied as float32.
  */
 QVL_API qvl_status qvl_engine_create(const qvl_config* config, qvl_weights* weights, qvl_engine** engine,
                                      qvl_error* error);
@@ -397,7 +398,8 @@ QVL_API qvl_status qvl_kv_copy_blocks(qvl_kv_pool* pool, int32_t n, const int32_
                                       qvl_stream stream, qvl_error* error);
 
 /* Copy blocks to and from host memory of n * qvl_kv_pool_bytes(engine, 1, block_tokens, dtype) bytes.
- * The layout is private: it is valid only for pools with the same sizes, library version and device. */
+ * The layout is private: it is valid only for pools with the same model sizes, block_tokens, dtype, library
+ * version and device. */
 QVL_API qvl_status qvl_kv_read_blocks(qvl_kv_pool* pool, int32_t n, const int32_t* blocks, void* host,
                                       uint64_t bytes, qvl_stream stream, qvl_error* error);
 QVL_API qvl_status qvl_kv_write_blocks(qvl_kv_pool* pool, int32_t n, const int32_t* blocks, const void* host,
@@ -459,7 +461,8 @@ typedef struct qvl_batch {
  * last token of each sequence without QVL_SEQUENCE_NO_LOGITS, in the order of the batch: float32 [rows,
  * vocab], device memory. With logits NULL only the pool is written.
  *
- * An id outside the vocabulary is QVL_INVALID if the ids are in host memory; in GPU memory it is clamped.
+ * An id outside the vocabulary is QVL_INVALID if the ids are in ordinary host memory; in GPU or page-locked
+ * memory it is clamped.
  */
 QVL_API qvl_status qvl_forward(qvl_engine* engine, qvl_kv_pool* pool, const qvl_batch* batch, float* logits,
                                qvl_stream stream, qvl_error* error);
@@ -477,9 +480,10 @@ typedef struct qvl_sampling {
   float temperature; /* 0 to 100; 0: greedy, with the lowest id in a tie */
   float top_p;       /* 0 (the most likely token) to 1: sample from the smallest set with this probability */
   int32_t top_k;     /* sample from the k most likely tokens; 0: all */
-  float repetition_penalty; /* 1e-6 to 100; 1: none. Divides positive logits, multiplies negative ones */
-  float frequency_penalty;  /* -100 to 100; subtracted once per occurrence of a generated token */
-  float presence_penalty;   /* -100 to 100; subtracted once from each token that was generated */
+  float repetition_penalty; /* 1e-6 to 100; 1: none. Divides the positive logits of generated tokens and
+                               multiplies their negative ones */
+  float frequency_penalty;  /* -100 to 100; subtracted from a token's logit for each time it was generated */
+  float presence_penalty;   /* -100 to 100; subtracted once from the logit of each generated token */
   int32_t n_forbidden;
   const int32_t* forbidden; /* ids whose logit is set to -1e10, such as stop tokens before the minimum length;
                                host memory */
@@ -533,7 +537,7 @@ QVL_API qvl_status qvl_step(qvl_engine* engine, qvl_kv_pool* pool, const qvl_ste
 
 typedef struct qvl_request {
   int32_t n_tokens;             /* tokens of the prompt, at least 1 */
-  int32_t n_spans;              /* number of images */
+  int32_t n_spans;              /* length of `spans`: one per image, or per part of one */
   const int32_t* tokens;        /* [n_tokens], host memory */
   const qvl_span* spans;        /* `start` is relative to the beginning of this prompt */
   int32_t max_new;              /* at least 1; n_tokens + max_new is at most max_positions */
@@ -565,10 +569,11 @@ typedef struct qvl_result {
 /* Generate completions for a batch of n requests.
  *
  * end_ids: stop tokens, int32 [n_end], host memory.
- * pool: NULL to create a pool for this call, float32 for float32 weights, else bfloat16. A given pool is
- * overwritten. tokens: int32 [n, stride], host memory; row i receives the tokens of request i. stride: at
- * least the largest max_new. results: [n]. request_size: sizeof(qvl_request). on_step: may be NULL. Each step
- * takes and releases the engine's lock, so that steps of concurrent calls alternate.
+ * pool: NULL to create a pool for this call, float32 for float32 weights, else bfloat16. A given pool needs
+ * (n_tokens + max_new) / block_tokens blocks for each request, rounded up, and is overwritten. tokens: int32
+ * [n, stride], host memory; row i receives the tokens of request i. stride: at least the largest max_new.
+ * results: [n]. request_size: sizeof(qvl_request). on_step: may be NULL. Each step takes and releases the
+ * engine's lock, so that steps of concurrent calls alternate.
  */
 QVL_API qvl_status qvl_generate(qvl_engine* engine, qvl_kv_pool* pool, int32_t n, const qvl_request* requests,
                                 uint32_t request_size, int32_t n_end, const int32_t* end_ids,

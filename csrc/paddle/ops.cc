@@ -4,7 +4,7 @@
 //            max_positions, dynamic_ntk, logn, image_size, patch_size, vision_width, vision_layers,
 //            vision_heads, vision_mlp_width, n_queries
 //   norm_epsilon, rotary_base  fields of qvl_config
-//   names    of the weights, in the order of that list
+//   names    of the weights, in the order of the list of weights
 //   dtypes   of the weights, qvl_dtype
 //   shapes   of the weights, four dimensions each, padded with 0
 //
@@ -101,7 +101,7 @@ std::vector<paddle::DataType> encode_images_dtype(const paddle::DataType&,
 
 // ---- completions, with the inputs of the stock program ---------------------------------------------------
 
-// Parameters and state of a row, as in modeling/generation.py.
+// Parameters and state of a row, as in paddlemix_qwenvl_plugin/modeling/generation.py.
 struct Row {
   int64_t done;  // number of generated tokens, including those of earlier calls
   int64_t max_length, min_length;
@@ -135,7 +135,8 @@ int32_t on_step(void* user, int32_t, int32_t n, const int32_t* requests, const i
   return stopped >= progress.stop_nums;
 }
 
-// Convert a token id. An id outside the vocabulary becomes -1, which equals no token.
+// Convert a token id. An id outside the vocabulary becomes -1, which equals no token; in a prompt it is valid
+// only in an image slot.
 int32_t as_id(int64_t id, int64_t vocab) {
   return id >= 0 && id < vocab ? static_cast<int32_t>(id) : -1;
 }

@@ -1,5 +1,5 @@
 // Engines of the custom operators. An engine is created on an operator's first run, found by the operator's
-// weights in later runs, and freed with the weights.
+// weights in later runs, replaced if these have moved, and freed with them.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@
 
 namespace qvl::paddle_ops {
 
-// Indices in an operator's attribute `sizes`, as far as ops.cc needs them; make_config() in session.cc has
-// the complete list.
+// Indices in an operator's attribute `sizes`, as far as ops.cc needs them, and its length N_SIZES;
+// make_config() in session.cc has the complete list.
 enum Size {
   HIDDEN = 1,
   VOCAB = 6,

@@ -26,8 +26,8 @@ void silu_mul(int64_t n, const float* gate, float* x);
 void rotary(int64_t n, int64_t head_dim, const int32_t* positions, const float* frequencies,
             const float* scale, float* x);
 
-// Attention: q [n][heads][head_dim], k and v [n_keys][heads][head_dim] -> out, with the shape of q. causal:
-// query i sees the first n_keys - n + i + 1 keys, else all. Scores are not scaled.
+// Attention: q [n][heads][head_dim], k and v [n_keys][heads][head_dim] -> out, with the shape of q. With
+// `causal` query i sees the first n_keys - n + i + 1 keys, else all. Scores are not scaled.
 void attention(int64_t heads, int64_t head_dim, int64_t n, int64_t n_keys, bool causal, const float* q,
                const float* k, const float* v, float* out);
 

@@ -1,9 +1,9 @@
 // Attention of one head with an online softmax: softmax(q k^T) v, tile by tile. Scores are stored only for
 // the current tile.
 //
-// Layout. Keys and values of a tile (KvTile) are [token][head_dim] in a block of the pool, in any storage
-// type of the KV cache. Each query has a state, the running maximum m and running sum l, and out, the sum of
-// e^(s - m) * v, which is finally divided by l:
+// Layout. Keys and values of a tile (KvTile) are [token][head_dim]: in a block of the pool, in any storage
+// type of the KV cache, or for images float32 rows. Each query has a state, the running maximum m and running
+// sum l, and out, the sum of e^(s - m) * v, which is finally divided by l:
 //
 //              keys ->   tile 0     tile 1     tile 2
 //   queries   q0       | s s s s  | s . . .  |          . not visible (causal)
@@ -177,6 +177,7 @@ QVL_INLINE void each_value_vector(const KvTile& tile, int head_dim, int n, Put&&
   });
 }
 
+// softmax_tile_row() for each query; query i sees the first visible + i tokens of the tile.
 QVL_INLINE void softmax_tile(const KvTile& tile, int64_t visible, int n_q, float* scores, int tokens,
                              float* state, float* out, int64_t out_stride) {
   for (int i = 0; i < n_q; ++i) {
@@ -304,8 +305,8 @@ QVL_INLINE void attend_one_typed(const float* q, int head_dim, const KvTile* til
   float scores[kMaxKvTile + kLanes];
   int n = 0;
   for (int i = 0; i < n_tiles; n += tiles[i].n, ++i) {
-    // After the last tile, prefetch the keys of the next head, which follow in the block and are probably
-    // read next.
+    // After the last tile, prefetch the first keys of the next head, which are probably read next: they
+    // follow those of this head in the block of the first tile.
     const void* next = i + 1 < n_tiles ? tiles[i + 1].keys
                                        : static_cast<const Stored*>(tiles->keys) + tiles->n * tiles->stride;
     score_keys<Stored>(q, head_dim, tiles[i], next, scores + n);

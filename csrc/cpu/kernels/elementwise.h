@@ -1,4 +1,4 @@
-// Activations, additions, conversions between storage types and float32, and rotary rotation.
+// Activation functions, additions, conversions between storage types and float32, and rotary rotation.
 //
 // Layout: float32 [n], processed in vectors of L lanes and a remainder of `count` < L values. The rotation
 // pairs channel i of the lower half of a head with channel i of its upper half:

@@ -1,4 +1,5 @@
-// Blocked product for prompts and images, c^T [rows][tokens] = W x^T: the steps that cpu/linear.cc combines.
+// Blocked product for prompts and images, c [rows][tokens] = W x^T: the steps that cpu/linear.cc combines.
+// Rows are those of W, the outputs of the layer; tokens are the rows of x.
 //
 // Layout, with L = kLanes. Vectors run along tokens: a panel contains L tokens, and weights are broadcast.
 // Weights are thus read in memory order, [out, in], and only the activations, which are far smaller, are
@@ -7,7 +8,7 @@
 //   panel, float32     [k][L]           k = 0: x of token 0 1 .. L-1 | k = 1: .. |
 //   panel, bfloat16    [k / 2][L][2]    a 32-bit lane contains values k and k + 1 of its token
 //
-//         tile of W                panels of x               c^T
+//         tile of W                panels of x               c
 //      [64 rows][n_k]          P panels of L tokens     R rows x P vectors in registers
 //      +------------+          +------+------+------+     +------+------+------+
 //    R |  -> k      |    x     |  |k  |      |      |  =  | sum  | sum  | sum  |   R x P = 8 x 3 (AVX-512),
@@ -15,8 +16,8 @@
 //      |            |          +------+------+------+
 //
 // A step of R x P multiply-adds loads P vectors and broadcasts R weights. It uses R * P + P + 1 registers: 28
-// of 32 with AVX-512, 16 of 16 with AVX2. Each element of c is a single sum over ascending k, so a row's bits
-// do not depend on the number of tokens.
+// of 32 with AVX-512, 16 of 16 with AVX2. Each element of c is a single sum over ascending k, so the result
+// of a token has the same bits for any number of tokens.
 //
 // Cost. Operations: 2 * rows * k * tokens. Bytes: W once for up to 384 tokens, 384 operations per byte in
 // bfloat16; the panels of a tile, 384 x 512 bfloat16 or 384 x 256 float32 = 393 KB, stay in the L2 cache.
@@ -64,8 +65,8 @@ void pack_panel_bf16(const float* x, int64_t x_stride, int n_tokens, int k, void
   }
 }
 
-// Write a finished block c [rows][c_stride] of c^T to y [n_x][y_stride]: multiply its rows by their scales
-// (int8), add the bias and transpose it.
+// Write a finished block of c, [rows][c_stride], to y [n_x][y_stride]: transpose it, multiply each row's
+// values by the scale of the row (int8) and add the bias.
 void write_block(const float* c, int64_t c_stride, int64_t rows, int64_t n_x, const float* scales,
                  const float* bias, bool add, float* y, int64_t y_stride) {
   for (int64_t r = 0; r < rows; r += kLanes) {
@@ -86,7 +87,8 @@ void write_block(const float* c, int64_t c_stride, int64_t rows, int64_t n_x, co
   }
 }
 
-// A step along k of a register block, with kPerStep values of k: one value in float32, a pair in bfloat16.
+// A step along k of a register block (the R x P sums of the figure), with kPerStep values of k: one value in
+// float32, a pair in bfloat16.
 struct StepF32 {
   typedef float Element;
   static constexpr int kPerStep = 1;
@@ -131,15 +133,15 @@ QVL_INLINE void multiply_block(const typename Step::Element* tile, int64_t width
 }
 
 // Maximum number of panels of a register block, and the number of rows for each number of panels. The sums
-// use the registers that are not needed for the panels and a weight. With fewer panels a block has more rows:
+// fit in the registers that the panels and a weight leave free. With fewer panels a block has more rows:
 // enough independent sums hide the latency of an addition.
 constexpr int kBlockPanels = 3;
 constexpr int block_rows(int panels) {
   return (panels == 3 ? 4 : panels == 2 ? 6 : 8) * (kLanes == 16 ? 2 : 1);
 }
 
-// Prefetches a range of memory evenly during a product: some cache lines of 64 bytes with each register
-// block.
+// Prefetches a range of memory evenly during a product: some cache lines of 64 bytes with each register block
+// of block_rows() rows, none with the smaller blocks of the remaining rows.
 class Prefetcher {
  public:
   Prefetcher(const PrefetchRange& range, int64_t blocks)

@@ -1,6 +1,6 @@
-// Matrix-vector products, the part shared by all storage types: y [n_x][rows] (+)= x W^T + bias for 1 to
-// kMaxRows rows of x. A product reads W from memory once. A row of x is called an activation here. The inner
-// loops are the classes `Rows` of matvec_bf16.h, matvec_float.h, matvec_int8.h, matvec_int4.h and
+// Matrix-vector products, the part shared by all storage types: y [n_x][rows] (+)= x W^T + bias for 1 to 8
+// (kMaxRows) rows of x. A product reads W from memory once. A row of x is called an activation here. The
+// inner loops are the classes `Rows` of matvec_bf16.h, matvec_float.h, matvec_int8.h, matvec_int4.h and
 // matvec_groups.h.
 //
 // Layout of the work:
@@ -9,7 +9,7 @@
 //               +--------------+--------------+----
 //   kPanelRows  | kColumnBlock |              |        for each panel of 16 rows:
 //   = 16 rows   |  R rows at   |              |          for each column block:
-//               |  a time      |              |            for each R rows: for each group of activations
+//               |  a time      |              |            for each R rows: for each N activations
 //               +--------------+--------------+----            sums[R][N] in registers, += w * x
 //               | next panel, prefetched concurrently
 //
@@ -35,7 +35,7 @@ using qvl::cpu::Matvec;
 constexpr int kPanelRows = 16;  // rows of a panel, processed with the same column block of x
 
 // Write the sums of n rows of W, from `row` on, to y for activation x. Not inlined, so that the final
-// rounding is the same in every kernel.
+// rounding is the same in every kernel: inlined copies could differ in fused multiply-adds.
 template <bool HasScale>
 __attribute__((noinline)) void write_rows(const Matvec& p, int64_t row, int n, int x, const float* sums) {
   float* const y = p.y + x * p.y_stride + row;

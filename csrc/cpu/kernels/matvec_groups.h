@@ -8,10 +8,10 @@
 //   sum of scale * (w - zero) * x = sum of scale * (w * x)  -  sum over groups of (scale * zero) * sum of x
 //                                   products of integers       one product per group, kLanes in a vector
 //
-// Layout with 4 bits. Values as in matvec_int4.h: word i of a unit has v[i], v[32 + i], v[64 + i] and v[96 +
-// i]. First, a byte shuffle moves the even bytes of 8 words to even 32-bit lanes and the odd bytes to odd
-// lanes. Then a mask extracts the low nibbles, a shift the high ones. All values of a lane thus belong to the
-// same group, even with group size 32:
+// Layout with 4 bits. Values as in matvec_int4.h: 16-bit word i of a unit (128 values of a row) has v[i],
+// v[32 + i], v[64 + i] and v[96 + i]. First, a byte shuffle moves the even bytes of 8 words to even 32-bit
+// lanes and the odd bytes to odd lanes. Then a mask extracts the low nibbles, a shift the high ones. All
+// values of a lane thus belong to the same group, even with group size 32:
 //
 //                                                                     group (even lanes, odd lanes) of size
 //                 even lanes            odd lanes                     32          64
@@ -19,17 +19,17 @@
 //   high nibbles  v[32 + i .. 35 + i]   v[96 + i .. 96 + i + 3]       1, 3        0, 1
 //
 // The products of a unit are summed in one vector (with groups of 32 in two, for low and high nibbles), which
-// is multiplied by a vector of scales that alternates between two groups.
+// is multiplied by a vector of scales that alternates between two groups (with groups of 128: by one scale).
 //
-// Layout with 8 bits: uint8 [rows][k padded to 128]. A vector of 64 bytes contains two groups of 32, one in
-// each half of its lanes. AVX2 without VNNI multiplies signed bytes (kSignedProducts): 128 is subtracted from
-// the weights and from the zero points.
+// Layout with 8 bits: uint8 [rows][k padded to 128]. A vector of 64 bytes (AVX-512) contains two groups of
+// 32, one in each half of its lanes. AVX2 without VNNI multiplies signed bytes (kSignedProducts): 128 is
+// subtracted from the weights and from the zero points.
 //
 //   prepared x:  [n_x] rows, each with its blocks (float32 scales [kLanes], int8 values [kBlock]) and then
 //                the float32 sums of x over the groups [groups padded with zeros to kLanes]
 //
 // Cost. Operations: as in matvec_int4.h and matvec_int8.h. Bytes: with 4 bits rows * k * (1/2 + 4 / group),
-// with 8 bits rows * k * (1 + 4 / group).
+// with 8 bits rows * k * (1 + 4 / group); the 4 bytes are a group's scale and zero point.
 //
 // Reference: reference::linear with the same rounding of activations (rounded_activations),
 // tests/csrc/test_kernels.py::test_linear.

@@ -18,7 +18,7 @@
 // (quantized_x.h).
 //
 // Cost. Bytes: rows * k * (1/2 + 2 / group), once for all rows of x: 0.53 per weight in groups of 64.
-// Operations: 2 * rows * k * n_x on integers, 4 * n_x per byte. The 64 bytes of a unit take about 13
+// Operations: 2 * rows * k * n_x on integers, almost 4 * n_x per byte. The 64 bytes of a unit take about 13
 // instructions for one row of x with AVX-512 VBMI (int8: 3), so the product is bound by instructions rather
 // than memory.
 //

@@ -12,9 +12,9 @@
 //   x         | 4L bytes | 4L bytes | .. 8 vectors      as int32: dots[l]
 //   x scales  | L float32 |                             sums[l] += float(dots[l]) * x_scale[l]
 //
-// The instructions multiply unsigned by signed bytes. On AVX2 without VNNI (kSignedProducts) the signs of the
-// weights are moved to x: |w| * (sign(w) * x). Elsewhere 128 is added to the weights, and dots start at -128
-// times the sum of x (quantized_x.h).
+// The instructions multiply unsigned bytes by signed ones. On AVX2 without VNNI (kSignedProducts) the signs
+// of the weights are moved to x: |w| * (sign(w) * x). Elsewhere 128 is added to the weights, and dots start
+// at -128 times the sum of x (quantized_x.h).
 //
 // Cost. Bytes: (k + 4) * rows, once for all rows of x. Operations: 2 * rows * k * n_x on integers, 64
 // products per instruction with AVX-512 VNNI, 32 per five instructions with AVX2. 2 * n_x operations per

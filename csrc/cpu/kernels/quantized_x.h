@@ -15,9 +15,10 @@
 //   prepared x:         [n_x][ceil(k / kBlock)] blocks, padded with zeros
 //
 // The instruction takes the weights as unsigned bytes, w + offset: int4 weights are stored with the offset 8,
-// and int8 kernels add 128. The offset is subtracted from the result:
+// and int8 kernels add 128 (except with kSignedProducts of simd.h). The offset is subtracted from the result:
 // sum(w * x) = sum((w + offset) * x) - offset * sum(x). The initial sums are -offset times the sum of x over
-// each Group of weights that share a scale, computed once for all rows of W.
+// each Group of weights that share a scale, computed once for all rows of W. Types with zero points use
+// quantize_values() only and have a layout without initial sums (matvec_groups.h).
 //
 // Cost: reads k values and writes k bytes per row of x, once for all rows of W. The rounding error is at most
 // 1/254 of the largest of the 32 values.
@@ -48,8 +49,8 @@ struct QuantizedX {
   }
 };
 
-// Add block_sums [RowCount][XCount] times the scales of the activations, with which the blocks of x begin, to
-// sums [RowCount][SumStride]; `assign`: overwrite the sums.
+// Add block_sums [RowCount][XCount] times the scales of x to sums [RowCount][SumStride]. blocks[n]: the block
+// of activation n, which begins with its scales. `assign`: overwrite the sums.
 template <int RowCount, int XCount, int SumStride, typename Sums>
 QVL_INLINE void add_scaled(const Sums (&block_sums)[RowCount][XCount], const char* const (&blocks)[XCount],
                            bool assign, Floats* sums) {

@@ -1,7 +1,7 @@
 // The kernels as a table of functions, one table per ISA (dispatch.h).
 //
-// Kernels are single-threaded; the callers distribute the work. Numbers of rows and tokens are int64_t, sizes
-// within a row are int.
+// Kernels are single-threaded; the callers distribute the work. Row indices of a matrix, strides and lengths
+// of elementwise operations are int64_t; sizes within a row, a tile or a panel are int.
 #pragma once
 
 #include <cstddef>
@@ -13,12 +13,12 @@ namespace qvl::cpu {
 
 constexpr int kMaxRows = 8;      // maximum number of rows of x of a matrix-vector kernel
 constexpr int kMaxKvTile = 256;  // maximum number of tokens of a KvTile
-constexpr int kMaxTileK = 512;   // maximum number of columns of an unpacked tile
+constexpr int kMaxTileK = 512;   // maximum number of columns of an unpacked tile in bfloat16; float32: half
 
 // y[r * y_stride + row] (+)= sum over k of weight[row][k] * x[r][k] for the rows in [first_row, end_row).
 struct Matvec {
   const void* weights;
-  const void* scales;  // int8: float [rows]; int4: bfloat16 [rows][k / group]
+  const void* scales;  // int8: float [rows]; int4: bfloat16 [rows][k padded to 128 / group]
   int k;               // values in a row
   const void* x;       // activations, converted by prepare_x
   int n_x;             // rows of x, 1 to kMaxRows
@@ -26,7 +26,7 @@ struct Matvec {
   int64_t y_stride;
   const float* bias;  // may be NULL
   bool add;           // add to y instead of overwriting it
-  const void* zeros;  // types with zero points only; like their scales float16 [rows][k / group]
+  const void* zeros;  // types with zero points only: float16, as their scales; shape as int4 scales
 };
 
 // Tile of weights to unpack for the blocked product, to float32 or, by kernels with bf16_dot, to bfloat16.
@@ -53,9 +53,9 @@ struct PrefetchRange {
 struct KvTile {
   const void* keys;
   const void* values;
-  int64_t stride;   // elements from token to token
-  qvl_dtype dtype;  // float32, bfloat16, float16 or int8
-  int n;
+  int64_t stride;           // elements from token to token
+  qvl_dtype dtype;          // float32, bfloat16, float16 or int8
+  int n;                    // number of tokens
   const float* key_scales;  // int8: one scale per token
   const float* value_scales;
 };
@@ -63,7 +63,7 @@ struct KvTile {
 struct Kernels {
   qvl_isa isa;
   int lanes;      // floats in a vector
-  bool bf16_dot;  // the blocked product and attend_rounded multiply bfloat16, except with float32 weights
+  bool bf16_dot;  // attend_rounded is not NULL, and blocked products use index 1 unless weights are float32
 
   // norm.h: x [n] -> y [n]; y may be the same memory as x.
   void (*rms_norm)(const float* x, const float* weight, int n, float epsilon, float* y);
@@ -81,8 +81,8 @@ struct Kernels {
   // x [head_dim] rotated by cos, sin [head_dim / 2], times scale
   void (*rotate)(float* x, const float* cos, const float* sin, int head_dim, float scale);
 
-  // matvec_*.h. prepare_x: convert activations x [n_x][k], x_stride apart, to the form that matvec reads, of
-  // prepared_bytes.
+  // matvec_*.h. prepare_x: convert activations x [n_x][k], with rows x_stride apart, to the form that matvec
+  // reads; it has prepared_bytes() bytes.
   size_t (*prepared_bytes[QVL_DTYPES])(int k, int n_x);
   void (*prepare_x[QVL_DTYPES])(const float* x, int64_t x_stride, int n_x, int k, void* prepared);
   void (*matvec[QVL_DTYPES])(const Matvec& product, int64_t first_row, int64_t end_row);
@@ -107,7 +107,8 @@ struct Kernels {
   // and out.
   void (*attend_begin)(int n_q, int64_t out_stride, float* state, float* out);
   size_t (*attend_scratch_bytes)(int head_dim, int n_q, int n_tokens);
-  // Query i, q + i * q_stride, sees the tile's first min(visible + i, n) tokens.
+  // Add one tile for n_q queries. Query i, at q + i * q_stride, sees the tile's first min(visible + i,
+  // tile.n) tokens.
   void (*attend)(const float* q, int64_t q_stride, int n_q, int head_dim, const KvTile& tile, int64_t visible,
                  float* state, float* out, int64_t out_stride, void* scratch);
   // As attend, in bfloat16; NULL without bf16_dot.

@@ -26,7 +26,8 @@ namespace {
 
 using qvl::cpu::UnpackTile;
 
-// Columns of a row unpacked at a time. The memory of a tile has space for another chunk after its last row.
+// Columns of a row unpacked at a time. The last chunk of a row may be stored beyond the row's end, so the
+// memory of a tile has space for another chunk after its last row.
 constexpr int kChunk = 32;
 constexpr int kChunkVectors = kChunk / kLanes;
 
@@ -94,7 +95,7 @@ QVL_INLINE float float16_at(const void* values, int64_t i) {
 }
 
 // Types with zero points: all values of a chunk belong to one group. value = (integer - zero) * scale, exact
-// in float32.
+// in float32, because zero points are integers up to 256.
 template <int Bits, int Group>
 struct UnpackGroups {
   static QVL_INLINE void chunk(const UnpackTile& t, int64_t row, int i, Floats (&v)[kChunkVectors]) {
