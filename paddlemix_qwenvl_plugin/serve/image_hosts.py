@@ -70,7 +70,7 @@ class ImageHosts:
         try:
             return await self._download(url, host)
         except TooLargeError as error:
-            # Safe to show: only bodies from public addresses are received, so this reveals nothing about other addresses.
+            # Safe to show: only public addresses send a body, so the message reveals nothing about other addresses.
             message = f"{param}: {line_of(error)}; send a smaller one"
             raise ApiError(400, message, param=param, code="image_too_large") from error
         except QwenVLError as error:
