@@ -68,7 +68,10 @@ def as_json(session: Session, _folder: Path) -> str:
 
 
 def as_markdown(session: Session, folder: Path) -> str:
-    """Serialize the system message and the turns, as the terminal shows them; image links are relative to `folder`."""
+    """Serialize the system message and the turns as Markdown, similar to the terminal's output.
+
+    Links to images are relative to `folder`.
+    """
     blocks = ["# Chat", f"System: {_escaped(session.system)}"]
     for number, turn in enumerate(session.turns, start=1):
         blocks += [f"## Question {number}", *_turn_blocks(turn, folder)]

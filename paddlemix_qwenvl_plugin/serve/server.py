@@ -24,7 +24,7 @@ from paddlemix_qwenvl_plugin.serve.service import Service
 # Longer than clients keep an idle connection (httpx: 5 s), so that the client closes it: if the server closes it, a
 # request in transit is lost.
 _KEEP_ALIVE_SECONDS = 15
-# Timeout of a step of the shutdown: handlers send their error events, or the service's processes end.
+# Timeout of each phase of the shutdown: handlers send their error events, then the service's processes end.
 _STEP_TIMEOUT_SECONDS = 10.0
 # Timeout for the cleanup of handlers whose connection was aborted.
 _CLEANUP_SECONDS = 1.0

@@ -88,13 +88,14 @@ class Coordinator:
         self._processes: dict[str, _Process] = {}
         self._draining = self._ending = False
         self._owner = ""
-        # Time until which `acquire` waits: after a restart, the slots in use are unknown until all fronts have reported.
+        # Time until which `acquire` waits: after a restart, the slots in use are unknown until all fronts have
+        # reported.
         self._settled = time.monotonic() + (2 * REPORT_SECONDS if restarted else 0.0)
         self._idle_since = time.monotonic()
         self._sweeper: Optional[asyncio.Task[None]] = None
 
     async def configure(self, settings: ServeSettings) -> None:
-        """Set the queue's limits from the settings of a starting front, and accept requests."""
+        """Set the queue's limits from the settings of a starting front; accept requests, also after `drain`."""
         self._queue.set_limits(**_limits(settings))
         self._queue.open()
         self._draining = self._ending = False
