@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.serve import image_worker
 from paddlemix_qwenvl_plugin.serve.service import LoadedImage
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, TooLargeError
 
-# Timeout for a worker's imports, after which it sends READY.
+# Timeout from a worker's start, with its imports, to its frame READY.
 _START_SECONDS = 60.0
 # Number of images after which the process is replaced: this frees memory that a decoder leaks.
 _MAX_IMAGES = 1000

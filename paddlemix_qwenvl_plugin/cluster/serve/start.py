@@ -131,7 +131,7 @@ def _deploy(settings: ServeSettings) -> None:
 
 
 def _wait_for_proxies() -> int:
-    """Wait until the HTTP proxies of all machines are ready; return the number of those that are not at the timeout.
+    """Wait until the HTTP proxies of all machines are ready; return how many are not ready at the timeout.
 
     Ray Serve restarts a proxy whose start takes too long, for example on a busy machine, and the restart resets the
     connections that the proxy has accepted.
