@@ -50,7 +50,10 @@ class Transcripts:
 
 
 def as_json(session: Session, _folder: Path) -> str:
-    """Serialize the system message and the turns as JSON; an `answer` has the fields of `qwenvl predict --json`."""
+    """Serialize the system message and the turns as JSON; an `answer` has the fields of `qwenvl predict --json`.
+
+    `_folder` is not used: as_markdown has the same parameters.
+    """
     turns = [
         {
             "images": [name for _, name in turn.images],
@@ -65,7 +68,10 @@ def as_json(session: Session, _folder: Path) -> str:
 
 
 def as_markdown(session: Session, folder: Path) -> str:
-    """Serialize the turns as Markdown, as the terminal shows them; links to images are relative to `folder`."""
+    """Serialize the system message and the turns as Markdown, similar to the terminal's output.
+
+    Links to images are relative to `folder`.
+    """
     blocks = ["# Chat", f"System: {_escaped(session.system)}"]
     for number, turn in enumerate(session.turns, start=1):
         blocks += [f"## Question {number}", *_turn_blocks(turn, folder)]

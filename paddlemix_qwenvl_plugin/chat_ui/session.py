@@ -101,7 +101,8 @@ class Session:
     def record(self, question: str, stream: Stream, segments: list[Segment]) -> Turn | None:
         """Append the turn of `ask` and return it.
 
-        If the answer was stopped before its first token, the question is discarded and the result is None.
+        If the answer was stopped before its first token, the question is discarded, the attached images remain for the
+        next question, and the result is None.
         """
         if not stream.n_new_tokens:
             return None

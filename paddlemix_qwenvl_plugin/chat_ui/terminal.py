@@ -107,7 +107,7 @@ class TerminalView(PlainView):
 
 @contextlib.contextmanager
 def on_ctrl_c(action: Callable[[], object]) -> Iterator[None]:
-    """Call `action` on Ctrl-C within the block. Main thread only: Python raises ValueError in others."""
+    """Call `action` on Ctrl-C within the block. Main thread only: in other threads Python raises ValueError."""
     previous_handler = signal.signal(signal.SIGINT, lambda *_: action())
     try:
         yield

@@ -70,7 +70,7 @@ class PlainView:
         return contextlib.nullcontext()
 
     def answer(self, stream: Stream) -> list[Segment]:
-        """Print an answer as it is generated; return its segments. A stopped answer returns those so far."""
+        """Print an answer as it is generated; return its segments, of a stopped answer those generated so far."""
         segments = []
         for segment in stream:
             segments.append(segment)
@@ -79,6 +79,6 @@ class PlainView:
         return segments
 
     def answered(self, turn: Turn, image: AttachedImage | None) -> None:
-        """Show the boxes of an answer that has ended, on `image`, and problems of its tags; a pipe: only problems."""
+        """Show the problems of an ended answer's tags, here on stderr; TerminalView also draws its boxes on `image`."""
         for problem in turn.answer.problems:
             print(f"qwenvl: {one_line(problem)}", file=sys.stderr)

@@ -29,7 +29,7 @@ def connect(address: str = DEFAULT, **options: Any) -> Iterator[None]:
         options: additional arguments of ray.init.
 
     Raises:
-        UsageError: Ray is not installed.
+        UsageError: Ray is not installed, or the address is not valid.
         QwenVLError: the cluster does not answer.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -65,7 +65,14 @@ def connect(address: str = DEFAULT, **options: Any) -> Iterator[None]:
 
 
 def _check_answers(address: str) -> None:
-    """Raise QwenVLError unless the address accepts connections; Ray itself would retry for a minute."""
+    """Check that an address accepts connections; Ray itself would retry for a minute.
+
+    Without HOST:PORT there is nothing to check.
+
+    Raises:
+        UsageError: the address is not valid.
+        QwenVLError: no connection is accepted.
+    """
     # HOST:PORT or ray://HOST:PORT, with an IPv6 address in brackets.
     match = re.fullmatch(r"(?:ray://)?\[?([^/\[\]]+)\]?:(\d+)", address)
     if match is None:

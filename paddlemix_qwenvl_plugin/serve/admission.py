@@ -12,8 +12,9 @@ from typing import Optional
 
 from paddlemix_qwenvl_plugin.serve.errors import ApiError
 
-# Assumed mean holding time of a slot before the first measurement.
+# Retry-After is estimated from the mean holding time of a slot. Assumed mean before the first measurement:
 _INITIAL_HOLD_SECONDS = 1.0
+# Maximum of Retry-After.
 _MAX_RETRY_SECONDS = 3600
 # Weight of the newest holding time in the exponential moving average.
 _NEWEST_WEIGHT = 0.1
@@ -48,7 +49,8 @@ class SlotQueue:
         self.running = 0
         self.set_limits(max_running, max_waiting, waiting_timeout, max_per_key)
         self._observe_wait = observe_wait
-        # Number of slots of each waiting request, and a future that is done when the request gets them or is refused.
+        # Number of slots of each waiting request, and a future that is done when they are granted or the request is
+        # refused.
         self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._slots_by_key: Counter[str] = Counter()
         self._mean_hold_seconds = _INITIAL_HOLD_SECONDS
@@ -143,7 +145,7 @@ class SlotQueue:
                 message = f"{self.waiting} requests are waiting, the server's maximum"
             else:
                 message = "All slots are in use, and this server queues no requests"
-            # The slots ahead of this request are released at a rate of max_running in each mean holding time.
+            # The slots ahead of this request are released at a rate of max_running slots per mean holding time.
             slots_ahead = self.running + sum(n_slots for n_slots, _ in self._queue)
             raise _too_many(message, self._mean_hold_seconds * slots_ahead / self._max_running)
 

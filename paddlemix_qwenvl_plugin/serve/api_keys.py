@@ -1,4 +1,4 @@
-"""API keys, and the check that a server without keys listens on loopback only."""
+"""API keys, and the check that a server without keys listens on loopback only, unless `no_auth` is set."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def check_exposure(settings: ServeSettings, address: str) -> None:
     """Refuse a non-loopback address without API keys, unless `no_auth` is set.
 
     Args:
-        address: IP address of the listening socket.
+        address: IP address or host name on which the server listens.
 
     Raises:
         UsageError: the address is reachable from other machines and no API keys are configured.

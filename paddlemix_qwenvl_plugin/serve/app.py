@@ -44,7 +44,7 @@ def create_app(
     """
     settings = service.settings
     keys = keys or read_api_keys(settings)
-    # FastAPI's documentation pages load scripts from other hosts.
+    # No documentation pages: FastAPI's load scripts from other hosts.
     app = FastAPI(title="qwenvl serve", version=__version__, docs_url=None, redoc_url=None)
     if router is None:
         from paddlemix_qwenvl_plugin.serve.openai import routes
@@ -86,7 +86,7 @@ def _middleware(
             )
         )
     if keys is not None:
-        # The page itself needs no key: it prompts the user for one.
+        # The page itself needs no key: it asks the user for the key of its API requests.
         open_paths = page_paths.union(operations.HEALTH_PATHS)
         middleware.append(Middleware(Auth, keys=keys, open_paths=open_paths))
     middleware.append(

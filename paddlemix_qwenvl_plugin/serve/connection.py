@@ -19,7 +19,7 @@ class Connection(H11Protocol):
 
     - Headers: the complete headers of a request must arrive within HEADER_SECONDS.
     - Send: a client with more unread data than the socket buffer and asyncio's write buffer (64 KiB) hold is
-      disconnected after `send_timeout` seconds. Its request sees a disconnect.
+      disconnected after `send_timeout` seconds. The handler of its request sees a disconnect.
     """
 
     send_timeout = 30.0

@@ -36,7 +36,7 @@ class DemoStages(NamedTuple):
 
 
 def demo_stages(say: Callable[[str], None]) -> DemoStages:
-    """Return the demo model's exported stages; export them on the first call.
+    """Return the demo model's exported stages; export them unless they are in the cache folder.
 
     Args:
         say: called with a progress line before the export.

@@ -32,7 +32,7 @@ class EngineRequest:
         generated: [start, end) token ranges of the prompt that are earlier completions (Prompt.generated).
         n_logprobs: number of most likely tokens, 0 to 20, reported with each token's log probability; None: no log
             probabilities.
-        adapter: name of the adapter; None: none.
+        adapter: name of the LoRA adapter; None: the model without an adapter.
     """
 
     prompt: Sequence[int]
@@ -71,7 +71,7 @@ EngineStats = LoopStatistics
 
 
 class TokenStream(Protocol):
-    """Async iterator over the tokens of a submitted request; each item is the list of tokens since the last item.
+    """Async iterator over the tokens of a submitted request; each item is the list of tokens since the previous item.
 
     The iteration ends after the last token. It raises QwenVLError if the request failed and EngineUnavailable if the
     engine process ended. At most max_new_tokens tokens are buffered for a slow reader.
@@ -81,10 +81,10 @@ class TokenStream(Protocol):
 
     @property
     def ended(self) -> Optional[Ended]:
-        """End of the request; None until the iteration has ended."""
+        """Finish reason and cached tokens of the request; None until all its tokens have been read."""
 
     def cancel(self) -> None:
-        """Cancel the request at the engine's next step; no effect if it has ended."""
+        """Cancel the request at the engine's next step; no effect if the request has ended."""
 
 
 class EngineClient(Protocol):
@@ -92,7 +92,7 @@ class EngineClient(Protocol):
 
     Attributes:
         ready: whether the process accepts requests.
-        restarts: number of restarts so far.
+        restarts: number of restarts so far, including one in progress.
         stats: latest statistics of the process.
     """
 
@@ -120,7 +120,7 @@ class EngineClient(Protocol):
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Arguments of QwenVL.from_exported for the engine process, and its environment variables."""
+    """Arguments of QwenVL.from_exported in the engine process, and additional environment variables of that process."""
 
     first_model_path: Path
     second_model_path: Path

@@ -41,7 +41,7 @@ class EngineChild(asyncio.Protocol):
         """Start a process, which begins to open the model.
 
         Args:
-            on_message: called with each message after "ready".
+            on_message: called with each message except "ready" and "broken", which this class handles.
         """
         child = cls(on_message)
         front_socket, child_socket = socket.socketpair()
@@ -51,7 +51,7 @@ class EngineChild(asyncio.Protocol):
                 child._process = subprocess.Popen(
                     [sys.executable, "-m", _MODULE, str(child_socket.fileno())],
                     stdin=subprocess.DEVNULL,
-                    stdout=2,  # stderr: native code may print
+                    stdout=2,  # to stderr: native code may print, and the server's stdout must stay clean
                     pass_fds=[child_socket.fileno()],
                     env={**os.environ, **settings.environment},
                     start_new_session=True,  # Ctrl-C in the terminal is for the front
@@ -147,7 +147,7 @@ class EngineChild(asyncio.Protocol):
 
 
 def _exit_text(code: Optional[int]) -> str:
-    """Describe an exit code."""
+    """Describe an exit code of subprocess.Popen; -N: the process was ended by signal N."""
     if code is None or code >= 0:
         return f"ended with exit code {code}"
     if -code == signal.SIGKILL:

@@ -28,7 +28,7 @@ _LONGEST_PAUSE_SECONDS = 30.0
 
 
 class ProcessEngineClient:
-    """EngineClient whose engine process is a child of this process; it is restarted when it ends."""
+    """EngineClient whose engine process is a child of this process and is restarted whenever it ends."""
 
     def __init__(self, settings: ModelSettings) -> None:
         self.ready = False
@@ -58,7 +58,7 @@ class ProcessEngineClient:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._supervisor
             self._supervisor = None
-        elif self._child is not None:  # `start` still waits for the process and raises when it ends
+        elif self._child is not None:  # `start` still waits for the process, and raises once it has ended
             await self._child.end()
         self._fail_all("the server is ending")
 
@@ -116,7 +116,7 @@ class ProcessEngineClient:
                 return
 
     def _fail_all(self, reason: str) -> None:
-        """Fail all requests, because the process has ended."""
+        """Fail all requests, because the process has ended or `stop` was called."""
         self.ready, self._unavailable_reason = False, reason
         self.stats = EngineStats()
         streams, self._streams = self._streams, {}

@@ -1,7 +1,8 @@
 """The engine process: `python -m paddlemix_qwenvl_plugin.serve.engine_process FD`, started by the front.
 
 It opens the model and runs its loop. It reads requests from the socket FD and sends one message with all results
-after each step (messages.py). It ends when the socket is closed, at SIGTERM, and when the front dies.
+after each step (messages.py). It ends when the socket is closed, at SIGTERM, when the front dies, and after an error
+that concerns all requests: the model cannot be opened, or the device is lost.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, line_of
 
 _STATISTICS_SECONDS = 1.0
 
-# After the end of a completion or an idle time, the next step begins after a short wait for further requests: a
-# request that misses a step waits until that step ends, and its prefill then reads all weights once more. The wait is
-# a share of the last step's time, with a maximum.
+# After the end of a completion or an idle time, the next step begins after a short wait for further requests. Without
+# the wait, a request that arrives just after a step has begun would wait for the end of that step, and its prefill
+# would read all weights in a later step. The wait is 3 % of the last step's duration, at most 20 ms.
 _GATHER_SHARE = 0.03
 _MAX_GATHER_SECONDS = 0.02
 
-# Timeout from SIGTERM to the process's exit, which a step or the cleanup of an engine build may delay.
+# After the front's exit: time from this process's SIGTERM to itself until its forced exit, in case a step or the
+# cleanup of an engine build delays the regular exit.
 _END_SECONDS = 2.0
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -66,7 +68,10 @@ class EngineProcess:
         self._next_report = 0.0
 
     def run(self) -> None:
-        """Open the model named by the first message and serve requests until the front exits."""
+        """Open the model named by the first message and serve requests until the front exits.
+
+        If the model cannot be opened or the device is lost, send the error to the front and exit with its exit code.
+        """
         messages = _read(self._connection)
         settings = next(messages)[0]
         threading.Thread(target=self._receive, args=[messages], name="messages", daemon=True).start()
@@ -113,14 +118,15 @@ class EngineProcess:
             self._wake.clear()
 
     def _send_updates(self, loop: Loop) -> bool:
-        """Send the new tokens, ends and failures, if any; return whether a completion has ended."""
+        """Send the new tokens, ends and failures, if any; return whether a completion has ended without an error."""
         with self._lock:
             requests = list(self._requests.items())
             failed, self._refused = self._refused, []
         tokens, ended, check_device = [], [], False
         for number, request in requests:
             generation = request.generation
-            finished = generation.finished  # read before the tokens: it is set after the last one is appended
+            # Read before the tokens: when it is set, the last token has been appended.
+            finished = generation.finished
             if len(generation.tokens) > request.n_sent:
                 n_cached = generation.n_cached or 0
                 tokens.append([number, encode_tokens(generation, request.n_sent), n_cached])
@@ -145,7 +151,7 @@ class EngineProcess:
         """Send the statistics if they have changed, at most once a second.
 
         Returns:
-            The seconds until changed statistics may be sent; None if none are left to send.
+            Seconds until the changed statistics may be sent; None if the front has the present ones.
         """
         if statistics == self._sent_statistics:
             return None
@@ -175,7 +181,7 @@ class EngineProcess:
         finally:
             os.kill(os.getpid(), signal.SIGTERM)  # ends the main thread; an engine build cleans up first
             time.sleep(_END_SECONDS)
-            os._exit(1)  # the main thread is still computing a step
+            os._exit(1)  # the main thread has not ended: it computes a long step or cleans up
 
     def _cancel(self, number: int) -> None:
         with self._lock:

@@ -30,7 +30,7 @@ class ImageHosts:
         """Set the hosts and limits.
 
         Args:
-            hosts: host names; `*.example.org` allows all subdomains of example.org.
+            hosts: host names; `*.example.org` allows all subdomains of example.org, but not example.org itself.
             max_bytes: maximum size of an image.
             timeout_seconds: timeout of a download, from name resolution to the last byte.
         """
@@ -69,9 +69,8 @@ class ImageHosts:
             )
         try:
             return await self._download(url, host)
-        except (
-            TooLargeError
-        ) as error:  # safe to show: only public addresses send a body, so this reveals no other address
+        except TooLargeError as error:
+            # Safe to show: only public addresses send a body, so the message reveals nothing about other addresses.
             message = f"{param}: {line_of(error)}; send a smaller one"
             raise ApiError(400, message, param=param, code="image_too_large") from error
         except QwenVLError as error:
@@ -115,7 +114,7 @@ class ImageHosts:
                 )
             except BaseException as raised:  # `await result` raises it in the event loop
                 error = raised
-            with contextlib.suppress(RuntimeError):  # the event loop has ended
+            with contextlib.suppress(RuntimeError):  # the event loop is closed: the server has ended
                 loop.call_soon_threadsafe(finish, body, error)
 
         # A daemon thread, not an executor: at exit the interpreter waits for the threads of executors.

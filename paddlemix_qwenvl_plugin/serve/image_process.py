@@ -15,11 +15,13 @@ from paddlemix_qwenvl_plugin.serve import image_worker
 from paddlemix_qwenvl_plugin.serve.service import LoadedImage
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, TooLargeError
 
+# Timeout from a worker's start, with its imports, to its frame READY.
 _START_SECONDS = 60.0
 # Number of images after which the process is replaced: this frees memory that a decoder leaks.
 _MAX_IMAGES = 1000
+# Maximum payload of a frame other than IMAGE: an error message, or READY's empty payload.
 _MAX_MESSAGE_BYTES = 16 * 1024
-# No threads in a worker, and one malloc arena: threads and arenas would count against the memory limit.
+# No additional threads in a worker, and one malloc arena: threads and arenas would count against the memory limit.
 _ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
 
 

@@ -34,9 +34,9 @@ SIZE = struct.Struct(">II")  # width and height
 BYTES, DATA_URL = b"B", b"U"
 READY, IMAGE, TOO_LARGE, INVALID = b"R", b"I", b"L", b"X"
 
-# Terms of the memory limit. Measured bytes per pixel while decoding: 12 for JPEG and PNG, 16 for AVIF, 20 for WebP, 23
-# for JPEG 2000 without transparency. The encoded image exists several times: as the bytes and the text of a data: URL,
-# and decoded from base64.
+# Terms of the memory limit, with a margin. Measured bytes per pixel while decoding: 12 for JPEG and PNG, 16 for AVIF,
+# 20 for WebP, 23 for JPEG 2000 without transparency. The encoded image exists several times: as the bytes and the text
+# of a data: URL, and decoded from base64.
 _BYTES_PER_PIXEL = 32
 _COPIES_OF_ENCODED = 6
 _BASE_BYTES = 128 * 2**20
@@ -100,7 +100,7 @@ def _end_with_parent() -> None:
 
 
 def _limit_memory(max_bytes: int, max_pixels: int) -> None:
-    """Limit the memory used beyond the imports, and the files and core dumps of the process."""
+    """Forbid core dumps and writing to files, limit open files and, on Linux, the memory beyond that of the imports."""
     Image.init()  # imports Pillow's plugins for all formats
     if features.check("avif"):
         from PIL import AvifImagePlugin

@@ -39,7 +39,8 @@ class WorkerImageLoader:
             )
             for _ in range(settings.image_workers)
         ]
-        # Last in, first out, so that processes that already run are preferred. Created in the event loop that uses it.
+        # Last in, first out, so that processes that already run are preferred. Created at the first use: before Python
+        # 3.10 a queue is bound to the event loop of its creation.
         self._idle_processes: Optional[asyncio.LifoQueue[ImageProcess]] = None
         self._decoding: set[asyncio.Task[LoadedImage]] = set()
         self._cache: OrderedDict[bytes, LoadedImage] = OrderedDict()
@@ -56,7 +57,7 @@ class WorkerImageLoader:
 
     async def load(self, url: str, param: str) -> LoadedImage:
         """See ImageLoader."""
-        # The scheme is at the beginning: a text of megabytes without a colon there is not searched.
+        # Only the first characters are searched for the colon after the scheme: the text may have megabytes.
         scheme = url.partition(":")[0].lower() if ":" in url[:16] else ""
         if scheme == "data":
             if not url.isascii():

@@ -28,7 +28,7 @@ def invalid_body(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
 
     The message quotes no values except numbers: messages are logged, and client text must not be.
     """
-    if isinstance(body, bytes):
+    if isinstance(body, bytes):  # FastAPI does not parse a body with another content type
         return ApiError(
             415,
             "The body is not declared as JSON; send the header Content-Type: application/json.",
@@ -51,7 +51,10 @@ def invalid_body(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
 
 
 def _path(error: Mapping[str, Any], body: Any) -> tuple[Any, ...]:
-    """Path of an error in the body: its location without the names of union types."""
+    """Path of an error in the body: its location without the names of union types.
+
+    The last step is the name of the parameter that is missing, unknown or unsupported, if this is the error.
+    """
     path: list[Any] = []
     value = body
     tag_passed = False
@@ -62,8 +65,8 @@ def _path(error: Mapping[str, Any], body: Any) -> tuple[Any, ...]:
             valid_steps = range(len(value))
         elif isinstance(value, dict):
             valid_steps = value
-        # The location also contains the tag of a union: a message's role or a part's type. A tag may be the name of a
-        # parameter, too.
+        # The location also contains the tag of a union: a message's role or a part's type. The tag may equal the name
+        # of a parameter, such as "text": only the first such step in an object is the tag.
         if isinstance(value, dict) and step in (value.get("role"), value.get("type")) and not tag_passed:
             tag_passed = True
             continue

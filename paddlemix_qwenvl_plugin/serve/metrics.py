@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.serve.service import Admission
 
 # Bounds of the histograms' buckets, in seconds. Times between tokens: from a GPU to a large model on a small CPU. Times
-# of requests: from a short to a long completion.
+# of requests (also queue time and time to first token): from a short to a long completion.
 _TOKEN_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5)
 _REQUEST_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
@@ -78,7 +78,7 @@ class Metrics:
         self._first_token.observe(seconds)
 
     def next_tokens(self, n: int, seconds: float) -> None:
-        """Observe n tokens that arrived together, `seconds` after the previous token."""
+        """Observe once the mean time per token of n tokens that arrived together, `seconds` after the previous one."""
         self._between_tokens.observe(seconds / n)
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
@@ -100,7 +100,7 @@ class _StateCollector(Collector):
 
 
 def slot_metrics(running: int, waiting: int) -> Iterator[Metric]:
-    """Gauges of the queue."""
+    """Gauges of the slots and of the queue."""
     yield GaugeMetricFamily("qwenvl_slots_running", "Engine slots in use.", running)
     yield GaugeMetricFamily("qwenvl_queue_waiting", "Requests waiting for a slot.", waiting)
 

@@ -24,7 +24,7 @@ from paddlemix_qwenvl_plugin.serve.service import Service
 # Longer than clients keep an idle connection (httpx: 5 s), so that the client closes it: if the server closes it, a
 # request in transit is lost.
 _KEEP_ALIVE_SECONDS = 15
-# Timeout of a step of the shutdown: handlers send their error events, or the service's processes end.
+# Timeout of each phase of the shutdown: handlers send their error events, then the service's processes end.
 _STEP_TIMEOUT_SECONDS = 10.0
 # Timeout for the cleanup of handlers whose connection was aborted.
 _CLEANUP_SECONDS = 1.0
@@ -44,7 +44,8 @@ async def run(
 
     Args:
         listener: a bound socket. With `reuse_port` it begins to listen when the engine is ready. An inherited socket
-            listens already, and queues connections until the engine is ready.
+            listens already, and queues connections until the engine is ready. Any other socket listens already too, and
+            its requests are answered while the model is loading, with 503 if they need the engine.
         signals: signals that end the server. At the first signal, running requests may finish; the second aborts them.
         ready: called when the engine is ready for the first time.
 
@@ -114,7 +115,7 @@ class Server(uvicorn.Server):
         self._first_signal = asyncio.Event()
 
     def end(self, number: int) -> None:
-        """Handle a signal: the first starts the shutdown, the second bounds its time."""
+        """Handle a signal: the first starts the shutdown, the second limits the remaining time of the shutdown."""
         if not self.should_exit:
             log(logging.INFO, "ending", signal=signal.Signals(number).name)
             self.should_exit = True
@@ -133,7 +134,7 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
-        """Install no signal handlers."""
+        """Override uvicorn's method to install no signal handlers: `run` has installed them."""
         yield
 
     async def shutdown(self, sockets: Optional[list[socket.socket]] = None) -> None:
@@ -166,7 +167,10 @@ class Server(uvicorn.Server):
             task.cancel()
 
     async def _stop_listening(self) -> None:
-        """Accept the queued connections and close the listening socket."""
+        """Close the listening socket, and serve the connections in its queue.
+
+        The queue of an inherited socket remains: systemd keeps the socket open for the next server.
+        """
         queued = [] if self._listener.inherited else accept_queued(self._listener.socket)
         for server in self.servers:
             server.close()

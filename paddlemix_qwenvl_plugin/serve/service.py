@@ -48,8 +48,8 @@ class Admission(Protocol):
             key: short hash of the API key, for the limit per key.
 
         Raises:
-            ApiError: 429 with Retry-After if the queue is full or the key's limit reached; 503 after the waiting
-                timeout.
+            ApiError: 400 if n is more than the server or the key may ever hold; 429 with Retry-After if the queue is
+                full or the key's limit reached; 503 after the waiting timeout, and while the server shuts down.
         """
 
     @property

@@ -8,7 +8,8 @@ from typing import Callable, Optional
 from paddlemix_qwenvl_plugin.serve.engine_api import Ended, Token
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
-# Timeout for the engine process to confirm a cancellation; a process that hangs never does.
+# Timeout for the engine process to confirm a cancellation, which a process that hangs never does. The stream then ends
+# without the confirmation.
 CANCEL_SECONDS = 5.0
 
 

@@ -44,8 +44,8 @@ def filesystem(name: str) -> tuple[Any, str]:
 def naming_url(name: str) -> Iterator[None]:
     """Name the file by its URL in errors of the block.
 
-    A FileNotFoundError keeps its type, other errors become QwenVLErrors. QwenVLErrors, MemoryErrors and OSErrors with a
-    file name are raised unchanged.
+    A FileNotFoundError is raised anew with the URL as its file name. Other OSErrors with a file name, QwenVLErrors and
+    MemoryErrors are raised unchanged. All other errors become QwenVLErrors.
     """
     try:
         yield

@@ -66,6 +66,7 @@ def _load(source: Any, folder: str) -> Any:
             return source
         source = join(folder, source)
     try:
+        # A byte over the limit, so that the model notices and refuses a larger image.
         return read(source, DEFAULT_LIMITS.max_bytes + 1)
     except FileNotFoundError as error:
         raise UsageError(f"image {without_password(source)} does not exist") from error

@@ -68,7 +68,7 @@ class Input:
 def find(source: str, name: str) -> Input:
     """Find the input files of a source: a JSONL, Parquet or tar file, or a folder of these or of images.
 
-    `name` identifies the source in messages.
+    A single file of another suffix is taken as JSONL. `name` identifies the source in messages.
 
     Raises:
         UsageError: the source does not exist, or is a folder without input files or with several formats.

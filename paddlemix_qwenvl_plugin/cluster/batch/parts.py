@@ -18,7 +18,7 @@ class Span:
 
     Attributes:
         name: name of the file.
-        base: number of rows (in JSONL, lines) in all earlier files.
+        base: number of rows in all earlier files (in JSONL, of lines up to each file's last row).
         number, start, stop: as in Entry.
     """
 

@@ -13,6 +13,7 @@ from paddlemix_qwenvl_plugin.cluster.batch.worker import Work, Worker, open_with
 from paddlemix_qwenvl_plugin.runtime.model import Model
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, first_line
 
+# The user gets a notice if no actor has opened the model after this time.
 _SECONDS_UNTIL_NOTICE = 30.0
 
 
@@ -37,10 +38,10 @@ class Actors:
 
 
 def describe_model(open_model: Callable[[], Model[Any]], actors: Actors) -> tuple[list[str], str]:
-    """Open the model on a node with room for an actor; return its `weights` and `picture_label`.
+    """Open the model on a node with room for an actor; return the model's `weights` and `picture_label`.
 
     Raises:
-        UsageError, QwenVLError: the model cannot be opened there.
+        UsageError, QwenVLError, OSError: the model cannot be opened there.
     """
     import ray
 
@@ -68,7 +69,7 @@ def answered(work: Work, parts: Sequence[Part], actors: Actors) -> Iterator[int]
     """Answer parts on the actor pool; yield the number of rows of each part as it completes.
 
     Raises:
-        UsageError, QwenVLError, OSError: an actor's error, which ends the job.
+        UsageError, QwenVLError: an actor reported an error, or the cluster failed; this ends the job.
     """
     import ray.data
 

@@ -26,7 +26,7 @@ class Work:
 
     Attributes:
         open_model: opens the model; picklable.
-        identity: identity of the job.
+        identity: digest of the input, options, weights and picture label; see `identity` in batch/job.py.
         folder, format: folder and format of the input.
         target: path or URL of the output folder.
         window: number of concurrent rows.
@@ -43,7 +43,7 @@ class Work:
 
 
 def open_with(open_model: Callable[[], Model[Any]], cpus: float) -> Model[Any]:
-    """Open a model that computes with `cpus` threads, rounded up."""
+    """Open a model that computes with `cpus` threads, rounded up, unless the user has set OMP_NUM_THREADS."""
     threads.limit(max(1, math.ceil(cpus)))
     return open_model()
 

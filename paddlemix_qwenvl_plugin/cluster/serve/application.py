@@ -25,7 +25,7 @@ from paddlemix_qwenvl_plugin.serve.start import check_model
 NAME = "qwenvl"
 """Name of the Ray Serve application."""
 
-# Autoscaling target: share of an engine's slots in use.
+# Autoscaling target: share of an engine's slots that are in use on average.
 _TARGET_SHARE = 0.8
 # Concurrent requests of a front outside the queue: health checks, metrics, requests to be refused.
 _SPARE_REQUESTS = 1000
@@ -63,7 +63,7 @@ def application(settings: ServeSettings) -> serve.Application:
         request_router_config=RequestRouterConfig(request_router_class=router),
         ray_actor_options={"num_cpus": settings.replica_cpus, "num_gpus": replica_gpus(settings)},
         health_check_period_s=_HEALTH_SECONDS,
-        # Requests that take longer are recomputed on another replica.
+        # When a replica is removed, requests that take longer are recomputed on another replica.
         graceful_shutdown_timeout_s=settings.shutdown_timeout,
     )(Engine)
     n_requests = settings.max_running * max_engines + settings.max_waiting

@@ -31,7 +31,7 @@ class ClusterAdmission:
         self._leases: dict[str, tuple[int, Optional[str]]] = {}
 
     def join(self, member: Member) -> None:
-        """Set the Member whose coordinator grants slots; before the first request."""
+        """Set the Member whose coordinator grants slots; to be called before the first request."""
         self._member = member
 
     @property

@@ -40,7 +40,7 @@ def render(
     """Render the metrics of all processes; see Metrics.render.
 
     Args:
-        processes: kind and metrics of each process by its name.
+        processes: kind (front or engine) and metrics of each process by its name.
     """
     encode, content_type = choose_encoder(accept)
     return encode(_Cluster(processes, totals)), content_type

@@ -19,15 +19,16 @@ from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 REPORT_SECONDS = 1.0
 """Interval of the reports of fronts and engines, in seconds."""
 
-# A process that has not reported for this time is lost.
+# A process that has not reported for this time counts as lost; its leases are released.
 _LOST_SECONDS = 10.0
-# A granted lease that its front has not reported after this time belongs to a client that has disconnected.
+# A lease that is this old and missing in a report of its front is released: its client has disconnected. A younger one
+# may be missing because the grant was on its way to the front.
 _UNCLAIMED_SECONDS = 5.0
-# The coordinator exits after this time without fronts, as after `serve shutdown`.
+# The coordinator exits after this time without fronts, for example after Ray's command `serve shutdown`.
 _IDLE_SECONDS = 600.0
 
 Leases = Mapping[str, tuple[int, Optional[str]]]
-"""Leases of a front: lease id -> (number of slots, API key) of each admitted request."""
+"""Leases of a front: lease id -> (number of slots, short hash of the API key) of each admitted request."""
 
 
 class Totals(NamedTuple):
@@ -87,13 +88,14 @@ class Coordinator:
         self._processes: dict[str, _Process] = {}
         self._draining = self._ending = False
         self._owner = ""
-        # Time until which `acquire` waits: after a restart, the slots in use are unknown until every front reports.
+        # Time until which `acquire` waits: after a restart, the slots in use are unknown until all fronts have
+        # reported.
         self._settled = time.monotonic() + (2 * REPORT_SECONDS if restarted else 0.0)
         self._idle_since = time.monotonic()
         self._sweeper: Optional[asyncio.Task[None]] = None
 
     async def configure(self, settings: ServeSettings) -> None:
-        """Set the queue's limits from the settings of a starting front, and accept requests."""
+        """Set the queue's limits from the settings of a starting front; accept requests, also after `drain`."""
         self._queue.set_limits(**_limits(settings))
         self._queue.open()
         self._draining = self._ending = False
@@ -112,7 +114,7 @@ class Coordinator:
         """Wait for n slots; see Admission.slots. Return None when they are granted, else an ApiError's arguments."""
         if self._settled > time.monotonic():
             await asyncio.sleep(self._settled - time.monotonic())
-        if lease_id in self._leases:  # acquired before the restart of this actor, and adopted
+        if lease_id in self._leases:  # a retry: acquired before this actor's restart, and adopted
             return None
         lease = self._leases[lease_id] = _Lease(front)
         lease.task = asyncio.ensure_future(lease.stack.enter_async_context(self._queue.slots(n, key)))
@@ -121,7 +123,7 @@ class Coordinator:
         except ApiError as error:
             del self._leases[lease_id]
             return {"message": str(error), **vars(error)}
-        except asyncio.CancelledError:  # by `release`: the client has disconnected
+        except asyncio.CancelledError:  # by `release`: the client is gone, the result is not used
             return None
         lease.task, lease.granted = None, time.monotonic()
         return None

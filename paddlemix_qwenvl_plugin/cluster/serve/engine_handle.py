@@ -51,7 +51,7 @@ class HandleEngineClient:
             task.cancel()
 
     def submit(self, request: EngineRequest) -> ReceivedTokens:
-        """Submit a request to an engine replica; see EngineClient.submit."""
+        """Submit a request to an engine replica. The returned stream raises EngineUnavailable if all attempts fail."""
         if request.options.seed is None:  # a retry must sample the same tokens
             request = replace(request, options=replace(request.options, seed=random.getrandbits(63)))
         stream = ReceivedTokens(lambda: cancel())

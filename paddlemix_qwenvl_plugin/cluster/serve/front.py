@@ -23,9 +23,10 @@ from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 
 
 class _App(Starlette):
-    """ASGI application that forwards to this process's front: Ray Serve requires it before the front exists.
+    """ASGI application that forwards to this process's front: Ray Serve requires an application before a front exists.
 
-    Ray before 2.56 expects Starlette's attributes; the routes and the error handlers are those of the front.
+    A subclass of Starlette because Ray before 2.56 reads Starlette's attributes. The routes and error handlers are
+    those of the front's application.
     """
 
     front: Optional[Front] = None
@@ -45,7 +46,7 @@ class _App(Starlette):
         await _App.front.asgi(scope, receive, send_without_id)
 
     async def _lifespan(self, front: Front, receive: Receive, send: Send) -> None:
-        """Join the cluster at the start, before Ray sends requests."""
+        """Let the front join the cluster at startup, before Ray sends requests, and close the front at shutdown."""
         await receive()
         await front.join()
         await send({"type": "lifespan.startup.complete"})

@@ -22,7 +22,7 @@ _CONCURRENCY = 100_000
 
 
 class Report(NamedTuple):
-    """State of a replica, reported to the coordinator."""
+    """State of a replica, reported to the coordinator; `leases` is None for an engine."""
 
     ready: bool
     metrics: list[Metric]

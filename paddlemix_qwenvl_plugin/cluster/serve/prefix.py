@@ -1,4 +1,4 @@
-"""Routing key of a request: a digest of its shared prefix."""
+"""Routing key of a request: a digest of its adapter and its shared prefix."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from paddlemix_qwenvl_plugin.serve.engine_api import EngineRequest
 
 
 def prefix_of(request: EngineRequest, image_end: int) -> str:
-    """Compute a digest of a request's shared prefix: the first turn up to and including its last image.
+    """Compute a digest of a request's adapter and of its shared prefix.
 
-    Without an image, the prefix is the first turn. All turns of a conversation have the same digest, and so have all
-    questions about the same image.
+    The shared prefix is the first turn up to and including its last image; without an image, the first turn. All turns
+    of a conversation have the same digest, and so have all questions that follow the same image.
 
     Args:
         image_end: id of the token after an image's slots.

@@ -7,7 +7,7 @@ from typing import Optional
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-# A replica is overloaded if it has over this many requests more than the least loaded replica.
+# A replica is overloaded if its queue has more requests than the shortest queue of all replicas plus this number.
 _SLACK = 4
 
 
@@ -17,8 +17,8 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # untyped for mypy
     All fronts compute the same ranking without shared state. Adding or removing a replica moves only the prefixes that
     rank this replica first. A request goes to the first replica of its ranking that is not overloaded.
 
-    The call's keyword arguments are `prefix`, a digest, and `attempt`, the retry number: each retry starts one rank
-    later.
+    The call's keyword arguments are `prefix`, a digest, and `attempt`, the number of earlier attempts: each retry
+    starts one rank later.
     """
 
     async def choose_replicas(
@@ -38,7 +38,7 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # untyped for mypy
         return [[replica] for replica in ranking]
 
     def _queued(self, replica: RunningReplica) -> int:
-        """Return the queue length of a replica, as cached in this front."""
+        """Return the queue length of a replica, as cached in this front; 0 if unknown."""
         return self.replica_queue_len_cache.get(replica.replica_id) or 0
 
 

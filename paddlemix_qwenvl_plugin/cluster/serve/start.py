@@ -38,7 +38,7 @@ class _Signal(BaseException):
 
 
 def check_version() -> None:
-    """Raise UsageError if Ray is too old or fails with the installed protobuf, as Ray Serve's controller would."""
+    """Raise UsageError if Ray is too old, or does not work with the installed protobuf: Ray Serve would not start."""
     found, protobuf = Version(version("ray")), Version(version("protobuf"))
     if found < _OLDEST_RAY:
         raise UsageError(
@@ -131,7 +131,7 @@ def _deploy(settings: ServeSettings) -> None:
 
 
 def _wait_for_proxies() -> int:
-    """Wait until the HTTP proxies of all machines are ready, and return how many are not after the timeout.
+    """Wait until the HTTP proxies of all machines are ready; return how many are not ready at the timeout.
 
     Ray Serve restarts a proxy whose start takes too long, for example on a busy machine, and the restart resets the
     connections that the proxy has accepted.
@@ -164,7 +164,7 @@ def _watch() -> None:
     from paddlemix_qwenvl_plugin.cluster.serve.membership import running_coordinator
 
     command_id = uuid4().hex
-    owner = ""  # "" also after a restart of the coordinator, which then gets the id again
+    owner = ""  # "" also after a restart of the coordinator: the loop then sets the id again
     while owner in ("", command_id):
         try:
             coordinator = running_coordinator()

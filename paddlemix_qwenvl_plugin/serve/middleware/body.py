@@ -92,7 +92,7 @@ class BodyLimit:
         """
         content_length = headers.get("content-length", "")
         if headers.get("expect") and content_length.isdigit() and int(content_length) > self._max_bytes:
-            raise self._too_long()  # the client waits for 100 Continue
+            raise self._too_long()  # the client waits for 100 Continue and has not sent the body
         chunks: list[bytes] = []
         size, memory_full = 0, False
         more_body = True

@@ -54,7 +54,7 @@ class RequestLog:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = info.id
-                if self._service.draining:  # the client's next connection goes to another server
+                if self._service.draining:  # the client must open a new connection, to a new server
                     headers["Connection"] = "close"
             else:
                 complete = not message.get("more_body", False)

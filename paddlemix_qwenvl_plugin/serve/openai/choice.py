@@ -133,7 +133,7 @@ class ChoiceRun:
             self.begun.set()
 
     def cancel(self) -> None:
-        """Cancel the run at the engine's next step; no effect if it has ended."""
+        """Cancel the run at the engine's next step; no effect before its submission and after its end."""
         if self._stream is not None:
             self._stream.cancel()
 
@@ -141,7 +141,7 @@ class ChoiceRun:
         """Record the latency of tokens received now in the metrics; return the present time.
 
         Args:
-            previous_time: time of the previous tokens; for the first tokens the begin of the request.
+            previous_time: time of the previous tokens; for the first tokens, `begin` of RequestInfo.
         """
         now = monotonic()
         if self.begun.is_set():

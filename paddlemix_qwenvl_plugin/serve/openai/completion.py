@@ -42,7 +42,7 @@ class Completion:
         """Prepare the completions.
 
         Args:
-            info: contains the hash of the API key, for its limit; receives the usage at the end.
+            info: contains the hash of the API key, for the limit per key; receives the token counts at the end.
         """
         self._service = service
         self._spec = spec
@@ -72,7 +72,7 @@ class Completion:
         return sum(run.n_cached for run in first_runs)
 
     async def events(self) -> AsyncGenerator[Event, None]:
-        """Wait for slots, load the images and generate. Closing the generator cancels the remaining runs.
+        """Wait for slots, load the images, run the choices and yield their events. Closing cancels the remaining runs.
 
         Images are loaded only once the slots are held: a request that the queue refuses costs no more than its body.
 
@@ -110,7 +110,7 @@ class Completion:
         spec, service = self._spec, self._service
         loading = load_images(service.images, prompt.images)
         try:
-            # The full time limit is left: a prompt with images is the only prompt of its request.
+            # No time has been used before: a prompt with images is the only prompt of its request.
             images = await asyncio.wait_for(loading, self._deadline.seconds)
         except asyncio.TimeoutError:
             raise self._deadline.error() from None

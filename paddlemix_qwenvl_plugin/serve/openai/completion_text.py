@@ -51,7 +51,7 @@ class CompletionText:
     """Incremental converter of tokens to deltas; the concatenated texts are the completion up to its stop string.
 
     Attributes:
-        n_tokens: number of tokens added, stop token included.
+        n_tokens: number of tokens added, stop token included, without the tokens after a stop string.
     """
 
     def __init__(

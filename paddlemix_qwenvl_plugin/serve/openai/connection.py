@@ -42,7 +42,7 @@ class EventStream(StreamingResponse):
     """Response of server-sent events.
 
     An error before the first event becomes an error response with its HTTP status; a later error is sent as the last
-    event. `events` is closed when the client disconnects.
+    event. `events` is closed at the end of the response, also when the client disconnects.
     """
 
     def __init__(self, events: AsyncGenerator[str, None]) -> None:

@@ -10,12 +10,12 @@ from pydantic import Field
 from paddlemix_qwenvl_plugin.serve.errors import ApiError
 from paddlemix_qwenvl_plugin.serve.openai.schema import Schema
 
-# Tags that a client's text must not contain, since they would begin an image. <ref>, <box> and <quad> are allowed:
-# questions use them. ChatML's control tokens are allowed too: in a text they are tokenized as plain text.
+# Tags that a user's text must not contain, since they mark image slots. <ref>, <box> and <quad> are allowed: questions
+# use them. ChatML's control tokens are allowed too: in a text they are tokenized as plain text.
 _IMAGE_TAGS = ("<img>", "</img>", "<imgpad>")
 
 MAX_PARTS = 1024
-"""Maximum length of a list in a request: pydantic would report an error for each of a million invalid items."""
+"""Maximum length of a list of messages, parts, prompts or boxes, which bounds the time and errors of validation."""
 
 
 class ImageURL(Schema):

@@ -37,7 +37,7 @@ class Form(Protocol):
         """Return the JSON of an event's chunk."""
 
     def usage_chunk(self, usage: Mapping[str, Any]) -> str:
-        """Return the JSON of the last chunk of a stream with usage."""
+        """Return the JSON of the chunk that contains the usage, the last of a stream."""
 
     def complete(self, choices: Sequence[Choice], usage: Mapping[str, Any]) -> dict[str, Any]:
         """Return the object of a response that is not streamed."""
@@ -140,7 +140,7 @@ class TextForm:
 
 
 class _Head:
-    """Common fields of all chunks of a stream, serialized once."""
+    """Common fields of a complete response and of all chunks of a stream; for the chunks they are serialized once."""
 
     def __init__(self, id_prefix: str, model: str, object_name: str, with_usage: bool) -> None:
         self.fields = {

@@ -80,7 +80,8 @@ def read_conversation(
     Consecutive messages of one role are joined with a line break into one turn.
 
     Raises:
-        ApiError: the messages are in another order, or a text contains an image tag.
+        ApiError: the messages are in another order, a user's text contains an image tag, or a message of another role
+            contains an image.
     """
     system: list[str] = []
     queries: list[Query] = []

@@ -34,7 +34,7 @@ class ReadyPrompt:
 
 
 async def chat(service: Service, conversation: Conversation) -> ReadyPrompt:
-    """Build the chat prompt of a conversation with all its turns; a prompt that is too long is an error.
+    """Build the chat prompt of a conversation; if it is too long, no turns are dropped, and an error is raised.
 
     Raises:
         ApiError: the prompt exceeds a limit or cannot be tokenized.
@@ -66,7 +66,7 @@ def token_ids(service: Service, ids: list[int], param: str) -> ReadyPrompt:
     """Check a prompt that the client has tokenized.
 
     Raises:
-        ApiError: the prompt exceeds a limit or contains a control token.
+        ApiError: the prompt is empty, exceeds a limit, or contains a control token or an image tag.
     """
     special_ids = service.tokenizer.special_tokens
     # The tags of references and boxes are accepted, the tags of images are not.

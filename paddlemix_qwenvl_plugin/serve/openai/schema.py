@@ -13,8 +13,8 @@ class Schema(BaseModel):
     """Base class of request objects. JSON types are strict: "1" is not a number. null equals an omitted parameter.
 
     Attributes:
-        not_supported: OpenAI's parameters that this server does not support, with their accepted values. These, like
-            empty values, request the behaviour that the server has anyway; some clients always send them.
+        not_supported: OpenAI's parameters that this server does not support, with their accepted values. Accepted
+            values and empty ones request the behaviour that the server has anyway; some clients always send them.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)

@@ -44,7 +44,7 @@ class StopStrings:
 
     @staticmethod
     def _before_partial(text: str, string: str) -> int:
-        """Number of characters before the longest suffix of `text` that is a prefix of `string`."""
+        """Number of characters before the longest suffix of `text` that is a prefix of `string`; all if none is."""
         # `string` is not in `text`, so a suffix is shorter than `string`.
         start = text.find(string[0], max(0, len(text) - len(string) + 1))
         while start >= 0 and not string.startswith(text[start:]):

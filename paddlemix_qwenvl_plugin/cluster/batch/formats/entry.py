@@ -22,7 +22,7 @@ PLAIN_KEYS = (
     "adapter",
     *(field.name for field in fields(GenerationOptions)),
 )
-"""Keys of the plain form without the id: the fields of Parquet and WebDataset rows."""
+"""Keys of the plain form (this package's format of a row) without the id: the fields of Parquet and WebDataset rows."""
 
 
 class Entry(NamedTuple):

@@ -18,7 +18,7 @@ class Parquet:
     """Format of Parquet files, with ranges of row numbers.
 
     Images are paths, URLs, encoded bytes, or Hugging Face's structs of bytes and path. Without a column `id`, ids are
-    NAME:NUMBER.
+    NAME:NUMBER, the file's name and the row's number from 1.
     """
 
     def __init__(self, prompt: Optional[str], defaults: Mapping[str, Any]) -> None:
