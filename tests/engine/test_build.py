@@ -64,7 +64,7 @@ def test_the_library_is_built_once(compiler: Path) -> None:
     assert len(lines) == n_units() + 1
     assert build.library() == first
     assert compiler.read_text().splitlines() == lines
-    # All sources except those of Paddle's operators; the kernels are compiled once per ISA of this machine.
+    # All sources in core/ and cpu/; the kernels are compiled once per ISA that this machine uses.
     compiled = [Path(match[1]) for line in lines if (match := re.search(r"-c (\S+)", line))]
     assert set(compiled) == {path for folder in ("core", "cpu") for path in (CSRC / folder).rglob("*.cc")}
     assert sum(path.name == "kernels.cc" for path in compiled) == len(sources.isas_here(CSRC))
@@ -80,7 +80,7 @@ def test_the_library_is_built_once(compiler: Path) -> None:
         ("generic", ["generic"]),
         ("avx2", ["generic", "avx2"]),
         ("avx512", ["generic", "avx512"]),
-        # The float32 compute type takes the kernels of avx512.
+        # With the compute type float32, the kernels of avx512 run.
         ("avx512_bf16", ["generic", "avx512", "avx512_bf16"]),
     ],
 )

@@ -1,4 +1,4 @@
-"""Memory of `qwenvl quantize`: two layers and the Hessian of the widest matrix, however many rows and layers."""
+"""Memory of `qwenvl quantize`: bounded by three layers in float32 and by the Hessian of the widest matrix."""
 
 from __future__ import annotations
 
