@@ -324,7 +324,7 @@ def unhashable_defaults(roots: list[Path]) -> set[str]:
 def test_no_unhashable_dataclass_defaults(paddlemix: Path, tmp_path: Path) -> None:
     roots = ("paddlemix", "ppdiffusers/ppdiffusers", "deploy")
     assert unhashable_defaults([paddlemix / root for root in roots]) == set()
-    # In the tree without patches, it finds the fields that a patch fixes.
+    # Without patches, there are two such fields, which a patch fixes.
     unpatched = checkout("paddlemix", tmp_path)
     expected = {"CLAPConfig.audio_cfg", "CLAPConfig.text_cfg"}
     assert unhashable_defaults([unpatched / root for root in roots]) == expected
