@@ -539,7 +539,8 @@ class Engine:
         """Sample a token for each row of logits.
 
         Args:
-            counts: for each row, how often each token id was generated, int32 [vocab], for the penalties; or None.
+            counts: for each row, how often each token id was generated, int32 [vocab], for the penalties; or None. The
+                engine increments the count of the sampled token.
         """
         n = len(sampling)
         logits = np.ascontiguousarray(logits, np.float32)

@@ -171,7 +171,7 @@ def test_a_product_is_that_of_float64(cuda_library, launch, half, storage, out, 
 @pytest.mark.parametrize(("out", "width", "n"), [(16, 128, 3), (30, 200, 77), (640, 1000, 284)])
 @pytest.mark.parametrize("epilogue", ["float", "silu_times"])
 def test_a_prompt_product_is_that_of_float64(cuda_library, launch, half, storage, out, width, n, epilogue):
-    """Compared with float64, from weights rounded to the compute type."""
+    """The reference is computed in float64 from weights rounded to the compute type."""
     matrix, exact = random_matrix(cuda_library, launch, half, storage, out, width)
     exact = exact.to(HALVES[half]).double()
     x = random_rows(half, n, width, round_up(width, 8) + 8)

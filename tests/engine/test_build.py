@@ -300,7 +300,8 @@ def test_symbols_of_a_static_cxx_library_are_hidden(tmp_path: Path, monkeypatch:
     target = build.library_target([sources.Unit("source.o", source, ("-fPIC",))])
     with (tmp_path / "log").open("w") as log:
         build.build(target, tmp_path, log)
-    # In another process: in this one the operators would be linked to this library, which has the engine's name.
+    # In another process: in the test's own, operators that are loaded later would be linked to this library, which has
+    # the engine's name.
     code = "import ctypes, sys; library = ctypes.CDLL(sys.argv[1]); print(*[hasattr(library, n) for n in sys.argv[2:]])"
     operator = "_ZNSolsEi"  # std::ostream << int
     command = [sys.executable, "-c", code, str(tmp_path / target.name), "say", operator]
