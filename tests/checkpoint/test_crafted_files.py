@@ -182,7 +182,7 @@ def test_pickles_of_pytorch(tmp_path, monkeypatch, case):
 def test_changed_tables_of_pytorch(tmp_path, old, new, message):
     table = pickle_of(BY_TORCH / "float32.bin")
     assert old in table
-    # A shape changes in one tensor, a class in all.
+    # A shape is replaced in one tensor only, the name of a class in all.
     table = table.replace(old, new) if b"Storage" in old else table.replace(old, new, 1)
     found = refused(
         torch_file.read_header, replace_pickle(BY_TORCH / "float32.bin", tmp_path / "a.bin", table)

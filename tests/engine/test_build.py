@@ -92,7 +92,7 @@ def test_isas_of_a_processor(best: str, isas: list[str], monkeypatch: pytest.Mon
     optimised = {
         unit.name: "-O3" in unit.flags for unit in sources.library_units(CSRC, sources.isas_here(CSRC))
     }
-    # Beside better kernels, the generic kernels are only for comparison.
+    # Beside better kernels, the generic kernels are only for comparison and are not optimised.
     assert optimised["kernels_generic.o"] == (best == "generic")
 
 
