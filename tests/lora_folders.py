@@ -23,7 +23,7 @@ import lora_base as base  # noqa: E402
 
 
 def write_base(folder: Path, scheme: str = "paddlemix", **config: Any) -> Path:
-    """Write the adapters' base model; matrices are [in, out], with Hugging Face's names [out, in]."""
+    """Write the adapters' base model, its matrices as [out, in] in the scheme "huggingface", else as [in, out]."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({**base.CONFIG, **config}))
     values = {SCHEMES["paddlemix"].name(name): value for name, value in base.weights().items()}

@@ -48,7 +48,11 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 class Variant(NamedTuple):
-    """How a folder is quantized. `form` is the config's checkpoint_format, `quantizer` the entry in its `meta`."""
+    """How a folder is quantized.
+
+    With a `group` of -1, all weights of a row are one group. `form` is the config's checkpoint_format, `quantizer` the
+    entry in its `meta`: name and version of the tool that quantized.
+    """
 
     method: str = "gptq"
     bits: int = 4
@@ -145,7 +149,7 @@ def _quantized_tensors(variant: Variant) -> tuple[dict[str, np.ndarray], dict[st
         tensors, weight = quantized_layer(rng, n_in, n_out, variant)
         dense[f"{name}.weight"] = weight.astype(np.float32)
         stored |= {f"{name}.{suffix}": value for suffix, value in tensors.items()}
-        # AutoGPTQ stores biases of zeros.
+        # For a layer without a bias, AutoGPTQ stores a bias of zeros.
         stored.setdefault(f"{name}.bias", np.zeros(n_out, np.float16))
     return stored, dense
 

@@ -34,6 +34,8 @@ class Report:
 def soak(vl: QwenVL, monkeypatch: pytest.MonkeyPatch, n_requests: int) -> Report:
     """Run random requests, at most 12 concurrently; compare each answer with that of the same request run alone.
 
+    Of a cancelled request, the tokens until then are compared.
+
     Raises:
         AssertionError: an answer differs, or blocks are still in use at the end.
     """

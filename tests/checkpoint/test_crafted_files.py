@@ -182,7 +182,7 @@ def test_pickles_of_pytorch(tmp_path, monkeypatch, case):
 def test_changed_tables_of_pytorch(tmp_path, old, new, message):
     table = pickle_of(BY_TORCH / "float32.bin")
     assert old in table
-    # A shape changes in one tensor, a class in all.
+    # A shape is replaced in one tensor only, the name of a class in all.
     table = table.replace(old, new) if b"Storage" in old else table.replace(old, new, 1)
     found = refused(
         torch_file.read_header, replace_pickle(BY_TORCH / "float32.bin", tmp_path / "a.bin", table)
@@ -308,7 +308,7 @@ def test_headers_of_safetensors(tmp_path, header, message):
 
 @pytest.mark.parametrize("length", [2 << 30, 1 << 63, (1 << 64) - 1, MAX_JSON_BYTES + 1])
 def test_a_header_of_gigabytes(tmp_path, length):
-    """The file is as long as the header claims, up to 3 GiB: it is sparse."""
+    """The file, which is sparse, is as long as its header claims, but at most 3 GiB."""
     path = safetensors(tmp_path / "a.safetensors", {}, length=length)
     with path.open("r+b") as file:
         file.truncate(min(length, 3 << 30) + 8)
@@ -339,7 +339,7 @@ def test_pythons_unpickler_runs_the_code(tmp_path, monkeypatch):
 
 
 def test_a_long_file_takes_little_memory(tmp_path):
-    """Of two tensors in a file, a small one is read without the other one of 512 MiB."""
+    """A small tensor is read without the other tensor of its file, which has 512 MiB."""
     small = table_with_array(b"M\x00\x04\x85", content=b"B\x00\x10\x00\x00" + bytes(4096))
     large = table_with_array(b"\x8a\x05\x00\x00\x00\x08\x00\x85", content=b"B\x00\x00\x00\x20")
     path = tmp_path / "a.pdparams"

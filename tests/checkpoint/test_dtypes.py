@@ -31,7 +31,8 @@ def test_float16_rounds_to_nearest_even():
 
 
 def test_bfloat16_keeps_nan_and_infinity():
-    # Three NaNs, infinity and minus infinity. Rounding the first and third would carry into the sign or exponent.
+    # Three NaNs, infinity and minus infinity. Rounding would carry into the sign of the first and beyond that of the
+    # third; without its lower half, the second would be infinity.
     bits = np.array([0x7FFFFFFF, 0x7F800001, 0xFFFFFFFF, 0x7F800000, 0xFF800000], np.uint32)
     back = to_float32(cast(bits.view(np.float32), "float32", "bfloat16", "x"), "bfloat16")
     assert np.isnan(back[:3]).all()

@@ -182,7 +182,8 @@ def test_refused_configs(tmp_path, changes, message):
 W1 = "transformer.h.0.mlp.w1"
 
 
-# Functions that return a function which damages the dict of tensors.
+# `without` and `with_value` return a function that damages the dict of tensors, as `not_quantized` and the two
+# functions after it do.
 
 
 def without(suffix):

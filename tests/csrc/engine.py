@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# Constants of qwenvl.h; _GN is the group size.
+# Constants of qwenvl.h. The number after _G is the group size, as in INT4_G64: 64 weights of a row share a scale.
 FLOAT32, BFLOAT16, INT8, INT4_G64, INT4_G128, FLOAT16 = range(6)
 UINT4_G32, UINT4_G64, UINT4_G128, UINT8_G32, UINT8_G64, UINT8_G128, INT32 = range(6, 13)
 GROUPS = {UINT4_G32: 32, UINT4_G64: 64, UINT4_G128: 128, UINT8_G32: 32, UINT8_G64: 64, UINT8_G128: 128}
@@ -42,7 +42,7 @@ DTYPES = {
     "uint8_g64": UINT8_G64,
     "uint8_g128": UINT8_G128,
 }
-# Path of a library to test on a GPU; see conftest.py.
+# Path of a libqwenvl.so with a GPU back end, which the tests then use on the GPU (conftest.py); "": test on the CPU.
 DEVICE_LIBRARY = os.environ.get("QWENVL_TEST_LIBRARY", "")
 ISAS = {"best": 0, "generic": 1, "avx2": 2, "avx512": 3, "avx512_bf16": 4}
 OK, INVALID, BAD_WEIGHT, UNSUPPORTED, NO_MEMORY, STOPPED, INTERNAL = range(7)
@@ -51,7 +51,7 @@ FINISH_END, FINISH_LENGTH = 1, 2
 NO_LOGITS, GENERATED = 1, 2
 COMPUTE_BEST, COMPUTE_FLOAT32, COMPUTE_BFLOAT16, COMPUTE_FLOAT16 = range(4)
 
-# Consecutive int32 fields of Config.
+# Names of int32 fields of Config, three runs of fields that are consecutive in the C struct.
 CONFIG_RUN = ["device", "device_index", "n_threads", "isa", "max_tokens"]
 CONFIG_LANGUAGE = ["hidden", "layers", "heads", "head_dim", "mlp_width", "vocab"]
 CONFIG_VISION = ["image_size", "patch_size", "vision_width", "vision_layers", "vision_heads"]
@@ -342,7 +342,10 @@ class Library:
             raise EngineError(status, message)
 
     def pack(self, values: np.ndarray, dtype: int) -> np.ndarray:
-        """Pack a matrix [out, in] into the engine's storage, uint8; types with zero points: `quantize_groups` first."""
+        """Pack a matrix [out, in] into the engine's storage as `dtype`; return the bytes, uint8.
+
+        For a type with zero points, `quantize_groups` computes the integers, scales and zero points to pack.
+        """
         values = np.ascontiguousarray(values, np.float32)
         if dtype in GROUPS:
             return self.pack_groups(*quantize_groups(values, dtype), dtype)
@@ -354,7 +357,12 @@ class Library:
     def pack_groups(
         self, integers: np.ndarray, scales: np.ndarray, zeros: np.ndarray, dtype: int
     ) -> np.ndarray:
-        """Pack uint8 [out, in] with float16 scales and zero points [out, groups] into the engine's storage, uint8."""
+        """Pack an already quantized matrix into the engine's storage; return the bytes, uint8.
+
+        Args:
+            integers: uint8 [out, in].
+            scales: float16 [out, groups], as are `zeros`, the zero points.
+        """
         packed = aligned(self.dll.qvl_packed_bytes(dtype, *integers.shape))
         pointers = [pointer(array) for array in (integers, scales, zeros, packed)]
         self.call("qvl_pack_groups", dtype, *integers.shape, *pointers, packed.nbytes)
@@ -495,7 +503,7 @@ class Engine:
         if isinstance(weights, Weights):
             library.call("qvl_engine_create", config, weights.handle, ctypes.byref(handle))
         else:
-            with Weights(library, weights) as opened:  # freed afterwards: the engine keeps the tensors
+            with Weights(library, weights) as opened:  # the engine keeps the tensors, not the handle
                 library.call("qvl_engine_create", config, opened.handle, ctypes.byref(handle))
         self.handle = handle
 
@@ -528,7 +536,12 @@ class Engine:
         sampling: Sequence[Sampling],
         counts: Sequence[np.ndarray | None] | None = None,
     ) -> list[int]:
-        """Sample a token for each row of logits; counts: numbers of tokens by id [vocab], or None, for each row."""
+        """Sample a token for each row of logits.
+
+        Args:
+            counts: for each row, how often each token id was generated, int32 [vocab], for the penalties; or None. The
+                engine increments the count of the sampled token.
+        """
         n = len(sampling)
         logits = np.ascontiguousarray(logits, np.float32)
         tokens = np.empty(n, np.int32)
@@ -573,7 +586,11 @@ class Engine:
 
         Args:
             spans: image features of each prompt, as (first position, features [count, hidden]).
-            on_step: called with the step, the indices of requests and their new tokens; nonzero stops.
+            end_ids: the stop tokens of all requests.
+            pool: KV block pool to use; without one, the engine creates a pool for the call.
+            on_step: called with the step, the indices of requests and their new tokens; if it returns a number other
+                than 0, the generation ends with the error STOPPED.
+            sampling: fields of Sampling, the same for all requests.
         """
         n = len(prompts)
         keep_alive: list[Any] = []  # the structs have pointers to these objects
@@ -780,7 +797,7 @@ class Pool:
 
 
 class Step(NamedTuple):
-    """Output of a step, a row for each entry with logits."""
+    """Output of a step, a row for each entry without NO_LOGITS."""
 
     tokens: np.ndarray  # int32 [rows]
     logprobs: np.ndarray  # float32 [rows]

@@ -104,8 +104,9 @@ def test_equals_the_merged_model(library, golden_model, dtype):
 def test_an_int4_base_equals_the_merged_dequantized_model(library, golden_model, storage):
     """Both models add the same values in float32, except in decode steps of INT4_G64 on a CPU.
 
-    Those steps round the activations for the product with the base model's weights, not for the adapter's. The matrices
-    with zero points (UINT4_G128) have permuted inputs, as with GPTQ's act-order.
+    Those steps round the activations for the product with the base model's weights, not for the adapter's. For types
+    with zero points (UINT4_G128), the compute type float32 rounds none; these matrices have permuted inputs, as with
+    GPTQ's act-order.
     """
     model = golden_model("a")
     base, adapter = model.language_weights(), make_adapter(model, skip="lm_head")

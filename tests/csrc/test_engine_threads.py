@@ -30,7 +30,8 @@ def test_an_engine_continues_in_a_child_after_fork(library, golden_model):
             assert engine.generate([prompt], 8) == expected
 
 
-# cgroups: content of /proc/self/cgroup; files: content of files under /sys/fs/cgroup; cpus: expected quota, 0: none.
+# cgroups: content of /proc/self/cgroup; files: content of files under /sys/fs/cgroup; cpus: expected quota
+# in CPUs; 0: no quota.
 @pytest.mark.parametrize(
     ("cgroups", "files", "cpus"),
     [

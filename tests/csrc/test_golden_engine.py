@@ -145,7 +145,7 @@ def assert_close(values, expected, bound):
 
 @pytest.mark.parametrize("dtype", GROUPS)
 def test_compute_float32(library, golden_model, isa, dtype):
-    """QVL_COMPUTE_FLOAT32 with quantized, permuted weights, compared with the same values as float32 weights."""
+    """QVL_COMPUTE_FLOAT32 with quantized weights, permuted in layer 0, compared with the same values in float32."""
     model = golden_model("a")
     weights, random = model.language_weights(), np.random.default_rng(4)
     packed = store(library, weights, dtype)

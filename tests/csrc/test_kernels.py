@@ -89,7 +89,7 @@ def rounded_activations(x, isa, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_linear(library, isa, dtype, shape):
-    """Tokens of prompts (blocked product), of decode steps (matrix-vector kernels), and both in one call."""
+    """Products for tokens of prompts (blocked), of decode steps (matrix-vector kernels), and both in one call."""
     rows, columns = shape
     storage, threads = DTYPES[dtype], 2
     packed = library.pack(normal(rows, columns), storage)
@@ -98,7 +98,7 @@ def test_linear(library, isa, dtype, shape):
     # Of n tokens, the first n_prompt belong to prompts, the others to decode steps.
     for n_prompt, n in [(0, 1), (0, 2), (0, 5), (0, 8), (0, 9), (0, 20), (1, 1), (9, 9), (50, 50), (3, 7)]:
         x, y = normal(n, columns), normal(n, rows)
-        exact, add = y.copy(), n % 2  # exact: without rounding of the activations
+        exact, add = y.copy(), n % 2  # exact: activations not rounded; add: add the product to y
         # Root mean square of the results if the signs of their terms were random.
         variances = np.square(x) @ np.square(weights).T + np.square(bias) + add * np.square(y)
         size = np.sqrt(variances.mean())
@@ -230,7 +230,8 @@ def test_activations(library, isa):
 
 def test_bfloat16(library, isa):
     """Conversion of float32 to bfloat16, rounded to nearest even, and back."""
-    # bfloat16 values from 1 on; the same plus a tie, a little less and a little more than a tie; negative values.
+    # Consecutive bfloat16 values above 1; the same plus a tie, a little less and a little more than a tie; their
+    # negatives.
     exact = np.arange(1, 300, dtype=np.uint32) * 0x10000 + 0x3F800000
     bits = np.concatenate([exact, exact + 0x8000, exact + 0x7FFF, exact + 0x8001, exact ^ 0x80000000])
     x = bits.astype(np.uint32).view(np.float32)
@@ -311,7 +312,7 @@ def rounded_to_pool(x, dtype):
 def test_attention(library, isa, dtype, heads, head_dim, n, n_keys, causal, tile):
     q, k, v = normal(n, heads, head_dim), normal(n_keys, heads, head_dim), normal(n_keys, heads, head_dim)
     if dtype == FLOAT16:
-        v[0, 0] = 2e-7  # subnormal
+        v[0, 0] = 2e-7  # subnormal in float16
     k_rounded, v_rounded = rounded_to_pool(k, dtype), rounded_to_pool(v, dtype)
     result, expected = np.empty_like(q), np.empty_like(q)
     sizes = heads, head_dim, n, n_keys, causal
@@ -331,7 +332,7 @@ def test_attention(library, isa, dtype, heads, head_dim, n, n_keys, causal, tile
             results.add(result.tobytes())
         assert len(results) == 1
     attention(2, rounded=0, decode=0)
-    assert_close(result, expected, 3e-5)  # a score's absolute error is its weight's relative error
+    assert_close(result, expected, 3e-5)  # e^(score + error) has the relative error `error`
     attention(2, rounded=1, decode=0)
     if isa != ISAS["avx512_bf16"]:
         assert_close(result, expected, 3e-5)

@@ -49,7 +49,7 @@ def test_layout(library, dtype, shape):
 
 
 def random_groups(dtype, rows, columns):
-    """Random integers, scales and zero points, with the smallest and the largest integers and zero points."""
+    """Random integers, scales and zero points; the zero points are drawn from a few, the extremes included."""
     groups_shape = rows, -(-columns // GROUPS[dtype])
     random = np.random.default_rng(17)
     integers = random.integers(0, 16 if dtype in UINT4 else 256, [rows, columns], np.uint8)

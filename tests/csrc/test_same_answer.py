@@ -189,9 +189,10 @@ def test_shared_blocks(case):
 
 @pytest.mark.parametrize("flag", [0, GENERATED])
 def test_recomputation_after_a_preemption(case, flag):
-    """Prompt and generated tokens in one pass, in one entry or in three.
+    """Prompt and generated tokens in one pass: in three entries, and without the flag also in one entry.
 
-    The engine recognises generated tokens by positions from prompt_len on, or by the flag GENERATED.
+    The engine recognises generated tokens by positions from prompt_len on, or by the flag GENERATED of an entry, which
+    holds for all tokens of the entry.
     """
     expected = case.expected(INT8)
     end = PROMPT + NEW

@@ -9,14 +9,15 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="tests of GPU kernels need PyTorch")
 
-# Compute types as the launchers number them, and their rounding errors.
+# Compute types by their numbers in the launchers' argument `half`, and their rounding errors.
 HALVES = {0: torch.bfloat16, 1: torch.float16}
 EPSILON = {0: 2.0**-8, 1: 2.0**-11}
 FLOAT32, BFLOAT16, INT8, INT4_G64, INT4_G128, FLOAT16 = range(6)  # qvl_dtype
 # qvl_dtype of the types with zero points -> (bits, group size).
 GROUPS = {6: (4, 32), 7: (4, 64), 8: (4, 128), 9: (8, 32), 10: (8, 64), 11: (8, 128)}
 DTYPES = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16, FLOAT16: torch.float16, INT8: torch.int8}
-# Storage on the GPU -> qvl_dtype; in the order of the launchers.
+# Storage on the GPU -> qvl_dtype of the uploaded matrix, in the order of the launchers' numbers. "half" is the compute
+# type.
 STORAGES = {"half": BFLOAT16, "int8": INT8, "int4_g64": INT4_G64, "int4_g128": INT4_G128}
 STORAGES.update({"uint4_g32": 6, "uint4_g64": 7, "uint4_g128": 8, "uint8_g32": 9, "uint8_g64": 10})
 EPILOGUES = ("half", "float", "add", "gelu", "silu_times")  # enum class Epilogue of csrc/cuda/ops.h
@@ -170,7 +171,7 @@ def test_a_product_is_that_of_float64(cuda_library, launch, half, storage, out, 
 @pytest.mark.parametrize(("out", "width", "n"), [(16, 128, 3), (30, 200, 77), (640, 1000, 284)])
 @pytest.mark.parametrize("epilogue", ["float", "silu_times"])
 def test_a_prompt_product_is_that_of_float64(cuda_library, launch, half, storage, out, width, n, epilogue):
-    """Compared with float64, from weights rounded to the compute type."""
+    """The reference is computed in float64 from weights rounded to the compute type."""
     matrix, exact = random_matrix(cuda_library, launch, half, storage, out, width)
     exact = exact.to(HALVES[half]).double()
     x = random_rows(half, n, width, round_up(width, 8) + 8)
@@ -243,7 +244,7 @@ def test_float16_does_not_overflow(cuda_library, launch):
 
 
 class Cache:
-    """KV cache with sequences of random keys and values in scattered blocks; all other bytes are 255."""
+    """KV cache with sequences of random keys and values in scattered blocks; all other bytes are 255 (floats: NaN)."""
 
     def __init__(self, dtype, heads, width, block_tokens, lengths):
         self.dtype, self.heads, self.width, self.block_tokens = dtype, heads, width, block_tokens

@@ -14,7 +14,10 @@ PRODUCT = 1  # the index of the computed product
 
 
 class Table:
-    """An adapter's matrices of each product, and its table on the GPU: LowRankEntry of kernels/low_rank.h."""
+    """An adapter's matrices of each product, and its table on the GPU: LowRankEntry of kernels/low_rank.h.
+
+    `parts`: number of matrices whose rows the product interleaves, two for w1 and w2, each with its own update.
+    """
 
     def __init__(self, half, rank, out, width, parts=1):
         self.half, self.matrices = half, []
@@ -100,7 +103,7 @@ def test_rows_of_several_adapters(half, out, width, epilogue):
 @pytest.mark.parametrize("storage", test_decode.STORAGES)
 @pytest.mark.parametrize(("out", "width"), [(40, 136), (4096, 4096), (258, 11008)])
 def test_adapted_products(cuda_library, launch, half, storage, out, width):
-    """A x, computed in the kernel of the base product: both have the same bits as from separate kernels."""
+    """A x and the product with the base weight, computed in one kernel, have the same bits as from separate kernels."""
     dtype = test_decode.HALVES[half]
     matrix, _ = test_decode.random_matrix(cuda_library, launch, half, storage, out, width)
     tables = [Table(dtype, rank, out, width) for rank in (0, 16, 64, 208)]

@@ -59,7 +59,7 @@ class Cache:
     def attention(
         self, q: torch.Tensor, chunks: list[tuple[int, int, int, int]], portable: bool
     ) -> torch.Tensor:
-        """`chunks`: (first row of q, n, n_past, block table) of each chunk of a prompt."""
+        """Run the kernel on chunks of prompts: (first row of q, tokens, earlier tokens, index of the block table)."""
         tiles = [(i, offset) for i, chunk in enumerate(chunks) for offset in range(0, chunk[1], QUERY_TILE)]
         y = torch.full((q.shape[0] + 1, q.shape[1]), float("nan"), dtype=q.dtype, device="cuda")
         gpu_chunks = torch.tensor(chunks, dtype=torch.int32, device="cuda")

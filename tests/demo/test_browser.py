@@ -22,8 +22,8 @@ WIDTHS = (1280, 360)
 # JavaScript expression that opens all <details>.
 OPEN_DETAILS = "document.querySelectorAll('details').forEach(d => d.open = true)"
 
-# JavaScript that returns [WCAG contrast ratio, text, luminance of the background] of all texts. A text's background is
-# that of the nearest element around it whose background is not transparent.
+# JavaScript that returns [WCAG contrast ratio, text, luminance of the background] of all texts that are not in an SVG
+# image. A text's background is that of the nearest element around it whose background is not transparent.
 CONTRASTS = """
 const luminance = colour => {
   const [r, g, b] = colour.map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);

@@ -172,7 +172,7 @@ def test_eval(run: Run, tmp_path: Path) -> None:
 
 
 def test_recipes_patches_and_the_tiny_model(run: Run, tmp_path: Path) -> None:
-    """The first session of recipes.md, patches.md and python-api.md.
+    """The first console session of each of recipes.md, patches.md and python-api.md.
 
     The commands with `--tree` are omitted: they need a checkout of upstream.
     """

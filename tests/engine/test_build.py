@@ -64,7 +64,7 @@ def test_the_library_is_built_once(compiler: Path) -> None:
     assert len(lines) == n_units() + 1
     assert build.library() == first
     assert compiler.read_text().splitlines() == lines
-    # All sources except those of Paddle's operators; the kernels are compiled once per ISA of this machine.
+    # All sources in core/ and cpu/; the kernels are compiled once per ISA that this machine uses.
     compiled = [Path(match[1]) for line in lines if (match := re.search(r"-c (\S+)", line))]
     assert set(compiled) == {path for folder in ("core", "cpu") for path in (CSRC / folder).rglob("*.cc")}
     assert sum(path.name == "kernels.cc" for path in compiled) == len(sources.isas_here(CSRC))
@@ -80,7 +80,7 @@ def test_the_library_is_built_once(compiler: Path) -> None:
         ("generic", ["generic"]),
         ("avx2", ["generic", "avx2"]),
         ("avx512", ["generic", "avx512"]),
-        # The float32 compute type takes the kernels of avx512.
+        # With the compute type float32, the kernels of avx512 run.
         ("avx512_bf16", ["generic", "avx512", "avx512_bf16"]),
     ],
 )
@@ -92,7 +92,7 @@ def test_isas_of_a_processor(best: str, isas: list[str], monkeypatch: pytest.Mon
     optimised = {
         unit.name: "-O3" in unit.flags for unit in sources.library_units(CSRC, sources.isas_here(CSRC))
     }
-    # Beside better kernels, the generic kernels are only for comparison.
+    # Beside better kernels, the generic kernels are only for comparison and are not optimised.
     assert optimised["kernels_generic.o"] == (best == "generic")
 
 
@@ -300,7 +300,8 @@ def test_symbols_of_a_static_cxx_library_are_hidden(tmp_path: Path, monkeypatch:
     target = build.library_target([sources.Unit("source.o", source, ("-fPIC",))])
     with (tmp_path / "log").open("w") as log:
         build.build(target, tmp_path, log)
-    # In another process: in this one the operators would be linked to this library, which has the engine's name.
+    # In another process: in the test's own, operators that are loaded later would be linked to this library, which has
+    # the engine's name.
     code = "import ctypes, sys; library = ctypes.CDLL(sys.argv[1]); print(*[hasattr(library, n) for n in sys.argv[2:]])"
     operator = "_ZNSolsEi"  # std::ostream << int
     command = [sys.executable, "-c", code, str(tmp_path / target.name), "say", operator]

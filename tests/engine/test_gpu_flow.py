@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.export.export import export_language
 
 pytestmark = needs_compiler
 
-# The beginning of each program that a test runs: no library is built, and the stub is loaded, which reports two GPUs.
+# The beginning of each program that a test runs. In place of a built library, the stub is loaded; it reports two GPUs.
 PRELUDE = """
 import os, sys
 from pathlib import Path

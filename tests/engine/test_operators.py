@@ -26,7 +26,10 @@ MIN_LENGTH, MAX_LENGTH, STOP_FLAGS, STOP_NUMS = 8, 9, 16, 21
 
 @pytest.mark.parametrize("extension", [".json", ".pdmodel"])
 def test_rows_end_independently(golden: Callable[[str], Any], engine: str, extension: str) -> None:
-    """Row 0 ends at a stop token, row 1 is stopped at the start, row 2 has a limit of 3 tokens; also `stop_nums`."""
+    """Row 0 ends at a stop token, row 1 is stopped at the start, row 2 has a limit of 3 tokens.
+
+    A second run ends all rows after two have ended (`stop_nums`); a third one has a minimum length for row 0.
+    """
     model = golden("a")
     # The fifth token of golden a does not occur before; as stop token it ends row 0 after five tokens.
     tokens = model.figures["tokens"].tolist()

@@ -52,8 +52,8 @@ ROW = {"id": "a", "prompt": "What is it?"}  # of a batch
 class Bench:
     """Test bench of a case: creates valid inputs in the working directory, which the case then corrupts.
 
-    Methods named after a command return its arguments. The command runs in the test's process, or in a subprocess if a
-    limit or `stdout` is set.
+    Methods whose description begins with a command prepare its inputs and return its arguments. The command runs in the
+    test's process, or in a subprocess if a limit or `stdout` is set.
     """
 
     def __init__(self, tiny_exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:

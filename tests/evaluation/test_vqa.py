@@ -97,7 +97,7 @@ def test_anls_agrees_with_its_formula(answer: str, references: list[str]) -> Non
         ("ab", ["ax"], 0.5),
         ("abc", ["axy"], 0.0),  # a similarity of 1/3 is below the threshold
         ("", ["yes"], 0.0),
-        # Two of ten characters of the more similar reference.
+        # Two of the answer's ten characters are not in the more similar reference, the second one.
         ("p. m. hall", ["t. f. riehl", "p m hall"], 0.8),
     ],
 )

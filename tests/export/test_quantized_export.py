@@ -50,7 +50,8 @@ class Float32Config(c.Config):
 def engine_logits(prefix, tokens, monkeypatch, one_by_one, adapter=None):
     """The engine's logits after each token, float32 [tokens, vocabulary].
 
-    From decode steps, or from one step with a prompt of each length. `adapter` is the folder of an adapter.
+    They are from decode steps if `one_by_one`, otherwise from one step with a prompt of each length. `adapter` is the
+    folder of an adapter.
     """
     monkeypatch.setattr(c, "Config", Float32Config)
     config = read_manifest(prefix).config
@@ -112,7 +113,7 @@ def run(engine, pool, sequences, tokens, logits, adapter):
 
 @paddle.no_grad()
 def float_logits(folder, tokens, lora=()):
-    """The same logits, computed in dynamic mode in float32, with merged adapters."""
+    """The logits after each token, as from `engine_logits`, but from dynamic mode in float32, with merged adapters."""
     model = load_language(Checkpoint(folder, lora))
     embedded = model.embed_tokens(paddle.to_tensor(tokens[None]))
     positions = paddle.arange(len(tokens)).unsqueeze(0)

@@ -154,7 +154,7 @@ def make_base(folder: Path) -> None:
 
 
 def targets(base: Path) -> dict[str, Target]:
-    """Create all targets, by name; `base` is a folder of `make_base`."""
+    """Create all targets, by name; `base` is the folder that `make_base` filled, to which more files are added."""
     config = (base / "model" / "config.json").read_bytes()
     weights = (base / "model" / "model.safetensors").read_bytes()
     header_end = _header_end(weights)
@@ -349,7 +349,9 @@ def _small_weight_files(base: Path) -> dict[str, Path]:
 
 
 def _small_adapters(base: Path) -> list[bytes]:
-    """Write the model adapted/ and its adapters, all zeros: peft_bin/ and paddlenlp/; and peft/, an empty folder.
+    """Write the model adapted/, with random weights, and two adapters of zeros for it: peft_bin/ and paddlenlp/.
+
+    The folder peft/ stays empty: an input of that target contains both files of its adapter.
 
     Returns:
         Seeds of PEFT's adapter, JSON texts of [config, safetensors header, number of bytes of values]. The first seed
@@ -387,7 +389,7 @@ def _small_adapters(base: Path) -> list[bytes]:
 
 
 def _update(module: str, n_in: int, n_out: int, rank: int = 4) -> dict[str, np.ndarray]:
-    """PEFT's two tensors of a low-rank update."""
+    """PEFT's two tensors of a low-rank update, all zeros."""
     module = f"base_model.model.transformer.{module}"
     return {
         f"{module}.lora_A.weight": np.zeros((rank, n_in), np.float32),

@@ -79,9 +79,10 @@ class Runner:
         return None
 
     def suspects(self, target: Target, inputs: list[bytes]) -> list[bytes]:
-        """Read several inputs, parts of a model or an adapter, in one process; return the inputs with a problem.
+        """Read several inputs, parts of a model or an adapter, in one process; return those that may have a problem.
 
-        These are all inputs if the process took too much memory. An input without a line of output ended the process.
+        If the process took too much memory, these are all inputs. Otherwise they are those that were slow or had a
+        wrong message, and the first one without a line of output, which ended the process.
         """
         shutil.rmtree(self._work, ignore_errors=True)
         folders = [self._work / str(i) for i in range(len(inputs))]

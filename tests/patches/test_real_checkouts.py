@@ -117,7 +117,10 @@ def interpreter(minor: int) -> str:
 
 @pytest.mark.parametrize("minor", [None, 8, 9, 10, 11, 12, 13])
 def test_import_calls_every_plugin(paddlenlp: Path, tmp_path: Path, minor: int | None) -> None:
-    """A plugin that fails is reported on stderr and does not prevent the import. None: this interpreter."""
+    """A plugin that fails is reported on stderr and does not prevent the import.
+
+    `minor` is that of the Python version; None: this interpreter.
+    """
     python = sys.executable if minor is None else interpreter(minor)
     (tmp_path / "plugins.py").write_text(
         "def good(): print('good')\n"
@@ -321,7 +324,7 @@ def unhashable_defaults(roots: list[Path]) -> set[str]:
 def test_no_unhashable_dataclass_defaults(paddlemix: Path, tmp_path: Path) -> None:
     roots = ("paddlemix", "ppdiffusers/ppdiffusers", "deploy")
     assert unhashable_defaults([paddlemix / root for root in roots]) == set()
-    # In the tree without patches, it finds the fields that a patch fixes.
+    # Without patches, there are two such fields, which a patch fixes.
     unpatched = checkout("paddlemix", tmp_path)
     expected = {"CLAPConfig.audio_cfg", "CLAPConfig.text_cfg"}
     assert unhashable_defaults([unpatched / root for root in roots]) == expected

@@ -224,7 +224,7 @@ def test_transparent_colours_are_composed_with_white(recwarn: pytest.WarningsRec
 def test_warnings_and_logs_are_suppressed_without_changing_settings(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """In several threads, images for which Pillow warns or logs, or libtiff writes to stderr."""
+    """Several threads load images for which Pillow warns or logs, or libtiff writes to stderr."""
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         before = list(warnings.filters)

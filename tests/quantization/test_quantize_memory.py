@@ -1,4 +1,4 @@
-"""Memory of `qwenvl quantize`: two layers and the Hessian of the widest matrix, however many rows and layers."""
+"""Memory of `qwenvl quantize`: at most three copies of one layer, the Hessian of the widest matrix, and its inputs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_memory(tmp_path):
     layer = 4 * (4 * HIDDEN**2 + 3 * HIDDEN * MLP)  # weights of a layer in float32
     # X^T X and its damped copy in float32; in float64 the matrix, its factor and the factor's inverse.
     hessian = MLP**2 * (2 * 4 + 3 * 8)
-    # Inputs of 2048 tokens, whole and in parts.
+    # Three copies of the float32 inputs of 2048 tokens (_TOKENS_AT_ONCE in layers.py) and some more.
     inputs = 3 * 4 * 2100 * MLP
     paddle_memory = 6e7
     assert hessian < rise

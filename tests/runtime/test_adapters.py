@@ -72,7 +72,7 @@ def ask(model: QwenVL, question: str, adapter: str | None, n: int = 12) -> list[
 
 
 def test_a_mixed_batch_equals_requests_alone(folder):
-    """Requests without an adapter and with either one, on a quantized model, with prompts that share prefixes."""
+    """Requests without an adapter and with each of two, on a quantized model, with prompts that share prefixes."""
     model = opened(folder, "int4", "one", "two")
     plain = opened(folder, "int4")
     cases = [(PROMPT * (1 + i % 3) + str(i), (None, "one", "two")[i % 3]) for i in range(18)]

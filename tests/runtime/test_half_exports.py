@@ -15,7 +15,8 @@ def test_golden(golden, engine, tmp_path, name, dtype, bound):
     The golden weights are float16 numbers, so a float16 export rounds only the two resized position tables.
     """
     if engine == "fused":
-        # The engine also rounds activations to bfloat16; these random weights magnify the rounding errors.
+        # The engine also rounds activations to bfloat16 if the processor has products of bfloat16; these random weights
+        # magnify the rounding errors.
         bound = 0.12
     model = golden(name)
     export_vision(model.folder, tmp_path / "vision", dtype)

@@ -55,7 +55,10 @@ class FakeExecutor:
     Attributes:
         memory: input at each (block, position in the block).
         computed: number of computed tokens of each request.
+        n_encoded: number of encoded images.
+        n_preempted: how often a request continued at an earlier position than it had reached.
         n_found: number of requests that began with cached blocks.
+        n_ahead: number of chunks that were started before the request had received its previous token.
     """
 
     def __init__(self, limits: Limits) -> None:

@@ -33,7 +33,7 @@ OTHER_IMAGE_QUERY = [{"image": str(OTHER)}, {"text": "And this?"}]
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A random model whose rotary base changes after 512 tokens. Its seed: with most seeds it repeats one token."""
+    """A random model whose rotary base changes after 512 tokens. With most seeds other than 6 it repeats one token."""
     folder = tmp_path_factory.mktemp("stream")
     tiny_config = tiny.tiny_config
     with pytest.MonkeyPatch.context() as patch:
@@ -171,7 +171,10 @@ def from_history(vl, history, query, n_tokens):
 
 
 def test_chat_computes_only_new_tokens(vl, recording):
-    """A turn encodes no image again. On the engine, it computes only the tokens after the common full blocks."""
+    """A turn encodes no image again. On the engine, it computes only tokens after the blocks of the previous turn.
+
+    These are the full blocks of tokens that its prompt has in common with the prompt and answer of that turn.
+    """
     chat = vl.chat()
     first = chat.ask(IMAGE_QUERY, max_new_tokens=4).finish()
     n_first = recording.steps[0]

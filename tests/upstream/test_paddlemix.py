@@ -30,7 +30,7 @@ from paddlemix_qwenvl_plugin.tiny import make as tiny
 
 HERE = Path(__file__).parent
 FAKE = HERE / "made_up_paddlemix"
-FAKE_MAX_LEN = 600
+FAKE_MAX_LEN = 600  # tokens of prompt and completion at which the fake Predictor ends
 IMAGES = HERE.parent / "golden" / "text"
 STREET = HERE.parents[1] / "recipes" / "images" / "street.png"
 
@@ -92,7 +92,7 @@ def predictor_command(tree: Path, folder: Path, queries: list[Any], output: Path
 
 
 def expected_tokens(folder: Path, query: list[Any], n_tokens: int) -> list[int]:
-    """Generate tokens with QwenVL, which runs another program of the language stage than PaddleMIX's Predictor."""
+    """Generate tokens with QwenVL, which does not run the stock program that PaddleMIX's Predictor runs."""
     vl = QwenVL.from_exported(folder / "vision" / "vision", folder / "text" / "qwen", folder / "model")
     vl.tokenizer.picture_label = "Picture {}:"  # as PaddleMIX writes it
     return vl.generate(query, max_new_tokens=n_tokens).token_ids
@@ -284,7 +284,7 @@ def test_stock_script_as_a_program(tree, stock_flow, tmp_path):
 
 
 def test_two_processes_in_the_same_working_directory(two_layers, tmp_path):
-    """Their token files, which upstream writes to the working directory, are separate."""
+    """Token files, which upstream writes to the working directory, go to a temporary folder of each process."""
     temporary, work = tmp_path / "temporary", tmp_path / "work"
     temporary.mkdir()
     work.mkdir()
