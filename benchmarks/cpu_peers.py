@@ -180,7 +180,8 @@ def llama_peer(threads: int, seconds: float) -> None:
         def feed(tokens: list[tuple[int, int]], context: Any = context, batch: Any = batch) -> None:
             """Compute a token for each (sequence, position).
 
-            With the logits of all tokens; otherwise llama.cpp omits most of the last layer's work.
+            The logits of all tokens are requested, because for a token without logits llama.cpp omits most of the last
+            layer's work.
             """
             batch.n_tokens = len(tokens)
             for i, (sequence, position) in enumerate(tokens):

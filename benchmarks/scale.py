@@ -22,7 +22,8 @@ from scale_router import ByPrefix, Router, TwoChoices
 from scale_station import Station
 from scale_times import COSTS, FRONT_TOKEN, MEASURED_IMAGE, PROFILES, Times
 
-# The conversations of docs/scaling.md, with a shorter think time, so that a run reaches its steady state soon.
+# The conversations of docs/scaling.md. The think time is shorter than the default of 5 s, so that a run reaches its
+# steady state soon.
 CONVERSATIONS = Conversations(think=1.0)
 # The scenario `replicas`: requests per second per replica, and replicas per cell. A cell is a service with its own
 # coordinator.

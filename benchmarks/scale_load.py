@@ -58,7 +58,7 @@ def arrivals(
 class Users:
     """Users of a service: new ones arrive at random, and each has one conversation about an image.
 
-    `rate` is the mean number of requests per second of all users.
+    `rate` is the mean number of requests per second of all users, or a function of time that returns it.
     """
 
     def __init__(

@@ -42,7 +42,7 @@ class Connection(asyncio.Protocol):
         self.reads: list[tuple[float, bytes]] = []
         self.done: asyncio.Future[Optional[str]] = asyncio.get_running_loop().create_future()
         self._tail = b""
-        self._remaining: Optional[int] = None  # bytes of a response that is not chunked
+        self._remaining: Optional[int] = None  # bytes still missing, if the response is not chunked
 
     def data_received(self, data: bytes) -> None:
         now = time.perf_counter()

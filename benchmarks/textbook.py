@@ -5,8 +5,8 @@ minutes.
 Run: python benchmarks/textbook.py
 
 All kernels run in one thread. Successive calls use different copies of the data, 512 MiB in total, so that no cache
-contains it. The row "memory" only reads the same copies, in the best of three orders. Times are CPU time of the calling
-thread, the best of many calls, since other load on the machine only adds time.
+contains them. The row "memory" only reads the same copies, in the best of three orders. Times are CPU time of the
+calling thread, the best of many calls, since other load on the machine only adds time.
 """
 
 from __future__ import annotations

@@ -98,8 +98,8 @@ def report(interface: str, answer: Callable[[Any, Any], list[int]], first_seed: 
 
     Args:
         answer: returns the completion of a request.
-        first_seed: seed of the first timed request. Calls in one process need different seeds, since caches would
-            answer a repeated request.
+        first_seed: seed of the first timed request; the further requests have the next seeds. Calls of `report` in one
+            process need different seeds, since caches would shorten a repeated request.
     """
     tokens = answer(*request(0))
     times = []
@@ -108,7 +108,7 @@ def report(interface: str, answer: Callable[[Any, Any], list[int]], first_seed: 
         start = time.perf_counter()
         answer(pixels, ids)
         times.append(1e3 * (time.perf_counter() - start))
-    median = statistics.median(times[1:])  # the first is a warm-up
+    median = statistics.median(times[1:])  # without the first time, a further warm-up
     print(json.dumps({"interface": interface, "ms": median, "minimum": min(times), "tokens": tokens}))
 
 

@@ -137,7 +137,10 @@ COPY, READ, RATE = "copy, GB/s", "read, GB/s", "products, TFLOP/s"  # limits of 
 
 
 def image_sets(n: int, sizes: Sizes) -> list[Any]:
-    """Four sets of n random images, float32 [n, 3, size, size]; alternating sets are never in the GPU's cache."""
+    """Four sets of n random images, float32 [n, 3, size, size].
+
+    The sets are used in turn, so that a set is no longer in the GPU's cache when it is used again.
+    """
     return [torch.randn(n, 3, sizes.image, sizes.image, device=DEVICE) for _ in range(4)]
 
 
@@ -190,7 +193,8 @@ def floors(sizes: Sizes, storage: str, machine: Machine) -> dict[str, float]:
     weight_bytes = sum(bytes_of(kind_of(name, shape, storage), shape) for name, shape in matrices.items())
     layer_values = sum(math.prod(shape) for name, shape in matrices.items() if name != "lm_head.weight")
     head_values = sizes.vocab * sizes.hidden
-    # Bytes of the keys and values of a position; the number of operations of attention for a query and a key is equal.
+    # Bytes of the key and value of a position in all layers: two vectors of two bytes per number. Attention needs as
+    # many operations for a query and a key: two products of two operations per number.
     position = 4 * sizes.layers * sizes.hidden
 
     def bound(n_bytes: float, operations: float) -> float:

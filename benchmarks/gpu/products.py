@@ -1,8 +1,8 @@
 """Benchmark of the matrix products of a decode step: `python benchmarks/gpu/products.py`.
 
 Prints a line per storage type and batch, with times and read rates. The first time is that of a chain: the products of
-32 layers and of lm_head in the order of a step, without the kernels between them, replayed as a CUDA graph. The others
-are times of single products: the mean in a chain of the same product of all 32 layers.
+32 layers and of lm_head in the order of a step, without the kernels between them, replayed as a CUDA graph. Each
+further time is the mean time of one product, such as c_attn, in a chain of this product of all 32 layers.
 
 Needs PyTorch for CUDA. The environment variable QWENVL_CUDA_KERNELS is the folder of the kernels and of
 libqwenvl_cuda_test.so (tests/cuda/README.md).
@@ -66,8 +66,8 @@ class Products:
     @staticmethod
     def fill_scales(storage: str, scales: torch.Tensor) -> None:
         if storage.startswith("uint"):
-            # Four 16-bit words: two scales in float16, two zero points in bfloat16, which
-            # for 4-bit types have 128 added.
+            # Four 16-bit words: two scales in float16, and two zero points in bfloat16, to which 128 is added for 4-bit
+            # types. The zero point here is 8, or 0 for 8-bit types.
             words = scales.view(torch.int16).view(-1, 4)
             words[:, :2] = torch.tensor(1e-3, dtype=torch.float16).view(torch.int16)
             zero_point = 128 + 8 if storage.startswith("uint4") else 0

@@ -92,7 +92,7 @@ def main() -> None:
         for optimiser in model_optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-        # The saved weights are an exponential moving average over the last few hundred steps.
+        # The saved weights are an exponential moving average, with a time constant of 500 steps after the first 5,000.
         weight = 1 - min(0.998, step / (step + 10))
         torch._foreach_lerp_(list(average.values()), [p.detach() for p in model.parameters()], weight)
         if (step + 1) % options.report == 0 and rank == 0:
