@@ -245,7 +245,7 @@ def language_row(
 
 
 def vision_row(library: Library, seconds: float) -> tuple[Row, float]:
-    """Measure the vision stage; return the milliseconds of a block, and of patches and resampler together.
+    """Measure the vision stage; return the milliseconds of a block, and those of patches and resampler together.
 
     The time of a block is the difference between two models with different numbers of blocks.
     """

@@ -212,7 +212,7 @@ class Service:
     def autoscale(self, rule: Autoscaling) -> Iterator[Any]:
         """Simulation process that applies the rule once per second."""
         means: deque[float] = deque(maxlen=round(rule.look_back))  # mean ongoing requests of each second
-        # For how many seconds more replicas have been desired than are live or starting; and fewer.
+        # For how many seconds more replicas have been desired than are live or starting, and for how many fewer.
         seconds_above = seconds_below = 0.0
         area = self.area_until_now()
         while True:

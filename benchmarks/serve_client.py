@@ -1,8 +1,9 @@
 """Load generator for an OpenAI-compatible server: HTTP/1.1 and event streams over plain sockets.
 
 serve.py runs it as a separate process. It reads a JSON object from standard input and writes one to standard output:
-the CPU time of the run, and a report of each response. To take little CPU time from a server on the same machine,
-it only records the time and bytes of each read during the run, and parses them when all requests have ended.
+the CPU time of the run (`client_cpu`), and a report of each response (`responses`, see parse). To take little CPU time
+from a server on the same machine, it only records the time and bytes of each read during the run, and parses them when
+all requests have ended.
 
 Input:
     port, path: of the server's endpoint.
@@ -134,7 +135,7 @@ def parse(response: RawResponse) -> dict[str, Any]:
 
 
 def _events(reads: list[tuple[float, bytes]], position: int, raw: bytes) -> Iterator[tuple[float, bytes]]:
-    """Yield (time of the last byte, data) of each event in a chunked body.
+    """Yield (time, data) of each event in a chunked body; the time is that of the read with the end of its chunk.
 
     Args:
         position: position of the body in `raw`, the bytes of all reads.

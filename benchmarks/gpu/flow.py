@@ -7,8 +7,8 @@ needs no GPU build, because the engine computes on the GPU.
 
 Measures the time to a complete caption of 64 tokens for one image through several interfaces: the C interface, with its
 tensors in GPU memory, as in ours.py; `QwenVL`, by the loop of `generate` and by `encode_images` and `generate_ids`; the
-exported programs in Paddle Inference. Each has a separate process, except that the two of `QwenVL` share one. Figures
-are medians after warm-up, with a new image and a new prompt each time. All interfaces must generate the same tokens.
+exported programs in Paddle Inference. The C interface, `QwenVL` and Paddle Inference have a process each. Figures are
+medians after warm-up, with a new image and a new prompt each time. All interfaces must generate the same tokens.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ RUNS = 7
 
 
 def parameters(weights: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield (name, bfloat16 bits) of random weights, with which special tokens never have the highest probability."""
+    """Yield (name, bfloat16 bits) of random weights; special tokens have the logit 0, which is never the largest."""
     # A prime number of values, so that the rows of a matrix differ.
     pattern = np.random.default_rng(0).standard_normal(1048573).astype(np.float32)
     for name, weight in weights.items():

@@ -118,7 +118,7 @@ def random(name: str, shape: tuple[int, ...]) -> Any:
 
 PROMPT, LONG_PROMPT = 284, 2000  # tokens; the short prompt has an image at the positions 1 to 256
 NEW_TOKENS = 64  # per completion
-REQUESTS = 64
+REQUESTS = 64  # concurrent, in the row REQUESTS_ROW
 # Decode steps: (sequences, tokens of each in the KV cache).
 STEPS = ((1, 300), (8, 300), (32, 300), (64, 300), (1, 2000), (8, 2000), (32, 2000))
 STORAGES = ("bf16", "int8", "int4")
@@ -184,9 +184,9 @@ def kind_of(name: str, shape: tuple[int, ...], storage: str) -> str:
 def floors(sizes: Sizes, storage: str, machine: Machine) -> dict[str, float]:
     """Lower bounds of the rows in milliseconds: the larger of bytes / `read` and operations / `rate`.
 
-    Bytes are those of the weights and of the cached keys and values (bfloat16), each once in a step or pass. Operations
-    are those of matrix products and attention; causal attention of a prompt needs half of all pairs of positions. A row
-    of several steps or passes is the sum of their bounds.
+    Bytes are those of the weights, once in each step or pass, and in decode steps also those of the keys and values
+    (bfloat16). Operations are those of matrix products and attention; causal attention of a prompt needs half of all
+    pairs of positions. For captions and requests the bounds of images, prefill and decode steps are added.
     """
     weights = language_shapes(sizes)
     matrices = {name: shape for name, shape in weights.items() if len(shape) == 2 and name != "wte.weight"}

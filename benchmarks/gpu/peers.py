@@ -193,7 +193,10 @@ def logits_and_tokens(x: Any, delta: Any, last: Any, ln: Any, head: Any) -> Any:
 
 
 class Cache:
-    """Static KV cache: keys and values [batch * length, heads, head_dim] of each layer, with random initial values."""
+    """Static KV cache: keys and values [batch * length, heads, head_dim] of each layer.
+
+    The initial values are random, since decode steps are timed without a prefill.
+    """
 
     def __init__(self, sizes: Sizes, batch: int, length: int) -> None:
         self.batch, self.length = batch, length

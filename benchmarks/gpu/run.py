@@ -56,7 +56,7 @@ def main() -> None:
         if time_peers:
             parts.append(["peers.py"])
         if time_ours:
-            parts.append(["peers.py", *check])
+            parts.append(["peers.py", *check])  # writes the reference with which ours.py compares
             parts += [["ours.py", "--type", storage, *check] for storage in arguments.types]
         if arguments.open:
             parts.append(["ours.py", "--open", str(arguments.open)])

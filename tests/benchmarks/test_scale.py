@@ -77,7 +77,7 @@ def simulate(
     times: Times = DECODE_ONLY,
     max_running: int = 1,
 ) -> Service:
-    """Service with Poisson arrivals of requests without images and prompts, run until n_requests are completed."""
+    """Service with Poisson arrivals of requests without images and prompts, until n_requests or more are done."""
     env, rng = simpy.Environment(), random.Random(3)
     service = Service(env, times, replicas, TwoChoices(), max_running)
 

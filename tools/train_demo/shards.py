@@ -46,7 +46,7 @@ def image_array(scene: Scene, image_size: int, side: int) -> NDArray[np.uint8]:
 
 
 def _write_shard(job: tuple[int, Path, int, Path]) -> Path:
-    # A file, since reading the arrays from a pipe would need CPU time in the training process.
+    # The arrays are passed in a file, since unpickling them from a pipe would need CPU time in the training process.
     number, folder, image_size, scratch = job
     file = scratch / f"{number}.npz"
     np.savez(file, **make_shard(number, folder, image_size))
@@ -54,7 +54,7 @@ def _write_shard(job: tuple[int, Path, int, Path]) -> Path:
 
 
 def make_shard(number: int, folder: Path, image_size: int) -> Arrays:
-    """Generate the images and rows of a shard; deterministic in number, model folder and image_size."""
+    """Generate the images and rows of a shard; the same for the same number, model folder and image_size."""
     tokenizer = _tokenizer(folder)
     rng = random.Random(f"training {number}")
     scenes = [random_scene(rng) for _ in range(IMAGES)]
