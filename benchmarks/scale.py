@@ -225,6 +225,7 @@ def failures(times: Times) -> list[Line]:
     )
     n_replicas = 16
     for per_minute, detect in ((0, 0.0), (10, 0.5), (10, 15.0)):
+        # per_minute counts the failures of all replicas together.
         rule = Failures(60.0 * n_replicas / per_minute, detect) if per_minute else None
         _, done = steady(times, n_replicas, 20, ByPrefix(), (6.0, 60.0), failures=rule)
         restarted = sum(request.restarts > 0 for request in done) / len(done)

@@ -87,6 +87,7 @@ class Users:
             if turn:
                 yield self._service.env.timeout(rng.expovariate(1 / parameters.think))
             tokens = max(1, round(rng.expovariate(1 / parameters.tokens)))
+            # A replica that has cached the prefix has also cached the image, and does not encode it again.
             yield self._service.submit(Request(number, prefix, prompt, tokens, images=1))
             prefix = prompt + tokens
             prompt = prefix + parameters.question

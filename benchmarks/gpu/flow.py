@@ -34,10 +34,11 @@ FOLDER = Path(__file__).resolve().parent
 TESTS = FOLDER.parents[1] / "tests"
 sys.path += [str(FOLDER.parent), str(TESTS), str(TESTS / "csrc")]
 
+# Tokens of the prompt, image slots among them, and tokens of the completion.
 PROMPT, QUERIES, NEW_TOKENS = 284, 256, 64
 TEXT_TOKENS = 151643  # ids of text tokens are smaller; the others are stop tokens and other special tokens
 IMAGE_START, IMAGE_END, IMAGE_PAD = 151857, 151858, 151859
-RUNS = 7
+RUNS = 7  # timed requests per interface, after two for warm-up
 
 
 # ---- the exported model ----------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ class Machine(NamedTuple):
 def bytes_of(kind: str, shape: tuple[int, ...]) -> int:
     """Bytes of a weight in the engine's packed layout, as computed by qvl_packed_bytes."""
     n_out, n_in = shape[0], math.prod(shape[1:])
-    padded = math.ceil(n_in / 128) * 128
+    padded = math.ceil(n_in / 128) * 128  # rows of integers are padded to a multiple of 128
     if kind == "int8":
         return n_out * padded + 4 * n_out
     if kind == "int4_g64":

@@ -111,7 +111,7 @@ def packed(name: str, shape: tuple[int, ...], kind: str) -> Any:
     if kind == "bf16":
         return random(name, shape)
     n_out, n_in = shape
-    padded = math.ceil(n_in / 128) * 128
+    padded = math.ceil(n_in / 128) * 128  # rows of integers are padded to a multiple of 128
     n_values = n_out * padded // (1 if kind == "int8" else 2)
     data = torch.empty(bytes_of(kind, shape), dtype=torch.uint8, device=DEVICE)
     data[:n_values].random_(0, 256)

@@ -28,7 +28,7 @@ STORAGES = ("half", "int8", "int4_g64", "int4_g128")
 STORAGES += ("uint4_g32", "uint4_g64", "uint4_g128", "uint8_g32", "uint8_g64")
 # Epilogues of a product: values of enum class Epilogue in csrc/cuda/ops.h.
 EPILOGUES = {"half": 0, "float": 1, "add": 2, "silu_times": 4}
-REPLAYS = 7
+REPLAYS = 7  # timed, after two for warm-up
 
 
 class Matrix(NamedTuple):

@@ -40,6 +40,7 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, t, width = x.shape
+        # The output of in_proj has the layout [heads][q, k, v][head_dim].
         qkv = self.in_proj(x).view(n, t, self.heads, 3 * width // self.heads).transpose(1, 2)
         mixed = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
         return self.out_proj(mixed.transpose(1, 2).reshape(n, t, width))

@@ -35,6 +35,7 @@ class Muon(torch.optim.Optimizer):
                 ]
                 torch._foreach_lerp_(momenta, gradients, 0.05)
                 steps = torch.stack(torch._foreach_lerp(gradients, momenta, 0.95))
+                # A tall matrix gets larger steps, as in Jordan's implementation.
                 scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
                 torch._foreach_add_(parameters, list(orthogonalised(steps).unbind()), alpha=-scale)
 
