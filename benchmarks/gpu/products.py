@@ -77,7 +77,7 @@ class Products:
 
     def launch(self, matrix: Matrix, x: torch.Tensor, epilogue: str, y: torch.Tensor) -> None:
         """Enqueue y = x W^T, with an epilogue, on the current stream. x: bfloat16 [n, n_in]."""
-        unit = 8 if matrix.storage == "half" else 128
+        unit = 8 if matrix.storage == "half" else 128  # rows are padded to a multiple of it
         padded = math.ceil(matrix.n_in / unit) * unit
         error = self.library.decode_linear(
             *(0, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream), STORAGES.index(matrix.storage)),

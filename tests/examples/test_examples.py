@@ -51,7 +51,7 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Working directory of all examples."""
+    """Working directory of the scripts that `run` runs."""
     return tmp_path_factory.mktemp("examples")
 
 
