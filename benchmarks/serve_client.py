@@ -106,8 +106,8 @@ def parse(response: RawResponse) -> dict[str, Any]:
     """Parse a response; return a report of it.
 
     `start` and `end` are readings of time.perf_counter, `times` are those of the events with text, in seconds after
-    `start`; `finish` (finish reason) and `usage` are as sent by the server, and `error` is the server's error, shortened,
-    or None. If the connection failed, `error` is the reason, and `end` is absent.
+    `start`; `finish` (finish reason) and `usage` are as sent by the server, and `error` is the server's error,
+    shortened, or None. If the connection failed, `error` is the reason, and `end` is absent.
     """
     report: dict[str, Any] = {"start": response.start, "times": [], "error": response.error, "finish": None}
     if response.error is not None:
