@@ -31,7 +31,7 @@ SHAPES = {
     "mlp.c_proj": (4096, 11008),
 }
 ADAPTER_DTYPES = ("float32", "float16", "bfloat16")
-N_PROMPTS, PROMPT = 4, 100
+N_PROMPTS, PROMPT = 4, 100  # prompts of a batch, tokens of each
 BLOCKS = 10  # of the KV cache per sequence, for 320 positions
 
 

@@ -9,9 +9,10 @@ Run: python benchmarks/cpu_engine.py --paddle PYTHON --torch PYTHON --llama PYTH
   pip install torch                          for --torch
   pip install llama-cpp-python gguf numpy    for --llama
 
-Weights are random; all layers of a run share the memory of one layer, which must exceed the CPU's caches (int4: 0.1
-GB). Times are the best of many runs, since other load on the machine only adds time. The memory bandwidth of a virtual
-machine varies with the load of others on the same host, so runs of the engine alternate with runs of a bandwidth test.
+Weights are random; all layers of a run share the memory of one layer, so a layer must be larger than the CPU's caches
+(with int4 it has 0.1 GB). Times are the best of many runs, since other load on the machine only adds time. The memory
+bandwidth of a virtual machine varies with the load of others on the same host, so runs of the engine alternate with
+runs of a bandwidth test.
 """
 
 from __future__ import annotations
@@ -200,7 +201,10 @@ BLOCK_FLOPS = 2 * 1024 * (4 * 1664**2 + 2 * 1664 * 8192)
 
 
 class Row(dict[str, float]):
-    """Milliseconds per layer of an implementation, by kind of work: decode_1, decode_8, prefill, vision."""
+    """Milliseconds per layer of an implementation, by kind of work: decode_1, decode_8, prefill, vision.
+
+    decode_1 and decode_8 are decode steps of one and of eight sequences; vision is a block of the vision tower.
+    """
 
     def __init__(self, name: str, figures: dict[str, float]) -> None:
         super().__init__(figures)
@@ -215,8 +219,8 @@ def language_row(
     Returns its times, the read rate of a decode step of one token, and the machine's read bandwidth, in bytes/s.
 
     Args:
-        read_bandwidth: measures the machine's rate in bytes per second. It alternates with the engine's runs; the best
-            result is returned.
+        read_bandwidth: measures the machine's read bandwidth in bytes/s. Its calls alternate with the engine's runs;
+            the best of their results is returned.
     """
     dtype = DTYPES[name]
     with language_engine(library, dtype) as engine, engine.pool(96, block_tokens=32, dtype=BFLOAT16) as pool:
@@ -241,7 +245,7 @@ def language_row(
 
 
 def vision_row(library: Library, seconds: float) -> tuple[Row, float]:
-    """Measure the vision stage; return the milliseconds of a block, and of patches and resampler together.
+    """Measure the vision stage; return the milliseconds of a block, and those of patches and resampler together.
 
     The time of a block is the difference between two models with different numbers of blocks.
     """

@@ -180,7 +180,8 @@ def llama_peer(threads: int, seconds: float) -> None:
         def feed(tokens: list[tuple[int, int]], context: Any = context, batch: Any = batch) -> None:
             """Compute a token for each (sequence, position).
 
-            With the logits of all tokens; otherwise llama.cpp omits most of the last layer's work.
+            The logits of all tokens are requested, because for a token without logits llama.cpp omits most of the last
+            layer's work.
             """
             batch.n_tokens = len(tokens)
             for i, (sequence, position) in enumerate(tokens):
@@ -265,6 +266,7 @@ def portable_graph(folder: Path, n_layers: int, seconds: float) -> dict[str, flo
 
     def forward(cache: list[Any], n_rows: int, past: int, n_tokens: int) -> list[Any]:
         """Compute n_tokens tokens after `past` tokens; return the cache that contains them."""
+        # Inputs of the step program: numbers of new tokens, of earlier tokens and of prompt tokens.
         lengths = (np.full([n_rows, 1], n) for n in (n_tokens, past, PROMPT))
         valid = np.tile(np.arange(past + 1) > 0, [n_rows, 1])
         return step([np.full([n_rows, n_tokens], 5), *no_images, *lengths, valid, *cache])[1:]

@@ -53,7 +53,7 @@ def main() -> None:
 def answer_all(model: QwenVL, images: dict[Path, Image.Image]) -> tuple[float, float, float]:
     """Answer all questions; return the milliseconds per token after the first, per prompt and per image."""
     model.load()
-    model._loop = Loop(model._loop._executor)  # without caches: each round encodes the images again
+    model._loop = Loop(model._loop._executor)  # empty caches, so that each round encodes the images again
     n_tokens = n_prompts = n_images = 0
     seconds = dict.fromkeys(("decode", "prefill", "encode_images"), 0.0)
     for question in QUESTIONS:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, Optional
 
-# Number of different rows of a matrix, which further rows repeat: random numbers take time.
+# Number of different rows of a matrix. Further rows repeat them, because drawing random numbers takes time.
 RANDOM_ROWS = 4096
 # The vocabulary begins with a token for each byte.
 N_BYTES = 256

@@ -39,7 +39,7 @@ STORAGE: list[tuple[str, Optional[str]]] = [
     ("bfloat16", "weight_only_int4"),
 ]
 
-# Prompt for measuring the time per token, and number of decode steps in the measurement.
+# For the time per token: the prompt, and the number of decode steps.
 PROMPT, DECODE_STEPS = list(range(200, 232)), 200
 
 # Prompts of 4 to 59 tokens and completions of 16 to 242 tokens, in a deterministic mix.
@@ -117,7 +117,10 @@ def loop_seconds(model: QwenVL, n_new: int) -> float:
 
 
 def ms_per_token(measure: Callable[[QwenVL, int], float], model: QwenVL) -> float:
-    """Time per decode step in milliseconds, from the difference to a completion of one token."""
+    """Time per decode step in milliseconds.
+
+    It is the time of a completion of DECODE_STEPS + 1 tokens without that of a completion of one token.
+    """
     prompt = best(lambda: measure(model, 1))
     completion = best(lambda: measure(model, DECODE_STEPS + 1))
     return 1e3 * (completion - prompt) / DECODE_STEPS

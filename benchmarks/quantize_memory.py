@@ -77,7 +77,7 @@ def measure_layer(checkpoint: Checkpoint) -> None:
 
 
 class RandomStates:
-    """Stub of the files of hidden states."""
+    """Stub of the stored hidden states of calibration rows, with random values."""
 
     def read(self, row: int) -> np.ndarray:
         return np.random.default_rng(row).standard_normal((ROW_TOKENS, HIDDEN), np.float32)

@@ -6,10 +6,10 @@ A job uses n cores in three ways: one process of n threads; n processes of one t
 the rows each; on Ray, n actors of one thread. The total number of concurrent rows is the same in all three. The rows
 have no images, and each completion has the same number of tokens, so that the work is the same.
 
-The throughput is that of a long job: a longer and a shorter run have parts of the same size, and their difference in
-rows is divided by their difference in time. The start of the cluster, of the actors and of their models thus cancels
-out. The time of a run is the best of `--repeat`, as other programs only make it longer. The printed ratio compares Ray
-with the faster way without Ray; the overhead is the difference of their times per row, times n.
+The throughput is that of a long job: a shorter run and one of twice as many rows have parts of the same size, and their
+difference in rows is divided by their difference in time. The start of the cluster, of the actors and of their models
+thus cancels out. The time of a run is the best of `--repeat`, as other programs only make it longer. The printed ratio
+compares Ray with the faster way without Ray; the overhead is the difference of their times per row, times n.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ from scale_router import ByPrefix, Router, TwoChoices
 from scale_station import Station
 from scale_times import COSTS, FRONT_TOKEN, MEASURED_IMAGE, PROFILES, Times
 
-# The conversations of docs/scaling.md, with a shorter think time, so that a run reaches its steady state soon.
+# The conversations of docs/scaling.md. The think time is shorter than the default of 5 s, so that a run reaches its
+# steady state soon.
 CONVERSATIONS = Conversations(think=1.0)
 # The scenario `replicas`: requests per second per replica, and replicas per cell. A cell is a service with its own
 # coordinator.
@@ -224,6 +225,7 @@ def failures(times: Times) -> list[Line]:
     )
     n_replicas = 16
     for per_minute, detect in ((0, 0.0), (10, 0.5), (10, 15.0)):
+        # per_minute counts the failures of all replicas together.
         rule = Failures(60.0 * n_replicas / per_minute, detect) if per_minute else None
         _, done = steady(times, n_replicas, 20, ByPrefix(), (6.0, 60.0), failures=rule)
         restarted = sum(request.restarts > 0 for request in done) / len(done)

@@ -44,7 +44,7 @@ class BatchJob:
             env.process(self._work(queue))
 
     def _assign(self, queue: simpy.Store) -> Iterator[Any]:
-        """Put a part into a worker's queue when the driver has had time for it."""
+        """Wait for the driver, occupy it for one assignment, and put a part into a worker's queue."""
         with self._driver.request() as turn:
             yield turn
             seconds = self._driver_seconds()

@@ -45,8 +45,8 @@ class Failures:
 
     Attributes:
         mean_time_to_failure: mean of the exponentially distributed time from the start of a replica to its failure.
-        detect: from a failure to its detection, when the requests are resubmitted: about 0 for a process, 15 or more
-            for a node.
+        detect: from a failure to its detection, when the requests are resubmitted: less than 1 for a process, 15 or
+            more for a node.
         repair: from the detection until the engine of the replacement starts.
     """
 
@@ -187,7 +187,7 @@ class Service:
         self._after(delay + self.times.start, ready)
 
     def kill(self, replica: Replica) -> None:
-        """Fail a replica; after the detection time, start a replacement and resubmit its requests."""
+        """Fail a replica; after the detection time, start a replacement and resubmit the requests of the failed one."""
         if replica not in self.live:
             return
         replica.alive = False
@@ -212,7 +212,7 @@ class Service:
     def autoscale(self, rule: Autoscaling) -> Iterator[Any]:
         """Simulation process that applies the rule once per second."""
         means: deque[float] = deque(maxlen=round(rule.look_back))  # mean ongoing requests of each second
-        # For how many seconds more replicas have been desired than are live or starting; and fewer.
+        # For how many seconds more replicas have been desired than are live or starting, and for how many fewer.
         seconds_above = seconds_below = 0.0
         area = self.area_until_now()
         while True:

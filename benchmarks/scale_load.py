@@ -58,7 +58,7 @@ def arrivals(
 class Users:
     """Users of a service: new ones arrive at random, and each has one conversation about an image.
 
-    `rate` is the mean number of requests per second of all users.
+    `rate` is the mean number of requests per second of all users, or a function of time that returns it.
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class Users:
             if turn:
                 yield self._service.env.timeout(rng.expovariate(1 / parameters.think))
             tokens = max(1, round(rng.expovariate(1 / parameters.tokens)))
+            # A replica that has cached the prefix has also cached the image, and does not encode it again.
             yield self._service.submit(Request(number, prefix, prompt, tokens, images=1))
             prefix = prompt + tokens
             prompt = prefix + parameters.question

@@ -1,7 +1,7 @@
 """Measure the costs of Ray and of a cluster's shared processes, as parameters of the simulation in scale.py.
 
-The cluster is local, with two CPUs. Each figure is the CPU time of the process that would become the bottleneck of a
-real cluster, whose processes have separate CPUs. Takes about a minute.
+The cluster is local, with two CPUs. Each figure is the CPU time of the process that would become the bottleneck in a
+real cluster, whose processes have separate CPUs; rows named "wall time" are elapsed times. Takes about a minute.
 Run: python benchmarks/scale_ray.py --temp_dir /tmp/scale
 """
 

@@ -11,9 +11,9 @@ from typing import Any
 import simpy
 from scale_times import Times
 
-# Token budget of a step: that of a CPU in runtime/engine_executor.py, a quarter of a GPU's. While other requests decode
-# the prompt chunks of a step may take PROMPT_SECONDS or the time of PROMPT_STEPS decode steps, whichever is longer
-# (runtime/prompt_budget.py).
+# Maximum number of prompt tokens in a step: the value for a CPU in runtime/engine_executor.py, a quarter of that for a
+# GPU. While other requests decode, the prompt chunks of a step may take PROMPT_SECONDS, or the time of PROMPT_STEPS
+# decode steps if that is longer (runtime/prompt_budget.py).
 STEP_TOKENS = 512
 PROMPT_SECONDS = 0.25
 PROMPT_STEPS = 3
@@ -25,14 +25,14 @@ class Request:
 
     Attributes:
         conversation: number of its conversation, the key of prefix routing.
-        prefix: number of prompt tokens that earlier turns have computed.
+        prefix: number of prompt tokens from earlier turns, which a replica may have cached.
         prompt: number of prompt tokens, the prefix included.
         tokens: number of completion tokens.
         images: number of images to encode on a replica that has not cached the prefix.
         arrived, first, finished: times of arrival, first token and completion, in seconds; first and finished are -1
             before the event.
         remaining: number of prompt tokens not yet computed.
-        hit: whether the replica has cached the prefix.
+        hit: whether the replica has cached the prefix; False without a prefix.
         restarts: number of times that the request was resubmitted after a failure of its replica.
     """
 
@@ -123,7 +123,7 @@ class Replica:
                 yield self._arrival
 
     def _step(self) -> Iterator[Any]:
-        """Run one step: encode the images of one request, compute prompt chunks, decode a token per request."""
+        """Run one step: encode a request's images, compute prompt chunks, and a token for each decoding request."""
         decode = self.times.decode_step(len(self._decoding))
         seconds = decode
         encoded = self._images.popleft() if self._images else None

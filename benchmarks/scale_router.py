@@ -22,7 +22,7 @@ class Router(Protocol):
 class TwoChoices:
     """Power of two choices, Ray Serve's default: the less loaded of two random replicas.
 
-    If both replicas are full, it draws again; after four draws it takes the least loaded of all replicas.
+    If both replicas are full, it draws again; after four draws of two full replicas it takes the least loaded of all.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -45,8 +45,9 @@ class TwoChoices:
 class ByPrefix(TwoChoices):
     """Prefix routing: the replica with the highest rendezvous hash of (conversation, replica), unless overloaded.
 
-    When a replica is added or removed, only the conversations of that replica move. A replica is overloaded if its
-    ongoing requests exceed `overload` times the mean, plus four.
+    When a replica is added, conversations move only to it; when one is removed, only its conversations move. A replica
+    is overloaded if it has at least `overload` times the mean number of ongoing requests, plus four, or is full. Then
+    two random replicas are compared, as by TwoChoices.
     """
 
     def __init__(self, seed: int = 0, overload: float = 1.5) -> None:

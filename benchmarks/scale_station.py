@@ -22,7 +22,7 @@ class Station:
         self._idle_at = [0.0] * servers  # heap: time from which each server is idle
 
     def visit(self, now: float, service: float) -> float:
-        """Record an arrival at `now` with this service time; return its waiting time. Calls are in order of time."""
+        """Record an arrival at `now` with this service time; return its waiting time. `now` must not decrease."""
         begin = max(now, self._idle_at[0])
         heapq.heapreplace(self._idle_at, begin + service)
         self.busy += service

@@ -1,4 +1,4 @@
-"""Measured service times of an engine with the 7B model, from the tables of docs/benchmarks.md."""
+"""Service times of an engine with the 7B model, from docs/benchmarks.md: measured, except for one that is computed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class Times:
     def decode_step(self, rows: int) -> float:
         """Return the duration of a decode step with this number of rows.
 
-        Interpolated linearly between the measurements, and extrapolated from the last two.
+        Interpolated linearly between the measurements, and extrapolated from the last two. A single measurement holds
+        for all numbers of rows.
         """
         if rows == 0:
             return 0.0
@@ -57,8 +58,8 @@ def _h200(
     chunk, token = line(284, prefill_284, 2000, prefill_2000)
     # The KV cache gets 0.9 (`gpu_memory`) of the memory without the weights; a token needs 512 KiB.
     cached_tokens = int(0.9 * (141 - weights_gb) * 1e9 / 2**19)
-    # `start`: 1.87 s to open the model, and the imports of a server process.
-    # `image`: the row "vision, 1 image".
+    # The first argument, `image`: the row "vision, 1 image". `start`: 1.87 s to open the model, and the imports of a
+    # server process.
     return Times(8.98e-3, chunk, token, decode, start=5.0, cached_tokens=cached_tokens)
 
 
@@ -67,8 +68,10 @@ H200_BF16 = _h200(
     8.23e-3, 45.33e-3, ((1, 3.90e-3), (8, 4.31e-3), (32, 5.83e-3), (64, 7.82e-3)), weights_gb=19.3
 )
 H200_INT4 = _h200(13.89e-3, 46.66e-3, ((1, 2.27e-3), (8, 2.62e-3), (32, 4.63e-3)), weights_gb=10.0)
-# Two virtual CPUs (Zen 4), weight_only_int8, 24 GiB, at the lower memory bandwidth; section "The 7B geometry, whole":
-# image 10.9 s, prompt of 300 tokens 9.7 s, decode step 0.223 s with one row and 2.5 s with 64.
+# Two virtual CPUs (Zen 4), weight_only_int8, 24 GiB of memory, at the lower of the two levels of memory bandwidth that
+# benchmarks.md describes; section "The 7B geometry, whole": image 10.9 s, prompt of 300 tokens 9.7 s, decode step with
+# one row 0.223 s, with 64 rows 2.5 s (not measured, but computed from the rate of prompt products). `cached_tokens` is
+# one full context, the engine's minimum.
 CPU2_INT8 = Times(
     image=10.9, chunk=0.0, token=9.7 / 300, decode=((1, 0.223), (64, 2.5)), start=25.0, cached_tokens=8192
 )

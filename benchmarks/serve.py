@@ -6,8 +6,8 @@ Needs the plugin with [serve] and a C++ compiler; FOLDER keeps the models, 7 GB 
 
 Both servers have weights of 8 bits and two threads. They get the same prompts as token ids at /v1/completions, greedy
 and streamed, and generate the same numbers of tokens; all prompts differ, so no prefix cache has hits. A round runs
-every load on each target (server or loop); the order of the targets alternates between rounds. `--json` writes a line
-for each load of each round; the tables combine all rounds.
+every load on each target (server or loop; the loop has no loads of `--rates`); the order of the targets alternates
+between rounds. `--json` writes a line for each load of each round and target; the tables combine all rounds.
 """
 
 from __future__ import annotations

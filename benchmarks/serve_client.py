@@ -1,8 +1,9 @@
 """Load generator for an OpenAI-compatible server: HTTP/1.1 and event streams over plain sockets.
 
 serve.py runs it as a separate process. It reads a JSON object from standard input and writes one to standard output:
-the CPU time of the run, and a report of each response. To take little CPU time from a server on the same machine,
-it only records the time and bytes of each read during the run, and parses them when all requests have ended.
+the CPU time of the run (`client_cpu`), and a report of each response (`responses`, see parse). To take little CPU time
+from a server on the same machine, it only records the time and bytes of each read during the run, and parses them when
+all requests have ended.
 
 Input:
     port, path: of the server's endpoint.
@@ -42,7 +43,7 @@ class Connection(asyncio.Protocol):
         self.reads: list[tuple[float, bytes]] = []
         self.done: asyncio.Future[Optional[str]] = asyncio.get_running_loop().create_future()
         self._tail = b""
-        self._remaining: Optional[int] = None  # bytes of a response that is not chunked
+        self._remaining: Optional[int] = None  # bytes still missing, if the response is not chunked
 
     def data_received(self, data: bytes) -> None:
         now = time.perf_counter()
@@ -105,8 +106,8 @@ def parse(response: RawResponse) -> dict[str, Any]:
     """Parse a response; return a report of it.
 
     `start` and `end` are readings of time.perf_counter, `times` are those of the events with text, in seconds after
-    `start`; `finish` (finish reason) and `usage` are as sent by the server, and `error` is its error, shortened. If the
-    connection failed, `error` is the reason, and `end` is absent.
+    `start`; `finish` (finish reason) and `usage` are as sent by the server, and `error` is the server's error,
+    shortened, or None. If the connection failed, `error` is the reason, and `end` is absent.
     """
     report: dict[str, Any] = {"start": response.start, "times": [], "error": response.error, "finish": None}
     if response.error is not None:
@@ -134,7 +135,7 @@ def parse(response: RawResponse) -> dict[str, Any]:
 
 
 def _events(reads: list[tuple[float, bytes]], position: int, raw: bytes) -> Iterator[tuple[float, bytes]]:
-    """Yield (time of the last byte, data) of each event in a chunked body.
+    """Yield (time, data) of each event in a chunked body; the time is that of the read with the end of its chunk.
 
     Args:
         position: position of the body in `raw`, the bytes of all reads.

@@ -56,7 +56,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "visual": {**_VISION, "image_start_id": 890, "output_dim": 256},
     },
 }
-# The vocabulary: a token for each byte, words, special tokens. <img> is preceded by 214 special tokens.
+# The vocabulary: a token for each byte, words, special tokens. <img> (image_start_id) is special; 214 other special
+# tokens precede it.
 _N_BYTES, _SPECIAL_BEFORE_IMAGE = 256, 214
 
 

@@ -153,8 +153,8 @@ def cpu_seconds(pid: int) -> float:
 def figures(report: dict[str, Any]) -> dict[str, Any]:
     """Figures of a run on a server, from the report of serve_client.py.
 
-    `first` (time to first token) and `between` (times between events with text) are lists of all samples in seconds, so
-    that several rounds can be combined.
+    `first` (times to first token) and `between` (times between events with text) are lists of all samples in seconds,
+    so that several rounds can be combined. Without complete responses, `seconds` is 0.
     """
     responses = report["responses"]
     for response in responses:

@@ -5,8 +5,8 @@ minutes.
 Run: python benchmarks/textbook.py
 
 All kernels run in one thread. Successive calls use different copies of the data, 512 MiB in total, so that no cache
-contains it. The row "memory" only reads the same copies, in the best of three orders. Times are CPU time of the calling
-thread, the best of many calls, since other load on the machine only adds time.
+contains them. The row "memory" only reads the same copies, in the best of three orders. Times are CPU time of the
+calling thread, the best of many calls, since other load on the machine only adds time.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ sys.path.insert(0, str(REPO / "tests" / "csrc"))
 from engine import BFLOAT16, INT4_G128, ISAS, DeviceInfo, Library, aligned, pointer  # noqa: E402
 
 COPIES_BYTES = 512 << 20
+# Sizes of the attention: KEYS is the number of cached positions, BLOCK that of the positions in a block of the cache.
 HEADS, HEAD_DIM, KEYS, BLOCK = 32, 128, 2000, 16
 READ_ORDERS = 3  # of qvlt_read_memory in csrc/testing
 

@@ -38,7 +38,7 @@ def main() -> None:
             f"{manifest.stage}: {manifest.weights.bytes / 1e6:.1f} MB of {manifest.dtype} in {prefix.name}.pdiparams"
         )
 
-    # verify=True reads every file and compares it with its digest; stages of different checkpoints are refused.
+    # verify=True reads every file and compares it with its digest. Stages of different checkpoints are always refused.
     model = QwenVL.from_exported(*prefixes, verify=True)
     config = model.config
     print(

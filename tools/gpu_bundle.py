@@ -35,7 +35,7 @@ def gpu_bundle(folder: Path, architecture: int) -> None:
     outdated = [unit for unit in kernels.units if not _is_up_to_date(unit, folder, csrc)]
     engine = build.library_target(sources.library_units(csrc, sources.isas_here(csrc)))
     gpu_library = build.cuda_target()
-    # The test library is the GPU library with the launchers.
+    # The test library is the GPU library with the functions that launch kernels for tests/cuda.
     flags = gpu_library.units[0].flags
     launchers = [
         Unit(f"testing_{source.stem}.o", source, flags) for source in sorted(csrc.glob("testing/cuda_*.cc"))

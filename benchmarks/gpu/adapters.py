@@ -29,7 +29,7 @@ TARGETS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.w1.weight", "mlp.w2.
 
 
 def make_adapter(ours: Ours, rank: int, seed: int) -> Adapter:
-    """Adapter of small random values; all matrices are views of one buffer of the largest matrix's size."""
+    """Adapter of small random values; all matrices are views of one buffer, as large as the largest (c_attn's B)."""
     values = (np.random.default_rng(seed).standard_normal(rank * 12288) * 0.01).astype(np.float16)
     updates = {}
     for name, shape in language_shapes(ours.sizes).items():

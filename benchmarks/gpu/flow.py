@@ -7,8 +7,8 @@ needs no GPU build, because the engine computes on the GPU.
 
 Measures the time to a complete caption of 64 tokens for one image through several interfaces: the C interface, with its
 tensors in GPU memory, as in ours.py; `QwenVL`, by the loop of `generate` and by `encode_images` and `generate_ids`; the
-exported programs in Paddle Inference. Each has a separate process, except that the two of `QwenVL` share one. Figures
-are medians after warm-up, with a new image and a new prompt each time. All interfaces must generate the same tokens.
+exported programs in Paddle Inference. The C interface, `QwenVL` and Paddle Inference have a process each. Figures are
+medians after warm-up, with a new image and a new prompt each time. All interfaces must generate the same tokens.
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ FOLDER = Path(__file__).resolve().parent
 TESTS = FOLDER.parents[1] / "tests"
 sys.path += [str(FOLDER.parent), str(TESTS), str(TESTS / "csrc")]
 
+# Tokens of the prompt, image slots among them, and tokens of the completion.
 PROMPT, QUERIES, NEW_TOKENS = 284, 256, 64
 TEXT_TOKENS = 151643  # ids of text tokens are smaller; the others are stop tokens and other special tokens
 IMAGE_START, IMAGE_END, IMAGE_PAD = 151857, 151858, 151859
-RUNS = 7
+RUNS = 7  # timed requests per interface, after two for warm-up
 
 
 # ---- the exported model ----------------------------------------------------------------------------------
 
 
 def parameters(weights: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield (name, bfloat16 bits) of random weights, with which special tokens never have the highest probability."""
+    """Yield (name, bfloat16 bits) of random weights; special tokens have the logit 0, which is never the largest."""
     # A prime number of values, so that the rows of a matrix differ.
     pattern = np.random.default_rng(0).standard_normal(1048573).astype(np.float32)
     for name, weight in weights.items():
@@ -98,8 +99,8 @@ def report(interface: str, answer: Callable[[Any, Any], list[int]], first_seed: 
 
     Args:
         answer: returns the completion of a request.
-        first_seed: seed of the first timed request. Calls in one process need different seeds, since caches would
-            answer a repeated request.
+        first_seed: seed of the first timed request; the further requests have the next seeds. Calls of `report` in one
+            process need different seeds, since caches would shorten a repeated request.
     """
     tokens = answer(*request(0))
     times = []
@@ -108,7 +109,7 @@ def report(interface: str, answer: Callable[[Any, Any], list[int]], first_seed: 
         start = time.perf_counter()
         answer(pixels, ids)
         times.append(1e3 * (time.perf_counter() - start))
-    median = statistics.median(times[1:])  # the first is a warm-up
+    median = statistics.median(times[1:])  # without the first time, a further warm-up
     print(json.dumps({"interface": interface, "ms": median, "minimum": min(times), "tokens": tokens}))
 
 

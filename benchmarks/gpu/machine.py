@@ -15,7 +15,7 @@ from timing import note, report, times
 
 def main() -> None:
     note(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}")
-    source = torch.randn(1 << 30, device=DEVICE)
+    source = torch.randn(1 << 30, device=DEVICE)  # 4 GiB: far more than the caches
     target = torch.empty_like(source)
     gigabytes = source.nbytes / 1e9
     copy_ms = min(times(functools.partial(target.copy_, source)))

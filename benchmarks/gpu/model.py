@@ -118,7 +118,7 @@ def random(name: str, shape: tuple[int, ...]) -> Any:
 
 PROMPT, LONG_PROMPT = 284, 2000  # tokens; the short prompt has an image at the positions 1 to 256
 NEW_TOKENS = 64  # per completion
-REQUESTS = 64
+REQUESTS = 64  # concurrent, in the row REQUESTS_ROW
 # Decode steps: (sequences, tokens of each in the KV cache).
 STEPS = ((1, 300), (8, 300), (32, 300), (64, 300), (1, 2000), (8, 2000), (32, 2000))
 STORAGES = ("bf16", "int8", "int4")
@@ -137,7 +137,10 @@ COPY, READ, RATE = "copy, GB/s", "read, GB/s", "products, TFLOP/s"  # limits of 
 
 
 def image_sets(n: int, sizes: Sizes) -> list[Any]:
-    """Four sets of n random images, float32 [n, 3, size, size]; alternating sets are never in the GPU's cache."""
+    """Four sets of n random images, float32 [n, 3, size, size].
+
+    The sets are used in turn, so that a set is no longer in the GPU's cache when it is used again.
+    """
     return [torch.randn(n, 3, sizes.image, sizes.image, device=DEVICE) for _ in range(4)]
 
 
@@ -159,7 +162,7 @@ class Machine(NamedTuple):
 def bytes_of(kind: str, shape: tuple[int, ...]) -> int:
     """Bytes of a weight in the engine's packed layout, as computed by qvl_packed_bytes."""
     n_out, n_in = shape[0], math.prod(shape[1:])
-    padded = math.ceil(n_in / 128) * 128
+    padded = math.ceil(n_in / 128) * 128  # rows of integers are padded to a multiple of 128
     if kind == "int8":
         return n_out * padded + 4 * n_out
     if kind == "int4_g64":
@@ -181,16 +184,17 @@ def kind_of(name: str, shape: tuple[int, ...], storage: str) -> str:
 def floors(sizes: Sizes, storage: str, machine: Machine) -> dict[str, float]:
     """Lower bounds of the rows in milliseconds: the larger of bytes / `read` and operations / `rate`.
 
-    Bytes are those of the weights and of the cached keys and values (bfloat16), each once in a step or pass. Operations
-    are those of matrix products and attention; causal attention of a prompt needs half of all pairs of positions. A row
-    of several steps or passes is the sum of their bounds.
+    Bytes are those of the weights, once in each step or pass, and in decode steps also those of the keys and values
+    (bfloat16). Operations are those of matrix products and attention; causal attention of a prompt needs half of all
+    pairs of positions. For captions and requests the bounds of images, prefill and decode steps are added.
     """
     weights = language_shapes(sizes)
     matrices = {name: shape for name, shape in weights.items() if len(shape) == 2 and name != "wte.weight"}
     weight_bytes = sum(bytes_of(kind_of(name, shape, storage), shape) for name, shape in matrices.items())
     layer_values = sum(math.prod(shape) for name, shape in matrices.items() if name != "lm_head.weight")
     head_values = sizes.vocab * sizes.hidden
-    # Bytes of the keys and values of a position; the number of operations of attention for a query and a key is equal.
+    # Bytes of the key and value of a position in all layers: two vectors of two bytes per number. Attention needs as
+    # many operations for a query and a key: two products of two operations per number.
     position = 4 * sizes.layers * sizes.hidden
 
     def bound(n_bytes: float, operations: float) -> float:

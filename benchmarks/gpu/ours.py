@@ -104,15 +104,18 @@ def config_of(sizes: Sizes, stages: int) -> Config:
 
 
 def packed(name: str, shape: tuple[int, ...], kind: str) -> Any:
-    """Random weight in the engine's packed layout (qvl_packed_bytes), with the magnitude of model.random's values."""
+    """Random weight in the engine's packed layout (qvl_packed_bytes), with the magnitude of model.random's values.
+
+    For an integer type the values come first, then the scales.
+    """
     if kind == "bf16":
         return random(name, shape)
     n_out, n_in = shape
-    padded = math.ceil(n_in / 128) * 128
+    padded = math.ceil(n_in / 128) * 128  # rows of integers are padded to a multiple of 128
     n_values = n_out * padded // (1 if kind == "int8" else 2)
     data = torch.empty(bytes_of(kind, shape), dtype=torch.uint8, device=DEVICE)
     data[:n_values].random_(0, 256)
-    deviation = 73.9 if kind == "int8" else 4.6  # standard deviation of uniform 8-bit and 4-bit integers
+    deviation = 73.9 if kind == "int8" else 4.6  # standard deviation of uniform 8-bit or 4-bit integers
     scales = data[n_values:].view(torch.float32 if kind == "int8" else torch.bfloat16)
     scales.fill_(0.5 / n_in**0.5 / deviation)
     return data
@@ -139,7 +142,7 @@ class RandomWeights(Weights):
 
 
 class Steps:
-    """Batch of sequences of equal length, for repeated steps: the arguments of qvl_step are created once.
+    """Batch of sequences of equal length, for repeated steps: the C structs of qvl_step's arguments are created once.
 
     Attributes:
         tables: block tables, int32 [sequences, blocks].

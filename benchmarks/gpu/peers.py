@@ -2,8 +2,9 @@
 
 eager: PyTorch's operators, one after another.
 compiled: torch.compile for the operations between two attention calls, shared by all layers, and one CUDA graph per
-pass. This is equivalent to the mode "reduce-overhead", but without its copies of inputs, and the 32 equal layers are
-compiled once. Decode steps of one sequence are compiled with coordinate_descent_tuning, which makes them faster.
+pass. Compared with PyTorch's mode "reduce-overhead", this saves the copies of inputs to a graph, and compiles the 32
+equal layers once instead of one by one. Decode steps of one sequence are compiled with coordinate_descent_tuning, which
+makes them faster.
 
 Weights and activations are bfloat16. One product computes q, k and v, and one the gate and value of the MLP. The KV
 cache is static; attention reads only its valid part, with the kernel of scaled_dot_product_attention that is fastest
@@ -48,7 +49,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 Function = Callable[..., Any]
 KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 PREFILL_BATCH = 8  # requests whose images and prompts are computed in one pass
-# Positions of the static cache per sequence: in general, and with 64 concurrent requests.
+# Positions of the static cache per sequence: in general, and with 64 concurrent requests, which need at most 348 (a
+# prompt of 284 tokens, and 64 new ones).
 CACHE_LENGTH = 2048
 CACHE_LENGTH_REQUESTS = 384
 
@@ -58,7 +60,11 @@ def eager(function: Function) -> Function:
 
 
 def compiled(function: Function) -> Function:
-    """Compile a function. Its products are tuned reductions if the first argument has one row, else cuBLAS's."""
+    """Compile a function twice, and choose by the number of rows of its first argument.
+
+    With one row (a decode step of one sequence), matrix products are compiled to tuned reductions; otherwise they call
+    cuBLAS.
+    """
     compiler = functools.partial(torch.compile, function, fullgraph=True, dynamic=False)
     for_many_rows, for_one_row = compiler(), compiler(options={"coordinate_descent_tuning": True})
 
@@ -175,7 +181,7 @@ def before_attention(
 
 
 def after_attention(x: Any, mixed: Any, proj: Any, ln: Any, gate_up: Any, down: Any) -> Any:
-    """Second part of a layer: output projection of the attention, norm, MLP. Returns residual stream and output."""
+    """Second part of a layer: output projection of the attention, norm, MLP. Returns stream and MLP output."""
     x = x + f.linear(mixed, proj)
     value, gate = f.linear(rms(x, ln), gate_up).chunk(2, -1)
     return x, f.linear(value * f.silu(gate), down)
@@ -187,7 +193,10 @@ def logits_and_tokens(x: Any, delta: Any, last: Any, ln: Any, head: Any) -> Any:
 
 
 class Cache:
-    """Static KV cache: keys and values [batch * length, heads, head_dim] of each layer, with random initial values."""
+    """Static KV cache: keys and values [batch * length, heads, head_dim] of each layer.
+
+    The initial values are random, since decode steps are timed without a prefill.
+    """
 
     def __init__(self, sizes: Sizes, batch: int, length: int) -> None:
         self.batch, self.length = batch, length

@@ -1,8 +1,8 @@
 """Benchmark of the matrix products of a decode step: `python benchmarks/gpu/products.py`.
 
 Prints a line per storage type and batch, with times and read rates. The first time is that of a chain: the products of
-32 layers and of lm_head in the order of a step, without the kernels between them, replayed as a CUDA graph. The others
-are times of single products: the mean in a chain of the same product of all 32 layers.
+32 layers and of lm_head in the order of a step, without the kernels between them, replayed as a CUDA graph. Each
+further time is the mean time of one product, such as c_attn, in a chain of this product of all 32 layers.
 
 Needs PyTorch for CUDA. The environment variable QWENVL_CUDA_KERNELS is the folder of the kernels and of
 libqwenvl_cuda_test.so (tests/cuda/README.md).
@@ -28,7 +28,7 @@ STORAGES = ("half", "int8", "int4_g64", "int4_g128")
 STORAGES += ("uint4_g32", "uint4_g64", "uint4_g128", "uint8_g32", "uint8_g64")
 # Epilogues of a product: values of enum class Epilogue in csrc/cuda/ops.h.
 EPILOGUES = {"half": 0, "float": 1, "add": 2, "silu_times": 4}
-REPLAYS = 7
+REPLAYS = 7  # timed, after two for warm-up
 
 
 class Matrix(NamedTuple):
@@ -66,8 +66,8 @@ class Products:
     @staticmethod
     def fill_scales(storage: str, scales: torch.Tensor) -> None:
         if storage.startswith("uint"):
-            # Four 16-bit words: two scales in float16, two zero points in bfloat16, which
-            # for 4-bit types have 128 added.
+            # Four 16-bit words: two scales in float16, and two zero points in bfloat16, to which 128 is added for 4-bit
+            # types. The zero point here is 8, or 0 for 8-bit types.
             words = scales.view(torch.int16).view(-1, 4)
             words[:, :2] = torch.tensor(1e-3, dtype=torch.float16).view(torch.int16)
             zero_point = 128 + 8 if storage.startswith("uint4") else 0
@@ -77,7 +77,7 @@ class Products:
 
     def launch(self, matrix: Matrix, x: torch.Tensor, epilogue: str, y: torch.Tensor) -> None:
         """Enqueue y = x W^T, with an epilogue, on the current stream. x: bfloat16 [n, n_in]."""
-        unit = 8 if matrix.storage == "half" else 128
+        unit = 8 if matrix.storage == "half" else 128  # rows are padded to a multiple of it
         padded = math.ceil(matrix.n_in / unit) * unit
         error = self.library.decode_linear(
             *(0, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream), STORAGES.index(matrix.storage)),

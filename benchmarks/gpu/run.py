@@ -4,10 +4,10 @@ Run: QWENVL_LIBRARY=.../libqwenvl.so QWENVL_CUDA_KERNELS=FOLDER python benchmark
 Needs PyTorch for CUDA and 100 GB of GPU memory; takes 5 minutes. The engine needs libqwenvl_cuda.so beside
 libqwenvl.so. Neither the plugin nor Paddle is needed.
 
-The parts run in separate processes, one after another: machine.py measures the limits, peers.py PyTorch, ours.py the
-engine with each storage type. Figures are medians after warm-up, with random weights and new random inputs each time;
-the rows of captions and requests are times to complete answers. The floor (model.py) is the larger of bytes / measured
-read bandwidth and operations / measured product rate, summed over the steps of a row.
+The parts run in separate processes, one after another: machine.py measures the limits of the GPU, peers.py PyTorch, and
+ours.py, run once per storage type, the engine. Figures are medians after warm-up, with random weights and new random
+inputs each time; the rows of captions and requests are times to complete answers. The floor (model.py) is the larger of
+bytes / measured read bandwidth and operations / measured product rate, summed over the steps of a row.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> None:
         if time_peers:
             parts.append(["peers.py"])
         if time_ours:
-            parts.append(["peers.py", *check])
+            parts.append(["peers.py", *check])  # writes the reference with which ours.py compares
             parts += [["ours.py", "--type", storage, *check] for storage in arguments.types]
         if arguments.open:
             parts.append(["ours.py", "--open", str(arguments.open)])
@@ -98,7 +98,7 @@ def show(figures: Figures, types: list[str]) -> None:
         for row, floor in floors(Sizes(), storage, machine).items():
             ours = figures.get((storage, row))
             if ours is None and storage != "bf16":
-                continue  # a row of the vision stage, whose weights are not quantized
+                continue  # not measured, such as the vision rows: the weights of the vision stage are not quantized
             eager, compiled = (figures.get((column, row)) for column in ("eager", "compiled"))
             values = (ours, eager, compiled, floor, ratio(ours, floor), ratio(compiled, ours))
             print("| " + " | ".join((row, storage, *map(format_value, values))) + " |")

@@ -12,7 +12,10 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def clean_environment(**variables: str) -> dict[str, str]:
-    """Return this environment without variables of Python and of the plugin, but with `variables`."""
+    """Return this environment without variables of Python and of the plugin, but with `variables`.
+
+    Python writes no bytecode files in it.
+    """
     inherited = {
         name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "QWENVL_"))
     }

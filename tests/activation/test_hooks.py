@@ -24,7 +24,7 @@ def test_hook_is_called_once_after_the_module_is_executed(run: Run) -> None:
 def test_early_hook_is_called_before_the_module_is_executed(
     run: Run, fakes: Path, hook: str, exists: bool
 ) -> None:
-    """A hook that fails, here because it does not exist, leaves the module unchanged."""
+    """An early hook is called with the module still empty; one that does not exist leaves the module unchanged."""
     with (fakes / "hooks.py").open("a") as file:
         file.write("def early(module): calls.append((module.__name__, hasattr(module, 'Auto')))\n")
     set_hook = (

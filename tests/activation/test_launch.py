@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from activation_helpers import AUTO, REPO, clean_environment
 
-# Sets a hook on a fake module, and prints what a script can see of its start. Imports a module beside the script.
+# Sets a hook on a fake module, and prints what a script can see of its start. The import of
+# `neighbour` fails unless sys.path[0] is the script's folder or, with -m, the working directory.
 SCRIPT = f"""
 import os, sys
 import neighbour
@@ -84,7 +85,7 @@ def test_launch_has_the_effect_of_the_installed_activation(
 
 
 def test_interpreter_without_launch_is_not_activated(bare_python: Path, folder: Path, fakes: Path) -> None:
-    """Control for the test above."""
+    """Control for the comparison of launched and installed: only `launch` makes the activation module importable."""
     process = run_python(bare_python, "scripts/stock.py", cwd=folder, PYTHONPATH=str(fakes))
     assert "No module named '_qwenvl_activate'" in process.stderr
 

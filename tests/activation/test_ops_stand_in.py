@@ -8,7 +8,7 @@ from activation_helpers import Run
 
 
 def in_model(code: str) -> str:
-    """Code that runs `code` in a module of PaddleNLP's models, which import operators unconditionally."""
+    """Code that runs `code` in paddlenlp.experimental.models; PaddleNLP's models import operators unconditionally."""
     return f"import paddlenlp.experimental.models as m\nm.run({code!r})\n"
 
 

@@ -77,7 +77,7 @@ def simulate(
     times: Times = DECODE_ONLY,
     max_running: int = 1,
 ) -> Service:
-    """Service with Poisson arrivals of requests without images and prompts, run until n_requests are completed."""
+    """Service with Poisson arrivals of requests without images and prompts, until n_requests or more are done."""
     env, rng = simpy.Environment(), random.Random(3)
     service = Service(env, times, replicas, TwoChoices(), max_running)
 
@@ -147,7 +147,7 @@ def test_parts_in_advance_hide_the_driver_until_it_is_the_limit(
 
 @pytest.mark.parametrize("router", [TwoChoices(), ByPrefix()], ids=["two choices", "prefix"])
 def test_littles_law(router: Router) -> None:
-    """Mean number of ongoing requests = rate x mean latency, with failures of replicas and a busy admission actor."""
+    """Mean number of ongoing requests = rate x mean latency, with failures of replicas and a coordinator."""
     env = simpy.Environment()
     service = Service(
         env,
@@ -197,8 +197,8 @@ def test_simulated_times_agree_with_the_table_of_benchmarks_md() -> None:
         service.submit(Request(conversation=1, prefix=0, prompt=284, tokens=64, images=1))
     begin = env.now
     env.run()
-    # Slower than measured: the simulated server encodes images one at a time, between steps. The measured run encoded
-    # all images first, in batches of eight.
+    # Slower than measured: the simulated engine encodes the image of one request per step. The measured run encoded all
+    # images first, in batches of eight.
     concurrent = measured("64 requests at once, an image and 64 tokens each")
     assert concurrent < env.now - begin < 1.4 * concurrent
 
@@ -273,7 +273,7 @@ def hit_rate(router: Router) -> float:
 
 
 def test_hit_rate_of_prefix_routing_is_the_share_of_follow_up_questions() -> None:
-    """Two of three requests are follow-up questions; a random choice of eight replicas finds an eighth of prefixes."""
+    """Two of three requests are follow-up questions; a random one of eight replicas has the prefix of one in eight."""
     assert hit_rate(ByPrefix()) == pytest.approx(2 / 3, abs=0.06)
     assert hit_rate(TwoChoices()) < 2 / 3 * 2 / 8  # twice the expected rate
 

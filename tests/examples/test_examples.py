@@ -51,13 +51,13 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Working directory of all examples."""
+    """Working directory of the scripts that `run` runs."""
     return tmp_path_factory.mktemp("examples")
 
 
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Run:
-    """Function that runs a script without arguments, once per module, and returns its stdout."""
+    """Function that runs a script without arguments and returns its stdout; a second call returns the same text."""
     return functools.cache(lambda name: run_script(name, folder))
 
 
@@ -95,7 +95,7 @@ def things(image: str, kind: str) -> list[Thing]:
 
 
 def has_right_box(image: str, question: str, expected: str, answer: str) -> bool:
-    """Whether an answer has the expected words and a box, which is close enough to the expected box."""
+    """Whether an answer has the expected words and exactly one box, close enough to the expected box (`mark`)."""
     score = mark(Sample((SCENES[image],), (Turn("box", "en", question, expected),), "chat"), answer)
     return score.boxes_right == score.boxes == 1 and score.words_right
 

@@ -21,6 +21,7 @@ def reference() -> str:
 def _sections(command: Any, path: str, parent: Any) -> Iterator[str]:
     context = command.context_class(command, info_name=path.split()[-1], parent=parent)
     children = getattr(command, "commands", None)
+    # A group of commands has no section, except for `qwenvl` itself.
     if children is None or parent is None:
         yield from _section(command, path, context)
     for name, child in (children or {}).items():

@@ -1,9 +1,9 @@
 """MkDocs hooks of the documentation site: pages and links for files outside docs/, and generated text.
 
 - `index.md` and `index.zh.md` are README.md and README_zh.md.
-- A link from a page to a file outside docs/ leads to a page `source/PATH`, which shows the file: Markdown unchanged,
+- A link from a page to a file outside docs/ leads to a page `source/PATH`, which shows the file: Markdown as such,
   other files as a block of code. A link to a missing file is not changed, so `mkdocs build --strict` fails. The
-  navigation may also name such a page of a Markdown file.
+  navigation may also name a page `source/PATH`, if PATH is a Markdown file.
 - A heading of a Chinese page also has the anchor of the English heading at the same position. Pages without a
   translation are English on the Chinese site, and their links have English anchors.
 - `<!-- header: PATH -->` is replaced by a C header, with a heading for each of its sections, and `<!-- commands -->` by

@@ -35,7 +35,7 @@ def answers(
 def _answer_batch(
     model: QwenVL, tokenizer: QwenTokenizer, samples: Sequence[Sample], device: torch.device
 ) -> list[str]:
-    # The input size for 16 x 16 patches.
+    # The side of the model's input in pixels: 16 x 16 patches.
     image_size = model.visual.conv1.kernel_size[0] * 16
     images = np.stack(
         [image_array(scene, image_size, side=256) for sample in samples for scene in sample.scenes]

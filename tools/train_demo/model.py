@@ -40,6 +40,7 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, t, width = x.shape
+        # The output of in_proj has the layout [heads][q, k, v][head_dim].
         qkv = self.in_proj(x).view(n, t, self.heads, 3 * width // self.heads).transpose(1, 2)
         mixed = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
         return self.out_proj(mixed.transpose(1, 2).reshape(n, t, width))
@@ -207,7 +208,13 @@ class QwenVL(nn.Module):
         return self.ln_f(x)
 
     def loss(self, images: Tensor, ids: Tensor, starts: Tensor, at: Tensor) -> Tensor:
-        """Mean cross-entropy of the tokens after the positions `at`, [batch, learned tokens], padded with -1."""
+        """Mean cross-entropy of the tokens after the positions `at`.
+
+        Args:
+            images: as for Vision, those of a row one after another, [batch * images, side, side, 3].
+            ids, starts: as for `hidden`.
+            at: [batch, maximum number of learned tokens], padded with -1.
+        """
         hidden = self.hidden(ids, self.visual(images), starts)
         index = at.clamp(min=0)
         logits = self.lm_head(hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[-1])))
@@ -215,7 +222,11 @@ class QwenVL(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
 
     def _initialise(self, layers: int, vision_layers: int) -> None:
-        """Initialise matrices with variance 1 / inputs; the last of a residual branch with 1 / (2 * layers) of it."""
+        """Initialise matrices with variance 1 / inputs, and those named c_proj or out_proj with 1 / (2 * layers) of it.
+
+        All c_proj and out_proj are the last matrices of residual branches, except for the resampler's out_proj. The
+        embedding of tokens and the position tables have their own initial values.
+        """
         for name, tensor in self.named_parameters():
             if tensor.dim() == 1:
                 continue

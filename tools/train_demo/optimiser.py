@@ -12,7 +12,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic Newton-Schulz iteration in that work
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic Newton-Schulz iteration of Jordan et al.
 
 
 class Muon(torch.optim.Optimizer):
@@ -35,6 +35,7 @@ class Muon(torch.optim.Optimizer):
                 ]
                 torch._foreach_lerp_(momenta, gradients, 0.05)
                 steps = torch.stack(torch._foreach_lerp(gradients, momenta, 0.95))
+                # A tall matrix gets larger steps, as in Jordan's implementation.
                 scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
                 torch._foreach_add_(parameters, list(orthogonalised(steps).unbind()), alpha=-scale)
 
@@ -60,7 +61,7 @@ def optimisers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """
     muon_parameters, adamw_parameters = [], []
     for name, parameter in model.named_parameters():
-        # Matrices of the decoder layers, of the vision blocks, and of the resampler's input projections.
+        # Matrices of the decoder layers and of the vision blocks, and attn.in_proj_weight of the resampler.
         is_layer_matrix = parameter.dim() == 2 and (
             name.startswith("h.") or "resblocks" in name or "in_proj_w" in name
         )
@@ -71,7 +72,7 @@ def optimisers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
 
 
 def schedule(step: int, progress: float, warm_up: int = 100) -> float:
-    """Factor of the learning rate: a half cosine from 1 to 2 % at `progress` 1, with a linear warm-up.
+    """Factor of the learning rate: a half cosine from 1 at `progress` 0 to 0.02 at 1, with a linear warm-up.
 
     Args:
         progress: completed share of the training, from 0.

@@ -52,7 +52,7 @@ def prompt_ids(tokenizer: QwenTokenizer, sample: Sample) -> list[int]:
 
 
 def make_row(tokenizer: QwenTokenizer, sample: Sample, size: Size) -> Row:
-    """Encode a sample in a row, without the turns for which the row has no room.
+    """Encode a sample in a row, without the turns for which the row has no room; a later, shorter turn may have room.
 
     Raises:
         ValueError: the row has no room for the first turn.

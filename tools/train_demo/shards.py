@@ -26,7 +26,7 @@ from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 from tools.train_demo.conversation import conversation
 from tools.train_demo.rows import ONE, TWO, Row, Size, make_row
 
-IMAGES = 512  # per shard; each image has two rows with one image, and every fourth a row with two images
+IMAGES = 512  # per shard; each is in two rows with one image, and every fourth is the first in a row with two
 SIDES = (192, 256, 320)  # sizes in which the scenes are drawn, in pixels
 BASE_SHARE = 0.2  # probability that a row has the base form instead of the chat form
 
@@ -46,7 +46,7 @@ def image_array(scene: Scene, image_size: int, side: int) -> NDArray[np.uint8]:
 
 
 def _write_shard(job: tuple[int, Path, int, Path]) -> Path:
-    # A file, since reading the arrays from a pipe would need CPU time in the training process.
+    # The arrays are passed in a file, since unpickling them from a pipe would need CPU time in the training process.
     number, folder, image_size, scratch = job
     file = scratch / f"{number}.npz"
     np.savez(file, **make_shard(number, folder, image_size))
@@ -54,7 +54,7 @@ def _write_shard(job: tuple[int, Path, int, Path]) -> Path:
 
 
 def make_shard(number: int, folder: Path, image_size: int) -> Arrays:
-    """Generate the images and rows of a shard; deterministic in number, model folder and image_size."""
+    """Generate the images and rows of a shard; the same for the same number, model folder and image_size."""
     tokenizer = _tokenizer(folder)
     rng = random.Random(f"training {number}")
     scenes = [random_scene(rng) for _ in range(IMAGES)]
@@ -95,7 +95,9 @@ def _row_arrays(name: str, rows: list[Row], images: list[list[int]]) -> Arrays:
 
 
 class Feed:
-    """Shards with the numbers from `first` on, as tensors on a device, which a thread fills during training.
+    """Shards with the numbers from `first` on, as tensors on a device; a thread fills the tensors during training.
+
+    The order of the shards is that in which the worker processes complete them.
 
     Attributes:
         ready: number of shards on the device.

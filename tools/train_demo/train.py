@@ -3,11 +3,11 @@ r"""Train the demo model.
     python -m torch.distributed.run --standalone --nproc_per_node 2 \
         -m tools.train_demo.train --steps 12000 --minutes 20 --evaluate 3000 --out weights.npz
 
-Takes 17 minutes on two H100 GPUs with 32 CPU cores. With one GPU, or none, omit `torch.distributed.run` and its
-arguments up to `-m`; a step then has half as many rows. Needs PyTorch 2.6 or newer, tiktoken and Pillow. Downloads
-nothing: the images are drawn during training. Config and vocabulary are those in paddlemix_qwenvl_plugin/demo/model.
-The random numbers have fixed seeds, but the weights differ in each run, since the images that are available at a step
-depend on the speed of drawing.
+Takes 17 minutes on two H100 GPUs with 32 CPU cores. With one GPU, or none, begin the command
+with `python -m tools.train_demo.train`; a step then has half as many rows. Needs PyTorch 2.6 or newer, tiktoken and
+Pillow. Downloads nothing: the images are drawn during training. Config and vocabulary are those in
+paddlemix_qwenvl_plugin/demo/model. The random numbers have fixed seeds, but the weights differ in each run, since the
+images that are available at a step depend on the speed of drawing.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def main() -> None:
         for optimiser in model_optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-        # The saved weights are an exponential moving average over the last few hundred steps.
+        # The saved weights are an exponential moving average, with a time constant of 500 steps after the first 5,000.
         weight = 1 - min(0.998, step / (step + 10))
         torch._foreach_lerp_(list(average.values()), [p.detach() for p in model.parameters()], weight)
         if (step + 1) % options.report == 0 and rank == 0:
@@ -139,7 +139,7 @@ def save(weights: dict[str, torch.Tensor], file: Path) -> None:
 
 
 def _validate(model: QwenVL, tokenizer: QwenTokenizer, n: int, show: int) -> None:
-    """Answer `n` validation samples; print the rates and up to `show` wrong answers."""
+    """Answer `n` validation samples; print the rates of right answers, and up to `show` wrong answers."""
     samples = [held_out(VALIDATION + number) for number in range(n)]
     with torch.autocast("cuda", torch.bfloat16, enabled=next(model.parameters()).is_cuda):
         texts = answers(model, tokenizer, samples)

@@ -65,7 +65,7 @@ def train() -> list[bytes]:
 
 
 def _split(word: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """Split a word into tokens: from single bytes on, merge the adjacent pair of the lowest rank until none is left."""
+    """Split a word into tokens: begin with single bytes, and merge the pair of lowest rank until no pair has a rank."""
     parts = [word[i : i + 1] for i in range(len(word))]
     while True:
         pairs = [
