@@ -2,8 +2,8 @@
 //
 // Layout. Two warpgroups have 64 queries each; a third one loads tiles of 128 keys and their values into two
 // buffers, depending on the source: by the copy engine, by cp.async, or by loads and a conversion to H. Rows
-// of head_dim values are divided into columns
-// of 64 values, [column][row] of 128 bytes, the layout of wgmma_descriptor() in hopper.cuh. D is kPaddedDim:
+// of head_dim values are divided into columns of 64 values, [column][row] of 128 bytes, the layout of
+// wgmma_descriptor() in hopper.cuh. D is kPaddedDim:
 //
 //   shared:  queries [D / 64][128][64]  |  keys [2][D / 64][128][64]  |  values [2][..]  |  offsets, barriers
 //
@@ -38,7 +38,8 @@ struct SwizzledRows {
 // Attention of a job's queries. `source`: as for attend(), with three more functions. use_tensor_map():
 // whether the copy engine can load keys and values. If so, copy(to, part, tile, barrier) requests the keys or
 // values of a tile, in columns of kHopperKeys rows, and column_bytes(tile) is the number of bytes that it
-// copies per column. It may omit rows beyond the last key, or write zeros there.
+// copies per column. It may omit rows beyond the last key or write anything there: their scores are masked,
+// and their values are set to zero here.
 template <int kPaddedDim, typename Source>
 __device__ inline void attend_hopper(const Job& job, const Source& source) {
   using Rows = SwizzledRows<kPaddedDim>;
