@@ -146,7 +146,7 @@ void rotate_and_store(const Gpu&, CUstream, const void* qkv, const RowMetadata&,
 // Attention of one query per sequence over its keys: q H [n, heads * head_dim] -> H, the same shape. Sequence
 // i has positions[i] + 1 keys, at most max_keys. Keys are split at multiples of a fixed number, so that a row
 // does not depend on max_keys or n. scratch: the caller sets it to zero once after allocation; it then serves
-// all calls for whose n and max_keys attention_decode_scratch() is not larger than it.
+// calls with any n and max_keys for which attention_decode_scratch() does not exceed its size.
 uint64_t attention_decode_scratch(int n, int heads, int head_dim, int max_keys);
 void attention_decode(const Gpu&, CUstream, const void* q, const RowMetadata&, const KvLayer&, int n,
                       int max_keys, void* scratch, void* y);

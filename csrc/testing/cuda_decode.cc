@@ -62,8 +62,8 @@ EXPORT const char* decode_linear(int half, CUstream stream, int storage, int out
   });
 }
 
-// decode_linear for rows with adapters: also writes A x of each row to `low`. adapters, order, product, low
-// and low_stride: as for qvlt_gpu_low_rank (cuda_small.cc).
+// decode_linear for rows with adapters: also writes A x of each row with an adapter to `low`. adapters,
+// order, product, low and low_stride: as for qvlt_gpu_low_rank (cuda_small.cc).
 EXPORT const char* decode_adapted(int half, CUstream stream, int storage, int out, int in, int stride,
                                   void* values, void* scales, const void* x, int64_t x_stride, int n,
                                   int epilogue, void* y, const uint64_t* adapters, const int32_t* order,

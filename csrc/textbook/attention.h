@@ -5,9 +5,9 @@
 //   tile                       keys   ...                       out = sum over t of weight[t] * value[t]
 //
 // Cost: keys and values are read once, 4 * n_keys * head_dim bytes, for 4 * n_keys * head_dim FLOPs and
-// n_keys exponentials: one FLOP per byte. The bound is memory bandwidth, as for the weights; with 2000 keys a
-// decode step of the 7B model reads 32.8 MB of keys and values per layer, compared with 405 MB of bfloat16
-// weights.
+// n_keys exponentials: one FLOP per byte. The bound is memory bandwidth, as for matrix-vector products; with
+// 2000 keys a decode step of the 7B model reads 32.8 MB of keys and values per layer, compared with 405 MB of
+// bfloat16 weights.
 #pragma once
 
 #include "textbook/common.h"
@@ -63,7 +63,7 @@ void v1(const Query& p) {
 
 // Online softmax (Milakov and Gimelshein, arXiv:1805.02867): one pass, no buffer. The running sums are
 // relative to the running maximum; a larger score rescales them. Not faster yet, but now the keys can be
-// divided into parts, which are computed separately and merged: in tiles here, by several threads in
+// divided into parts whose results are merged: groups of keys from v4 on, the shares of several threads in
 // cpu/attention.cc.
 void v2(const Query& p) {
   float maximum = -__builtin_inff(), total = 0;

@@ -179,7 +179,7 @@ __device__ inline void linear(const LinearTensors& p) {
     float* const chunk = chunks + part * kChunk * kChunkRow;
     // Each of the first kPeers warps of a warpgroup notifies one block when a slot has been read: warps 0 on
     // those that share rows of W with this block (itself included), the next warps the others that share its
-    // tokens. These blocks write to the slot.
+    // tokens. Each notified block also writes to the slot of this block, and waits for the notification.
     const int peer = warp % 4;
     const int notified =
         peer < kClusterTokens
