@@ -139,7 +139,7 @@ void low_rank_up(const Gpu& gpu, CUstream stream, const AdaptedRows& rows, const
   LowRankParams p = params_of(rows, low_stride);
   p.low = const_cast<void*>(low);
   p.raw = raw;
-  if (epilogue == Epilogue::kFloat) epilogue = Epilogue::kAdd;  // B low is added to y
+  if (epilogue == Epilogue::kFloat) epilogue = Epilogue::kAdd;  // y already contains W x
   p.result = {nullptr, y, rows.n, out, static_cast<int>(epilogue)};
   gpu.launch(stream, "low_rank_up", {blocks(out, kLowRankUp), blocks(rows.n, kLowRankRows)}, kLowRankThreads,
              0, p, /*early=*/true);

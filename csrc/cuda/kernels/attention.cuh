@@ -69,8 +69,8 @@ struct PaddedRows {
 // values by two functions, which 128 threads call together; before sm_80, by value(part, key, d), which
 // returns a value:
 //
-//   locate(first, n, thread)              looks up the addresses of n keys from `first` on, up to the last key
-//                                         of the job; may write to shared memory
+//   locate(first, n, thread)              looks up the addresses of n keys from `first` on, up to the last
+//                                         key of the job; may write to shared memory
 //   load<Rows>(to, part, first, thread)   after locate and a barrier: writes the keys (part 0) or values
 //                                         (part 1) first to first + Rows::kKeys - 1 to the offsets Rows::at,
 //                                         and zeros beyond the last key; may use copy_async
