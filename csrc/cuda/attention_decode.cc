@@ -34,8 +34,9 @@ bool is_fast(const Gpu& gpu, const KvLayer& cache) {
          (gpu.arch() != 75 || cache.dtype == QVL_INT8);
 }
 
-// Whether there are so few thread blocks that launch latency exceeds the duration of one: the kernel then
-// also merges the chunks, and in attention_step rotates and stores.
+// Whether there are so few blocks of threads (at most 8 per multiprocessor) that the latency of a launch
+// exceeds the duration of a block: the kernel then also merges the chunks, and in attention_step rotates and
+// stores.
 bool is_small(const Gpu& gpu, const KvLayer& cache, int n, int max_keys) {
   return n_parts(n, cache.heads, max_keys) <= 8 * static_cast<uint64_t>(gpu.multiprocessors());
 }

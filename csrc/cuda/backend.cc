@@ -14,7 +14,7 @@
 namespace qvl::cuda {
 namespace {
 
-// Event of the C interface; its functions make the context current.
+// Event of the C interface; unlike StreamEvent, its functions make the context current.
 class CudaEvent final : public Event {
  public:
   CudaEvent(CUcontext context, CUstream engine_stream) : context_(context), engine_stream_(engine_stream) {
@@ -52,8 +52,8 @@ bool has_bfloat16(int index) {
          driver().cuDeviceGetAttribute(&major, kComputeMajor, device) == 0 && major >= 8;
 }
 
-// Compute type: that of the config; by default float16 for float16 weights and on GPUs without bfloat16, else
-// bfloat16.
+// Compute type: that of the config. If the config has none: float16 for float16 weights and on GPUs without
+// bfloat16, else bfloat16.
 Half compute_type(const qvl_config& config, const WeightTable& weights) {
   switch (config.compute) {
     case QVL_COMPUTE_BFLOAT16:
@@ -251,8 +251,8 @@ class CudaBackend final : public Backend {
     return memory.get<float>();
   }
 
-  // Check ids in pageable host memory. Ids in other memory are not checked, since the GPU may not have
-  // written them yet; embed() clamps them to the vocabulary.
+  // Check ids in pageable host memory. Ids in memory that the GPU can access are not checked, since the GPU
+  // may not have written them yet; embed() clamps them to the vocabulary.
   void check_host_ids(const qvl_batch& batch) const {
     if (!is_device_visible(batch.tokens)) check_ids(batch, config_.vocab);
   }

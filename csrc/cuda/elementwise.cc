@@ -35,7 +35,7 @@ void embed(const Gpu& gpu, CUstream stream, const void* wte, int vocab, int widt
            const uint64_t* features, int n, float* x) {
   constexpr int kBlockValues = kEmbedThreads * kEmbedValues;
   const int parts = (width + kBlockValues - 1) / kBlockValues;
-  // The host's uint64_t is not unsigned long long, but has the same size.
+  // On the host uint64_t is a different type from unsigned long long, of the same size.
   const auto* addresses = reinterpret_cast<const unsigned long long*>(features);
   const EmbedParams params{wte, ids, addresses, x, vocab, width, parts};
   gpu.launch(stream, "embed", {static_cast<unsigned>(n) * static_cast<unsigned>(parts)}, kEmbedThreads, 0,

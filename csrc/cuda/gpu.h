@@ -10,7 +10,7 @@
 
 namespace qvl::cuda {
 
-// Compute type of the kernels; they name it H.
+// Compute type of the kernels, in which it has the name H.
 enum class Half { kBfloat16, kFloat16 };
 
 // Scope guard that makes a context current for the calling thread.
@@ -46,8 +46,8 @@ class Gpu {
 
   // Launch the kernel `name`, which takes `params` by value as its only parameter. early: programmatic
   // dependent launch on sm_90 and newer, that is, the kernel may start while its predecessor runs. It must
-  // then execute griddepcontrol.wait before it reads memory written by another kernel or writes memory read
-  // by another kernel.
+  // then execute griddepcontrol.wait (wait_for_predecessors() in kernels/common.cuh) before it reads memory
+  // that a preceding kernel, which may still run, writes, or writes memory that such a kernel reads.
   template <typename Params>
   void launch(CUstream stream, const char* name, Dim grid, int threads, int shared_bytes,
               const Params& params, bool early = false) const {

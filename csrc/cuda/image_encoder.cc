@@ -15,7 +15,7 @@ constexpr int kImageBatch = 8;     // batch size; larger batches do not increase
 
 const std::string kPool = "visual.attn_pool.";
 
-// Rows first to first + n - 1 of a matrix of H.
+// Rows first to first + n - 1 of a matrix of H, which has a bias.
 Matrix slice(const Matrix& matrix, int first, int n) {
   Matrix part = matrix;
   part.out = n;
@@ -105,7 +105,7 @@ void ImageEncoder::encode(CUstream stream, int64_t n, const float* images, float
   }
 }
 
-// Writes the patch features to x_, float32 [n * patches, vision_width].
+// Writes the patch features to x_, float32 [n * patches, vision_width]; resample() reads them there.
 void ImageEncoder::tower(CUstream stream, int n, const float* images) {
   const int width = config_.vision_width, head_dim = width / config_.vision_heads, rows = n * patches_;
   auto* x = x_.get<float>();

@@ -21,7 +21,7 @@ class ImageEncoder {
     Matrix in_proj, out_proj, c_fc, c_proj;
   };
 
-  // The vision tower and the resampler, for a batch of up to 8 images.
+  // The vision tower and the resampler, for a batch of up to 8 images (kImageBatch in image_encoder.cc).
   void tower(CUstream stream, int n, const float* images);
   void resample(CUstream stream, int n, float* features);
   void product(CUstream stream, const Matrix& matrix, const void* x, int64_t x_stride, int64_t n,
@@ -41,8 +41,8 @@ class ImageEncoder {
   const float* key_positions_;
   DeviceMemory queries_;  // the projected queries, H [n_queries, hidden], the same for every image
 
-  // Scratch memory: activations of a batch. x_: the residual stream; wide_: patches, inputs of c_proj, or
-  // inputs of the product with value_.
+  // Scratch memory: activations of a batch. x_: the residual stream of the tower, then the patch features;
+  // wide_: patches, inputs of c_proj, or inputs of the product with value_; scratch_: of linear_prompt.
   DeviceMemory x_, normed_, qkv_, wide_, keys_, values_, scratch_;
 };
 

@@ -20,7 +20,7 @@ CudaKvPool::CudaKvPool(const qvl_config& config, CUcontext context, CUstream eng
   id_ = ++created;
   const CurrentContext current(context_);
   memory_ = DeviceMemory((static_cast<uint64_t>(blocks) + 1) * block_bytes_);
-  // Initialised because padding rows read the spare block.
+  // Clear the spare block, since padding rows read it: uninitialised memory may contain NaNs.
   check(driver().cuMemsetD8Async(address(block_memory(blocks)), 0, block_bytes_, engine_stream_),
         "creating a KV pool");
 }

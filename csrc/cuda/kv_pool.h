@@ -1,6 +1,5 @@
 // The KV pool on the GPU: a block contains all layers consecutively, each in the layout of KvLayer. After the
-// caller's blocks there is a spare block, to which padding rows write (step graphs have fixed numbers of
-// rows).
+// caller's n_blocks blocks there is a spare block, which the padding rows of step graphs write and read.
 #pragma once
 
 #include "core/backend.h"
@@ -9,7 +8,7 @@
 
 namespace qvl::cuda {
 
-// engine_stream: the stream of calls without a stream.
+// engine_stream: the stream for calls whose `stream` is NULL.
 class CudaKvPool final : public KvPool {
  public:
   CudaKvPool(const qvl_config& config, CUcontext context, CUstream engine_stream, int32_t n_blocks,

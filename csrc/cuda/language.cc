@@ -171,8 +171,8 @@ void Language::pass(CUstream stream, const CudaKvPool& pool, const qvl_batch& ba
   }
   layers(stream, pool, inputs, shape);
 
-  // The last row of each part has logits. One product per run of such rows that are adjacent both in the pass
-  // and in the logits.
+  // Compute the logits of the last row of each part that has any. There is one product per run of such rows
+  // that are adjacent both in the pass and in the logits.
   for (size_t i = 0; i < parts.size(); ++i) {
     if (parts[i].logits < 0) continue;
     const int first = parts[i].first + parts[i].n - 1, row = parts[i].logits;
@@ -223,7 +223,7 @@ std::unique_ptr<CudaAdapter> Language::make_adapter(CUstream stream,
   for (size_t i = 0; i < products_adapted_.size(); ++i) {
     products_adapted_[i] = products_adapted_[i] || adapter->product(static_cast<int>(i)) != nullptr;
   }
-  // Captured graphs have adapters only for the products of `before`.
+  // Captured graphs launch the kernels of adapters only for the products of `before`.
   if (products_adapted_ != before) ++graph_version_;
   if (adapter->max_rank() <= max_rank_) return adapter;
   const uint64_t rows = to_size(config_.max_tokens), max_out = to_size(std::max(3 * hidden, gate_up));

@@ -17,7 +17,7 @@ namespace qvl::cuda {
 struct PassShape {
   int n_prompt = 0, n_decode = 0;
   int tiles = 0;            // query tiles of the prompts
-  int max_blocks = 0;       // length of the longest block table
+  int max_blocks = 0;       // length of a row of inputs.blocks, at least that of the longest block table
   int max_keys = 0;         // maximum number of keys of a decode row
   bool is_step = false;     // a decode step with one row per sequence, for attention_step
   bool is_adapted = false;  // at least one row has an adapter
@@ -43,17 +43,18 @@ class Language {
   // Copy an adapter's matrices to the GPU, and reserve scratch memory for it.
   std::unique_ptr<CudaAdapter> make_adapter(CUstream stream, const std::vector<AdapterMatrix>& matrices);
 
-  // Write all inputs of row i but its id and block table: a token at `position` of `sequence`, whose block
-  // table is row `table` of inputs.blocks.
+  // Write all inputs of row i but its id and block table. The row is the token at `position` of `sequence`,
+  // whose block table is row `table` of inputs.blocks.
   void describe_row(const InputArrays& inputs, int i, const qvl_sequence& sequence, int32_t position,
                     int table) const;
 
-  // If any row of the pass has an adapter, set adapter_order for the n decode rows, which begin at row
-  // `first`.
+  // If any row of the pass has an adapter, set inputs.adapter_order for the n decode rows, of which the first
+  // is row `first` of the pass.
   static void sort_by_adapter(const InputArrays& inputs, int first, int n);
 
-  // Reserve scratch memory for `rows` decode rows with up to max_keys keys. A captured graph stays valid
-  // while graph_version() is unchanged.
+  // Reserve scratch memory for `rows` decode rows with up to max_keys keys. A captured graph (StepGraphs)
+  // stays valid while graph_version() is unchanged: it changes when scratch memory moves, and when an adapter
+  // changes a product that no adapter has changed before.
   void reserve(int rows, int max_keys);
   int graph_version() const { return graph_version_; }
 
@@ -69,7 +70,8 @@ class Language {
   void set_features(CUstream stream, const qvl_batch& batch, const Part& part, const InputArrays& host);
   void attention(CUstream stream, const RowMetadata& metadata, const InputArrays& inputs,
                  const PassShape& shape, const KvLayer& kv);
-  // Compute a product, with the adapters of the rows. `number`: index of the product in an adapter.
+  // Compute a product, with the adapters of the rows. `number`: index of the product, as for
+  // CudaAdapter::product().
   void product(CUstream stream, int number, const Matrix& matrix, const void* x, int x_stride,
                const InputArrays& inputs, const PassShape& shape, Epilogue epilogue, void* y);
   // Permute the columns of x to the input order of the matrix; return the result and set x_stride to its
@@ -85,8 +87,8 @@ class Language {
   // Scratch memory: activations of a pass. attended_: output of attention; mlp_: inputs of mlp_proj.
   DeviceMemory x_, normed_, qkv_, q_, attended_, mlp_, features_, prompt_scratch_, decode_scratch_,
       permuted_x_;
-  // Scratch memory for adapters: low_: A x in rows of max_rank_ values; raw_: products before their
-  // epilogues.
+  // Scratch memory for adapters: low_: A x in rows of max_rank_ values (prompts: in rows of the adapter's
+  // rank); raw_: products before their epilogues.
   DeviceMemory low_, raw_;
   int max_rank_ = 0;
   std::vector<bool> products_adapted_;  // whether any loaded adapter changes the product

@@ -45,7 +45,8 @@ uint64_t round_up(int value, int unit) {
 int lay_out(int arch, const Matrix& matrix, int columns, int tiles_at_once, LinearDecode& p) {
   const StorageInfo& storage = info(matrix.storage);
   const int units = static_cast<int>(padded(matrix.in)) / kUnit;
-  // groups: number of groups per unit whose sums start at an offset computed from the sum of x (4 bits).
+  // groups: with 4 bits, number of groups per unit; the sum of a group starts at an offset
+  // (linear_decode.cuh).
   const int depth = ring_depth(arch), groups = storage.bits == 4 ? kUnit / storage.group : 0;
   p.columns = columns;
   p.tiles_at_once = tiles_at_once;
@@ -58,8 +59,8 @@ int lay_out(int arch, const Matrix& matrix, int columns, int tiles_at_once, Line
   return p.sums_at + 2 * kWarps * tiles_at_once * columns * kSumsPitch * 4;
 }
 
-// Launch kernels/linear_decode_wide.cu, for more than 8 rows of x; return false if a block does not fit this
-// GPU.
+// Launch kernels/linear_decode_wide.cu, for more than 8 rows of x; return false if a block does not fit the
+// shared memory of this GPU.
 bool launch_wide(const Gpu& gpu, CUstream stream, const Matrix& matrix, LinearDecode& p) {
   constexpr int kUnitBytes[] = {4096, 2048, 1024, 1024};  // tile x unit: kHalf, kInt8, kInt4G64, kInt4G128
   const int unit = kUnitBytes[static_cast<size_t>(matrix.storage)], limit = shared_limit(gpu.arch());

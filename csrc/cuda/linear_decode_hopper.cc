@@ -12,15 +12,15 @@ namespace {
 
 constexpr int kThreads = 128 * kHopperGroups + 32, kAlign = 1024, kBoxBytes = 128;
 constexpr int kMaxShared = 227 << 10;
-constexpr int kMinShared = 120 << 10;  // over half of a multiprocessor's, for one block per multiprocessor
+constexpr int kMinShared = 120 << 10;  // over half of 228 KiB, so that a multiprocessor has only one block
 // Limit of shared memory with few rows of x; it leaves 64 KiB of a multiprocessor for a block of attention.
 constexpr int kSharedBesideAttention = 158 << 10;
 constexpr int kMaxStages = 32, kMaxSteps = 4;  // stages of the ring, steps per item
 
 // Properties of a storage type.
 struct Kind {
-  int tile_bytes;    // of 16 rows in a step of k
-  int scale_bytes;   // of their scales and zero points
+  int tile_bytes;    // of the values of 16 rows of W in a step of k
+  int scale_bytes;   // of the scales and zero points of these values
   int boxes;         // number of boxes of 64 values per step
   int max_parts[3];  // maximum number of 64-row subtiles per tile, for up to 16, 32 and 64 rows of x
 };
@@ -41,8 +41,8 @@ int step_bytes(const Kind& kind, int rows, int columns) {
   return rows / 8 * (kind.tile_bytes + kind.scale_bytes) / 2 + kind.boxes * kBoxBytes * columns;
 }
 
-// Rows of W per tile, a multiple of `unit` up to max_rows, with the lowest estimated time: rounds of tiles
-// times (bytes copied + the fixed cost of a round, in bytes).
+// Rows of W per tile, a multiple of `unit` up to max_rows, with the lowest estimated time: number of rounds,
+// in which each block computes a tile, times (bytes copied + a fixed cost per round, expressed in bytes).
 int best_rows(const Kind& kind, int out, int steps, int columns, int blocks, int unit, int max_rows) {
   constexpr double kRoundCost = 40e3;
   int best = unit;
@@ -55,8 +55,8 @@ int best_rows(const Kind& kind, int out, int steps, int columns, int blocks, int
   return best;
 }
 
-// Steps per item with the lowest estimated time, in bytes: small items have overhead, large ones copy steps
-// beyond the end of a slice. slice: steps per slice; bytes: of a step.
+// Steps per item with the lowest estimated time, expressed in bytes: each item has a fixed cost, and large
+// items copy steps beyond the end of a slice. slice: steps per slice; bytes: bytes per step.
 int best_steps(int slice, int bytes) {
   constexpr int kItemCost = 1500, kMaxBytes = 24 << 10;
   int best = 1, lowest_cost = 0;

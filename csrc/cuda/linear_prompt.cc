@@ -40,9 +40,9 @@ ClusterGrid cluster_grid(const TileVariant& tile, int out, int n) {
 }
 
 // Estimated time of a product in cycles: rounds of tiles, each with steps of 64 values and an epilogue. The
-// constants were measured on an H200: wgmma at 8 / 9 of its peak rate (2.25 cycles instead of 2), 47 bytes
-// per cycle into a multiprocessor, with and without multicast, and 2500 cycles plus 12 per token for the
-// start and the epilogue of a round.
+// constants were measured on an H200: wgmma at 8 / 9 of its peak rate (2.25 cycles per token and 64 rows of W
+// instead of 2), 47 bytes per cycle into a multiprocessor, with and without multicast, and 2500 cycles plus
+// 12 per token for the start and the epilogue of a round.
 double cycles(const Gpu& gpu, const TileVariant& tile, int out, int in, int n) {
   const ClusterGrid clusters = cluster_grid(tile, out, n);
   const int cluster = tile.cluster_m * tile.cluster_n, resident = gpu.multiprocessors() / cluster;
@@ -80,7 +80,7 @@ int linear_prompt_tile(const Gpu& gpu, int out, int in, int n) {
 
 namespace {
 
-// written: whether the preceding kernel writes the matrix.
+// written: whether the preceding kernel writes the matrix, as dequantization does.
 void launch(const Gpu& gpu, CUstream stream, int tile, const Matrix& matrix, const void* x, int64_t x_stride,
             int n, Epilogue epilogue, void* y, bool written) {
   QVL_REQUIRE(matrix.stride % 8 == 0 && x_stride % 8 == 0, QVL_INTERNAL,

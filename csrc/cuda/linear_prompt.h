@@ -1,5 +1,5 @@
-// linear_prompt with a selectable variant of the kernel, for tests and timings. A variant is a tile size; the
-// results of all variants are bit-identical.
+// linear_prompt with a selectable variant of the kernel, for tests and timings. A variant is a size of tiles
+// and clusters (kernels/linear_prompt_tiles.h); the results of all variants are bit-identical.
 #pragma once
 
 #include "cuda/ops.h"

@@ -7,7 +7,7 @@
 namespace qvl::cuda {
 namespace {
 
-constexpr int kVector = 8;  // values of H in 16 bytes
+constexpr int kVector = 8;  // values of H in 16 bytes, which the kernels load at a time
 
 // The rank, rounded up to whole vectors.
 int padded_rank(int64_t rank) {
@@ -58,9 +58,8 @@ CudaAdapter::~CudaAdapter() {
   table_ = DeviceMemory();
 }
 
-// The parts have the same inputs. Their matrices A are stacked as rows; each matrix B gets its own columns;
-// all are padded to the largest rank. A row of the product's B is therefore zero in the columns of other
-// parts.
+// The parts have the same inputs. Their matrices A are stacked as rows; each matrix B gets columns of its
+// own, with zeros in the columns of the other part. All matrices are padded to the largest rank.
 void CudaAdapter::upload_product(CUstream stream, LowRank& to, const Shape& shape,
                                  const std::vector<Part>& parts) {
   to.parts = parts.front().step;
@@ -140,7 +139,7 @@ void low_rank_up(const Gpu& gpu, CUstream stream, const AdaptedRows& rows, const
   LowRankParams p = params_of(rows, low_stride);
   p.low = const_cast<void*>(low);
   p.raw = raw;
-  if (epilogue == Epilogue::kFloat) epilogue = Epilogue::kAdd;  // B low is added to y
+  if (epilogue == Epilogue::kFloat) epilogue = Epilogue::kAdd;  // y already contains W x
   p.result = {nullptr, y, rows.n, out, static_cast<int>(epilogue)};
   gpu.launch(stream, "low_rank_up", {blocks(out, kLowRankUp), blocks(rows.n, kLowRankRows)}, kLowRankThreads,
              0, p, /*early=*/true);

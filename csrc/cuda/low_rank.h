@@ -44,8 +44,8 @@ class CudaAdapter final : public Adapter {
   int max_rank() const { return max_rank_; }
 
  private:
-  // One of the one or two matrices of a product: row i of its B becomes row first + i * step of the product's
-  // B. matrix: NULL if the adapter lacks it.
+  // The update of one of the one or two weight matrices of a product: row i of its B becomes row
+  // first + i * step of the product's B. matrix: NULL if the adapter lacks it.
   struct Part {
     const AdapterMatrix* matrix;
     int first, step;
@@ -61,8 +61,8 @@ class CudaAdapter final : public Adapter {
   int max_rank_ = 0;
 };
 
-// Decode rows and their adapters, in device memory. Kernels read this memory before their predecessors have
-// ended, as they do with `metadata` of attention_step.
+// Decode rows and their adapters; the arrays are in device memory. Kernels read the arrays before their
+// predecessors have ended, under the same condition as `metadata` of attention_step in ops.h.
 struct AdaptedRows {
   const uint64_t* adapters;  // [n]: addresses of adapter tables; 0: no adapter
   const int32_t* order;      // [n]: row indices sorted by adapter, or NULL
@@ -71,8 +71,8 @@ struct AdaptedRows {
 };
 
 // low = A x, for each row with its adapter: x H [n, x_stride], of which `in` values per row are used -> H [n,
-// low_stride]. Rows without an adapter are not written. The parameters have a function of their own because
-// on Hopper linear_decode takes them and computes low.
+// low_stride]. Rows without an adapter are not written. low_rank_params() is separate from low_rank_down()
+// because linear_decode takes the parameters too: on Hopper its kernel also computes `low`.
 LowRankParams low_rank_params(const AdaptedRows&, const void* x, int64_t x_stride, int in, void* low,
                               int low_stride);
 void low_rank_down(const Gpu&, CUstream, const LowRankParams&);

@@ -34,7 +34,8 @@ bool is_device_visible(const void* pointer);
 // Enqueue a copy between any two of GPU memory and host memory.
 void copy(CUstream stream, void* to, const void* from, uint64_t bytes);
 
-// Allocate GPU memory, and page-locked host memory that the GPU can access. Throw QVL_NO_MEMORY.
+// Allocate GPU memory (allocate), or page-locked host memory that the GPU can access (allocate_host). Throw
+// QVL_NO_MEMORY if there is too little memory.
 void* allocate(uint64_t bytes);
 void* allocate_host(uint64_t bytes);
 

@@ -6,8 +6,9 @@
 // float32.
 //
 // A row's result does not depend on the other rows or their number, bit for bit: see "Reproducibility" in
-// qwenvl.h. Functions named *_decode process tokens of decode steps, 1 to 256 rows, and lm_head; those named
-// *_prompt process tokens of prompts, 1 to thousands of rows; the two may round a row differently.
+// qwenvl.h. Functions named *_decode process tokens of decode steps, 1 to 256 rows, and compute lm_head;
+// those named *_prompt process tokens of prompts, 1 to thousands of rows. A row may be rounded differently by
+// the two kinds of functions.
 #pragma once
 
 #include <cstdint>
@@ -46,7 +47,7 @@ struct Matrix {
 struct StorageInfo {
   const char* name;  // part of kernel names
   int bits;          // per value
-  int group;         // group size; 0: one scale per row (kInt8) or none (kHalf)
+  int group;         // group size; 0: one scale per row (kInt8) or no scales (kHalf)
   bool zeros;        // whether each group has a zero point
 };
 constexpr StorageInfo kStorages[] = {
@@ -80,16 +81,17 @@ Storage storage_of(qvl_dtype dtype);
 
 // Convert the matrix `from`, in the layout of a file (qwenvl.h: qvl_packed_bytes), to the layout of the
 // kernels. float32, bfloat16 and float16 become kHalf, rounded if necessary; quantized types keep their
-// integers, scales and zero points. UINT8_G128 becomes kUint8G64, whose kernels sum 64 values at a time. Row
-// r of the file becomes row first + r * step of `to`; step 2 interleaves two matrices.
+// integers, scales and zero points. QVL_UINT8_G128 becomes kUint8G64, with each scale and zero point stored
+// twice. `out`: rows of `from`; row r becomes row first + r * step of `to`, so that step 2 interleaves two
+// matrices.
 void upload_matrix(const Gpu&, CUstream, qvl_dtype dtype, const void* from, int out, const Matrix& to,
                    int first, int step);
 
 // ---- decode steps: linear_decode.cc, attention_decode.cc, elementwise.cc --------------------------------
 
-// y = x W^T + bias, x H [n, x_stride], x_stride a multiple of 8. The columns of x are already in the order of
-// the matrix (gather_columns). low_rank: also compute A x, as low_rank_down of low_rank.h does; the rows and
-// inputs in low_rank may differ from x.
+// y = x W^T + bias, x H [n, x_stride], x_stride a multiple of 8. The columns of x are already in the input
+// order of the matrix (Matrix::order), see gather_columns. low_rank: also compute A x, as low_rank_down of
+// low_rank.h does; its x may be another one, such as x before gather_columns.
 void linear_decode(const Gpu&, CUstream, const Matrix&, const void* x, int64_t x_stride, int n, Epilogue,
                    void* y, const LowRankParams* low_rank = nullptr);
 
@@ -144,7 +146,7 @@ void rotate_and_store(const Gpu&, CUstream, const void* qkv, const RowMetadata&,
 // Attention of one query per sequence over its keys: q H [n, heads * head_dim] -> H, the same shape. Sequence
 // i has positions[i] + 1 keys, at most max_keys. Keys are split at multiples of a fixed number, so that a row
 // does not depend on max_keys or n. scratch: the caller sets it to zero once after allocation; it then serves
-// calls with any n and max_keys.
+// calls with any n and max_keys for which attention_decode_scratch() does not exceed its size.
 uint64_t attention_decode_scratch(int n, int heads, int head_dim, int max_keys);
 void attention_decode(const Gpu&, CUstream, const void* q, const RowMetadata&, const KvLayer&, int n,
                       int max_keys, void* scratch, void* y);
@@ -159,7 +161,8 @@ void attention_step(const Gpu&, CUstream, const void* qkv, const RowMetadata&, c
 
 // ---- prompts: linear_prompt.cc, attention_prompt.cc -----------------------------------------------------
 
-// As linear_decode. scratch: linear_prompt_scratch bytes, 0 unless the matrix is quantized.
+// As linear_decode, without low_rank. scratch: memory of linear_prompt_scratch() bytes, which is 0 unless the
+// matrix is quantized (the dequantized matrix is then written there).
 uint64_t linear_prompt_scratch(const Matrix&);
 void linear_prompt(const Gpu&, CUstream, const Matrix&, const void* x, int64_t x_stride, int n, Epilogue,
                    void* y, void* scratch);
@@ -185,8 +188,8 @@ void attention_prompt(const Gpu&, CUstream, const void* q, const PromptChunk* ch
 void cut_patches(const Gpu&, CUstream, const float* images, int n, int size, int patch, int stride, void* y);
 
 // LayerNorm of the rows of x, float32 [n, width]. Outputs: y_half, H [n, width], and y_float, float32 [n,
-// width]; either may be NULL, and y_float may be x. add: float32 [period, width] or NULL; its row i % period
-// is added to row i of y_half only.
+// width]; one of them may be NULL, and y_float may be x. add: float32 [period, width] or NULL; its row
+// i % period is added to row i of y_half, but not of y_float.
 void layer_norm(const Gpu&, CUstream, const float* x, const float* weight, const float* bias, float epsilon,
                 int n, int width, const float* add, int period, void* y_half, float* y_float);
 
@@ -215,7 +218,7 @@ void attention_dense(const Gpu&, CUstream, const DenseAttention&, void* y);
 struct SampleOutputs {
   int32_t* tokens;      // [n]; -1: the row has a NaN, a positive infinity or no finite logit
   float* logprobs;      // [n] or NULL
-  int32_t n_top;        // number of alternatives per row, may be 0
+  int32_t n_top;        // number of most likely tokens per row to return, may be 0
   int32_t* top_tokens;  // [n, n_top]
   float* top_logprobs;  // [n, n_top]
 };

@@ -11,10 +11,10 @@ namespace qvl::cuda {
 // Properties of a batch that determine which sampling kernels run.
 struct SampleKind {
   bool draws = false;     // at least one row is not greedy
-  bool changes = false;   // at least one row has penalties or forbidden ids
+  bool changes = false;   // at least one row has token counts (for penalties) or forbidden ids
   bool logprobs = false;  // log-probabilities of the tokens or of alternatives are requested
   int n_top = 0;          // number of alternatives per row
-  int forbidden = 0;      // number of forbidden ids of all rows, rounded up to 16, 32, 64 ..
+  int forbidden = 0;      // 0, or the number of forbidden ids of all rows, rounded up to 16, 32, 64 ..
 };
 
 SampleKind sample_kind(const Picks& picks);

@@ -12,12 +12,13 @@ constexpr size_t kMaxGraphs = 128;
 constexpr int kRelaxedCapture = 2;  // mode of capture in which other threads may use the GPU meanwhile
 constexpr int kMinKeys = 256;
 
-// Number of rows of the graph for n sequences: n plus up to 7 padding rows.
+// Number of rows of the graph for n sequences: n rounded up to 1, 2, 4 or a multiple of 8 with padding rows.
 int row_bucket(int n) {
   return n <= 2 ? n : n <= 4 ? 4 : (n + 7) / 8 * 8;
 }
 
-// Limit of the number of keys of the graph for `keys` keys: a power of two, or max_keys if that is less.
+// Maximum number of keys of a row in the graph for `keys` keys: the next power of two, at least kMinKeys, or
+// max_keys if that is less.
 int key_bucket(int keys, int max_keys) {
   int bucket = kMinKeys;
   while (bucket < keys) bucket *= 2;

@@ -18,8 +18,8 @@ class StepGraphs {
   StepGraphs(const StepGraphs&) = delete;
   StepGraphs& operator=(const StepGraphs&) = delete;
 
-  // Whether the batch is a decode step of up to 256 sequences, with one token per sequence, all of them
-  // sampled, without image features, and with token counts only in memory that the GPU can access.
+  // Whether the batch is a decode step of up to 256 sequences, with one new token per sequence, sampling for
+  // all sequences, no image features, and any token counts (picks.counts) in memory that the GPU can access.
   static bool can_run(const qvl_batch& batch, const Picks& picks);
 
   // Run a batch for which can_run() is true.
@@ -43,7 +43,7 @@ class StepGraphs {
   CUstream stream_ = nullptr;  // for capture only
   DeviceMemory logits_;
   std::map<Key, CUgraphExec> graphs_;
-  int graph_version_ = 0;  // sum of the versions for which graphs_ are valid
+  int graph_version_ = 0;  // sum of the graph_version() of input_, language_ and sampler_ at the capture
 };
 
 }  // namespace qvl::cuda

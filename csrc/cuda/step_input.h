@@ -32,7 +32,7 @@ struct InputArrays {
   Pick* picks;            // [picks]
   int32_t* forbidden;     // [forbidden]
   uint64_t* adapters;  // [adapted]: address of the table of the row's adapter, 0: none; NULL if adapted is 0
-  int32_t* adapter_order;  // indices of the decode rows, from 0 for the first of them, sorted by adapter
+  int32_t* adapter_order;  // indices of the decode rows (0: the first one), sorted by adapter; NULL likewise
 };
 
 class StepInput {

@@ -11,7 +11,7 @@ namespace qvl::cuda {
 namespace {
 
 constexpr uint64_t kChunkBytes = 8 << 20;  // page-locked memory of a slot
-constexpr size_t kWorkers = 6;             // a core copies 5 to 10 GB/s, the bus 25 to 55 GB/s
+constexpr size_t kWorkers = 6;             // threads: one copies 5 to 10 GB/s, the bus 25 to 55 GB/s
 
 }  // namespace
 

@@ -15,7 +15,8 @@ class Uploader {
   Uploader(CUcontext context, CUstream stream);
   ~Uploader();
 
-  // Enqueue the copy on the stream. `from` is not read after this function returns.
+  // Copy in the order of the stream; the copy may end after this function returns, but `from` is not read
+  // then.
   void copy(void* to, const void* from, uint64_t bytes);
 
  private:

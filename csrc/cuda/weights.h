@@ -18,21 +18,22 @@ struct Norm {
 
 class Weights {
  public:
-  // Fails if the weights do not fit the free GPU memory.
+  // Throws QVL_NO_MEMORY if the weights do not fit the free GPU memory.
   Weights(const Gpu& gpu, CUstream stream, const WeightTable& table);
 
   // Tensor of any shape as float32.
   const float* floats(const std::string& name);
 
-  // Matrix with its input order, if it has one. `bias` may be empty.
+  // Matrix with its input order (Matrix::order), if it has one. `bias`: name of a tensor, or empty.
   Matrix matrix(const std::string& name, const std::string& bias = "");
   Matrix linear(const std::string& name) { return matrix(name + ".weight", name + ".bias"); }
 
-  // Interleave two matrices with the same inputs: row i of the first becomes row 2 i, row i of the second row
-  // 2 i + 1; padded with rows of zeros to a multiple of 16.
+  // Interleave two matrices with the same inputs: row i of the first becomes row 2 i, row i of the second
+  // becomes row 2 i + 1. The result is padded with rows of zeros to a multiple of 16 rows.
   Matrix interleaved(const std::string& first, const std::string& second);
 
-  // Matrix in the compute type; a quantized tensor is dequantized on the host.
+  // As matrix(), but a quantized tensor is dequantized on the host, so that the result is kHalf. A quantized
+  // tensor must be in host memory and have no input order.
   Matrix half_matrix(const std::string& name, const std::string& bias);
 
   Norm norm(const std::string& name) { return {floats(name + ".weight"), floats(name + ".bias")}; }

@@ -1,5 +1,6 @@
-// C interface to the launchers of decode steps in cuda/ops.h, for tests/cuda. Functions that return a string
-// return NULL or an error message. storage, dtype and epilogue: values of Storage, qvl_dtype and Epilogue.
+// C interface to the launchers of decode steps, of uploads of matrices and of linear_prompt in cuda/ops.h,
+// for tests/cuda. Functions that return a string return NULL or an error message. storage, dtype and
+// epilogue: values of Storage, qvl_dtype and Epilogue.
 #include <exception>
 #include <string>
 
@@ -62,8 +63,8 @@ EXPORT const char* decode_linear(int half, CUstream stream, int storage, int out
   });
 }
 
-// decode_linear for rows with adapters: also writes A x of each row to `low`. adapters, order, product, low
-// and low_stride: as for qvlt_gpu_low_rank (cuda_small.cc).
+// decode_linear for rows with adapters: also writes A x of each row with an adapter to `low`. adapters,
+// order, product, low and low_stride: as for qvlt_gpu_low_rank (cuda_small.cc).
 EXPORT const char* decode_adapted(int half, CUstream stream, int storage, int out, int in, int stride,
                                   void* values, void* scales, const void* x, int64_t x_stride, int n,
                                   int epilogue, void* y, const uint64_t* adapters, const int32_t* order,

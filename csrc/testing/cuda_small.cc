@@ -1,5 +1,5 @@
 // C interface to the elementwise, adapter, image and sampling kernels, for tests/cuda. Pointers are device
-// memory unless noted. The functions with a stream return NULL or an error message. bfloat16: compute type;
+// memory. The functions with a stream return NULL or an error message. bfloat16: compute type;
 // 0: float16.
 #include "core/error.h"
 #include "cuda/low_rank.h"
@@ -53,7 +53,7 @@ EXPORT const char* qvlt_gpu_gather_columns(int64_t bfloat16, CUstream stream, co
 }
 
 // low_rank_down, then low_rank_up. adapters: [n] addresses of tables of LowRankEntry (kernels/low_rank.h),
-// which `product` indexes; raw: float32 [n, out], or NULL.
+// in which `product` is an index; raw: float32 [n, out], or NULL.
 EXPORT const char* qvlt_gpu_low_rank(int64_t bfloat16, CUstream stream, const uint64_t* adapters,
                                      const int32_t* order, int64_t product, const void* x, int64_t x_stride,
                                      int64_t in, int64_t n, void* low, int64_t low_stride, int64_t out,

@@ -1,5 +1,6 @@
 // C interface to the versions of csrc/textbook, for the tests and benchmarks/textbook.py. Versions are
-// numbered from 0, which is "v1". Functions with an ISA return 0, or 1 if this processor lacks it.
+// numbered from 0, which is "v1". Functions with an ISA return 0, or 1 on failure, as when this processor
+// lacks it.
 #include "textbook/versions.h"
 
 #include <algorithm>

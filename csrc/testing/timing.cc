@@ -1,4 +1,4 @@
-// Timings of products and memory reads in C++, without interpreter overhead.
+// Timings of products, memory reads and bfloat16 instructions in C++, without interpreter overhead.
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -28,8 +28,8 @@ double seconds(Body&& body) {
 }
 
 // Read a chunk of memory and return a sum of its words. streams: read its four quarters as parallel streams,
-// with prefetches of the next chunk; otherwise read one stream, without prefetches. Which is faster depends
-// on the processor.
+// with prefetches of the next chunk; otherwise read it as one stream, without prefetches. Which of the two is
+// faster depends on the processor.
 #if defined(__x86_64__)
 __attribute__((target("avx2")))
 #endif
@@ -63,7 +63,7 @@ uint64_t read_memory(const char* from, int64_t bytes, int way) {
   return total;
 }
 
-constexpr int kSums = 24;              // independent instructions in flight, to hide their latency
+constexpr int kSums = 24;              // independent sums, enough to hide the latency of the instruction
 constexpr int kOperations = 64;        // of a bfloat16 instruction: 32 multiplications and 32 additions
 constexpr size_t kCacheLineItems = 8;  // 8-byte items; each thread writes to its own cache line
 
@@ -142,8 +142,8 @@ EXPORT uint64_t qvlt_read_memory(const char* memory, int64_t bytes, int way) {
 }
 
 // Seconds per product of n_x activations, as rows of a decode step (decode not 0) or of a prompt, with a
-// [rows, k] matrix: the best of `repeats`. The repeats cycle through `copies` matrices, so that none of them
-// is still in a cache. Negative on failure.
+// [rows, k] matrix: the best of `repeats`. The repeats cycle through `copies` matrices; if these are larger
+// than the caches, a matrix is no longer cached when its turn comes. -1 on failure.
 EXPORT double qvlt_time_linear(qvl_isa isa, int threads, qvl_dtype dtype, int decode, int64_t n_x,
                                int64_t rows, int64_t k, int copies, int repeats) {
   double best = 1e9;

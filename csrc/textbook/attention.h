@@ -5,9 +5,9 @@
 //   tile                       keys   ...                       out = sum over t of weight[t] * value[t]
 //
 // Cost: keys and values are read once, 4 * n_keys * head_dim bytes, for 4 * n_keys * head_dim FLOPs and
-// n_keys exponentials: one FLOP per byte. The bound is memory bandwidth, as for the weights; with 2000 keys a
-// decode step of the 7B model reads 32.8 MB of keys and values per layer, compared with 405 MB of bfloat16
-// weights.
+// n_keys exponentials: one FLOP per byte. The bound is memory bandwidth, as for matrix-vector products; with
+// 2000 keys a decode step of the 7B model reads 32.8 MB of keys and values per layer, compared with 405 MB of
+// bfloat16 weights.
 #pragma once
 
 #include "textbook/common.h"
@@ -63,7 +63,7 @@ void v1(const Query& p) {
 
 // Online softmax (Milakov and Gimelshein, arXiv:1805.02867): one pass, no buffer. The running sums are
 // relative to the running maximum; a larger score rescales them. Not faster yet, but now the keys can be
-// divided into parts, which are computed separately and merged: in tiles here, by several threads in
+// divided into parts whose results are merged: groups of keys from v4 on, the shares of several threads in
 // cpu/attention.cc.
 void v2(const Query& p) {
   float maximum = -__builtin_inff(), total = 0;
@@ -100,7 +100,8 @@ QVL_INLINE float raise_maximum(const Query& p, float score, float& maximum, floa
 }
 
 // kLanes channels at a time. Still bound by latency: a dot product of 128 channels is a chain of 128 / kLanes
-// additions and a horizontal sum, and an exponential computes kLanes equal values to use one.
+// additions and the addition of the lanes. The exponential computes kLanes equal values, of which one is
+// used.
 void v3(const Query& p) {
   float* sums = p.scratch;
   float maximum = -__builtin_inff(), total = 0;
@@ -126,7 +127,8 @@ QVL_INLINE void prefetch_token(const BFloat16* token, int head_dim) {
   for (int d = 0; d < head_dim; d += 32) prefetch(token + d);
 }
 
-// v4 and v5: the keys of a tile in groups of up to kLanes. Prefetch: prefetch values and the next keys.
+// v4 and v5: the keys of a tile in groups of up to kLanes. Prefetch: prefetch the values of a group while its
+// scores are computed, and the keys of the next group while its values are added.
 template <bool Prefetch>
 QVL_INLINE void key_groups(const Query& p) {
   float* sums = p.scratch;
@@ -181,10 +183,10 @@ void v5(const Query& p) {
   key_groups<true>(p);
 }
 
-// The production kernel (cpu/kernels/attention.h), on up to 256 keys at a time. kLanes interleaved dot
-// products share a vector of q; all keys share one rescaling and one pass of exponentials; four vectors of
-// sums stay in registers while all values are added; the values and the next tile's keys are prefetched while
-// the scores are computed.
+// The production kernel (cpu/kernels/attention.h), on up to 256 keys (kMaxKvTile) at a time. kLanes
+// interleaved dot products share a vector of q; these up to 256 keys share one rescaling and one pass of
+// exponentials; four vectors of sums stay in registers while all of their values are added; the values and
+// the next tile's keys are prefetched while the scores are computed.
 void v6(const Query& p) {
   const qvl::cpu::Kernels& kernels = *qvl::cpu::QVL_KERNELS();
   float* sums = p.scratch;

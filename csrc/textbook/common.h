@@ -1,4 +1,5 @@
-// Helpers shared by the versions: conversion of single bfloat16 values, and vectors for rows of any length.
+// Helpers shared by the versions of all kernels: conversion of single bfloat16 values, and loops and loads of
+// vectors for rows whose length is not a multiple of kLanes.
 #pragma once
 
 #include "cpu/kernels/simd.h"

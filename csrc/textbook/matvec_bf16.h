@@ -30,8 +30,9 @@ void v1(const Product& p) {
   }
 }
 
-// kLanes columns at a time (4, 8 or 16), one sum per lane, with a horizontal sum at the end of the row. One
-// fused multiply-add computes kLanes products. Still bound by latency: 4 cycles per 2 * kLanes bytes.
+// kLanes columns at a time (4, 8 or 16, by the ISA), one sum per lane; the lanes are added at the end of the
+// row. One fused multiply-add computes kLanes products. Still bound by latency: 4 cycles per 2 * kLanes
+// bytes.
 void v2(const Product& p) {
   const auto* w = static_cast<const BFloat16*>(p.weights);
   for (int64_t row = 0; row < p.rows; ++row, w += p.k) {
@@ -90,16 +91,17 @@ QVL_INLINE void multiply_rows(const Product& p, int64_t row) {
   for (int r = 0; r < R; ++r) p.y[row + r] = sum(even_sums[r] + odd_sums[r]);
 }
 
-// One full-width load of weights for two vectors of products, without widening: fewer instructions per
-// weight, but no faster, because a single stream of reads remains the bottleneck. Rearranging x costs k
-// operations, once for all rows.
+// One full-width load (2 * kLanes weights) for two vectors of products, instead of two loads that widen each
+// weight to 32 bits: fewer instructions per weight, but no faster, because a single stream of reads remains
+// the bottleneck. Rearranging x costs k operations, once for all rows.
 void v4(const Product& p) {
   qvl::cpu::QVL_KERNELS()->prepare_x[QVL_BFLOAT16](p.x, /*x_stride=*/0, /*n_x=*/1, p.k, p.scratch);
   for (int64_t row = 0; row < p.rows; ++row) multiply_rows<1>(p, row);
 }
 
 // Four rows at a time: four streams of reads keep more cache lines in flight than one. A vector of x is
-// loaded once for four products, and eight sums hide the latency. Bound by memory bandwidth.
+// loaded once for four rows, and eight sums (even and odd values of each row) hide the latency of additions.
+// Bound by memory bandwidth.
 void v5(const Product& p) {
   constexpr int kRows = 4;
   qvl::cpu::QVL_KERNELS()->prepare_x[QVL_BFLOAT16](p.x, /*x_stride=*/0, /*n_x=*/1, p.k, p.scratch);
@@ -109,10 +111,10 @@ void v5(const Product& p) {
 }
 
 // The production kernel (cpu/kernels/matvec_bf16.h): full-width loads in memory order, with each cache line
-// prefetched 64 KiB ahead, and all products of a row in one sum. The order of additions does not depend on
-// the number of activations, so a request gets the same bits with and without batching. With several
-// activations it processes several rows at a time; with one activation, as here, a single row, which on one
-// thread with AVX2 is slower than v5 (README.md).
+// prefetched 64 KiB ahead, and all products of a row in one vector of sums. The order of additions does not
+// depend on the number of activations (vectors x), so a request gets the same bits with and without batching.
+// With several activations the kernel processes several rows at a time; with one activation, as here, a
+// single row, which on one thread with AVX2 is slower than v5 (README.md).
 void v6(const Product& p) {
   const qvl::cpu::Kernels& kernels = *qvl::cpu::QVL_KERNELS();
   kernels.prepare_x[QVL_BFLOAT16](p.x, /*x_stride=*/0, /*n_x=*/1, p.k, p.scratch);

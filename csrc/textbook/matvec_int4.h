@@ -1,7 +1,7 @@
 // Matrix-vector product with int4 weights, from the textbook loop to the production kernel. Group size 128.
 //
-// A group, 128 values of a row, has 32 words of 16 bits; nibble j of word i is value 32 * j + i, stored plus
-// 8:
+// A group, 128 values of a row, has 32 words of 16 bits; nibble j of word i is value 32 * j + i, with an
+// offset of 8:
 //
 //   bits     15..12        11..8         7..4          3..0
 //   word 0   value 96      value 64      value 32      value 0
@@ -10,8 +10,8 @@
 //   word 31  value 127     value 95      value 63      value 31
 //
 // Cost: rows * k / 2 bytes of values and rows * k / 64 of scales, for 2 * rows * k FLOPs: four FLOPs per
-// byte. The lower bound is still memory bandwidth, but unpacking a value costs more than its product, so the
-// number of instructions per weight determines the speed.
+// byte. The lower bound of the time is still given by memory bandwidth, but unpacking a value costs more than
+// its product, so the number of instructions per weight determines the speed of most versions.
 #pragma once
 
 #include "cpu/kernels/matvec_int4.h"
@@ -73,7 +73,7 @@ void v2(const Product& p) {
 }
 
 // Products of R rows, for v3 to v5. x is quantized to 8 bits in blocks (cpu/kernels/quantized_x.h): a block
-// contains float32 scales, one per 32-bit lane, the initial value of the sum of each group of weights, and
+// contains float32 scales, one per 32-bit lane, for each group of weights the initial values of the sums, and
 // the int8 values in the order of the nibbles. Prefetch: prefetch the weights kAhead bytes ahead.
 template <int R, bool Prefetch = false>
 QVL_INLINE void integer_rows(const Product& p, int64_t row) {
@@ -116,20 +116,21 @@ QVL_INLINE void integer_rows(const Product& p, int64_t row) {
   for (int r = 0; r < R; ++r) p.y[row + r] = sum(totals[r]);
 }
 
-// Activations as int8, so the products are integers: one instruction (vpdpbusd, or vpmaddubsw and vpmaddwd)
-// multiplies and adds 4 * kLanes bytes, and unpacking yields bytes instead of floats, 4 times as many per
-// vector. The offset 8 of the values is not subtracted: a sum starts at -8 times the sum of the activations.
-// The rounding error of an activation is at most 1/254 of the largest of the 32 with the same scale; the
-// test's reference rounds in the same way. Bound by instructions: load, shifts and masks of two nibbles,
-// multiply-add.
+// Activations as int8, so the products are integers: one instruction (vpdpbusd; in ISAs without it vpmaddubsw
+// and vpmaddwd) multiplies and adds 4 * kLanes bytes, and unpacking yields bytes instead of floats, 4 times
+// as many per vector. The offset 8 of the values is not subtracted: a sum starts at -8 times the sum of the
+// activations. The rounding error of an activation is at most 1/254 of the largest of the 32 activations that
+// share its scale; the test's reference rounds in the same way. Bound by instructions: load, shifts and masks
+// of two nibbles, multiply-add.
 void v3(const Product& p) {
   qvl::cpu::QVL_KERNELS()->prepare_x[QVL_INT4_G128](p.x, /*x_stride=*/0, /*n_x=*/1, p.k, p.scratch);
   for (int64_t row = 0; row < p.rows; ++row) integer_rows<1>(p, row);
 }
 
 // v4 and v5: three rows at a time. A vector of x and its scales are loaded once for three rows, and the three
-// sums are independent. AVX2 lacks the registers for more rows. With weights in memory this is no faster
-// without prefetches: three streams of 2 to 6 KiB, and the hardware prefetcher restarts for each of them.
+// sums are independent. AVX2 lacks the registers for more rows. With weights in memory v4 is no faster than
+// v3: it reads three streams of 2 to 6 KiB, a row each, and the hardware prefetcher restarts for each of
+// them.
 template <bool Prefetch>
 QVL_INLINE void groups_of_rows(const Product& p) {
   constexpr int kRows = 3;

@@ -1,6 +1,6 @@
-// The table of versions for one ISA. This file is compiled once per ISA with the flags of the kernels
-// (CMakeLists.txt): QVL_TEXTBOOK is the name of the function that returns the table, QVL_KERNELS that of the
-// function that returns the production kernels.
+// The table of versions for one ISA. CMakeLists.txt compiles this file once per ISA, with the flags of the
+// kernels and two macros: QVL_TEXTBOOK is the name of the function that returns the table, QVL_KERNELS the
+// name of the function that returns the production kernels.
 #include "textbook/versions.h"
 
 #include "textbook/attention.h"

@@ -12,8 +12,8 @@ struct Product {
   const float* x;
   int64_t rows;
   int k;
-  // At least prepared_bytes of the production kernel, and at least k floats with k rounded up to a multiple
-  // of 128.
+  // At least prepared_bytes of the production kernel (Kernels in cpu/kernels/table.h), and at least k floats,
+  // with k rounded up to a multiple of 128.
   void* scratch;
   float* y;
 };
@@ -31,13 +31,13 @@ struct Query {
 
 template <typename Arguments>
 struct Version {
-  const char* name;  // "v", the number from 1 on, and the new idea
+  const char* name;  // such as "v2 vectors": the number, from 1 on, and the new idea
   void (*run)(const Arguments& arguments);
 };
 
 constexpr int kMaxVersions = 8;
 
-// Versions from the textbook loop to the production kernel; the entry after the last one has a NULL `run`.
+// Versions from the textbook loop to the production kernel; entries after the last one are NULL.
 struct Versions {
   Version<Product> matvec_bf16[kMaxVersions];
   Version<Product> matvec_int4[kMaxVersions];

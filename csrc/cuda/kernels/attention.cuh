@@ -6,15 +6,15 @@
 // running maximum and sum per query, then p v. Two buffers of keys and values, filled by cp.async where the
 // source allows it. D is kPaddedDim:
 //
-//               tile of 64 keys (32 for head_dim over 128)
+//               tile of 64 keys (32 for head_dim over 128); m, m': old and new maximum, s: scores
 //   warp 0  16 queries | scores [16][64] in registers |      online softmax: m' = max(m, s),
 //   warp 1  16         |                              |      sums *= exp2(m - m'), sums += p v
 //   ..
 //   shared:  queries [64][D + 8]  |  2 x (keys [64][D + 8], values [64][D + 8])  |  offsets of keys
 //
 // Tiles of keys start at multiples of their size, and a tile in which all keys are masked for a query does
-// not change the bits of its result (factor 1, weights 0): a query's result depends only on its keys and its
-// position, not on the other queries.
+// not change the bits of the query's result (its sums are multiplied by 1, weights are 0): the result depends
+// only on the query, its keys and its position, not on the other queries.
 //
 // Cost. Operations: 4 * head_dim per query and key on the tensor cores, and one exponential per query and
 // key. A multiprocessor computes 16 exponentials per cycle; on sm_90 at head_dim 128 they take half the time
@@ -69,8 +69,8 @@ struct PaddedRows {
 // values by two functions, which 128 threads call together; before sm_80, by value(part, key, d), which
 // returns a value:
 //
-//   locate(first, n, thread)              looks up the addresses of those of keys first to first + n - 1 that
-//                                         exist; may write to shared memory
+//   locate(first, n, thread)              looks up the addresses of n keys from `first` on, up to the last
+//                                         key of the job; may write to shared memory
 //   load<Rows>(to, part, first, thread)   after locate and a barrier: writes the keys (part 0) or values
 //                                         (part 1) first to first + Rows::kKeys - 1 to the offsets Rows::at,
 //                                         and zeros beyond the last key; may use copy_async

@@ -2,8 +2,8 @@
 //
 // Layout. A block processes a chunk of 128 keys of one head and one row, a warp 32 of them. The warp requests
 // the copies of all its keys and values to shared memory together, each lane into its own part, as in
-// linear_decode.cu. Three blocks fit a multiprocessor (int8: four). A lane has 16 bytes of a key: 16 lanes
-// share a key of 16-bit values, 8 lanes one of 8-bit values:
+// linear_decode.cu. Three blocks fit a multiprocessor (int8: four). A lane processes 16 bytes of a key: 16
+// lanes share a key of 16-bit values, 8 lanes a key of 8-bit values:
 //
 //   sequence   | chunk 0: keys 0-127 | chunk 1: 128-255 | .. |       grid [heads][chunks][rows]
 //                block                 block
@@ -17,22 +17,23 @@
 //
 // On sm_90a the copy engine loads a warp's keys in one copy, and its values in another, if they are
 // contiguous in the cache. On an H200 this took 7 % less time than copies of 16 bytes at 32 rows x 2000 keys,
-// and 12 % less at 64 x 300. The L2 evict-first policy, which is not used, took 3 % more and 3 % less,
-// respectively.
+// and 12 % less at 64 x 300. The L2 evict-first policy is not used: it took 3 % more time in the first case
+// and 3 % less in the second.
 //
-// With few chunks, launch and memory latency dominate: each block requests older keys before the preceding
-// product ends, and rotates the query; the block with the newest key rotates and stores that key and its
-// value; and the last block of a head and a row to finish merges the chunks. With many chunks separate
-// kernels rotate, store and merge (rotate_and_store, attention_decode_combine).
+// With few chunks (is_small in attention_decode.cc), launch and memory latency dominate: each block requests
+// older keys before the preceding product ends, and rotates the query; the block with the newest key rotates
+// this key and stores it and its value; and the last block of a head and a row to finish merges the chunks.
+// With many chunks separate kernels rotate, store and merge (rotate_and_store, attention_decode_combine).
 //
-// attention_decode_any supports every head_dim up to 256, value by value.
+// The kernels attention_decode_any_* support every even head_dim up to 256 and every cache type, value by
+// value.
 //
 // Cost. Bytes: each key and value once, 512 per head and token in bfloat16 at head_dim 128; 4 * head_dim *
 // heads * tokens in total; time = bytes / bandwidth. 300 tokens of one sequence with 32 heads are 4.9 MB, 1.1
 // us on an H200, 2000 tokens of 32 sequences 1.05 GB, 245 us. One multiplication per value of 2 bytes, 0.5
 // per byte: no tensor cores are needed. Bound by the duration of a block, a sequence of dependent memory
-// accesses (positions, blocks, keys) and arithmetic: the copies to its 64 KB of shared memory are in flight
-// for only a part of that time.
+// accesses (positions, blocks, keys) and arithmetic: the copies to its 64 KB of shared memory (int8: 32 KB)
+// are in flight for only a part of that time.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_decode.py::test_attention_is_that_of_float64; the fused step
 // has the same bits as separate rotation and attention: test_a_step_is_rotation_and_attention.
@@ -46,7 +47,7 @@ namespace {
 
 constexpr int kChunk = 128, kWarps = 4, kThreads = 32 * kWarps, kWarpKeys = kChunk / kWarps;
 constexpr int kFastDim = 128, kMaxDim = 256;
-constexpr int kMergedChunks = 8;  // loads in flight when chunks are merged
+constexpr int kMergedChunks = 8;  // chunks whose loads are in flight together when chunks are merged
 constexpr float kLog2E = 1.44269504f;
 
 __device__ inline float minus_infinity() {
@@ -326,7 +327,8 @@ __device__ void attention(const AttentionDecode& p) {
   // The shuffle tells the compiler that the warp number is the same in all lanes.
   const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
   const int lane = threadIdx.x % 32, key_in_load = lane / kLanes;
-  // Each lane looks up the cache block of one key, before it knows whether the row has that key.
+  // Each lane looks up the cache block of one key, before it knows whether the row has this key: waiting for
+  // the position first would add a memory latency.
   const int first = chunk.first + warp * kWarpKeys, token = first + lane;
   // The shuffle with the lane itself prevents the compiler from delaying the load until its use.
   const int block_index =
@@ -345,8 +347,8 @@ __device__ void attention(const AttentionDecode& p) {
   uint4* const values = keys + kLoads * 32;
   if (has_newest && !rotate) wait_for_predecessors();  // the kernel that stored the newest key
   const int n_to_copy = rotate ? newest : n_keys;
-  // Whether to use bulk copies. A warp with the newest key does not, since this kernel or the preceding one
-  // writes that key.
+  // Whether to use bulk copies: only for 32 keys older than the newest one, which this kernel or the
+  // preceding one writes, and only if the 32 keys are in one block of the cache, and thus contiguous.
   const bool bulk = BulkCopies::kAvailable && newest >= kWarpKeys && p.block_tokens % kWarpKeys == 0;
   for (int part = 0; part < 2; ++part) {
     if (bulk) {

@@ -21,10 +21,10 @@ struct AttentionDecode {
   int heads, head_dim;
   int chunks;  // number of chunks of the longest sequence
   // Whether positions, tables, and the keys and values of earlier tokens may be read before the preceding
-  // kernels end: these write only q or qkv, and with q the newest keys and values.
+  // kernels end, because these kernels write only qkv, or only q and the newest keys and values.
   int early;
-  // [n][heads]: number of finished blocks, zero before and after the kernel. NULL: attention_decode_combine
-  // merges the chunks.
+  // [n][heads]: number of finished blocks (of threads), zero before and after the kernel. NULL: the kernel
+  // attention_decode_combine merges the chunks.
   unsigned* counters;
   float* sums;   // [n][heads][chunks][head_dim]: sums of exp2(score - maximum) * value
   float* parts;  // [n][heads][chunks][2]: maximum of the scores, sum of exp2(score - maximum)

@@ -1,19 +1,20 @@
 // Attention of 128 queries on Hopper: wgmma, for any source of keys and values.
 //
-// Layout. Two warpgroups have 64 queries each; a third one loads tiles of 128 keys and values into two
-// buffers: by the copy engine, by cp.async, or by loads and a conversion to H. Rows are divided into columns
-// of 64 values, [column][row] of 128 bytes, the layout of wgmma_descriptor() in hopper.cuh. D is kPaddedDim:
+// Layout. Two warpgroups have 64 queries each; a third one loads tiles of 128 keys and their values into two
+// buffers, depending on the source: by the copy engine, by cp.async, or by loads and a conversion to H. Rows
+// of head_dim values are divided into columns of 64 values, [column][row] of 128 bytes, the layout of
+// wgmma_descriptor() in hopper.cuh. D is kPaddedDim:
 //
 //   shared:  queries [D / 64][128][64]  |  keys [2][D / 64][128][64]  |  values [2][..]  |  offsets, barriers
 //
 //   warpgroups 0, 1:   scores(0) softmax | scores(1)  p v(0)  softmax(1) | scores(2)  p v(1)  softmax(2) | ..
-//                                          \_ both on the tensor cores, softmax overlaps p v _/
+//                                          \_ products on the tensor cores; softmax overlaps p v _/
 //   warpgroup 2:       copies tile 0, 1, 2 ..
 //
 // As in attention.cuh, a query's bits do not depend on the division into tiles.
 //
-// Cost of a tile of 128 keys at head_dim 128, in cycles of a multiprocessor: 2048 of wgmma for 128 queries,
-// at 4 * head_dim operations per query and key; 1024 of exponentials, which overlap. Bound by the tensor
+// Cost of a tile of 128 keys and 128 queries at head_dim 128, in cycles of a multiprocessor: 2048 of wgmma,
+// for 4 * head_dim operations per query and key; 1024 of exponentials, at the same time. Bound by the tensor
 // cores.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_prompt_attention.py (`portable` False).
@@ -35,9 +36,10 @@ struct SwizzledRows {
 };
 
 // Attention of a job's queries. `source`: as for attend(), with three more functions. use_tensor_map():
-// whether the copy engine can load keys and values; then copy(to, part, tile, barrier) requests those of a
-// tile, in columns of kHopperKeys rows, and column_bytes(tile) is the number of bytes per column. Keys beyond
-// the last one may be omitted; otherwise they are zeros.
+// whether the copy engine can load keys and values. If so, copy(to, part, tile, barrier) requests the keys or
+// values of a tile, in columns of kHopperKeys rows, and column_bytes(tile) is the number of bytes that it
+// copies per column. It may omit rows beyond the last key or write anything there: their scores are masked,
+// and their values are set to zero here.
 template <int kPaddedDim, typename Source>
 __device__ inline void attend_hopper(const Job& job, const Source& source) {
   using Rows = SwizzledRows<kPaddedDim>;
@@ -47,7 +49,8 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
   const uint32 queries = shared_address(aligned), keys = queries + kTile, values = keys + 2 * kTile;
   const uint32 barriers = values + 2 * kTile + kKeys * 16;
   // full and empty: barriers of keys (part 0) and values (part 1), for each of the two buffers. filled:
-  // barrier of the copy of the values of an incomplete last tile, whose remaining rows are then set to zero.
+  // barrier of the copy of the values of an incomplete last tile; after the copy the rows beyond the last key
+  // are set to zero.
   const uint32 filled = barriers + 64;
   auto full = [&](int part, int tile) { return barriers + 8 * (2 * part + tile % 2); };
   auto empty = [&](int part, int tile) { return barriers + 32 + 8 * (2 * part + tile % 2); };
@@ -141,8 +144,8 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
   float maximum[2] = {minus_infinity(), minus_infinity()}, total[2] = {0, 0}, factor[2];
   const float scale = job.scale * kLog2E;
 
-  // Begin the product of queries and keys of a tile; after it the third warpgroup may overwrite the keys
-  // (release).
+  // Begin the product of the queries and the keys of a tile. When it has ended, release() allows the third
+  // warpgroup to overwrite the keys.
   auto score = [&](int tile) {
     barrier_wait(full(0, tile), tile / 2 % 2);
     wgmma_fence();

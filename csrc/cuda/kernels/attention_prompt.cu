@@ -9,8 +9,8 @@
 //   block            [2][heads][block_tokens][head_dim], with int8 followed by float32 scales
 //                    [2][heads][block_tokens]
 //
-// Tiles, buffers and cost: see attention.cuh, attention_hopper.cuh. A causal prompt of n tokens is half a
-// square: 2 * head_dim * heads * n^2 operations.
+// Tiles, buffers and cost: see attention.cuh, attention_hopper.cuh. In a prompt of n tokens about n^2 / 2
+// pairs of query and key are not masked: 2 * head_dim * heads * n^2 operations.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_prompt_attention.py::test_prompts; the same bits for any
 // chunks of a prompt: test_a_prompt_cut_anywhere_is_the_same.
@@ -27,8 +27,8 @@ struct PagedKeys {
   const PagedAttention& p;
   const int* table;  // block table of the sequence
   int head, n;
-  // In shared memory: offsets of the keys of a tile in the cache, -1 beyond the last; then those of their
-  // scales.
+  // In shared memory: offsets in bytes of the keys of a tile in the cache, -1 beyond the last key; then, for
+  // int8, the offsets of their scales.
   int64* key_offsets;
 
   // Bytes per value, and bytes from the keys of a block to its values.

@@ -7,9 +7,10 @@ namespace qvl::cuda {
 
 constexpr int kAttentionTile = 128;  // queries per tile: kQueryTile of ops.h
 
-// The portable kernels: a block of 4 warps processes half a tile. For large heads a tile of keys has half the
-// size, to fit the 99 KB of shared memory of sm_86. Shared memory of a block: queries, two tiles of keys and
-// two of values, in rows of kPaddedDim + 8 values; offsets of 64 keys and of their scales.
+// The portable kernels: a block of 4 warps processes half a tile of queries. If heads are padded to more than
+// 128 values, a tile of keys has 32 keys instead of 64, to fit the 99 KiB of shared memory of sm_86. Shared
+// memory of a block: queries, two tiles of keys and two of values, in rows of kPaddedDim + 8 values; offsets
+// of 64 keys and of their scales (8 bytes each).
 constexpr int kAttentionThreads = 128, kAttentionQueries = 64;
 template <int kPaddedDim>
 constexpr int kAttentionKeys = kPaddedDim <= 128 ? 64 : 32;
@@ -18,14 +19,14 @@ constexpr int kAttentionShared =
     (kAttentionQueries + 4 * kAttentionKeys<kPaddedDim>)*(kPaddedDim + 8) * 2 + 64 * 16;
 
 // The Hopper kernels: two warpgroups with 64 queries each; a third loads keys and values. Shared memory:
-// queries, two tiles of 128 keys and two of values, in rows of 64 values; offsets of 128 keys and of their
-// scales; 128 bytes of barriers; 1024 bytes for alignment.
+// queries, two tiles of 128 keys and two of values, with head_dim padded to a multiple of 64 values; offsets
+// of 128 keys and of their scales; 128 bytes for barriers; 1024 bytes for alignment.
 constexpr int kHopperThreads = 384, kHopperKeys = 128;
 template <int kPaddedDim>
 constexpr int kHopperShared =
     5 * kHopperKeys * ((kPaddedDim + 63) / 64 * 128) + kHopperKeys * 16 + 128 + 1024;
 
-// Types of cached keys and values. kHalfKeys: the compute type.
+// Types of cached keys and values. kHalfKeys: the compute type, whichever it is; the others differ from it.
 constexpr int kHalfKeys = 0, kBfloat16Keys = 1, kFloat16Keys = 2, kFloatKeys = 3, kInt8Keys = 4;
 
 // Parameters of attention_prompt.cu.
@@ -38,7 +39,8 @@ struct PagedAttention {
   const char* base;
   unsigned long long block_bytes;
   int max_blocks, block_tokens, type, heads, head_dim;
-  // Hopper: [blocks][2 * heads][block_tokens][head_dim], in boxes of 64 values of the tokens of a block.
+  // Hopper: keys and values, [blocks][2 * heads][block_tokens][head_dim], in boxes of 64 values of all tokens
+  // of a block.
   TensorMap keys;
   int use_tensor_map;  // whether `keys` is used
 };

@@ -13,11 +13,11 @@
 //
 // Cost. At the 7B geometry a row has 16 KB of float32 or 24 KB of queries, keys and values, negligible
 // compared with the weights of the products. For few rows a kernel takes a launch and one memory latency, 1
-// to 2 us, provided that all loads of a thread are in flight together. Weights are therefore read before the
-// predecessors end, a row of the norm is kept in registers between its two uses, and all sums of a block
-// share one barrier. For prompts of thousands of rows the kernels are bound by bytes, 24 KB per row for norms
-// and 48 KB for the rotation, at the bandwidth of the L2 cache, which contains the output of the preceding
-// product.
+// to 2 us, provided that all loads of a thread are in flight together. Norm weights are therefore read before
+// the predecessors end, a row of the norm is kept in registers between its two uses, and all sums of a block
+// share one barrier. For prompts of thousands of rows the kernels are bound by bytes read and written, 24 KB
+// per row for norms and 48 KB for the rotation, at the bandwidth of the L2 cache, which contains the output
+// of the preceding product.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_elementwise.py.
 #include "cuda/kernels/elementwise.h"
@@ -26,8 +26,8 @@
 
 namespace qvl::cuda {
 
-// RMSNorm of a row by a block. kHeld: the row is kept in registers, which it fits, and its width is a
-// multiple of 4.
+// RMSNorm of a row by a block. kHeld: the row is kept in registers; fits_registers() of row_threads.h says
+// whether its width allows this.
 template <bool kHeld>
 __device__ void rms_norm_row(const RmsNormParams& p) {
   __shared__ float scratch[32];
@@ -127,9 +127,9 @@ __device__ inline float to_float(float value) {
   return value;
 }
 
-// A lane's part of a head (query, key or value) of a token, which kLanes lanes of a warp share. A lane has
+// A lane's part of a head (query, key or value) of a token; kLanes lanes of a warp share the head. A lane has
 // kRuns runs of kRunValues adjacent dimensions of the lower half of the head, and the corresponding
-// dimensions of the upper half. kRuns * kRunValues * kLanes is at least half a head.
+// dimensions of the upper half. kRuns * kRunValues * kLanes is at least head_dim / 2.
 template <int kRunValues_, int kRuns_, int kLanes_>
 struct HeadPart {
   static constexpr int kRunValues = kRunValues_, kRuns = kRuns_, kLanes = kLanes_;
@@ -207,7 +207,8 @@ struct HeadPart {
   }
 };
 
-// Store a head in the type of the cache. row: index into [2][heads][block_tokens] of the cache block.
+// Store a head of a key or value in the type of the cache. block: the cache block; row: index of the head and
+// token in its [2][heads][block_tokens].
 template <typename Part>
 __device__ void store_cached(const RotateParams& p, const Part& part, char* block, int row) {
   const int half = p.head_dim / 2;

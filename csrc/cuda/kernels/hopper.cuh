@@ -7,7 +7,7 @@
 //
 //   row 0   | p0 p1 p2 p3 p4 p5 p6 p7 |
 //   row 1   | p1 p0 p3 p2 p5 p4 p7 p6 |      so that the same part of 8 rows is in 8 different banks
-//   row 2   | p2 p3 p0 p1 p6 p7 p4 p5 |
+//   row 2   | p2 p3 p0 p1 p6 p7 p4 p5 |      (32 banks of 4 bytes are one row of 128 bytes)
 //
 // Cost of wgmma.m64nNk16: N / 2 cycles of a multiprocessor (64 x 8 x 16 products in 4 cycles).
 //
@@ -22,15 +22,16 @@
 
 namespace qvl::cuda {
 
-// Addresses of shared memory are 32-bit.
+// Addresses of shared memory (barriers, targets of copies) are 32-bit numbers.
 
-// Barriers (mbarrier) count arrivals and bytes of copies in phases, whose parity alternates from 0 on. A
-// phase ends when `arrivals` threads have arrived and all expected bytes have been copied.
+// Barriers (mbarrier) count arrivals and bytes of copies in phases, whose parity alternates, beginning with
+// 0. A phase ends when there have been `arrivals` arrivals and all expected bytes have been copied.
 __device__ inline void barrier_init(uint32 barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// Make initialised barriers visible to the copy engine and to the other blocks of the cluster.
+// Make barriers that this thread has initialised visible to the copy engine and to the other blocks of the
+// cluster.
 __device__ inline void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -41,8 +42,8 @@ __device__ inline void barrier_expect(uint32 barrier, int bytes) {
                : "memory");
 }
 
-// Wait for the end of the phase with this parity. Returns at once if the barrier is already in the next
-// phase.
+// Wait for the end of the current phase if it has this parity; otherwise the phase with this parity has
+// already ended, and the function returns at once.
 __device__ inline void barrier_wait(uint32 barrier, uint32 parity) {
   asm volatile(
       "{\n"
@@ -169,7 +170,8 @@ __device__ inline void copy_bytes(uint32 to, const void* from, int bytes, uint32
 }
 
 // wgmma descriptor of an operand: swizzled rows of 64 values, at an address that is a multiple of 1024.
-// columns: bytes from 64 values of a row to its next 64 values (used only for B with rows of N).
+// columns: bytes from 64 values of a row to the next 64 values of this row; used only for the operand b of
+// ProductRegisters, whose rows are along N.
 __device__ inline uint64 wgmma_descriptor(uint32 address, uint32 columns = 16) {
   return static_cast<uint64>(address >> 4 & 0x3FFF) | static_cast<uint64>(columns >> 4) << 16 |
          uint64{1024 >> 4} << 32 | uint64{1} << 62;
@@ -276,7 +278,7 @@ QVL_PRODUCT(208, QVL_L104, "104", "105", "106", QVL_F16(0), QVL_F16(16), QVL_F16
 QVL_PRODUCT(256, QVL_L128, "128", "129", "130", QVL_F16(0), QVL_F16(16), QVL_F16(32), QVL_F16(48),
             QVL_F16(64), QVL_F16(80), QVL_F16(96), QVL_F16(112))
 
-// d [64, N] += a [64, 16] b [16, N]: a in registers, b in shared memory, rows of N.
+// d [64, N] += a [64, 16] b [16, N]: a in registers, b in shared memory, each row with N values of one k.
 template <int N>
 struct ProductRegisters;
 QVL_PRODUCT_REGISTERS(64, QVL_L32, "32", "33", "34", "35", "36", QVL_F16(0), QVL_F16(16))
@@ -285,7 +287,7 @@ QVL_PRODUCT_REGISTERS(104, QVL_L52, "52", "53", "54", "55", "56", QVL_F16(0), QV
 QVL_PRODUCT_REGISTERS(128, QVL_L64, "64", "65", "66", "67", "68", QVL_F16(0), QVL_F16(16), QVL_F16(32),
                       QVL_F16(48))
 
-// d [64, N] (+)= a [64, 16] b [N, 16]^T: a in registers, b in shared memory, rows of k.
+// d [64, N] (+)= a [64, 16] b [N, 16]^T: a in registers, b in shared memory, each row with values of k.
 template <int N>
 struct ProductFromRegisters;
 QVL_PRODUCT_FROM_REGISTERS(8, QVL_L4, "4", "5", "6", "7", "8", "9", QVL_F4(0))

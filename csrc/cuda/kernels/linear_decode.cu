@@ -1,10 +1,11 @@
 // y = x W^T for 1 to 256 rows of x: the products of decode steps and lm_head. Hopper uses
-// linear_decode_hopper.cu instead. From sm_80 on linear_decode_wide.cu processes more than 8 rows of x; on
-// older GPUs, and for types with zero points, more rows are more blocks of this kernel.
+// linear_decode_hopper.cu and linear_decode_hopper_groups.cu instead. From sm_80 on linear_decode_wide.cu
+// processes more than 8 rows of x; on older GPUs, for types with zero points, and where its blocks do not fit
+// shared memory, a block of this kernel has up to 8 of the rows of x.
 //
 // Layout. One block per multiprocessor, 16 warps. A tile is 16 rows of W, the rows of mma.m16n8k16, whose 8
-// columns are rows of x. k is divided into 16 slices of whole units of 128, one per warp; a warp iterates
-// over its slice, tile by tile:
+// columns are rows of x. k is divided into 16 slices of whole units of 128 values, one slice per warp; a warp
+// iterates over its slice, tile by tile:
 //
 //               k ->  slice 0    slice 1         slice 15
 //   tile     16 rows | warp 0  | warp 1  |  ..  | warp 15 |   sums [16][8] of all warps are added in shared
@@ -17,14 +18,16 @@
 // column's result depends neither on the other columns nor on their number. For the layout of int8 and int4
 // see quantized.cuh.
 //
-// Shared memory limits occupancy to one block per multiprocessor: with two, some multiprocessors get two
-// blocks and others none, which made a chain of products up to a third slower than without early launches.
+// The launcher requests so much shared memory that a multiprocessor has one block at a time. Otherwise, with
+// early launches, some multiprocessors get two blocks and others none, which made a chain of products up to a
+// third slower than without early launches.
 //
-// Cost. Bytes: each weight once, 4.3 TB/s on an H200; x and y are negligible. time = out * in * bytes per
-// weight / bandwidth: 4096 x 4096 takes 7.8 us in bfloat16, 2 us with 4 bits, as long as the start of a
-// kernel. The next kernel therefore starts when the last weights have been requested, and fetches its first
-// 64 KB on each multiprocessor that is done. At that bandwidth a multiprocessor can execute 220 warp
-// instructions per KB of weights; this limits weights of 4 and 8 bits.
+// Cost. Bytes: each weight once; x and y are negligible. time = out * in * bytes per weight / bandwidth: at
+// 4.3 TB/s (an H200) 4096 x 4096 takes 7.8 us in bfloat16, 2 us with 4 bits, as long as the start of a
+// kernel. With early launches (sm_90 and newer) the next kernel therefore starts when the last weights have
+// been requested, and fetches its first kDepth - 1 slots, 32 or 64 KB, on each multiprocessor that is done.
+// At that bandwidth a multiprocessor can execute 220 warp instructions per KB of weights; this limits weights
+// of 4 and 8 bits.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_decode.py::test_a_product_is_that_of_float64; the same bits
 // in every batch: test_a_row_does_not_depend_on_the_others; both on GPUs other than Hopper.
@@ -58,7 +61,7 @@ struct Lane {
 struct Columns {
   const char* row;
   const float2* offsets;  // kSumFactor times the sum of x in a group, for columns 2 t and 2 t + 1
-  int offsets_pitch;      // from a group to the next
+  int offsets_pitch;      // from a group to the next, in float2
 
   __device__ uint4 run(int k) const { return *reinterpret_cast<const uint4*>(row + 2 * k); }
 };
@@ -72,8 +75,8 @@ struct NextFetch {
 
 struct HalfWeights {
   static constexpr int kStep = 32;       // values of k in a step
-  static constexpr int kScaleBytes = 0;  // of a row pair in a step
-  static constexpr int kGroup = 0;       // group size for the sums of x; 0: no sums
+  static constexpr int kScaleBytes = 0;  // of rows g and g + 8 in a step
+  static constexpr int kGroup = 0;       // group size for the sums of x; 0: they are not needed
 
   // Bytes from a lane's weights of a step to those of the next step. A lane has two runs of 16 bytes in a
   // step: first_offset is the offset of the first one in a tile, second_offset that of the second one from

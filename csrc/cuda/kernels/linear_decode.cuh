@@ -1,6 +1,6 @@
-// Code shared by linear_decode.cu (up to 8 rows of x) and linear_decode_wide.cu (more rows), on GPUs other
-// than Hopper. Their results are bit-identical: k is divided into the same slices, a slice is summed by the
-// same instructions in the same order, and the sums of the slices are added in the same order.
+// Code shared by linear_decode.cu (up to 8 rows of x per block) and linear_decode_wide.cu (32 or 64), on GPUs
+// other than Hopper. Their results are bit-identical: k is divided into the same slices, a slice is summed by
+// the same instructions in the same order, and the sums of the slices are added in the same order.
 //
 //   units of 128 values of k   | 0 | 1 | 2 | .. | units - 1 |
 //   slice s of 16                [ units * s / 16, units * (s + 1) / 16 )
@@ -22,8 +22,9 @@ __device__ inline int slice_begin(int units, int slice) {
 
 // Products of 4-bit values use raw values: the bits of a nibble as the lowest mantissa bits of H, which is a
 // bfloat16 in [128, 256) or a denormal float16. A raw value is kNibbleUnit * nibble, plus 128 in bfloat16. To
-// remove this offset and the offset 8 of a nibble, the sum of a group starts at -kNibbleOffset times the sum
-// of x; with a zero point, at -raw_zero_point() times the sum of x.
+// remove the 128 and the offset 8 of int4 nibbles, the sum of a group starts at -kNibbleOffset times the sum
+// of the group's values of x; with a zero point, at -raw_zero_point() times this sum. The final sum is
+// divided by kNibbleUnit.
 #ifdef QVL_COMPUTE_BFLOAT16
 constexpr float kNibbleUnit = 1, kNibbleOffset = 128 + 8;
 __device__ inline uint32 raw_nibbles(uint32 word) {
@@ -43,7 +44,7 @@ __device__ inline float raw_zero_point(float stored) {
 }
 #endif
 
-// Sum of the 8 values of a run of x.
+// Sum of a run of x, 8 adjacent values.
 __device__ inline float sum_of_run(const uint4& run) {
   const H2* pairs = reinterpret_cast<const H2*>(&run);
   float sum = 0;
@@ -56,7 +57,7 @@ __device__ inline float sum_of_run(const uint4& run) {
 constexpr int kHalf = 0, kFloat = 1, kAdd = 2, kGelu = 3, kSiluTimes = 4;
 
 // Apply the epilogue to the product of row `row` of the matrix and row `column` of x, and write the result to
-// y. kSiluTimes: `value` and `gate` are the products of rows `row` and row + 1.
+// y. kSiluTimes: `value` and `gate` are the products of rows `row` and row + 1; else `gate` is unused.
 __device__ inline void write_result(const LinearDecode& p, int row, int64 column, float value, float gate) {
   const int64 to = column * p.out + row;
   switch (p.epilogue) {

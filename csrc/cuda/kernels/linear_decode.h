@@ -25,9 +25,9 @@ struct UploadMatrix {
   int first, step;  // row r of `from` becomes row first + r * step
 };
 
-// Shared memory of linear_decode_wide.cu, for host and device. A block has `row_tiles` tiles of W and
-// `columns` rows of x. A unit of a tile has unit_bytes bytes of weights and, with 4 bits, `groups` scales per
-// row.
+// Shared memory of linear_decode_wide.cu, for host and device. A block has `row_tiles` tiles of 16 rows of W
+// and `columns` rows of x. A unit (128 values of k) of a tile has unit_bytes bytes of weights and, with 4
+// bits, `groups` scales per row.
 constexpr int kColumnBytes = 2 * 128 + 64;  // per column and unit; 64 bytes of padding against bank conflicts
 
 // Number of warps that share a tile.
@@ -37,13 +37,13 @@ QVL_BOTH_SIDES constexpr int wide_split(int row_tiles) {
 QVL_BOTH_SIDES constexpr int wide_stage_bytes(int unit_bytes, int groups, int columns, int row_tiles) {
   return wide_split(row_tiles) * (columns * kColumnBytes + row_tiles * (unit_bytes + 8 * 4 * groups));
 }
-// Bytes after the stages: offsets of the groups, and the sums of pairs of slices from the second half of the
-// warps.
+// Bytes after the stages: the initial sums of the groups ("offsets"), and the sums of pairs of slices from
+// the second half of the warps.
 QVL_BOTH_SIDES constexpr int wide_tail_bytes(int groups, int columns, int row_tiles) {
   const int split = wide_split(row_tiles);
   return 4 * (split * groups * columns + (split > 1 ? row_tiles * 4 * columns * 16 : 0));
 }
-// Number of stages that fit, at most 6; 2 even if two do not fit.
+// Number of stages that fit, at most 6. 2 if fewer than two fit: the launcher then rejects the block.
 QVL_BOTH_SIDES constexpr int wide_stages(int unit_bytes, int groups, int columns, int row_tiles,
                                          int shared_bytes) {
   const int fit = (shared_bytes - wide_tail_bytes(groups, columns, row_tiles)) /
@@ -74,8 +74,8 @@ struct LinearDecode {
 constexpr int kHopperGroups = 4;       // warpgroups, which share k
 constexpr int kHopperColumn = 64 + 4;  // floats from a column of sums in shared memory to the next
 
-// For tiles of n rows of x (columns) and `parts` subtiles of 64 rows of W: numbers of columns and subtiles
-// whose sums are in shared memory at a time, and bytes of these sums.
+// For tiles of n rows of x (columns) and `parts` subtiles of 64 rows of W: number of columns and number of
+// subtiles whose sums are in shared memory at a time, and bytes of these sums.
 QVL_BOTH_SIDES constexpr int hopper_columns(int n) {
   return n < 32 ? n : 32;
 }
@@ -88,9 +88,10 @@ QVL_BOTH_SIDES constexpr int hopper_sum_bytes(int n, int parts) {
 
 // Parameters of linear_decode_hopper.cuh.
 struct LinearHopper {
-  // A box is the part of a tensor that one copy loads for an item. w: H [64, rows, steps], or lines of 512
-  // bytes of quantized values; scales: those of 16 rows; x: H [64, N, steps]. If rows of H are not whole
-  // boxes of 64 values (not whole_boxes), a box has one step: [64, rows] and [64, N].
+  // A box is the part of a tensor that one copy loads for an item; dimensions here begin with the contiguous
+  // one. w: H [64, rows, steps], or lines of 512 bytes of quantized values; scales: those of 16 rows; x: H
+  // [64, N, steps]. If rows of H are not whole boxes of 64 values (not whole_boxes), a box has one step: [64,
+  // rows] and [64, N].
   TensorMap w, scales, x;
   bool whole_boxes;
   const float* row_scales;  // int8

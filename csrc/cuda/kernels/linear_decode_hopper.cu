@@ -9,7 +9,7 @@ namespace qvl::cuda {
 namespace {
 
 struct HalfWeights {
-  static constexpr int kBoxes = 1;  // of 64 values in a step
+  static constexpr int kBoxes = 1;  // number of boxes of 64 values in a step
   static constexpr bool kInRegisters = false;
 
   __device__ static int step_bytes(int rows) { return rows * kBoxBytes; }
@@ -69,8 +69,8 @@ struct Int8Weights {
         for (int i = 0; i < 4; ++i)
           ProductFromRegisters<N>::run(sums[m], a[i], describe_x<N>(step.x, 64 * half + 16 * i), 1);
         wgmma_commit();
-        // With one subtile the compiler serialises all products unless none is in flight while registers are
-        // filled.
+        // With one subtile wait for all products: otherwise the compiler, which sees registers being filled
+        // while products are in flight, serialises all of them.
         wgmma_wait<(kSubtiles > 1)>();
       }
     }
@@ -87,8 +87,8 @@ struct Int4Weights {
   __device__ static int step_bytes(int rows) { return rows / kTileRows * kTileBytes; }
   __device__ static int scale_bytes(int rows) { return rows / kTileRows * kTileScales; }
 
-  // A group's sums are folded into the total while the next group's products are in flight, if registers
-  // allow.
+  // With two buffers, for which N <= 16 leaves enough registers, the sums of a group are folded into the
+  // total while the next group's products are in flight.
   template <int N, int kSubtiles>
   __device__ static void add(float (&sums)[kSubtiles][N / 2], const Step& step) {
     constexpr int kTileGroups = kUnit / group, kBuffers = N <= 16 && group == 64 ? 2 : 1;

@@ -14,11 +14,11 @@
 //   warp 16:     wait for empty, request W and x of the next item
 //
 // An item is 1 to 4 steps of a slice, copied together into a stage. Items alternate between the slices and
-// are prefetched into all stages. All warps request the first round of stages, warp 16 the later ones. A
-// row's bits depend neither on `rows`, N nor the number of steps of an item. Blocks are persistent, one per
-// multiprocessor. Where registers and shared memory allow, the kernels between this product and the next, and
-// the next product itself, become resident while this one runs; the next product then prefetches its first
-// stages.
+// are prefetched into all stages. All warps request the items that fill the stages for the first time, warp
+// 16 the later ones. The bits of a row of y depend neither on `rows`, N nor the number of steps of an item.
+// Blocks are persistent, one per multiprocessor. Where registers and shared memory allow, the kernels between
+// this product and the next, and the next product itself, become resident while this one runs; the next
+// product then prefetches its first stages.
 //
 // The kernel is a template of the storage type: linear_decode_hopper.cu has the types without zero points,
 // linear_decode_hopper_groups.cu those with zero points.
@@ -54,7 +54,7 @@ __device__ inline int slice_begin(int steps, int slice) {
 // Work of a warp in a step. Addresses (x, weights, scales) are in shared memory.
 struct Step {
   uint32 x, weights, scales;
-  int tile;  // the warp's first tile of 16 rows; its tiles are 4 apart
+  int tile;  // the warp's first tile of 16 rows of W; its next tiles are 4 apart
   int lane;
   int rows;  // of W in the block's tile
 };
@@ -74,7 +74,7 @@ __device__ inline void fold_group(float (&sums)[kSums], float (&part)[kSums], fl
   for (int j = 0; j < kSums; ++j) sums[j] += (j % 4 < 2 ? first : second) * part[j];
 }
 
-// Position of an item in the ring of stages; `phase`: parity of the number of rounds.
+// Position of an item in the ring of stages; `phase`: parity of the number of completed rounds of the ring.
 struct RingPosition {
   int item = 0, stage = 0;
   uint32 phase = 0;
@@ -86,8 +86,8 @@ struct RingPosition {
   }
 };
 
-// Prologue of a kernel: wait for the preceding kernels, then call request_x, once in each thread. The first
-// parameter is the shared memory of the sums, unused here.
+// Prologue of a kernel, called by every thread: wait for the preceding kernels, then call request_x once. The
+// first parameter is the shared memory of the sums, unused here.
 struct Start {
   template <class RequestX>
   __device__ void operator()(float*, const RequestX& request_x) const {
@@ -96,7 +96,8 @@ struct Start {
   }
 };
 
-// Prologue that also computes A x while the copy engine loads the weights. The blocks share the units of A x.
+// Prologue that also computes A x (low_rank.cuh) while the copy engine loads the weights of the product. The
+// units of A x are distributed over the blocks.
 // scratch: shared memory of the sums, for A x.
 struct StartWithLowRank {
   const LowRankParams& p;
@@ -170,7 +171,7 @@ __device__ inline void linear_decode(const LinearHopper& p, const Begin& start) 
     prefetch(p.x);
     for (int i = 0; i < p.stages; ++i) {
       barrier_init(full + 8 * i, 1);
-      barrier_init(empty + 8 * i, 4);  // warps
+      barrier_init(empty + 8 * i, 4);  // the warps of the warpgroup that reads the stage
     }
     publish_barriers();
   }
@@ -206,7 +207,8 @@ __device__ inline void linear_decode(const LinearHopper& p, const Begin& start) 
 
   const int group = warp / 4;
   const int steps = slice_begin(p.total_steps, group + 1) - slice_begin(p.total_steps, group);
-  // Assign tiles of 16 rows so that even a few of them keep all four schedulers busy.
+  // Quantized weights: rotate the assignment of tiles of 16 rows by warpgroup, so that even a few tiles keep
+  // all four schedulers of the multiprocessor busy with conversions.
   const int warp_tile = Weights::kInRegisters ? (warp + 2 * group) % 4 : warp % 4;
   RingPosition position;
   int first_item = 0;  // first item of the tile

@@ -3,16 +3,16 @@
 // Layout: see linear_decode_hopper.cuh, and quantized.cuh for the weights.
 //
 //   16 bytes of a lane        row g                   row g + 8
-//   UINT4, half a unit     | quarter 0 | quarter 1 | quarter 0 | quarter 1 |
-//   UINT8, a quarter       | product 0 | product 1 | product 0 | product 1 |
+//   UINT4, half a unit     | quarter 0 | quarter 1 | quarter 0 | quarter 1 |     4 bytes each: values of two
+//   UINT8, a quarter       | product 0 | product 1 | product 0 | product 1 |     products, or of one
 //
 // The products of a group have a separate accumulator, which is then scaled and added: y += scale * sum. With
 // 4 bits a zero point costs no additional instruction: it is part of the subtraction that converts an integer
 // to H.
 //
-// Cost. Bytes: with 4 bits and groups of 128, 4 bytes of scale and zero point per 64 bytes of values, 3 %
-// more than without zero points. Instructions: those of linear_decode_hopper.cu, and N / 2 multiply-adds per
-// lane and group.
+// Cost. Bytes: with 4 bits and groups of 128, 4 bytes of scale and zero point per 64 bytes of values, in
+// total 3 % more than INT4, which has no zero points. Instructions: the conversions of
+// linear_decode_hopper.cu, and N / 2 multiply-adds per lane and group.
 //
 // Reference: see linear_decode_hopper.cuh.
 #include "cuda/kernels/linear_decode_hopper.cuh"

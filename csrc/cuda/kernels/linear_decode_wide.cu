@@ -1,8 +1,9 @@
-// y = x W^T for more than 8 rows of x, bit-identical to linear_decode.cu.
+// y = x W^T for more than 8 rows of x, from sm_80 on, for storage types without zero points. Bit-identical to
+// linear_decode.cu.
 //
-// Layout. One block per multiprocessor has kRowTiles tiles of 16 rows of W, one per warp, and 32 or 64 rows
-// of x, its columns. kRowTiles is 12, 6 or 2, whichever leaves the fewest multiprocessors idle. k advances in
-// units of 128, one per stage of a ring in shared memory:
+// Layout. A block (one at a time per multiprocessor) has kRowTiles tiles of 16 rows of W, one per warp, and
+// 32 or 64 rows of x, its columns. kRowTiles is 12, 6 or 2, whichever leaves the fewest multiprocessors idle.
+// k advances in units of 128 values, one per stage of a ring in shared memory:
 //
 //   stage:  x [columns][128 values + 64 bytes]  |  weights [warp][unit]  |  scales [warp]      2 to 6 stages
 //              read by all warps                   copied and read back by the same lane
@@ -15,9 +16,9 @@
 // the same order. In a block with two tiles, two warps share a tile: one sums the first half of the slices,
 // the other the second half.
 //
-// Cost. Bytes: each weight once, x once per block from the L2 cache. Operations: 2 * n * in * out. Bound by
-// the bytes of the weights up to 64 rows, beyond by the tensor cores; every multiprocessor must have weights
-// in flight at all times.
+// Cost. Bytes: each weight once per 32 or 64 rows of x, x once per block from the L2 cache. Operations: 2 * n
+// * in * out. Bound by the bytes of the weights up to 64 rows, beyond by the tensor cores; every
+// multiprocessor must have weights in flight at all times.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_decode.py::test_a_product_is_that_of_float64; the same bits
 // as for one row: test_a_row_does_not_depend_on_the_others; both on GPUs other than Hopper.
@@ -190,8 +191,8 @@ __device__ void linear_wide(const LinearDecode& p) {
   const int tile = blockIdx.x * kRowTiles + row_tile;
   const int first = blockIdx.y * kColumns, columns = min(kColumns, p.n - first);
   const int units = (p.in + kUnit - 1) / kUnit;
-  // Warps of half 0 sum the first half of the slices, those of half 1 the second half; without a split all
-  // warps have half 0. begin_of: first unit of a half; count: units of the longer half.
+  // Warps of half 0 sum the first half of the slices, those of half 1 the second half; if kSplit is 1, half 0
+  // has all warps and all slices. begin_of: first unit of a half; count: units of the longer half.
   const auto begin_of = [&](int part) { return slice_begin(units, part * (kSlices / kSplit)); };
   int count = 0;
 #pragma unroll
@@ -235,7 +236,8 @@ __device__ void linear_wide(const LinearDecode& p) {
 
   float sums[kColumnTiles][4] = {}, even[kColumnTiles][4], total[kColumnTiles][4] = {};
   int slice = half * (kSlices / kSplit);
-  // Add the sums of the slices that end before `unit` to those of all slices, in pairs as sum_slices() does.
+  // For each slice that consists only of units before `unit` and is not yet closed, add its sums to the
+  // total, in pairs of slices as sum_slices() of linear_decode.cu does.
   const auto close_slices = [&](int unit) {
     while (slice < (half + 1) * (kSlices / kSplit) && slice_begin(units, slice + 1) <= unit) {
 #pragma unroll

@@ -13,8 +13,8 @@
 // Each sum has one accumulator and adds ascending steps of 16 values of k: a row's bits depend only on the
 // row.
 //
-// Cost. Operations: 2 * n * in * out. Bytes: a block reads 2 x 128 rows for 128 x 128 sums, 64 operations per
-// byte, few enough for the L2 cache. Bound by mma.sync.
+// Cost. Operations: 2 * n * in * out. Bytes: a block reads 2 x 128 rows for 128 x 128 sums, one byte per 64
+// operations, which the L2 cache can supply. Bound by mma.sync.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_prompt_linear.py.
 #include "cuda/kernels/linear_prompt.cuh"

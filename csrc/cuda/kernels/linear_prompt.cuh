@@ -15,8 +15,8 @@
 
 namespace qvl::cuda {
 
-// GELU, x times the normal CDF of x, by a polynomial: half the instructions of erff. Error at most 4.6e-5 (at
-// -4.25, below which the result is 0), and 2e-5 relative from -1 on.
+// GELU, x times the normal CDF of x, by a polynomial: half the instructions of erff. The absolute error is at
+// most 4.6e-5 (at -4.25, below which the result is 0); for x from -1 on the relative error is at most 2e-5.
 __device__ inline float gelu(float x) {
   const float square = fminf(x * x, 4.25f * 4.25f);
   float slope = -2.1248387e-12f;  // polynomial in x^2; CDF = 0.5 + x * slope

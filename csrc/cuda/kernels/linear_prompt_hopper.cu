@@ -18,9 +18,9 @@
 //
 // Cost of a step, in cycles of a multiprocessor: 2 * kGroups * kTokens of wgmma (64 x 8 x 16 products in 4
 // cycles), against 128 * (64 * kGroups + kTokens) bytes at 47 bytes per cycle, with and without multicast:
-// multicast only reduces the load of the L2 cache. Tiles are therefore large, about as many as
-// multiprocessors; linear_prompt.cc minimises max(2.25 * kGroups * kTokens, bytes / 47) times the number of
-// rounds.
+// multicast only reduces the load of the L2 cache. Tiles are therefore large, so that there are about as many
+// as multiprocessors. linear_prompt.cc chooses the variant by an estimate (cycles()), mainly max(2.25 *
+// kGroups * kTokens, bytes / 47) per step, times the number of rounds.
 //
 // Reference: float64 in PyTorch, and the same bits for every tile, tests/cuda/test_prompt_linear.py.
 #include "cuda/kernels/hopper.cuh"
@@ -34,8 +34,8 @@ constexpr int kChunk = 32;         // tokens that the epilogue processes at a ti
 constexpr int kChunkRow = 64 + 4;  // floats from a token of the chunk to the next
 constexpr int kChunkBytes = kChunk * kChunkRow * 4;
 
-// Finish four adjacent columns of kFinishRows rows of y: row, row + 8 and so on. chunk: sums of the first of
-// them; those of the others are 8 rows of the chunk apart. The branches on the epilogue are outside the
+// Finish four adjacent columns of kFinishRows rows of y: row, row + 8 and so on. chunk: sums of the first
+// row; those of the next rows are 8 rows of the chunk apart. The branches on the epilogue are outside the
 // loops: the code must fit the instruction cache.
 template <int kFinishRows>
 __device__ inline void finish_four(const Result& p, int row, int column, const float* chunk, float4 bias) {
@@ -177,8 +177,9 @@ __device__ inline void linear(const LinearTensors& p) {
                                                                               : 112));
     const int part = warp / 4, thread = threadIdx.x % 128;
     float* const chunk = chunks + part * kChunk * kChunkRow;
-    // Each of the first kPeers warps notifies one block when a slot has been read: the blocks that share rows
-    // of W with this block (itself included), then the others that share its tokens.
+    // Each of the first kPeers warps of a warpgroup notifies one block when a slot has been read: warps 0 on
+    // those that share rows of W with this block (itself included), the next warps the others that share its
+    // tokens. Each notified block also writes to the slot of this block, and waits for the notification.
     const int peer = warp % 4;
     const int notified =
         peer < kClusterTokens

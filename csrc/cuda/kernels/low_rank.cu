@@ -6,17 +6,17 @@
 // only for the rows of the run:
 //
 //   low_rank_down   blocks (8 rows of A, 16 rows of x, runs)    x -> low H [n][rank], see low_rank.cuh; on
-//                   Hopper the product of the base weight computes it
+//                   Hopper the kernel of the base weight's product computes `low` instead
 //   low_rank_up     blocks (64 rows of B, 16 rows of x)         low, raw float32 [n][out] -> y
 //                   8 rows of B per warp, a tile of sums in shared memory, then two columns per thread
-//   finish_raw      for prompts, whose B (A x) ordinary products have added    raw float32 [n][out] -> y
+//   finish_raw      for prompts: products as for any weight have added B (A x) to raw [n][out]; raw -> y
 //
 // Cost. Bytes: A and B once per adapter: (in + out) * rank values, 2 MB for rank 64 of a 4096 x 12288
-// product, compared with 24 to 96 MB of base weights. The kernels are latency-bound: they read A, B and the
-// tables before their predecessors end, which write only x, low and raw.
+// product, compared with 24 to 96 MiB of base weights (4 to 16 bits). The kernels are latency-bound. They
+// therefore read A, B and the tables before the preceding kernels end, which write only x, low and raw.
 //
-// A row's sums depend only on the row and its adapter: the steps and their order are the same in every batch,
-// and a row without an adapter has the same bits as in a batch without adapters.
+// The sums of a row depend only on the row and its adapter, since the steps and their order are the same in
+// every batch. The result of a row without an adapter has the same bits as in a batch without adapters.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_low_rank.py.
 #include "cuda/kernels/low_rank.h"
@@ -49,15 +49,15 @@ extern "C" __global__ void __launch_bounds__(kLowRankDownThreads)
 
 extern "C" __global__ void __launch_bounds__(kLowRankThreads)
     low_rank_up(const __grid_constant__ LowRankParams p) {
-  constexpr int kPrefetchedSteps = 2;  // steps of 32 values of B, requested one run before their use
+  constexpr int kPrefetchedSteps = 2;  // steps of 32 columns of B, requested one run before their use
   __shared__ Rows rows;
   __shared__ float tile[kLowRankRows][kLowRankUp + 2];
   start_successors();
   read_rows(p, rows, blockIdx.y, [] { __syncthreads(); });
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int first = blockIdx.x * kLowRankUp;
-  // Column i (0 to 7) of y of this warp. With two interleaved matrices they are every other column, those of
-  // one matrix.
+  // Column i (0 to 7) of y of this warp. With two interleaved matrices a warp has every other column, so that
+  // all of its columns belong to one matrix.
   const auto column = [&](int parts, int i) {
     return parts == 1 ? first + 8 * warp + i : first + warp / 2 * 16 + 2 * i + warp % 2;
   };

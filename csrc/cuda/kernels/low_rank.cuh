@@ -1,13 +1,13 @@
 // A x of low-rank adapters for decode rows, for low_rank.cu and for the products on Hopper, which compute it
 // while their first weights are in flight.
 //
-// Layout. A run is a sequence of rows of x with the same adapter. low H [n][rank] is divided into units: 8
-// rows of A, 16 rows of x, and every kLowRankRuns-th run of these. 16 warps share k in steps of 32; their
-// sums are added in order in shared memory.
+// Layout. A run is a sequence of rows of x with the same adapter. The work for low H [n][rank] is divided
+// into units: 8 rows of A times those of 16 rows of x that belong to every kLowRankRuns-th run. The 16 warps
+// of a block share k in steps of 32; their sums are added in order in shared memory.
 //
 // Cost. A is read once per adapter, x once per 8 rows of A, from the L2 cache. A unit is bound by the latency
-// of two loads: 4096 values of k are 8 steps per warp, with the loads of 4 steps in flight. More would need
-// more registers than the products of the base weights leave.
+// of two loads: 4096 values of k are 8 steps per warp, with the loads of 4 steps in flight. More loads in
+// flight would need more registers than the Hopper kernels, which include this code, have left.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_low_rank.py.
 #pragma once
@@ -29,7 +29,8 @@ struct Rows {
   int n_runs;
 };
 
-// Fill `rows` with rows kLowRankRows * block .. of the order. sync: barrier of the block's threads.
+// Fill `rows` with kLowRankRows rows from index kLowRankRows * block of the order on. sync: barrier of all
+// threads that call this function.
 template <class Sync>
 __device__ inline void read_rows(const LowRankParams& p, Rows& rows, int block, const Sync& sync) {
   if (threadIdx.x < 32) {
@@ -58,7 +59,7 @@ __device__ inline uint4 load16(const void* from, bool valid) {
   return valid ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
 }
 
-// `value`, or zeros. `valid ? a : b` of structs would select an address, of local memory.
+// `value`, or zeros. `valid ? a : b` of structs would select an address and force them into local memory.
 __device__ inline uint4 keep_if(bool valid, const uint4& value) {
   return make_uint4(valid ? value.x : 0, valid ? value.y : 0, valid ? value.z : 0, valid ? value.w : 0);
 }

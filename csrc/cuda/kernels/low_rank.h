@@ -5,8 +5,9 @@
 
 namespace qvl::cuda {
 
-// A and B of a product: y += B (A x). For two interleaved matrices A contains the rows of the first matrix's
-// A, then those of the second's, and row i of B belongs to matrix i % parts.
+// A and B of a product: y += B (A x). If the product's weight consists of two interleaved matrices, A
+// contains the rows of the first matrix's A, then those of the second's, and row i of B belongs to matrix i %
+// parts.
 struct LowRankEntry {
   const void* a;  // H [rank, in]
   const void* b;  // H [out, rank], multiplied by the adapter's scale
@@ -19,7 +20,7 @@ constexpr int kLowRankDownThreads = 512;  // per block of low_rank_down
 constexpr int kLowRankRows = 16;          // rows of x per block
 constexpr int kLowRankDown = 8;           // rows of A per block of low_rank_down
 constexpr int kLowRankUp = 64;            // rows of B per block of low_rank_up
-constexpr int kLowRankRuns = 4;           // runs of adapters processed concurrently (gridDim.z)
+constexpr int kLowRankRuns = 4;           // runs (rows with one adapter) processed concurrently (gridDim.z)
 
 struct LowRankParams {
   const unsigned long long* adapters;  // [n]: address of the table [products] of LowRankEntry; 0: no adapter

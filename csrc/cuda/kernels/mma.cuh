@@ -7,7 +7,7 @@
 //   b [16][8]     column g: b0: k = 2t, 2t + 1; b1: k = 8 + 2t, 9 + 2t
 //   sums [16][8]  columns 2t, 2t + 1: sums 0, 1: row g; sums 2, 3: row g + 8
 //
-// Cost: 2 x 16 x 8 x 16 operations per instruction.
+// Cost of an mma: 2 x 16 x 8 x 16 operations.
 //
 // Reference: through the kernels, tests/cuda/test_prompt_linear.py and test_prompt_attention.py (`portable`).
 #pragma once
@@ -39,7 +39,8 @@ __device__ inline void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
 }
 
-// Load four 8 x 8 matrices; lane i provides the address of row i % 8 of matrix i / 8.
+// Load four 8 x 8 matrices; lane i provides the address of row i % 8 of matrix i / 8. Lane 4 g + t receives
+// values 2t and 2t + 1 of row g of each matrix; with load_matrices_transposed(), of column g.
 __device__ inline void load_matrices(uint32 (&to)[4], const H* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])

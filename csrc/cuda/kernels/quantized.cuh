@@ -1,8 +1,9 @@
 // Layout of quantized matrices on the GPU, and the exact conversion of their integers to H (float16 or
 // bfloat16, the compute type).
 //
-// Layout. Rows form tiles of 16 (the last one is padded with zeros), and a tile is divided into units of 128
-// columns, 16 x 128 values, in the order [tile][unit]; on Hopper [unit][tile], so that one copy loads adjacent tiles of a unit:
+// Layout. Rows form tiles of 16 (the last tile is padded with rows of zeros), and a tile is divided into
+// units of 128 columns, 16 x 128 values. Units are stored in the order [tile][unit]; on Hopper [unit][tile],
+// so that one copy loads the same unit of adjacent tiles:
 //
 //                 unit 0      unit 1
 //   16 rows    | 4 quarters | 4 quarters |       quarter: 32 values, half: 64
@@ -14,19 +15,21 @@
 //
 //   INT8   [tile][unit][quarter][lane] 16 bytes: the run of row g, then that of row g + 8.
 //          Bytes of a run: values 0 2 1 3 4 6 5 7. Scales float32 [out].
-//   INT4   [tile][unit][half][lane] 4 words of 32 bits, a run each: both quarters of row g, then those of row g + 8.
+//   INT4   [tile][unit][half][lane] 4 words of 32 bits, a run each: both quarters of row g, then those of
+//          row g + 8.
 //          Nibbles of a run, from the lowest: values 0 2 4 6 1 3 5 7, with an offset of 8.
-//          Scales bfloat16 [tile][unit][g][group of the unit][row g, row g + 8].
-//   UINT4  As INT4, without the offset (value = scale * (integer - zero point)).
-//   UINT8  As INT8, with 128 subtracted from the values.
+//          Scales bfloat16 [tile][unit][g 0 to 7][group of the unit][row g, row g + 8].
+//   UINT4  Values as INT4, without the offset (value = scale * (integer - zero point)).
+//   UINT8  Values as INT8, with 128 subtracted from the integers.
 //
-// The scales and zero points of UINT4 and UINT8 are stored by span, which is 128 values
-// of UINT4 or 64 of UINT8. For each [tile][span][g][group of the span] there are two words: scales float16
-// [row g, row g + 8], then zero points H [row g, row g + 8]. A zero point includes kZeroBase4 or kZeroBase8,
-// the offset of an integer whose bits are read as H, so that one subtraction removes zero point and offset.
+// The scales and zero points of UINT4 and UINT8 are stored by span, which is 128 values of UINT4 or 64 of
+// UINT8. For each [tile][span][g][group of the span] there are two words: scales float16 [row g, row g + 8],
+// then zero points H [row g, row g + 8]. A conversion places the bits of
+// an integer in an H, which then differs from the integer by kZeroBase4 or kZeroBase8. Stored zero points
+// include this constant, so that one subtraction removes both.
 //
-// Cost of the conversion of two values, without shifts: 2 instructions, an and-or and an addition in H. In
-// bfloat16 INT8 takes 3 and UINT8 4.
+// Cost of the conversion of two values, without shifts: 2 instructions, a logical one and a subtraction in H.
+// In bfloat16 INT8 takes 3 and UINT8 4, since its mantissa has only 7 bits.
 //
 // Reference: `packed` in tests/cuda/test_prompt_linear.py builds the layout with PyTorch; test_decode.py
 // compares products with float64.
@@ -82,7 +85,7 @@ struct TiledLayout {
   __device__ int64 int4_scale(int row, int k, int group) const {
     return ((unit_index(row, k) * 8 + row % 8) * (kUnit / group) + k % kUnit / group) * 2 + row % 16 / 8;
   }
-  // The same for types with zero points; the zero point is two 16-bit values after the scale.
+  // The same for types with zero points; the zero point is 2 places after the scale, in 16-bit values.
   template <int bits>
   __device__ int64 group_scale(int row, int k, int group) const {
     constexpr int kValues = kSpan<bits>;

@@ -4,7 +4,7 @@
 //
 //   sample_scan    a block per 4096 logits: most likely id, checks,           -> peaks [n][chunks]
 //                  partial sum of the softmax, bits of forbidden ids
-//   sample_peak    a warp per row merges them; greedy rows are finished       -> states [n]
+//   sample_peak    a warp per row merges its peaks; finishes greedy rows      -> states [n]
 //   sample_bins    rows that draw: weights and counts of 2048 bins,           -> bins [n][2048]
 //                  several blocks per row
 //   sample_keep    rows that draw: the ids of the bins that sample_draw needs -> kept_keys [n][2048]
@@ -18,12 +18,12 @@
 // the order of additions, and atomic additions give the same bits for any distribution of the row over
 // blocks. The point where a running sum (of ids for top-k, of weights for top-p and the draw) crosses a value
 // is found by the bin of the key's first 11 bits (sample_bins), then by sorting the ids of that bin, and all
-// ids before it if later sums need them. If these ids are at most 2048, sample_keep gathers them, and
+// ids before it if later sums need them. If there are at most 2048 of these, sample_keep gathers them, and
 // sample_draw does not read the row. Otherwise, in flat rows, sample_draw fills bins of the next 11 bits, and
 // reads the row a few times.
 //
 // Cost. Greedy, one row of 151,936: 608 KB from the L2 cache, where the preceding product left them, by 38
-// blocks with 64 bytes in flight per thread, then 38 small structs: little more than two launches. 256 rows
+// blocks with 64 bytes in flight per thread, then 38 ChunkPeaks: little more than two launches. 256 rows
 // have 156 MB: 36 us at memory bandwidth (4 * n * vocab bytes). Measured on an H200: greedy 3.5 us for one
 // row, 13 for 64, 45 for 256. A draw adds 14 to 22 us for one row, 76 to 82 for 64 (57 of them in
 // sample_bins, bound by atomic additions in shared memory), and 150 for one flat row with top-p.
@@ -54,7 +54,7 @@ __device__ inline void most_likely_of_warp(double& best, int& id) {
   }
 }
 
-// Write the outputs of a row, and count its token. token -1: the row is invalid.
+// Write the outputs of a row, and increment the count of its token. token -1: the row is invalid.
 __device__ void finish(const SampleParams& p, int row, int token, double log_sum) {
   const float nan = __int_as_float(0x7FC00000);
   p.tokens[row] = token;
@@ -207,7 +207,7 @@ __device__ inline bool draws(const Pick& pick, const RowState& state) {
   return state.peak >= 0 && !is_greedy(pick);
 }
 
-// Target for top-p: the id at which the running weight exceeds it is the last one within top-p.
+// Target for top-p: the first id at which the running weight exceeds the target is the last one in top-p.
 __device__ inline uint64 top_p_target(const Pick& pick, uint64 mass) {
   const uint64 least = __double2ull_ru(static_cast<double>(pick.top_p) * static_cast<double>(mass));
   return min(max(least, 1ull), mass) - 1;

@@ -21,14 +21,14 @@ struct ChunkPeak {
   float maximum, sum;  // of the unchanged logits: the maximum, and the sum of exp(logit - maximum)
 };
 
-// State of a row for the kernels after the scan.
+// State of a row for the kernels after the scan. log_sum is set only with want_log_sum.
 struct RowState {
   double best;     // as in ChunkPeak
   double log_sum;  // log of the sum of exp(logit): a log-probability is logit - log_sum, without penalties
   int peak;        // id of `best`; -1 if the row has a NaN, a positive infinity or no finite value
 };
 
-// Kept ids of a row that draws: the candidates, among which the first search of sample_draw ends.
+// Kept ids of a row that draws: the candidates for the id at which the first search of sample_draw ends.
 struct KeptIds {
   unsigned blocks_done;                        // number of finished blocks of sample_bins
   bool by_count;                               // the first search is by count: top-k applies
@@ -44,10 +44,10 @@ struct SampleParams {
   const Pick* picks;
   const int* forbidden;
   int vocab, chunks;
-  int bin_vectors;             // float4 per thread of sample_bins
+  int bin_vectors;             // float4 per thread of sample_bins and sample_keep
   bool any_draw, any_changed;  // as for sample() in ops.h
   bool want_log_sum;           // log-probabilities are requested
-  int weight_shift;  // weight 1 is represented as 2^(31 + weight_shift), so that a row's sum is below 2^63
+  int weight_shift;  // weight 1 is the integer 2^(31 + weight_shift), so that the sum of a row is below 2^63
 
   // Scratch memory.
   ChunkPeak* peaks;                 // [n, chunks]

@@ -1,12 +1,12 @@
 // A row of logits with its penalties and forbidden ids, and its distribution over threads.
 //
 // Layout: logits float32 [vocab]; counts int32 [vocab]; marks: one bit per forbidden id. A thread reads
-// kVectors float4, 4 * threads logits apart:
+// kVectors float4, 4 * threads logits apart, here with 256 threads:
 //
 //   logits   | t0: 4 | t1: 4 | .. | t255: 4 | t0: 4 | ..
 //
-// Cost: 4 bytes per logit, 4 more if the row has counts; one or a few double-precision operations per changed
-// logit.
+// Cost: 4 bytes per logit, 4 more if the row has penalties, which need token counts; a few
+// double-precision operations per changed logit.
 //
 // Reference: `expected` in tests/cuda/test_sample.py, the same rules in NumPy with float64.
 #pragma once
@@ -44,7 +44,8 @@ struct Row {
   // Whether the row has penalties or forbidden ids.
   __device__ bool changed() const { return counts != nullptr || marks != nullptr; }
 
-  // Logit of an id after penalties; logit: the unchanged one. Rounded after each operation, as on the CPU.
+  // Logit of an id after penalties, which change `logit`, or kForbidden if the id is forbidden. Each
+  // operation is rounded, as on the CPU (no fused multiply-adds).
   __device__ double value(int id, float logit) const {
     double value = logit;
     const int bit = id - first_marked;

@@ -3,8 +3,8 @@
 //
 // Layout of a key, 64 bits; a smaller key is a likelier id:
 //
-//   draws              | 40 bits: (largest logit - logit) / temperature, in steps of 2^-35 | 24 bits: id |
-//   most likely tokens | 32 bits: the logit, in reversed order                             | 32 bits: id |
+//   DrawItems: draws               | 40 bits: (largest logit - logit) / temperature, in 2^-35 | 24 bits: id |
+//   TopItems: most likely tokens   | 32 bits: the logit, in reversed order                    | 32 bits: id |
 //
 //   level 1: 2048 bins of the upper 11 bits    | w0 | w1 | w2 | ..      the bin where the running sum crosses
 //   level 2: 2048 bins of the next 11 bits          \_ | | | ..         and so on, until at most kMaxKept
@@ -12,8 +12,8 @@
 //
 // Weights are integers, so that sums do not depend on the order of additions.
 //
-// Cost: a pass over the row per level, 4 * vocab bytes from the L2 cache, and a bitonic sort of 2048 keys in
-// shared memory, 66 rounds of comparisons.
+// Cost: a pass over the row per level, 4 * vocab bytes from the L2 cache, and a bitonic sort of up to 2048
+// keys in shared memory, with 66 rounds of comparisons for 2048.
 //
 // Reference: `expected` in tests/cuda/test_sample.py; sample.cu describes the whole algorithm.
 #pragma once
@@ -23,7 +23,7 @@
 namespace qvl::cuda {
 
 constexpr int kIdBits = 24, kStepBits = 35;       // parts of a key for draws
-constexpr uint64 kFarthest = 32ull << kStepBits;  // in steps; a smaller distance has 40 bits
+constexpr uint64 kFarthest = 32ull << kStepBits;  // a distance of 32, in steps; smaller ones fit 40 bits
 constexpr uint64 kLog2E = 6653256548922161246;    // log2(e) * 2^62
 
 // Range of logits that includes the logits of a range of keys.
@@ -37,7 +37,7 @@ struct LogitRange {
 struct DrawItems : LogitRange {
   static constexpr bool kHasFirstBins = true;  // sample_bins has filled the bins of level 1
   Row row;
-  double best, steps;  // the largest logit; number of steps of a key per difference of 1 between logits
+  double best, steps;  // the largest logit; number of steps of 2^-35 in a difference of 1 between logits
   int weight_shift;
 
   __device__ DrawItems(const SampleParams& p, int number, const Pick& pick, const RowState& state)
@@ -46,8 +46,8 @@ struct DrawItems : LogitRange {
         steps((1ull << kStepBits) / static_cast<double>(pick.temperature)),
         weight_shift(p.weight_shift) {}
 
-  // Weight exp(-distance) of a key, as an integer with a relative error of a few 1e-7: 2^-t, where t is the
-  // distance times log2(e).
+  // Weight exp(-distance) of a key, computed with a relative error of a few 1e-7 and rounded down to an
+  // integer (see SampleParams::weight_shift): 2^-t, where t is the distance times log2(e).
   __device__ uint64 weight(uint64 key) const {
     const uint64 t = __umul64hi(key >> kIdBits << 24, kLog2E);  // in steps of 2^-57
     const float part = static_cast<float>(static_cast<uint32>(t >> 25)) * 0x1p-32f;
@@ -55,7 +55,8 @@ struct DrawItems : LogitRange {
     return mantissa << weight_shift >> (t >> 57);
   }
 
-  // Set the range of logits to that of the keys first to last.
+  // Set the range of logits so that it includes those of the keys first to last. For a row with penalties or
+  // forbidden ids it is infinite, since logits before these changes do not bound the keys.
   __device__ void narrow(uint64 first, uint64 last) {
     low = -infinity();
     high = infinity();
@@ -66,7 +67,7 @@ struct DrawItems : LogitRange {
     low = static_cast<float>(best - to - slack);
   }
 
-  // Set `key` to the key of an id; return false if the weight of the id is 0.
+  // Set `key` to the key of an id; return false if its distance is at least 32, where weights are 0.
   __device__ bool get_key(int id, float logit, uint64& key) const {
     const double distance = (best - row.value(id, logit)) * steps;
     if (!(distance < static_cast<double>(kFarthest))) return false;
@@ -75,7 +76,8 @@ struct DrawItems : LogitRange {
   }
 };
 
-// The ids of a row in the order of its unchanged logits, with weights 0.
+// The ids of a row in the order of its logits before penalties. They are searched by count only, so
+// that all weights are 0.
 struct TopItems : LogitRange {
   static constexpr bool kHasFirstBins = false;
   const float* logits;
@@ -154,8 +156,8 @@ struct SearchScratch {
   };
   uint64 keys[kMaxKept];
   uint64 sums[2][32];
-  // Results of find_crossing(): sums before the index that it found, values at that index, and the index or
-  // kNotFound.
+  // Results of find_crossing(): sums before the found index, count and weight at this index, and the index
+  // itself or kNotFound.
   uint64 before_count, before_weight;
   uint64 found_count, found_weight;
   int found;
@@ -190,8 +192,8 @@ class Search {
     return n_kept_ > 0;
   }
 
-  // Bitonic sort of the first n keys: rounds of comparisons of keys a power of two apart. Distances up to 32
-  // are within a warp.
+  // Bitonic sort of the first n keys: rounds of comparisons of keys a power of two apart. A warp has 64
+  // adjacent keys, so that rounds with distances up to 32 need no barrier of the block.
   __device__ void sort(int n) {
     int padded_n = 2;
     while (padded_n < n) padded_n *= 2;
@@ -221,7 +223,8 @@ class Search {
 
   // Find the first id, in order, at which the cumulative count or weight exceeds `target`. Set `key` to its
   // key and `through` to the cumulative weight including it. Return false if the total does not exceed the
-  // target. Afterwards sorted ids around that id are kept; keep_all: all ids up to it.
+  // target. Afterwards a range of ids that includes the found one is kept in scratch memory, sorted;
+  // keep_all: it begins with the first id of the row.
   __device__ bool find(bool by_count, uint64 target, bool keep_all, uint64& key, uint64& through) {
     if (!find_kept(by_count, target, key, through)) {
       if (!keep(by_count, target, keep_all)) return false;
@@ -254,7 +257,8 @@ class Search {
     }
   }
 
-  // Fill the bins of the keys that begin with `prefix`, at the level of `shift`.
+  // Fill the bins of the keys whose bits above a bin number are `prefix`; a bin number is the 11 bits of a
+  // key from bit `shift` on.
   __device__ void fill(int shift, uint64 prefix) {
     Bins& bins = scratch_.bins;
     __syncthreads();
@@ -277,8 +281,8 @@ class Search {
     __syncthreads();
   }
 
-  // Set `found` to the index at which the running sum exceeds the target. Each of the 1024 threads has the
-  // counts and weights of two adjacent indices.
+  // Set `found` to the index (of a bin or of a kept id) at which the running sum exceeds the target, or to
+  // kNotFound. Each of the 1024 threads has the counts and weights of two adjacent indices.
   __device__ void find_crossing(const uint64 (&counts)[2], const uint64 (&weights)[2], bool by_count,
                                 uint64 target) {
     if (threadIdx.x == 0) scratch_.found = kNotFound;
@@ -308,8 +312,8 @@ class Search {
                   target);
   }
 
-  // Keep the ids among which the sum exceeds the target, sorted; return false if the total does not exceed
-  // it.
+  // Keep a sorted range of ids that includes the one at which the running sum exceeds the target; return
+  // false if the total does not exceed it. keep_all: as for find().
   __device__ bool keep(bool by_count, uint64 target, bool keep_all) {
     uint64 prefix = 0, remaining = target;
     base_count_ = base_weight_ = 0;
@@ -325,7 +329,7 @@ class Search {
       base_count_ += scratch_.before_count;
       base_weight_ += scratch_.before_weight;
       all = base_count_ + scratch_.found_count <= kMaxKept;
-      // The last level's bins have 512 keys.
+      // The loop ends at shift 9 at the latest: its bins have only 512 keys.
       if (all || (!keep_all && scratch_.found_count <= kMaxKept)) break;
     }
     const uint64 first = all ? 0 : prefix << shift, last = ((prefix + 1) << shift) - 1;
@@ -377,7 +381,7 @@ class Search {
   const uint64* bin_weights_;
   const uint32* bin_counts_;
   int n_kept_ = 0;
-  uint64 base_count_ = 0, base_weight_ = 0;  // sums before the kept ids
+  uint64 base_count_ = 0, base_weight_ = 0;  // number and total weight of the ids before the kept ones
 };
 
 }  // namespace qvl::cuda

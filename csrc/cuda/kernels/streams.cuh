@@ -8,7 +8,7 @@
 //   slot 0        slot 1        slot 2
 //   | lane 0..31 | lane 0..31 | lane 0..31 |      copy_async16(slot 2) .. wait_for_copies<1>() .. read slot 0
 //
-// Cost: 16 bytes per lane and instruction, 512 per warp; L2 fetches 128 bytes at a time.
+// Cost of a copy: 16 bytes per lane and instruction, 512 per warp; the L2 cache fetches 128 bytes at a time.
 //
 // Reference: tested through the kernels, tests/cuda/test_decode.py.
 #pragma once
@@ -80,7 +80,8 @@ __device__ inline void multiply(float (&sums)[4], uint32 a0, uint32 a1, uint32 a
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 #else
-  // First lanes with the values of this lane's rows of a, and of its two columns of b.
+  // The first of the four lanes that have the values of this lane's rows of a; the first of the eight that
+  // have those of its two columns of b.
   const int lane = threadIdx.x % 32, row = lane & ~3, column = lane % 4 * 8;
   const uint32 a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
   for (int t = 0; t < 4; ++t) {

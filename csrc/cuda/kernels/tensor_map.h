@@ -3,7 +3,7 @@
 
 namespace qvl::cuda {
 
-// Written by the driver's cuTensorMapEncodeTiled.
+// Its content is written by cuTensorMapEncodeTiled of the driver (cuda/tensor_map.cc).
 struct alignas(64) TensorMap {
   unsigned long long opaque[16];
 };

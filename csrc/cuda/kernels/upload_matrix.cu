@@ -32,7 +32,7 @@ __device__ inline int target_row(const UploadMatrix& p, int row) {
   return row < p.rows ? p.first + row * p.step : p.first + (p.rows - 1) * p.step + row - p.rows + 1;
 }
 
-// Write the 4-bit values of a row; padding rows are filled with `padding`.
+// Write the 4-bit values of a row; padding rows are filled with `padding`, the stored form of 0.
 __device__ inline void upload_nibbles(const UploadMatrix& p, const TiledLayout& layout, int row,
                                       int target_index, uint32 padding) {
   const uint16* from = static_cast<const uint16*>(p.from) + static_cast<int64>(row) * (p.stride / 4);
@@ -49,7 +49,7 @@ __device__ inline void upload_nibbles(const UploadMatrix& p, const TiledLayout& 
   }
 }
 
-// Write the 8-bit values of a row, with the bits of `flip` inverted.
+// Write the 8-bit values of a row, with the bits of `flip` inverted: 0x80 subtracts 128 from unsigned values.
 __device__ inline void upload_bytes(const UploadMatrix& p, const TiledLayout& layout, int row,
                                     int target_index, uint32 flip) {
   const uint8* from = static_cast<const uint8*>(p.from) + static_cast<int64>(row) * p.stride;
@@ -80,8 +80,8 @@ __device__ void upload_int4(const UploadMatrix& p) {
         row < p.rows ? scales[i] : uint16{0};
 }
 
-// Write a row of a type with zero points. Scales and zero points of groups longer than a span (kSpan) are
-// repeated for each span.
+// Write a row of a type with zero points. Scales and zero points of groups longer than a span (kSpan of
+// quantized.cuh), that is, of uint8_g128, are repeated for each span.
 template <int bits, int file_group>
 __device__ void upload_groups(const UploadMatrix& p) {
   constexpr int kGroup = file_group < kSpan<bits> ? file_group : kSpan<bits>;

@@ -4,8 +4,9 @@
 //
 //   cut_patches   a block per patch: image float32 [3][size][size] -> H [patch][3][patch_size][patch_size],
 //                 padded with zeros to `stride`, so that the convolution is a product with conv1.weight
-//   layer_norm    a block per row, read once and kept in registers (float4 v of thread t at
-//                 4 * (v * threads + t)) for its mean, two-pass variance (no cancellation) and output
+//   layer_norm    a block per row, which is read once and kept in registers (float4 v of thread t at
+//                 4 * (v * threads + t)) for its mean, its variance (as the mean of squared differences from
+//                 the mean, without cancellation) and the output
 //   add_rows      a float4 or a float per thread: x [n][width]; row i += row i % period of add
 //
 // Cost. Memory-bound: a norm of 1024 rows of 1664 reads 6.8 MB of float32 and writes 3.4 MB of H, 2.4 us at
@@ -37,8 +38,8 @@ extern "C" __global__ void __launch_bounds__(256) cut_patches(const __grid_const
   }
 }
 
-// LayerNorm of a row by a block. kHeld: the row is kept in registers, which it fits, and its width is a
-// multiple of 4.
+// LayerNorm of a row by a block. kHeld: the row is kept in registers; fits_registers() of row_threads.h says
+// whether its width allows this.
 template <bool kHeld>
 __device__ void layer_norm_row(const LayerNormParams& p) {
   __shared__ float scratch[2][32];
