@@ -181,7 +181,7 @@ def test_shutdown_under_load(
         return await asking
 
     first_replies = asyncio.run(ask_all(url, known_questions[:3]))
-    assert wrong_replies(first_replies, known_questions) == []
+    assert wrong_replies(first_replies, known_questions[:3]) == []
     children = server.children()
     assert sorted(children.values())[0] == "engine"
     *replies, long_reply = asyncio.run(run())
