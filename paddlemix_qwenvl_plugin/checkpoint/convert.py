@@ -16,6 +16,7 @@ from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import STORAGE
 from paddlemix_qwenvl_plugin.checkpoint.schemes import SCHEMES, Scheme
 from paddlemix_qwenvl_plugin.checkpoint.shards import Stored
+from paddlemix_qwenvl_plugin.checkpoint.tensor_parallel import TENSOR_PARALLEL_KEYS
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 from paddlemix_qwenvl_plugin.util.files import new_folder
 
@@ -32,8 +33,6 @@ _NOT_COPIED = (
     ".pt",
     ".pth",
 )
-# Keys that PaddleNLP adds to config.json for tensor-parallel weights; removed, since the new weights are joined.
-_TENSOR_PARALLEL_KEYS = ("tensor_parallel_degree", "tensor_parallel_rank")
 
 
 def convert(
@@ -119,6 +118,6 @@ def _read(checkpoint: Checkpoint, name: str, dtype: str, scheme: Scheme) -> NDAr
 
 def _remove_tensor_parallel_keys(config: Path) -> None:
     content = json.loads(config.read_text("utf-8"))
-    if any(key in content for key in _TENSOR_PARALLEL_KEYS):
-        kept = {key: value for key, value in content.items() if key not in _TENSOR_PARALLEL_KEYS}
+    if any(key in content for key in TENSOR_PARALLEL_KEYS):
+        kept = {key: value for key, value in content.items() if key not in TENSOR_PARALLEL_KEYS}
         config.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", "utf-8")

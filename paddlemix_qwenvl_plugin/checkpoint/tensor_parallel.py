@@ -24,6 +24,9 @@ from paddlemix_qwenvl_plugin.checkpoint.config import read_json
 from paddlemix_qwenvl_plugin.checkpoint.shards import Shards, Stored
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
+# Keys that PaddleNLP adds to config.json for the weights of ranks; a folder with joined weights must not have them.
+TENSOR_PARALLEL_KEYS = ("tensor_parallel_degree", "tensor_parallel_rank")
+
 # File name: rank number, and for other kinds of parallelism a suffix such as _pp00.
 _RANK = re.compile(r"(?:model_state|model)\.tp(\d\d)(_\w+)?\.(pdparams|safetensors)")
 # (stored names, axis along which the ranks are joined, number of matrices fused along this axis)

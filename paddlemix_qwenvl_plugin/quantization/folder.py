@@ -22,6 +22,7 @@ from paddlemix_qwenvl_plugin.checkpoint.config import read_json
 from paddlemix_qwenvl_plugin.checkpoint.convert import MAX_SHARD_BYTES
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import STORAGE
 from paddlemix_qwenvl_plugin.checkpoint.schemes import SCHEMES
+from paddlemix_qwenvl_plugin.checkpoint.tensor_parallel import TENSOR_PARALLEL_KEYS
 from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec
 from paddlemix_qwenvl_plugin.quantization.rounding import DAMPING
 from paddlemix_qwenvl_plugin.util.files import write_beside
@@ -32,8 +33,6 @@ INDEX = "model.safetensors.index.json"
 _PACKED = {"qweight": "int32", "qzeros": "int32", "g_idx": "int32", "scales": "float16"}
 # Ends of the names of weight files, which are not copied.
 _WEIGHT_SUFFIXES = (".safetensors", ".pdparams", ".bin", ".index.json", ".pdiparams", ".pdmodel")
-# Keys that PaddleNLP adds to config.json for tensor-parallel weights; removed, since the new weights are joined.
-_TENSOR_PARALLEL_KEYS = ("tensor_parallel_degree", "tensor_parallel_rank")
 
 Tensors = dict[str, NDArray[np.generic]]
 
@@ -61,7 +60,7 @@ class GptqFolder:
             if path.is_file() and path.name != "config.json" and not path.name.endswith(_WEIGHT_SUFFIXES):
                 shutil.copyfile(path, self._folder / path.name)
         config = read_json(self._checkpoint.folder / "config.json")
-        for key in _TENSOR_PARALLEL_KEYS:
+        for key in TENSOR_PARALLEL_KEYS:
             config.pop(key, None)
         config["quantization_config"] = quantization_config(bits, group)
         _write_json(self._folder / "config.json", config)
