@@ -1,4 +1,4 @@
-// Interface of a back end. All arguments have been checked (core/checks.h), except the token ids of a batch,
+// Interface of a back end. The callers in core/ have checked all arguments, except the token ids of a batch,
 // which the back end checks or clamps.
 #pragma once
 
@@ -95,7 +95,7 @@ struct CudaBackEnd {
 
 // Load libqwenvl_cuda.so on the first call, from the folder of libqwenvl.so. If it cannot be loaded from
 // there, use one that the process has already loaded or that is on the loader's search path. Throws
-// QVL_UNSUPPORTED if there is none, or if its version differs.
+// QVL_UNSUPPORTED if there is none, or if its version is not qvl_version().
 const CudaBackEnd& cuda_back_end();
 
 }  // namespace qvl

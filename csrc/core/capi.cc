@@ -62,7 +62,7 @@ uint64_t checked_block_bytes(const KvPool& pool, int32_t n, const void* host, ui
   return block;
 }
 
-// Values that qvl_sampling_init sets: top_p and repetition_penalty are 1, all other fields 0.
+// Values that qvl_sampling_init sets: top_p and repetition_penalty are 1, all other fields but `size` 0.
 constexpr qvl_sampling kGreedy = {sizeof(qvl_sampling), 0, 1, 0, 1, 0, 0, 0, nullptr, 0, 0};
 
 // qvl_alloc or qvl_host_alloc, with the back end's function `alloc`.

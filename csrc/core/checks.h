@@ -1,4 +1,4 @@
-// Checks of the arguments of the functions that compute, and of pools. They throw QVL_INVALID.
+// Checks of batches, spans, sampling parameters and pools. They throw an Error with QVL_INVALID.
 #pragma once
 
 #include "core/backend.h"
@@ -11,8 +11,8 @@ int64_t check_batch(const qvl_config& config, const KvPool& pool, const qvl_batc
 // Check the image spans of n_tokens tokens. `where`: beginning of the error message.
 void check_spans(const char* where, int32_t n_spans, const qvl_span* spans, int64_t n_tokens);
 
-// Check element `index` of the array `where`. counted: whether the row has token counts, which penalties
-// need.
+// Check the sampling parameters of a row. The error message begins with where[index]. counted: whether the
+// row has token counts, which penalties need.
 void check_sampling(const qvl_config& config, const char* where, int32_t index, const qvl_sampling& sampling,
                     bool counted);
 

@@ -8,7 +8,7 @@
 namespace qvl {
 namespace {
 
-constexpr int kMaxSize = 1 << 20;
+constexpr int kMaxSize = 1 << 20;  // maximum of the widths and of max_tokens
 
 void in_range(const char* name, int64_t value, int64_t minimum, int64_t maximum) {
   QVL_REQUIRE(value >= minimum && value <= maximum, QVL_INVALID,

@@ -19,7 +19,7 @@ inline bool has_language(const qvl_config& c) {
   return (c.stages & QVL_STAGE_LANGUAGE) != 0;
 }
 
-// Bytes of a KV block: keys and values of its tokens in all layers.
+// Bytes of a KV block: keys and values of its tokens in all layers, with the scales of QVL_INT8.
 uint64_t kv_block_bytes(const qvl_config& config, int32_t block_tokens, qvl_dtype dtype);
 
 // Number of patches of an image.

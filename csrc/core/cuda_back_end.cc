@@ -18,7 +18,8 @@ const CudaBackEnd* load() {
   const std::string here = info.dli_fname != nullptr ? info.dli_fname : "";
   const std::string path = here.substr(0, here.rfind('/') + 1) + kLibrary;
   void* library = dlopen(path.c_str(), RTLD_NOW);
-  // Given only a name, dlopen() finds a library that the process has already loaded, or searches its path.
+  // Given only a name, dlopen() finds a library that the process has already loaded, or searches the loader's
+  // path.
   if (library == nullptr) library = dlopen(kLibrary, RTLD_NOW);
   QVL_REQUIRE(library != nullptr, QVL_UNSUPPORTED,
               "no GPU back end: %s not found; run qwenvl build-engine --device gpu", kLibrary);

@@ -1,4 +1,5 @@
-// Handles of the C interface, and the functions behind its calls that compute.
+// Handles of the C interface, except qvl_adapter (core/backend.h), and the functions through which
+// core/capi.cc runs steps and creates adapters and pools.
 #pragma once
 
 #include <memory>
@@ -30,7 +31,7 @@ struct qvl_event {
 namespace qvl {
 
 // These functions check their arguments. forward(), sample() and step() then take the engine's lock and
-// compute. Structs must be in the current layout.
+// compute. Structs must be in the layout of this library's qwenvl.h (core/structs.h converts them).
 void forward(qvl_engine& engine, qvl_kv_pool& pool, const qvl_batch& batch, float* logits, qvl_stream stream);
 void sample(qvl_engine& engine, const float* logits, const Picks& picks, qvl_stream stream);
 void step(qvl_engine& engine, qvl_kv_pool& pool, const qvl_batch& batch, float* logits, const Picks& picks,
@@ -39,7 +40,8 @@ std::unique_ptr<qvl_adapter> make_adapter(qvl_engine& engine, const qvl_adapter_
 std::unique_ptr<qvl_kv_pool> make_pool(qvl_engine& engine, int32_t n_blocks, int32_t block_tokens,
                                        qvl_dtype dtype);
 
-// qvl_request in the current layout.
+// The fields of a qvl_request, converted: spans in the layout of this library's qwenvl.h, and a copy of the
+// sampling parameters, greedy if the caller gave none.
 struct Request {
   int32_t n_tokens;
   const int32_t* tokens;

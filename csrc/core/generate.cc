@@ -2,8 +2,9 @@
 // request until all requests have finished.
 //
 // On an asynchronous device step n + 1 is enqueued before the host has read the tokens of step n, unless a
-// request reaches its maximum length in step n. Step n + 1 then takes these tokens from device memory, and
-// its results for requests that turn out to have finished in step n are discarded.
+// request reaches its maximum length in step n, or step n contains a request that finished in step n - 1.
+// Step n + 1 then takes the tokens of step n from device memory, and its results for requests that turn out
+// to have finished in step n are discarded.
 #include <algorithm>
 #include <memory>
 #include <numeric>
@@ -79,7 +80,7 @@ class Generation {
   }
 
  private:
-  // Tokens of a step in page-locked memory, freed at the end of the scope.
+  // Tokens of a step in memory from alloc_host(), page-locked on a GPU; freed with this object.
   class HostTokens {
    public:
     HostTokens() = default;

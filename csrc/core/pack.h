@@ -7,7 +7,7 @@
 
 namespace qvl {
 
-constexpr int64_t kPackUnit = 128;  // rows of quantized matrices are padded to this many values
+constexpr int64_t kPackUnit = 128;  // rows of quantized matrices are padded to a multiple of this
 
 // Length of a padded row.
 inline int64_t padded(int64_t in) {
@@ -59,7 +59,8 @@ uint64_t value_bytes(qvl_dtype dtype, int64_t out, int64_t in);
 uint64_t scale_bytes(qvl_dtype dtype, int64_t out, int64_t in);
 
 // The functions behind qvl_packed_bytes, qvl_pack, qvl_pack_groups and qvl_unpack (qwenvl.h). pack() is not
-// for types with zero points, pack_groups() is only for those types.
+// for types with zero points, pack_groups() is only for those types, and only packed_bytes() is for
+// QVL_INT32.
 uint64_t packed_bytes(qvl_dtype dtype, int64_t out, int64_t in);
 
 void pack(qvl_dtype dtype, int64_t out, int64_t in, const float* values, void* packed);

@@ -5,8 +5,8 @@
 //             0x08, code of the data type; for each dimension 0x10, length; 0x7A, length of the field, field
 //   field:    "qvl1", uint8 qvl_dtype, uint8 n_dims, uint16 length of the name, n_dims x int64, name,
 //             padding with zeros
-// All numbers are little-endian; those of the message are varints. The padding aligns the data to 64 bytes in
-// the file. The file may be damaged or malicious: Cursor checks the bounds of every read.
+// All numbers are little-endian; those of the message outside the field are varints. The padding aligns the
+// data to 64 bytes in the file. The file may be damaged or malicious: Cursor checks the bounds of every read.
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>

@@ -1,5 +1,5 @@
-// Division of a packed batch into passes over the layers, the same on every device, and the check of its
-// token ids if they are in host memory.
+// Division of a packed batch into passes over the layers, by the same rules on every device, and the check of
+// its token ids if they are in host memory.
 #pragma once
 
 #include <algorithm>
@@ -32,8 +32,7 @@ inline void check_ids(const qvl_batch& batch, int32_t vocab) {
   check_ids("batch", vocab, n, batch.tokens, batch.n_spans, batch.spans);
 }
 
-// Consecutive tokens of one sequence in a pass. Either all are tokens of the prompt, or all are computed as
-// decode steps.
+// Consecutive tokens of one sequence in a pass. Either all are computed as a prompt, or all as decode steps.
 struct Part {
   const qvl_sequence* sequence;
   int64_t token;      // index of the first token in the batch

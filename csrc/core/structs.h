@@ -1,5 +1,5 @@
 // Conversion of the caller's structs and arrays of structs, possibly of an older or newer version, to the
-// current layout.
+// current layout, that of the qwenvl.h with which this library is built.
 #pragma once
 
 #include <algorithm>

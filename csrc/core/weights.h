@@ -25,8 +25,7 @@ using WeightTable = std::unordered_map<std::string, qvl_tensor>;
 // that were given.
 WeightTable checked_weights(const qvl_config& config, const Tensors& tensors);
 
-// Bytes of a tensor; 0 if the dtype cannot store the shape, or if the shape is out of range. dtype must be
-// valid.
+// Bytes of a tensor; 0 if the dtype is unknown or cannot store the shape, or if the shape is out of range.
 uint64_t stored_bytes(qvl_dtype dtype, const std::vector<int64_t>& shape);
 
 const char* dtype_name(qvl_dtype dtype);

@@ -39,6 +39,7 @@ void add_low_rank(Context& context, const std::vector<AdapterRows>& runs, int64_
     const Rows rows = run.decode ? Rows{0, run.n} : Rows{run.n, 0};
     const int64_t width = m->b.k;
     auto* low = scratch.get<float>(size(run.n * width));
+    // A has fewer rows than `low` has columns if B is padded; linear() does not write the padding.
     std::memset(low, 0, size(run.n * width) * sizeof(float));
     linear(context, m->a, x + run.first * x_stride, x_stride, rows, low, width);
     for (int64_t i = 0; i < run.n * width; ++i) low[i] *= m->scale;

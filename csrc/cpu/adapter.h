@@ -43,7 +43,8 @@ struct AdapterRows {
   bool decode;
 };
 
-// Add the updates of the adapters to y, which contains the product W x of the target matrix from linear().
+// Add the updates of the adapters to y, which linear() has set to, or increased by, the product W x of the
+// target matrix.
 void add_low_rank(Context& context, const std::vector<AdapterRows>& runs, int64_t target, const float* x,
                   int64_t x_stride, float* y, int64_t y_stride, Buffer& scratch);
 

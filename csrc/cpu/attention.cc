@@ -7,8 +7,9 @@
 namespace qvl::cpu {
 namespace {
 
-// Keys per chunk in decode attention. Each chunk has a separate softmax, and the partial results are merged
-// in order. Several threads can thus share a long context, and the result does not depend on their number.
+// Maximum number of keys per chunk in decode attention. Each chunk has a separate softmax, and the partial
+// results are merged in order. Several threads can thus share a long context, and the result does not depend
+// on their number.
 constexpr int kChunkKeys = kMaxKvTile;
 
 // Arguments and sizes that PromptAttention and DecodeAttention share.
@@ -42,8 +43,9 @@ struct PromptAttention : AttentionBase {
     const auto attend = shape.rounded && kernels.bf16_dot ? kernels.attend_rounded : kernels.attend;
     for (int64_t start = 0, t = 0; start < queries.n_keys; start += kv.tile_tokens, ++t) {
       const KvTile tile = kv.tile(queries, head, t);
-      // Number of keys from `start` on that the first query sees; 0 or less if it sees none. With kCausal
-      // each query sees one key more than the previous one.
+      // With kCausal the number of keys from `start` on that the first query sees, 0 or less if it sees none;
+      // each query sees one key more than the previous one. With kAllKeys at least the number of the tile's
+      // keys, so that every query sees them all.
       const int64_t visible =
           queries.mask == kCausal ? queries.n_keys - queries.n + 1 - start : queries.n_keys;
       // Skip the first queries if they see no key of this tile.
@@ -187,7 +189,7 @@ void attention(Context& context, const AttentionShape& shape, const float* q, co
   int64_t pairs = 0;
   for (const Queries* queries = work; queries != work + n_work; ++queries)
     pairs += queries->n * queries->n_keys;
-  // Run the last items first: with causal attention they take longest.
+  // Run the last items first: with causal attention the last items of a prompt take longest.
   context.run(n_work * shape.heads, 2 * pairs * shape.heads * shape.head_dim, [&](int64_t i, int thread) {
     const Queries& queries = work[n_work - 1 - i / shape.heads];
     const auto head = static_cast<int>(i % shape.heads);

@@ -34,22 +34,22 @@ struct KeysAndValues {
 struct AttentionShape {
   int heads;
   int head_dim;
-  int64_t q_stride;    // values of q from token to token
-  int64_t q_head;      // values of q from head to head
-  int64_t out_stride;  // values of the output from token to token; its heads are adjacent
+  int64_t q_stride;    // floats of q from token to token
+  int64_t q_head;      // floats of q from head to head
+  int64_t out_stride;  // floats of the output from token to token; its heads are adjacent
   bool rounded;        // kAllKeys and kCausal compute in bfloat16 if the kernels can (bf16_dot)
 };
 
 // Compute out[row][head * head_dim ...] for all rows of `work`. Either all items must have the mask kDecode,
-// or none may have it. A row's result depends only on its query and keys, bit for bit, not on the other items
-// or the number of threads.
+// or none may have it. A row's result depends only on its query, keys and values, bit for bit, not on the
+// other items or the number of threads.
 void attention(Context& context, const AttentionShape& shape, const float* q, const KeysAndValues& kv,
                const Queries* work, int64_t n_work, float* out);
 
 // Maximum number of queries of a work item.
 constexpr int kQueryTile = 256;
 
-// Keys and values in contiguous rows, as in the vision tower.
+// Keys and values in float32 rows, token_stride apart, as in the vision tower.
 struct DenseKv final : KeysAndValues {
   const float *keys, *values;
   int64_t token_stride, head_stride;

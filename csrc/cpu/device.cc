@@ -32,7 +32,8 @@ uint64_t number_in(const std::string& path, uint64_t fallback) {
   return file >> value ? value : fallback;
 }
 
-// Reduce total and free memory to the limits of this process's control group and its parents (cgroup 1 or 2).
+// Reduce total and free memory to what the limits of this process's control group and its parents (cgroup 1
+// or 2) allow.
 void limit_memory(qvl_device_info* info) {
   std::ifstream file("/proc/self/cgroup");
   for (std::string line; std::getline(file, line);) {

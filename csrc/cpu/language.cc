@@ -87,7 +87,7 @@ void Language::embed(Context& context, const qvl_batch& batch, const Part& part,
   }
 }
 
-// Append rotary angles, blocks and slots of the part's rows, and its work items of attention.
+// Append rotary angles, query scales, blocks and slots of the part's rows, and its work items of attention.
 void Language::add_rows(const CpuKvPool& pool, const Part& part) {
   const qvl_sequence& sequence = *part.sequence;
   const auto half = size(config_.head_dim / 2);

@@ -8,7 +8,7 @@ namespace qvl::cpu {
 namespace {
 
 constexpr int64_t kMatvecRows = 128;  // maximum number of weight rows in a task of matvec
-// Maximum number of bytes of weights in a task of matvec with more than kMaxRows activations (but at least 16
+// Maximum number of bytes of weights in a task of matvec with more than kMaxRows rows of x (but at least 16
 // weight rows), so that the weights stay in the cache.
 constexpr int64_t kDecodeTaskBytes = 1 << 18;
 constexpr int64_t kTileRows = 64;  // maximum number of weight rows in a task of the blocked product
@@ -29,8 +29,8 @@ const float* permuted(Context& context, const Matrix& m, const float* x, int64_t
   return to;
 }
 
-// Product for decode rows, in groups of kMaxRows activations. A task is a range of weight rows for all
-// groups: the first group reads these weights from memory, the other groups from the cache.
+// Product for decode rows, in groups of kMaxRows rows of x. A task is a range of weight rows for all groups:
+// the first group reads these weights from memory, the other groups from the cache.
 void decode(Context& context, const Matrix& m, const float* x, int64_t x_stride, int64_t n_x, float* y,
             int64_t y_stride, bool add) {
   const Kernels& kernels = context.kernels;

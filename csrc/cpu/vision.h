@@ -36,7 +36,8 @@ class Vision {
   Norm ln_pre_;
   std::vector<Block> blocks_;
   Resampler resampler_;
-  // Activations: residual stream, normed input, q with k and v, and patches or output of c_fc.
+  // Activations: residual stream, normed input or output of attention, q with k and v, and patches or output
+  // of c_fc.
   Buffer x_, normed_, qkv_, wide_;
 };
 

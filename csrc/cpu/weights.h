@@ -24,8 +24,8 @@ class Weights {
   // float32 copy of a tensor; this object owns it until take_copies().
   const float* floats(const std::string& name);
 
-  // Matrix with its column order (tensor name.order), if it has one, and with the bias of this name, unless
-  // the name is empty.
+  // Matrix with its column order (tensor name.order), if it has one, and with the tensor named by `bias` as
+  // its bias, unless `bias` is empty.
   Matrix matrix(const std::string& name, const std::string& bias = "");
 
   // Matrix name.weight with bias name.bias.

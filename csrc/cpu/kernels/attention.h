@@ -18,9 +18,10 @@
 // - attend_one: one query of a decode step, over up to kMaxKvTile keys in the pool: scores of L keys at a
 //   time, one softmax, then the weighted sum of values. attend_merge merges the results of several calls.
 //
-// Cost. Operations: 4 * head_dim per query and visible key. attend: bound by the multiply-add units; packing
-// a tile costs 2 * head_dim values per key, amortised over up to 256 queries; one exponential per query and
-// key. attend_one: reads 2 * head_dim values per key for 4 * head_dim operations, 1 operation per byte with
+// Cost. Operations: 4 * head_dim per query and key of a tile, visible or not. attend: bound by the
+// multiply-add units; packing a tile costs 2 * head_dim values per key, amortised over up to 256 queries; one
+// exponential per query and key.
+// attend_one: reads 2 * head_dim values per key for 4 * head_dim operations, 1 operation per byte with
 // 16-bit types, and is bound by memory. While it reads the keys of a tile, it therefore prefetches the values
 // of the same tile and the keys of the next tile.
 //
@@ -220,8 +221,10 @@ void attend_rounded(const float* q, int64_t q_stride, int n_q, int head_dim, con
                     int64_t visible, float* state, float* out, int64_t out_stride, void* scratch) {
   const int tokens = round_up(tile.n, kLanes), width = round_up(head_dim, 2);
   auto* scores = static_cast<float*>(scratch);
-  auto* values = reinterpret_cast<uint32_t*>(scores + int64_t{n_q} * tokens);  // pairs [channels][tokens / 2]
-  auto* keys = values + out_stride * (tokens / 2);                             // pairs [tokens][width / 2]
+  // values: panels of channels, pairs [tokens / 2][kLanes]; keys: panels of tokens, pairs [width /
+  // 2][kLanes].
+  auto* values = reinterpret_cast<uint32_t*>(scores + int64_t{n_q} * tokens);
+  auto* keys = values + out_stride * (tokens / 2);
   auto* queries = reinterpret_cast<uint16_t*>(keys + int64_t{tokens} * (width / 2));
   uint16_t* weights = queries + int64_t{n_q} * width;
   const size_t panel_bytes = static_cast<size_t>(width / 2) * sizeof(Words);

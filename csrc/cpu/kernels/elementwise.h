@@ -89,7 +89,8 @@ float narrow_all_int8(const float* from, int8_t* to, int64_t n) {
     magnitudes = max(magnitudes, max(v, -v));
   });
   const float maximum = largest(magnitudes);
-  // With a denormal maximum, whose inverse would overflow, or an infinite one, all values become zero.
+  // If the maximum is infinite or at most 1e-35, all values become zero: below 3.7e-37 the inverse would
+  // overflow.
   const bool usable = maximum > 1e-35F && maximum < __builtin_inff();
   const float inverse = usable ? 127.0F / maximum : 0.0F;
   each_vector64(n, [&](int64_t i, int count) {

@@ -168,7 +168,7 @@ class Prefetcher {
   int64_t row_ = 0, line_ = 0;  // next cache line
 };
 
-// Multiply all rows by PanelCount panels, which stay in the L1 cache.
+// Multiply all rows by PanelCount panels, at most 48 KB, which each block of rows reads again.
 template <typename Step, int PanelCount>
 QVL_INLINE void multiply_panels(const typename Step::Element* tile, int64_t width, int rows, int n_steps,
                                 const char* panels, size_t panel_bytes, bool assign, float* c,

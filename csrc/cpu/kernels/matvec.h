@@ -88,16 +88,16 @@ QVL_INLINE void store_sums(const Floats (&sums)[RowCount][XCount], Floats* to) {
 
 // Interface of the class `Rows` of a storage type:
 //   kColumnBlock      columns of a column block
-//   rows_at_once(n)   RowCount for n activations: the maximum for which the sums of kXAtOnce activations fit
-//                     the registers; for one activation the measured optimum
+//   rows_at_once(n)   RowCount for n activations, so that the sums of kXAtOnce activations fit the registers;
+//                     for one activation the measured optimum
 //   row_bytes(k)      bytes of a row of weights, without scales
 //   kHasScale         whether a finished row is multiplied by scales[row]
 //   kXAtOnce          maximum number of activations of a register block
 //   add<RowCount, XCount, Pass, Passes, SumStride>(p, row, x, first, end, prefetcher, sums)
 //                     add the products of columns [first, end) with activations x to x + XCount - 1 to
 //                     sums [RowCount][SumStride], which are uninitialised if first is 0. The same weights are
-//                     read by `Passes` calls, of which this is number `Pass`; a call prefetches 1 / Passes as
-//                     many cache lines as it reads
+//                     read by `Passes` calls, of which this is number `Pass`; together they prefetch as many
+//                     cache lines as one of them reads
 
 // Multiply RowCount entire rows by one activation.
 template <typename Rows, int RowCount>

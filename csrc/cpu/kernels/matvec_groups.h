@@ -302,7 +302,7 @@ struct RowsGroups {
   }
 
   // Add a group of 8-bit weights, or the two groups of 32 in a vector. factors[..][group] is the scale
-  // of the first group. new_line: w is at the beginning of a cache line, so prefetch a line.
+  // of the first group. new_line: w is a multiple of 64 bytes from the start of its row, so prefetch a line.
   template <int RowCount, int XCount, int Pass, int Passes>
   static QVL_INLINE void add_bytes(const uint8_t* w, int64_t stride, const char* x, int64_t x_stride,
                                    const float (&factors)[RowCount][kLanes], int group, bool new_line,

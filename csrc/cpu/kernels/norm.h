@@ -8,9 +8,9 @@
 //
 //   x  [ 0 1 .. L-1 | L .. 2L-1 | .. | remainder ]      total[lane] += d * d; the remainder as scalars
 //
-// Cost. Bytes: x read twice (LayerNorm: three times) and y written once, 4 * n each, in the cache.
-// Operations: 4 * n (LayerNorm: 8 * n). At hidden 4096 a row has 16 KB and the weights of a layer 400 MB, so
-// the cost is negligible.
+// Cost. Bytes: x read twice (LayerNorm: three times), weight and bias read once and y written once, 4 * n
+// each, in the cache. Operations: 4 * n (LayerNorm: 8 * n). At hidden 4096 a row has 16 KB and the weights of
+// a layer 400 MB in bfloat16, so the cost is negligible.
 //
 // Reference: reference::rms_norm, reference::layer_norm, tests/csrc/test_kernels.py::test_norms.
 #pragma once

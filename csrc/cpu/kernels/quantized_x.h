@@ -1,8 +1,8 @@
 // Quantization of activations to 8 bits, so that products with 8- and 4-bit weights are sums of integers.
 //
-// Layout. A block is 8 vectors of 4 * L bytes (L = kLanes): 128, 256 or 512 values. One instruction
-// multiplies and adds the 4 bytes of a 32-bit lane. A lane thus processes 4 bytes of each vector, 32 values
-// of a block, and these 32 values share a float32 scale. This is as precise as a scale per 32 adjacent
+// Layout. A block is 8 vectors of 4 * L bytes (L = kLanes): 128, 256 or 512 values. multiply_add (simd.h)
+// multiplies and adds the 4 bytes of each 32-bit lane. A lane thus processes 4 bytes of each vector, 32
+// values of a block, and these 32 values share a float32 scale. This is as precise as a scale per 32 adjacent
 // values, and a single vector multiplication applies the scales to the sums of all lanes:
 //
 //   lane        0          1        ..    L-1
@@ -14,7 +14,7 @@
 //   a block in memory:  float32 scales [L] | int32 initial sums [kBlock / Group][L] | int8 values [kBlock]
 //   prepared x:         [n_x][ceil(k / kBlock)] blocks, padded with zeros
 //
-// The instruction takes the weights as unsigned bytes, w + offset: int4 weights are stored with the offset 8,
+// multiply_add takes the weights as unsigned bytes, w + offset: int4 weights are stored with the offset 8,
 // and int8 kernels add 128 (except with kSignedProducts of simd.h). The offset is subtracted from the result:
 // sum(w * x) = sum((w + offset) * x) - offset * sum(x). The initial sums are -offset times the sum of x over
 // each Group of weights that share a scale, computed once for all rows of W. Types with zero points use
@@ -43,7 +43,7 @@ struct QuantizedX {
   static constexpr int64_t kBytes = kValues + kBlock;                 // size of a block
 
   static QVL_INLINE int64_t row_bytes(int k) { return round_up(k, kBlock) / kBlock * kBytes; }
-  // The block of activation x that begins at column `first`.
+  // The block of activation x that contains column `first`.
   static QVL_INLINE const char* block(const Matvec& p, int x, int first) {
     return static_cast<const char*>(p.x) + x * row_bytes(p.k) + first / kBlock * kBytes;
   }
@@ -85,7 +85,8 @@ QVL_INLINE void quantize_values(const float* x, char* to_scales, char* values) {
       const float m = magnitudes[4 * lane + j];
       largest = m > largest ? m : largest;
     }
-    // With a denormal maximum, whose inverse would overflow, or an infinite one, all values become zero.
+    // If the maximum is infinite or at most 1e-35, all values become zero: below 3.7e-37 the inverse would
+    // overflow.
     const bool usable = largest > 1e-35F && largest < __builtin_inff();
     scales[lane] = usable ? largest / 127.0F : 0.0F;
     for (int j = 0; j < 4; ++j) inverse[4 * lane + j] = usable ? 127.0F / largest : 0.0F;

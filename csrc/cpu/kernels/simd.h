@@ -203,8 +203,8 @@ QVL_INLINE Floats odd(Words pairs) {
   return reinterpret_cast<Floats>(pairs & 0xFFFF0000u);
 }
 
-// Conversions between lane widths use intrinsics, since the compiler's own conversions split the vectors.
-// widen_halves extends 16 bits with zeros.
+// Most conversions between lane widths use intrinsics, since the compiler's own conversions split the
+// vectors. widen_halves extends 16 bits with zeros.
 QVL_INLINE Words widen_halves(HalfWords halves) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Words>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(halves)));
@@ -358,8 +358,8 @@ QVL_INLINE Ints multiply_add(Ints sums, UnsignedBytes a, SignedBytes b) {
 #endif
 }
 
-// kSignedProducts: products of signed weights use multiply_add_signed, because an offset of 128, which would
-// make the weights unsigned, exceeds the limit of multiply_add.
+// kSignedProducts: products of signed weights use multiply_add_signed, because weights that an offset of 128
+// makes unsigned exceed the limit of multiply_add.
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
 constexpr bool kSignedProducts = true;
 

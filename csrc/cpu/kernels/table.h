@@ -77,7 +77,7 @@ struct Kernels {
   void (*widen_float16)(const uint16_t* from, float* to, int64_t n);
   void (*narrow)(const float* from, uint16_t* to, int64_t n);          // float32 -> bfloat16
   void (*narrow_float16)(const float* from, uint16_t* to, int64_t n);  // clamps to the range of float16
-  float (*narrow_int8)(const float* from, int8_t* to, int64_t n);      // returns the scale: maximum / 127
+  float (*narrow_int8)(const float* from, int8_t* to, int64_t n);      // returns the scale
   // x [head_dim] rotated by cos, sin [head_dim / 2], times scale
   void (*rotate)(float* x, const float* cos, const float* sin, int head_dim, float scale);
 

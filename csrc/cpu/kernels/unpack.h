@@ -1,5 +1,5 @@
-// Unpacking of weight tiles for the blocked product (gemm.h): to bfloat16 on processors with bfloat16
-// instructions, to float32 elsewhere.
+// Unpacking of weight tiles for the blocked product (gemm.h): to bfloat16 in kernels with bf16_dot (table.h),
+// float32 weights excepted; otherwise to float32.
 //
 // Layout:
 //
@@ -9,9 +9,9 @@
 //             |             | wide  |      |  ---->  zeros in the added column
 //             +-------------+-------+------+
 //
-// kChunk = 32 columns of a row are unpacked at a time: 2 vectors of 16 lanes, 4 of 8 or 8 of 4. int4 is
-// converted to bfloat16 by table look-up: the table contains (nibble - 8) * scale for the 16 nibbles, and one
-// permutation instruction looks up 32 values.
+// kChunk = 32 columns of a row are unpacked at a time: 2 vectors of 16 lanes, 4 of 8 or 8 of 4. 4-bit weights
+// are converted to bfloat16 by table look-up: the table contains (nibble - zero) * scale for the 16 nibbles,
+// where zero is 8 for int4, and one permutation instruction looks up 32 values.
 //
 // Cost: the bytes of the matrix once, and n_rows * n_k values written to and read from the L2 cache. A value
 // is unpacked once for up to 384 tokens (kMaxTokens of linear.cc). int8 values are not multiplied by the
@@ -26,8 +26,9 @@ namespace {
 
 using qvl::cpu::UnpackTile;
 
-// Columns of a row unpacked at a time. The last chunk of a row may be stored beyond the row's end, so the
-// memory of a tile has space for another chunk after its last row.
+// Columns of a row unpacked at a time. The last chunk of a row is stored beyond the row's end if its length
+// is not a multiple of kChunk. Such a tile is narrower than the maximum (kMaxTileK), for which its memory has
+// space.
 constexpr int kChunk = 32;
 constexpr int kChunkVectors = kChunk / kLanes;
 
