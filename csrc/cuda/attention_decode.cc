@@ -29,14 +29,14 @@ uint64_t n_counters(int heads) {
 
 // Whether the kernels attention_decode_TYPE apply; otherwise attention_decode_any_TYPE are used.
 bool is_fast(const Gpu& gpu, const KvLayer& cache) {
-  // With a 16-bit cache the kernels need 64 KiB of shared memory, slightly more than sm_75 has.
+  // With a 16-bit cache the kernels need 64 KiB of shared memory and a few bytes more; sm_75 has 64 KiB.
   return cache.head_dim == kFastDim && cache.dtype != QVL_FLOAT32 && cache.block_bytes % 16 == 0 &&
          (gpu.arch() != 75 || cache.dtype == QVL_INT8);
 }
 
 // Whether there are so few blocks of threads (at most 8 per multiprocessor) that the latency of a launch
-// exceeds the duration of a block: the kernel then also merges the chunks, and in attention_step rotates and
-// stores.
+// exceeds the duration of a block: the kernel then also merges the chunks, and in attention_step, if
+// is_fast(), rotates and stores.
 bool is_small(const Gpu& gpu, const KvLayer& cache, int n, int max_keys) {
   return n_parts(n, cache.heads, max_keys) <= 8 * static_cast<uint64_t>(gpu.multiprocessors());
 }

@@ -53,6 +53,7 @@ void attention_dense_with(const Gpu& gpu, CUstream stream, bool portable, const 
   const int block_queries = hopper ? kAttentionTile : kAttentionQueries;
   const Dim grid{static_cast<unsigned>((a.n_queries + block_queries - 1) / block_queries),
                  static_cast<unsigned>(a.heads), static_cast<unsigned>(a.images)};
+  // Before sm_80 the kernels are plain loops without shared memory.
   gpu.launch(stream, kernel->name, grid, hopper ? kHopperThreads : kAttentionThreads,
              gpu.arch() >= 80 ? kernel->shared_bytes : 0, params, /*early=*/true);
 }

@@ -74,6 +74,7 @@ void attention_prompt_with(const Gpu& gpu, CUstream stream, bool portable, const
   }
   const Dim grid{static_cast<unsigned>(kv.heads), static_cast<unsigned>(n_tiles),
                  hopper ? 1u : kAttentionTile / kAttentionQueries};
+  // Before sm_80 the kernels are plain loops without shared memory.
   gpu.launch(stream, kernel->name, grid, hopper ? kHopperThreads : kAttentionThreads,
              gpu.arch() >= 80 ? kernel->shared_bytes : 0, params, /*early=*/true);
 }

@@ -1,5 +1,5 @@
 // The CUDA driver, loaded when a GPU is requested: neither the build nor the start of a process requires
-// CUDA. Types and constants have the names of the driver's documented interface.
+// CUDA. Types and functions have the names of the driver's documented interface.
 #pragma once
 
 #include <cstddef>

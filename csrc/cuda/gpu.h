@@ -32,8 +32,8 @@ struct Dim {
 
 class Gpu {
  public:
-  // Open GPU `index` and load the cubins for its architecture and the compute type `half` from the kernel
-  // folder.
+  // Open GPU `index` and load the cubins for its architecture and the compute type `half` from the folder
+  // QWENVL_CUDA_KERNELS, or if that variable is not set, from the folder of this library.
   Gpu(int index, Half half);
   ~Gpu();
   Gpu(const Gpu&) = delete;

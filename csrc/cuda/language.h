@@ -91,7 +91,7 @@ class Language {
   // rank); raw_: products before their epilogues.
   DeviceMemory low_, raw_;
   int max_rank_ = 0;
-  std::vector<bool> products_adapted_;  // whether any loaded adapter changes the product
+  std::vector<bool> products_adapted_;  // whether any adapter created so far changes the product
   // Rows first to first + n - 1 of the pass, a chunk of a prompt with an adapter.
   struct AdaptedPrompt {
     const CudaAdapter* adapter;

@@ -12,16 +12,17 @@ namespace {
 
 constexpr int kThreads = 128 * kHopperGroups + 32, kAlign = 1024, kBoxBytes = 128;
 constexpr int kMaxShared = 227 << 10;
-constexpr int kMinShared = 120 << 10;  // over half of 228 KiB, so that a multiprocessor has only one block
+// Over half of the 228 KiB of a multiprocessor, so that it has only one block of this kernel.
+constexpr int kMinShared = 120 << 10;
 // Limit of shared memory with few rows of x; it leaves 64 KiB of a multiprocessor for a block of attention.
 constexpr int kSharedBesideAttention = 158 << 10;
-constexpr int kMaxStages = 32, kMaxSteps = 4;  // stages of the ring, steps per item
+constexpr int kMaxStages = 32, kMaxSteps = 4;  // stages of the ring; steps per item, the content of a stage
 
 // Properties of a storage type.
 struct Kind {
   int tile_bytes;    // of the values of 16 rows of W in a step of k
   int scale_bytes;   // of the scales and zero points of these values
-  int boxes;         // number of boxes of 64 values per step
+  int boxes;         // number of boxes of x per step: 64 values of each row of x in the tile
   int max_parts[3];  // maximum number of 64-row subtiles per tile, for up to 16, 32 and 64 rows of x
 };
 Kind kind_of(Storage storage) {
@@ -56,7 +57,8 @@ int best_rows(const Kind& kind, int out, int steps, int columns, int blocks, int
 }
 
 // Steps per item with the lowest estimated time, expressed in bytes: each item has a fixed cost, and large
-// items copy steps beyond the end of a slice. slice: steps per slice; bytes: bytes per step.
+// items copy steps beyond the end of a slice. slice: steps per slice, the part of k of a warpgroup; bytes:
+// bytes per step.
 int best_steps(int slice, int bytes) {
   constexpr int kItemCost = 1500, kMaxBytes = 24 << 10;
   int best = 1, lowest_cost = 0;

@@ -40,9 +40,9 @@ ClusterGrid cluster_grid(const TileVariant& tile, int out, int n) {
 }
 
 // Estimated time of a product in cycles: rounds of tiles, each with steps of 64 values and an epilogue. The
-// constants were measured on an H200: wgmma at 8 / 9 of its peak rate (2.25 cycles per token and 64 rows of W
-// instead of 2), 47 bytes per cycle into a multiprocessor, with and without multicast, and 2500 cycles plus
-// 12 per token for the start and the epilogue of a round.
+// constants were measured on an H200: wgmma at 8 / 9 of its peak rate (in a step 2.25 cycles per token and 64
+// rows of W instead of 2), 47 bytes per cycle into a multiprocessor, with and without multicast, and 2500
+// cycles plus 12 per token of the tile for the start and the epilogue of a round.
 double cycles(const Gpu& gpu, const TileVariant& tile, int out, int in, int n) {
   const ClusterGrid clusters = cluster_grid(tile, out, n);
   const int cluster = tile.cluster_m * tile.cluster_n, resident = gpu.multiprocessors() / cluster;
@@ -87,6 +87,7 @@ void launch(const Gpu& gpu, CUstream stream, int tile, const Matrix& matrix, con
               "the strides of matrices and activations must be multiples of 8 values");
   const Result result{matrix.bias, y, n, matrix.out, static_cast<int>(epilogue)};
   if (tile < 0) {
+    // As in kernels/linear_prompt.cu: 3 buffers of 128 rows of x and 128 of W, in rows of 32 + 8 values of H.
     constexpr int kTile = 128, kThreads = 256, kShared = 3 * 2 * kTile * (32 + 8) * 2;
     const LinearPrompt params{result, x, matrix.values, x_stride, matrix.in, matrix.stride};
     const Dim grid{static_cast<unsigned>(divide_up(n, kTile)),
@@ -108,6 +109,7 @@ void launch(const Gpu& gpu, CUstream stream, int tile, const Matrix& matrix, con
   params.n_groups = clusters.n;
   const int resident = gpu.multiprocessors() * t.blocks / cluster;
   const Dim grid{static_cast<unsigned>(std::min(clusters.m * clusters.n, resident) * cluster)};
+  // kChunk: kChunkBytes of kernels/linear_prompt_hopper.cu; 16 bytes per buffer for two barriers.
   constexpr int kChunk = 32 * 68 * 4, kAlign = 1024;
   const int shared = t.buffers * ((rows + t.tokens) * 128 + 16) + t.parts * kChunk + kAlign;
   gpu.launch(stream, t.name, grid, 128 * (t.parts + 1), shared, params, /*early=*/true);

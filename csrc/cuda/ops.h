@@ -1,14 +1,14 @@
 // Operations of the layers, of images and of sampling. All functions enqueue kernels on a stream and return
 // without waiting for them.
 //
-// H is the compute type, bfloat16 or float16 (Gpu::half). All pointers are device memory, 16-byte aligned;
-// rows are contiguous. The residual stream x is float32, inputs of products are H, products accumulate in
-// float32.
+// H is the compute type, bfloat16 or float16 (Gpu::half). All pointers are device memory; matrices and the
+// inputs of products are 16-byte aligned. A row begins where the previous one ends, unless a stride is given.
+// The residual stream x is float32, inputs of products are H, products accumulate in float32.
 //
 // A row's result does not depend on the other rows or their number, bit for bit: see "Reproducibility" in
 // qwenvl.h. Functions named *_decode process tokens of decode steps, 1 to 256 rows, and compute lm_head;
-// those named *_prompt process tokens of prompts, 1 to thousands of rows. A row may be rounded differently by
-// the two kinds of functions.
+// those named *_prompt process tokens of prompts, and linear_prompt also rows of images, 1 to thousands of
+// rows. A row may be rounded differently by the two kinds of functions.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +20,7 @@ namespace qvl::cuda {
 
 struct LowRankParams;  // kernels/low_rank.h
 
-// A weight [out, in] on the GPU. `in` is padded with zeros to `stride` values: a multiple of 8 (kHalf) or of
-// 128 (quantized).
+// Storage types of matrices on the GPU.
 enum class Storage {
   kHalf,
   kInt8,
@@ -33,6 +32,8 @@ enum class Storage {
   kUint8G32,
   kUint8G64
 };
+// A weight [out, in] on the GPU. `in` is padded with zeros to `stride` values: a multiple of 8 (kHalf) or of
+// 128 (quantized).
 struct Matrix {
   Storage storage;
   int out, in;
@@ -70,7 +71,7 @@ enum class Epilogue {
 
 // ---- weights: linear_decode.cc ------------------------------------------------------------------------
 
-// Bytes of values and scales of a matrix on the GPU.
+// Bytes of the values of a matrix on the GPU, and of its scales with the zero points.
 struct MatrixBytes {
   uint64_t values, scales;
 };
@@ -143,10 +144,10 @@ struct KvLayer {
 void rotate_and_store(const Gpu&, CUstream, const void* qkv, const RowMetadata&, const Angles&,
                       const KvLayer&, int n, void* q);
 
-// Attention of one query per sequence over its keys: q H [n, heads * head_dim] -> H, the same shape. Sequence
-// i has positions[i] + 1 keys, at most max_keys. Keys are split at multiples of a fixed number, so that a row
-// does not depend on max_keys or n. scratch: the caller sets it to zero once after allocation; it then serves
-// calls with any n and max_keys for which attention_decode_scratch() does not exceed its size.
+// Attention of the query of each row over the keys of its sequence: q H [n, heads * head_dim] -> H, the same
+// shape. Row i has positions[i] + 1 keys, at most max_keys. Keys are split at multiples of a fixed number, so
+// that a row does not depend on max_keys or n. scratch: the caller sets it to zero once after allocation; it
+// then serves calls with any n and max_keys for which attention_decode_scratch() does not exceed its size.
 uint64_t attention_decode_scratch(int n, int heads, int head_dim, int max_keys);
 void attention_decode(const Gpu&, CUstream, const void* q, const RowMetadata&, const KvLayer&, int n,
                       int max_keys, void* scratch, void* y);
@@ -181,7 +182,7 @@ struct Tile {
 void attention_prompt(const Gpu&, CUstream, const void* q, const PromptChunk* chunks, const Tile* tiles,
                       int n_tiles, const int32_t* blocks, int max_blocks, const KvLayer&, void* y);
 
-// ---- images: vision.cc ----------------------------------------------------------------------------------
+// ---- images: vision.cc, convert.cc, attention_dense.cc --------------------------------------------------
 
 // images float32 [n, 3, size, size] -> H [n * patches, stride]: a row contains the values of a patch,
 // [3][patch][patch], padded with zeros. patch: side of a patch in pixels.
@@ -196,7 +197,7 @@ void layer_norm(const Gpu&, CUstream, const float* x, const float* weight, const
 // Row i of x += row i % period of `add`: x float32 [n, width], add float32 [period, width].
 void add_rows(const Gpu&, CUstream, float* x, const float* add, int n, int width, int period);
 
-// float32 [n] -> H [n]. (convert.cc)
+// float32 [n] -> H [n].
 void to_half(const Gpu&, CUstream, const float* x, int64_t n, void* y);
 
 // Attention over all keys of an image. Query i of head h of image b begins at q + b * q_image + i * q_stride

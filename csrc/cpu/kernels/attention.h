@@ -20,10 +20,9 @@
 //
 // Cost. Operations: 4 * head_dim per query and key of a tile, visible or not. attend: bound by the
 // multiply-add units; packing a tile costs 2 * head_dim values per key, amortised over up to 256 queries; one
-// exponential per query and key.
-// attend_one: reads 2 * head_dim values per key for 4 * head_dim operations, 1 operation per byte with
-// 16-bit types, and is bound by memory. While it reads the keys of a tile, it therefore prefetches the values
-// of the same tile and the keys of the next tile.
+// exponential per query and key. attend_one: reads 2 * head_dim values per key for 4 * head_dim operations, 1
+// operation per byte with 16-bit types, and is bound by memory. While it reads the keys of a tile, it
+// therefore prefetches the values of the same tile and the keys of the next tile.
 //
 // Reference: reference::attention (reference/reference.cc), tests/csrc/test_kernels.py::test_attention,
 // within 3e-5; attend_rounded within 6 % for scores of typical magnitude.
@@ -221,8 +220,7 @@ void attend_rounded(const float* q, int64_t q_stride, int n_q, int head_dim, con
                     int64_t visible, float* state, float* out, int64_t out_stride, void* scratch) {
   const int tokens = round_up(tile.n, kLanes), width = round_up(head_dim, 2);
   auto* scores = static_cast<float*>(scratch);
-  // values: panels of channels, pairs [tokens / 2][kLanes]; keys: panels of tokens, pairs [width /
-  // 2][kLanes].
+  // Panels of pairs: for values [tokens / 2][kLanes channels], for keys [width / 2][kLanes tokens].
   auto* values = reinterpret_cast<uint32_t*>(scores + int64_t{n_q} * tokens);
   auto* keys = values + out_stride * (tokens / 2);
   auto* queries = reinterpret_cast<uint16_t*>(keys + int64_t{tokens} * (width / 2));

@@ -6,7 +6,7 @@
 // running maximum and sum per query, then p v. Two buffers of keys and values, filled by cp.async where the
 // source allows it. D is kPaddedDim:
 //
-//               tile of 64 keys (32 for head_dim over 128); m, m': old and new maximum, s: scores
+//               tile of 64 keys (32 for head_dim over 128); m, m': old and new maximum, s: scores, p: weights
 //   warp 0  16 queries | scores [16][64] in registers |      online softmax: m' = max(m, s),
 //   warp 1  16         |                              |      sums *= exp2(m - m'), sums += p v
 //   ..
@@ -14,7 +14,7 @@
 //
 // Tiles of keys start at multiples of their size, and a tile in which all keys are masked for a query does
 // not change the bits of the query's result (its sums are multiplied by 1, weights are 0): the result depends
-// only on the query, its keys and its position, not on the other queries.
+// only on the query, its position, and its keys and their values, not on the other queries.
 //
 // Cost. Operations: 4 * head_dim per query and key on the tensor cores, and one exponential per query and
 // key. A multiprocessor computes 16 exponentials per cycle; on sm_90 at head_dim 128 they take half the time

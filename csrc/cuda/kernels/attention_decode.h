@@ -19,9 +19,9 @@ struct AttentionDecode {
   int max_blocks;
   int block_tokens;
   int heads, head_dim;
-  int chunks;  // number of chunks of the longest sequence
-  // Whether positions, tables, and the keys and values of earlier tokens may be read before the preceding
-  // kernels end, because these kernels write only qkv, or only q and the newest keys and values.
+  int chunks;  // number of chunks of max_keys keys (ops.h)
+  // Whether positions, block tables, and the keys and values of earlier tokens may be read before the
+  // preceding kernels end, because these kernels write only qkv, or only q and the newest keys and values.
   int early;
   // [n][heads]: number of finished blocks (of threads), zero before and after the kernel. NULL: the kernel
   // attention_decode_combine merges the chunks.

@@ -11,7 +11,7 @@
 //                                          \_ products on the tensor cores; softmax overlaps p v _/
 //   warpgroup 2:       copies tile 0, 1, 2 ..
 //
-// As in attention.cuh, a query's bits do not depend on the division into tiles.
+// As in attention.cuh, the bits of a query's result do not depend on the other queries.
 //
 // Cost of a tile of 128 keys and 128 queries at head_dim 128, in cycles of a multiprocessor: 2048 of wgmma,
 // for 4 * head_dim operations per query and key; 1024 of exponentials, at the same time. Bound by the tensor

@@ -1,7 +1,8 @@
 // Causal attention of prompts over a paged cache.
 //
-// Layout. A block has the queries of one tile of a prompt chunk, for one head; the tiles with the most keys
-// start first. Keys and values of any type are converted to H when they are copied to shared memory:
+// Layout. A block has the queries of one tile of a prompt chunk (on GPUs other than Hopper, of half a tile),
+// for one head. The last tiles, in a prompt those with the most keys, start first. Keys and values of any
+// type are converted to H when they are copied to shared memory:
 //
 //   prompt chunks    | first, n, past, table |     queries [first, first + n) of q, at positions past ..
 //   tiles            | chunk, offset |             128 queries from `offset` on

@@ -8,9 +8,9 @@ namespace qvl::cuda {
 constexpr int kAttentionTile = 128;  // queries per tile: kQueryTile of ops.h
 
 // The portable kernels: a block of 4 warps processes half a tile of queries. If heads are padded to more than
-// 128 values, a tile of keys has 32 keys instead of 64, to fit the 99 KiB of shared memory of sm_86. Shared
-// memory of a block: queries, two tiles of keys and two of values, in rows of kPaddedDim + 8 values; offsets
-// of 64 keys and of their scales (8 bytes each).
+// 128 values, a tile of keys has 32 keys instead of 64; with 256 values a block then needs 100 KiB of shared
+// memory instead of 166. Shared memory of a block: queries, two tiles of keys and two of values, in rows of
+// kPaddedDim + 8 values; offsets of 64 keys and of their scales (8 bytes each).
 constexpr int kAttentionThreads = 128, kAttentionQueries = 64;
 template <int kPaddedDim>
 constexpr int kAttentionKeys = kPaddedDim <= 128 ? 64 : 32;

@@ -6,7 +6,7 @@
 // to 1024 bytes:
 //
 //   row 0   | p0 p1 p2 p3 p4 p5 p6 p7 |
-//   row 1   | p1 p0 p3 p2 p5 p4 p7 p6 |      so that the same part of 8 rows is in 8 different banks
+//   row 1   | p1 p0 p3 p2 p5 p4 p7 p6 |      so that the same part of 8 rows is in different banks
 //   row 2   | p2 p3 p0 p1 p6 p7 p4 p5 |      (32 banks of 4 bytes are one row of 128 bytes)
 //
 // Cost of wgmma.m64nNk16: N / 2 cycles of a multiprocessor (64 x 8 x 16 products in 4 cycles).

@@ -57,7 +57,7 @@ struct Lane {
   int index, g, t;
 };
 
-// A lane's view of x: runs of values k .. k + 7 of column g.
+// A lane's view of x: run(k) is values k + 8 t to k + 8 t + 7 of column g.
 struct Columns {
   const char* row;
   const float2* offsets;  // kSumFactor times the sum of x in a group, for columns 2 t and 2 t + 1
@@ -80,7 +80,8 @@ struct HalfWeights {
 
   // Bytes from a lane's weights of a step to those of the next step. A lane has two runs of 16 bytes in a
   // step: first_offset is the offset of the first one in a tile, second_offset that of the second one from
-  // the first. in_matrix: whether row g + row of the tile is in the matrix; otherwise zeros are used.
+  // the first. in_matrix: whether the lane's run of row g + row of the tile is in the matrix; otherwise zeros
+  // are used.
   static constexpr int kStepStride = 2 * kStep;
   __device__ static int64 first_offset(const LinearDecode& p, const Lane& lane) {
     return 2 * (static_cast<int64>(lane.g) * p.stride + kRun * lane.t);

@@ -61,10 +61,11 @@ struct LinearDecode {
   long long x_stride;
   long long tile_bytes;  // from the values of a tile to those of the next tile
   int out, in, stride;
-  int n, columns;     // rows of x in total and per block
-  int epilogue;       // Epilogue
-  int tiles_at_once;  // tiles that a block sums between two barriers
-  // Only linear_decode.cu. Shared memory: byte offsets of the areas after the ring, and their pitches.
+  int n, columns;  // rows of x in total and per block
+  int epilogue;    // Epilogue
+  // Only linear_decode.cu: tiles that a block sums between two barriers; then, in shared memory, the byte
+  // offsets of the areas after the ring, and their pitches.
+  int tiles_at_once;
   int x_pitch;        // bytes from a row of x to the next
   int offsets_pitch;  // floats from a group's offsets, one per column, to the next group's
   int scales_at, x_at, offsets_at, sums_at;
@@ -89,16 +90,16 @@ QVL_BOTH_SIDES constexpr int hopper_sum_bytes(int n, int parts) {
 // Parameters of linear_decode_hopper.cuh.
 struct LinearHopper {
   // A box is the part of a tensor that one copy loads for an item; dimensions here begin with the contiguous
-  // one. w: H [64, rows, steps], or lines of 512 bytes of quantized values; scales: those of 16 rows; x: H
-  // [64, N, steps]. If rows of H are not whole boxes of 64 values (not whole_boxes), a box has one step: [64,
-  // rows] and [64, N].
+  // one. w: H [64, rows, steps], or lines of 512 bytes of quantized values; scales: lines with those of 16
+  // rows; x: H [64, N, steps], with quantized w [64, N, 2 * steps]. If `in` is not a multiple of 64 (not
+  // whole_boxes), boxes of H are [64, rows] and [64, N].
   TensorMap w, scales, x;
   bool whole_boxes;
   const float* row_scales;  // int8
   Result result;
   int rows, tiles;         // rows of W per tile: a multiple of 8, if quantized of 16; number of tiles
   int total_steps, steps;  // steps of k in total and per item
-  int items;               // items per tile
+  int items;               // items per tile; an item is `steps` steps, copied together into a stage
   // Number of stages, a multiple of kHopperGroups: a stage then always serves the same warpgroup, which
   // therefore cannot mistake the previous round of the stage for the current one.
   int stages;

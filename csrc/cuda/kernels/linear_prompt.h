@@ -40,7 +40,8 @@ struct LinearTensors {
   Result result;
   int steps;    // ceil(in / 64)
   int written;  // whether the preceding kernel writes w, which must then not be read before it ends
-  int m_groups, n_groups;  // numbers of clusters along rows of W and along tokens
+  // Numbers of groups, the tiles that a cluster computes at a time, along rows of W and along tokens.
+  int m_groups, n_groups;
 };
 
 }  // namespace qvl::cuda

@@ -10,7 +10,7 @@ struct Pick {
   float repetition_penalty, frequency_penalty, presence_penalty;
   int n_forbidden, first_forbidden;  // range of the row in SampleParams::forbidden
   double fraction;                   // random_fraction(seed, counter): in [0, 1)
-  int* counts;                       // [vocab] or NULL: how often the sequence contains each token
+  int* counts;                       // [vocab] or NULL: how often each token was generated
 };
 
 }  // namespace qvl::cuda

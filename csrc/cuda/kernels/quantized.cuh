@@ -24,9 +24,9 @@
 //
 // The scales and zero points of UINT4 and UINT8 are stored by span, which is 128 values of UINT4 or 64 of
 // UINT8. For each [tile][span][g][group of the span] there are two words: scales float16 [row g, row g + 8],
-// then zero points H [row g, row g + 8]. A conversion places the bits of
-// an integer in an H, which then differs from the integer by kZeroBase4 or kZeroBase8. Stored zero points
-// include this constant, so that one subtraction removes both.
+// then zero points H [row g, row g + 8]. A conversion places the bits of an integer in an H, which then
+// differs from the integer by kZeroBase4 or kZeroBase8. Stored zero points include this constant, so that one
+// subtraction removes both.
 //
 // Cost of the conversion of two values, without shifts: 2 instructions, a logical one and a subtraction in H.
 // In bfloat16 INT8 takes 3 and UINT8 4, since its mantissa has only 7 bits.
@@ -127,8 +127,8 @@ __device__ inline uint32 and_xor(uint32 word) {
 
 #ifdef QVL_COMPUTE_BFLOAT16
 // Conversions of two integers in a word to two values of H. nibbles_to_half2: of bits 0 to 3 and 16 to 19,
-// minus 8 (INT4). bytes_to_half2: of bits 0 to 7 and 16 to 23, in two's complement (INT8). The
-// overloads with `zeros`, two stored zero points, subtract these (UINT4, UINT8).
+// minus 8 (INT4). bytes_to_half2: of bits 0 to 7 and 16 to 23, in two's complement (INT8). The overloads with
+// `zeros`, two stored zero points, subtract these (UINT4, UINT8).
 //
 // A bfloat16 in [128, 256) with the mantissa bits m is 128 + m: or-ing m to the bits of 128 (0x4300) adds m.
 __device__ inline uint32 nibbles_to_half2(uint32 word) {

@@ -28,7 +28,8 @@ struct RowState {
   int peak;        // id of `best`; -1 if the row has a NaN, a positive infinity or no finite value
 };
 
-// Kept ids of a row that draws: the candidates for the id at which the first search of sample_draw ends.
+// Kept ids of a row that draws: the candidates for the id at which the first search of sample_draw ends, and
+// if other searches follow, all ids before them.
 struct KeptIds {
   unsigned blocks_done;                        // number of finished blocks of sample_bins
   bool by_count;                               // the first search is by count: top-k applies

@@ -44,8 +44,8 @@ struct Row {
   // Whether the row has penalties or forbidden ids.
   __device__ bool changed() const { return counts != nullptr || marks != nullptr; }
 
-  // Logit of an id after penalties, which change `logit`, or kForbidden if the id is forbidden. Each
-  // operation is rounded, as on the CPU (no fused multiply-adds).
+  // Logit of an id after penalties, which change `logit`, or kForbidden in its place if the id is forbidden.
+  // Each operation is rounded, as on the CPU (no fused multiply-adds).
   __device__ double value(int id, float logit) const {
     double value = logit;
     const int bit = id - first_marked;

@@ -76,8 +76,8 @@ struct DrawItems : LogitRange {
   }
 };
 
-// The ids of a row in the order of its logits before penalties. They are searched by count only, so
-// that all weights are 0.
+// The ids of a row in the order of its logits before penalties. They are searched by count only, so that
+// their weights are not needed.
 struct TopItems : LogitRange {
   static constexpr bool kHasFirstBins = false;
   const float* logits;

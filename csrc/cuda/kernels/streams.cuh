@@ -2,11 +2,11 @@
 // tensor-core products (mma). Before sm_80 plain loads replace the copies, and sums over warp shuffles
 // replace the products.
 //
-// Layout: a ring buffer of slots in shared memory. Each lane reads only the bytes that it has copied, so no
-// barrier is needed between a copy and its use:
+// Layout: a ring buffer of slots in shared memory. A lane that reads bytes that it has copied needs no
+// barrier between the copy and the use; lanes that read bytes that others have copied need one:
 //
 //   slot 0        slot 1        slot 2
-//   | lane 0..31 | lane 0..31 | lane 0..31 |      copy_async16(slot 2) .. wait_for_copies<1>() .. read slot 0
+//   | lane 0..31 | lane 0..31 | lane 0..31 |      wait_for_copies<1>() .. read slot 0 .. copy_async16(slot 2)
 //
 // Cost of a copy: 16 bytes per lane and instruction, 512 per warp; the L2 cache fetches 128 bytes at a time.
 //

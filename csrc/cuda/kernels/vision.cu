@@ -4,9 +4,9 @@
 //
 //   cut_patches   a block per patch: image float32 [3][size][size] -> H [patch][3][patch_size][patch_size],
 //                 padded with zeros to `stride`, so that the convolution is a product with conv1.weight
-//   layer_norm    a block per row, which is read once and kept in registers (float4 v of thread t at
-//                 4 * (v * threads + t)) for its mean, its variance (as the mean of squared differences from
-//                 the mean, without cancellation) and the output
+//   layer_norm    a block per row: its mean, its variance (as the mean of squared differences from the mean,
+//                 without cancellation) and the output; layer_norm_held reads the row once and keeps it in
+//                 registers (float4 v of thread t at 4 * (v * threads + t))
 //   add_rows      a float4 or a float per thread: x [n][width]; row i += row i % period of add
 //
 // Cost. Memory-bound: a norm of 1024 rows of 1664 reads 6.8 MB of float32 and writes 3.4 MB of H, 2.4 us at
