@@ -1,5 +1,5 @@
 // Division of a packed batch into passes over the layers, by the same rules on every device, and the check of
-// its token ids if they are in host memory.
+// token ids in host memory.
 #pragma once
 
 #include <algorithm>
