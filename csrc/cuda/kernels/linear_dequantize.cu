@@ -10,7 +10,8 @@
 // takes 3 * out * stride bytes of traffic: at the 7B geometry a layer's 202 million values take 0.14 ms at
 // 4.3 TB/s.
 //
-// Reference: float64 in PyTorch, tests/cuda/test_prompt_linear.py::test_quantized_weights.
+// Reference: float64 in PyTorch, tests/cuda/test_prompt_linear.py::test_quantized_weights, for the types
+// without zero points.
 #include "cuda/kernels/linear_prompt.h"
 #include "cuda/kernels/quantized.cuh"
 

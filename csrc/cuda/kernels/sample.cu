@@ -1,10 +1,11 @@
 // Sampling of tokens from rows of logits, float32 [n, vocab].
 //
-// Layout. Six kernels of one launch each:
+// Layout. Up to six kernels, of one launch each:
 //
 //   sample_scan    a block per 4096 logits: most likely id, checks,           -> peaks [n][chunks]
 //                  partial sum of the softmax, bits of forbidden ids
-//   sample_peak    a warp per row merges its peaks; finishes greedy rows      -> states [n]
+//   sample_peak    a warp per row merges its peaks; finishes greedy and       -> states [n]
+//                  invalid rows
 //   sample_bins    rows that draw: weights and counts of 2048 bins,           -> bins [n][2048]
 //                  several blocks per row
 //   sample_keep    rows that draw: the ids of the bins that sample_draw needs -> kept_keys [n][2048]
