@@ -10,7 +10,7 @@
 // vector.
 //
 // Reference: reference::linear in tests/csrc/test_kernels.py::test_linear; test_every_float16 covers all
-// values.
+// finite values.
 #pragma once
 
 #include "cpu/kernels/matvec.h"
