@@ -58,7 +58,7 @@ void Sampler::reserve(int rows, const SampleKind& kind) {
   const auto grow = [&](DeviceMemory& memory, uint64_t bytes) {
     if (memory.bytes() >= bytes) return;
     memory = DeviceMemory();  // cuMemFree waits for the GPU
-    memory = DeviceMemory(2 * bytes);
+    memory = DeviceMemory(2 * bytes);  // more than needed: each growth makes the captured graphs stale
     ++graph_version_;
   };
   grow(scratch_, sample_scratch(rows, vocab_));

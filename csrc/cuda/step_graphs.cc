@@ -8,7 +8,7 @@ namespace qvl::cuda {
 namespace {
 
 constexpr int kMaxRows = 256;
-constexpr size_t kMaxGraphs = 128;
+constexpr size_t kMaxGraphs = 128;  // when there are as many, all are destroyed (drop_stale_graphs)
 constexpr int kRelaxedCapture = 2;  // mode of capture in which other threads may use the GPU meanwhile
 constexpr int kMinKeys = 256;
 

@@ -226,8 +226,8 @@ std::vector<Tensor> generate(const Tensor& input_ids, const Tensor& features, co
     sampling[i].frequency_penalty = frequencies[i];
     sampling[i].presence_penalty = presences[i];
     sampling[i].top_p = top_ps[i];
-    // With top_p 0 upstream takes the most likely token, regardless of the temperature. A temperature of 0 is
-    // raised, since it would select greedy sampling and thus ignore top_p.
+    // With top_p 0 upstream takes the most likely token, regardless of the temperature. Otherwise the
+    // temperature is limited to the engine's range without 0, which would select greedy sampling.
     sampling[i].temperature = top_ps[i] > 0 ? std::clamp(temperatures[i], 1e-6f, 100.0f) : 0;
     sampling[i].seed = seed + i;
     requests.push_back(request);
