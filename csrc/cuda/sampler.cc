@@ -58,7 +58,8 @@ void Sampler::reserve(int rows, const SampleKind& kind) {
   const auto grow = [&](DeviceMemory& memory, uint64_t bytes) {
     if (memory.bytes() >= bytes) return;
     memory = DeviceMemory();  // cuMemFree waits for the GPU
-    memory = DeviceMemory(2 * bytes);  // more than needed: each growth makes the captured graphs stale
+    // More than needed, because each growth makes the captured graphs stale.
+    memory = DeviceMemory(2 * bytes);
     ++graph_version_;
   };
   grow(scratch_, sample_scratch(rows, vocab_));
