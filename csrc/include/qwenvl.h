@@ -173,8 +173,8 @@ typedef struct qvl_config {
   int32_t vision_width;
   int32_t vision_layers;
   int32_t vision_heads;
-  int32_t vision_mlp_width;
-  int32_t n_queries; /* features per image */
+  int32_t vision_mlp_width; /* vision_width * "mlp_ratio" */
+  int32_t n_queries;        /* features per image */
 
   /* Since 0.2. */
   qvl_compute compute; /* compute type of prompts and images, and of activations on a GPU */
@@ -273,11 +273,10 @@ QVL_API qvl_status qvl_unpack(qvl_dtype dtype, int64_t out, int64_t in, const vo
 
 typedef struct qvl_engine qvl_engine;
 
-/* Weights, of which one or more engines share a single copy in memory.
+/* Weights, which one or more engines use: CPU engines share a single copy; for GPU engines see qvl_tensor.
  *
- * qvl_weights_create: copies the array and the names, and uses the data in place. The data must stay
- * unchanged until the weights and the last engine created from them are freed. tensor_size:
- * sizeof(qvl_tensor).
+ * qvl_weights_create: copies the array and the names, but refers to the data, which must stay unchanged until
+ * the weights and the last engine created from them are freed. tensor_size: sizeof(qvl_tensor).
  *
  * qvl_weights_open: maps an exported stage's parameter file (PREFIX.pdiparams), which contains the names of
  * its tensors (paddlemix_qwenvl_plugin/artifact/params_file.py documents the format). Data is read on first
