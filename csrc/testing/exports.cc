@@ -122,8 +122,8 @@ EXPORT int64_t qvlt_pool_blocks(qvl_dtype dtype, int layers, int heads, int head
 }
 
 // Attention with q, k, v and `causal` as in reference.h. Keys and values are in a pool of type `dtype` with
-// blocks of `tile` tokens. decode: compute each query separately, as in a decode step. rounded: as in
-// AttentionShape (cpu/attention.h).
+// blocks of `tile` tokens. decode, only with causal: compute each query separately, as in a decode step.
+// rounded: as in AttentionShape (cpu/attention.h).
 EXPORT int qvlt_attention(qvl_isa isa, int threads, qvl_dtype dtype, int tile, int rounded, int decode,
                           int64_t heads, int64_t head_dim, int64_t n, int64_t n_keys, int causal,
                           const float* q, const float* k, const float* v, float* out) {

@@ -117,9 +117,9 @@ QVL_INLINE void integer_rows(const Product& p, int64_t row) {
   for (int r = 0; r < R; ++r) p.y[row + r] = sum(totals[r]);
 }
 
-// Activations as int8, so the products are integers: one instruction (vpdpbusd; in ISAs without it vpmaddubsw
-// and vpmaddwd) multiplies and adds 4 * kLanes bytes, and unpacking yields bytes instead of floats, 4 times
-// as many per vector. The offset 8 of the values is not subtracted: a sum starts at -8 times the sum of the
+// Activations as int8, so the products are integers: vpdpbusd (AVX-512), or vpmaddubsw and vpmaddwd (AVX2),
+// multiply and add 4 * kLanes bytes, and unpacking yields bytes instead of floats, 4 times as many per
+// vector. The offset 8 of the values is not subtracted: a sum starts at -8 times the sum of the
 // activations. The rounding error of an activation is at most 1/254 of the largest of the 32 activations that
 // share its scale; the test's reference rounds in the same way. Bound by instructions: load, shifts and masks
 // of two nibbles, multiply-add.

@@ -1,4 +1,7 @@
-"""Kernels of decode steps, compared with float64: products with every storage type, and paged attention."""
+"""Kernels of decode steps, compared with float64: products with every storage type, and paged attention.
+
+Also products of prompts, with every storage type.
+"""
 
 from __future__ import annotations
 
