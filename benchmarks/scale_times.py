@@ -77,7 +77,7 @@ CPU2_INT8 = Times(
 )
 PROFILES = {"h200-bf16": H200_BF16, "h200-int4": H200_INT4, "cpu2-int8": CPU2_INT8}
 
-# Section "The server": CPU seconds of the front per streamed token, with 16 and 64 streams.
+# Section "The server": CPU seconds of the front per streamed token, geometry `slice`, mean of 16 and 64 clients.
 FRONT_TOKEN = 375e-6
 
 # Seconds per image with a caption of 64 tokens, at full utilisation. On H200: the row "64 requests at once, an image

@@ -1,9 +1,9 @@
 """Load generator for an OpenAI-compatible server: HTTP/1.1 and event streams over plain sockets.
 
-serve.py runs it as a separate process. It reads a JSON object from standard input and writes one to standard output:
-the CPU time of the run (`client_cpu`), and a report of each response (`responses`, see parse). To take little CPU time
-from a server on the same machine, it only records the time and bytes of each read during the run, and parses them when
-all requests have ended.
+serve_targets.py runs it as a separate process. It reads a JSON object from standard input and writes one to standard
+output: the CPU time of the run (`client_cpu`), and a report of each response (`responses`, see parse). To take little
+CPU time from a server on the same machine, it only records the time and bytes of each read during the run, and parses
+them when all requests have ended.
 
 Input:
     port, path: of the server's endpoint.

@@ -1,4 +1,4 @@
-"""Targets of serve.py: `qwenvl serve`, llama.cpp's server, and the loop without a server."""
+"""Targets of serve.py and ray_serve.py: `qwenvl serve`, llama.cpp's server, and the loop without a server."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ needs no GPU build, because the engine computes on the GPU.
 Measures the time to a complete caption of 64 tokens for one image through several interfaces: the C interface, with its
 tensors in GPU memory, as in ours.py; `QwenVL`, by the loop of `generate` and by `encode_images` and `generate_ids`; the
 exported programs in Paddle Inference. The C interface, `QwenVL` and Paddle Inference have a process each. Figures are
-medians after warm-up, with a new image and a new prompt each time. All interfaces must generate the same tokens.
+medians after warm-up, with a new image and a new prompt each time. A line warns if its interface generates other tokens
+than the C interface.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def report(interface: str, answer: Callable[[Any, Any], list[int]], first_seed: 
 
     Args:
         answer: returns the completion of a request.
-        first_seed: seed of the first timed request; the further requests have the next seeds. Calls of `report` in one
+        first_seed: seed of the second warm-up request; the timed requests have the next seeds. Calls of `report` in one
             process need different seeds, since caches would shorten a repeated request.
     """
     tokens = answer(*request(0))

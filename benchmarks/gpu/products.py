@@ -66,8 +66,8 @@ class Products:
     @staticmethod
     def fill_scales(storage: str, scales: torch.Tensor) -> None:
         if storage.startswith("uint"):
-            # Four 16-bit words: two scales in float16, and two zero points in bfloat16, to which 128 is added for 4-bit
-            # types. The zero point here is 8, or 0 for 8-bit types.
+            # Four 16-bit words: two scales in float16, and two zero points in bfloat16, stored plus 128 for 4-bit types
+            # and minus 128 for 8-bit types (kernels/quantized.cuh). The zero point here is 8, or 128 for 8-bit types.
             words = scales.view(torch.int16).view(-1, 4)
             words[:, :2] = torch.tensor(1e-3, dtype=torch.float16).view(torch.int16)
             zero_point = 128 + 8 if storage.startswith("uint4") else 0

@@ -58,6 +58,7 @@ void Sampler::reserve(int rows, const SampleKind& kind) {
   const auto grow = [&](DeviceMemory& memory, uint64_t bytes) {
     if (memory.bytes() >= bytes) return;
     memory = DeviceMemory();  // cuMemFree waits for the GPU
+    // More than needed, because each growth makes the captured graphs stale.
     memory = DeviceMemory(2 * bytes);
     ++graph_version_;
   };

@@ -1,4 +1,5 @@
-// Transfer of sampling parameters to the GPU and of sampled tokens to the caller.
+// Sampling of a batch: its parameters in the layout of the kernels, the kernels' launch, and copies of the
+// outputs to the caller.
 #pragma once
 
 #include <vector>

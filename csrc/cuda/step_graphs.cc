@@ -8,7 +8,7 @@ namespace qvl::cuda {
 namespace {
 
 constexpr int kMaxRows = 256;
-constexpr size_t kMaxGraphs = 128;
+constexpr size_t kMaxGraphs = 128;  // when there are as many, all are destroyed (drop_stale_graphs)
 constexpr int kRelaxedCapture = 2;  // mode of capture in which other threads may use the GPU meanwhile
 constexpr int kMinKeys = 256;
 
@@ -17,8 +17,8 @@ int row_bucket(int n) {
   return n <= 2 ? n : n <= 4 ? 4 : (n + 7) / 8 * 8;
 }
 
-// Maximum number of keys of a row in the graph for `keys` keys: the next power of two, at least kMinKeys, or
-// max_keys if that is less.
+// Maximum number of keys of a row in the graph for `keys` keys: `keys` rounded up to a power of two, at least
+// kMinKeys, or max_keys if that is less.
 int key_bucket(int keys, int max_keys) {
   int bucket = kMinKeys;
   while (bucket < keys) bucket *= 2;

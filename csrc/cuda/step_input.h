@@ -24,7 +24,7 @@ struct InputArrays {
   int32_t* ids;           // [rows]
   uint64_t* features;     // [rows]: address of the image features of the row; 0: none
   int32_t* positions;     // [rows]
-  int32_t* angle_tables;  // [rows]: as in RowMetadata
+  int32_t* angle_tables;  // [rows]: index of the table in Angles for the row's sequence
   int32_t* table_of;      // [rows]: index of the row's sequence in `blocks`
   int32_t* blocks;        // [tables, max_blocks]
   PromptChunk* chunks;    // [chunks]

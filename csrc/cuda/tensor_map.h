@@ -1,4 +1,4 @@
-// Tensor maps of H for the copy engine (TMA).
+// Tensor maps, with which the copy engine (TMA) reads boxes of a tensor of H (the 16-bit compute type).
 #pragma once
 
 #include <initializer_list>

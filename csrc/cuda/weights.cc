@@ -32,6 +32,8 @@ Weights::Weights(const Gpu& gpu, CUstream stream, const WeightTable& table)
   check_memory();
 }
 
+// bytes_as_int4 is a rough estimate: half a byte per value of a matrix, a byte per value of a vector, no
+// scales.
 void Weights::check_memory() const {
   uint64_t needed = 0, bytes_as_int4 = 0;
   for (const auto& [name, tensor] : table_) {

@@ -24,12 +24,13 @@ class Weights {
   // Tensor of any shape as float32.
   const float* floats(const std::string& name);
 
-  // Matrix with its input order (Matrix::order), if it has one. `bias`: name of a tensor, or empty.
+  // Matrix with its input order (Matrix::order), if it has one; throws QVL_UNSUPPORTED if a matrix of the
+  // vision stage has one. `bias`: name of a tensor, or empty.
   Matrix matrix(const std::string& name, const std::string& bias = "");
   Matrix linear(const std::string& name) { return matrix(name + ".weight", name + ".bias"); }
 
-  // Interleave two matrices with the same inputs: row i of the first becomes row 2 i, row i of the second
-  // becomes row 2 i + 1. The result is padded with rows of zeros to a multiple of 16 rows.
+  // Interleave two matrices of the same shape, storage type and input order: row i of the first becomes row
+  // 2 i, row i of the second row 2 i + 1. The result is padded with rows of zeros to a multiple of 16 rows.
   Matrix interleaved(const std::string& first, const std::string& second);
 
   // As matrix(), but a quantized tensor is dequantized on the host, so that the result is kHalf. A quantized

@@ -110,11 +110,11 @@ enum {
  * of activations. */
 typedef int32_t qvl_compute;
 enum {
-  QVL_COMPUTE_BEST = 0,     /* CPU: bfloat16 if the processor has bfloat16 instructions, else float32. GPU:
-                               float16 with float16 weights or without bfloat16 instructions, else bfloat16 */
+  QVL_COMPUTE_BEST = 0,     /* CPU: bfloat16 with QVL_ISA_AVX512_BF16, else float32. GPU: float16 with float16
+                               weights or without bfloat16 instructions, else bfloat16 */
   QVL_COMPUTE_FLOAT32 = 1,  /* CPU only: uses no instructions of QVL_ISA_AVX512_BF16; decode steps multiply
                                QVL_UINT* weights with float32 activations, which is slow */
-  QVL_COMPUTE_BFLOAT16 = 2, /* QVL_UNSUPPORTED on a CPU without bfloat16 instructions */
+  QVL_COMPUTE_BFLOAT16 = 2, /* QVL_UNSUPPORTED on a CPU with another ISA than QVL_ISA_AVX512_BF16 */
   QVL_COMPUTE_FLOAT16 = 3   /* GPU only */
 };
 
@@ -140,7 +140,8 @@ QVL_API qvl_status qvl_get_device_info(qvl_device device, int32_t index, qvl_dev
 
 enum { QVL_STAGE_VISION = 1, QVL_STAGE_LANGUAGE = 2 };
 
-/* Sizes of the model, and the device. Names follow the model's config.json unless noted. */
+/* Sizes of the model, and the device. Names are those of the model's config.json, shortened; other names are
+ * quoted. */
 typedef struct qvl_config {
   uint32_t size;   /* sizeof(qvl_config) */
   uint32_t stages; /* QVL_STAGE_VISION, QVL_STAGE_LANGUAGE or both; their weights are required */
@@ -172,8 +173,8 @@ typedef struct qvl_config {
   int32_t vision_width;
   int32_t vision_layers;
   int32_t vision_heads;
-  int32_t vision_mlp_width;
-  int32_t n_queries; /* features per image */
+  int32_t vision_mlp_width; /* vision_width * "mlp_ratio" */
+  int32_t n_queries;        /* features per image */
 
   /* Since 0.2. */
   qvl_compute compute; /* compute type of prompts and images, and of activations on a GPU */
@@ -206,8 +207,8 @@ typedef struct qvl_config {
  * Every weight may be QVL_FLOAT32, QVL_BFLOAT16 or QVL_FLOAT16, and matrices other than wte.weight may be
  * quantized. Types may be mixed. A matrix NAME [out, in] other than wte.weight may have a permutation
  * NAME.order, QVL_INT32 [in] ("act-order" of GPTQ): stored column j multiplies input order[j], y[o] = sum
- * over j of value[o, j] * x[order[j]]. On a GPU mlp.w1 and mlp.w2 of a layer must have the same order, and
- * matrices of the vision stage must have none.
+ * over j of value[o, j] * x[order[j]]. On a GPU mlp.w1 and mlp.w2 of a layer must have the same order and the
+ * same type, unless neither is quantized; matrices of the vision stage must have no order.
  *
  * On a CPU products with float32 weights run in float32. With other weights the products of prompts and
  * images round the activations to the compute type (qvl_compute). The products of decode steps and of lm_head
@@ -218,11 +219,12 @@ typedef struct qvl_config {
  */
 typedef struct qvl_tensor {
   const char* name;
-  const void* data; /* aligned to 16 bytes for matrices and wte.weight, which are used in place, otherwise to
-                       4 bytes (QVL_BFLOAT16, QVL_FLOAT16: 2) */
+  const void* data; /* aligned to 16 bytes for matrices and wte.weight, otherwise to 4 bytes (QVL_BFLOAT16,
+                       QVL_FLOAT16: 2) */
   qvl_dtype dtype;
-  qvl_device device; /* device of `data`: the engine's device, where it is used in place, or the CPU, from
-                        which the engine copies it once */
+  qvl_device device; /* device of `data`: the CPU, or the engine's GPU. A CPU engine uses matrices and
+                        wte.weight in place, a GPU engine those that are on its GPU in the layout of its
+                        kernels; other data is copied once. NAME.order: the CPU */
   int32_t n_dims;
   int64_t shape[4]; /* of the unpacked values, for every dtype */
   uint64_t bytes;   /* length of `data`, checked against shape and dtype */
@@ -230,24 +232,26 @@ typedef struct qvl_tensor {
 
 /* Bytes of an [out, in] matrix stored as `dtype`, 0 for invalid arguments. QVL_INT32: `in` must be 1.
  *
- * Below, `padded` is `in` rounded up to a multiple of 128, `group` the group size; padding has the value 0.
+ * Below, `padded` is `in` rounded up to a multiple of 128, `group` the group size.
  *
- * QVL_INT8: int8 [out, padded] and float32 [out] scales; value = scale * integer.
+ * QVL_INT8: int8 [out, padded] and float32 [out] scales; value = scale * integer. Padding has the value 0.
  *
  * QVL_INT4_G*: uint8 [out, padded / 2] and bfloat16 [out, padded / group] scales;
  * value = scale * (nibble - 8). 128 values of a row occupy 64 bytes, 32 little-endian 16-bit words: value
- * 32 * j + i is nibble j, counted from the lowest bits, of word i.
+ * 32 * j + i is nibble j, counted from the lowest bits, of word i. Padding has the value 0.
  *
  * QVL_UINT4_G*, QVL_UINT8_G*: uint8 [out, padded / 2] with nibbles in the order of QVL_INT4_G*, or uint8
  * [out, padded]; float16 [out, padded / group] scales; float16 [out, padded / group] zero points,
- * integers from 0 to 256. value = scale * (integer - zero). Padding: integers, scales and zero points are 0.
+ * integers from 0 to 256. value = scale * (integer - zero). Padding: the integers are 0, and the scales and
+ * zero points of groups without values.
  */
 QVL_API uint64_t qvl_packed_bytes(qvl_dtype dtype, int64_t out, int64_t in);
 
 /* Convert a float32 matrix [out, in] to `dtype` at `packed`, rounding to nearest; both in host memory.
  * Quantization is symmetric. The scale of a row (QVL_INT8) is its largest magnitude / 127. The scale of a
  * group (QVL_INT4_G*) is the one with the least squared error among several candidates near its largest
- * magnitude / 8. QVL_INVALID: a NaN or infinity in the matrix, or a dtype that qvl_pack_groups creates.
+ * magnitude / 8. QVL_INVALID: a NaN or infinity in a matrix to be quantized, QVL_INT32, or a dtype that
+ * qvl_pack_groups creates.
  */
 QVL_API qvl_status qvl_pack(qvl_dtype dtype, int64_t out, int64_t in, const float* values, void* packed,
                             uint64_t packed_bytes, qvl_error* error);
@@ -269,11 +273,10 @@ QVL_API qvl_status qvl_unpack(qvl_dtype dtype, int64_t out, int64_t in, const vo
 
 typedef struct qvl_engine qvl_engine;
 
-/* Weights, of which one or more engines share a single copy in memory.
+/* Weights, which one or more engines use: CPU engines share a single copy; for GPU engines see qvl_tensor.
  *
- * qvl_weights_create: copies the array and the names, and uses the data in place. The data must stay
- * unchanged until the weights and the last engine created from them are freed. tensor_size:
- * sizeof(qvl_tensor).
+ * qvl_weights_create: copies the array and the names, but refers to the data, which must stay unchanged until
+ * the weights and the last engine created from them are freed. tensor_size: sizeof(qvl_tensor).
  *
  * qvl_weights_open: maps an exported stage's parameter file (PREFIX.pdiparams), which contains the names of
  * its tensors (paddlemix_qwenvl_plugin/artifact/params_file.py documents the format). Data is read on first
@@ -388,7 +391,8 @@ QVL_API qvl_status qvl_kv_pool_create(qvl_engine* engine, int32_t n_blocks, int3
                                       qvl_dtype dtype, qvl_kv_pool** pool, qvl_error* error);
 QVL_API void qvl_kv_pool_free(qvl_kv_pool* pool);
 
-/* Size in bytes of a pool with these parameters; 0 if they are invalid. */
+/* Size in bytes of a pool with these parameters, without the spare block that a pool on a GPU has in
+ * addition; 0 if they are invalid. */
 QVL_API uint64_t qvl_kv_pool_bytes(const qvl_engine* engine, int32_t n_blocks, int32_t block_tokens,
                                    qvl_dtype dtype);
 
@@ -478,7 +482,7 @@ QVL_API qvl_status qvl_forward(qvl_engine* engine, qvl_kv_pool* pool, const qvl_
 typedef struct qvl_sampling {
   uint32_t size;     /* sizeof(qvl_sampling) */
   float temperature; /* 0 to 100; 0: greedy, with the lowest id in a tie */
-  float top_p;       /* 0 (the most likely token) to 1: sample from the smallest set with this probability */
+  float top_p;       /* 0 (the most likely token) to 1: the smallest set with at least this probability */
   int32_t top_k;     /* sample from the k most likely tokens; 0: all */
   float repetition_penalty; /* 1e-6 to 100; 1: none. Divides the positive logits of generated tokens and
                                multiplies their negative ones */
@@ -515,7 +519,7 @@ typedef struct qvl_step_args {
   const qvl_batch* batch;
   /* The arrays have one row per sequence without QVL_SEQUENCE_NO_LOGITS, in the order of the batch. */
   int32_t rows;                 /* number of rows, checked against the batch */
-  int32_t n_logprobs;           /* 0 to 64: number of the most likely tokens to return */
+  int32_t n_logprobs;           /* 0 to 64, at most vocab: number of the most likely tokens to return */
   const qvl_sampling* sampling; /* [rows], host memory */
   int32_t* const* counts;       /* as for qvl_sample */
   int32_t* tokens;              /* int32 [rows] */

@@ -8,7 +8,7 @@
 //   dtypes   of the weights, qvl_dtype
 //   shapes   of the weights, four dimensions each, padded with 0
 //
-// The tensors of inputs and outputs are on the CPU even if the engine runs on a GPU.
+// All tensors, also the weights, are on the CPU even if the engine runs on a GPU.
 #include <algorithm>
 #include <cstring>
 #include <string>
@@ -214,6 +214,8 @@ std::vector<Tensor> generate(const Tensor& input_ids, const Tensor& features, co
     request.tokens = ids[i].data();
     request.n_spans = static_cast<int32_t>(spans[i].size());
     request.spans = spans[i].data();
+    // As in the stock program, a row that has not stopped generates a token even if its step_idx has reached
+    // max_length.
     request.max_new = static_cast<int32_t>(std::max<int64_t>(1, row.max_length - row.done));
     request.min_new = static_cast<int32_t>(std::max<int64_t>(0, row.min_length - row.done));
     request.span_size = sizeof(qvl_span);
@@ -224,7 +226,8 @@ std::vector<Tensor> generate(const Tensor& input_ids, const Tensor& features, co
     sampling[i].frequency_penalty = frequencies[i];
     sampling[i].presence_penalty = presences[i];
     sampling[i].top_p = top_ps[i];
-    // With top_p 0 upstream takes the most likely token, regardless of the temperature.
+    // With top_p 0 upstream takes the most likely token, regardless of the temperature. Otherwise the
+    // temperature is limited to the engine's range without 0, which would select greedy sampling.
     sampling[i].temperature = top_ps[i] > 0 ? std::clamp(temperatures[i], 1e-6f, 100.0f) : 0;
     sampling[i].seed = seed + i;
     requests.push_back(request);

@@ -1,6 +1,6 @@
 // C interface to the launchers of decode steps, of uploads of matrices and of linear_prompt in cuda/ops.h,
-// for tests/cuda. Functions that return a string return NULL or an error message. storage, dtype and
-// epilogue: values of Storage, qvl_dtype and Epilogue.
+// for tests/cuda and benchmarks/gpu/products.py. Functions that return a string return NULL or an error
+// message. storage, dtype and epilogue: values of Storage, qvl_dtype and Epilogue.
 #include <exception>
 #include <string>
 

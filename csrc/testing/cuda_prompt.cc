@@ -1,5 +1,6 @@
-// C interface to the functions of cuda/ops.h for prompts and images, for tests/cuda. Pointers are device
-// memory. The functions with a stream return NULL or an error message. bfloat16: compute type; 0: float16.
+// C interface to products of prompts, and to attention of prompts and images, for tests/cuda. Pointers are
+// device memory. The functions with a stream return NULL or an error message. bfloat16: compute type; 0:
+// float16. portable: as in cuda/attention.h.
 #include <string>
 
 #include "core/error.h"

@@ -1,6 +1,6 @@
-// C interface to single kernels (qvlt_) and their references (qvlr_), for tests/csrc. Not part of the
-// library. Functions with an ISA argument return 0, or 1 on failure, such as an ISA that this processor does
-// not support.
+// C interface to single kernels and helpers (qvlt_) and to references of the kernels (qvlr_), for tests/csrc.
+// Not part of libqwenvl.so. Functions with an ISA argument return 0, or 1 on failure, such as an ISA that
+// this processor does not support.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -122,8 +122,8 @@ EXPORT int64_t qvlt_pool_blocks(qvl_dtype dtype, int layers, int heads, int head
 }
 
 // Attention with q, k, v and `causal` as in reference.h. Keys and values are in a pool of type `dtype` with
-// blocks of `tile` tokens. decode: compute each query separately, as in a decode step. rounded: as in
-// AttentionShape (cpu/attention.h).
+// blocks of `tile` tokens. decode, only with causal: compute each query separately, as in a decode step.
+// rounded: as in AttentionShape (cpu/attention.h).
 EXPORT int qvlt_attention(qvl_isa isa, int threads, qvl_dtype dtype, int tile, int rounded, int decode,
                           int64_t heads, int64_t head_dim, int64_t n, int64_t n_keys, int causal,
                           const float* q, const float* k, const float* v, float* out) {

@@ -113,7 +113,7 @@ EXPORT double qvlt_bf16_peak(int threads) {
 }
 
 // Memory read bandwidth of `threads` threads in bytes per second: the best of `repeats` passes over `bytes`,
-// which alternate between three ways of reading.
+// a multiple of 256 KiB. The passes use the three ways of read_memory in turn.
 EXPORT double qvlt_read_bandwidth(int threads, int64_t bytes, int repeats) {
   ThreadPool pool(threads);
   Buffer buffer(static_cast<size_t>(bytes));

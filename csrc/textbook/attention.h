@@ -140,7 +140,8 @@ QVL_INLINE void key_groups(const Query& p) {
       const int n = tile->n - t < kLanes ? tile->n - t : kLanes;
       const auto* keys = static_cast<const BFloat16*>(tile->keys) + t * tile->stride;
       const auto* values = static_cast<const BFloat16*>(tile->values) + t * tile->stride;
-      // Keys to prefetch: the next group of this tile, or the first group of the next tile.
+      // Keys to prefetch: the next group of this tile, or the first group of the next tile. After the last
+      // group of all this is memory behind the tile; a prefetch of any address is harmless.
       const bool same_tile = t + kLanes < tile->n || tile + 1 == p.tiles + p.n_tiles;
       const auto* next_keys =
           same_tile ? keys + n * tile->stride : static_cast<const BFloat16*>(tile[1].keys);
@@ -185,8 +186,8 @@ void v5(const Query& p) {
 
 // The production kernel (cpu/kernels/attention.h), on up to 256 keys (kMaxKvTile) at a time. kLanes
 // interleaved dot products share a vector of q; these up to 256 keys share one rescaling and one pass of
-// exponentials; four vectors of sums stay in registers while all of their values are added; the values and
-// the next tile's keys are prefetched while the scores are computed.
+// exponentials; four vectors of sums stay in registers while the values of all these keys are added; the
+// values of a tile and the keys of the next are prefetched while the tile's scores are computed.
 void v6(const Query& p) {
   const qvl::cpu::Kernels& kernels = *qvl::cpu::QVL_KERNELS();
   float* sums = p.scratch;

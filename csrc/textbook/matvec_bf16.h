@@ -31,8 +31,7 @@ void v1(const Product& p) {
 }
 
 // kLanes columns at a time (4, 8 or 16, by the ISA), one sum per lane; the lanes are added at the end of the
-// row. One fused multiply-add computes kLanes products. Still bound by latency: 4 cycles per 2 * kLanes
-// bytes.
+// row. One multiply-add computes kLanes products. Still bound by latency: 4 cycles per 2 * kLanes bytes.
 void v2(const Product& p) {
   const auto* w = static_cast<const BFloat16*>(p.weights);
   for (int64_t row = 0; row < p.rows; ++row, w += p.k) {

@@ -74,7 +74,8 @@ void v2(const Product& p) {
 
 // Products of R rows, for v3 to v5. x is quantized to 8 bits in blocks (cpu/kernels/quantized_x.h): a block
 // contains float32 scales, one per 32-bit lane, for each group of weights the initial values of the sums, and
-// the int8 values in the order of the nibbles. Prefetch: prefetch the weights kAhead bytes ahead.
+// the int8 values in the order of the nibbles. Prefetch: for each cache line of weights read, prefetch one,
+// in memory order from kAhead bytes after the first row's start on.
 template <int R, bool Prefetch = false>
 QVL_INLINE void integer_rows(const Product& p, int64_t row) {
   constexpr int kAhead = 65536;  // bytes
@@ -116,9 +117,9 @@ QVL_INLINE void integer_rows(const Product& p, int64_t row) {
   for (int r = 0; r < R; ++r) p.y[row + r] = sum(totals[r]);
 }
 
-// Activations as int8, so the products are integers: one instruction (vpdpbusd; in ISAs without it vpmaddubsw
-// and vpmaddwd) multiplies and adds 4 * kLanes bytes, and unpacking yields bytes instead of floats, 4 times
-// as many per vector. The offset 8 of the values is not subtracted: a sum starts at -8 times the sum of the
+// Activations as int8, so the products are integers: vpdpbusd (AVX-512), or vpmaddubsw and vpmaddwd (AVX2),
+// multiply and add 4 * kLanes bytes, and unpacking yields bytes instead of floats, 4 times as many per
+// vector. The offset 8 of the values is not subtracted: a sum starts at -8 times the sum of the
 // activations. The rounding error of an activation is at most 1/254 of the largest of the 32 activations that
 // share its scale; the test's reference rounds in the same way. Bound by instructions: load, shifts and masks
 // of two nibbles, multiply-add.
@@ -143,7 +144,8 @@ void v4(const Product& p) {
   groups_of_rows<false>(p);
 }
 
-// v4 with prefetches: for each cache line read, the line 64 KiB further on in memory order.
+// v4 with prefetches: for each cache line read, one line in memory order, from 64 KiB after the start of the
+// three rows on.
 void v5(const Product& p) {
   groups_of_rows<true>(p);
 }

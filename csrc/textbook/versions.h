@@ -19,7 +19,7 @@ struct Product {
 };
 
 // out [head_dim] = softmax(q . keys) . values, for one query and one head; the caller has scaled q. The keys
-// and values are bfloat16, in tiles located by a block table.
+// and values are bfloat16; a tile has those of one block of a KV cache.
 struct Query {
   const float* q;
   int head_dim;

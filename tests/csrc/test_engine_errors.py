@@ -261,7 +261,8 @@ def test_pool_bytes(engine):
 
 
 def test_nulls(library, engine):
-    """NULL handles and arrays are errors, also if the error struct is NULL."""
+    """NULL handles and arrays are errors, also if the error struct is NULL; NULL may be freed."""
+    # 72 and 56: sizes of qvl_tensor and qvl_sampling.
     cases = [
         ("qvl_weights_create", (None, 1, 72, None)),
         ("qvl_weights_open", (None, None)),

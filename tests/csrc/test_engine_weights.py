@@ -1,4 +1,7 @@
-"""Weights as separate objects: shared, mapped from a parameter file, rejected if damaged."""
+"""Weights as separate objects: shared, mapped from a parameter file, rejected if damaged; structs of version 0.1.
+
+Also the CPU as a device, host memory and events.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ from engine import (
 )
 
 PROMPT = [5, 6, 7, 8, 9]
-# Storage type: Paddle's number of the data type, bytes of a value. Quantized types are stored as Paddle's uint8.
+# Storage type: Paddle's number of the data type, bytes of a value. All other types are stored as Paddle's uint8.
 PADDLE_TYPES = {FLOAT32: (5, 4), FLOAT16: (4, 2), BFLOAT16: (22, 2)}
 PADDLE_UINT8 = (20, 1)
 

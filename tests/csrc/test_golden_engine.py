@@ -107,9 +107,9 @@ def test_a_mixed_batch_gives_the_same_as_its_entries_alone(model_and_best_engine
 def test_storage_types(library, golden_model, dtype):
     """Weights in a storage type, compared with the same, rounded values as float32 weights.
 
-    Only the rounding of activations differs: to bfloat16 in large products where the processor has instructions for it,
-    to 8 bits in small products with quantized weights. The golden models have random weights, which magnify errors:
-    rounding activations to bfloat16 once per product moves their features by 3 %.
+    Only the rounding of activations differs: in products of prompts and images to bfloat16, where the processor has
+    instructions for it; in decode steps and lm_head to 8 bits, with quantized weights. The golden models have random
+    weights, which magnify errors: rounding activations to bfloat16 once per product moves their features by 3 %.
     """
     model = golden_model("a")
     packed = store(library, model.weights, DTYPES[dtype])
@@ -145,7 +145,10 @@ def assert_close(values, expected, bound):
 
 @pytest.mark.parametrize("dtype", GROUPS)
 def test_compute_float32(library, golden_model, isa, dtype):
-    """QVL_COMPUTE_FLOAT32 with quantized weights, permuted in layer 0, compared with the same values in float32."""
+    """QVL_COMPUTE_FLOAT32 with types with zero points, compared with the same values stored as float32.
+
+    The inputs of the matrices of layer 0 are permuted.
+    """
     model = golden_model("a")
     weights, random = model.language_weights(), np.random.default_rng(4)
     packed = store(library, weights, dtype)

@@ -124,7 +124,7 @@ def test_linear(library, isa, dtype, shape):
 
 @pytest.mark.parametrize("dtype", GROUPS)
 def test_zero_points_and_order(library, isa, dtype):
-    """Smallest and largest zero points, a row of scales 0, and permuted inputs, compared with NumPy in float64."""
+    """Zero points 0 to n_levels, a row of scales 0, and permuted inputs, compared with NumPy in float64."""
     rows, columns, threads = 19, 715, 2
     group, n_levels = GROUPS[dtype], 16 if dtype in UINT4 else 256
     scales_shape = rows, -(-columns // group)
@@ -230,8 +230,8 @@ def test_activations(library, isa):
 
 def test_bfloat16(library, isa):
     """Conversion of float32 to bfloat16, rounded to nearest even, and back."""
-    # Consecutive bfloat16 values above 1; the same plus a tie, a little less and a little more than a tie; their
-    # negatives.
+    # Consecutive bfloat16 values above 1; the same plus half their distance (a tie), a little less and a little more
+    # than that; the negatives of the bfloat16 values.
     exact = np.arange(1, 300, dtype=np.uint32) * 0x10000 + 0x3F800000
     bits = np.concatenate([exact, exact + 0x8000, exact + 0x7FFF, exact + 0x8001, exact ^ 0x80000000])
     x = bits.astype(np.uint32).view(np.float32)
@@ -362,7 +362,7 @@ def test_blocks_of_a_pool(library, dtype, head_bytes):
 
 
 def test_references(library):
-    """The reference loops in C++ (qvlr_*), compared with NumPy."""
+    """The reference loops in C++ (qvlr_*) except rotary, compared with NumPy."""
     x, w, b = normal(3, 20), normal(5, 20), normal(5)
     y = np.empty([3, 5], np.float32)
     library.dll.qvlr_linear(3, 5, 20, pointer(x), pointer(w), pointer(b), 0, pointer(y))

@@ -156,7 +156,7 @@ def test_exact_values(library):
 
 
 def test_float16(library):
-    """Unpacking of every value, and rounding as in NumPy, also beyond the smallest and the largest value."""
+    """Unpacking of every value but NaN, and rounding as in NumPy, also beyond the smallest and the largest value."""
     all_values = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(16, -1)
     all_values = np.where(np.isnan(all_values), np.float16(1), all_values)
     packed = np.ascontiguousarray(all_values).view(np.uint8).ravel()

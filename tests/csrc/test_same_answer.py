@@ -1,6 +1,6 @@
 """The same answer in any batch: the logits of a sequence are bit-identical alone and beside other sequences.
 
-This is tested for every storage type, instruction set and number of threads.
+This is tested for every storage type and instruction set, and with different numbers of threads.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ class Case:
     def other_entries(self, pool, n, first_block):
         """Entries of n other sequences, each with a block from first_block on.
 
-        They are prompts, last tokens of prompts, and decode steps; a first pass computes their earlier tokens.
+        They are first chunks of prompts, single tokens of prompts, and decode steps; a first pass computes their
+        earlier tokens.
         """
         entries, earlier_entries = [], []
         for i in range(n):
@@ -131,7 +132,10 @@ def assert_same_bits(logits, expected):
 
 
 def test_chunks_beside_other_sequences(case):
-    """The prompt in random chunks, each beside other sequences, on 1 to 3 threads, in passes of different sizes."""
+    """The prompt in random chunks, then decode steps, each beside up to 70 other sequences.
+
+    On 1 to 3 threads, in passes of different sizes.
+    """
     random = case.random
     for trial in range(8):
         pool_dtype, threads = POOL_DTYPES[trial % 4], 1 + trial % 3

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run all tests and timings that need a GPU, the most important first.
+# Run the tests and timings that need a GPU but no Paddle, the most important first.
 #
 #   tests/cuda/check.sh DIR [LOGS]
 #

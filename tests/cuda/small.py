@@ -1,4 +1,7 @@
-"""Helpers for tests of small kernels: calls of csrc/testing/cuda_small.cc with PyTorch tensors as memory."""
+"""Helpers for tests of elementwise, adapter, image and sampling kernels: calls of csrc/testing/cuda_small.cc.
+
+PyTorch tensors are the memory.
+"""
 
 from __future__ import annotations
 

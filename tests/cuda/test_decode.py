@@ -1,4 +1,7 @@
-"""Kernels of decode steps, compared with float64: products with every storage type, and paged attention."""
+"""Kernels of decode steps, compared with float64: products with every storage type, and paged attention.
+
+Also products of prompts, with every storage type.
+"""
 
 from __future__ import annotations
 
@@ -314,7 +317,7 @@ class Cache:
         return y[:n]
 
     def step(self, library, launch, half, fused, qkv, angles, rows, max_keys):
-        """Run rotation and attention on a copy of the cache, in one kernel if `fused`; return results and copy."""
+        """Run rotation and attention on a copy of the cache, in one call if `fused`; return results and copy."""
         n = len(rows)
         scratch, memory = self.scratch(library, n, max_keys), self.memory.clone()
         q = torch.full((n, self.heads * self.width), math.nan, dtype=HALVES[half], device="cuda")

@@ -108,7 +108,10 @@ def test_a_row_does_not_depend_on_the_others(half: torch.dtype) -> None:
 
 
 def test_several_tiles_per_block() -> None:
-    """More groups of tiles than multiprocessors: a thread block computes several, with the same ring of buffers."""
+    """More tiles than thread blocks at a time: except in the portable kernel, a block computes several.
+
+    It uses the same ring of buffers for all of them.
+    """
     w = torch.randn(8192, 328, device="cuda").to(torch.bfloat16)
     x = torch.randn(1500, 328, device="cuda").to(torch.bfloat16)
     expected = reference(FLOAT, w, x, None, None)

@@ -1,13 +1,13 @@
-/* A C program that calls the library as an application does. Built with sanitizers, it tests the library.
+/* A C program that calls the library as an application does, built without and with sanitizers.
  *
- *   driver all            a small random model of every storage type, from memory and from a file: images,
- *                         completions, steps, blocks, events
+ *   driver all            a small random model for every ISA and storage type, from memory and from a file:
+ *                         images, completions, steps, blocks, events
  *   driver threads        several engines at the same time, and several threads on each engine
  *   driver fuzz N SEED    N calls, most of them with a corrupted argument
- *   driver limits         an engine with more threads than fit the memory
+ *   driver limits         an engine with more threads, and a pool with more blocks, than fit the memory
  *   driver soak N         N requests; fails if the process grows by 256 KiB after the first tenth of them
  *
- * Prints one line and returns 0, or prints the failed check and returns 1.
+ * Prints one line and returns 0, or prints the failed check and returns 1. Returns 2 for other arguments.
  */
 #include <math.h>
 #include <pthread.h>
@@ -320,7 +320,8 @@ static void put_varint(params_file* file, uint64_t value, int min_bytes) {
 /* Append the record of a tensor; csrc/core/params_file.cc describes the format. */
 static void put_record(params_file* file, const qvl_tensor* t) {
   static const unsigned char zeros[64];
-  /* Per qvl_dtype: Paddle's code of the type, and bytes per value. Quantized types are stored as uint8. */
+  /* Per qvl_dtype: Paddle's code of the type, and bytes per value. Types other than floats are stored as
+   * uint8. */
   const int types[QVL_DTYPES] = {5, 22, 20, 20, 20, 4, 20, 20, 20, 20, 20, 20, 20};
   const size_t sizes[QVL_DTYPES] = {4, 2, 1, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1};
   put(file, zeros, 16);
@@ -711,6 +712,7 @@ static int fuzz_step(qvl_engine* engine, qvl_kv_pool* pool) {
   qvl_sampling sampling[2] = {greedy(), greedy()};
   qvl_step_args args = {sizeof args, sizeof sampling[0], &batch, 2, 3, sampling, NULL, tokens, logprobs,
                         top,         top_logprobs,       logits};
+  /* In version 0.1 qvl_sampling had 56 bytes, qvl_step_args 80 and qvl_sequence 24. */
   switch (next(&fuzz_random) % 9) {
     case 0:
       args.rows = (int32_t)unusual_integer();
