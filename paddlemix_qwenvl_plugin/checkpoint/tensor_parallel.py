@@ -1,4 +1,4 @@
-"""The joined weights of tensor-parallel ranks, which PaddleNLP saves as `model_state.tp00.pdparams`, `….tp01.pdparams`.
+"""The joined weights of tensor-parallel ranks, which PaddleNLP saves in files such as `model_state.tp00.pdparams`.
 
 The split is that of PaddleNLP's `QWenPretrainedModel._get_tensor_parallel_mappings`; the layout is Paddle's [in, out].
 

@@ -1,4 +1,4 @@
-"""Python objects for the engine library's weights, engines, KV pools, adapters and step outputs.
+"""Python objects for the engine library's weights, engines, KV pools, adapters, device arrays and step outputs.
 
 An object frees its C counterpart when it is garbage-collected.
 """

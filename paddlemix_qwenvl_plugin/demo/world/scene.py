@@ -16,7 +16,7 @@ Box = tuple[int, int, int, int]
 Colour = tuple[int, int, int]
 
 BOX_STEP = 10
-"""Rounding step of box coordinates, in thousandths: about the resolution of the demo model's patches."""
+"""Rounding step of box coordinates, in thousandths: about one of the 128 pixels of the demo model's input."""
 
 _CELL = 1000 / 3
 _RADII = {"small": (75, 92), "large": (128, 155)}
