@@ -5,7 +5,8 @@
 
 These commands write to DIR: the engine, compiled for the ISAs of this machine's processor; its GPU library; the library
 of kernel launchers for tests/cuda; and all kernels in float16 and bfloat16. A kernel that is newer than its source and
-all headers is not compiled again. On the machine with the GPU, `tests/cuda/check.sh DIR` runs the GPU tests and timings.
+all headers is not compiled again. On the machine with the GPU, `tests/cuda/check.sh DIR` runs the GPU tests and
+timings.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class Weight(NamedTuple):
 def stage_weights(
     config: ModelConfig, stage: str, dtype: str, quant_type: Optional[str] = None
 ) -> dict[str, Weight]:
-    """List the weights of a stage, "vision" or "language", by canonical name in the order of the forward pass."""
+    """List the weights of a stage, "vision" or "language", by canonical name in the order of `parameter_shapes`."""
     specs = vision_specs(config) if stage == "vision" else language_specs(config)
     kinds = quantized(specs, quant_type)
     weights = {}

@@ -44,7 +44,7 @@ def convert(
 ) -> None:
     """Convert the model of `source` to the new folder `target`, which is created atomically.
 
-    The source's other files, such as the tokenizer's, are copied.
+    The source's other files, such as the tokenizer's, are copied, except weights and training state.
 
     Args:
         source: a model folder in any supported form.

@@ -77,6 +77,7 @@ class Ranks:
                 )
         degree = read_json(folder / "config.json").get("tensor_parallel_degree")
         numbers = [int(match[1]) for match in matches.values()]
+        # Rank numbers have two digits. Without such a degree, the highest rank present is taken as the last one.
         n_ranks = degree if type(degree) is int and 1 < degree < 100 else numbers[-1] + 1
         if numbers != list(range(n_ranks)):
             raise QwenVLError(

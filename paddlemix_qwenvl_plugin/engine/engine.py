@@ -49,7 +49,7 @@ class Weights:
 
     @classmethod
     def of(cls, tensors: Sequence[NamedTensor]) -> Weights:
-        """Wrap tensors in memory, aligned to 64 bytes, without copying them."""
+        """Wrap tensors in memory without copying them; qvl_tensor (qwenvl.h) states their alignment."""
         c_tensors = (c.Tensor * len(tensors))()
         for c_tensor, tensor in zip(c_tensors, tensors):
             c_tensor.name = tensor.name.encode()
