@@ -41,7 +41,7 @@ class Weights:
         """Map a parameter file with tensor names (contract version 3) into memory.
 
         Raises:
-            QwenVLError: the file is damaged.
+            QwenVLError: the file is missing or damaged, or has no tensor names.
         """
         handle = c_void_p()
         c.call("qvl_weights_open", str(params).encode(), byref(handle))
@@ -171,7 +171,7 @@ class Adapter:
         """Copy the updates into the engine's memory.
 
         Raises:
-            QwenVLError: an update does not fit its matrix, or the device has too little memory.
+            QwenVLError: an update does not fit its matrix or is not finite, or the device has too little memory.
         """
         update_list = list(updates)  # keeps the arrays alive until they are copied
         matrices = (c.AdapterMatrix * len(update_list))()

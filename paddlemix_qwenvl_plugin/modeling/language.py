@@ -116,7 +116,7 @@ class LanguageModel(nn.Layer):
         """Run the layers.
 
         Args:
-            embeddings: [B, S, hidden], from `embed`; rows shorter than S are padded on the right.
+            embeddings: [B, S, hidden], from `embed` or `embed_tokens`; rows shorter than S are padded on the right.
             positions: int64 [B, S], the 0-based position of each token in its row.
             prompt_len: integer [B, 1], length of the complete prompt, which sets the rotary base.
             seq_len: integer [B, 1], number of the row's new tokens, at least 1; the rest of S is padding.

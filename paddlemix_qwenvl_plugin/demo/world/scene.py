@@ -63,7 +63,7 @@ class Thing:
 
     @property
     def box(self) -> Box:
-        """`bounds` in the image, rounded to BOX_STEP, as the model writes them."""
+        """`bounds` rounded to BOX_STEP and clipped to the image, as the model writes them."""
         left, top, right, bottom = (
             min(1000, max(0, round(value / BOX_STEP) * BOX_STEP)) for value in self.bounds
         )
