@@ -5,7 +5,8 @@
 
 These commands write to DIR: the engine, compiled for the ISAs of this machine's processor; its GPU library; the library
 of kernel launchers for tests/cuda; and all kernels in float16 and bfloat16. A kernel that is newer than its source and
-all headers is not compiled again. On the machine with the GPU, `tests/cuda/check.sh DIR` runs all tests.
+all headers is not compiled again. On the machine with the GPU, `tests/cuda/check.sh DIR` runs the GPU tests and
+timings.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def gpu_bundle(folder: Path, architecture: int) -> None:
     """
     make_folder(folder)
     csrc = sources.source_folder()
+    # newest=99: on a machine without a GPU, no driver limits the version of NVRTC.
     kernels = build.kernel_target(nvrtc.find((architecture,), newest=99), (architecture,))
     outdated = [unit for unit in kernels.units if not _is_up_to_date(unit, folder, csrc)]
     engine = build.library_target(sources.library_units(csrc, sources.isas_here(csrc)))

@@ -115,9 +115,10 @@ def n_not_finite(values: NDArray[np.generic], dtype: str) -> int:
 
 
 def read_tensors(path: Path, manifest: Manifest) -> list[Entry]:
-    """List the weights of a stage with their byte ranges, in the file's order; only record headers are read.
+    """List the weights of a stage with their byte ranges, in the file's order.
 
-    Files of contract version 2 have no names: their records are in the order of the sorted names.
+    `check_weights` checks the file; then only record headers are read. Files of contract version 2 have no names: their
+    records are in the order of the sorted names.
 
     Raises:
         QwenVLError: the file is missing, damaged, or not the one that the manifest describes.
@@ -182,7 +183,10 @@ def _records(path: Path) -> Iterator[_FileRecord]:
 
 
 def _parse(message: bytes, offset: int) -> _FileRecord:
-    """Parse the TensorDesc message of a record whose values begin at `offset`; exceptions as in `_records`."""
+    """Parse the TensorDesc message of a record whose values begin at `offset`.
+
+    If it is damaged, raises one of the exceptions that `_records` catches.
+    """
     # The message begins with the tag and the value of field 1. Then each field is a tag and a varint: a dimension, or
     # the length of the content of _FIELD.
     n_bytes, position, content = _ITEM_BYTES[message[1]], 2, b""

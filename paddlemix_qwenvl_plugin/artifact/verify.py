@@ -1,4 +1,4 @@
-"""Full verification of an exported stage: file digests, and weights that are not finite."""
+"""Full verification of an exported stage: the digests of all files, and that all weights are finite."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class Weight(NamedTuple):
 def stage_weights(
     config: ModelConfig, stage: str, dtype: str, quant_type: Optional[str] = None
 ) -> dict[str, Weight]:
-    """List the weights of a stage, "vision" or "language", by canonical name in the order of the forward pass."""
+    """List the weights of a stage, "vision" or "language", by canonical name in the order of `parameter_shapes`."""
     specs = vision_specs(config) if stage == "vision" else language_specs(config)
     kinds = quantized(specs, quant_type)
     weights = {}
@@ -38,7 +38,10 @@ def stage_weights(
 
 
 def parameter_shapes(specs: Mapping[str, TensorSpec], config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of a stage's parameters in the engine's layout (matrices [out, in]), in the order of the specs."""
+    """Shapes of a stage's parameters in the engine's layout (matrices [out, in]).
+
+    In the order of the specs; the vision stage's last entry is key_pos_embed, which has no spec.
+    """
     shapes = {name: spec.shape[::-1] if spec.linear else spec.shape for name, spec in specs.items()}
     for table, source in TABLES.items():
         if source in specs:

@@ -51,8 +51,8 @@ def run(source: Source, target: Path, model: Model[S], window: int) -> None:
         window: number of concurrent rows.
 
     Raises:
-        QwenVLError: another process or another job owns the partial file, or the exported stages cannot be run. The
-            partial file keeps the results so far.
+        QwenVLError: another process or another job owns the partial file, the model cannot be run, or the input has
+            changed. The partial file keeps the results so far.
         OSError: a file cannot be written.
     """
     job = identity(source.sha256, source.defaults, model.weights, model.picture_label)

@@ -63,7 +63,10 @@ class Conversation:
         self._transcripts = Transcripts()
 
     def run(self, line: str) -> bool:
-        """Execute a line; return False for /quit. After an error the conversation is unchanged."""
+        """Execute a line; return False for /quit.
+
+        After an error the conversation is unchanged, except that an answer whose boxes cannot be drawn is kept.
+        """
         parsed = parse(line)
         if not isinstance(parsed, str):
             return self._command(*parsed)

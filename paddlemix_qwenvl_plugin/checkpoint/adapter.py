@@ -52,7 +52,7 @@ _FORMATS = (
 _PEFT_PREFIX = "base_model.model."
 # Stored name of A or B, such as h.0.attn.c_attn.lora_A.default.weight.
 _LOW_RANK = re.compile(r"(?P<module>.+)\.lora_(embedding_)?(?P<matrix>[AB])(\.default)?(\.weight)?")
-# Name components that PEFT inserts for a module that it saves completely.
+# Name components that PEFT inserts for trained biases (base_layer) and for modules that it saves completely.
 _WRAPPERS = re.compile(r"\.(base_layer|modules_to_save)(\.default)?(?=\.)")
 
 
@@ -178,7 +178,7 @@ class Adapter:
         return LowRank(stored["A"], stored["B"], scaling)
 
     def _check_shape(self, stored: str, shape: tuple[int, ...], reverse: bool, rank: int = 0) -> None:
-        """Raise QwenVLError unless a tensor has a shape; with `reverse`, the reversed shape.
+        """Raise QwenVLError unless a tensor has the given shape, or with `reverse` the reversed one.
 
         The message names `rank` if it is not 0.
         """

@@ -50,7 +50,7 @@ class Checkpoint:
         quantized: the weights quantized by GPTQ or AWQ, which `tensors` does not read; None without such weights.
 
     Raises:
-        UsageError: the folder, its config or its weights do not exist; an adapter for quantized weights.
+        UsageError: the folder, its config or its weights do not exist; an adapter for quantized or tied weights.
         QwenVLError: a tensor is missing, unknown, mis-shaped or laid out unlike the others; the message names it.
     """
 
@@ -258,7 +258,7 @@ class Checkpoint:
                     )
                 evidence = (transposed, canonical[name])
         # Each stage has a fused projection to 3 times the width, a matrix that is never square. Only a quantized
-        # language model with a square lm_head gives no evidence; every quantizer stores lm_head as [out, in].
+        # language model with a square or tied lm_head gives no evidence; every quantizer stores lm_head as [out, in].
         return evidence is None or evidence[0]
 
 

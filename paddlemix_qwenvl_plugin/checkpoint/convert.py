@@ -42,9 +42,9 @@ def convert(
     to: str = "paddlemix",
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Convert the model of `source` to the new folder `target`; tokenizer and config files are copied.
+    """Convert the model of `source` to the new folder `target`, which is created atomically.
 
-    The folder is created atomically.
+    The source's other files, such as the tokenizer's, are copied, except weights and training state.
 
     Args:
         source: a model folder in any supported form.
@@ -71,9 +71,9 @@ def convert(
 
 
 def _tensors(checkpoint: Checkpoint, dtype: Optional[str]) -> dict[str, Stored]:
-    """Shape and dtype of every tensor of the new folder, by canonical name in the order of the forward pass.
+    """Shape and dtype of every tensor of the new folder, by canonical name.
 
-    The integers, scales and zero points of quantized layers keep their dtypes.
+    The tensors of quantized layers, whose dtypes are kept, come first; the others are in the order of the forward pass.
     """
     quantized = checkpoint.quantized
     tensors: dict[str, Stored] = dict(quantized.stored) if quantized else {}

@@ -68,5 +68,6 @@ def to_float32(array: NDArray[np.generic], source: str) -> NDArray[np.float32]:
 def _round_to_bfloat16(wide: NDArray[np.float32]) -> NDArray[np.uint16]:
     bits = np.ascontiguousarray(wide).view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    # Rounding up a NaN could carry into its exponent and sign, which would turn it into zero or infinity.
+    # Rounding could turn a NaN into infinity, by cutting off its low bits, or into zero, by a carry into exponent and
+    # sign.
     return np.where(np.isnan(wide), np.uint16(0x7FC0), rounded)

@@ -35,7 +35,7 @@ def engine_group(group_size: int) -> int:
 
 
 def n_groups(n_in: int, group_size: int) -> int:
-    """Number of groups of `n_in` inputs in the checkpoint; the last group may be smaller."""
+    """Number of the checkpoint's groups that `n_in` inputs form; the last group may be smaller."""
     return 1 if group_size == -1 else -(-n_in // group_size)
 
 

@@ -19,7 +19,7 @@ Lora = Union[PathLike, tuple[PathLike, float]]
 
 
 class Merge:
-    """Adapters with their weights, merged into the tensors of a model one at a time.
+    """Adapters, each with a weight (a factor), merged into the tensors of a model, one tensor at a time.
 
     If an adapter replaces a tensor W by T, W becomes W + weight * (T - W). Then weight * scaling * B A of each adapter
     is added.

@@ -2,9 +2,12 @@
 
 | file | written by | keys read |
 | --- | --- | --- |
-| config.json | transformers, AutoGPTQ, GPTQModel, AutoAWQ, auto-round | `quantization_config`, with the keys below |
+| config.json | transformers, AutoGPTQ, GPTQModel, AutoAWQ, auto-round | `quantization_config`, see below |
 | quantize_config.json | AutoGPTQ, GPTQModel | `bits`, `group_size`, `desc_act`, `checkpoint_format`, `meta` |
 | quant_config.json | AutoAWQ | `w_bit`, `q_group_size`, `version` |
+
+`quantization_config` has the method, `quant_method`, and the keys of the method's other file, with AWQ's sizes as
+`bits` and `group_size`. `is_marlin_format` of AutoGPTQ is read to refuse such weights.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ class QuantConfig:
     Attributes:
         method: gptq or awq.
         bits: 4 or 8.
-        group_size: input values that share a scale and a zero point; -1: all of them.
+        group_size: number of weights of a row that share a scale and a zero point; -1: all of the row.
         act_order: whether columns may belong to groups in any order (`desc_act`), given by `g_idx`.
         zeros_minus_one: whether zero points are stored minus one, as in AutoGPTQ's first format.
         zeros_borrow: if zeros_minus_one: whether the quantizer subtracted in whole int32 words, with borrows between

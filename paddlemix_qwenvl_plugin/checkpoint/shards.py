@@ -67,7 +67,7 @@ class Shards:
 
     @classmethod
     def open(cls, folder: Path, weight_files: Sequence[tuple[str, str]] = WEIGHT_FILES) -> Shards:
-        """Find and index the weight files of a folder, the first of `weight_files` that exists.
+        """Find and index the weight files of a folder, the first of `weight_files` that exists, else AutoGPTQ's.
 
         Raises:
             UsageError: the folder has no weight file with a known name.

@@ -1,6 +1,7 @@
 """A restricted unpickler for dicts of tensors: a pickle can run code, so only listed names and opcodes are allowed.
 
-Values of tensors are not read: a long string of bytes or text in the pickle becomes a `Span`, its location in the file.
+The values of most tensors are not read: a string of more than 1024 bytes, of bytes or text, becomes a `Span`, its
+location in the file.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class _BoundedFile:
 
 # Derived from the pure-Python unpickler: the C version allocates gigabytes if a length in a damaged file is that large.
 class TableUnpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
-    """Unpickler for any protocol that resolves only the names in `known`.
+    """An unpickler that resolves only the names in `known`.
 
     Dicts have text keys only: the hash of nested tuples can take forever.
 
@@ -167,7 +168,7 @@ class _CountedDispatch(dict[int, Callable[[Any], None]]):
 
 
 def check_shape(shape: Any) -> tuple[int, ...]:
-    """Return the shape of a tensor in a pickle; raise ValueError unless it has up to 8 sizes of up to 2^48."""
+    """Return the shape of a tensor in a pickle; raise ValueError unless it has up to 8 sizes below 2^48."""
     sizes = tuple(shape) if isinstance(shape, (tuple, list)) and len(shape) <= MAX_DIMS else (None,)
     if not all(type(size) is int and 0 <= size < 1 << 48 for size in sizes):
         raise ValueError("a tensor has no valid shape")

@@ -1,4 +1,4 @@
-"""The joined weights of tensor-parallel ranks, which PaddleNLP saves as `model_state.tp00.pdparams`, `….tp01.pdparams`.
+"""The joined weights of tensor-parallel ranks, which PaddleNLP saves in files such as `model_state.tp00.pdparams`.
 
 The split is that of PaddleNLP's `QWenPretrainedModel._get_tensor_parallel_mappings`; the layout is Paddle's [in, out].
 
@@ -77,6 +77,7 @@ class Ranks:
                 )
         degree = read_json(folder / "config.json").get("tensor_parallel_degree")
         numbers = [int(match[1]) for match in matches.values()]
+        # Rank numbers have two digits. Without such a degree, the highest rank present is taken as the last one.
         n_ranks = degree if type(degree) is int and 1 < degree < 100 else numbers[-1] + 1
         if numbers != list(range(n_ranks)):
             raise QwenVLError(

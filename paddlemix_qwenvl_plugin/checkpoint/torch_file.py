@@ -22,7 +22,7 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, first_line
 _DAMAGED = (zipfile.BadZipFile, *DAMAGED)
 # The table of a 7B model takes 100 KB.
 _MAX_TABLE_BYTES = 16 << 20
-# Size of the local file header before the content of each zip member, without the file name.
+# Size of the local file header before the content of each zip member, without the file name and the extra field.
 _ZIP_HEADER_BYTES = 30
 
 

@@ -10,7 +10,7 @@ import typer
 def verify(
     prefix: Path = typer.Argument(..., help="Prefix of an exported stage, as given to --save_path."),
 ) -> None:
-    """Compare every file of an exported stage with its manifest."""
+    """Compare every file of an exported stage with its manifest, and check that all weights are finite."""
     from paddlemix_qwenvl_plugin.artifact.verify import verify as verify_stage
 
     manifest = verify_stage(prefix)

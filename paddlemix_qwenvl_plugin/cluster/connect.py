@@ -67,7 +67,7 @@ def connect(address: str = DEFAULT, **options: Any) -> Iterator[None]:
 def _check_answers(address: str) -> None:
     """Check that an address accepts connections; Ray itself would retry for a minute.
 
-    Without HOST:PORT there is nothing to check.
+    DEFAULT, auto and local are accepted unchecked.
 
     Raises:
         UsageError: the address is not valid.

@@ -33,7 +33,7 @@ from paddlemix_qwenvl_plugin.util.files import write_beside
 
 PAGE, SHEET, ANSWERS = "index.html", "sheet.png", "answers.json"
 
-# Files that a demo writes, and the marker file of a demo folder.
+# Files and folders that a demo writes, and the marker file of a demo folder.
 _NAMES = (PAGE, SHEET, ANSWERS, "images", "vision", "text")
 _MARKER = ".qwenvl-demo"
 

@@ -1,4 +1,4 @@
-"""Diagnose an installation and name the fix of each problem.
+"""Diagnose an installation and name the fixes of its problems, where known.
 
 Nothing here imports Paddle or an upstream: separate processes do, because such an import may raise, abort or hang.
 """

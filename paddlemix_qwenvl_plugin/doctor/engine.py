@@ -70,7 +70,7 @@ def check_gpu_engine() -> Check:
         cause, separator, _ = str(error).partition(f": {nvrtc.INSTALL}")
         return Check("gpu_engine", "note", f"{summary}; {cause}", nvrtc.INSTALL if separator else None, data)
     states = {library_state, kernels_state}
-    # The worst of the two states.
+    # The worse of the two states; a shipped library counts as built.
     state = next((worst for worst in ("failed", "not built") if worst in states), "built")
     data.update(state=state, library=str(library), kernels=str(kernels))
     summary += f", {data['nvrtc']}"

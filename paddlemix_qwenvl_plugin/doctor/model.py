@@ -19,7 +19,7 @@ _FACTS = (
     "vision_layers",
     "tokenizer",
 )
-_TIMEOUT = 1800.0  # seconds; formats other than safetensors are read completely
+_TIMEOUT = 1800.0  # seconds; ample for a large checkpoint on a slow disk
 
 
 def check_model(folder: Path) -> Check:

@@ -1,7 +1,8 @@
 """The engine's libraries: shipped, or compiled on first use into a cache shared by all processes of a user.
 
-`libqwenvl.so` is the engine, independent of Paddle. `libqwenvl_paddle.so` binds the engine to the installed Paddle.
-`libqwenvl_cuda.so` is the engine's GPU part; the kernels for the GPUs of this machine are separate files.
+`libqwenvl.so` is the engine, independent of Paddle. `libqwenvl_paddle.so`, never shipped, binds the engine to the
+installed Paddle. `libqwenvl_cuda.so` is the engine's GPU part; the kernels for the GPUs of this machine are separate
+files, also never shipped.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ class Target(NamedTuple):
     """A library to build from units; with `link` None, the units' output files themselves.
 
     Attributes:
-        folders: folders of csrc/ whose files are part of the cache key, in addition to the flags and `identity`.
+        folders: folders of csrc/ whose files are part of the cache key (see `_folder` for its other parts).
         identity: texts that identify the compiler and, for the operators, the installed Paddle.
         link: further arguments of the linker.
         title: name of the target in error messages.
@@ -145,7 +146,7 @@ class Target(NamedTuple):
 
 
 def build(target: Target, folder: Path, log: IO[str]) -> None:
-    """Compile and link `target.files` in an empty folder; commands and their output go to `log`.
+    """Create `target.files` in an empty folder; commands and their output go to `log`.
 
     Raises:
         BuildFailed: a compiler or the linker failed.
@@ -171,7 +172,7 @@ def build(target: Target, folder: Path, log: IO[str]) -> None:
 
 
 class BuildFailed(Exception):
-    """Error of a compiler run; `transient` if a retry may succeed."""
+    """Error of a compiler or linker run; `transient` if a retry may succeed."""
 
     def __init__(self, done: subprocess.CompletedProcess[str]) -> None:
         lines = [line.strip() for line in done.stdout.splitlines()]

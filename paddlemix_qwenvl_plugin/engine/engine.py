@@ -1,4 +1,4 @@
-"""Python objects for the engine library's weights, engines, KV pools, adapters and step outputs.
+"""Python objects for the engine library's weights, engines, KV pools, adapters, device arrays and step outputs.
 
 An object frees its C counterpart when it is garbage-collected.
 """
@@ -41,7 +41,7 @@ class Weights:
         """Map a parameter file with tensor names (contract version 3) into memory.
 
         Raises:
-            QwenVLError: the file is damaged.
+            QwenVLError: the file is missing or damaged, or has no tensor names.
         """
         handle = c_void_p()
         c.call("qvl_weights_open", str(params).encode(), byref(handle))
@@ -49,7 +49,7 @@ class Weights:
 
     @classmethod
     def of(cls, tensors: Sequence[NamedTensor]) -> Weights:
-        """Wrap tensors in memory, aligned to 64 bytes, without copying them."""
+        """Wrap tensors in memory without copying them; qvl_tensor (qwenvl.h) states their alignment."""
         c_tensors = (c.Tensor * len(tensors))()
         for c_tensor, tensor in zip(c_tensors, tensors):
             c_tensor.name = tensor.name.encode()
@@ -171,7 +171,7 @@ class Adapter:
         """Copy the updates into the engine's memory.
 
         Raises:
-            QwenVLError: an update does not fit its matrix, or the device has too little memory.
+            QwenVLError: an update does not fit its matrix or is not finite, or the device has too little memory.
         """
         update_list = list(updates)  # keeps the arrays alive until they are copied
         matrices = (c.AdapterMatrix * len(update_list))()

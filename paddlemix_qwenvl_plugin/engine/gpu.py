@@ -30,10 +30,10 @@ def gpu_index(device: str, flag: str = "--device") -> Optional[int]:
 
 
 def usable(index: int) -> Gpu:
-    """Check that the engine runs on GPU `index`, counted among the GPUs visible to this process.
+    """Check that the engine runs on GPU `index`, counted among the GPUs visible to this process, and return the GPU.
 
     Raises:
-        UsageError: the GPU does not exist, or the engine does not support it.
+        UsageError: the driver or the GPU is missing, or the engine does not support it.
     """
     gpus = _driver().gpus
     if index >= len(gpus):
@@ -53,7 +53,7 @@ def compiler() -> nvrtc.Nvrtc:
     """Find the NVRTC that compiles the kernels for all supported GPUs of this machine.
 
     Raises:
-        QwenVLError: no driver, or no suitable NVRTC.
+        UsageError, QwenVLError: no driver for CUDA 12 or newer, or no suitable NVRTC.
     """
     return nvrtc.find(_architectures(), _driver().version // 1000)
 

@@ -255,7 +255,7 @@ def load() -> ctypes.CDLL:
     Raises:
         QwenVLError: the library cannot be built.
     """
-    # RTLD_GLOBAL, so that the symbols of the operators for Paddle (csrc/paddle) resolve to this library.
+    # RTLD_GLOBAL, so that the calls from the operators for Paddle (csrc/paddle) resolve to this library.
     library = ctypes.CDLL(str(library_path()), mode=ctypes.RTLD_GLOBAL)
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(library, name)

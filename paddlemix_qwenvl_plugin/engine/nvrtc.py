@@ -66,7 +66,7 @@ def _libraries() -> Iterator[str]:
     for folder in _sites():
         for pattern in patterns:
             for path in sorted(folder.glob(pattern), reverse=True):
-                # Other libraries of NVRTC that match the pattern.
+                # Skip NVRTC's other libraries, which match the patterns as well.
                 if not any(word in path.name for word in ("builtins", ".alt.")):
                     yield str(path)
     for toolkit in _toolkits():

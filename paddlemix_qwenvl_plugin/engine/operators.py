@@ -18,8 +18,10 @@ from paddlemix_qwenvl_plugin.util.threads import cpu_threads
 def load() -> ctypes.CDLL:
     """Load the operators' library, built now if necessary, and register its operators with Paddle.
 
+    If QWENVL_DEVICE names a GPU, also load the engine's part for GPUs, which the operators then use.
+
     Raises:
-        QwenVLError: the library cannot be built.
+        QwenVLError: a library cannot be built, or the GPU cannot be used.
     """
     from paddle.base import core
     from paddle.base.framework import OpProtoHolder, get_all_op_protos

@@ -1,4 +1,4 @@
-"""Referring-expression accuracy (RefCOCO, RefCOCO+, RefCOCOg): overlap of the requested box."""
+"""Referring-expression accuracy (RefCOCO, RefCOCO+, RefCOCOg): overlap with the reference box."""
 
 from __future__ import annotations
 

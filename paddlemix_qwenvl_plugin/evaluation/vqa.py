@@ -26,7 +26,7 @@ class VqaRow(Row):
     Attributes:
         question_id: id of the row.
         question: the question without the prompt's other text.
-        answers: up to 10 reference answers; in the official files, the key is `answer`, with a string or a list.
+        answers: the reference answers, 10 in VQAv2; in the official files `answer`, a string or a list.
     """
 
     question_id: Id
@@ -116,7 +116,8 @@ def normalise(answer: str) -> str:
     """Normalise an answer for VQA accuracy (visualqa.org/evaluation).
 
     Lower case, number words as digits, no articles; contractions get their apostrophe ("dont" becomes "don't").
-    Punctuation is removed except apostrophes, colons, decimal points and symbols such as % and $.
+    Punctuation becomes spaces, full stops are removed; apostrophes, colons, decimal points and symbols such as % and $
+    are kept.
     """
     text = answer.lower()
     text = re.sub(r"(?<=\d),(?=\d)", "", text)  # thousands separators
@@ -129,7 +130,7 @@ def normalise(answer: str) -> str:
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _DIGITS = {"none": "0", **{word: str(number) for number, word in enumerate(_NUMBERS)}}
 
-# Contractions that are not another word without their apostrophe, unlike "we'll", "it's" and "we're".
+# Contractions that are seldom another word without their apostrophe, unlike "we'll", "it's" and "we're".
 _WITH_APOSTROPHE = """
     ain't aren't can't couldn't didn't doesn't don't hadn't hasn't haven't isn't mightn't mustn't needn't oughtn't
     shan't shouldn't wasn't weren't won't wouldn't could've i've might've must've not've should've they've we've

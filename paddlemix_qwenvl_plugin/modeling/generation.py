@@ -194,7 +194,7 @@ def penalise(
 
     Args:
         logits: float32 [B, V].
-        counts: int64 [B, V], occurrences of each generated token.
+        counts: int64 [B, V], how often each token was generated in the row.
         repetition, frequency, presence: float32 [B, 1]; 1, 0, 0 leave the logits unchanged.
     """
     scaled = paddle.where(logits < 0, logits * repetition, logits / repetition)

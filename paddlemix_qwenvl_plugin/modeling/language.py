@@ -14,7 +14,7 @@ from paddlemix_qwenvl_plugin.modeling import ops
 from paddlemix_qwenvl_plugin.modeling.layers import Linear, RMSNorm, attend, parameter_attr
 from paddlemix_qwenvl_plugin.modeling.rotary import query_scale, rotary_tables, rotate
 
-# Finite, so that a row of padding yields no NaN; its exp() is 0 in float32.
+# Finite, since chunk_mask multiplies it by 0. exp(MASKED) is 0 in float32.
 MASKED = -1e9
 
 
@@ -116,10 +116,10 @@ class LanguageModel(nn.Layer):
         """Run the layers.
 
         Args:
-            embeddings: [B, S, hidden], from `embed`; rows shorter than S are padded on the right.
+            embeddings: [B, S, hidden], from `embed` or `embed_tokens`; rows shorter than S are padded on the right.
             positions: int64 [B, S], the 0-based position of each token in its row.
             prompt_len: integer [B, 1], length of the complete prompt, which sets the rotary base.
-            seq_len: integer [B, 1], number of the row's tokens without padding, at least 1.
+            seq_len: integer [B, 1], number of the row's new tokens, at least 1; the rest of S is padding.
             cache_valid: bool [B, P], which of the P cache entries hold a token of the row, not padding; None without a
                 cache.
             caches: per layer (key, value), each [B, heads, P, head_dim].
@@ -181,7 +181,7 @@ def chunk_mask(positions: paddle.Tensor, cache_valid: paddle.Tensor | None) -> p
 
     Its shape is float32 [B, 1, S, P + S]; without a cache, [1, 1, S, S] for all rows.
 
-    Within the chunk the mask is causal, so that no token attends to the padding, which is on the right.
+    Within the chunk the mask is causal, so that only padding attends to the padding, which is on the right.
     """
     n_tokens = paddle.shape(positions)[1]
     order = paddle.arange(n_tokens, dtype="int64")

@@ -1,4 +1,4 @@
-"""Layers whose parameters have the checkpoint's tensor names.
+"""Layers whose parameters have canonical tensor names (checkpoint/tensors.py).
 
 They work in Paddle's dynamic mode (the reference) and static mode (export), where a parameter's name is fixed at
 creation. Weights are loaded later, so parameters are created without random initialization.

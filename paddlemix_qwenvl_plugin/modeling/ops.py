@@ -1,7 +1,7 @@
 """Operators that work in legacy (`.pdmodel`) programs, where Paddle's Python functions for them fail since Paddle 3.3.
 
 Since 3.3 these Python functions call C++ directly and accept only dynamic tensors and PIR values. In a legacy program,
-the functions of this module append the operator by name; otherwise they call Paddle's function.
+the functions of this module (except `iota`) append the operator by name; otherwise they call Paddle's function.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ def _sources_in(nav: Any) -> Iterator[str]:
 
 
 def _target(link: str, name: str) -> tuple[str, str] | None:
-    """Return (path in the repository, fragment) of a link on the page `name`; None if it leads to no such file."""
+    """Return (path in the repository, fragment) of a link on the page `name`; None if it leads to no file there."""
     path, _, fragment = link.partition("#")
     if not path or re.match(r"[a-z]+:", path):  # a link within the page, or a URL
         return None

@@ -28,7 +28,7 @@ from tools.train_demo.rows import ONE, TWO, Row, Size, make_row
 
 IMAGES = 512  # per shard; each is in two rows with one image, and every fourth is the first in a row with two
 SIDES = (192, 256, 320)  # sizes in which the scenes are drawn, in pixels
-BASE_SHARE = 0.2  # probability that a row has the base form instead of the chat form
+BASE_SHARE = 0.2  # probability that a row with one image has the base form instead of the chat form
 
 # By name: "images", and the fields of the rows, such as "one.ids" and "two.starts".
 Arrays = dict[str, NDArray[np.generic]]

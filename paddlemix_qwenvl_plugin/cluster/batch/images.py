@@ -21,7 +21,9 @@ _LOADED_BY_MODEL = re.compile(r"(data|https?|file):", re.IGNORECASE)
 
 
 def with_images(rows: Iterable[tuple[int, Row]], folder: str, ahead: int) -> Iterator[tuple[int, Row]]:
-    """Replace fsspec URLs of images in rows by the images' bytes; a row whose image cannot be read becomes an error.
+    """Replace images in rows by their bytes where the model cannot load them: fsspec URLs, and paths in a URL `folder`.
+
+    A row whose image cannot be read becomes an error.
 
     Args:
         rows: (number, row) pairs.

@@ -162,7 +162,9 @@ def _check(job: Job, expected: dict[str, Any], manifest: dict[str, Any]) -> None
 
 
 def _collect_errors(job: Job, parts: Sequence[Part]) -> int:
-    """Copy the failed rows of all parts into ERRORS, if any; remove temporary files; return the number of failed rows.
+    """Copy the failed rows of all parts into ERRORS, if any; remove stale files; return the number of failed rows.
+
+    Stale are temporary files, and ERRORS of an earlier run if no row has failed.
 
     Raises:
         QwenVLError: a part does not contain the results of exactly its rows.

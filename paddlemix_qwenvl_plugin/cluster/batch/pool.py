@@ -13,7 +13,7 @@ from paddlemix_qwenvl_plugin.cluster.batch.worker import Work, Worker, open_with
 from paddlemix_qwenvl_plugin.runtime.model import Model
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, first_line
 
-# The user gets a notice if no actor has opened the model after this time.
+# The user gets a notice if `describe_model` has no result after this time.
 _SECONDS_UNTIL_NOTICE = 30.0
 
 

@@ -105,7 +105,7 @@ class Coordinator:
         self._owner = owner
 
     async def owner(self) -> str:
-        """Return the id of the command that deployed the application last; "" after a restart of this actor."""
+        """Return the last id given to `set_owner`; "" if it was not called since this actor's last start."""
         return self._owner
 
     async def acquire(
@@ -144,7 +144,7 @@ class Coordinator:
     ) -> Totals:
         """Record the report of a process, `kind` front or engine, and return the cluster state.
 
-        Adopts reported leases that are unknown here; releases leases of the front that it does not report.
+        Adopts reported leases that are unknown here; releases older leases of the front that are missing in its report.
         """
         now = time.monotonic()
         self._processes[name] = _Process(kind, now, ready, metrics)

@@ -21,7 +21,10 @@ _UNHEALTHY_SECONDS = 60.0
 
 
 class Chunk(NamedTuple):
-    """Tokens of a request since the previous chunk; the last chunk has the finish reason."""
+    """Tokens of a request since the previous chunk; the last chunk has the finish reason.
+
+    `n_cached`: number of prompt tokens found in the prefix cache.
+    """
 
     tokens: list[Token]
     n_cached: int

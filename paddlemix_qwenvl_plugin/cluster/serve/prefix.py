@@ -12,13 +12,13 @@ from paddlemix_qwenvl_plugin.serve.engine_api import EngineRequest
 def prefix_of(request: EngineRequest, image_end: int) -> str:
     """Compute a digest of a request's adapter and of its shared prefix.
 
-    The shared prefix is the first turn up to and including its last image; without an image, the first turn. All turns
+    The shared prefix is the prompt before the first answer, up to and including the last image if it has one. All turns
     of a conversation have the same digest, and so have all questions that follow the same image.
 
     Args:
         image_end: id of the token after an image's slots.
     """
-    # The first generated range of the prompt is the answer of the first turn.
+    # Without that turn's answer, which is the first generated range of the prompt.
     first_turn = list(request.prompt[: request.generated[0][0] if request.generated else None])
     image_ends = [index for index, token in enumerate(first_turn) if token == image_end]
     beginning = first_turn[: image_ends[-1] + 1] if image_ends else first_turn

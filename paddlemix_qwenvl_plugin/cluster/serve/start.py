@@ -62,7 +62,7 @@ def start_on(
         print_line: prints a line for the user.
 
     Returns:
-        The second signal, if one arrived before all requests had ended; else None.
+        The second signal, if one arrived before the application was removed; else None.
 
     Raises:
         UsageError: conflicting settings, or Ray is not installed or too old.

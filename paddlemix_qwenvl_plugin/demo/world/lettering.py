@@ -25,7 +25,10 @@ def stroke(pixels: float) -> int:
 
 @cache
 def ink(text: str) -> tuple[float, float, float, float]:
-    """Bounding box (left, top, right, bottom) at font size 1, from the text origin, with the outer letter spacing."""
+    """Bounding box (left, top, right, bottom) at font size 1, from the text origin.
+
+    It includes the space left of the first letter and right of the last.
+    """
     left, top, right, bottom = font(_MEASURED_SIZE).getbbox(text, stroke_width=stroke(_MEASURED_SIZE))
     return left / _MEASURED_SIZE, top / _MEASURED_SIZE, right / _MEASURED_SIZE, bottom / _MEASURED_SIZE
 

@@ -78,7 +78,7 @@ def colour(rng: random.Random, scenes: tuple[Scene, Scene], language: str) -> Op
     if not scene.shapes:
         return None
     thing = rng.choice(scene.shapes)
-    # Named by kind only: the other image may contain the same kind in another colour.
+    # Named by kind, which must be unique in this image only: the question has the number of the image.
     name = SHAPES[thing.kind][language]
     if sum(shape.kind == thing.kind for shape in scene.shapes) > 1:
         return None

@@ -16,7 +16,7 @@ Box = tuple[int, int, int, int]
 Colour = tuple[int, int, int]
 
 BOX_STEP = 10
-"""Rounding step of box coordinates, in thousandths: about the resolution of the demo model's patches."""
+"""Rounding step of box coordinates, in thousandths: about one of the 128 pixels of the demo model's input."""
 
 _CELL = 1000 / 3
 _RADII = {"small": (75, 92), "large": (128, 155)}
@@ -63,7 +63,7 @@ class Thing:
 
     @property
     def box(self) -> Box:
-        """`bounds` in the image, rounded to BOX_STEP, as the model writes them."""
+        """`bounds` rounded to BOX_STEP and clipped to the image, as the model writes them."""
         left, top, right, bottom = (
             min(1000, max(0, round(value / BOX_STEP) * BOX_STEP)) for value in self.bounds
         )
