@@ -33,7 +33,7 @@ _PADDLE_ERRORS = (RuntimeError, ValueError, OSError, MemoryError, SystemError, I
 
 
 class Stage:
-    """An exported stage whose weights, if large by samples, have been checked against its manifest.
+    """An exported stage. Its weights have been checked against its manifest, large ones only by samples.
 
     Programs are checked by `open`.
 
