@@ -34,9 +34,9 @@ def run(recipe: Recipe, output: Path, from_step: Optional[str] = None) -> Path:
 
     Raises:
         UsageError: the recipe has no step `from_step`, or the run folder cannot be created in `output`.
-        QwenVLError: a requirement is not met, an asset is missing or has another digest, no run to resume exists, a step
-            failed or timed out, or an expectation was missed. A failed or timed-out step and missed expectations are in
-            results.json.
+        QwenVLError: a requirement is not met, an asset is missing or has another digest, no run to resume exists, a
+            step failed or timed out, or an expectation was missed. A failed or timed-out step and missed expectations
+            are in results.json.
         KeyboardInterrupt, SystemExit: re-raised (Ctrl-C, SIGTERM) after the step was ended and results.json written.
     """
     first = _index(recipe, from_step)

@@ -26,7 +26,7 @@ class RequestError(QwenVLError):
 
 
 class TooLargeError(QwenVLError):
-    """A limit on bytes, pixels or memory is exceeded."""
+    """A limit on bytes, pixels, memory or time is exceeded."""
 
 
 def one_line(text: str) -> str:

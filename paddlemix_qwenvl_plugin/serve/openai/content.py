@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.serve.openai.schema import Schema
 _IMAGE_TAGS = ("<img>", "</img>", "<imgpad>")
 
 MAX_PARTS = 1024
-"""Maximum length of a list of messages, parts, prompts or boxes; it bounds the time and number of errors of validation."""
+"""Maximum length of a list of messages, parts, prompts or boxes. It limits validation's time and number of errors."""
 
 
 class ImageURL(Schema):
