@@ -38,8 +38,8 @@ _STEP_TOKENS = 512  # maximum number of tokens in a step on a CPU
 _GPU_STEP_TOKENS = 2048  # the same on a GPU
 _MAX_RUNNING = 256  # maximum number of requests in a step
 
-# Maximum size of the KV cache on a CPU, as a share of the memory free when the model is opened. The operating system
-# commits the memory only as the cache fills.
+# Size of the KV cache on a CPU, as a share of the memory free when the model is opened, if this is enough for a request
+# of the full context. The operating system commits the memory only as the cache fills.
 _CACHE_SHARE = 0.25
 # Maximum size of the KV cache on any device, in requests of the full context.
 _CACHE_CONTEXTS = 64

@@ -117,7 +117,7 @@ class QwenVL:
 
     @cached_property
     def weights(self) -> list[str]:
-        """Digests that identify the stages' weights, their dtype included, and the adapters."""
+        """Digest of each stage's weights, which depends on their dtype, and name and fingerprint of each adapter."""
         stages = [stage.manifest.weights.sha256 for stage in self._stages]
         adapters = [
             f"{name} {adapter.fingerprint(adapter.names)}" for name, adapter in self._adapters.items()

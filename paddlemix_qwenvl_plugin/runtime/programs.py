@@ -43,7 +43,7 @@ class Stage:
         device: "cpu", "gpu" or "gpu:N".
 
     Raises:
-        UsageError: nothing was exported under the prefix, or the device does not exist.
+        UsageError: nothing was exported under the prefix, or the device does not exist or cannot run the stage.
         QwenVLError: the manifest or the parameter file is missing, damaged or not the exported one.
     """
 

@@ -22,7 +22,7 @@ class UsageError(QwenVLError):
 
 
 class RequestError(QwenVLError):
-    """A failure of one request; other requests in the loop are not affected."""
+    """A failure of one request; other requests are not affected."""
 
 
 class TooLargeError(QwenVLError):
