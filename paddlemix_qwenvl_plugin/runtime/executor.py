@@ -12,7 +12,7 @@ from paddlemix_qwenvl_plugin.runtime.generation import Generation, TokenLogprobs
 from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits
 
 NO_TOKEN = -1
-"""Value in place of a token id for a row whose logits are not finite."""
+"""Value in place of a token id for a row whose logits are not finite; the engine accepts some negative infinities."""
 
 
 class Picked(NamedTuple):

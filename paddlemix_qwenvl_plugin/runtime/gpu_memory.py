@@ -52,7 +52,7 @@ def check_room(vision: Stage, language: Stage, free: int, share: float) -> None:
 
 
 def _bytes(stage: Stage) -> float:
-    """Size of a stage's weights on a GPU, which stores unquantized float32 weights in half precision."""
+    """Size of a stage's weights on a GPU; those of an unquantized float32 stage are stored in half precision there."""
     size = stage.params.stat().st_size
     full_precision = stage.manifest.dtype == "float32" and stage.manifest.quant_type is None
     return size / 2 if full_precision else size

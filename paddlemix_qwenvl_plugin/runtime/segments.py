@@ -33,8 +33,8 @@ class Segment:
 class SegmentBuilder:
     """Incremental builder of segments from tokens.
 
-    Text is yielded when its last UTF-8 byte has arrived and it cannot be the beginning of a tag; a ref or box when its
-    end tag has arrived.
+    Text is yielded when its last UTF-8 byte has arrived and it cannot belong to a tag, ref or box; a ref or box is
+    yielded when its end tag has arrived.
     """
 
     def __init__(self, tokenizer: Optional[QwenTokenizer] = None) -> None:
