@@ -1,4 +1,4 @@
-"""Download images within limits of size and time, by default from public addresses only."""
+"""Download images within limits of size and time, from public addresses unless others are allowed."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ def download(
     Args:
         name: name of the image in error messages.
         max_bytes: maximum size; a longer body is an error.
+        allow_private: also allow addresses that are not public.
         allows_host: returns whether a host, as named by the URL or a redirect, may be contacted; None: any host may.
             Ignored with `allow_private`.
 

@@ -171,7 +171,7 @@ def decode_image(encoded: bytes, name: str, limits: ImageLimits = DEFAULT_LIMITS
 
 
 def from_folder(source: Any, folder: Optional[Path]) -> Any:
-    """Resolve a relative path against `folder`; other sources are returned unchanged."""
+    """Resolve a path given as text against `folder`; other sources are returned unchanged."""
     return (
         folder / source
         if folder is not None and isinstance(source, str) and not is_address(source)

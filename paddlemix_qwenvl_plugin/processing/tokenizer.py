@@ -42,7 +42,7 @@ _SPECIAL_TOKENS = (
 _WORD_PATTERN = "|".join(
     (
         r"'(?i:[sdmt]|ll|re|ve)",  # English contractions
-        r"[^\r\n\p{L}\p{N}]?\p{L}+",  # a word with one character in front, mostly its space
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",  # a word, and at most one character in front, mostly its space
         r"\p{N}",  # digits one by one
         r" ?[^\s\p{L}\p{N}]+[\r\n]*",  # punctuation
         r"\s*[\r\n]+",  # line ends
@@ -69,7 +69,7 @@ class QwenTokenizer:
         """Read a vocabulary in `qwen.tiktoken` format: a base64 token and its rank on each line.
 
         Raises:
-            UsageError: the file is missing, or the label is invalid.
+            UsageError: the file is missing, or another argument is invalid.
             QwenVLError: the file is malformed; the message names file and line.
         """
         if n_image_slots < 1:
@@ -141,7 +141,8 @@ class QwenTokenizer:
                 are not recognised.
 
         Raises:
-            UsageError: a path is longer than `n_image_slots` bytes, or an `<img>` has no `</img>`.
+            UsageError: a path is longer than `n_image_slots` bytes, an `<img>` has no `</img>`, or the text has a
+                run of about a million spaces.
         """
         allowed = set(allowed_special)
         text = _nfc(text)

@@ -20,8 +20,8 @@ from paddlemix_qwenvl_plugin.util.progress import track
 def embed(checkpoint: Checkpoint, rows: CalibrationRows) -> Iterator[NDArray[np.float32]]:
     """Yield the embeddings of each row, float32 [tokens, hidden].
 
-    Peak memory: first the token embedding in its storage type; then, in float32, its rows for the tokens in use and the
-    vision stage.
+    Peak memory: first the embedding table in its storage type; then, in float32, the table's vectors of the tokens in
+    use and the vision stage.
     """
     spec = checkpoint.language["wte.weight"]
     ((_, table),) = checkpoint.tensors({"wte.weight": spec}, checkpoint.dtype)

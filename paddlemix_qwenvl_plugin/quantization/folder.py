@@ -60,7 +60,7 @@ class GptqFolder:
             if path.is_file() and path.name != "config.json" and not path.name.endswith(_WEIGHT_SUFFIXES):
                 shutil.copyfile(path, self._folder / path.name)
         config = read_json(self._checkpoint.folder / "config.json")
-        for key in TENSOR_PARALLEL_KEYS:
+        for key in TENSOR_PARALLEL_KEYS:  # the weights are not split over ranks here
             config.pop(key, None)
         config["quantization_config"] = quantization_config(bits, group)
         _write_json(self._folder / "config.json", config)

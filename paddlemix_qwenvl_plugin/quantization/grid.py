@@ -15,7 +15,7 @@ _RANGE_FRACTIONS = np.linspace(1.0, 0.5, 24)
 
 @dataclass
 class Quantized:
-    """A quantized matrix [out, in]: value = scale * (integer - zero), with one scale and zero point per group.
+    """A quantized matrix [out, in]: value = scale * (integer - zero), with a scale and zero point per group of a row.
 
     Attributes:
         integers: integers from 0 to 2^bits - 1, as float32 [out, in].

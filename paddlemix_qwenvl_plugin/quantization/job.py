@@ -39,7 +39,7 @@ def quantize_model(
     data: Optional[Path] = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
-    """Quantize the language model's matrices, except lm_head, and write a GPTQ model folder.
+    """Quantize the matrices of the decoder layers, not the embedding or lm_head, and write a GPTQ model folder.
 
     The folder is created atomically. After an interruption, a call with the same arguments resumes from
     `TARGET.partial`, at the layer that was interrupted.
@@ -50,7 +50,7 @@ def quantize_model(
         bits: 4 or 8.
         group_size: columns that share a scale: 32, 64 or 128; None: 32 with 4 bits, 64 with 8.
         data: calibration rows (rows.py); None: random samples of the demo world.
-        say: called with a line for the user, after the arguments are checked.
+        say: called with each line for the user, after the arguments are checked.
 
     Raises:
         UsageError: an invalid argument or row.

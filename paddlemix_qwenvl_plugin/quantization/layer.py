@@ -38,7 +38,7 @@ class DecoderLayer:
             self._parameters[f"h.{name}"].set_value(np.ascontiguousarray(values))
 
     def inputs(self, stage: int, states: Floats, n_prompt: int) -> Floats:
-        """Compute the input [tokens, in] of a stage's matrices from the states that STAGES names for the stage."""
+        """Compute the input [tokens, in] of a stage's matrices from the states that the comment on STAGES names."""
         layer, x = self._layer, paddle.to_tensor(states[None])
         with paddle.no_grad():
             if stage == 0:

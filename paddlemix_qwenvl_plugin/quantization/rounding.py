@@ -20,7 +20,9 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 # Share of the diagonal's mean that is added to the Hessian's diagonal; the value of GPTQ's authors.
 DAMPING = 0.01
 
-_BLOCK_COLUMNS = 128  # columns whose errors are compensated in the later columns by one product
+# Columns whose errors are compensated in the later columns by one product; also the size of the blocks that _invert
+# leaves to np.linalg.inv.
+_BLOCK_COLUMNS = 128
 _SWEEPS = 3  # of coordinate descent
 
 
@@ -30,7 +32,8 @@ class Hessian:
     Attributes:
         matrix: H plus the damping, float32 [in, in].
         order: the order in which columns are rounded, by descending diagonal of H.
-        factor: upper triangular U with U^T U = H^-1, for H with its columns and rows in `order`, float32 [in, in].
+        factor: upper triangular U with U^T U = H^-1, for the damped H with columns and rows in `order`, float32
+            [in, in].
     """
 
     def __init__(self, gram: Floats, name: str) -> None:
@@ -43,6 +46,7 @@ class Hessian:
         mean = float(diagonal.mean())
         if not np.isfinite(mean):
             raise QwenVLError(f"{name}: the calibration rows give inputs that are not finite")
+        # If all inputs are 0, so is H, and any damping makes it invertible.
         gram[np.diag_indices_from(gram)] += np.float32(DAMPING * mean if mean else 1.0)
         self.matrix = gram
         self.order: NDArray[np.intp] = np.argsort(-diagonal, kind="stable")

@@ -81,7 +81,7 @@ class CalibrationRows:
             chat: whether the model is a chat model; the default of a row's key "chat".
 
         Raises:
-            UsageError, QwenVLError: a row is invalid; the message names file and line.
+            UsageError, QwenVLError: a row is invalid (the message names file and line), or the file has too few rows.
         """
         self._folder = source.parent if source is not None else None
         self._tokenizer, self._config, self._chat = tokenizer, config, chat
@@ -125,7 +125,7 @@ class CalibrationRows:
                 raise type(error)(f"{where}: {text}") from error
 
     def _drawn(self, number: int) -> CalibrationRow:
-        # A seed that neither the training set nor the held-out set uses.
+        # A seed that neither the training set nor the held-out set of the demo world uses.
         rng = random.Random(f"calibration {number}")
         sample = random_sample(rng)
         parts = sample.parts([draw(scene) for scene in sample.scenes])

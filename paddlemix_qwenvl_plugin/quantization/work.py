@@ -25,7 +25,7 @@ class Work:
     Attributes:
         model: the unfinished model folder, renamed to TARGET when it is complete.
         figures: figures of the finished layers for the report, one dict per layer.
-        embedded: whether the file of the states before the next layer is complete.
+        embedded: whether the states before the next layer are saved; false until the embeddings are.
     """
 
     def __init__(self, folder: Path, figures: list[dict[str, Any]], embedded: bool) -> None:

@@ -36,7 +36,7 @@ def argv(step: Step, references: Mapping[str, str]) -> list[str]:
 
 
 def shell_lines(recipe: Recipe, folder: Path, first: int = 0) -> list[str]:
-    """Shell lines that perform the run from step `first` on."""
+    """Shell lines that set the environment and run each step from `first` on once."""
     references = values(recipe, folder)
     lines = [f"export {key}={shlex.quote(value)}" for key, value in env(recipe, references).items()]
     for step in recipe.steps[first:]:

@@ -25,7 +25,7 @@ _PACKAGES = (
     "tiktoken",
     "safetensors",
 )
-# Prefixes of variables that affect Paddle and the math libraries.
+# Prefixes of variables that affect Paddle, the math libraries or this package.
 _VARIABLES = ("CUDA_", "FLAGS_", "MKL_", "OMP_", "QWENVL_")
 
 

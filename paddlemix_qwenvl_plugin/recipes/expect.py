@@ -73,6 +73,7 @@ def _passes(check: str, wanted: Any, actual: Any) -> bool:
         # True == 1 in Python, but not in JSON.
         return bool(actual == wanted) and isinstance(actual, bool) == isinstance(wanted, bool)
     if check == "approx":
+        # False for NaN, infinity, and integers so large that the subtraction would raise OverflowError.
         is_finite = is_number and abs(actual) <= sys.float_info.max
         return is_finite and abs(actual - wanted.value) <= wanted.tolerance
     if check == "min":

@@ -9,7 +9,7 @@ _REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 
 # Filled in when the recipe is loaded, so that a resolved recipe can run from any folder.
 LOAD_NAMES = ("recipe_dir",)
-# Filled in before a step runs, together with `assets.NAME` of each asset.
+# Filled in by a run, together with `assets.NAME` of each asset.
 RUN_NAMES = ("seed", "dtype", "run_dir", "python")
 
 

@@ -104,7 +104,7 @@ def to_yaml(data: dict[str, Any]) -> str:
 
 
 def tail(log: Path, start: int) -> str:
-    """The last 20 lines (at most 16 KiB) of a step's output in the log, which begins at byte `start`."""
+    """The last 20 lines (at most 16 KiB) of a step's output, which begins at byte `start` of the log."""
     with log.open("rb") as file:
         file.seek(max(start, log.stat().st_size - _LOG_TAIL_BYTES))
         lines = file.read().decode(errors="replace").splitlines()

@@ -34,8 +34,9 @@ def run(recipe: Recipe, output: Path, from_step: Optional[str] = None) -> Path:
 
     Raises:
         UsageError: the recipe has no step `from_step`, or the run folder cannot be created in `output`.
-        QwenVLError: a requirement is not met, no run to resume exists, a step failed or timed out, or an
-            expectation was missed. A failed or timed-out step and missed expectations are in results.json.
+        QwenVLError: a requirement is not met, an asset is missing or has another digest, no run to resume exists, a
+            step failed or timed out, or an expectation was missed. A failed or timed-out step and missed expectations
+            are in results.json.
         KeyboardInterrupt, SystemExit: re-raised (Ctrl-C, SIGTERM) after the step was ended and results.json written.
     """
     first = _index(recipe, from_step)
@@ -53,7 +54,7 @@ def run(recipe: Recipe, output: Path, from_step: Optional[str] = None) -> Path:
 
 
 def dry_run(recipe: Recipe, output: Path, from_step: Optional[str] = None) -> list[str]:
-    """Print the commands of a run without running them. Returns the unmet requirements.
+    """Print the commands of a run without running them. Returns the unmet requirements and asset problems.
 
     Raises:
         UsageError: the recipe has no step `from_step`.
@@ -91,7 +92,7 @@ class _Run:
             "seconds": 0.0,
             "steps": [*(earlier["steps"][:first] if earlier else []), *pending],
             "expect": [],
-            # Kept if the benchmarked step is skipped, else replaced.
+            # Kept if the benchmarked step is skipped or fails, else replaced.
             "bench": earlier["bench"] if earlier else None,
         }
 
@@ -148,7 +149,8 @@ class _Run:
     def _repeat(self, step: Step, line: StepLine, log: Any) -> tuple[process.Finished, list[float]]:
         """Run a step once, or as often as `bench` requires, until a run fails.
 
-        Returns the outcome of the last run, and the seconds of each counted run (none without `bench`).
+        Returns the outcome of the last run, and the seconds of each counted run (none without `bench` or if a run
+        failed).
         """
         bench = self.recipe.bench if self.recipe.bench and self.recipe.bench.step == step.name else None
         argv = commands.argv(step, self.values)

@@ -1,4 +1,4 @@
-"""Progress lines `[3/6] export-language … ok 4 s`: on a terminal, the elapsed time is shown while a step runs."""
+"""Progress lines `[3/6] export-language … ok 14 s`: on a terminal, the elapsed time is shown while a step runs."""
 
 from __future__ import annotations
 

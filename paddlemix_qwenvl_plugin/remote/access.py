@@ -12,10 +12,11 @@ from paddlemix_qwenvl_plugin.util.sources import without_password
 
 
 def check_url(url: str) -> str:
-    """Normalize a server's base URL: remove a trailing `/` or `/v1`.
+    """Normalize a server's base URL: remove `/`, `/v1` or `/v1/` at its end.
 
     Raises:
-        UsageError: not an http(s) URL, or it contains a password, which the process list would show to other users.
+        UsageError: not an http(s) URL without query and fragment, or it contains a user name or password, which the
+            process list would show to other users.
     """
     try:
         parts = urlsplit(url)

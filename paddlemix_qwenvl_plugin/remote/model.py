@@ -26,7 +26,7 @@ _CHAT, _COMPLETION = "/v1/chat/completions", "/v1/completions"
 
 
 class ServerModel:
-    """The first model listed by a server, with the interface of QwenVL. Images are read on this machine."""
+    """The first model listed by a server, as a Model (runtime/model.py). Images are read on this machine."""
 
     # Part of the identity of a batch job. The server chooses the label that the prompts contain.
     picture_label = "as the server has it"
@@ -135,7 +135,7 @@ class ServerModel:
 
 
 class ServerChat:
-    """Conversation with a server's model, with the interface of Chat. Each question resends the whole conversation.
+    """Conversation (runtime/model.py) with a server's model. Each question resends all earlier turns.
 
     Attributes:
         system: system message.

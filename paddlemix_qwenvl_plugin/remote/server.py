@@ -26,7 +26,8 @@ _TIMEOUT = httpx.Timeout(30, read=1200)
 # In seconds, shorter than servers' keep-alive timeout: a request must not race with the closing of its connection.
 _LIMITS = httpx.Limits(max_connections=None, keepalive_expiry=2)
 
-# Maximum total wait while a server is busy, and the first and longest wait between retries without Retry-After.
+# Maximum total wait while a server is busy; the first wait without Retry-After, doubled after each; the longest wait,
+# also with Retry-After.
 _MAX_RETRY_SECONDS = 600.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 
@@ -61,7 +62,7 @@ class Server:
         Raises:
             RefusedError, RequestError: this request failed; others may succeed.
             BusyError: the server is still busy after ten minutes.
-            QwenVLError: the server cannot be reached, or the API key is wrong.
+            QwenVLError: the server cannot be reached, the API key is wrong, or the response is invalid.
         """
         waited, pause = 0.0, _FIRST_PAUSE
         while True:

@@ -27,7 +27,7 @@ Work = Callable[[Callable[[str], None]], Coroutine[Any, Any, End]]
 
 
 class ServerStream(Iterator[Segment]):
-    """AnswerStream of a server.
+    """Streamed answer of a server, a Stream (runtime/model.py).
 
     Its answer has no token ids, and only the timings `prepare` and `server`, the duration of the request.
     """

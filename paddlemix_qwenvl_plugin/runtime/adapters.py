@@ -39,7 +39,8 @@ def open_adapters(folders: Mapping[str, Union[str, Path]], config: ModelConfig) 
     """Open adapter folders and check that the engine supports them; tensor values are not read.
 
     Raises:
-        UsageError: a folder is missing, or its adapter changes more than matrices of the language model.
+        UsageError: a folder is missing or not an adapter, or its adapter changes nothing, or more than the linear
+            layers of the language model.
         QwenVLError: an adapter is damaged or made for another model.
     """
     specs = {**language_specs(config), **vision_specs(config)}
@@ -84,5 +85,5 @@ def _float16(values: NDArray[np.float32]) -> Optional[NDArray[Any]]:
     return rounded if np.array_equal(rounded.astype(np.float32), values) else None
 
 
-# The 16-bit types in which training code saves adapters, to undo the conversion of `Adapter.update` to float32.
+# The 16-bit types in which training code saves adapters: `Adapter.update` converts them to float32, `low_rank` back.
 _HALF_TYPES = {"bfloat16": _bfloat16, "float16": _float16}

@@ -17,12 +17,12 @@ class Answer:
         boxes: its boxes and quads, in thousandths of the image's width and height;
             `box.to_pixels(*answer.image_size)` gives pixels.
         image_size: (width, height) in pixels of the last image, to which the boxes refer; None without an image.
-        problems: malformed boxes, boxes whose coordinates were corrected, and unpaired tags; one line each.
-        token_ids: every generated token, the stop token included.
+        problems: malformed boxes, boxes whose coordinates were corrected, unpaired tags, empty refs; one line each.
+        token_ids: every generated token, the stop token included; empty for a remote server's answer.
         finish_reason: "stop" (a stop token), "length" (max_new_tokens, or the context is full) or "cancelled" (the
             stream was closed, or has not ended yet).
-        timings: seconds of "prepare", "load" (of the programs, at the first call), "encode_images", "prefill" and
-            "decode", and the decoding rate "tokens_per_second".
+        timings: seconds of "prepare", "load" (of the stages, at the first request), "encode_images", "prefill" and
+            "decode", and the decoding rate "tokens_per_second"; of a remote server's answer "prepare" and "server".
     """
 
     text: str

@@ -62,7 +62,7 @@ class BlockPool:
     def release(self, blocks: Sequence[int]) -> None:
         """Remove a user from each block of a sequence, given in order.
 
-        Fewer prompts share the end of a sequence than its beginning, so its last blocks are reused first.
+        Fewer prompts share the end of a sequence than its beginning, so its last blocks are allocated again first.
         """
         for block in reversed(blocks):
             self._users[block] -= 1

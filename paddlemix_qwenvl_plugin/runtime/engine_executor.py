@@ -38,8 +38,8 @@ _STEP_TOKENS = 512  # maximum number of tokens in a step on a CPU
 _GPU_STEP_TOKENS = 2048  # the same on a GPU
 _MAX_RUNNING = 256  # maximum number of requests in a step
 
-# Maximum size of the KV cache on a CPU, as a share of the memory free when the model is opened. The operating system
-# commits the memory only as the cache fills.
+# Size of the KV cache on a CPU, as a share of the memory free when the model is opened, if this is enough for a request
+# of the full context. The operating system commits the memory only as the cache fills.
 _CACHE_SHARE = 0.25
 # Maximum size of the KV cache on any device, in requests of the full context.
 _CACHE_CONTEXTS = 64
@@ -199,7 +199,7 @@ class EngineExecutor:
         return row
 
     def _put(self, i: int, row: _Row, n_past: int, n_new: int, picks: bool, generated: bool) -> None:
-        """Write entry `i` of the batch; skip the fields that are unchanged since the last step."""
+        """Write entry `i` of the batch: `n_past` always, the other fields only if one differs from the last written."""
         if i == self._capacity:
             self._grow(2 * self._capacity)
         entry = self._entry_views[i]
@@ -313,7 +313,7 @@ class _Row:
         self._counts: NDArray[np.int32] | DeviceArray | None = None
         self.counts_address: int | None = None
         if (options.repetition_penalty, options.frequency_penalty, options.presence_penalty) != (1, 0, 0):
-            # A preempted request has generated tokens already.
+            # After an interrupted step (loop.py), the row of a request that has generated tokens is created again.
             counts = np.bincount(generation.tokens, minlength=vocab_size).astype(np.int32)
             if counts_engine is None:
                 self._counts, self.counts_address = counts, counts.ctypes.data
@@ -324,7 +324,7 @@ class _Row:
     def update_blocks(self) -> int:
         """Update the block table and return its version, which changes with the table."""
         blocks = self._generation.blocks
-        if blocks is not self._blocks:  # the request was preempted and has new blocks
+        if blocks is not self._blocks:  # the first step, or new blocks after a preemption
             self._blocks = blocks
             self.n_blocks = 0
             self._version += 1

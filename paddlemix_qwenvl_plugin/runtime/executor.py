@@ -12,7 +12,7 @@ from paddlemix_qwenvl_plugin.runtime.generation import Generation, TokenLogprobs
 from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits
 
 NO_TOKEN = -1
-"""Value in place of a token id for a row whose logits are not finite."""
+"""Value in place of a token id for a row whose logits are not finite; the engine accepts some negative infinities."""
 
 
 class Picked(NamedTuple):
@@ -21,7 +21,7 @@ class Picked(NamedTuple):
     Attributes:
         tokens: one token id for each chunk with `picks`, in their order; NO_TOKEN if the logits are not finite.
         logprobs: an entry for each token: its log probabilities, or None if its request has no `n_logprobs`. None in
-            place of the list if no request of the step has `n_logprobs`.
+            place of the list if no request of the step has `n_logprobs`, or if its only token is NO_TOKEN.
     """
 
     tokens: list[int]
@@ -53,4 +53,4 @@ class Executor(Protocol):
         """Raise an error if the device is unusable, such as a GPU after a fault."""
 
     def forget(self, generation: Generation) -> None:
-        """Free the state of a request, except its blocks, after it has ended or before it is recomputed."""
+        """Free the state of a request, except its blocks, after it has ended or after an interrupted step."""

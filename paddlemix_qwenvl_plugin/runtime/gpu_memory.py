@@ -28,7 +28,7 @@ def check_room(vision: Stage, language: Stage, free: int, share: float) -> None:
         share: share that the KV cache may take of the memory left by the weights.
 
     Raises:
-        QwenVLError: they do not fit; the message suggests a quantization that would.
+        QwenVLError: they do not fit; the message suggests a quantization with which they would, if there is one.
     """
     config = language.manifest.config
     # Keys and values, each of 2 bytes per element; divided by the share, the memory that the weights must leave.
@@ -52,7 +52,7 @@ def check_room(vision: Stage, language: Stage, free: int, share: float) -> None:
 
 
 def _bytes(stage: Stage) -> float:
-    """Size of a stage's weights on a GPU, which stores float32 weights in half precision."""
+    """Size of a stage's weights on a GPU; those of an unquantized float32 stage are stored in half precision there."""
     size = stage.params.stat().st_size
     full_precision = stage.manifest.dtype == "float32" and stage.manifest.quant_type is None
     return size / 2 if full_precision else size

@@ -68,7 +68,7 @@ class Loop:
             self._executor.load(vision)
 
     def submit(self, generation: Generation) -> None:
-        """Queue a request; it can join from the next step on."""
+        """Queue a request; it can join the next step that is scheduled."""
         self._submitted.append(generation)
 
     def cancel(self, generation: Generation) -> None:

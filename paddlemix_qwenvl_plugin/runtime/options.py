@@ -17,15 +17,15 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError
 class GenerationOptions:
     """Sampling parameters and length limits of a generation; they apply to every row of a batch.
 
-    Greedy unless `temperature`, `top_p` or `top_k` is given. The order of operations on the logits is upstream's: stop
-    tokens are forbidden until there are `min_new_tokens` tokens; then penalties, temperature, top-k and top-p.
-    Penalties count generated tokens only. Every row has a separate random generator seeded with `seed`, so that for a
-    given seed, a row generates the same tokens alone and in a batch.
+    Greedy unless `temperature`, `top_p` or `top_k` is given (and with temperature 0, top-p 0 or top-k 1). The order of
+    operations on the logits is upstream's: stop tokens are forbidden until there are `min_new_tokens` tokens; then
+    penalties, temperature, top-k and top-p. Penalties count generated tokens only. Every row has a separate random
+    generator seeded with `seed`, so that for a given seed, a row generates the same tokens alone and in a batch.
 
     The command line's flags, defaults and help texts are generated from these fields (cli/options.py).
 
     Raises:
-        UsageError: an unknown option, or a value out of range; the message names the option.
+        UsageError: an unknown option, or a value of a wrong type or out of range; the message names the option.
     """
 
     max_new_tokens: Annotated[int, Field(ge=1, description="Maximum number of generated tokens.")] = 512

@@ -88,8 +88,8 @@ class QwenVL:
             device: "cpu", "gpu" or "gpu:N".
             allow_http: allow images from http(s) URLs.
             limits: limits for loading images.
-            verify: compare the digests of all files with the manifests; otherwise weights of more than 64 MiB are
-                compared by samples.
+            verify: compare the digests of all files with the manifests, and check that the weights are finite;
+                otherwise weights of more than 64 MiB are compared by size and samples.
             gpu_memory: share that the KV cache may take of the GPU memory left by the weights, up to 1.
             adapters: folders of LoRA adapters, as saved by PEFT or PaddleNLP, by the names with which requests choose
                 them. Adapters need the engine.
@@ -117,7 +117,7 @@ class QwenVL:
 
     @cached_property
     def weights(self) -> list[str]:
-        """Digests that identify the stages' weights, their dtype included, and the adapters."""
+        """Digest of each stage's weights, which depends on their dtype, and name and fingerprint of each adapter."""
         stages = [stage.manifest.weights.sha256 for stage in self._stages]
         adapters = [
             f"{name} {adapter.fingerprint(adapter.names)}" for name, adapter in self._adapters.items()
@@ -239,7 +239,7 @@ class QwenVL:
             The generated token ids of each row.
 
         Raises:
-            UsageError: an invalid shape, id or option; the message names it.
+            UsageError: an invalid shape, id, adapter or option; the message names it.
         """
         generation_options = GenerationOptions.of(options)
         if eos_token_ids is not None:

@@ -33,7 +33,7 @@ _PADDLE_ERRORS = (RuntimeError, ValueError, OSError, MemoryError, SystemError, I
 
 
 class Stage:
-    """An exported stage whose weights, if large by samples, have been checked against its manifest.
+    """An exported stage. Its weights have been checked against its manifest, large ones only by samples.
 
     Programs are checked by `open`.
 
@@ -43,7 +43,7 @@ class Stage:
         device: "cpu", "gpu" or "gpu:N".
 
     Raises:
-        UsageError: nothing was exported under the prefix, or the device does not exist.
+        UsageError: nothing was exported under the prefix, or the device does not exist or cannot run the stage.
         QwenVLError: the manifest or the parameter file is missing, damaged or not the exported one.
     """
 

@@ -166,6 +166,7 @@ class Scheduler:
         if needed > self.pool.n_free:
             return []
         for chunk in chunks:
+            # The tokens of the running step are not in `n_computed` yet.
             self._plan(chunk.generation, chunk.generation.n_total + 1 - chunk.generation.n_computed, {})
         return [Chunk(chunk.generation, 1, True, ahead=True) for chunk in chunks]
 

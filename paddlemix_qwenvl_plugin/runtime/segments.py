@@ -21,7 +21,7 @@ class Segment:
 
     Attributes:
         text: the generated text, tags included; the texts of all segments join to the answer's text.
-        ref: the text between `<ref>` and `</ref>`, if the segment is a ref.
+        ref: the text between `<ref>` and `</ref>`, stripped, if the segment is a ref; None if this text is empty.
         boxes: the box or quad, if the segment is one; empty for other segments and for a malformed box.
     """
 
@@ -33,7 +33,8 @@ class Segment:
 class SegmentBuilder:
     """Incremental builder of segments from tokens.
 
-    A character is yielded when its last UTF-8 byte has arrived, a ref or box when its end tag has.
+    Text is yielded when its last UTF-8 byte has arrived and it cannot belong to a tag, ref or box; a ref or box is
+    yielded when its end tag has arrived.
     """
 
     def __init__(self, tokenizer: Optional[QwenTokenizer] = None) -> None:
@@ -79,7 +80,7 @@ class SegmentBuilder:
             if not n_ready:
                 return
             text = self._take(n_ready)
-            if text.strip():
+            if text.strip():  # as in parse_boxes, text between a ref and a box separates them
                 self._ref = None
             yield Segment(text)
 

@@ -21,7 +21,9 @@ _NEWEST_WEIGHT = 0.1
 
 
 class SlotQueue:
-    """Engine slots and the queue of requests waiting for them. Implements Admission; bound to one event loop.
+    """Engine slots and the queue of requests waiting for them. Implements Admission (service.py).
+
+    An object is bound to one event loop.
 
     A request for several slots gets them all at once. Later requests wait behind it, so that it does not starve.
 
@@ -43,7 +45,7 @@ class SlotQueue:
             max_running: number of slots.
             max_waiting: maximum number of waiting requests.
             waiting_timeout: maximum wait of a request, in seconds.
-            max_per_key: maximum number of slots that an API key holds or waits for.
+            max_per_key: maximum number of slots that an API key holds or waits for; None: no limit.
             observe_wait: called with the waiting time in seconds of each admitted request.
         """
         self.running = 0

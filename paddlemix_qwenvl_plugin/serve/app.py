@@ -56,7 +56,7 @@ def create_app(
     install_handlers(app)
     paths = [*app.openapi()["paths"], *page_paths]
     app.user_middleware = _middleware(service, keys, paths, page_paths)
-    if service.cluster_metrics is None:
+    if service.cluster_metrics is None:  # else other processes of the cluster have the engine and the queue
         service.metrics.watch(service.engine, service.admission)
     return app
 

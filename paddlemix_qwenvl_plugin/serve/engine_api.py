@@ -120,7 +120,10 @@ class EngineClient(Protocol):
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Arguments of QwenVL.from_exported in the engine process, and additional environment variables of that process."""
+    """Arguments of QwenVL.from_exported in the engine process, and additional environment variables of that process.
+
+    `first_model_path` is the vision stage, `second_model_path` the language stage, as in PaddleMIX's predictor.
+    """
 
     first_model_path: Path
     second_model_path: Path

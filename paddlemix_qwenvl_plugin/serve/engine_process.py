@@ -87,7 +87,7 @@ class EngineProcess:
             )
             self._loop = self._model.open_loop()
             _install_signal_handlers()  # again: if the model has imported Paddle, Paddle has replaced them
-            _die_with_parent()
+            _die_with_parent()  # not earlier: SIGKILL during an engine build would leave its compilers running
             self._send({"kind": "ready"})
             self._run_steps(self._loop)
         except (QwenVLError, OSError, MemoryError) as error:

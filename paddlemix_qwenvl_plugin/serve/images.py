@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.serve.service import LoadedImage
 from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, TooLargeError, line_of
 
-# About a hundred images. A client resends the images of a conversation with each turn.
+# About a hundred images of 448 x 448 pixels. A client resends the images of a conversation with each turn.
 _CACHE_BYTES = 64 * 2**20
 
 

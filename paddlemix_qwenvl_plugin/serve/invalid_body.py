@@ -26,7 +26,7 @@ _TYPE_WORDS = {
 def invalid_body(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     """Convert pydantic's errors for `body` into an ApiError for the first invalid parameter.
 
-    The message quotes no values except numbers: messages are logged, and client text must not be.
+    The message quotes no values except numbers, so that a log of it contains no text of a prompt.
     """
     if isinstance(body, bytes):  # FastAPI does not parse a body with another content type
         return ApiError(

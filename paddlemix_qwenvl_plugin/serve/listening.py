@@ -31,12 +31,12 @@ class Listener(NamedTuple):
 def bound_socket(host: str, port: int, reuse_port: bool) -> Listener:
     """Bind a TCP socket; it listens immediately unless `reuse_port` is set.
 
-    The kernel distributes connections over all sockets that listen on a port, so a server that is still loading its
-    model must not listen. A socket passed by systemd takes precedence over the address.
+    With `reuse_port`, the kernel distributes connections over all servers that listen on the port, so one that is still
+    loading its model must not listen. A socket passed by systemd takes precedence over the address.
 
     Raises:
         UsageError: the address does not exist, systemd passed several sockets, or the system has no SO_REUSEPORT.
-        QwenVLError: the port is in use or not permitted.
+        QwenVLError: the port is in use or not permitted, or the address is not this machine's.
     """
     inherited = _from_systemd()
     if inherited is not None:

@@ -19,9 +19,10 @@ class RequestInfo:
     Attributes:
         id: value of the response's header X-Request-Id.
         begin: time at which the request's headers had been read (time.monotonic).
-        key: short hash of the request's API key; None if the server requires no keys.
-        prompt_tokens, completion_tokens, cached_tokens: usage of all choices.
-        prompts, completions: texts of all choices, if `log_prompts` is set.
+        key: short hash of the request's API key; None without a valid key.
+        prompt_tokens, completion_tokens, cached_tokens: token counts of all prompts and choices; None without a
+            completion.
+        prompts, completions: texts of all prompts and choices, if `log_prompts` is set.
         error: code of the error response or error event, or its type if it has no code; None: no error.
     """
 

@@ -36,7 +36,7 @@ def write_tiny_vocabulary(path: Path) -> None:
 
 
 def _train_merges(words: list[str]) -> list[bytes]:
-    """Train byte-pair merges: in each round, merge the most frequent pair of neighbours."""
+    """Train byte-pair merges: in each round, the most frequent concatenation of two neighbours becomes a token."""
     frequency = Counter(word.encode() for word in words)
     split = {word: _split(word, {}) for word in frequency}
     ranks: dict[bytes, int] = {}

@@ -9,7 +9,7 @@ from typing import Any
 class Deferred:
     """Placeholder that turns into the object returned by `make` at the first attribute access or call.
 
-    Attributes named in a subclass's `kept` do not trigger this.
+    Attributes named in a subclass's `kept` do not trigger this; `__class__` only creates the object.
     """
 
     kept: tuple[str, ...] = ()

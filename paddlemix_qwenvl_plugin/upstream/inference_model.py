@@ -150,8 +150,8 @@ def _arange_in_half_types(arange: Callable[..., Any]) -> Callable[..., Any]:
 def _skip_upstream_validation() -> None:
     """Skip a check by the export script of PaddleNLP's generation 1 (pins.py).
 
-    The check looks for print operators, and fails on a CPU and Paddle 3. The script looks up the check's function only
-    after the export, so a replacement set now takes effect.
+    The check looks for print operators. It fails on a CPU, and on any device for programs in the format of Paddle 3.
+    The script looks up the check's function only after the export, so a replacement set now takes effect.
     """
     script = sys.modules["__main__"]
     if hasattr(script, "validate_pdmodel"):

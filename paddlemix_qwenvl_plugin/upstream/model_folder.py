@@ -38,7 +38,7 @@ def is_qwen_vl(name_or_path: str) -> bool:
 def model_folder(name_or_path: str) -> Path:
     """Resolve a path, or a community name such as qwen-vl/qwen-vl-7b-static to its folder in PaddleNLP's cache.
 
-    Downloads the config, the weights and the vocabulary unless they are cached.
+    Downloads config.json, generation_config.json, the weights and the vocabulary unless they are cached.
 
     Raises:
         QwenVLError: no such model, or the download fails.

@@ -59,7 +59,7 @@ _replaced: set[tuple[int, str]] = set()
 
 
 def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    """Set `owner.name` to `make(current value)` process-wide; a second call for the same name has no effect."""
+    """Set `owner.name` to `make(current value)` process-wide; a second call for the same attribute has no effect."""
     if (id(owner), name) not in _replaced:
         _process_wide.set(owner, name, make(getattr(owner, name)))
         _replaced.add((id(owner), name))

@@ -1,4 +1,4 @@
-"""The environment variables that this package reads; docs/environment.md describes them.
+"""Environment variables of this package, without the settings of `qwenvl serve`; see docs/environment.md.
 
 `activation/_qwenvl_activate.py` reads QWENVL_PLUGIN and QWENVL_PLUGIN_DEBUG without this module: it runs at the start
 of every Python process, where it must not import this package.

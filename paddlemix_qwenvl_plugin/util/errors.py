@@ -22,11 +22,11 @@ class UsageError(QwenVLError):
 
 
 class RequestError(QwenVLError):
-    """A failure of one request; other requests in the loop are not affected."""
+    """A failure of one request; other requests are not affected."""
 
 
 class TooLargeError(QwenVLError):
-    """A limit on bytes, pixels or memory is exceeded."""
+    """A limit on bytes, pixels, memory or time is exceeded."""
 
 
 def one_line(text: str) -> str:

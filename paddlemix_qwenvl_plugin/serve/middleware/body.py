@@ -14,7 +14,7 @@ from paddlemix_qwenvl_plugin.serve.errors import ApiError, ClientGone
 from paddlemix_qwenvl_plugin.serve.middleware.json_size import check_size
 
 _WITHOUT_BODY = ("GET", "HEAD", "OPTIONS", "DELETE")
-# For responses to a request whose body was not read to its end: the connection cannot be used for another request.
+# For responses to a request whose body may not have been read to its end: the connection takes no other request.
 _CLOSE = {"Connection": "close"}
 
 

@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.serve.openai.schema import Schema
 _IMAGE_TAGS = ("<img>", "</img>", "<imgpad>")
 
 MAX_PARTS = 1024
-"""Maximum length of a list of messages, parts, prompts or boxes, which bounds the time and errors of validation."""
+"""Maximum length of a list of messages, parts, prompts or boxes. It limits validation's time and number of errors."""
 
 
 class ImageURL(Schema):
@@ -58,7 +58,7 @@ class Query(NamedTuple):
 
 
 def read_query(content: Union[str, Sequence[Union[TextPart, ImagePart]]], param: str) -> Query:
-    """Convert the `content` of a message to a query; adjacent texts are joined.
+    """Convert the `content` of a message, or a prompt of that form, to a query; adjacent texts are joined.
 
     In the query's `parts` an image has an empty source: the URL is not part of the prompt.
 

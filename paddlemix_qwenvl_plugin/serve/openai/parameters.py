@@ -31,7 +31,7 @@ class SamplingParameters(Schema):
 
     Sampling is greedy unless temperature, top_p or top_k is set, as everywhere in this package: greedy boxes are the
     most accurate, and the same question gets the same answer. If one of these parameters is set, temperature and top_p
-    default to 1, as in OpenAI's API.
+    default to 1, as in OpenAI's API. A top_k of 0 or -1 counts as not set.
     """
 
     not_supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {"logit_bias": ()}

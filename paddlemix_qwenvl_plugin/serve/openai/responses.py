@@ -1,4 +1,4 @@
-"""Schemas of responses for the OpenAPI document; handlers write the JSON without them."""
+"""Schemas of responses for the OpenAPI document; the handlers of completions write their JSON without them."""
 
 from __future__ import annotations
 

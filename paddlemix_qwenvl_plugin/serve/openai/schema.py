@@ -10,11 +10,14 @@ from pydantic_core import PydanticCustomError
 
 
 class Schema(BaseModel):
-    """Base class of request objects. JSON types are strict: "1" is not a number. null equals an omitted parameter.
+    """Base class of request objects. JSON types are strict: "1" is not a number.
+
+    For an optional parameter, null equals omission.
 
     Attributes:
         not_supported: OpenAI's parameters that this server does not support, with their accepted values. Accepted
-            values and empty ones request the behaviour that the server has anyway; some clients always send them.
+            values, and null, false, 0 and empty ones, request the behaviour that the server has anyway; some clients
+            always send them.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -23,7 +26,7 @@ class Schema(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown(cls, values: Any) -> Any:
-        """Refuse the first unknown parameter; pydantic would report all of them, up to a million."""
+        """Refuse the first unknown or unsupported parameter; pydantic would report up to a million unknown ones."""
         if not isinstance(values, dict):
             return values
         for name, value in values.items():

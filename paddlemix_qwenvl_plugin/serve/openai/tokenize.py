@@ -17,7 +17,7 @@ from paddlemix_qwenvl_plugin.serve.service import Service
 
 
 class TokenizeRequest(Schema):
-    """Body of a tokenize request: the `prompt` of /v1/completions or the `messages` of /v1/chat/completions."""
+    """Body of a tokenize request: a `prompt` of text or parts as for /v1/completions, or `messages` as for chat."""
 
     model: Optional[str] = None
     prompt: Annotated[Optional[Union[str, ContentParts]], Field(description="As in /v1/completions.")] = None

@@ -4,7 +4,10 @@ import { byId } from './dom.js';
 import { LONG_SIDE } from './image_file.js';
 import { notice } from './notice.js';
 
-/** Set up the camera button; `attach` is called with a list of one image file. */
+/**
+ * Set up the camera button. `attach` is called with a list of one image file from the dialog; composer.js attaches the
+ * camera app's.
+ */
 export function startCamera(attach) {
   const button = byId('camera');
   const dialog = byId('camera-dialog');

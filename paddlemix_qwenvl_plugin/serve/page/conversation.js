@@ -31,8 +31,8 @@ export class Conversation {
   /**
    * Messages that request a turn's answer, in OpenAI's format.
    *
-   * A question without an answer (failed or stopped) is omitted. Its images are sent with the next question: the user
-   * sees them above that question.
+   * An earlier question whose answer has no text is omitted. Its images are sent with the next question: the user sees
+   * them above that question.
    */
   messagesFor(turn) {
     const messages = [];

@@ -10,8 +10,8 @@ export class BoxFigure {
    * @param {object} image see readImage of image_file.js
    * @param {number} number of the image in the conversation, from 1
    * @param {object} callbacks
-   * @param {(numbers: number[]) => void} callbacks.hover, callbacks.focus: a list of the box under the pointer or with
-   *   the focus, or []
+   * @param {(numbers: number[]) => void} callbacks.hover, callbacks.focus: called with the number of the box under the
+   *   pointer or with the focus, in a list, or with []
    * @param {(number: number) => void} callbacks.follow: move the focus to the words of a box
    */
   constructor(image, number, callbacks) {
@@ -101,8 +101,8 @@ export class BoxFigure {
   }
 
   /**
-   * Call `report` with a list of the box under the pointer, or []. It is the box whose badge is under the pointer, else
-   * the smallest box that contains the point.
+   * Call `report` with the number of the box under the pointer, in a list, or with []. It is the box whose badge is
+   * under the pointer, else the smallest box whose bounds contain the point.
    */
   #reportBoxAt(event, report) {
     const withBadge = this.drawn.find(({ badge }) => badge.contains(event.target));

@@ -1,4 +1,4 @@
-/** Image files prepared for sending: redrawn to at most LONG_SIDE pixels, without metadata such as a location. */
+/** Image files prepared for sending: longer side at most LONG_SIDE pixels, no metadata such as a location. */
 
 // Three times the model's input size; boxes are in thousandths and unaffected.
 export const LONG_SIDE = 1344;

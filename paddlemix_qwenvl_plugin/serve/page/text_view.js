@@ -10,8 +10,8 @@ const NO_BREAK = '\u2060';
 export class TextView {
   /**
    * @param {object} callbacks
-   * @param {(numbers: number[]) => void} callbacks.hover, callbacks.focus: the boxes whose words are under the pointer
-   *   or have the focus, or []
+   * @param {(numbers: number[]) => void} callbacks.hover, callbacks.focus: called with the numbers of the boxes whose
+   *   words are under the pointer or have the focus, or with []
    * @param {(number: number) => void} callbacks.show: bring a box into view
    * @param {(number: number) => void} callbacks.follow: move the focus to a box
    */

@@ -53,7 +53,7 @@ export class TurnView {
     this.answer.classList.toggle('running', running);
     this.tools.hidden = running;
     this.copy.hidden = !text;
-    this.retry.hidden = !isLast || error !== null; // an error notice has its own retry button
+    this.retry.hidden = !isLast || error !== null; // an error has a button of its own
     if (!running) this.#showNote();
     if (error !== this.shownError) this.#showError(error);
     if (!this.figure) return;
