@@ -273,7 +273,7 @@ def hit_rate(router: Router) -> float:
 
 
 def test_hit_rate_of_prefix_routing_is_the_share_of_follow_up_questions() -> None:
-    """Two of three requests are follow-up questions; one of eight replicas, chosen at random, rarely has their prefix."""
+    """Two of three requests are follow-up questions; a random one of eight replicas has the prefix in 1 of 8 cases."""
     assert hit_rate(ByPrefix()) == pytest.approx(2 / 3, abs=0.06)
     assert hit_rate(TwoChoices()) < 2 / 3 * 2 / 8  # twice the rate of a random choice
 
