@@ -98,7 +98,7 @@ class _Loader(yaml.SafeLoader):
 def _check(value: Any, where: str, depth: int) -> None:
     """Raise ValueError, with the dotted key `where`, for a value that JSON or a command line cannot represent.
 
-    Nesting deeper than _MAX_DEPTH raises RecursionError, as in YAML's own parser.
+    Nesting deeper than _MAX_DEPTH raises RecursionError, as even deeper nesting does in the YAML parser.
     """
     if depth > _MAX_DEPTH:
         raise RecursionError
