@@ -36,7 +36,7 @@ EARLY_HOOKS = {
 }
 # Module that may be missing -> "hook module:function"; if it is missing, the function fills an empty module.
 STAND_INS = {"paddlenlp_ops": _PLUGIN + ".upstream.ops_stand_in:fill"}
-# Only modules of this package get stand-ins.
+# Only imports by modules whose names begin so get a stand-in.
 _IMPORTERS_OF_STAND_INS = "paddlenlp.experimental."
 _TABLE = {**HOOKS, **EARLY_HOOKS, **STAND_INS}
 

@@ -4,7 +4,7 @@
     python examples/batch.py --requests requests.jsonl --model out/vision/vision out/text/qwen
 
 A request is a line such as {"image": "street.png", "question": "Is there a dog?"}; relative paths of images start in
-the folder of the requests file. The first command prints
+the folder of the file that --requests names, by default in that of the demo's images. The first command prints
 
     {"image": "pair-1.png", "question": "Describe the picture.", "answer": "A large brown triangle."}
     {"image": "caption.png", "question": "How many triangles are there?", "answer": "There are two triangles."}

@@ -29,7 +29,7 @@ def stages() -> tuple[Path, Path]:
 
 
 def parser(description: Optional[str]) -> argparse.ArgumentParser:
-    """Create a parser with the flags common to all examples that open a model."""
+    """Create a parser with the flags common to the examples that take exported stages."""
     flags = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     flags.add_argument(
         "--model",

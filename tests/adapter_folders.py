@@ -15,9 +15,10 @@ from paddlemix_qwenvl_plugin.checkpoint.tensors import language_specs
 def write_adapter(
     folder: Path, config: ModelConfig, seed: int, size: float = 0.4, rank: int = 4, dtype: str = "float32"
 ) -> Path:
-    """Write an adapter of all linear weights of the blocks; its updates have a standard deviation of about `size` / 20.
+    """Write an adapter of all linear weights of the layers.
 
-    With `dtype` bfloat16 the file holds float32 values that are exact in bfloat16.
+    At rank 4 its updates of the weights have a standard deviation of about `size` / 20. With `dtype` bfloat16 the file
+    holds float32 values that are exact in bfloat16.
     """
     folder.mkdir()
     random = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""Atomic file writes, and checks of source and target paths before a long computation."""
+"""Atomic writes of files and folders, and checks of source and target paths before a long computation."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def check_target(target: Path, may_replace: Callable[[Path], bool] = lambda targ
             wrote it.
 
     Raises:
-        UsageError: the folder of `target` does not exist, `target` is not a regular file, or it may not be replaced.
+        UsageError: the folder of `target` does not exist, or `target` is a folder or a device, or may not be replaced.
     """
     if target.exists() and not target.is_file():
         raise UsageError(f"{target}: is a folder or a device; name a file")

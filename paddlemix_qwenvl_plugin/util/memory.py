@@ -14,7 +14,10 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 
 def address_space_left() -> Optional[int]:
-    """Bytes of address space left under this process's limit (`ulimit -v`); None without a limit."""
+    """Bytes of address space left under this process's limit (`ulimit -v`); None without a limit.
+
+    Where the platform has no /proc/self/statm, the whole limit counts as left.
+    """
     if sys.platform == "win32":
         return None
     import resource

@@ -26,7 +26,8 @@ def require_paddle() -> None:
     other than CPUs and NVIDIA GPUs, which have other distribution names, are not checked.
 
     Raises:
-        QwenVLError: Paddle is missing, too old or broken; the message names the fix.
+        QwenVLError: Paddle is missing, too old or broken, or a limit (`ulimit -v`) leaves too little address space for
+            its import.
     """
     if util.find_spec("paddle") is None:
         raise QwenVLError(

@@ -24,7 +24,8 @@ def read_file(path: Path, what: str) -> Any:
         what: kind of file for the error message, such as "a recipe".
 
     Raises:
-        UsageError: the file cannot be read, is too long, or is not plain YAML; the message names file, line and column.
+        UsageError: the file cannot be read, is too long, or is not plain YAML; the message names the file and, if they
+            are known, line and column.
     """
     try:
         with path.open("rb") as file:
@@ -52,7 +53,8 @@ def read(text: str) -> Any:
     """Parse YAML text into mappings, lists, strings, numbers, booleans and None.
 
     Raises:
-        NotPlain: invalid YAML, a duplicate key, an alias, or a value that JSON or a command line cannot represent.
+        NotPlain: invalid YAML, a duplicate key, an alias, more than 32 levels of nesting, or a value that JSON or a
+            command line cannot represent.
     """
     try:
         data = yaml.load(text, Loader=_Loader)
@@ -94,7 +96,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def _check(value: Any, where: str, depth: int) -> None:
-    """Raise ValueError, with the dotted key `where`, for a value that JSON or a command line cannot represent."""
+    """Raise ValueError, with the dotted key `where`, for a value that JSON or a command line cannot represent.
+
+    Nesting deeper than _MAX_DEPTH raises RecursionError, as even deeper nesting does in the YAML parser.
+    """
     if depth > _MAX_DEPTH:
         raise RecursionError
     problem = ""

@@ -12,9 +12,9 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def clean_environment(**variables: str) -> dict[str, str]:
-    """Return this environment without variables of Python and of the plugin, but with `variables`.
+    """Return this process's environment variables without those of Python and of the plugin, and with `variables`.
 
-    Python writes no bytecode files in it.
+    A Python process with this environment writes no bytecode files.
     """
     inherited = {
         name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "QWENVL_"))

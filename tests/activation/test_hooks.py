@@ -39,7 +39,7 @@ def test_early_hook_is_called_before_the_module_is_executed(
 
 
 def test_module_attributes_are_the_same_with_and_without_the_plugin(run: Run) -> None:
-    """Loader, spec and file are the same, also during the module's execution (LOADERS)."""
+    """Loader (LOADERS: also during the module's execution), spec, file, source and data file are the same."""
     code = IMPORT + (
         "from importlib.resources import files\n"
         "print(m.LOADERS, type(m.__loader__).__name__, type(m.__spec__.loader).__name__)\n"

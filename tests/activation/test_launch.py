@@ -85,7 +85,7 @@ def test_launch_has_the_effect_of_the_installed_activation(
 
 
 def test_interpreter_without_launch_is_not_activated(bare_python: Path, folder: Path, fakes: Path) -> None:
-    """Control for the comparison of launched and installed: only `launch` makes the activation module importable."""
+    """Control for the comparison of launched and installed: `bare_python` alone does not find the activation module."""
     process = run_python(bare_python, "scripts/stock.py", cwd=folder, PYTHONPATH=str(fakes))
     assert "No module named '_qwenvl_activate'" in process.stderr
 

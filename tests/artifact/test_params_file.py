@@ -23,7 +23,7 @@ from paddlemix_qwenvl_plugin.modeling.language import LanguageModel
 from paddlemix_qwenvl_plugin.modeling.weights import language_parameters, vision_parameters
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
-# qvl_dtype in csrc/include/qwenvl.h -> (storage type, Paddle's type in the record, bytes of a stored number).
+# qvl_dtype in csrc/include/qwenvl.h -> (storage type, Paddle's type in the record, bytes of an element of this type).
 KINDS = {
     0: ("float32", 5, 4),
     1: ("bfloat16", 22, 2),

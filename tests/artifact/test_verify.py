@@ -45,7 +45,7 @@ def flip_bit(path: Path, offset: int) -> None:
 
 
 def test_weights_of_another_model(prefix: Path, tmp_path: Path) -> None:
-    """Weights of the same size and config: the digests in the manifest differ."""
+    """Weights of the same size and config: only the digest tells them from those that the manifest describes."""
     make_tiny(tmp_path / "model", seed=2)
     export_language(tmp_path / "model", tmp_path / "other", "qwen")
     other = params_path(tmp_path / "other" / "qwen")

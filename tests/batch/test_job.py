@@ -177,7 +177,7 @@ def test_resumption_from_a_truncated_partial_file(cheap, folder, monkeypatch):
     saved = []
     replace = type(folder).replace
 
-    # The last step of a job renames its output into place; the partial file is then complete.
+    # A job renames its output into place when the partial file is complete, and then removes the partial file.
     def save_partial_and_replace(path, target):
         saved.append(partial.read_bytes())
         return replace(path, target)

@@ -147,7 +147,7 @@ def test_parts_in_advance_hide_the_driver_until_it_is_the_limit(
 
 @pytest.mark.parametrize("router", [TwoChoices(), ByPrefix()], ids=["two choices", "prefix"])
 def test_littles_law(router: Router) -> None:
-    """Mean number of ongoing requests = rate x mean latency, with failures of replicas and a coordinator."""
+    """Mean number of ongoing requests = rate x mean latency, with admission of each request and failing replicas."""
     env = simpy.Environment()
     service = Service(
         env,
@@ -273,9 +273,9 @@ def hit_rate(router: Router) -> float:
 
 
 def test_hit_rate_of_prefix_routing_is_the_share_of_follow_up_questions() -> None:
-    """Two of three requests are follow-up questions; a random one of eight replicas has the prefix of one in eight."""
+    """Two of three requests are follow-up questions; a random one of eight replicas has the prefix in 1 of 8 cases."""
     assert hit_rate(ByPrefix()) == pytest.approx(2 / 3, abs=0.06)
-    assert hit_rate(TwoChoices()) < 2 / 3 * 2 / 8  # twice the expected rate
+    assert hit_rate(TwoChoices()) < 2 / 3 * 2 / 8  # twice the rate of a random choice
 
 
 # Failures and scaling

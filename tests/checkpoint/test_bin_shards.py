@@ -1,4 +1,4 @@
-"""PyTorch .bin shards, Hugging Face's format of this model, give the same tensors as every other format.
+"""PyTorch .bin shards, Hugging Face's format of this model, give the same tensors as the golden folder's files.
 
 The tests write shards without PyTorch (torch_files.py). PyTorch itself wrote the small files of tests/golden/torch.
 """

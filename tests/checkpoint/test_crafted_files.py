@@ -158,7 +158,7 @@ def test_pickles_of_pytorch(tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
     refused(torch_file.read_header, replace_pickle(BY_TORCH / "float32.bin", Path("a.bin"), PICKLES[case][0]))
     legacy = (BY_TORCH / "float32-before-1.6.bin").read_bytes()
-    # The crafted pickle goes before the table: before the first pickle after the one with the key "little_endian".
+    # The crafted pickle goes before the table, which is the pickle after the dict with the key "little_endian".
     system_info = legacy.index(b"}", legacy.index(b"little_endian"))
     start = legacy.index(b"\x80\x02", system_info)
     Path("b.bin").write_bytes(legacy[:start] + PICKLES[case][0] + legacy[start:])
@@ -182,7 +182,7 @@ def test_pickles_of_pytorch(tmp_path, monkeypatch, case):
 def test_changed_tables_of_pytorch(tmp_path, old, new, message):
     table = pickle_of(BY_TORCH / "float32.bin")
     assert old in table
-    # A shape is replaced in one tensor only, the name of a class in all.
+    # The name of a class is replaced in all tensors, the others in one tensor only.
     table = table.replace(old, new) if b"Storage" in old else table.replace(old, new, 1)
     found = refused(
         torch_file.read_header, replace_pickle(BY_TORCH / "float32.bin", tmp_path / "a.bin", table)

@@ -188,9 +188,9 @@ def test_shards_of_paddlenlps_unified_checkpoint(tmp_path):
 
 
 def test_fingerprints(tmp_path):
-    """A model's fingerprint depends on an adapter's updates of the vision stage, not on its other updates or formats.
+    """A model's fingerprint depends on adapters' updates of the vision stage, not on their other updates.
 
-    An adapter's fingerprint does not depend on its format.
+    Nor does it depend on the naming scheme of the base model. An adapter's fingerprint does not depend on its format.
     """
     folder = write_base(tmp_path / "model")
     plain = Checkpoint(folder).fingerprint()

@@ -182,8 +182,8 @@ def test_refused_configs(tmp_path, changes, message):
 W1 = "transformer.h.0.mlp.w1"
 
 
-# `without` and `with_value` return a function that damages the dict of tensors, as `not_quantized` and the two
-# functions after it do.
+# `without` and `with_value` return functions that damage the dict of tensors; `not_quantized` and the two functions
+# after it are such functions.
 
 
 def without(suffix):

@@ -124,7 +124,7 @@ def test_draw_opens_the_image_once(
 def test_a_drawn_image_is_replaced_by_a_second_run(
     suffix: str, tiny_exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Except in formats without metadata, which cannot mark the image as drawn by the command."""
+    """Except in BMP and GIF, which cannot hold the mark that the command has drawn the image."""
     drawn, output = tmp_path / f"drawn.{suffix}", tmp_path / "answer.json"
     output.touch()
     predict(tiny_exported, capsys, "--draw", str(drawn), "--output", str(output))

@@ -22,8 +22,8 @@ ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # with Ray's default, a lower priority, other programs starve the actors
 }
 
-# Ray then declares a killed node dead after 5 s instead of 15 s. With a shorter period, it would also declare live
-# nodes of a busy machine dead.
+# With this period Ray declares a killed node dead after 5 s instead of 15 s. With a shorter period, it would also
+# declare live nodes of a busy machine dead.
 _SYSTEM_CONFIG = {"health_check_period_ms": 1000}
 
 
