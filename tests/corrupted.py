@@ -1,4 +1,4 @@
-"""Corrupt weights in exported stages: values that this version never exports, with a manifest that fits."""
+"""Corrupt weights in exported stages: values that an export never writes, with digests that fit them."""
 
 from __future__ import annotations
 
