@@ -165,7 +165,7 @@ def test_export_time_excludes_the_engine_build(
 def test_the_demo_model_answers_correctly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Run the command as a process, on an ASCII terminal, and compare the answers with the scenes of the images."""
+    """Run the command as a process, with ASCII output, and compare the answers with the scenes of the images."""
     result = subprocess.run(
         [sys.executable, "-m", "paddlemix_qwenvl_plugin.cli", "demo", "folder"],
         cwd=tmp_path,
