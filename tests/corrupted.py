@@ -1,4 +1,4 @@
-"""Corrupt weights in exported stages: values that an export never writes, with digests that fit them."""
+"""Corrupt weights in exported stages: other values, with digests in the manifest that fit them."""
 
 from __future__ import annotations
 

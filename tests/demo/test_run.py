@@ -65,7 +65,7 @@ DEMO_FILES = {
 
 
 def test_files_that_no_demo_wrote_are_not_replaced(tmp_path: Path, random_model: Path) -> None:
-    """A folder of a demo is recognized by its marker file, or, if an older version wrote it, by its page."""
+    """The folder has neither the marker file of a demo nor, as after a demo of an older version, the page of one."""
     for name in ("index.html", "sheet.png", "answers.json", "images", "vision", "text"):
         folder = tmp_path / name.partition(".")[0]
         folder.mkdir()

@@ -407,7 +407,7 @@ def _without_zeros(path: Path) -> bytes:
 
 
 def _with_zeros(data: bytes) -> bytes:
-    """Undo `_without_zeros`."""
+    """Undo `_without_zeros`; at most six digits, so that a mutated number does not fill the memory."""
     return re.sub(rb"<(\d{3,6}) zeros>", lambda number: bytes(int(number[1])), data)
 
 
