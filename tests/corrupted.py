@@ -1,4 +1,4 @@
-"""Corrupt weights in exported stages: values that this version never exports, with a manifest that fits."""
+"""Corrupt weights in exported stages: other values, with digests in the manifest that fit them."""
 
 from __future__ import annotations
 

@@ -24,12 +24,12 @@ def cells_of(line: str) -> list[str]:
 
 
 def table_rows() -> Iterator[list[str]]:
-    """Yield the cells of each table line, in the document's order."""
+    """Yield the cells of each line of the document, in order; a line outside tables has none."""
     return map(cells_of, DOCUMENT.read_text("utf-8").splitlines())
 
 
 def matches(pattern: str, text: str) -> bool:
-    """Whether a text matches the message of a row; `…` in the row matches any text."""
+    """Whether a text matches the message of a row; `…` in the row matches any text that is not empty."""
     return re.fullmatch(".+".join(map(re.escape, pattern.split("…"))), text) is not None
 
 

@@ -1,4 +1,4 @@
-"""Executors for tests: `Recording` records the calls of another executor, `Scripted` generates given tokens."""
+"""Executors for tests: `Recording` forwards calls and records images and steps, `Scripted` generates given tokens."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ class Recording:
 class Scripted:
     """Executor that generates `script(prompt)` token by token, without a model.
 
-    `prompts` records the prompts; `steps` records (computed tokens before the step, tokens of the step) of each chunk.
+    `prompts` records the prompts; `steps` records for each step a list with (tokens computed before, tokens to compute)
+    of each chunk.
     """
 
     def __init__(

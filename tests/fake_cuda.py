@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 # Up to two GPUs, "First" with the handle 0 and "Second" with the handle 7. The attributes 75 and 76 are the major and
-# minor compute capability: MAJOR.6 and, of the second GPU, (MAJOR + 1).6. 100 is CUDA_ERROR_NO_DEVICE.
+# minor compute capability: FAKE_MAJOR.6 and, of the second GPU, (FAKE_MAJOR + 1).6. 100 is CUDA_ERROR_NO_DEVICE.
 DRIVER = """
 #include <stdlib.h>
 #include <string.h>
@@ -24,7 +24,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
 """
 
 # The compiled code is a copy of the source. Compilation fails if the source contains FAIL or if the library BUILTINS
-# cannot be opened, and aborts the process if the source contains CRASH.
+# cannot be opened, and aborts the process if the source contains CRASH. 18 is the size of the log with its final NUL.
 NVRTC = """
 #include <dlfcn.h>
 #include <stdlib.h>
@@ -64,7 +64,7 @@ def fake_driver(folder: Path) -> Path:
 
 
 def fake_nvrtc(path: Path, major: int, minor: int, *architectures: int, builtins: str | None = None) -> Path:
-    """Build an NVRTC with this version and these architectures. It opens the library `builtins`, built next to it."""
+    """Build an NVRTC with this version and these architectures. Its compiler opens `builtins`, built next to it."""
     flags = [f"-DMAJOR={major}", f"-DMINOR={minor}", f"-DARCHS={', '.join(map(str, architectures))}"]
     if builtins is not None:
         _library(path.with_name(builtins), "", f"-Wl,-soname,{builtins}")
@@ -73,7 +73,7 @@ def fake_nvrtc(path: Path, major: int, minor: int, *architectures: int, builtins
 
 
 def headers(folder: Path) -> Path:
-    """Create stand-ins for CUDA's headers in `folder`."""
+    """Create an empty cuda_fp16.h in `folder`, in place of CUDA's headers; return the folder."""
     folder.mkdir(parents=True)
     (folder / "cuda_fp16.h").write_text("")
     return folder

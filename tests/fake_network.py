@@ -1,4 +1,4 @@
-"""Fake resolver and connections: names resolve to public addresses, which connect to servers on this machine."""
+"""Fake resolver and connections: names resolve to given addresses; all connections are to servers on this machine."""
 
 from __future__ import annotations
 

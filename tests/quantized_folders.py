@@ -102,7 +102,7 @@ def quantized_layer(
         g_idx = rng.permutation(g_idx)
     integers = rng.integers(0, levels, [n_in, n_out])
     zeros = rng.integers(0, levels, [groups, n_out])
-    zeros[0, :4] = (0, levels - 1, 1, 0)
+    zeros[0, :4] = (0, levels - 1, 1, 0)  # GPTQ stores zero points minus 1: 0 wraps around or borrows (below)
     if variant.sym:
         zeros[:] = levels // 2
     scales = (rng.uniform(0.5, 1.5, [groups, n_out]) * 3 / levels / n_in**0.5).astype(np.float16)

@@ -87,7 +87,7 @@ def test_no_requests_and_no_console_messages(browser: Browser, page: Path) -> No
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_positions_of_boxes(browser: Browser, page: Path, all_correct_run: Run, width: int) -> None:
-    """Compare the polygons' positions with the answers' boxes, and the pixels of their sides with their colours."""
+    """Compare the polygons' positions with the answers' boxes, and pixels on the boxes' sides with COLOURS."""
     browser.open(page.as_uri(), width)
     pixels = browser.screenshot()
     n_checked = 0

@@ -65,7 +65,7 @@ DEMO_FILES = {
 
 
 def test_files_that_no_demo_wrote_are_not_replaced(tmp_path: Path, random_model: Path) -> None:
-    """A folder of a demo is recognized by its marker file, or, if an older version wrote it, by its page."""
+    """The folder has neither the marker file of a demo nor, as after a demo of an older version, the page of one."""
     for name in ("index.html", "sheet.png", "answers.json", "images", "vision", "text"):
         folder = tmp_path / name.partition(".")[0]
         folder.mkdir()
@@ -165,7 +165,7 @@ def test_export_time_excludes_the_engine_build(
 def test_the_demo_model_answers_correctly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Run the command as a process, on an ASCII terminal, and compare the answers with the scenes of the images."""
+    """Run the command as a process, with ASCII output, and compare the answers with the scenes of the images."""
     result = subprocess.run(
         [sys.executable, "-m", "paddlemix_qwenvl_plugin.cli", "demo", "folder"],
         cwd=tmp_path,

@@ -38,7 +38,7 @@ def _validator(kind: str, api_version: str) -> Draft202012Validator:
 
 def validate_kubernetes(document: dict[str, Any]) -> None:
     """Raise ValidationError unless a resource fits the schema of its kind."""
-    # The schemas' names have only the first part of a group: autoscaling-v1 for autoscaling.k8s.io/v1.
+    # The schemas' names have only the first part of a group: networking-v1 for networking.k8s.io/v1.
     group, _, version = document["apiVersion"].rpartition("/")
     api_version = f"{group.split('.')[0]}/{version}" if group else version
     _validator(document["kind"], api_version).validate(document)

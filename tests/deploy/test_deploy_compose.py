@@ -1,4 +1,4 @@
-"""Files in deploy/compose: valid for Compose, Prometheus and Grafana, and consistent with each other."""
+"""Files in deploy/compose: valid for Compose, Prometheus and Grafana, consistent with each other and the server."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_settings_stop_grace_period_and_port_of_the_server() -> None:
     service = services()["qwenvl"]
     for name in service["environment"]:
         assert name[len(ENVIRONMENT_PREFIX) :].lower() in ServeSettings.model_fields
-    # The timeouts of all steps of a shutdown except shutdown_timeout: see Server.shutdown and run in serve/server.py.
+    # The other timeouts of the steps of a shutdown: see Server.shutdown and run in serve/server.py.
     other_timeouts = 4 * server._STEP_TIMEOUT_SECONDS + server._CLEANUP_SECONDS + server._HANDSHAKE_SECONDS
     grace_period = int(service["stop_grace_period"].rstrip("s"))
     assert grace_period > ServeSettings().shutdown_timeout + other_timeouts

@@ -40,7 +40,7 @@ def container() -> Any:
 @pytest.mark.parametrize("path", FILES)
 def test_resources_are_valid(path: str) -> None:
     for document in documents(path):
-        # This file is a patch of cpu/deployment.yaml: test_kustomize_builds_the_resources validates the result.
+        # gpu/deployment.yaml patches cpu/deployment.yaml: test_kustomize_builds_the_resources validates the result.
         if path != "kubernetes/gpu/deployment.yaml":
             validate_kubernetes(document)
 
@@ -77,7 +77,7 @@ def test_kustomize_builds_the_resources(device: str, tmp_path: Path) -> None:
     [server_container] = pod["containers"]
     assert server_container["image"].startswith("registry.example.com/qwenvl-serve:")
     assert ("nvidia.com/gpu" in server_container["resources"]["limits"]) == (device == "gpu")
-    # The patch of the variant for GPUs keeps all other fields.
+    # The patch of the variant for GPUs keeps other fields, such as the probes.
     assert server_container["livenessProbe"] == container()["livenessProbe"]
 
 
@@ -112,7 +112,7 @@ def test_the_grace_period_of_the_pod_is_longer_than_a_shutdown() -> None:
     assert command == "sleep"
     variables = {variable["name"]: variable["value"] for variable in container()["env"]}
     shutdown_timeout = float(variables["QWENVL_SERVE_SHUTDOWN_TIMEOUT"])
-    # The timeouts of the other steps of a shutdown: see Server.shutdown and run in serve/server.py.
+    # The other timeouts of the steps of a shutdown: see Server.shutdown and run in serve/server.py.
     other_timeouts = 4 * server._STEP_TIMEOUT_SECONDS + server._CLEANUP_SECONDS + server._HANDSHAKE_SECONDS
     grace_period = resource("deployment")["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     assert grace_period > int(seconds) + shutdown_timeout + other_timeouts

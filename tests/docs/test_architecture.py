@@ -1,4 +1,4 @@
-"""docs/architecture.md, compared with the sources: the figure of imports, the import rule, and two contracts.
+"""docs/architecture.md, compared with the sources: figure of imports, import rule, two contracts, and the manifest.
 
 A part is a folder of the package, or a module that is in no folder.
 """
@@ -141,7 +141,7 @@ def test_import_loads_neither_paddle_nor_numpy(module: str) -> None:
 
 
 def test_document_lists_the_inputs_of_the_contracts() -> None:
-    """The names of all inputs; the inputs of the stock contract also in their order."""
+    """The names of the inputs up to the first caches; those of the stock contract also in their order."""
     from paddlemix_qwenvl_plugin.artifact.contract import step_inputs, stock_inputs
     from paddlemix_qwenvl_plugin.checkpoint.config import parse_config
     from paddlemix_qwenvl_plugin.tiny.make import tiny_config

@@ -29,7 +29,7 @@ EXTRAS_TABLE = PYPROJECT.split("[project.optional-dependencies]")[1].split("\n["
 EXTRAS = set(re.findall(r"^([\w-]+) = \[", EXTRAS_TABLE, re.MULTILINE))
 CMAKE = (REPO / "csrc" / "CMakeLists.txt").read_text("utf-8")
 
-# Programs of other projects, whose flags cannot be checked here, and what they are.
+# Programs whose flags cannot be checked here, and why.
 UNCHECKED = {
     "deploy/qwen_vl/export_image_encoder.py": "a script of PaddleMIX, run by tests/upstream",
     "deploy/qwen_vl/run_static_predict.py": "a script of PaddleMIX, run by tests/upstream",
@@ -112,7 +112,7 @@ def test_inline_commands_exist(document: Path) -> None:
 # --- other programs -------------------------------------------------------------------------------------
 
 
-# Checks of a command's arguments; CHECKS maps programs to them. Only check_qwenvl uses `parse`.
+# Checks of a command's arguments; CHECKS maps programs to them. Only check_qwenvl calls `parse`.
 
 
 def check_files(command: Command, parse: Parse) -> None:
@@ -130,7 +130,7 @@ def check_pip(command: Command, parse: Parse) -> None:
 
 
 def check_python(command: Command, parse: Parse) -> None:
-    """A script or a module of the repository exists, and its source contains the flags as strings."""
+    """A script or a module of the repository exists; its source, or one imported from its folder, has the flags."""
     target, *arguments = command.arguments
     if target == "-m":
         module, *arguments = arguments
@@ -179,7 +179,7 @@ def check_make(command: Command, parse: Parse) -> None:
 
 
 def check_profiled(command: Command, parse: Parse) -> None:
-    """Check the program that a profiler starts: its arguments contain the command."""
+    """Check the program that a profiler starts: the profiler's arguments contain the program's command."""
     names = [argument.rpartition("/")[2] for argument in command.arguments]
     start = next((index for index, name in enumerate(names) if name in CHECKS), None)
     if start is not None:
@@ -274,7 +274,7 @@ def test_environment_variables_exist() -> None:
 
 
 def test_all_blocks_have_a_language() -> None:
-    """No test reads a block without a language; shell blocks have the language sh."""
+    """Every block has a language, since no test reads one without; shell blocks have the language sh."""
     for document in documents():
         fences = re.findall(r"^```(.*)$", document.read_text("utf-8"), re.MULTILINE)
         assert all(fences[::2]), document  # every second fence ends a block

@@ -156,7 +156,7 @@ def test_chat_in_a_script(run: Run, tmp_path: Path) -> None:
 
 
 def test_eval(run: Run, tmp_path: Path) -> None:
-    """The commands of the three tasks, on the example rows in the document: they print a score of 0 or 1."""
+    """The commands of the three tasks run on the example rows in the document; the output has a number 0 or 1."""
     text = (REPO / "docs" / "eval.md").read_text("utf-8")
     sessions = [typed_lines(block) for block in blocks(text, "console") if "data.jsonl" in block]
     rows = blocks(text, "json")

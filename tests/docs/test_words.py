@@ -27,8 +27,8 @@ SUFFIXES = {
     ".sh",
     ".txt",
 }
-# Paths of files whose text cannot change: upstream's figures, fuzzer inputs, text that the demo model and the tiny
-# vocabulary are trained on.
+# Beginnings of the paths of files that are not checked: apart from the first three, their text cannot change, since it
+# is upstream's figures, fuzzer inputs, or text that the demo model and the tiny vocabulary are trained on.
 EXEMPT = (
     "CHANGELOG.md",  # it names what earlier versions had
     "docs/glossary.md",
@@ -42,7 +42,7 @@ EXEMPT = (
     "tools/train_demo/",
 )
 # Literal text: the picture label `Picture 1: ` of the official prompts and names that refer to it, prompts of the demo
-# model, the contraction "somebody'll" in the rules of VQA accuracy.
+# model, the contraction "somebody'll" in the rules of VQA accuracy, a method of the library click.
 ALLOWED = re.compile(
     r"picture[-_ ]?label|npicture_label|Picture ?(?:\d|\{|N\b|%)|['\"]Picture: ['\"]|usage_pieces"
     r"|(?:in|of|describe|which) (?:the |this )?picture|somebody'(?:ll|s)",
@@ -68,8 +68,8 @@ def tracked_files() -> list[Path]:
 
 
 def occurrences(text: str, words: list[str]) -> Iterator[tuple[int, str]]:
-    """Yield (line number, match) of the words and their plurals, also within names: `n_pictures`, `PictureLabel`."""
-    # A word between characters that are no letters or digits; or, after a lower-case letter, a capitalized one.
+    """Yield (line number, match) of the words and their plurals, also within names: `n_pictures`, `firstPicture`."""
+    # A word between characters that are no letters or digits; or, after a lower-case letter, Picture or Piece.
     pattern = re.compile(
         r"(?<![^\W_])(?:" + "|".join(words) + r")s?(?![^\W_])|(?-i:(?<=[a-z])(?:Picture|Piece)s?)",
         re.IGNORECASE,

@@ -80,7 +80,7 @@ def test_the_library_is_built_once(compiler: Path) -> None:
         ("generic", ["generic"]),
         ("avx2", ["generic", "avx2"]),
         ("avx512", ["generic", "avx512"]),
-        # With the compute type float32, the kernels of avx512 run.
+        # With the compute dtype float32, the kernels of avx512 run.
         ("avx512_bf16", ["generic", "avx512", "avx512_bf16"]),
     ],
 )
@@ -290,7 +290,7 @@ def test_a_compiler_with_arguments(compiler: Path, tmp_path: Path, monkeypatch: 
 
 @needs_compiler
 def test_symbols_of_a_static_cxx_library_are_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some compilers link libstdc++ into the library. Paddle uses another libstdc++ and must not find these symbols."""
+    """Some compilers link libstdc++ into the library. Paddle uses another one and must not find this copy's symbols."""
     monkeypatch.setenv("CXX", "c++ -static-libstdc++")
     source = tmp_path / "source.cc"
     source.write_text(

@@ -24,7 +24,7 @@ INSTALL = r": pip install 'paddlemix-qwenvl-plugin\[gpu-engine\]'$"
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A site-packages folder. The search for NVRTC is limited to it and to `toolkit` and `usr`, which are empty."""
+    """Limit the search for NVRTC to a site-packages folder, which is returned, `toolkit` and `usr`; none exists yet."""
     monkeypatch.setattr(nvrtc, "_sites", lambda: [tmp_path / "site"])
     monkeypatch.setattr(nvrtc, "_toolkits", lambda: [tmp_path / "toolkit"])
     monkeypatch.setattr(nvrtc, "_NAMES", ())
@@ -34,7 +34,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def kernels(tmp_path: Path, site: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Install a fake NVRTC and a fake driver with one GPU; return the folder of kernels, which has two files."""
+    """Install a fake NVRTC and a fake driver with one GPU; return the folder of kernels, with two .cu files."""
     csrc = Path(shutil.copytree(CSRC, tmp_path / "csrc"))
     folder = csrc / "cuda" / "kernels"
     for path in folder.glob("*.cu"):
@@ -154,7 +154,7 @@ def test_given_kernels_need_no_nvrtc(kernels: Path, site: Path, monkeypatch: pyt
 
 
 def test_where_nvrtc_is_found(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NVRTC of a toolkit, PyTorch, and wheels of CUDA 12 and 13: the newest one that fits GPU and driver is used."""
+    """The first NVRTC that fits GPU and driver is used, of the wheels of CUDA 13 and 12, PyTorch and a toolkit."""
     with pytest.raises(QwenVLError, match=rf"^no NVRTC .*{INSTALL}"):
         nvrtc.find([90], 13)
     headers(site / "nvidia" / "cuda_runtime" / "include")

@@ -1,4 +1,4 @@
-"""Without a built engine, commands fall back to the portable graph and print a notice."""
+"""Without a built engine, commands fall back to the portable graph with a notice, or fail if they need the engine."""
 
 from __future__ import annotations
 

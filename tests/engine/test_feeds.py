@@ -88,7 +88,7 @@ def test_invalid_images(programs: dict[str, Program], shape: list[int]) -> None:
 
 
 def test_an_engine_is_freed_with_its_program(tiny_exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine's memory and threads are freed when the program is deleted, not when the next engine is created."""
+    """The engine's threads end when the program is deleted, not when the next engine is created."""
     monkeypatch.setenv("QWENVL_ENGINE", "fused")
 
     def threads() -> int:

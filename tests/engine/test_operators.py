@@ -69,7 +69,7 @@ def test_rows_end_independently(golden: Callable[[str], Any], engine: str, exten
 
 @needs_compiler
 def test_a_program_in_place_of_a_deleted_one(tmp_path: Path) -> None:
-    """Programs opened and deleted at one path, with other weights and another storage type each time."""
+    """Programs opened and deleted at one path, with other weights and alternating storage types, use their own."""
     completions = set()
     for seed in range(6):
         make_tiny(tmp_path / f"model-{seed}", seed)

@@ -1,4 +1,4 @@
-"""Every row of docs/errors.md is a test: its input produces the error line and the exit code, and creates no file."""
+"""Each row of docs/errors.md with an exit code is a test: its input gives the error line and the code, and no file."""
 
 from __future__ import annotations
 

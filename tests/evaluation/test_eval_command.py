@@ -59,7 +59,7 @@ def require_libraries(task: str) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run `qwenvl eval` in an empty folder, and return the printed JSON."""
+    """Function that runs `qwenvl eval` in an empty folder and returns the printed JSON."""
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: str) -> Any:
@@ -237,6 +237,7 @@ def test_printed_tables(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
         ("vqa", r"vqa  100\.00  \(2 questions\)"),
         ("captions", r"CIDEr +\d+\.\d\d\nBLEU-4 +\d+\.\d\d\nROUGE-L +\d+\.\d\d\n\(2 images\)"),
     ):
+        # In the tests above, `require_libraries` imports these libraries if they are installed.
         if task == "captions" and not {"nltk", "pycocoevalcap"} <= set(sys.modules):
             continue
         arguments = [

@@ -1,6 +1,6 @@
 """Accuracy of the demo model on the engine by storage type.
 
-Compared with float32, 16-bit and 8-bit types lose at most one percentage point, 4-bit types three.
+Compared with float32, 16-bit types and int8 lose at most one percentage point, int4 three, rounded up to whole answers.
 """
 
 from __future__ import annotations

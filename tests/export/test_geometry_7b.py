@@ -1,4 +1,7 @@
-"""Export, its memory use, and a completion, of a model with the layer sizes of the 7B model and one layer per stage."""
+"""Exports of models with the layer sizes of the 7B model: memory and completions. Memory of `convert` of a smaller one.
+
+Each exported stage has one layer, the language stage of the GPTQ model three.
+"""
 
 from __future__ import annotations
 

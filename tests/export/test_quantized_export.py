@@ -1,4 +1,4 @@
-"""Exports of GPTQ and AWQ checkpoints: the integers are unchanged, and the engine's logits are those of the weights."""
+"""Exports of GPTQ and AWQ checkpoints: storage types, and the engine's logits, which are those of the weights."""
 
 from __future__ import annotations
 

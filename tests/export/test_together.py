@@ -33,7 +33,7 @@ def file_contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def other(tmp_path: Path) -> Path:
-    """A model that differs from the exported tiny one in weights, config and vocabulary."""
+    """A model that differs from the exported tiny one in weights, and in a line end of config and vocabulary."""
     make_tiny(tmp_path / "other", seed=5)
     for name in ("config.json", "qwen.tiktoken"):
         path = tmp_path / "other" / name
@@ -82,7 +82,7 @@ def test_a_killed_export_changes_no_file_and_the_next_removes_its_leftovers(
     assert subprocess.run(command, capture_output=True, check=False).returncode == -9
     assert file_contents(stage_folder) == before
     [killed] = leftovers(stage_folder)
-    # Leftovers of an export with another prefix, and of a running export.
+    # Temporary folders of an export with another prefix, and of a running export.
     other_prefix = stage_folder / ".export-other-1234"
     other_prefix.mkdir()
     (other_prefix / "lock").touch()

@@ -73,7 +73,7 @@ def read_model(model: str) -> None:
 def run_job(arguments: list[str], folder: str, models: Sequence[str] = ()) -> None:
     """Run a job in the forked child, with limits; never returns.
 
-    Exit code 98 stands for a SystemExit without a number, 99 for any other exception that main() did not catch.
+    Exit code 98 stands for a SystemExit without a number, 99 for any other exception that was not caught.
     """
     exit_code = 99
     try:

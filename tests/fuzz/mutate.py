@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any
 
-# JSON texts that replace a random value: extreme numbers, odd strings and paths, deep nesting.
+# Texts that replace a random value of the JSON: extreme numbers, odd strings and paths, deep nesting.
 FRAGMENTS = (
     *("null", "true", "false", "0", "-1", "1", "2", "3", "7", "128", "255", "65536", "1048576", "1048577"),
     *("2147483647", "2147483648", "4294967296", "9007199254740993", "9223372036854775807", "1" + "0" * 30),

@@ -34,7 +34,8 @@ MERGE += ["--lora", "adapter"]
 
 REPO = Path(__file__).resolve().parents[2]
 
-# YAML syntax and keys of recipes, separated by "|"; then words that contain "|" or are long.
+# YAML syntax and keys of recipes, separated by "|"; then words with "|", control characters or a byte order mark, and
+# long ones.
 YAML_WORDS = (
     *rb"""&a |*a|<<: |- |? |: |> |[|{|}|]|'|"|#|!!binary |!!set |!!omap |!!timestamp x|!!int ''|!!float x|!!bool x|!x |
     !!null |"\0"|"\ud800"|"\x1b[31m"|1e999|.nan|-.inf|2024-13-45|2024-01-01|2024-01-01T00:00:00+99:99|~|null|yes|${|
@@ -222,7 +223,7 @@ def targets(base: Path) -> dict[str, Target]:
         return lay_out
 
     def peft(data: bytes, folder: Path) -> list[str]:
-        """Lay out PEFT's adapter; `data` is JSON as `_small_adapters` describes it.
+        """Lay out PEFT's adapter; `data` is JSON, as the seeds that `_small_adapters` returns.
 
         Any other text becomes the adapter_config.json, beside the weights of the first seed.
         """
@@ -319,10 +320,10 @@ def targets(base: Path) -> dict[str, Target]:
 
 
 def _small_weight_files(base: Path) -> dict[str, Path]:
-    """Write the weights of the smallest model, all zeros, in every pickled form, and return the paths of the files.
+    """Write the weights, all zeros, of a model smaller than make_base's in every pickled form; return the files' paths.
 
-    The folders small/ and ranks/ get the other files of a model folder; ranks/ is cut in two for tensor parallelism and
-    lacks the file of rank 0.
+    The folders small/ and ranks/ get the model's config. Of the two files of tensor parallelism, ranks/ gets that of
+    rank 1; the input is that of rank 0.
     """
     for name in ("small", "ranks", "files"):
         (base / name).mkdir()
@@ -351,7 +352,7 @@ def _small_weight_files(base: Path) -> dict[str, Path]:
 def _small_adapters(base: Path) -> list[bytes]:
     """Write the model adapted/, with random weights, and two adapters of zeros for it: peft_bin/ and paddlenlp/.
 
-    The folder peft/ stays empty: an input of that target contains both files of its adapter.
+    The folder peft/ stays empty: an input of the target lora_peft stands for both files of its adapter.
 
     Returns:
         Seeds of PEFT's adapter, JSON texts of [config, safetensors header, number of bytes of values]. The first seed
@@ -406,7 +407,7 @@ def _without_zeros(path: Path) -> bytes:
 
 
 def _with_zeros(data: bytes) -> bytes:
-    """Undo `_without_zeros`."""
+    """Undo `_without_zeros`; at most six digits, so that a mutated number does not fill the memory."""
     return re.sub(rb"<(\d{3,6}) zeros>", lambda number: bytes(int(number[1])), data)
 
 

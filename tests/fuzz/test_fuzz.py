@@ -1,8 +1,8 @@
 """Fuzzer: `qwenvl` with a corrupted input succeeds or prints a one-line error, in bounded memory and time.
 
-Inputs are configs, indices, weight files, manifests, images and recipes. QWENVL_FUZZ_SECONDS is the time for all
-targets together (default 60), QWENVL_FUZZ_SEED the seed (default 0). An input that fails is stored in found/TARGET and
-repeated in every later run; remove stored inputs that fail for the same reason as another.
+Inputs are configs, indices of shards, weight files, adapters, manifests, images and recipes. QWENVL_FUZZ_SECONDS is the
+time for all targets together (default 60), QWENVL_FUZZ_SEED the seed (default 0). The first input with each problem is
+stored in found/TARGET and repeated in every later run; remove stored inputs that fail for the same reason as another.
 """
 
 from __future__ import annotations

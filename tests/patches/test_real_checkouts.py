@@ -294,7 +294,8 @@ def is_unhashable(node: ast.ClassDef) -> bool:
 def unhashable_defaults(roots: list[Path]) -> set[str]:
     """List CLASS.FIELD of dataclass fields whose default is a list, dict or set, or an instance of an unhashable class.
 
-    Python 3.11 rejects such defaults. Classes are compared by unqualified name: the result may have false positives.
+    Python 3.11 and newer reject such defaults. Classes are compared by unqualified name: the result may have false
+    positives.
     """
     classes: list[ast.ClassDef] = []
     for path in (path for root in roots for path in root.rglob("*.py")):

@@ -1,4 +1,4 @@
-"""Fixtures: tokenizers with the tiny and the real vocabulary, and golden values of the official code."""
+"""Fixtures: tokenizers with the tiny and the real vocabulary, and golden values of PaddleMIX."""
 
 from __future__ import annotations
 

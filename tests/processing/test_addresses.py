@@ -81,7 +81,7 @@ load = partial(load_image, allow_http=True)
         # The unspecified address, which connects to this machine.
         "0",
         "0.0.0.0",
-        # IPv6, and IPv4 in IPv6.
+        # IPv6, IPv4 in IPv6, and the name.
         "[::1]",
         "[::]",
         "[::ffff:127.0.0.1]",
@@ -111,7 +111,7 @@ def test_spellings_of_this_machine_are_refused(server: ThreadingHTTPServer, host
         ),
         # Unspecified, loopback, multicast, reserved, broadcast.
         *("0.0.0.0", "127.0.0.53", "224.0.0.1", "239.255.255.250", "240.0.0.1", "255.255.255.255"),
-        # The same kinds in IPv6.
+        # Such addresses in IPv6.
         *(
             "::",
             "::1",
@@ -165,7 +165,7 @@ def test_the_next_address_is_tried(server: ThreadingHTTPServer, monkeypatch: pyt
 
 
 def test_dns_rebinding(server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The name resolves to a public address at first, and to this machine at the next query: it is resolved once."""
+    """The name resolves to a public address at first, and to this machine at the next query: a download makes one."""
     net = FakeNetwork(monkeypatch, {"rebinding.example": [[PUBLIC], ["127.0.0.1"]]})
     assert load(f"http://rebinding.example:{server.server_port}/a.png").size == (6, 4)
     assert (net.resolved_names, net.connected_addresses) == (["rebinding.example"], [PUBLIC])

@@ -65,7 +65,7 @@ def test_a_label_is_completely_inside_the_image(points: tuple, ref: str) -> None
     with_label = draw_boxes(image, [Box("box", points, ref)])
     mask = changed(draw_boxes(image, [Box("box", points)]), with_label)
     rows, columns = np.nonzero(mask)
-    # The label has a border of its colour on all sides. If it were cut off, letters would touch the edge of the image.
+    # A label has a border without letters on all sides. If it were cut off, letters would touch the edge of the image.
     letters = (np.asarray(with_label) > 200).all(axis=2)
     assert letters.any()
     assert not letters[[0, -1]].any()
@@ -82,7 +82,7 @@ def test_labels_are_readable_on_any_background() -> None:
         # The box begins at row 60: above it is the label with a filled background.
         label = (drawn == colour).all(axis=2)[:59]
         assert label.sum() > 150
-    # 4.5 is the contrast that WCAG requires for small text.
+    # 4.5 is the contrast that WCAG requires for small text, here white letters (luminance 1).
     assert all(1.05 / (luminance(colour) + 0.05) >= 4.5 for colour in drawing.COLOURS)
     assert len(set(drawing.COLOURS)) == len(drawing.COLOURS)
 

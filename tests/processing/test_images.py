@@ -53,7 +53,7 @@ def png_header(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("name", ["wide.png", "tall.png", "alpha.png", "gray.png", "palette.png"])
 def test_golden_images(golden_folder: Path, name: str) -> None:
     golden = json.loads((golden_folder / "images.json").read_text())[name]
-    # The official code ignores transparency; load_image, which composes the image with white, is not compared.
+    # PaddleMIX ignores transparency; load_image, which composes the image with white, is not compared.
     path = golden_folder / name
     tensor = preprocess(Image.open(path) if name == "alpha.png" else load_image(path))
     assert list(tensor.shape) == golden["shape"]
@@ -173,7 +173,7 @@ def test_16_bits_are_scaled(kind: str) -> None:
 def test_16_bits_with_a_transparent_value() -> None:
     buffer = io.BytesIO()
     Image.fromarray(np.array([[0, 700, 701]], dtype=np.uint16)).save(buffer, "PNG")
-    # Insert a chunk that makes the value 700 transparent before IDAT, which follows its length of 4 bytes.
+    # Before IDAT and the 4 bytes of its length, insert a chunk that makes the value 700 transparent.
     transparent = b"tRNS" + struct.pack(">H", 700)
     chunk = struct.pack(">I", 2) + transparent + struct.pack(">I", zlib.crc32(transparent))
     header, pixels = buffer.getvalue().split(b"IDAT")

@@ -1,4 +1,4 @@
-"""Prompts in base and chat form, compared with the official code's; image spans; refused prompts."""
+"""Prompts in base and chat form, compared with PaddleMIX's; image spans; refused prompts."""
 
 from __future__ import annotations
 

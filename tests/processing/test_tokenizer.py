@@ -1,4 +1,4 @@
-"""The tokenizer: compared with the official code and with brute force; special tokens; vocabulary files."""
+"""The tokenizer: compared with PaddleMIX's and with brute force; special tokens; vocabulary files."""
 
 from __future__ import annotations
 

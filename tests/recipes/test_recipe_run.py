@@ -359,7 +359,7 @@ def test_met_requirements(tmp_path: Path) -> None:
 
 
 def test_required_gpu(tmp_path: Path) -> None:
-    """The requirement is met if the NVIDIA driver lists a GPU in /proc."""
+    """The requirement is met on a machine with a GPU, which the NVIDIA driver lists in /proc."""
     gpus = Path("/proc/driver/nvidia/gpus")
     has_gpu = gpus.is_dir() and any(gpus.iterdir())
     completed = qwenvl(tmp_path, "run", write(tmp_path, recipe(requires={"gpu": True})))

@@ -1,6 +1,6 @@
 """The demo's synthetic images: a drawing shows its scene, and the answers to questions are true of the scene.
 
-Expected answers are computed from the scene here, independently of the package.
+Expected answers are computed from the scene here, not by the package's code for answers.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def test_counts() -> None:
 
 
 def test_existence() -> None:
-    """Both answers, yes and no, occur."""
+    """The answers are true, and both, yes and no, occur."""
     rng = random.Random(2)
     answers = set()
     for scene in SCENES:

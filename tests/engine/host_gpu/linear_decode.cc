@@ -1,5 +1,5 @@
-// linear_decode_hopper.cu, upload_matrix.cu and the code that launches them, as a library for the host.
-// Blocks run one after another; the code that launches them assumes three multiprocessors.
+// linear_decode_hopper.cu, linear_decode_hopper_groups.cu, upload_matrix.cu and the code that launches their
+// kernels, as a library for the host. Blocks run one after another, on a "GPU" of three multiprocessors.
 #include <barrier>
 #include <chrono>
 #include <condition_variable>
@@ -252,7 +252,7 @@ void Gpu::launch_bytes(CUstream, const char* name, Dim grid, int threads, int sh
     barriers.clear();
     finished = false;
     for (int i = 0; i < kMeetings; ++i) {
-      // Barrier 0 is for all threads, barrier 1 for all but the last warp, which requests copies.
+      // Barrier 0 is for all threads, barrier 1 for all but the last warp, which only requests copies.
       const int count = i == 0 ? threads : i == 1 ? threads - 32 : i < kOfWarps ? 128 : 32;
       meetings[i] = std::make_unique<std::barrier<>>(count);
     }
@@ -326,9 +326,9 @@ struct HostAdapted {
   uint16_t* low;
 };
 
-// y = x W^T + bias, and A x unless `adapted` is NULL. `stored`: W in the layout of files (qwenvl.h). x:
-// bfloat16 [n][x_stride]. y: float32 or bfloat16, depending on the epilogue. Returns NULL or an error
-// message.
+// y = epilogue(x W^T + bias), and A x unless `adapted` is NULL. dtype, stored: W [out, in] in the layout of
+// files (qwenvl.h). x: bfloat16 [n, x_stride]. y: float32 or bfloat16, depending on the epilogue. Returns
+// NULL or an error message.
 EXPORT const char* host_linear(int dtype, int out, int in, const void* stored, const float* bias,
                                const void* x, int64_t x_stride, int n, int epilogue, void* y,
                                const HostAdapted* adapted) {

@@ -3,7 +3,7 @@
     PYTHONPATH=. python tests/golden/lora/make_paddlenlp.py
 
 Needs paddlenlp, in an environment of docs/upstream.md. Made with paddlenlp 3.0.0b4. The names are those of PaddleMIX's
-model class, the targets those of PaddleMIX's lora_sft_argument.json.
+model class, the targets of the adapter `paddlenlp` those of PaddleMIX's lora_sft_argument.json.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec, language_spec
 HERE = Path(__file__).resolve().parent
 SPECS: dict[str, TensorSpec] = {**language_specs(config()), **vision_specs(config())}
 
-# The targets of Qwen-VL's finetune.py for the base model (c_attn, attn.c_proj, w1, w2), and two matrices of the vision
-# tower.
+# peft: the targets of Qwen-VL's finetune.py (c_attn, attn.c_proj, w1, w2), its modules_to_save for Qwen-VL (none for
+# Qwen-VL-Chat), and two matrices of the vision tower.
 ADAPTERS: dict[str, dict[str, Any]] = {
     "peft": {
         "r": 4,

@@ -8,8 +8,9 @@
 | auto_awq | auto-round 0.16.1, rounding to nearest | AWQ, 4 bits, groups of 32, asymmetric, safetensors |
 | act_order | AutoGPTQ 0.7.1, GPTQ with `desc_act` | GPTQ, 4 bits, groups of 32, symmetric, zero biases, PyTorch .bin |
 
-In each folder, reference.npz has float32 results of the tool's linear layers: `logits` [T, vocabulary] for `tokens`
-[T], and, under the name of a layer, its output for `inputs(…)`.
+In each folder, reference.npz has float32 results of the model with the tool's linear layers (auto_awq: with the weights
+that the tool dequantizes): `logits` [T, vocabulary] for `tokens` [T], and, under the name of a layer, its output for
+`inputs(…)`.
 
 AutoGPTQ is installed by `pip install --no-deps --no-build-isolation auto-gptq`; its folder must be on PYTHONPATH.
 """
@@ -130,7 +131,7 @@ def inputs(n_in: int) -> np.ndarray:
 
 
 def write_reference(folder: Path, quantized: Model) -> None:
-    """Write reference.npz, given the model with the tool's layers."""
+    """Write reference.npz, given the model with the tool's layers or dequantized weights."""
     torch.manual_seed(11)
     tokens = torch.randint(0, 30, [24])
     figures = {"tokens": tokens.numpy()}
@@ -165,7 +166,7 @@ def make_by_auto_round(form: str) -> None:
     folder.mkdir(exist_ok=True)
     write_config(folder, json.loads(written.with_name("config.json").read_text())["quantization_config"])
     tensors = load_file(written)
-    # The tool stores all other tensors in float32. Here they become float16, as in published checkpoints.
+    # The tool stores tensors other than int32 in float32. Here they become float16, as in published checkpoints.
     save_file(
         {name: value if value.dtype == torch.int32 else value.half() for name, value in tensors.items()},
         folder / "model.safetensors",

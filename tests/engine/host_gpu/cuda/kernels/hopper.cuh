@@ -1,6 +1,6 @@
-// Hopper's instructions on the host, in place of csrc/cuda/kernels/hopper.cuh. They take effect as late, and
-// in as random an order, as the hardware allows: one thread of the host executes all copies in random order,
-// and products are computed when a thread of the block waits for them.
+// Hopper's instructions on the host, in place of csrc/cuda/kernels/hopper.cuh. The order of their effects is
+// one that the hardware allows but rarely has: one thread of the host executes all copies in random order,
+// and a thread's part of a product is computed only when this thread waits for it.
 #pragma once
 
 #include <functional>
@@ -34,8 +34,8 @@ inline void copy_box(uint32 to, const TensorMap& map, int x0, int x1, int x2, ui
   copy_later(to, map, {x0, x1, x2}, barrier);
 }
 
-// Indices of barriers: 0 and 1 are the kernel's; from kOfGroups on, one for each of 4 warpgroups; from
-// kOfWarps on, one for each of 17 warps (544 threads).
+// Named barriers (the barriers above are mbarriers): 0 and 1 are the kernel's; from kOfGroups on, one for
+// each of 4 warpgroups; from kOfWarps on, one for each of 17 warps (544 threads).
 constexpr int kOfGroups = 2, kOfWarps = 6, kMeetings = kOfWarps + 17;
 void meet(int barrier, int threads);
 template <int threads>
@@ -58,7 +58,8 @@ inline uint32 load_shared4(uint32 address) {
   return value;
 }
 
-// A matrix descriptor: the address in units of 16 bytes. Rows of 64 values are swizzled as in hopper.cuh.
+// A matrix descriptor: the address in units of 16 bytes. Rows of 64 values are swizzled as in
+// csrc/cuda/kernels/hopper.cuh.
 inline uint64 wgmma_descriptor(uint32 address) {
   return address >> 4;
 }
@@ -69,7 +70,7 @@ inline float described(uint64 matrix, int row, int k) {
   return to_float(value);
 }
 
-inline thread_local std::vector<std::pair<int, std::function<void()>>> products;  // (group, product) in order
+inline thread_local std::vector<std::pair<int, std::function<void()>>> products;  // (commit group, product)
 inline thread_local int product_group;
 inline void wgmma_fence() {}
 inline void wgmma_commit() {
@@ -109,7 +110,8 @@ struct Product {
   }
 };
 
-// `a` is in registers of the four lanes of a row. The lanes exchange them through registers_of.
+// The four lanes of rows g and g + 8 of `a` hold these rows in registers, and exchange them through
+// registers_of.
 extern uint32 registers_of[544][4];
 template <int N>
 struct ProductFromRegisters {
