@@ -30,7 +30,7 @@ from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 
 REPO = Path(__file__).resolve().parents[2]
 PARAM = "messages[0].content[1].image_url.url"
-SIZE = 224  # width and height of the model's input
+SIZE = 224  # width and height to which the loaders resize images
 T = TypeVar("T")
 
 
