@@ -30,7 +30,7 @@ class FakeServer(ThreadingHTTPServer):
     Attributes:
         answer: maps a request body to a Reply, or to its text if the finish reason is "stop".
         refuse: maps path and body to (status, error, headers) of an error response, or to None to accept the request.
-        requests: (path, body) of each accepted request.
+        requests: (path, body) of each accepted POST request.
         disconnected: semaphore, released once for each client that disconnects during a stream.
         resume: while cleared, streams pause after their first text.
         truncate: close streams after their first text.

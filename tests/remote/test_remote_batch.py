@@ -75,7 +75,7 @@ def openai_row(row_id: str, *messages: Any, **body: Any) -> dict[str, Any]:
 
 
 def test_results_equal_those_of_exported_stages(server: FakeServer, batch: Any, tiny_exported: Path) -> None:
-    """The server runs the tiny model, which the reference job opens in this process.
+    """The fake server answers with the tiny model; the reference is a job with the same model and no server.
 
     Images are data: URLs, because the prompt of an image file contains its path on exported stages, but not on a
     server. Row 5 has an image file, and its result is not compared.
@@ -132,8 +132,8 @@ def test_results_equal_those_of_exported_stages(server: FakeServer, batch: Any, 
         return Reply(completed.text, completed.finish_reason, usage)
 
     server.answer = answer
-    # Reject chat requests without an explicit system prompt, as a server with a base model does: the client then
-    # uses the base form. Row 3, which asks for a chat, is accepted with the default system prompt.
+    # Reject chat requests with the default system prompt, as a server with a base model rejects all chat requests: for
+    # rows without `chat`, the client then uses the base form. Row 3 ("Both?") has `chat` and is accepted.
     server.refuse = lambda path, body: (
         (400, {"message": "no chat model", "param": "model"}, {})
         if path == "/v1/chat/completions"

@@ -1,4 +1,4 @@
-"""Both exported stages in Paddle Inference, as PIR and legacy programs, compared with the real PaddleMIX model."""
+"""Both exported stages, opened by PIR and legacy programs, compared with recorded outputs of PaddleMIX's own model."""
 
 from __future__ import annotations
 

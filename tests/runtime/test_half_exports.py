@@ -1,4 +1,4 @@
-"""Half-precision exports on a CPU: their `.cpu` and `.fused` programs, PIR and legacy, compared with the goldens."""
+"""Half-precision exports on a CPU: their `.cpu` programs, PIR and legacy, and the engine, compared with the goldens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logits that are not finite, from finite weights: an error in Python and in each command, never an answer."""
+"""Logits that are not finite, from finite weights: an error in Python and in four commands, never an answer."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def test_a_step_of_prompts_only() -> None:
     """The whole step counts as the time of its prompt tokens."""
     budget = PromptBudget(STEP_TOKENS)
     # Reading the weights counts as four rows: with no row instead of one, a decode step is estimated to take four
-    # fifths of this time, 0.1 s.
+    # fifths of 0.125 s, 0.1 s.
     budget.learn(0, 1, 0.125)
     budget.learn(400, 0, 1.0)
     assert budget.tokens == 120  # the prompt tokens of 0.3 s, three times the decode step

@@ -1,4 +1,4 @@
-"""The same tokens in any batch, on the engine, with every storage type; and a soak test."""
+"""The same tokens in any batch, on the engine, with every storage type without zero points; and a soak test."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ def set_step_tokens(executor: EngineExecutor, monkeypatch: pytest.MonkeyPatch, t
 
 @pytest.mark.parametrize(("dtype", "quant_type"), STORAGE)
 def test_same_tokens_alone_batched_chunked_and_cached(opened, monkeypatch, dtype, quant_type):
-    """Alone; in a batch of 64, with small steps that chunk prompts; and again, with prefixes in the cache.
+    """Alone; in a batch of 64, with steps of three sizes, which chunk prompts; and again, with prefixes in the cache.
 
-    The first 20 completions of the 64 are compared.
+    The first 20 completions of the 64 are compared, and repeated one by one.
     """
     vl = opened(dtype, quant_type)
     rng = random.Random(dtype)

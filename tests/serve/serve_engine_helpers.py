@@ -101,7 +101,7 @@ class RequestCase:
         return cls(EngineRequest(ids, images, stop, options, generated, n_logprobs))
 
     def expected_ids(self, vl: QwenVL) -> list[int]:
-        """The tokens that QwenVL generates for the request in this process, which also normalises the pixels."""
+        """The tokens that QwenVL generates for the request in this process, from pixels normalised here."""
         request = self.request
         images = [ImageInput.of(normalise(image)) for image in request.images]
         prompt = Prompt(list(request.prompt), [], list(request.generated))

@@ -101,9 +101,9 @@ class Stream:
 
 
 class ConfigurableServer:
-    """The app with its image processes, slot queue and tokenizer, around an `Engine`; bound to one event loop.
+    """Apps around an `Engine`, one for each combination of settings, with image processes, slot queue and tokenizer.
 
-    It makes one app for each combination of settings. `folder` is for files such as API keys.
+    Bound to one event loop. `folder` is for files such as API keys.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Load test clients: most requests are read to the end, some clients disconnect, some send invalid requests."""
+"""Load test clients; each reads most responses to the end, and sometimes disconnects or sends an invalid request."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Reply:
     """Response of the server, streamed or not: texts and finish reasons of all choices, or an error object.
 
     Attributes:
-        complete: whether the response arrived to its end; a stream must end with the usage and `[DONE]`.
+        complete: whether an answer arrived to its end, a stream with the usage and `[DONE]`; false for an error.
     """
 
     status: int
@@ -49,7 +49,8 @@ class Tally:
     Attributes:
         answered: number of requests with the expected answer.
         errors: number of allowed errors, by status and code.
-        disconnected: number of requests whose client disconnected on purpose before the end of the response.
+        disconnected: number of requests whose client disconnected early on purpose, at the end of a short response at
+            the latest.
         invalid: number of invalid requests, by name.
         failures: descriptions of unexpected responses.
     """
@@ -102,7 +103,7 @@ class Load:
         await asyncio.gather(*(self._client(keep_running) for _ in range(n_clients)))
 
     async def _client(self, keep_running: Callable[[], bool]) -> None:
-        # Without verify=False httpx reads the certificates of the system, which takes longer than a request.
+        # Without verify=False httpx reads a file of CA certificates, which takes longer than a request.
         async with httpx.AsyncClient(base_url=self._url, timeout=TIMEOUT, verify=False) as http:
             while keep_running():
                 chance = 1.0 if self._read_all else self._rng.random()

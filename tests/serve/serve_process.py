@@ -110,7 +110,7 @@ class ServerProcess:
         return next((pid for pid, kind in self.children().items() if kind == "engine"), None)
 
     def memory(self) -> dict[str, int]:
-        """Kind of process -> sum of their private bytes, which exclude file-mapped weights and libraries."""
+        """Kind of process -> private bytes of all processes of this kind, without file-mapped weights and libraries."""
         kinds = {self.pid: "front", **self.children()}
         memory: dict[str, int] = {}
         for pid, kind in kinds.items():
@@ -127,7 +127,7 @@ def _read_lines(stream: IO[str], consume: Callable[[str], None]) -> None:
 
 
 def metrics(url: str) -> dict[str, float]:
-    """Name -> value of the gauges and counters without labels."""
+    """Name -> value of the samples without labels."""
     text = httpx.get(f"{url}/metrics", timeout=TIMEOUT).text
     samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
     return {sample.name: sample.value for sample in samples if not sample.labels}

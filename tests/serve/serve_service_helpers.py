@@ -1,4 +1,4 @@
-"""Service without a model: an engine that counts, a router with one path, and a server of both."""
+"""Service without a model: an engine that counts, a router with one path, and a server that uses them."""
 
 from __future__ import annotations
 

@@ -133,7 +133,8 @@ def test_queue_follows_the_model(
                 request.task.cancel()
                 (model.running if request in model.running else model.waiting).remove(request)
             elif action == "cancel when granted" and model.running and model.waiting:
-                # The first waiting request is cancelled after it is granted its slots and before its task runs.
+                # If enough slots become free, the first waiting request is cancelled after it is granted its slots and
+                # before its task runs.
                 finishing = model.running.pop(number % len(model.running))
                 first_waiting = model.waiting.pop(0)
                 finishing.finish.set()

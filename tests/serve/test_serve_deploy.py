@@ -141,7 +141,7 @@ def test_unit_restricts_the_process(key: str, value: str) -> None:
     assert values(key) == [value]
 
 
-# The image
+# The container image
 
 
 class Instruction(NamedTuple):

@@ -63,7 +63,7 @@ def step_starts(
 
     Args:
         arrivals: times at which messages arrive.
-        seconds: duration of each step.
+        seconds: duration of each step; 0 for a call of `step` without requests, which has no start time.
         request_ends: whether a request ends in each step; False for all steps after the last item.
     """
     process_end, front_end = socket.socketpair()

@@ -1,4 +1,4 @@
-"""Log probabilities, compared with a float64 log softmax of the logits, in batches of any kind."""
+"""Log probabilities, compared with a float64 log softmax of the logits, in mixed batches and after preemptions."""
 
 from __future__ import annotations
 

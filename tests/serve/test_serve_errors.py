@@ -1,4 +1,4 @@
-"""Every row of the server's tables in docs/errors.md is a test: its request gives its status, code and message."""
+"""Each row of the server's tables in docs/errors.md is a test of the error's status, code, param and message."""
 
 from __future__ import annotations
 

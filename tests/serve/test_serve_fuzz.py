@@ -44,7 +44,7 @@ IMAGE = data_url(IMAGES / "locate.png")
 
 
 def _make_likely_valid(body: Any, data: Any) -> None:
-    """Correct the parameters that make most random bodies invalid, so that some requests pass these first checks."""
+    """Correct the parameters that make most random bodies invalid, so that the server accepts some requests."""
     if not isinstance(body, dict):
         return
     body.update(_with_integers(body), model=NAME)

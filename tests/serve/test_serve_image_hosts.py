@@ -88,7 +88,7 @@ def server() -> Iterator[Any]:
 
 @pytest.fixture
 def net(monkeypatch: pytest.MonkeyPatch) -> FakeNetwork:
-    """Name resolution by DNS; connections to public addresses reach this machine, except to UNREACHABLE."""
+    """Name resolution from the dict DNS; connections to public addresses, except UNREACHABLE, reach this machine."""
     net = FakeNetwork(monkeypatch, {name: [*lookups] for name, lookups in DNS.items()})
     net.refusing_addresses = {UNREACHABLE}
     return net

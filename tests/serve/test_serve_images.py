@@ -30,7 +30,7 @@ from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 
 REPO = Path(__file__).resolve().parents[2]
 PARAM = "messages[0].content[1].image_url.url"
-SIZE = 224  # width and height of the model's input
+SIZE = 224  # width and height to which the loaders resize images
 T = TypeVar("T")
 
 
@@ -74,7 +74,7 @@ def shared_loader(event_loop: EventLoop) -> Iterator[WorkerImageLoader]:
 
 @pytest.fixture
 def start_loader(event_loop: EventLoop) -> Iterator[Any]:
-    """Function that starts a loader with one worker process and these settings; it is closed after the test."""
+    """Function that starts a loader with the given settings, by default one worker process; closed after the test."""
     loaders = []
 
     def start_loader(**settings: Any) -> WorkerImageLoader:
@@ -193,7 +193,7 @@ def test_invalid_url_or_image(
 def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
     """Black grayscale PNG of this size, with these chunks after the header.
 
-    The data ends after about 50 million pixels, so that a large image is made quickly.
+    The data of a larger image ends after about 50 million pixels, so that it is made quickly.
     """
     rows = zlib.compress(bytes(min(width + 1, 50_000_000 // height + 1) * height), 1)
     header = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
@@ -255,7 +255,7 @@ def test_decompression_bombs(
     assert pid_of(shared_loader) == pid
     status = Path(f"/proc/{pid}/status").read_text()
     peak_kib = int(status.partition("VmHWM:")[2].split()[0])
-    assert peak_kib < 128 * 2**10  # a decoded image would take at least 256 MiB
+    assert peak_kib < 128 * 2**10  # a decoded image or colour profile would take at least 256 MiB
 
 
 def test_memory_is_limited(event_loop: EventLoop, start_loader: Any) -> None:
@@ -393,7 +393,7 @@ def test_close_kills_a_busy_worker(event_loop: EventLoop, start_loader: Any) -> 
 def test_equal_image_is_taken_from_the_cache(event_loop: EventLoop, start_loader: Any) -> None:
     loader = start_loader()
     first = event_loop.run(loader.load(data_url(VALID_PNG), PARAM))
-    os.kill(pid_of(loader), signal.SIGKILL)  # no worker can decode the image again
+    os.kill(pid_of(loader), signal.SIGKILL)  # decoding the image again would need a new worker
     assert event_loop.run(loader.load(data_url(VALID_PNG), PARAM)) is first
     assert loader.n_cache_hits == 1
 

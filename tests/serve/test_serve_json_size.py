@@ -1,4 +1,7 @@
-"""Limit of JSON outside of strings: larger bodies would block the event loop while they are parsed."""
+"""Limits of a body's JSON outside of strings and of its number of quotation marks.
+
+Parsing a body beyond these limits would block the event loop.
+"""
 
 from __future__ import annotations
 

@@ -316,7 +316,7 @@ def test_concurrent_answers_equal_those_without_a_server(server, local_model):
 
 
 def test_unsupported_parameters_with_a_neutral_value(server):
-    """Clients that send parameters with their default values are not refused."""
+    """Unsupported parameters are accepted if they have no effect, like `user`, or have their default value."""
     neutral = {
         "user": "me",
         "metadata": {"a": "b"},

@@ -1,4 +1,4 @@
-"""Export models as PaddleNLP generation 1's export_model.py does.
+"""Export models as export_model.py of PaddleNLP 3.0.0b0 (generation 1) does.
 
 drive_export_1.py (DTYPE FOLDER OUTPUT)…
 """
@@ -15,7 +15,7 @@ MAX_LENGTH = 512
 
 
 def validate_pdmodel(model_path: str, model_prefix: str, device: str) -> NoReturn:
-    """Fail where upstream validates the export: its function works only with legacy programs on a GPU."""
+    """Fail: the plugin must skip upstream's function of this name, which works only with legacy programs on a GPU."""
     raise SystemExit("upstream's validation, which works on a GPU with legacy programs only, was called")
 
 
@@ -32,7 +32,7 @@ def export(dtype: str, folder: str, output: str) -> None:
     shapes = model.get_cache_kvs_shape(model.config, 1, MAX_LENGTH)
     caches = [paddle.zeros(shape, dtype=dtype) for shape in shapes]
     assert caches[0].shape[-3] == config.num_attention_heads
-    paddle.arange(MAX_LENGTH, dtype=dtype)
+    paddle.arange(MAX_LENGTH, dtype=dtype)  # as upstream; without the plugin, half types fail on a CPU
     model.eval()
     model.to_static(f"{output}/qwen", {"dtype": dtype, "export_precache": False, "use_cachekv_int8": "None"})
     model.config.save_pretrained(output)

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-# Packages that PaddleNLP 3.0.0b0 and the modules of PaddleMIX below import but do not use in this script.
+# Packages that PaddleNLP 3.0.0b0 and the modules of PaddleMIX below import, but that the stock predictor does not use.
 UNUSED = (
     *("aistudio_sdk", "colorlog", "cv2", "datasets", "dill", "emoji", "fastapi", "jieba", "multiprocess"),
     *("omegaconf", "onnx", "paddle2onnx", "ppdiffusers", "rouge", "seqeval", "uvicorn", "visualdl"),

@@ -80,7 +80,7 @@ def export_encoder(tree: Path, model: Path, cwd: Path, script: str = "export_ima
 
 def predict(tree: Path, folder: Path, queries: list[Any], cwd: Path, **env: str) -> list[Any]:
     """Answer queries with the tree's Predictor on FOLDER/vision/vision, FOLDER/text/qwen and FOLDER/model."""
-    output = cwd / f"answers-{len(list(cwd.iterdir()))}.json"
+    output = cwd / f"answers-{len(list(cwd.iterdir()))}.json"  # a name for each call
     completed = run(tree, *predictor_command(tree, folder, queries, output), cwd=cwd, **env)
     assert completed.returncode == 0, completed.stderr[-3000:]
     return json.loads(output.read_text())
@@ -316,7 +316,7 @@ def test_configured_folder_for_token_files(two_layers, tmp_path):
 
 @pytest.fixture(scope="session")
 def model_with_turn_end(two_layers, tmp_path_factory) -> tuple[Path, int]:
-    """Folder with a model whose answer to ONE_IMAGE has a <|im_end|>, and the number of tokens up to it.
+    """Folder with a model whose answer to ONE_IMAGE has a <|im_end|>, and the number of tokens up to and including it.
 
     The columns of <|im_end|> and of a generated token are swapped in lm_head.
     """

@@ -54,7 +54,7 @@ def test_stock_export(
     flags = ("--output_path", tmp_path / "out", "--model_prefix", "qwen", "--dtype", dtype, *device_flags)
     completed = script("export_model.py", stock.folders[scheme], *flags)
     assert completed.returncode == 0, completed.stderr[-3000:]
-    # "portable": with float16 weights, the engine would also round activations to float16.
+    # "portable": with float16 weights, the engine rounds activations to bfloat16 on some processors.
     vl = open_model(stock.golden.vision, tmp_path / "out" / "qwen", "portable")
     features = vl.encode_images(stock.golden.images)
     tokens = vl.generate_ids(stock.golden.input_ids, features, max_new_tokens=24, eos_token_ids=())

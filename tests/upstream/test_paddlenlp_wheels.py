@@ -45,7 +45,7 @@ def exported(
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_exported_graph_gives_golden_tokens(exported: Path, stock: StockModels, scheme: str) -> None:
-    # "portable": with float16 weights, the engine would also round activations to float16.
+    # "portable": with float16 weights, the engine rounds activations to bfloat16 on some processors.
     vl = open_model(stock.golden.vision, exported / scheme / "qwen", "portable")
     features = vl.encode_images(stock.golden.images)
     tokens = vl.generate_ids(stock.golden.input_ids, features, max_new_tokens=24, eos_token_ids=())
@@ -57,7 +57,7 @@ def test_exported_graph_gives_golden_tokens(exported: Path, stock: StockModels, 
 def test_dynamic_predictor(
     wheel: Callable[[str], WheelEnvironment], stock: StockModels, tmp_path: Path
 ) -> None:
-    """Only of 3.0.0b4: the wheel of generation 1 does not contain the predictor, which test_paddlenlp.py runs."""
+    """Only of 3.0.0b4: the wheel of generation 1 has no predictor; test_paddlenlp.py runs that of a checkout."""
     texts = ["a b c", "the"]
     completed = wheel("3.0.0b4").run(
         HERE / "drive_predict_2.py", stock.folders["static"], 12, *texts, cwd=tmp_path
@@ -92,7 +92,7 @@ def snapshots(environment: WheelEnvironment, tmp_path_factory: pytest.TempPathFa
 
 
 def test_qwenvl_plugin_0_disables_the_plugin(snapshots: list[Any], environment: WheelEnvironment) -> None:
-    """The model class is upstream's. In generation 2, its import fails without operators."""
+    """The model class is upstream's. In generation 2, the import of this class fails without operators."""
     enabled, disabled = snapshots
     assert enabled["failed"] == ""
     assert bool(disabled["failed"]) == (environment.generation == 2)
@@ -115,7 +115,7 @@ def test_missing_operator(snapshots: list[Any], environment: WheelEnvironment) -
 
 
 def test_the_plugin_replaces_nothing_else(snapshots: list[Any]) -> None:
-    """Apart from the model class, the operators and a method, all names in PaddleNLP and Paddle are unchanged."""
+    """All names in PaddleNLP and Paddle are unchanged, except the model class, operators and a tokenizer's __init__."""
     enabled, disabled = (snapshot["origins"] for snapshot in snapshots)
     changed = {
         name

@@ -1,7 +1,7 @@
 """Python environments with a PaddleNLP wheel and this checkout, in which the test interpreter's packages come last.
 
-Downloads, about 45 s and 600 MB for both wheels, are cached in the folder QWENVL_TEST_ENVS or in the user's cache
-folder. Paddle, the largest package, is not downloaded: the environments use the test interpreter's.
+Downloads, about 45 s and 600 MB for the two pinned wheels, are cached in the folder QWENVL_TEST_ENVS or in the user's
+cache folder. Paddle, the largest package, is not downloaded: the environments use the test interpreter's.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from paddlemix_qwenvl_plugin.upstream import pins
 
 REPO = Path(__file__).resolve().parents[2]
 
-# Packages that both wheels import for this model, apart from those that Paddle and the plugin require. They are a third
-# of the packages that the wheels require.
+# Packages that both wheels import for this model, without most of those that Paddle and the plugin require. The list is
+# a third of the packages that the wheels require.
 IMPORTED = (
     *("aistudio-sdk", "colorlog", "datasets", "fastapi", "filelock", "huggingface_hub", "jieba", "jinja2"),
     *("ml_dtypes", "numpy", "omegaconf", "scipy", "sentencepiece", "seqeval", "setuptools"),
@@ -67,7 +67,7 @@ class WheelEnvironment:
     def run(
         self, script: Path | str, *arguments: object, cwd: Path, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        """Run a script as a process, without PYTHONPATH and settings of the plugin unless `environment` has them."""
+        """Run a script as a process. PYTHON… and QWENVL_… variables are not inherited; `environment` adds variables."""
         inherited = {
             name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "QWENVL_"))
         }
@@ -83,7 +83,7 @@ class WheelEnvironment:
 
 
 def make(version: str, folder: Path) -> WheelEnvironment:
-    """Create the environment of a wheel in `folder`, from links to cached packages and to this checkout."""
+    """Create the environment of a wheel in `folder`; its path.pth lists cached packages and this checkout."""
     dependencies = _dependencies()
     wheel = cached(
         f"paddlenlp-{version}",

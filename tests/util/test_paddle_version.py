@@ -59,7 +59,7 @@ print(len(vl.generate([{{"image": {STREET!r}}}], max_new_tokens=2).token_ids))
 def python_with(folder, *arguments):
     """Run Python on portable graphs, with `folder` as the first folder on PYTHONPATH."""
     environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{REPO}", "QWENVL_ENGINE": "portable"}
-    environment.pop("GLOG_minloglevel", None)  # the level of Paddle's log
+    environment.pop("GLOG_minloglevel", None)  # the level of Paddle's log, which the plugin must set
     return subprocess.run(
         [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False
     )

@@ -46,7 +46,8 @@ class Page:
     ) -> None:
         """Open the page and wait until it shows the state of the server.
 
-        If the server is ready and needs no API key, also wait until the page shows the model's name.
+        If the server is ready and needs no API key, also wait until the page shows the model's name. A page narrower
+        than 600 pixels is that of a phone, with a touch screen.
         """
         agent = self.js("return navigator.userAgent")
         self.browser.call("Emulation.setUserAgentOverride", userAgent=agent, acceptLanguage=language)

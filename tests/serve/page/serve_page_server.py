@@ -78,8 +78,8 @@ class PageServer(ThreadingHTTPServer):
     """Server of the page with scripted answers.
 
     Attributes:
-        answers: the next answers; a list of steps, or a Refusal.
-        bodies: the bodies of all chat completion requests, in order.
+        answers: the next answers, each a list of steps or a Refusal.
+        bodies: the bodies of all chat completion requests with a valid API key, in order.
         key: the required API key, if any.
         ready_status: status of /health/ready.
         finish_reason: finish reason of the next answers.

@@ -227,7 +227,7 @@ def test_language_of_the_browser_and_language_switch(page: Page, server: PageSer
 
 
 def test_all_texts_exist_in_both_languages(page: Page) -> None:
-    """words_en.js and words_zh.js have the same keys, and the page uses each key."""
+    """words_en.js and words_zh.js have the same keys, and the page's sources contain each key that is not composed."""
     page.open()
     english_keys, chinese_keys = page.browser.driver.execute_async_script(
         "Promise.all([import('/words_en.js'), import('/words_zh.js')])"
