@@ -23,10 +23,14 @@ from typing import Any, NamedTuple
 import torch
 from model import DEVICE, Sizes
 
-# Names of the values of enum class Storage in csrc/cuda/ops.h, in order; half: 16-bit floats, here bfloat16.
+# Names of the values of enum class Storage in csrc/cuda/ops.h, in order; half: 16-bit floats, of the compute type.
 STORAGES = ("half", "int8", "int4_g64", "int4_g128")
 STORAGES += ("uint4_g32", "uint4_g64", "uint4_g128", "uint8_g32", "uint8_g64")
 # Epilogues of a product: values of enum class Epilogue in csrc/cuda/ops.h.
+COMPUTE = {
+    "bfloat16": (0, torch.bfloat16),
+    "float16": (1, torch.float16),
+}  # the launchers' numbers and PyTorch's types
 EPILOGUES = {"half": 0, "float": 1, "add": 2, "silu_times": 4}
 REPLAYS = 7  # timed, after two for warm-up
 
@@ -48,40 +52,44 @@ class Matrix(NamedTuple):
 class Products:
     """The launchers of csrc/testing/cuda_decode.cc."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, compute: str) -> None:
         self.library = ctypes.CDLL(str(Path(folder) / "libqwenvl_cuda_test.so"))
         self.library.decode_linear.restype = ctypes.c_char_p
+        self.compute, self.dtype = COMPUTE[compute]
 
     def random_matrix(self, storage: str, n_out: int, n_in: int) -> Matrix:
         sizes = ctypes.c_uint64(), ctypes.c_uint64()
         self.library.decode_matrix_bytes(STORAGES.index(storage), n_out, n_in, *map(ctypes.byref, sizes))
         values, scales = (torch.empty(size.value, dtype=torch.uint8, device=DEVICE) for size in sizes)
         if storage == "half":
-            values.view(torch.bfloat16).normal_(std=0.02)
+            values.view(self.dtype).normal_(std=0.02)
         else:
             values.random_(0, 256)
             self.fill_scales(storage, scales)
         return Matrix(storage, n_out, n_in, values, scales)
 
-    @staticmethod
-    def fill_scales(storage: str, scales: torch.Tensor) -> None:
+    def fill_scales(self, storage: str, scales: torch.Tensor) -> None:
         if storage.startswith("uint"):
-            # Four 16-bit words: two scales in float16, and two zero points in bfloat16, stored plus 128 for 4-bit types
-            # and minus 128 for 8-bit types (kernels/quantized.cuh). The zero point here is 8, or 128 for 8-bit types.
+            # Four 16-bit words: two scales in float16, and two zero points in the compute type, plus the constant of
+            # csrc/cuda/kernels/quantized.cuh. The zero point here is 8, with 8 bits 128.
             words = scales.view(torch.int16).view(-1, 4)
             words[:, :2] = torch.tensor(1e-3, dtype=torch.float16).view(torch.int16)
-            zero_point = 128 + 8 if storage.startswith("uint4") else 0
-            words[:, 2:] = torch.tensor(zero_point, dtype=torch.bfloat16).view(torch.int16)
+            four_bits = storage.startswith("uint4")
+            if self.dtype == torch.bfloat16:
+                zero_point = 128 + 8 if four_bits else -128 + 128
+            else:
+                zero_point = 1024 + 8 if four_bits else 1024 + 128
+            words[:, 2:] = torch.tensor(zero_point, dtype=self.dtype).view(torch.int16)
         else:
             scales.view(torch.float32 if storage == "int8" else torch.bfloat16).fill_(1e-3)
 
     def launch(self, matrix: Matrix, x: torch.Tensor, epilogue: str, y: torch.Tensor) -> None:
-        """Enqueue y = x W^T, with an epilogue, on the current stream. x: bfloat16 [n, n_in]."""
+        """Enqueue y = x W^T, with an epilogue, on the current stream. x: [n, n_in] in the compute type."""
         unit = 8 if matrix.storage == "half" else 128  # rows are padded to a multiple of it
         padded = math.ceil(matrix.n_in / unit) * unit
         error = self.library.decode_linear(
-            *(0, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream), STORAGES.index(matrix.storage)),
-            *(matrix.n_out, matrix.n_in, padded),
+            *(self.compute, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)),
+            *(STORAGES.index(matrix.storage), matrix.n_out, matrix.n_in, padded),
             *(ctypes.c_void_p(matrix.values.data_ptr()), ctypes.c_void_p(matrix.scales.data_ptr()), None),
             *(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.shape[1]), len(x), EPILOGUES[epilogue]),
             ctypes.c_void_p(y.data_ptr()),
@@ -140,7 +148,7 @@ def time_storage(products: Products, storage: str, batches: list[int], sizes: Si
     n_bytes = head.bytes + sum(matrix.bytes for layer in layers for matrix in layer)
     for n in batches:
         x, mlp_hidden, qkv = (
-            torch.randn(n, width, device=DEVICE).bfloat16() for width in (hidden, mlp, 3 * hidden)
+            torch.randn(n, width, device=DEVICE).to(products.dtype) for width in (hidden, mlp, 3 * hidden)
         )
         residual, logits = (torch.zeros(n, width, device=DEVICE) for width in (hidden, sizes.vocab))
         calls: Calls = {
@@ -183,13 +191,14 @@ def main() -> None:
         help="storage types of the weights",
     )
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 16, 32, 64], help="batch sizes")
+    parser.add_argument("--compute", choices=COMPUTE, default="bfloat16", help="compute type")
     arguments = parser.parse_args()
     folder = os.environ.get("QWENVL_CUDA_KERNELS")
     if not folder:
         raise SystemExit("QWENVL_CUDA_KERNELS must name the folder of the kernels and libqwenvl_cuda_test.so")
     with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
         for storage in arguments.types:
-            time_storage(Products(folder), storage, arguments.rows, Sizes())
+            time_storage(Products(folder, arguments.compute), storage, arguments.rows, Sizes())
             torch.cuda.empty_cache()
 
 

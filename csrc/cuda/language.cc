@@ -4,6 +4,8 @@
 #include <numeric>
 
 #include "core/error.h"
+#include "cuda/low_rank.h"
+#include "cuda/tensor_map.h"
 
 namespace qvl::cuda {
 namespace {
@@ -218,17 +220,22 @@ std::unique_ptr<CudaAdapter> Language::make_adapter(CUstream stream,
                                                   {hidden, gate_up / 2},
                                                   {config_.vocab, hidden}};  // lm_head
   auto adapter = std::make_unique<CudaAdapter>(gpu_, stream, config_.layers, shapes, matrices);
-  const std::vector<bool> before = products_adapted_;
-  products_adapted_.resize(to_size(config_.layers * kLayerProducts + 1));
-  for (size_t i = 0; i < products_adapted_.size(); ++i) {
-    products_adapted_[i] = products_adapted_[i] || adapter->product(static_cast<int>(i)) != nullptr;
+  const std::vector<int> before = product_ranks_;
+  product_ranks_.resize(to_size(config_.layers * kLayerProducts + 1));
+  for (size_t i = 0; i < product_ranks_.size(); ++i) {
+    const LowRank* const update = adapter->product(static_cast<int>(i));
+    if (update != nullptr) product_ranks_[i] = std::max(product_ranks_[i], update->a.out);
   }
-  // Captured graphs launch the kernels of adapters only for the products of `before`.
-  if (products_adapted_ != before) ++graph_version_;
+  // Captured graphs launch the kernels of adapters only for the products and ranks of `before`.
+  if (product_ranks_ != before) ++graph_version_;
   if (adapter->max_rank() <= max_rank_) return adapter;
   const uint64_t rows = to_size(config_.max_tokens), max_out = to_size(std::max(3 * hidden, gate_up));
   low_ = DeviceMemory();  // cuMemFree waits for the GPU
+  low_scratch_ = DeviceMemory();
   low_ = DeviceMemory(rows * to_size(adapter->max_rank()) * 2);
+  low_scratch_ = DeviceMemory(low_rank_scratch(config_.max_tokens, adapter->max_rank()));
+  check(driver().cuMemsetD8Async(address(low_scratch_.get()), 0, low_scratch_.bytes(), stream),
+        "clearing GPU memory");
   if (raw_.bytes() == 0) raw_ = DeviceMemory(rows * max_out * 4);
   max_rank_ = adapter->max_rank();
   ++graph_version_;
@@ -246,13 +253,12 @@ const void* Language::permuted(CUstream stream, const Matrix& matrix, const void
 void Language::product(CUstream stream, int number, const Matrix& matrix, const void* x, int x_stride,
                        const InputArrays& inputs, const PassShape& shape, Epilogue epilogue, void* y) {
   const int n_prompt = shape.n_prompt;
-  const bool adapted = shape.is_adapted && products_adapted_[to_size(number)];
+  const bool adapted = shape.is_adapted && product_ranks_[to_size(number)] > 0;
   const auto decode_offset = to_size(n_prompt) * to_size(x_stride) * 2;  // bytes
   const AdaptedRows rows{adapted ? inputs.adapters + n_prompt : nullptr, inputs.adapter_order, shape.n_decode,
                          number};
-  char* const low = bytes(low_.get()) + to_size(n_prompt) * to_size(max_rank_) * 2;  // of the decode rows
-  const LowRankParams low_rank =
-      low_rank_params(rows, bytes(x) + decode_offset, x_stride, x_stride, low, max_rank_);
+  const LowRankMemory memory{bytes(low_.get()) + to_size(n_prompt) * to_size(max_rank_) * 2,  // decode rows
+                             low_scratch_.get(), config_.max_tokens, max_rank_};
 
   // Without adapters the product applies its epilogue. With adapters it writes raw sums, float32, to which
   // the updates are added before the epilogue; kFloat and kAdd need no separate raw sums, since their results
@@ -268,11 +274,14 @@ void Language::product(CUstream stream, int number, const Matrix& matrix, const 
   for (int first = n_prompt; first < shape.rows(); first += kMaxDecodeRows) {
     const int n = std::min(kMaxDecodeRows, shape.rows() - first);
     linear_decode(gpu_, stream, matrix, bytes(permuted_x) + to_size(first) * to_size(stride) * 2, stride, n,
-                  base, bytes(base_y) + to_size(first) * row_bytes(matrix, base),
-                  adapted && first == n_prompt ? &low_rank : nullptr);
+                  base, bytes(base_y) + to_size(first) * row_bytes(matrix, base), adapted);
   }
   if (!adapted) return;
 
+  if (shape.n_decode > 0) {
+    low_rank_down(gpu_, stream, rows, bytes(x) + decode_offset, x_stride, x_stride,
+                  product_ranks_[to_size(number)], has_tensor_maps(gpu_), memory);
+  }
   if (n_prompt > 0) {
     for (const AdaptedPrompt& prompt : adapted_prompts_) {
       const LowRank* const update = prompt.adapter->product(number);
@@ -285,7 +294,7 @@ void Language::product(CUstream stream, int number, const Matrix& matrix, const 
     if (raw) finish_raw(gpu_, stream, raw_.get<float>(), n_prompt, matrix.out, epilogue, y);
   }
   if (shape.n_decode > 0) {
-    low_rank_up(gpu_, stream, rows, low, max_rank_, matrix.out,
+    low_rank_up(gpu_, stream, rows, memory, matrix.out,
                 raw ? raw_.get<float>() + to_size(n_prompt) * to_size(matrix.out) : nullptr, epilogue,
                 bytes(y) + to_size(n_prompt) * row_bytes(matrix, epilogue));
   }

@@ -5,9 +5,9 @@
 #include <vector>
 
 #include "core/passes.h"
+#include "cuda/adapter.h"
 #include "cuda/angles.h"
 #include "cuda/kv_pool.h"
-#include "cuda/low_rank.h"
 #include "cuda/step_input.h"
 #include "cuda/weights.h"
 
@@ -88,10 +88,11 @@ class Language {
   DeviceMemory x_, normed_, qkv_, q_, attended_, mlp_, features_, prompt_scratch_, decode_scratch_,
       permuted_x_;
   // Scratch memory for adapters: low_: A x in rows of max_rank_ values (prompts: in rows of the adapter's
-  // rank); raw_: products before their epilogues.
-  DeviceMemory low_, raw_;
+  // rank); low_scratch_: of low_rank_down; raw_: products before their epilogues.
+  DeviceMemory low_, low_scratch_, raw_;
   int max_rank_ = 0;
-  std::vector<bool> products_adapted_;  // whether any adapter created so far changes the product
+  // Of each product, the highest rank of the adapters created so far; 0: none changes the product.
+  std::vector<int> product_ranks_;
   // Rows first to first + n - 1 of the pass, a chunk of a prompt with an adapter.
   struct AdaptedPrompt {
     const CudaAdapter* adapter;

@@ -6,7 +6,6 @@
 #include "core/pack.h"
 #include "cuda/kernels/linear_decode.h"
 #include "cuda/linear_decode_hopper.h"
-#include "cuda/low_rank.h"
 #include "cuda/tensor_map.h"
 
 namespace qvl::cuda {
@@ -157,13 +156,12 @@ void upload_matrix(const Gpu& gpu, CUstream stream, qvl_dtype dtype, const void*
 }
 
 void linear_decode(const Gpu& gpu, CUstream stream, const Matrix& matrix, const void* x, int64_t x_stride,
-                   int n, Epilogue epilogue, void* y, const LowRankParams* low_rank) {
+                   int n, Epilogue epilogue, void* y, bool low_rank_next) {
   QVL_REQUIRE(n >= 1 && n <= kMaxRows, QVL_INTERNAL, "linear_decode: %d rows", n);
   QVL_REQUIRE(x_stride % 8 == 0, QVL_INTERNAL, "linear_decode: rows of x %lld values apart",
               static_cast<long long>(x_stride));
   if (has_tensor_maps(gpu))
-    return linear_decode_hopper(gpu, stream, matrix, x, x_stride, n, epilogue, y, low_rank);
-  if (low_rank != nullptr) low_rank_down(gpu, stream, *low_rank);
+    return linear_decode_hopper(gpu, stream, matrix, x, x_stride, n, epilogue, y, low_rank_next);
   LinearDecode p{};
   p.values = matrix.values;
   p.scales = matrix.scales;

@@ -80,16 +80,15 @@ TensorMap boxes_of(const Gpu& gpu, const void* base, int64_t rows, int64_t in, i
 }  // namespace
 
 void linear_decode_hopper(const Gpu& gpu, CUstream stream, const Matrix& matrix, const void* x,
-                          int64_t x_stride, int n, Epilogue epilogue, void* y,
-                          const LowRankParams* low_rank) {
+                          int64_t x_stride, int n, Epilogue epilogue, void* y, bool low_rank_next) {
   const bool half = matrix.storage == Storage::kHalf;
   const Kind kind = kind_of(matrix.storage);
-  int columns = n <= 8 ? 8 : n <= 16 ? 16 : n <= 32 ? 32 : 64;
-  if (low_rank != nullptr) columns = n <= 16 ? 16 : 64;  // fewer kernels
+  const int columns = n <= 8 ? 8 : n <= 16 ? 16 : n <= 32 ? 32 : 64;
   const int chunks = divide_up(n, columns);
   const int blocks = std::max(1, gpu.multiprocessors() / chunks);
 
   LinearHopper p{};
+  p.late_successors = low_rank_next;
   p.row_scales = static_cast<const float*>(matrix.scales);
   p.result = {matrix.bias, y, n, matrix.out, static_cast<int>(epilogue)};
   p.whole_boxes = matrix.in % 64 == 0;
@@ -101,7 +100,8 @@ void linear_decode_hopper(const Gpu& gpu, CUstream stream, const Matrix& matrix,
   p.steps = best_steps(slice, bytes);
   p.items = kHopperGroups * divide_up(slice, p.steps);
   p.stage_bytes = divide_up(p.steps * bytes, kAlign) * kAlign;
-  const int parts = divide_up(p.rows, 64), sums = hopper_sum_bytes(columns, parts);
+  const int parts = divide_up(p.rows, 64);
+  const int sums = hopper_sum_bytes(columns, parts, !half, info(matrix.storage).group != 0);
   const int available = (columns <= 16 ? kSharedBesideAttention : kMaxShared) - kAlign - sums;
   p.stages = std::min(kMaxStages, available / (p.stage_bytes + 16) / kHopperGroups * kHopperGroups);
   const int shared = kAlign + p.stages * (p.stage_bytes + 16) + sums;
@@ -122,17 +122,10 @@ void linear_decode_hopper(const Gpu& gpu, CUstream stream, const Matrix& matrix,
   }
   p.x = boxes_of(gpu, x, n, matrix.in, x_stride, columns, kind.boxes * p.steps);
 
-  const std::string name = std::string(low_rank != nullptr ? "linear_hopper_adapted_" : "linear_hopper_") +
-                           info(matrix.storage).name + "_" + std::to_string(columns) + "_" +
-                           std::to_string(parts);
+  const std::string name = std::string("linear_hopper_") + info(matrix.storage).name + "_" +
+                           std::to_string(columns) + "_" + std::to_string(parts);
   const Dim grid{static_cast<unsigned>(std::min(p.tiles, blocks)), static_cast<unsigned>(chunks)};
-  const int bytes_shared = std::max(shared, kMinShared);
-  if (low_rank != nullptr) {
-    gpu.launch(stream, name.c_str(), grid, kThreads, bytes_shared, AdaptedLinearHopper{p, *low_rank},
-               /*early=*/true);
-  } else {
-    gpu.launch(stream, name.c_str(), grid, kThreads, bytes_shared, p, /*early=*/true);
-  }
+  gpu.launch(stream, name.c_str(), grid, kThreads, std::max(shared, kMinShared), p, /*early=*/true);
 }
 
 }  // namespace qvl::cuda

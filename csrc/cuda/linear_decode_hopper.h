@@ -7,6 +7,6 @@ namespace qvl::cuda {
 
 // linear_decode of ops.h on GPUs with tensor maps.
 void linear_decode_hopper(const Gpu&, CUstream, const Matrix&, const void* x, int64_t x_stride, int n,
-                          Epilogue, void* y, const LowRankParams* low_rank);
+                          Epilogue, void* y, bool low_rank_next);
 
 }  // namespace qvl::cuda

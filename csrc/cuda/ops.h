@@ -18,8 +18,6 @@
 
 namespace qvl::cuda {
 
-struct LowRankParams;  // kernels/low_rank.h
-
 // Storage types of matrices on the GPU.
 enum class Storage {
   kHalf,
@@ -91,10 +89,10 @@ void upload_matrix(const Gpu&, CUstream, qvl_dtype dtype, const void* from, int 
 // ---- decode steps: linear_decode.cc, attention_decode.cc, elementwise.cc --------------------------------
 
 // y = x W^T + bias, x H [n, x_stride], x_stride a multiple of 8. The columns of x are already in the input
-// order of the matrix (Matrix::order), see gather_columns. low_rank: also compute A x, as low_rank_down of
-// low_rank.h does; its x may be another one, such as x before gather_columns.
+// order of the matrix (Matrix::order), see gather_columns. low_rank_next: the next kernel is low_rank_down
+// (low_rank.h).
 void linear_decode(const Gpu&, CUstream, const Matrix&, const void* x, int64_t x_stride, int n, Epilogue,
-                   void* y, const LowRankParams* low_rank = nullptr);
+                   void* y, bool low_rank_next = false);
 
 // y[i, j] = x[i, order[j]] for j < in: x H [n, x_stride] -> H [n, y_stride]. Columns of y from `in` on are
 // not written.
@@ -162,8 +160,8 @@ void attention_step(const Gpu&, CUstream, const void* qkv, const RowMetadata&, c
 
 // ---- prompts: linear_prompt.cc, attention_prompt.cc -----------------------------------------------------
 
-// As linear_decode, without low_rank. scratch: memory of linear_prompt_scratch() bytes, which is 0 unless the
-// matrix is quantized (the dequantized matrix is then written there).
+// As linear_decode, without low_rank_next. scratch: memory of linear_prompt_scratch() bytes, which is 0
+// unless the matrix is quantized (the dequantized matrix is then written there).
 uint64_t linear_prompt_scratch(const Matrix&);
 void linear_prompt(const Gpu&, CUstream, const Matrix&, const void* x, int64_t x_stride, int n, Epilogue,
                    void* y, void* scratch);

@@ -6,6 +6,7 @@
 
 #include "cuda/low_rank.h"
 #include "cuda/ops.h"
+#include "cuda/tensor_map.h"
 
 using namespace qvl;
 using namespace qvl::cuda;
@@ -63,17 +64,18 @@ EXPORT const char* decode_linear(int half, CUstream stream, int storage, int out
   });
 }
 
-// decode_linear for rows with adapters: also writes A x of each row with an adapter to `low`. adapters,
-// order, product, low and low_stride: as for qvlt_gpu_low_rank (cuda_small.cc).
+// decode_linear, then low_rank_down, which writes A x of each row with an adapter to `low`. The other
+// parameters are as for qvlt_gpu_low_rank (cuda_small.cc).
 EXPORT const char* decode_adapted(int half, CUstream stream, int storage, int out, int in, int stride,
                                   void* values, void* scales, const void* x, int64_t x_stride, int n,
                                   int epilogue, void* y, const uint64_t* adapters, const int32_t* order,
-                                  int product, void* low, int low_stride) {
+                                  int product, int rank, void* low, void* scratch, int low_stride) {
   return error_message([&] {
     const AdaptedRows rows{adapters, order, n, product};
-    const LowRankParams low_rank = low_rank_params(rows, x, x_stride, in, low, low_stride);
     linear_decode(gpu(half), stream, matrix(storage, out, in, stride, values, scales, nullptr), x, x_stride,
-                  n, static_cast<Epilogue>(epilogue), y, &low_rank);
+                  n, static_cast<Epilogue>(epilogue), y, /*low_rank_next=*/true);
+    low_rank_down(gpu(half), stream, rows, x, x_stride, in, rank, has_tensor_maps(gpu(half)),
+                  {low, scratch, n, low_stride});
   });
 }
 

@@ -52,17 +52,23 @@ EXPORT const char* qvlt_gpu_gather_columns(int64_t bfloat16, CUstream stream, co
   });
 }
 
+EXPORT uint64_t qvlt_gpu_low_rank_scratch(int64_t n, int64_t low_stride) {
+  return low_rank_scratch(as_int(n), as_int(low_stride));
+}
+
 // low_rank_down, then low_rank_up. adapters: [n] addresses of tables of LowRankEntry (kernels/low_rank.h),
-// in which `product` is an index; raw: float32 [n, out], or NULL.
+// in which `product` is an index; raw: float32 [n, out], or NULL; scratch: qvlt_gpu_low_rank_scratch() bytes,
+// zero.
 EXPORT const char* qvlt_gpu_low_rank(int64_t bfloat16, CUstream stream, const uint64_t* adapters,
                                      const int32_t* order, int64_t product, const void* x, int64_t x_stride,
-                                     int64_t in, int64_t n, void* low, int64_t low_stride, int64_t out,
-                                     const float* raw, int64_t epilogue, void* y) {
+                                     int64_t in, int64_t n, int64_t rank, void* low, void* scratch,
+                                     int64_t low_stride, int64_t out, const float* raw, int64_t epilogue,
+                                     void* y) {
   return on_gpu(bfloat16, [&](const Gpu& gpu) {
     const AdaptedRows rows{adapters, order, as_int(n), as_int(product)};
-    low_rank_down(gpu, stream, low_rank_params(rows, x, x_stride, as_int(in), low, as_int(low_stride)));
-    low_rank_up(gpu, stream, rows, low, as_int(low_stride), as_int(out), raw, static_cast<Epilogue>(epilogue),
-                y);
+    const LowRankMemory memory{low, scratch, as_int(n), as_int(low_stride)};
+    low_rank_down(gpu, stream, rows, x, x_stride, as_int(in), as_int(rank), /*x_is_complete=*/false, memory);
+    low_rank_up(gpu, stream, rows, memory, as_int(out), raw, static_cast<Epilogue>(epilogue), y);
   });
 }
 

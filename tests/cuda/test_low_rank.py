@@ -6,11 +6,18 @@ import ctypes
 
 import pytest
 import test_decode
-from small import HALVES, ROUNDING, normal, poisoned, run, same_bits, torch
+from small import DLL, HALVES, ROUNDING, normal, poisoned, run, same_bits, torch
 
 N_PRODUCTS = 3  # products with adapters, in a table
 EPILOGUES = {"half": 0, "add": 2, "silu_times": 4}  # enum class Epilogue of csrc/cuda/ops.h
 PRODUCT = 1  # the index of the computed product
+
+
+def scratch(n, low_stride):
+    """Scratch memory for A x of n rows."""
+    DLL.qvlt_gpu_low_rank_scratch.restype = ctypes.c_uint64
+    n_bytes = DLL.qvlt_gpu_low_rank_scratch(ctypes.c_int64(n), ctypes.c_int64(low_stride))
+    return torch.zeros(n_bytes, dtype=torch.uint8, device="cuda")
 
 
 class Table:
@@ -73,7 +80,7 @@ def test_rows_of_several_adapters(half, out, width, epilogue):
         adapters = torch.tensor([addresses[i] for i in rows], dtype=torch.int64, device="cuda")
         order = adapters.sort(descending=True).indices.int() if ordered else None
         x_rows = x[rows].contiguous()
-        sizes = (width + 8, width, len(rows), low, 320, out)
+        sizes = (width + 8, width, len(rows), 320, low, scratch(len(rows), 320), 320, out)
         run("low_rank", half, adapters, order, PRODUCT, x_rows, *sizes, base_rows, EPILOGUES[epilogue], y)
         assert bool(y[-1].isnan().all())
         return y[:-1]
@@ -103,7 +110,7 @@ def test_rows_of_several_adapters(half, out, width, epilogue):
 @pytest.mark.parametrize("storage", test_decode.STORAGES)
 @pytest.mark.parametrize(("out", "width"), [(40, 136), (4096, 4096), (258, 11008)])
 def test_adapted_products(cuda_library, launch, half, storage, out, width):
-    """A x and the product with the base weight, computed in one kernel, have the same bits as from separate kernels."""
+    """A x has the same bits whether it is computed beside the product with the base weight or alone."""
     dtype = test_decode.HALVES[half]
     matrix, _ = test_decode.random_matrix(cuda_library, launch, half, storage, out, width)
     tables = [Table(dtype, rank, out, width) for rank in (0, 16, 64, 208)]
@@ -118,10 +125,10 @@ def test_adapted_products(cuda_library, launch, half, storage, out, width):
         stride = ctypes.c_int64(width)
         launch(
             *("decode_adapted", half, *matrix.shape, x, stride, n, test_decode.EPILOGUES.index("float"), y),
-            *(adapters, order, PRODUCT, low, 208),
+            *(adapters, order, PRODUCT, 208, low, scratch(n, 208), 208),
         )
         assert same_bits(y, matrix.product(x, "float", expected))
-        sizes = (width, width, n, low_alone, 208, out)
+        sizes = (width, width, n, 208, low_alone, scratch(n, 208), 208, out)
         finished = poisoned(n, out, dtype=dtype)
         run("low_rank", dtype, adapters, order, PRODUCT, x, *sizes, y, EPILOGUES["half"], finished)
         assert same_bits(low, low_alone)

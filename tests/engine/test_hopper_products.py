@@ -29,8 +29,9 @@ EPILOGUES = ("half", "float", "add", "gelu", "silu_times")  # enum class Epilogu
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     csrc, target = sources.source_folder(), tmp_path_factory.mktemp("host") / "libhost.so"
     files = (
-        *(FOLDER / "linear_decode.cc", csrc / "cuda" / "linear_decode.cc"),
-        *(csrc / "cuda" / "linear_decode_hopper.cc", csrc / "core" / "pack.cc", csrc / "core" / "config.cc"),
+        FOLDER / "linear_decode.cc",
+        *(csrc / "cuda" / f"{name}.cc" for name in ("linear_decode", "linear_decode_hopper", "low_rank")),
+        *(csrc / "core" / "pack.cc", csrc / "core" / "config.cc"),
     )
     compiler = os.environ.get("CXX", "g++")
     flags = ("-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
@@ -106,6 +107,7 @@ class Adapted(ctypes.Structure):
 
     _fields_ = (
         ("a", ctypes.c_void_p),
+        ("b", ctypes.c_void_p),
         ("adapters", ctypes.c_int),
         ("rank", ctypes.c_int),
         ("of_rows", ctypes.c_void_p),
@@ -197,27 +199,31 @@ def test_epilogues(library: ctypes.CDLL) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "out", "width", "n"), [("bfloat16", 40, 648, 19), ("int4_g64", 40, 4136, 5)]
+    ("kind", "out", "width", "n", "rank"), [("bfloat16", 40, 648, 19, 8), ("int4_g64", 74, 1160, 5, 72)]
 )
-def test_low_rank_adapters(library: ctypes.CDLL, kind: str, out: int, width: int, n: int) -> None:
-    """A x of each row's adapter is close to float64, and the product has the same bits as without adapters."""
-    product, x, rank = Product(library, KINDS[kind], out, width), rows(n, width), 8
+def test_low_rank_adapters(library: ctypes.CDLL, kind: str, out: int, width: int, n: int, rank: int) -> None:
+    """A x and B (A x) of each row's adapter are close to float64; rows without an adapter have the same bits."""
+    product, x = Product(library, KINDS[kind], out, width), rows(n, width)
     random = np.random.default_rng(n)
     a = bfloat16(random.standard_normal((5, rank, width), np.float32))
+    b = bfloat16(random.standard_normal((5, out, rank), np.float32))
     adapters = random.integers(-1, 5, n).astype(np.int32)  # the adapter of each row, -1 for none
     order = np.argsort(adapters, kind="stable").astype(np.int32)
     unwritten = bfloat16(np.float32(np.nan))
     low = np.full((n, rank), unwritten)
-    addresses = [array.ctypes.data for array in (a, adapters, order, low)]
-    y = product.run(x, adapted=Adapted(addresses[0], len(a), rank, *addresses[1:]))
-    assert (y == product.run(x)).all()
+    a_at, b_at, *others = (array.ctypes.data for array in (a, b, adapters, order, low))
+    y, alone = product.run(x, adapted=Adapted(a_at, b_at, len(a), rank, *others)), product.run(x)
     exact_x = to_float32(x)[:, :width].astype(np.float64)
     for i, adapter in enumerate(adapters):
         if adapter < 0:
             assert (low[i] == unwritten).all()
+            assert (y[i] == alone[i]).all()
             continue
-        exact_a = to_float32(a[adapter]).astype(np.float64)
+        exact_a, exact_b = (to_float32(each[adapter]).astype(np.float64) for each in (a, b))
         exact = exact_a @ exact_x[i]
-        # Rounding errors of sums in float32, and of the result in bfloat16.
+        # Rounding errors of sums in float32, and of A x in bfloat16.
         bound = np.abs(exact_a) @ np.abs(exact_x[i]) * 2.0**-18 + np.abs(exact) * 2.0**-8
-        assert (np.abs(to_float32(low[i]) - exact) <= bound).all(), i
+        found = to_float32(low[i]).astype(np.float64)
+        assert (np.abs(found - exact) <= bound).all(), i
+        bound = np.abs(exact_b) @ np.abs(found) * 2.0**-18 + np.abs(alone[i]) * 2.0**-22
+        assert (np.abs(y[i] - alone[i] - exact_b @ found) <= bound).all(), i

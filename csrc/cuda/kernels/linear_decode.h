@@ -1,7 +1,7 @@
 // Parameters of the products of decode steps, shared by host and device.
 #pragma once
 
-#include "cuda/kernels/low_rank.h"
+#include "cuda/kernels/linear_prompt.h"
 #include "cuda/kernels/tensor_map.h"
 
 #ifdef __CUDACC__
@@ -76,15 +76,17 @@ constexpr int kHopperGroups = 4;       // warpgroups, which share k
 constexpr int kHopperColumn = 64 + 4;  // floats from a column of sums in shared memory to the next
 
 // For tiles of n rows of x (columns) and `parts` subtiles of 64 rows of W: number of columns and number of
-// subtiles whose sums are in shared memory at a time, and bytes of these sums.
-QVL_BOTH_SIDES constexpr int hopper_columns(int n) {
-  return n < 32 ? n : 32;
+// subtiles whose sums are in shared memory at a time, and bytes of these sums. Few of them leave more memory
+// for stages, many of them need fewer barriers: measured, for H, INT8 and the types with groups.
+QVL_BOTH_SIDES constexpr int hopper_columns(int n, bool has_groups) {
+  return n == 32 && has_groups ? 32 : n < 16 ? n : 16;
 }
-QVL_BOTH_SIDES constexpr int hopper_parts(int n, int parts) {
-  return n > 16 ? 1 : n > 8 && parts > 2 ? 2 : parts;
+QVL_BOTH_SIDES constexpr int hopper_parts(int n, int parts, bool quantized) {
+  return n > (quantized ? 8 : 16) ? 1 : n > 8 && parts > 2 ? 2 : parts;
 }
-QVL_BOTH_SIDES constexpr int hopper_sum_bytes(int n, int parts) {
-  return 4 * kHopperGroups * hopper_parts(n, parts) * hopper_columns(n) * kHopperColumn;
+QVL_BOTH_SIDES constexpr int hopper_sum_bytes(int n, int parts, bool quantized, bool has_groups) {
+  return 4 * kHopperGroups * hopper_parts(n, parts, quantized) * hopper_columns(n, has_groups) *
+         kHopperColumn;
 }
 
 // Parameters of linear_decode_hopper.cuh.
@@ -95,6 +97,7 @@ struct LinearHopper {
   // whole_boxes), boxes of H are [64, rows] and [64, N].
   TensorMap w, scales, x;
   bool whole_boxes;
+  bool late_successors;     // start the next kernel only when x is complete
   const float* row_scales;  // int8
   Result result;
   int rows, tiles;         // rows of W per tile: a multiple of 8, if quantized of 16; number of tiles
@@ -104,12 +107,6 @@ struct LinearHopper {
   // therefore cannot mistake the previous round of the stage for the current one.
   int stages;
   int stage_bytes;
-};
-
-// Parameters of a product with adapters, which also computes A x (low_rank.h).
-struct AdaptedLinearHopper {
-  LinearHopper product;
-  LowRankParams low_rank;
 };
 
 }  // namespace qvl::cuda

@@ -10,7 +10,7 @@ namespace {
 
 struct HalfWeights {
   static constexpr int kBoxes = 1;  // number of boxes of 64 values in a step
-  static constexpr bool kInRegisters = false;
+  static constexpr bool kInRegisters = false, kHasGroups = false;
 
   __device__ static int step_bytes(int rows) { return rows * kBoxBytes; }
   __device__ static int scale_bytes(int) { return 0; }
@@ -34,7 +34,7 @@ struct HalfWeights {
 
 struct Int8Weights {
   static constexpr int kBoxes = 2, kTileBytes = 2048;
-  static constexpr bool kInRegisters = true;
+  static constexpr bool kInRegisters = true, kHasGroups = false;
 
   __device__ static int step_bytes(int rows) { return rows / kTileRows * kTileBytes; }
   __device__ static int scale_bytes(int) { return 0; }
@@ -82,7 +82,7 @@ struct Int8Weights {
 template <int group>
 struct Int4Weights {
   static constexpr int kBoxes = 2, kTileBytes = 1024, kTileScales = 8 * 4 * (kUnit / group);
-  static constexpr bool kInRegisters = true;
+  static constexpr bool kInRegisters = true, kHasGroups = true;
 
   __device__ static int step_bytes(int rows) { return rows / kTileRows * kTileBytes; }
   __device__ static int scale_bytes(int rows) { return rows / kTileRows * kTileScales; }
@@ -146,7 +146,6 @@ struct Int4Weights {
 QVL_HOPPER_WIDE(half, HalfWeights)
 QVL_HOPPER(half, HalfWeights, 32, 3)
 QVL_HOPPER(half, HalfWeights, 64, 2)
-QVL_HOPPER_ADAPTED(half, HalfWeights, 64, 2)
 QVL_HOPPER_WIDE(int8, Int8Weights)
 QVL_HOPPER_WIDE(int4_g64, Int4Weights<64>)
 QVL_HOPPER_WIDE(int4_g128, Int4Weights<128>)

@@ -35,7 +35,6 @@
 #include "cuda/kernels/hopper.cuh"
 #include "cuda/kernels/linear_decode.h"
 #include "cuda/kernels/linear_prompt.cuh"
-#include "cuda/kernels/low_rank.cuh"
 #include "cuda/kernels/quantized.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -86,54 +85,19 @@ struct RingPosition {
   }
 };
 
-// Prologue of a kernel, called by every thread: wait for the preceding kernels, then call request_x once. The
-// first parameter is the shared memory of the sums, unused here.
-struct Start {
-  template <class RequestX>
-  __device__ void operator()(float*, const RequestX& request_x) const {
-    wait_for_predecessors();
-    request_x();
-  }
-};
-
-// Prologue that also computes A x (low_rank.cuh) while the copy engine loads the weights of the product. The
-// units of A x are distributed over the blocks.
-// scratch: shared memory of the sums, for A x.
-struct StartWithLowRank {
-  const LowRankParams& p;
-
-  template <class RequestX>
-  __device__ void operator()(float* scratch, const RequestX& request_x) const {
-    const Start start;
-    if (threadIdx.x >= kLowRankDownThreads) return start(scratch, request_x);
-    const auto sync = [] { threads_sync<kLowRankDownThreads>(1); };
-    const int parts = p.low_stride / kLowRankDown, units = low_rank_units(p);
-    const int blocks = (p.n + kLowRankRows - 1) / kLowRankRows;
-    bool started = false;
-    const auto start_once = [&] {
-      if (!started) start(scratch, request_x);
-      started = true;
-    };
-    for (int unit = blockIdx.y * gridDim.x + blockIdx.x; unit < units; unit += gridDim.x * gridDim.y) {
-      compute_low(p, *reinterpret_cast<LowRankScratch*>(scratch), unit % parts, unit / parts % blocks,
-                  unit / parts / blocks, sync, start_once);
-      sync();  // the scratch memory has been read
-    }
-    start_once();
-  }
-};
-static_assert(sizeof(LowRankScratch) <= hopper_sum_bytes(16, 1), "scratch memory of A x");
-
-template <class Weights, int N, int kSubtiles, class Begin>
-__device__ inline void linear_decode(const LinearHopper& p, const Begin& start) {
+template <class Weights, int N, int kSubtiles>
+__device__ inline void linear_decode(const LinearHopper& p) {
   constexpr int kXBytes = Weights::kBoxes * N * kBoxBytes;  // per step
-  constexpr int kColumns = hopper_columns(N), kParts = hopper_parts(N, kSubtiles);
+  constexpr bool kQuantized = Weights::kInRegisters;
+  constexpr int kColumns = hopper_columns(N, Weights::kHasGroups);
+  constexpr int kParts = hopper_parts(N, kSubtiles, kQuantized);
   constexpr int kPartFloats = kGroups * kColumns * kHopperColumn;
   extern __shared__ char raw[];
   char* const aligned = raw + (-static_cast<uint32>(__cvta_generic_to_shared(raw)) & 1023);
   const uint32 ring = static_cast<uint32>(__cvta_generic_to_shared(aligned));
   float* const sums_out = reinterpret_cast<float*>(aligned + p.stages * p.stage_bytes);
-  const uint32 full = ring + p.stages * p.stage_bytes + hopper_sum_bytes(N, kSubtiles),
+  const uint32 full = ring + p.stages * p.stage_bytes +
+                      hopper_sum_bytes(N, kSubtiles, kQuantized, Weights::kHasGroups),
                empty = full + 8 * p.stages;
   // The shuffle makes the compiler keep values derived from the warp number in uniform registers.
   const int warp = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / 32), 0), lane = threadIdx.x % 32;
@@ -176,7 +140,7 @@ __device__ inline void linear_decode(const LinearHopper& p, const Begin& start) 
     publish_barriers();
   }
   __syncthreads();
-  start_successors();
+  if (!p.late_successors) start_successors();
 
   // All warps request the first round of stages, a stage each, since a request takes time. x depends on the
   // preceding kernels, the weights do not.
@@ -186,10 +150,11 @@ __device__ inline void linear_decode(const LinearHopper& p, const Begin& start) 
     for (int i = warp; i < ahead; i += kThreads / 32)
       request_weights(i, blockIdx.x + i / p.items * gridDim.x, i % p.items);
   }
-  start(sums_out, [&] {
-    if (lane != 0) return;
+  wait_for_predecessors();
+  if (p.late_successors) start_successors();
+  if (lane == 0) {
     for (int i = warp; i < ahead; i += kThreads / 32) request_x(i, i % p.items);
-  });
+  }
 
   if (warp == 4 * kGroups) {
     if (lane != 0) return;
@@ -280,23 +245,16 @@ __device__ inline void linear_decode(const LinearHopper& p, const Begin& start) 
 #define QVL_HOPPER(NAME, WEIGHTS, N, TILES)                                                            \
   extern "C" __global__ __launch_bounds__(                                                             \
       kThreads, 1) void linear_hopper_##NAME##_##N##_##TILES(const __grid_constant__ LinearHopper p) { \
-    linear_decode<WEIGHTS, N, TILES>(p, Start{});                                                      \
-  }
-#define QVL_HOPPER_ADAPTED(NAME, WEIGHTS, N, TILES)                                                       \
-  extern "C" __global__ __launch_bounds__(kThreads, 1) void linear_hopper_adapted_##NAME##_##N##_##TILES( \
-      const __grid_constant__ AdaptedLinearHopper p) {                                                    \
-    linear_decode<WEIGHTS, N, TILES>(p.product, StartWithLowRank{p.low_rank});                            \
+    linear_decode<WEIGHTS, N, TILES>(p);                                                               \
   }
 #define QVL_HOPPER_TILES(NAME, WEIGHTS, N) \
   QVL_HOPPER(NAME, WEIGHTS, N, 1) QVL_HOPPER(NAME, WEIGHTS, N, 2) QVL_HOPPER(NAME, WEIGHTS, N, 3)
-#define QVL_HOPPER_WIDE(NAME, WEIGHTS)                                              \
-  QVL_HOPPER_TILES(NAME, WEIGHTS, 8)                                                \
-  QVL_HOPPER_TILES(NAME, WEIGHTS, 16)                                               \
-  QVL_HOPPER(NAME, WEIGHTS, 32, 1)                                                  \
-  QVL_HOPPER(NAME, WEIGHTS, 32, 2)                                                  \
-  QVL_HOPPER(NAME, WEIGHTS, 64, 1)                                                  \
-  QVL_HOPPER_ADAPTED(NAME, WEIGHTS, 16, 1) QVL_HOPPER_ADAPTED(NAME, WEIGHTS, 16, 2) \
-      QVL_HOPPER_ADAPTED(NAME, WEIGHTS, 16, 3) QVL_HOPPER_ADAPTED(NAME, WEIGHTS, 64, 1)
+#define QVL_HOPPER_WIDE(NAME, WEIGHTS) \
+  QVL_HOPPER_TILES(NAME, WEIGHTS, 8)   \
+  QVL_HOPPER_TILES(NAME, WEIGHTS, 16)  \
+  QVL_HOPPER(NAME, WEIGHTS, 32, 1)     \
+  QVL_HOPPER(NAME, WEIGHTS, 32, 2)     \
+  QVL_HOPPER(NAME, WEIGHTS, 64, 1)
 
 }  // namespace qvl::cuda
 

@@ -26,7 +26,7 @@ template <int bits, int group>
 struct GroupWeights {
   static constexpr int kBoxes = 2, kTileBytes = kTileRows * kUnit * bits / 8;
   static constexpr int kTileScales = 8 * 8 * (kUnit / group);
-  static constexpr bool kInRegisters = true;
+  static constexpr bool kInRegisters = true, kHasGroups = true;
 
   __device__ static int step_bytes(int rows) { return rows / kTileRows * kTileBytes; }
   __device__ static int scale_bytes(int rows) { return rows / kTileRows * kTileScales; }

@@ -37,46 +37,126 @@ __device__ inline void add_raw(const float* raw, const Result& result, int row, 
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kLowRankDownThreads)
+// At most 51 registers per thread, 5 blocks per multiprocessor, so that a block fits beside one of the
+// product of the base weight on Hopper.
+extern "C" __global__ void __launch_bounds__(kLowRankThreads, 5)
     low_rank_down(const __grid_constant__ LowRankParams p) {
-  __shared__ LowRankScratch scratch;
+  constexpr int kWarps = kLowRankThreads / 32, kLoads = 2;
+  __shared__ Rows rows;
+  __shared__ float warp_sums[kWarps][kLowRankRows][kLowRankDown];
+  __shared__ bool is_last;
   start_successors();
-  compute_low(
-      p, scratch, blockIdx.x, blockIdx.y, blockIdx.z, [] { __syncthreads(); },
-      [] { wait_for_predecessors(); });
-  wait_for_predecessors();  // in all blocks: successors rely on it
+  read_rows(p, rows, blockIdx.y);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int steps = (p.in + kStep - 1) / kStep;
+  const H* const x = static_cast<const H*>(p.x);
+  bool x_is_complete = p.x_is_complete;
+  const int chunk = blockIdx.x, slice = blockIdx.z % kLowRankSlices,
+            first = chunk * kLowRankDown;  // row of A
+  const int begin_step = steps * slice / kLowRankSlices, end_step = steps * (slice + 1) / kLowRankSlices;
+  for (int run = blockIdx.z / kLowRankSlices; run < rows.n_runs; run += gridDim.z / kLowRankSlices) {
+    const int begin = rows.begin[run], end = rows.begin[run + 1];
+    const LowRankEntry& entry = rows.entry[begin];
+    if (first >= entry.rank) continue;
+    const H* const a = static_cast<const H*>(entry.a) + static_cast<int64>(first + g) * p.in;
+    const bool low_valid = g >= begin && g < end, high_valid = g + 8 >= begin && g + 8 < end;
+    const H* const low = x + (low_valid ? rows.row[g] * p.x_stride : 0);
+    const H* const high = x + (high_valid ? rows.row[g + 8] * p.x_stride : 0);
+    float sums[4] = {};
+    for (int from = begin_step + warp; from < end_step; from += kWarps * kLoads) {
+      uint4 weights[kLoads], low_x[kLoads], high_x[kLoads];
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const int step = from + i * kWarps, k = kStep * step + kVector * t;
+        weights[i] = load16(a + k, step < end_step && k < p.in);
+      }
+      if (!x_is_complete) {
+        wait_for_predecessors();
+        x_is_complete = true;
+      }
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const int step = from + i * kWarps, k = kStep * step + kVector * t;
+        const bool valid = step < end_step && k < p.in;
+        low_x[i] = load16_from_l2(low + k, valid && low_valid);
+        high_x[i] = load16_from_l2(high + k, valid && high_valid);
+      }
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) multiply_step(sums, low_x[i], high_x[i], weights[i]);
+    }
+    warp_sums[warp][g][2 * t] = sums[0];
+    warp_sums[warp][g][2 * t + 1] = sums[1];
+    warp_sums[warp][g + 8][2 * t] = sums[2];
+    warp_sums[warp][g + 8][2 * t + 1] = sums[3];
+    __syncthreads();
+    // Threads with an element of this unit: row i of the block, row first + j of A.
+    const int i = threadIdx.x / kLowRankDown, j = threadIdx.x % kLowRankDown;
+    const bool has_element = i >= begin && i < end;
+    const int64 at = has_element ? static_cast<int64>(rows.row[i]) * p.low_stride + first + j : 0;
+    const int64 slice_size = static_cast<int64>(p.n) * p.low_stride;
+    if (has_element) {
+      float sum = 0;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) sum += warp_sums[w][i][j];
+      p.slices[slice * slice_size + at] = sum;
+      __threadfence();
+    }
+    __syncthreads();
+    // The last block of a chunk's slices adds them, always in the same order.
+    if (threadIdx.x == 0) {
+      int* const counter = p.counters + (blockIdx.y * gridDim.x + chunk) * kLowRankRows + run;
+      is_last = atomicAdd(counter, 1) == kLowRankSlices - 1;
+      if (is_last) *counter = 0;
+    }
+    __syncthreads();
+    if (is_last && has_element) {
+      __threadfence();
+      float sum = 0;
+#pragma unroll
+      for (int s = 0; s < kLowRankSlices; ++s) sum += __ldcg(p.slices + s * slice_size + at);
+      static_cast<H*>(p.low)[at] = to_half(sum);
+    }
+  }
+  // The successor may read what the predecessors have written, so this kernel must end after them. One block
+  // that waits suffices; the others make room.
+  if (blockIdx.x + blockIdx.y + blockIdx.z == 0) wait_for_predecessors();
 }
 
-extern "C" __global__ void __launch_bounds__(kLowRankThreads)
+extern "C" __global__ void __launch_bounds__(kLowRankThreads, 3)
     low_rank_up(const __grid_constant__ LowRankParams p) {
   constexpr int kPrefetchedSteps = 2;  // steps of 32 columns of B, requested one run before their use
   __shared__ Rows rows;
   __shared__ float tile[kLowRankRows][kLowRankUp + 2];
   start_successors();
-  read_rows(p, rows, blockIdx.y, [] { __syncthreads(); });
+  read_rows(p, rows, blockIdx.y);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int first = blockIdx.x * kLowRankUp;
-  // Column i (0 to 7) of y of this warp. With two interleaved matrices a warp has every other column, so that
-  // all of its columns belong to one matrix.
-  const auto column = [&](int parts, int i) {
-    return parts == 1 ? first + 8 * warp + i : first + warp / 2 * 16 + 2 * i + warp % 2;
+  // A warp computes every other of 16 columns of y: with two interleaved matrices, all of them belong to one.
+  const int interleaved = warp % 2, first_column = first + warp / 2 * 16 + interleaved;
+  // First rank of this warp's matrix in the rows of A x and B, and the number of its ranks.
+  const auto first_rank = [&](const LowRankEntry& entry) {
+    return entry.parts == 1 ? 0 : interleaved * (entry.rank / 2);
   };
+  const auto ranks = [](const LowRankEntry& entry) { return entry.parts == 1 ? entry.rank : entry.rank / 2; };
   const auto load_b = [&](const LowRankEntry& entry, int step) {
-    const int width = entry.rank / entry.parts, k = kStep * step + kVector * t, row = column(entry.parts, g);
-    const int64 index = static_cast<int64>(row) * entry.rank + row % entry.parts * width + k;
-    return load16(static_cast<const H*>(entry.b) + index, row < p.result.out && k < width);
+    const int k = kStep * step + kVector * t, row = first_column + 2 * g;
+    const int64 index = static_cast<int64>(row) * entry.rank + first_rank(entry) + k;
+    return load16(static_cast<const H*>(entry.b) + index, row < p.result.out && k < ranks(entry));
   };
   // A x of row i of the block.
   const auto load_low = [&](int i, int step) {
     const LowRankEntry& entry = rows.entry[i];
-    const int width = entry.rank / entry.parts, k = kStep * step + kVector * t;
-    const int64 index =
-        static_cast<int64>(rows.row[i]) * p.low_stride + column(entry.parts, 0) % entry.parts * width + k;
-    return load16(static_cast<const H*>(p.low) + index, k < width);
+    const int k = kStep * step + kVector * t;
+    const int64 index = static_cast<int64>(rows.row[i]) * p.low_stride + first_rank(entry) + k;
+    return load16(static_cast<const H*>(p.low) + index, k < ranks(entry));
   };
-  uint4 b[kPrefetchedSteps], next[kPrefetchedSteps], low[kPrefetchedSteps], high[kPrefetchedSteps];
+  uint4 b[2][kPrefetchedSteps], low[kPrefetchedSteps], high[kPrefetchedSteps];
 #pragma unroll
-  for (int step = 0; step < kPrefetchedSteps; ++step) b[step] = load_b(rows.entry[0], step);
+  for (int run = 0; run < 2; ++run) {
+#pragma unroll
+    for (int step = 0; step < kPrefetchedSteps; ++step)
+      if (run < rows.n_runs) b[run][step] = load_b(rows.entry[rows.begin[run]], step);
+  }
   wait_for_predecessors();
 #pragma unroll
   for (int step = 0; step < kPrefetchedSteps; ++step) {
@@ -100,29 +180,28 @@ extern "C" __global__ void __launch_bounds__(kLowRankThreads)
 #pragma unroll 1
   for (int run = 0; run < rows.n_runs; ++run) {
     const int begin = rows.begin[run], end = rows.begin[run + 1];
-    if (run + 1 < rows.n_runs) {
-#pragma unroll
-      for (int step = 0; step < kPrefetchedSteps; ++step) next[step] = load_b(rows.entry[end], step);
-    }
     const LowRankEntry& entry = rows.entry[begin];
     const bool low_valid = g >= begin && g < end, high_valid = g + 8 >= begin && g + 8 < end;
     float sums[4] = {};
 #pragma unroll
     for (int step = 0; step < kPrefetchedSteps; ++step)
-      multiply_step(sums, keep_if(low_valid, low[step]), keep_if(high_valid, high[step]), b[step]);
+      multiply_step(sums, keep_if(low_valid, low[step]), keep_if(high_valid, high[step]), b[0][step]);
+#pragma unroll
+    for (int step = 0; step < kPrefetchedSteps; ++step) {
+      b[0][step] = b[1][step];
+      if (run + 2 < rows.n_runs) b[1][step] = load_b(rows.entry[rows.begin[run + 2]], step);
+    }
 #pragma unroll 1
-    for (int step = kPrefetchedSteps; kStep * step < entry.rank / entry.parts; ++step) {
+    for (int step = kPrefetchedSteps; kStep * step < ranks(entry); ++step) {
       multiply_step(sums, keep_if(low_valid, load_low(g, step)), keep_if(high_valid, load_low(g + 8, step)),
                     load_b(entry, step));
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int local_column = column(entry.parts, 2 * t + i) - first;
+      const int local_column = first_column - first + 2 * (2 * t + i);
       if (low_valid) tile[g][local_column] = sums[i];
       if (high_valid) tile[g + 8][local_column] = sums[2 + i];
     }
-#pragma unroll
-    for (int step = 0; step < kPrefetchedSteps; ++step) b[step] = next[step];
   }
   __syncthreads();
 

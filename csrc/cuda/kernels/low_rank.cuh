@@ -29,10 +29,9 @@ struct Rows {
   int n_runs;
 };
 
-// Fill `rows` with kLowRankRows rows from index kLowRankRows * block of the order on. sync: barrier of all
-// threads that call this function.
-template <class Sync>
-__device__ inline void read_rows(const LowRankParams& p, Rows& rows, int block, const Sync& sync) {
+// Fill `rows` with kLowRankRows rows from index kLowRankRows * block of the order on. Called by all threads
+// of the block.
+__device__ inline void read_rows(const LowRankParams& p, Rows& rows, int block) {
   if (threadIdx.x < 32) {
     const int i = threadIdx.x % kLowRankRows, index = block * kLowRankRows + i;
     const int row = index >= p.n ? -1 : p.order != nullptr ? p.order[index] : index;
@@ -52,11 +51,15 @@ __device__ inline void read_rows(const LowRankParams& p, Rows& rows, int block, 
       }
     }
   }
-  sync();
+  __syncthreads();
 }
 
 __device__ inline uint4 load16(const void* from, bool valid) {
   return valid ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+}
+
+__device__ inline uint4 load16_from_l2(const void* from, bool valid) {
+  return valid ? __ldcg(static_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
 }
 
 // `value`, or zeros. `valid ? a : b` of structs would select an address and force them into local memory.
@@ -70,77 +73,6 @@ __device__ inline void multiply_step(float (&sums)[4], const uint4& low, const u
                                      const uint4& right) {
   multiply(sums, low.x, high.x, low.y, high.y, right.x, right.y);
   multiply(sums, low.z, high.z, low.w, high.w, right.z, right.w);
-}
-
-constexpr int kLowRankWarps = kLowRankDownThreads / 32;
-
-struct LowRankScratch {
-  Rows rows;
-  float parts[kLowRankWarps][kLowRankRows][kLowRankDown];
-};
-
-// Number of units of a product's A x.
-__device__ inline int low_rank_units(const LowRankParams& p) {
-  return p.low_stride / kLowRankDown * ((p.n + kLowRankRows - 1) / kLowRankRows) * kLowRankRuns;
-}
-
-// Compute a unit of A x with kLowRankDownThreads threads: rows of A from kLowRankDown * part on, rows of x
-// from kLowRankRows * block on, runs first_run, first_run + kLowRankRuns and so on. sync: barrier of these
-// threads. before_x: called before x is read, at most once.
-template <class Sync, class BeforeX>
-__device__ inline void compute_low(const LowRankParams& p, LowRankScratch& scratch, int part, int block,
-                                   int first_run, const Sync& sync, const BeforeX& before_x) {
-  constexpr int kLoads = 4;
-  const Rows& rows = scratch.rows;
-  read_rows(p, scratch.rows, block, sync);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int first = part * kLowRankDown;  // row of A
-  const H* const x = static_cast<const H*>(p.x);
-  bool called_before_x = false;
-  for (int run = first_run; run < rows.n_runs; run += kLowRankRuns) {
-    const int begin = rows.begin[run], end = rows.begin[run + 1];
-    const LowRankEntry& entry = rows.entry[begin];
-    if (first >= entry.rank) continue;
-    const H* const a = static_cast<const H*>(entry.a) + static_cast<int64>(first + g) * p.in;
-    const bool low_valid = g >= begin && g < end, high_valid = g + 8 >= begin && g + 8 < end;
-    const H* const low = x + (low_valid ? rows.row[g] * p.x_stride : 0);
-    const H* const high = x + (high_valid ? rows.row[g + 8] * p.x_stride : 0);
-    float sums[4] = {};
-    for (int from = kStep * warp; from < p.in; from += kStep * kLowRankWarps * kLoads) {
-      uint4 low_x[kLoads], high_x[kLoads], weights[kLoads];
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const int k = from + i * kStep * kLowRankWarps + kVector * t;
-        weights[i] = load16(a + k, k < p.in);
-      }
-      if (!called_before_x) {
-        before_x();
-        called_before_x = true;
-      }
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const int k = from + i * kStep * kLowRankWarps + kVector * t;
-        low_x[i] = load16(low + k, k < p.in && low_valid);
-        high_x[i] = load16(high + k, k < p.in && high_valid);
-      }
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) multiply_step(sums, low_x[i], high_x[i], weights[i]);
-    }
-    auto& parts = scratch.parts;
-    parts[warp][g][2 * t] = sums[0];
-    parts[warp][g][2 * t + 1] = sums[1];
-    parts[warp][g + 8][2 * t] = sums[2];
-    parts[warp][g + 8][2 * t + 1] = sums[3];
-    sync();
-    const int i = threadIdx.x / kLowRankDown, j = threadIdx.x % kLowRankDown;
-    if (i >= begin && i < end) {
-      float sum = 0;
-#pragma unroll
-      for (int w = 0; w < kLowRankWarps; ++w) sum += parts[w][i][j];
-      static_cast<H*>(p.low)[static_cast<int64>(rows.row[i]) * p.low_stride + first + j] = to_half(sum);
-    }
-    sync();  // the sums have been read
-  }
 }
 
 }  // namespace

@@ -15,23 +15,28 @@ struct LowRankEntry {
   int parts;      // number of interleaved matrices, 1 or 2; rank / parts is a multiple of 8
 };
 
-constexpr int kLowRankThreads = 256;      // per block of low_rank_up
-constexpr int kLowRankDownThreads = 512;  // per block of low_rank_down
-constexpr int kLowRankRows = 16;          // rows of x per block
-constexpr int kLowRankDown = 8;           // rows of A per block of low_rank_down
-constexpr int kLowRankUp = 64;            // rows of B per block of low_rank_up
-constexpr int kLowRankRuns = 4;           // runs (rows with one adapter) processed concurrently (gridDim.z)
+constexpr int kLowRankThreads = 256;  // per block
+constexpr int kLowRankRows = 16;      // rows of x per block
+constexpr int kLowRankDown = 8;       // rows of A per block of low_rank_down
+constexpr int kLowRankSlices = 8;     // of k, one per block of low_rank_down
+constexpr int kLowRankRuns = 4;       // runs (rows with one adapter) that low_rank_down computes concurrently
+constexpr int kLowRankUp = 64;        // rows of B per block of low_rank_up
 
 struct LowRankParams {
   const unsigned long long* adapters;  // [n]: address of the table [products] of LowRankEntry; 0: no adapter
   const int* order;                    // [n]: row indices sorted by adapter; NULL: 0 1 2 ..
   const void* x;                       // low_rank_down: H [n, x_stride]
   void* low;                           // H [n, low_stride]: A x
-  const float* raw;                    // low_rank_up: [n, out], the product of the base weight, or NULL
-  Result result;                       // low_rank_up: finishes raw + B A x; without bias
+  float* slices;                       // low_rank_down: scratch [kLowRankSlices, n, low_stride]
+  // low_rank_down: numbers of finished slices, [gridDim.y, gridDim.x, kLowRankRows]. Zero before the
+  // kernel and after it.
+  int* counters;
+  const float* raw;  // low_rank_up: [n, out], the product of the base weight, or NULL
+  Result result;     // low_rank_up: finishes raw + B A x; without bias
   long long x_stride;
   int n, product;      // number of rows, and index of the product in the tables
   int in, low_stride;  // multiples of 8
+  bool x_is_complete;  // low_rank_down: x may be read before the preceding kernels end
 };
 
 // Parameters of finish_raw: raw float32 [result.n, result.out] -> result.

@@ -55,9 +55,14 @@ inline unsigned __float_as_uint(float value) {
   std::memcpy(&bits, &value, 4);
   return bits;
 }
-inline float __ldcg(const float* from) {
+template <class Value>
+Value __ldcg(const Value* from) {
   return *from;
 }
+inline int atomicAdd(int* to, int value) {
+  return __atomic_fetch_add(to, value, __ATOMIC_SEQ_CST);
+}
+inline void __threadfence() {}
 inline float __saturatef(float x) {
   return std::fmin(std::fmax(x, 0.f), 1.f);
 }

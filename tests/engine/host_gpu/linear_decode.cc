@@ -1,5 +1,6 @@
-// linear_decode_hopper.cu, linear_decode_hopper_groups.cu, upload_matrix.cu and the code that launches their
-// kernels, as a library for the host. Blocks run one after another, on a "GPU" of three multiprocessors.
+// linear_decode_hopper.cu, linear_decode_hopper_groups.cu, low_rank.cu, upload_matrix.cu and the code that
+// launches their kernels, as a library for the host. Blocks run one after another, on a "GPU" of three
+// multiprocessors.
 #include <barrier>
 #include <chrono>
 #include <condition_variable>
@@ -17,6 +18,9 @@
 #include "cuda/kernels/linear_decode_hopper.cu"
 #include "cuda/kernels/linear_decode_hopper_groups.cu"
 #include "cuda/kernels/upload_matrix.cu"
+#undef __shared__
+#define __shared__ static  // shared by the threads of the only running block
+#include "cuda/kernels/low_rank.cu"
 #undef QVL_COMPUTE_BFLOAT16  // qwenvl.h has a constant of this name
 
 #include "core/error.h"
@@ -125,7 +129,7 @@ void copy_all() {
 }
 
 using Hopper = void (*)(LinearHopper);
-using Adapted = void (*)(AdaptedLinearHopper);
+using LowRankKernel = void (*)(LowRankParams);
 using Upload = void (*)(UploadMatrix);
 const std::map<std::string, Hopper>& products_by_name() {
 #define QVL_NAME(NAME, N, TILES) \
@@ -143,15 +147,8 @@ const std::map<std::string, Hopper>& products_by_name() {
               QVL_NAME(half, 32, 3) QVL_NAME(half, 64, 2)};
   return found;
 }
-const std::map<std::string, Adapted>& adapted_by_name() {
-#define QVL_ADAPTED(NAME, N, TILES) \
-  {"linear_hopper_adapted_" #NAME "_" #N "_" #TILES, linear_hopper_adapted_##NAME##_##N##_##TILES},
-#define QVL_ALL_ADAPTED(NAME) \
-  QVL_ADAPTED(NAME, 16, 1) QVL_ADAPTED(NAME, 16, 2) QVL_ADAPTED(NAME, 16, 3) QVL_ADAPTED(NAME, 64, 1)
-  static const std::map<std::string, Adapted> found = {
-      QVL_ALL_ADAPTED(half) QVL_ALL_ADAPTED(int8) QVL_ALL_ADAPTED(int4_g64) QVL_ADAPTED(half, 64, 2)};
-  return found;
-}
+const std::map<std::string, LowRankKernel> low_rank_kernels = {{"low_rank_down", low_rank_down},
+                                                               {"low_rank_up", low_rank_up}};
 const std::map<std::string, Upload> uploads = {{"upload_matrix_float32", upload_matrix_float32},
                                                {"upload_matrix_bfloat16", upload_matrix_bfloat16},
                                                {"upload_matrix_int8", upload_matrix_int8},
@@ -209,10 +206,6 @@ bool has_tensor_maps(const Gpu&) {
   return true;
 }
 
-void low_rank_down(const Gpu&, CUstream, const LowRankParams&) {
-  QVL_REQUIRE(false, QVL_INTERNAL, "not for Hopper");
-}
-
 TensorMap tensor_map(const Gpu&, const void* base, std::initializer_list<int64_t> sizes,
                      std::initializer_list<int64_t> strides, std::initializer_list<int> box, bool swizzled) {
   for (const int64_t stride : strides)
@@ -239,15 +232,15 @@ void Gpu::launch_bytes(CUstream, const char* name, Dim grid, int threads, int sh
   }
   QVL_REQUIRE(shared_bytes <= static_cast<int>(sizeof raw), QVL_INTERNAL, "%d bytes of shared memory",
               shared_bytes);
-  const auto adapted = adapted_by_name().find(name);
+  const auto low_rank = low_rank_kernels.find(name);
   const std::function<void()> kernel = [&, name = std::string(name)] {
-    if (adapted != adapted_by_name().end()) {
-      adapted->second(*static_cast<const AdaptedLinearHopper*>(params));
+    if (low_rank != low_rank_kernels.end()) {
+      low_rank->second(*static_cast<const LowRankParams*>(params));
     } else {
       products_by_name().at(name)(*static_cast<const LinearHopper*>(params));
     }
   };
-  for (unsigned block = 0; block < grid.x * grid.y; ++block) {
+  for (unsigned block = 0; block < grid.x * grid.y * grid.z; ++block) {
     std::memset(raw, 0xFF, sizeof raw);  // NaN, to detect reads of memory that was not written
     barriers.clear();
     finished = false;
@@ -261,8 +254,8 @@ void Gpu::launch_bytes(CUstream, const char* name, Dim grid, int threads, int sh
     for (int i = 0; i < threads; ++i) {
       running.emplace_back([&, i] {
         threadIdx.x = static_cast<unsigned>(i);
-        blockIdx = {block % grid.x, block / grid.x};
-        gridDim = {grid.x, grid.y};
+        blockIdx = {block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y};
+        gridDim = {grid.x, grid.y, grid.z};
         kernel();
       });
     }
@@ -316,19 +309,19 @@ unsigned __ballot_sync(unsigned, bool value) {
   });
 }
 
-// Adapters of the same rank. a: bfloat16 [adapters, rank, in]; of_rows: the adapter of each row, -1 for none;
-// order: the rows, sorted by adapter; low: receives A x [n, rank].
+// Adapters of the same rank. a, b: bfloat16 [adapters, rank, in], [adapters, out, rank]; of_rows: the adapter
+// of each row, -1 for none; order: the rows, sorted by adapter; low: receives A x [n, rank].
 struct HostAdapted {
-  const uint16_t* a;
+  const uint16_t *a, *b;
   int adapters, rank;
   const int32_t* of_rows;
   const int32_t* order;
   uint16_t* low;
 };
 
-// y = epilogue(x W^T + bias), and A x unless `adapted` is NULL. dtype, stored: W [out, in] in the layout of
-// files (qwenvl.h). x: bfloat16 [n, x_stride]. y: float32 or bfloat16, depending on the epilogue. Returns
-// NULL or an error message.
+// y = epilogue(x W^T + bias); if `adapted` is not NULL, `epilogue` is float and y += B (A x). dtype, stored:
+// W [out, in] in the layout of files (qwenvl.h). x: bfloat16 [n, x_stride]. y: float32 or bfloat16, depending
+// on the epilogue. Returns NULL or an error message.
 EXPORT const char* host_linear(int dtype, int out, int in, const void* stored, const float* bias,
                                const void* x, int64_t x_stride, int n, int epilogue, void* y,
                                const HostAdapted* adapted) {
@@ -343,29 +336,24 @@ EXPORT const char* host_linear(int dtype, int out, int in, const void* stored, c
     const int unit = storage == Storage::kHalf ? 8 : 128;
     const Matrix matrix{storage, out, in, (in + unit - 1) / unit * unit, values.data(), scales.data(), bias};
     upload_matrix(gpu, nullptr, dtype, stored, out, matrix, 0, 1);
-    std::vector<LowRankEntry> entries;
-    std::vector<uint64_t> addresses;
-    LowRankParams low_rank{};
-    if (adapted != nullptr) {
-      for (int i = 0; i < adapted->adapters; ++i) {
-        const uint16_t* const a = adapted->a + int64_t{i} * adapted->rank * in;
-        entries.push_back({a, a, adapted->rank, 1});  // B is not read; its address distinguishes adapters
-      }
-      for (int i = 0; i < n; ++i) {
-        const int adapter = adapted->of_rows[i];
-        addresses.push_back(adapter < 0 ? 0 : reinterpret_cast<uint64_t>(&entries[size_t(adapter)]));
-      }
-      low_rank.adapters = reinterpret_cast<const unsigned long long*>(addresses.data());
-      low_rank.order = adapted->order;
-      low_rank.n = n;
-      low_rank.x = x;
-      low_rank.x_stride = x_stride;
-      low_rank.in = in;
-      low_rank.low = adapted->low;
-      low_rank.low_stride = adapted->rank;
-    }
     linear_decode(gpu, nullptr, matrix, x, x_stride, n, static_cast<Epilogue>(epilogue), y,
-                  adapted != nullptr ? &low_rank : nullptr);
+                  /*low_rank_next=*/adapted != nullptr);
+    if (adapted == nullptr) return nullptr;
+
+    const int rank = adapted->rank;
+    std::vector<LowRankEntry> entries;
+    for (int64_t i = 0; i < adapted->adapters; ++i)
+      entries.push_back({adapted->a + i * rank * in, adapted->b + i * out * rank, rank, 1});
+    std::vector<uint64_t> addresses;
+    for (int i = 0; i < n; ++i) {
+      const int adapter = adapted->of_rows[i];
+      addresses.push_back(adapter < 0 ? 0 : reinterpret_cast<uint64_t>(&entries[size_t(adapter)]));
+    }
+    std::vector<char> scratch(low_rank_scratch(n, rank));
+    const AdaptedRows rows{addresses.data(), adapted->order, n, 0};
+    const LowRankMemory memory{adapted->low, scratch.data(), n, rank};
+    low_rank_down(gpu, nullptr, rows, x, x_stride, in, rank, /*x_is_complete=*/true, memory);
+    low_rank_up(gpu, nullptr, rows, memory, out, nullptr, static_cast<Epilogue>(epilogue), y);
     return nullptr;
   } catch (const std::exception& error) {
     message = error.what();
