@@ -113,7 +113,8 @@ class Generation {
     const qvl_config& config = engine_.config;
     QVL_REQUIRE(has_language(config), QVL_INVALID, "the engine has no language stage");
     QVL_REQUIRE(call_.tokens && call_.results, QVL_INVALID, "tokens or results is NULL");
-    QVL_REQUIRE(call_.n_end >= 0 && (call_.n_end == 0 || call_.end_ids), QVL_INVALID, "end_ids is NULL");
+    QVL_REQUIRE(call_.n_end >= 0, QVL_INVALID, "n_end is %d", call_.n_end);
+    QVL_REQUIRE(call_.n_end == 0 || call_.end_ids, QVL_INVALID, "end_ids is NULL");
     int64_t n_prompt = 0;
     char where[48];
     for (int32_t i = 0; i < call_.n; ++i) {
