@@ -7,9 +7,11 @@
 namespace qvl::cuda {
 namespace {
 
-constexpr int kMaxRows = 256;
+constexpr int kMaxRows = 256;       // as many as the functions *_decode of ops.h process in one call
 constexpr size_t kMaxGraphs = 128;  // when there are as many, all are destroyed (drop_stale_graphs)
 constexpr int kRelaxedCapture = 2;  // mode of capture in which other threads may use the GPU meanwhile
+// Two chunks of attention_decode.cc: with a bucket of one chunk, a step would have one block of threads less
+// per row and head, but there would be one graph more for each number of rows.
 constexpr int kMinKeys = 256;
 
 // Number of rows of the graph for n sequences: n rounded up to 1, 2, 4 or a multiple of 8 with padding rows.
