@@ -86,7 +86,7 @@ std::unique_ptr<Backend> make_cpu_backend(const qvl_config& config, const Weight
 void describe_cpu(qvl_device_info* info);
 
 // Entry points of libqwenvl_cuda.so, exported as its symbol qvl_cuda_back_end. The functions throw Error.
-struct CudaBackEnd {
+struct CudaEntryPoints {
   const char* version;  // qvl_version() at build time
   int32_t (*count)();
   void (*describe)(int32_t index, qvl_device_info* info);
@@ -96,7 +96,7 @@ struct CudaBackEnd {
 // Load libqwenvl_cuda.so on the first call, from the folder of libqwenvl.so. If it cannot be loaded from
 // there, use one that the process has already loaded or that is on the loader's search path. Throws
 // QVL_UNSUPPORTED if there is none, or if its version is not qvl_version().
-const CudaBackEnd& cuda_back_end();
+const CudaEntryPoints& cuda_back_end();
 
 }  // namespace qvl
 

@@ -360,6 +360,7 @@ std::unique_ptr<Backend> make(const qvl_config& config, const WeightTable& weigh
 #define QVL_STRING_(x) #x
 #define QVL_STRING(x) QVL_STRING_(x)
 
-extern "C" QVL_API const qvl::CudaBackEnd qvl_cuda_back_end;
-const qvl::CudaBackEnd qvl_cuda_back_end = {QVL_STRING(QVL_VERSION_MAJOR) "." QVL_STRING(QVL_VERSION_MINOR),
-                                            qvl::cuda::count, qvl::cuda::describe, qvl::cuda::make};
+extern "C" QVL_API const qvl::CudaEntryPoints qvl_cuda_back_end;
+const qvl::CudaEntryPoints qvl_cuda_back_end = {
+    QVL_STRING(QVL_VERSION_MAJOR) "." QVL_STRING(QVL_VERSION_MINOR), qvl::cuda::count, qvl::cuda::describe,
+    qvl::cuda::make};
