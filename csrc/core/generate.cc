@@ -263,12 +263,12 @@ class Generation {
     batch.tokens = ids;
     batch.n_spans = static_cast<int32_t>(spans_.size());
     batch.spans = spans_.data();
-    Picks picks{};
-    picks.n = batch.n_sequences;
-    picks.sampling = sampling_.data();
-    picks.counts = step_counts_.data();
-    picks.tokens = ids;
-    step(engine_, *pool_, batch, nullptr, picks, call_.stream);
+    SampleCall sample_call{};
+    sample_call.n = batch.n_sequences;
+    sample_call.sampling = sampling_.data();
+    sample_call.counts = step_counts_.data();
+    sample_call.tokens = ids;
+    step(engine_, *pool_, batch, nullptr, sample_call, call_.stream);
     backend_.copy_async(pending.tokens.data(), ids, active_.size() * sizeof(int32_t), call_.stream);
     pending.done_event->record(call_.stream);
   }
