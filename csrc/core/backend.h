@@ -36,8 +36,9 @@ struct Event {
   virtual void wait() = 0;
 };
 
-// Sampling parameters of n rows of logits, and where to write the results, as in qvl_step_args.
-struct Picks {
+// Arguments of sample(): sampling parameters of n rows of logits, and where to write the results, as in
+// qvl_step_args.
+struct SampleCall {
   int32_t n;
   const qvl_sampling* sampling;
   int32_t* const* counts;
@@ -74,9 +75,9 @@ class Backend {
   virtual std::unique_ptr<Adapter> make_adapter(const std::vector<AdapterMatrix>& matrices) = 0;
   virtual void encode_images(int64_t n, const float* images, float* features, qvl_stream stream) = 0;
   virtual void forward(KvPool& pool, const qvl_batch& batch, float* logits, qvl_stream stream) = 0;
-  virtual void sample(const float* logits, const Picks& picks, qvl_stream stream) = 0;
+  virtual void sample(const float* logits, const SampleCall& call, qvl_stream stream) = 0;
   // forward(), then sample(). If `logits` is NULL, the logits are written to scratch memory.
-  virtual void step(KvPool& pool, const qvl_batch& batch, float* logits, const Picks& picks,
+  virtual void step(KvPool& pool, const qvl_batch& batch, float* logits, const SampleCall& call,
                     qvl_stream stream) = 0;
 };
 
@@ -86,7 +87,7 @@ std::unique_ptr<Backend> make_cpu_backend(const qvl_config& config, const Weight
 void describe_cpu(qvl_device_info* info);
 
 // Entry points of libqwenvl_cuda.so, exported as its symbol qvl_cuda_back_end. The functions throw Error.
-struct CudaBackEnd {
+struct CudaEntryPoints {
   const char* version;  // qvl_version() at build time
   int32_t (*count)();
   void (*describe)(int32_t index, qvl_device_info* info);
@@ -96,7 +97,7 @@ struct CudaBackEnd {
 // Load libqwenvl_cuda.so on the first call, from the folder of libqwenvl.so. If it cannot be loaded from
 // there, use one that the process has already loaded or that is on the loader's search path. Throws
 // QVL_UNSUPPORTED if there is none, or if its version is not qvl_version().
-const CudaBackEnd& cuda_back_end();
+const CudaEntryPoints& cuda_back_end();
 
 }  // namespace qvl
 

@@ -423,12 +423,12 @@ qvl_status qvl_sample(qvl_engine* engine, int32_t n, const float* logits, const 
   return guarded(error, [&] {
     require_pointer(engine, "engine");
     const qvl::ConvertedArray<qvl_sampling> rows("sampling", "sampling_size", sampling, n, sampling_size);
-    qvl::Picks picks{};
-    picks.n = n;
-    picks.sampling = rows.data();
-    picks.counts = counts;
-    picks.tokens = tokens;
-    qvl::sample(*engine, logits, picks, stream);
+    qvl::SampleCall sample_call{};
+    sample_call.n = n;
+    sample_call.sampling = rows.data();
+    sample_call.counts = counts;
+    sample_call.tokens = tokens;
+    qvl::sample(*engine, logits, sample_call, stream);
   });
 }
 
@@ -441,9 +441,9 @@ qvl_status qvl_step(qvl_engine* engine, qvl_kv_pool* pool, const qvl_step_args* 
     const qvl::ConvertedBatch batch(a.batch);
     const qvl::ConvertedArray<qvl_sampling> rows("sampling", "sampling_size", a.sampling, a.rows,
                                                  a.sampling_size);
-    const qvl::Picks picks{a.rows,     rows.data(),  a.counts,     a.tokens,
-                           a.logprobs, a.n_logprobs, a.top_tokens, a.top_logprobs};
-    qvl::step(*engine, *pool, batch.get(), a.logits, picks, stream);
+    const qvl::SampleCall sample_call{a.rows,     rows.data(),  a.counts,     a.tokens,
+                                      a.logprobs, a.n_logprobs, a.top_tokens, a.top_logprobs};
+    qvl::step(*engine, *pool, batch.get(), a.logits, sample_call, stream);
   });
 }
 

@@ -12,7 +12,7 @@ namespace {
 
 constexpr char kLibrary[] = "libqwenvl_cuda.so";
 
-const CudaBackEnd* load() {
+const CudaEntryPoints* load() {
   Dl_info info{};
   dladdr(reinterpret_cast<void*>(&load), &info);
   const std::string here = info.dli_fname != nullptr ? info.dli_fname : "";
@@ -23,7 +23,7 @@ const CudaBackEnd* load() {
   if (library == nullptr) library = dlopen(kLibrary, RTLD_NOW);
   QVL_REQUIRE(library != nullptr, QVL_UNSUPPORTED,
               "no GPU back end: %s not found; run qwenvl build-engine --device gpu", kLibrary);
-  const auto* found = static_cast<const CudaBackEnd*>(dlsym(library, "qvl_cuda_back_end"));
+  const auto* found = static_cast<const CudaEntryPoints*>(dlsym(library, "qvl_cuda_back_end"));
   QVL_REQUIRE(found != nullptr && std::strcmp(found->version, qvl_version()) == 0, QVL_UNSUPPORTED,
               "%s and the engine have different versions; run qwenvl build-engine --device gpu", kLibrary);
   return found;
@@ -31,8 +31,8 @@ const CudaBackEnd* load() {
 
 }  // namespace
 
-const CudaBackEnd& cuda_back_end() {
-  static const CudaBackEnd* const found = load();
+const CudaEntryPoints& cuda_back_end() {
+  static const CudaEntryPoints* const found = load();
   return *found;
 }
 

@@ -8,20 +8,20 @@
 namespace qvl {
 namespace {
 
-void check_picks(const qvl_config& config, const Picks& picks) {
+void check_sample_call(const qvl_config& config, const SampleCall& call) {
   QVL_REQUIRE(has_language(config), QVL_INVALID, "the engine has no language stage");
-  QVL_REQUIRE(picks.n >= 0, QVL_INVALID, "n is %d", picks.n);
-  if (picks.n == 0) return;
-  QVL_REQUIRE(picks.sampling != nullptr, QVL_INVALID, "sampling is NULL");
-  QVL_REQUIRE(picks.tokens != nullptr, QVL_INVALID, "tokens is NULL");
-  QVL_REQUIRE(picks.n_top >= 0 && picks.n_top <= kMaxLogprobs && picks.n_top <= config.vocab, QVL_INVALID,
-              "n_logprobs is %d; it must be 0 to %d, and no more than the vocabulary", picks.n_top,
+  QVL_REQUIRE(call.n >= 0, QVL_INVALID, "n is %d", call.n);
+  if (call.n == 0) return;
+  QVL_REQUIRE(call.sampling != nullptr, QVL_INVALID, "sampling is NULL");
+  QVL_REQUIRE(call.tokens != nullptr, QVL_INVALID, "tokens is NULL");
+  QVL_REQUIRE(call.n_top >= 0 && call.n_top <= kMaxLogprobs && call.n_top <= config.vocab, QVL_INVALID,
+              "n_logprobs is %d; it must be 0 to %d, and no more than the vocabulary", call.n_top,
               kMaxLogprobs);
-  QVL_REQUIRE(picks.n_top == 0 || (picks.top_tokens != nullptr && picks.top_logprobs != nullptr), QVL_INVALID,
-              "n_logprobs is %d and top_tokens or top_logprobs is NULL", picks.n_top);
-  for (int32_t i = 0; i < picks.n; ++i) {
-    const bool counted = picks.counts != nullptr && picks.counts[i] != nullptr;
-    check_sampling(config, "sampling", i, picks.sampling[i], counted);
+  QVL_REQUIRE(call.n_top == 0 || (call.top_tokens != nullptr && call.top_logprobs != nullptr), QVL_INVALID,
+              "n_logprobs is %d and top_tokens or top_logprobs is NULL", call.n_top);
+  for (int32_t i = 0; i < call.n; ++i) {
+    const bool counted = call.counts != nullptr && call.counts[i] != nullptr;
+    check_sampling(config, "sampling", i, call.sampling[i], counted);
   }
 }
 
@@ -44,27 +44,27 @@ void forward(qvl_engine& engine, qvl_kv_pool& pool, const qvl_batch& batch, floa
   engine.backend->forward(*pool.blocks, batch, logits, stream);
 }
 
-void sample(qvl_engine& engine, const float* logits, const Picks& picks, qvl_stream stream) {
-  check_picks(engine.config, picks);
-  if (picks.n == 0) return;
+void sample(qvl_engine& engine, const float* logits, const SampleCall& call, qvl_stream stream) {
+  check_sample_call(engine.config, call);
+  if (call.n == 0) return;
   QVL_REQUIRE(logits != nullptr, QVL_INVALID, "logits is NULL");
   const std::lock_guard<std::mutex> lock(engine.compute_lock);
-  engine.backend->sample(logits, picks, stream);
+  engine.backend->sample(logits, call, stream);
 }
 
-void step(qvl_engine& engine, qvl_kv_pool& pool, const qvl_batch& batch, float* logits, const Picks& picks,
-          qvl_stream stream) {
+void step(qvl_engine& engine, qvl_kv_pool& pool, const qvl_batch& batch, float* logits,
+          const SampleCall& call, qvl_stream stream) {
   check_batch(engine.config, *pool.blocks, batch);
   check_owners(engine, pool, batch);
   int32_t rows = 0;
   for (int32_t i = 0; i < batch.n_sequences; ++i) {
     rows += (batch.sequences[i].flags & QVL_SEQUENCE_NO_LOGITS) == 0;
   }
-  QVL_REQUIRE(picks.n == rows, QVL_INVALID,
-              "rows is %d; the batch has %d sequences without QVL_SEQUENCE_NO_LOGITS", picks.n, rows);
-  check_picks(engine.config, picks);
+  QVL_REQUIRE(call.n == rows, QVL_INVALID,
+              "rows is %d; the batch has %d sequences without QVL_SEQUENCE_NO_LOGITS", call.n, rows);
+  check_sample_call(engine.config, call);
   const std::lock_guard<std::mutex> lock(engine.compute_lock);
-  engine.backend->step(*pool.blocks, batch, logits, picks, stream);
+  engine.backend->step(*pool.blocks, batch, logits, call, stream);
 }
 
 std::unique_ptr<qvl_adapter> make_adapter(qvl_engine& engine, const qvl_adapter_matrix* matrices, int64_t n) {

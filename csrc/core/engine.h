@@ -33,9 +33,9 @@ namespace qvl {
 // These functions check their arguments. forward(), sample() and step() then take the engine's lock and
 // compute. Structs must be in the layout of this library's qwenvl.h (core/structs.h converts them).
 void forward(qvl_engine& engine, qvl_kv_pool& pool, const qvl_batch& batch, float* logits, qvl_stream stream);
-void sample(qvl_engine& engine, const float* logits, const Picks& picks, qvl_stream stream);
-void step(qvl_engine& engine, qvl_kv_pool& pool, const qvl_batch& batch, float* logits, const Picks& picks,
-          qvl_stream stream);
+void sample(qvl_engine& engine, const float* logits, const SampleCall& call, qvl_stream stream);
+void step(qvl_engine& engine, qvl_kv_pool& pool, const qvl_batch& batch, float* logits,
+          const SampleCall& call, qvl_stream stream);
 std::unique_ptr<qvl_adapter> make_adapter(qvl_engine& engine, const qvl_adapter_matrix* matrices, int64_t n);
 std::unique_ptr<qvl_kv_pool> make_pool(qvl_engine& engine, int32_t n_blocks, int32_t block_tokens,
                                        qvl_dtype dtype);

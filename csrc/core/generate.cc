@@ -113,7 +113,8 @@ class Generation {
     const qvl_config& config = engine_.config;
     QVL_REQUIRE(has_language(config), QVL_INVALID, "the engine has no language stage");
     QVL_REQUIRE(call_.tokens && call_.results, QVL_INVALID, "tokens or results is NULL");
-    QVL_REQUIRE(call_.n_end >= 0 && (call_.n_end == 0 || call_.end_ids), QVL_INVALID, "end_ids is NULL");
+    QVL_REQUIRE(call_.n_end >= 0, QVL_INVALID, "n_end is %d", call_.n_end);
+    QVL_REQUIRE(call_.n_end == 0 || call_.end_ids, QVL_INVALID, "end_ids is NULL");
     int64_t n_prompt = 0;
     char where[48];
     for (int32_t i = 0; i < call_.n; ++i) {
@@ -262,12 +263,12 @@ class Generation {
     batch.tokens = ids;
     batch.n_spans = static_cast<int32_t>(spans_.size());
     batch.spans = spans_.data();
-    Picks picks{};
-    picks.n = batch.n_sequences;
-    picks.sampling = sampling_.data();
-    picks.counts = step_counts_.data();
-    picks.tokens = ids;
-    step(engine_, *pool_, batch, nullptr, picks, call_.stream);
+    SampleCall sample_call{};
+    sample_call.n = batch.n_sequences;
+    sample_call.sampling = sampling_.data();
+    sample_call.counts = step_counts_.data();
+    sample_call.tokens = ids;
+    step(engine_, *pool_, batch, nullptr, sample_call, call_.stream);
     backend_.copy_async(pending.tokens.data(), ids, active_.size() * sizeof(int32_t), call_.stream);
     pending.done_event->record(call_.stream);
   }

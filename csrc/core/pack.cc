@@ -111,6 +111,9 @@ uint64_t value_bytes(qvl_dtype dtype, int64_t out, int64_t in) {
   const auto rows = static_cast<uint64_t>(out);
   if (dtype == QVL_INT32 && in != 1) return 0;  // the order of a matrix's columns, a vector
   const int64_t columns = is_quantized(dtype) ? padded(in) : in;
+  // So many values have at most 2^63 bits, and their offsets fit int64_t.
+  constexpr int64_t kMaxValues = int64_t{1} << 58;
+  if (columns > kMaxValues / out) return 0;
   return rows * static_cast<uint64_t>(columns) * static_cast<uint64_t>(value_bits(dtype)) / 8;
 }
 

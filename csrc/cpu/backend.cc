@@ -88,31 +88,30 @@ class CpuBackend final : public Backend {
     language_->forward(context_, static_cast<cpu::CpuKvPool&>(pool), batch, logits);
   }
 
-  void sample(const float* logits, const Picks& picks, qvl_stream) override {
-    const auto counts_of = [&](int64_t i) { return picks.counts != nullptr ? picks.counts[i] : nullptr; };
-    for (int32_t i = 0; i < picks.n; ++i) {
-      if (!cpu::needs_scratch(picks.sampling[i], counts_of(i))) continue;
+  void sample(const float* logits, const SampleCall& call, qvl_stream) override {
+    const auto counts_of = [&](int64_t i) { return call.counts != nullptr ? call.counts[i] : nullptr; };
+    for (int32_t i = 0; i < call.n; ++i) {
+      if (!cpu::needs_scratch(call.sampling[i], counts_of(i))) continue;
       for (cpu::Buffer& buffer : sample_scratch_) buffer.get<char>(cpu::sample_scratch_bytes(config_.vocab));
       break;
     }
-    const bool logprobs = picks.logprobs != nullptr || picks.n_top > 0;
-    context_.pool.run(picks.n, [&](int64_t i, int thread) {
+    const bool logprobs = call.logprobs != nullptr || call.n_top > 0;
+    context_.pool.run(call.n, [&](int64_t i, int thread) {
       const float* row = logits + i * config_.vocab;
-      picks.tokens[i] = cpu::sample_row(config_.vocab, row, picks.sampling[i], counts_of(i),
-                                        sample_scratch_[static_cast<size_t>(thread)]);
+      call.tokens[i] = cpu::sample_row(config_.vocab, row, call.sampling[i], counts_of(i),
+                                       sample_scratch_[static_cast<size_t>(thread)]);
       if (!logprobs) return;
-      cpu::row_logprobs(config_.vocab, row, picks.tokens[i], picks.logprobs ? picks.logprobs + i : nullptr,
-                        picks.n_top, picks.top_tokens + i * picks.n_top,
-                        picks.top_logprobs + i * picks.n_top);
+      cpu::row_logprobs(config_.vocab, row, call.tokens[i], call.logprobs ? call.logprobs + i : nullptr,
+                        call.n_top, call.top_tokens + i * call.n_top, call.top_logprobs + i * call.n_top);
     });
   }
 
-  void step(KvPool& pool, const qvl_batch& batch, float* logits, const Picks& picks,
+  void step(KvPool& pool, const qvl_batch& batch, float* logits, const SampleCall& call,
             qvl_stream stream) override {
-    if (picks.n == 0) return forward(pool, batch, nullptr, stream);
-    if (logits == nullptr) logits = logits_.get<float>(cpu::size(int64_t{picks.n} * config_.vocab));
+    if (call.n == 0) return forward(pool, batch, nullptr, stream);
+    if (logits == nullptr) logits = logits_.get<float>(cpu::size(int64_t{call.n} * config_.vocab));
     forward(pool, batch, logits, stream);
-    sample(logits, picks, stream);
+    sample(logits, call, stream);
   }
 
  private:

@@ -183,25 +183,25 @@ class CudaBackend final : public Backend {
     check(driver().cuStreamSynchronize(stream), "computing on the GPU");
   }
 
-  void sample(const float* logits, const Picks& picks, qvl_stream requested) override {
+  void sample(const float* logits, const SampleCall& call, qvl_stream requested) override {
     const CurrentContext current(gpu_.context());
     const CUstream stream = compute_stream(requested);
     if (!is_device_visible(logits)) {
-      const uint64_t bytes = row_bytes() * static_cast<uint64_t>(picks.n);
+      const uint64_t bytes = row_bytes() * static_cast<uint64_t>(call.n);
       cuda::copy(stream, reserved(logits_, bytes), logits, bytes);
       logits = logits_.get<float>();
     }
-    sample_rows(stream, logits, picks);
+    sample_rows(stream, logits, call);
   }
 
-  void step(KvPool& pool, const qvl_batch& batch, float* logits, const Picks& picks,
+  void step(KvPool& pool, const qvl_batch& batch, float* logits, const SampleCall& call,
             qvl_stream requested) override {
-    if (picks.n == 0) return forward(pool, batch, nullptr, requested);
+    if (call.n == 0) return forward(pool, batch, nullptr, requested);
     const CurrentContext current(gpu_.context());
     check_host_ids(batch);
     const CUstream stream = compute_stream(requested);
-    if (logits == nullptr && StepGraphs::can_run(batch, picks)) {
-      graphs_->step(stream, static_cast<CudaKvPool&>(pool), batch, picks);
+    if (logits == nullptr && StepGraphs::can_run(batch, call)) {
+      graphs_->step(stream, static_cast<CudaKvPool&>(pool), batch, call);
       return;
     }
     const bool direct = logits != nullptr && is_device_visible(logits);  // the kernels write to `logits`
@@ -209,7 +209,7 @@ class CudaBackend final : public Backend {
     float* const device_logits = direct ? logits : reserved(logits_, bytes);
     run(stream, pool, batch, device_logits);
     if (logits != nullptr && !direct) cuda::copy(stream, logits, device_logits, bytes);
-    sample_rows(stream, device_logits, picks);
+    sample_rows(stream, device_logits, call);
   }
 
  private:
@@ -261,13 +261,13 @@ class CudaBackend final : public Backend {
     language_->forward(stream, static_cast<CudaKvPool&>(pool), batch, logits, *input_);
   }
 
-  void sample_rows(CUstream stream, const float* logits, Picks picks) {
+  void sample_rows(CUstream stream, const float* logits, SampleCall call) {
     // Token counts in pageable memory are copied to the GPU, where sampling increments them, and back.
     const auto count_bytes = static_cast<uint64_t>(config_.vocab) * sizeof(int32_t);  // of a row
     std::vector<int32_t*> counts;
     uint64_t copied_bytes = 0;
-    if (picks.counts != nullptr) {
-      counts.assign(picks.counts, picks.counts + picks.n);
+    if (call.counts != nullptr) {
+      counts.assign(call.counts, call.counts + call.n);
       for (int32_t* count_row : counts)
         copied_bytes += count_row != nullptr && !is_device_visible(count_row) ? count_bytes : 0;
       char* to = reinterpret_cast<char*>(reserved(counts_, copied_bytes));
@@ -278,19 +278,19 @@ class CudaBackend final : public Backend {
         to += count_bytes;
       }
     }
-    int32_t* const* const callers_counts = picks.counts;
-    if (callers_counts != nullptr) picks.counts = counts.data();
-    const SampleKind kind = sample_kind(picks);
+    int32_t* const* const callers_counts = call.counts;
+    if (callers_counts != nullptr) call.counts = counts.data();
+    const SampleKind kind = sample_kind(call);
     InputSizes sizes;
-    sizes.picks = picks.n;
+    sizes.picks = call.n;
     sizes.forbidden = kind.forbidden;
-    sampler_->reserve(picks.n, kind);
-    sampler_->write_picks(picks, picks.n, input_->begin(sizes));
-    sampler_->run(stream, logits, picks.n, input_->send(stream), kind);
+    sampler_->reserve(call.n, kind);
+    sampler_->write_picks(call, call.n, input_->begin(sizes));
+    sampler_->run(stream, logits, call.n, input_->send(stream), kind);
     for (size_t i = 0; copied_bytes > 0 && i < counts.size(); ++i) {
       if (counts[i] != callers_counts[i]) cuda::copy(stream, callers_counts[i], counts[i], count_bytes);
     }
-    sampler_->copy_outputs(stream, picks);
+    sampler_->copy_outputs(stream, call);
     if (copied_bytes > 0) check(driver().cuStreamSynchronize(stream), "computing on the GPU");
   }
 
@@ -360,6 +360,7 @@ std::unique_ptr<Backend> make(const qvl_config& config, const WeightTable& weigh
 #define QVL_STRING_(x) #x
 #define QVL_STRING(x) QVL_STRING_(x)
 
-extern "C" QVL_API const qvl::CudaBackEnd qvl_cuda_back_end;
-const qvl::CudaBackEnd qvl_cuda_back_end = {QVL_STRING(QVL_VERSION_MAJOR) "." QVL_STRING(QVL_VERSION_MINOR),
-                                            qvl::cuda::count, qvl::cuda::describe, qvl::cuda::make};
+extern "C" QVL_API const qvl::CudaEntryPoints qvl_cuda_back_end;
+const qvl::CudaEntryPoints qvl_cuda_back_end = {
+    QVL_STRING(QVL_VERSION_MAJOR) "." QVL_STRING(QVL_VERSION_MINOR), qvl::cuda::count, qvl::cuda::describe,
+    qvl::cuda::make};

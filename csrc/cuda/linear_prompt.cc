@@ -31,11 +31,11 @@ int divide_up(int a, int b) {
   return (a + b - 1) / b;
 }
 
-// Numbers of clusters along rows of W and along tokens.
-struct ClusterGrid {
+// Numbers of groups, the tiles that a cluster computes at a time, along rows of W and along tokens.
+struct GroupGrid {
   int m, n;
 };
-ClusterGrid cluster_grid(const TileVariant& tile, int out, int n) {
+GroupGrid group_grid(const TileVariant& tile, int out, int n) {
   return {divide_up(out, 64 * tile.parts * tile.cluster_m), divide_up(n, tile.tokens * tile.cluster_n)};
 }
 
@@ -44,10 +44,10 @@ ClusterGrid cluster_grid(const TileVariant& tile, int out, int n) {
 // rows of W instead of 2), 47 bytes per cycle into a multiprocessor, with and without multicast, and 2500
 // cycles plus 12 per token of the tile for the start and the epilogue of a round.
 double cycles(const Gpu& gpu, const TileVariant& tile, int out, int in, int n) {
-  const ClusterGrid clusters = cluster_grid(tile, out, n);
+  const GroupGrid groups = group_grid(tile, out, n);
   const int cluster = tile.cluster_m * tile.cluster_n, resident = gpu.multiprocessors() / cluster;
-  const int rounds = divide_up(clusters.m * clusters.n, resident * tile.blocks);
-  const int blocks = std::min(tile.blocks, divide_up(clusters.m * clusters.n, resident));
+  const int rounds = divide_up(groups.m * groups.n, resident * tile.blocks);
+  const int blocks = std::min(tile.blocks, divide_up(groups.m * groups.n, resident));
   const double products = 2.25 * tile.parts * tile.tokens;
   const double bytes = 128.0 * (64 * tile.parts + tile.tokens);
   return rounds * (blocks * std::max(products, bytes / 47) * divide_up(in, 64) + 2500 + 12 * tile.tokens);
@@ -104,11 +104,11 @@ void launch(const Gpu& gpu, CUstream stream, int tile, const Matrix& matrix, con
   params.result = result;
   params.steps = divide_up(matrix.in, 64);
   params.written = written ? 1 : 0;
-  const ClusterGrid clusters = cluster_grid(t, matrix.out, n);
-  params.m_groups = clusters.m;
-  params.n_groups = clusters.n;
+  const GroupGrid groups = group_grid(t, matrix.out, n);
+  params.m_groups = groups.m;
+  params.n_groups = groups.n;
   const int resident = gpu.multiprocessors() * t.blocks / cluster;
-  const Dim grid{static_cast<unsigned>(std::min(clusters.m * clusters.n, resident) * cluster)};
+  const Dim grid{static_cast<unsigned>(std::min(groups.m * groups.n, resident) * cluster)};
   // kChunk: kChunkBytes of kernels/linear_prompt_hopper.cu; 16 bytes per buffer for two barriers.
   constexpr int kChunk = 32 * 68 * 4, kAlign = 1024;
   const int shared = t.buffers * ((rows + t.tokens) * 128 + 16) + t.parts * kChunk + kAlign;

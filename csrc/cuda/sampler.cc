@@ -7,21 +7,21 @@
 namespace qvl::cuda {
 namespace {
 
-const int32_t* counts_of(const Picks& picks, int i) {
-  return picks.counts != nullptr ? picks.counts[i] : nullptr;
+const int32_t* counts_of(const SampleCall& call, int i) {
+  return call.counts != nullptr ? call.counts[i] : nullptr;
 }
 
 }  // namespace
 
-SampleKind sample_kind(const Picks& picks) {
+SampleKind sample_kind(const SampleCall& call) {
   SampleKind kind;
-  kind.logprobs = picks.logprobs != nullptr || picks.n_top > 0;
-  kind.n_top = picks.n_top;
+  kind.logprobs = call.logprobs != nullptr || call.n_top > 0;
+  kind.n_top = call.n_top;
   int forbidden = 0;
-  for (int i = 0; i < picks.n; ++i) {
-    const qvl_sampling& s = picks.sampling[i];
+  for (int i = 0; i < call.n; ++i) {
+    const qvl_sampling& s = call.sampling[i];
     kind.draws |= !greedy(s);
-    kind.changes |= s.n_forbidden > 0 || counts_of(picks, i) != nullptr;
+    kind.changes |= s.n_forbidden > 0 || counts_of(call, i) != nullptr;
     forbidden += s.n_forbidden;
   }
   kind.forbidden = forbidden > 0 ? 16 : 0;
@@ -31,14 +31,14 @@ SampleKind sample_kind(const Picks& picks) {
 
 Sampler::Sampler(const Gpu& gpu, const qvl_config& config) : gpu_(gpu), vocab_(config.vocab) {}
 
-void Sampler::write_picks(const Picks& picks, int rows, const InputArrays& host) {
+void Sampler::write_picks(const SampleCall& call, int rows, const InputArrays& host) {
   int forbidden = 0;
   for (int i = 0; i < rows; ++i) {
     Pick& pick = host.picks[i];
     pick = Pick{};
     pick.repetition_penalty = 1;
-    if (i >= picks.n) continue;
-    const qvl_sampling& s = picks.sampling[i];
+    if (i >= call.n) continue;
+    const qvl_sampling& s = call.sampling[i];
     pick.temperature = greedy(s) ? 0 : s.temperature;
     pick.top_p = s.top_p;
     pick.top_k = s.top_k;
@@ -50,7 +50,7 @@ void Sampler::write_picks(const Picks& picks, int rows, const InputArrays& host)
     std::copy_n(s.forbidden, s.n_forbidden, host.forbidden + forbidden);
     forbidden += s.n_forbidden;
     pick.fraction = random_fraction(s.seed, s.counter);
-    pick.counts = const_cast<int32_t*>(counts_of(picks, i));
+    pick.counts = const_cast<int32_t*>(counts_of(call, i));
   }
 }
 
@@ -84,13 +84,13 @@ void Sampler::copy_output(CUstream stream, void* to, const void* from, uint64_t 
   *must_wait |= !is_device_visible(to);
 }
 
-void Sampler::copy_outputs(CUstream stream, const Picks& picks) {
+void Sampler::copy_outputs(CUstream stream, const SampleCall& call) {
   bool must_wait = false;
-  const uint64_t bytes = to_size(picks.n) * 4, top_bytes = bytes * to_size(picks.n_top);
-  copy_output(stream, picks.tokens, tokens_.get(), bytes, &must_wait);
-  copy_output(stream, picks.logprobs, logprobs_.get(), bytes, &must_wait);
-  copy_output(stream, picks.top_tokens, top_tokens_.get(), top_bytes, &must_wait);
-  copy_output(stream, picks.top_logprobs, top_logprobs_.get(), top_bytes, &must_wait);
+  const uint64_t bytes = to_size(call.n) * 4, top_bytes = bytes * to_size(call.n_top);
+  copy_output(stream, call.tokens, tokens_.get(), bytes, &must_wait);
+  copy_output(stream, call.logprobs, logprobs_.get(), bytes, &must_wait);
+  copy_output(stream, call.top_tokens, top_tokens_.get(), top_bytes, &must_wait);
+  copy_output(stream, call.top_logprobs, top_logprobs_.get(), top_bytes, &must_wait);
   if (must_wait) check(driver().cuStreamSynchronize(stream), "computing on the GPU");
 }
 

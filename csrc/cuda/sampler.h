@@ -18,22 +18,22 @@ struct SampleKind {
   int forbidden = 0;      // 0, or the number of forbidden ids of all rows, rounded up to 16, 32, 64 ..
 };
 
-SampleKind sample_kind(const Picks& picks);
+SampleKind sample_kind(const SampleCall& call);
 
 class Sampler {
  public:
   Sampler(const Gpu& gpu, const qvl_config& config);
 
-  // Write the sampling parameters to rows 0 to picks.n - 1 of host.picks, and greedy ones to the rows up to
+  // Write the sampling parameters to rows 0 to call.n - 1 of host.picks, and greedy ones to the rows up to
   // `rows`; write the forbidden ids to host.forbidden.
-  void write_picks(const Picks& picks, int rows, const InputArrays& host);
+  void write_picks(const SampleCall& call, int rows, const InputArrays& host);
 
   // Enqueue sampling of `rows` rows of logits; `inputs`, in device memory, has the parameters of the rows.
   void run(CUstream stream, const float* logits, int rows, const InputArrays& inputs, const SampleKind& kind);
 
-  // Enqueue the copies of the outputs of the first picks.n rows to the caller's memory. Waits for the copies
+  // Enqueue the copies of the outputs of the first call.n rows to the caller's memory. Waits for the copies
   // if that memory is pageable.
-  void copy_outputs(CUstream stream, const Picks& picks);
+  void copy_outputs(CUstream stream, const SampleCall& call);
 
   // Reserve scratch memory and memory for outputs. A captured graph stays valid while graph_version() is
   // unchanged.

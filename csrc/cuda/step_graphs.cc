@@ -7,9 +7,11 @@
 namespace qvl::cuda {
 namespace {
 
-constexpr int kMaxRows = 256;
+constexpr int kMaxRows = 256;       // as many as the functions *_decode of ops.h process in one call
 constexpr size_t kMaxGraphs = 128;  // when there are as many, all are destroyed (drop_stale_graphs)
 constexpr int kRelaxedCapture = 2;  // mode of capture in which other threads may use the GPU meanwhile
+// Two chunks of attention_decode.cc: with a bucket of one chunk, a step would have one block of threads less
+// per row and head, but there would be one graph more for each number of rows.
 constexpr int kMinKeys = 256;
 
 // Number of rows of the graph for n sequences: n rounded up to 1, 2, 4 or a multiple of 8 with padding rows.
@@ -39,19 +41,20 @@ StepGraphs::~StepGraphs() {
   driver().cuStreamDestroy(stream_);
 }
 
-bool StepGraphs::can_run(const qvl_batch& batch, const Picks& picks) {
-  if (batch.n_spans > 0 || batch.n_sequences > kMaxRows || picks.n != batch.n_sequences) return false;
+bool StepGraphs::can_run(const qvl_batch& batch, const SampleCall& call) {
+  if (batch.n_spans > 0 || batch.n_sequences > kMaxRows || call.n != batch.n_sequences) return false;
   for (int i = 0; i < batch.n_sequences; ++i) {
     const qvl_sequence& s = batch.sequences[i];
     const bool decode = s.n_past >= s.prompt_len || (s.flags & QVL_SEQUENCE_GENERATED) != 0;
     if (s.n_new != 1 || !decode) return false;
-    if (picks.counts != nullptr && picks.counts[i] != nullptr && !is_device_visible(picks.counts[i]))
+    if (call.counts != nullptr && call.counts[i] != nullptr && !is_device_visible(call.counts[i]))
       return false;
   }
   return true;
 }
 
-void StepGraphs::step(CUstream stream, const CudaKvPool& pool, const qvl_batch& batch, const Picks& picks) {
+void StepGraphs::step(CUstream stream, const CudaKvPool& pool, const qvl_batch& batch,
+                      const SampleCall& call) {
   const int n = batch.n_sequences, rows = row_bucket(n);
   int keys = 0;
   bool adapted = false;
@@ -59,7 +62,7 @@ void StepGraphs::step(CUstream stream, const CudaKvPool& pool, const qvl_batch& 
     keys = std::max(keys, batch.sequences[i].n_past + 1);
     adapted = adapted || batch.sequences[i].adapter != nullptr;
   }
-  const SampleKind kind = sample_kind(picks);
+  const SampleKind kind = sample_kind(call);
   PassShape shape;
   shape.is_step = true;
   shape.is_adapted = adapted;
@@ -85,12 +88,12 @@ void StepGraphs::step(CUstream stream, const CudaKvPool& pool, const qvl_batch& 
     std::copy_n(s.blocks, s.n_past / pool.block_tokens + 1, host.blocks + i * shape.max_blocks);
   }
   Language::sort_by_adapter(host, 0, rows);
-  sampler_.write_picks(picks, rows, host);
+  sampler_.write_picks(call, rows, host);
   const CUgraphExec graph = graph_for(pool, sizes, shape, kind);
   const InputArrays inputs = input_.send(stream);
   if (!ids_on_host) copy(stream, inputs.ids, batch.tokens, static_cast<uint64_t>(n) * 4);
   check(driver().cuGraphLaunch(graph, stream), "computing on the GPU");
-  sampler_.copy_outputs(stream, picks);
+  sampler_.copy_outputs(stream, call);
 }
 
 void StepGraphs::drop_stale_graphs() {

@@ -19,11 +19,11 @@ class StepGraphs {
   StepGraphs& operator=(const StepGraphs&) = delete;
 
   // Whether the batch is a decode step of up to 256 sequences, with one new token per sequence, sampling for
-  // all sequences, no image features, and any token counts (picks.counts) in memory that the GPU can access.
-  static bool can_run(const qvl_batch& batch, const Picks& picks);
+  // all sequences, no image features, and any token counts (call.counts) in memory that the GPU can access.
+  static bool can_run(const qvl_batch& batch, const SampleCall& call);
 
   // Run a batch for which can_run() is true.
-  void step(CUstream stream, const CudaKvPool& pool, const qvl_batch& batch, const Picks& picks);
+  void step(CUstream stream, const CudaKvPool& pool, const qvl_batch& batch, const SampleCall& call);
 
  private:
   // Properties of a graph: pool, rows, keys, draws, changes, logprobs, n_top, forbidden, adapted.

@@ -230,7 +230,8 @@ typedef struct qvl_tensor {
   uint64_t bytes;   /* length of `data`, checked against shape and dtype */
 } qvl_tensor;
 
-/* Bytes of an [out, in] matrix stored as `dtype`, 0 for invalid arguments. QVL_INT32: `in` must be 1.
+/* Bytes of an [out, in] matrix stored as `dtype`, 0 for invalid arguments. `out` and `in` are 1 to 2^31, and
+ * the matrix has at most 2^58 values, with padding. QVL_INT32: `in` must be 1.
  *
  * Below, `padded` is `in` rounded up to a multiple of 128, `group` the group size.
  *

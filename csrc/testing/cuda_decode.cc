@@ -15,10 +15,11 @@ using namespace qvl::cuda;
 
 namespace {
 
-// half: compute type of the kernels; 0: bfloat16, 1: float16.
+// half: compute type of the kernels; 0: bfloat16, 1: float16. The objects are never freed: the driver may be
+// unloaded before static objects are destroyed.
 const Gpu& gpu(int half) {
-  static const Gpu bfloat16(0, Half::kBfloat16), float16(0, Half::kFloat16);
-  return half == 0 ? bfloat16 : float16;
+  static const Gpu* const gpus[] = {new Gpu(0, Half::kBfloat16), new Gpu(0, Half::kFloat16)};
+  return *gpus[half == 0 ? 0 : 1];
 }
 
 // Call `body`; return NULL, or the message of its exception, valid until the next error of this thread.

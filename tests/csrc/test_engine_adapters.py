@@ -35,7 +35,8 @@ from engine import (
 RANDOM = np.random.default_rng(17)
 TARGETS = re.compile(r"attn\.c_attn|attn\.c_proj|mlp\.w1|mlp\.w2|mlp\.c_proj|lm_head")
 PROMPT = RANDOM.integers(0, 600, 70).tolist()
-# On a GPU these tests compute in float16, to which an adapter's matrices A and B are rounded.
+# Compute type of run() and test_completions_of_several_adapters. On a GPU it is float16, to which an adapter's matrices
+# A and B are rounded.
 COMPUTE = COMPUTE_FLOAT16 if DEVICE_LIBRARY else COMPUTE_FLOAT32
 TOLERANCE = {"atol": 0.1, "rtol": 0} if DEVICE_LIBRARY else {"atol": 1e-3, "rtol": 0}
 

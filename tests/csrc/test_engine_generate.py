@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 import pytest
 from engine import (
@@ -14,7 +16,11 @@ from engine import (
     STOPPED,
     Engine,
     EngineError,
+    OnStep,
+    Request,
+    Result,
     make_config,
+    pointer,
     store,
 )
 
@@ -129,4 +135,16 @@ def test_a_pool_of_another_engine(engine, library, golden_model):
 def test_errors(engine, prompts, max_new, message):
     with pytest.raises(EngineError, match=message) as error:
         engine.generate(prompts, max_new)
+    assert error.value.status == INVALID
+
+
+@pytest.mark.parametrize(("n_end", "message"), [(1, "end_ids is NULL"), (-1, "n_end is -1")])
+def test_errors_of_stop_tokens(engine, n_end, message):
+    tokens, results = np.empty([1, 3], np.int32), (Result * 1)()
+    with pytest.raises(EngineError, match=message) as error:
+        engine.library.call(
+            "qvl_generate",
+            *(engine.handle, None, 1, (Request * 1)(), ctypes.sizeof(Request)),
+            *(n_end, None, OnStep(), None, 3, pointer(tokens), results, None),
+        )
     assert error.value.status == INVALID

@@ -181,12 +181,23 @@ def test_values_that_are_not_finite(library, dtype, value):
     assert error.value.status == INVALID
 
 
-@pytest.mark.parametrize(("dtype", "rows", "columns"), [(13, 2, 2), (INT8, 0, 5), (INT8, 5, -1), (-1, 1, 1)])
+@pytest.mark.parametrize(
+    ("dtype", "rows", "columns"),
+    [
+        *[(13, 2, 2), (INT8, 0, 5), (INT8, 5, -1), (-1, 1, 1)],
+        # Each dimension is allowed, but the number of bits exceeds 2^64.
+        *[(FLOAT32, 1 << 31, (1 << 30) + 1), (INT8, 1 << 31, (1 << 30) + 1)],
+    ],
+)
 def test_impossible_sizes(library, dtype, rows, columns):
     assert library.dll.qvl_packed_bytes(dtype, rows, columns) == 0
     values = np.zeros(64, np.float32)
     with pytest.raises(EngineError, match="cannot be stored"):
         library.call("qvl_pack", dtype, rows, columns, pointer(values), pointer(values), 8)
+
+
+def test_the_largest_size(library):
+    assert library.dll.qvl_packed_bytes(FLOAT32, 1 << 31, 1 << 27) == 1 << 60
 
 
 def test_wrong_length(library):

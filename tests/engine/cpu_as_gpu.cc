@@ -28,5 +28,5 @@ std::unique_ptr<qvl::Backend> make(const qvl_config& config, const qvl::WeightTa
 
 }  // namespace
 
-extern "C" QVL_API const qvl::CudaBackEnd qvl_cuda_back_end;
-const qvl::CudaBackEnd qvl_cuda_back_end = {"0.2", count, describe, make};
+extern "C" QVL_API const qvl::CudaEntryPoints qvl_cuda_back_end;
+const qvl::CudaEntryPoints qvl_cuda_back_end = {"0.2", count, describe, make};

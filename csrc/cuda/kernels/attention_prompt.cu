@@ -28,9 +28,10 @@ struct PagedKeys {
   const PagedAttention& p;
   const int* table;  // block table of the sequence
   int head, n;
-  // In shared memory: offsets in bytes of the keys of a tile in the cache, -1 beyond the last key; then, for
-  // int8, the offsets of their scales.
-  int64* key_offsets;
+  // In shared memory, for key i of a tile: offsets[i * step] is the offset in bytes of the key in the cache,
+  // -1 beyond the last key; for int8, offsets[first_scale + i * step] is that of its scale.
+  int64* offsets;
+  int step, first_scale;
 
   // Bytes per value, and bytes from the keys of a block to its values.
   __device__ int width() const { return p.type == kFloatKeys ? 4 : p.type == kInt8Keys ? 1 : 2; }
@@ -74,8 +75,8 @@ struct PagedKeys {
   __device__ void locate(int first, int keys, int thread) const {
     for (int i = thread; i < keys; i += 128) {
       const int key = first + i;
-      key_offsets[i] = key < n ? key_offset(key) : -1;
-      if (p.type == kInt8Keys && key < n) key_offsets[keys + i] = scale_offset(key);
+      offsets[i * step] = key < n ? key_offset(key) : -1;
+      if (p.type == kInt8Keys && key < n) offsets[first_scale + i * step] = scale_offset(key);
     }
   }
 
@@ -87,7 +88,7 @@ struct PagedKeys {
 #pragma unroll 4
       for (int i = thread; i < Rows::kKeys * kParts; i += 128) {
         const int key = i / kParts, d = i % kParts * 8;
-        const int64 offset = key_offsets[key];
+        const int64 offset = offsets[key * step];
         const bool valid = offset >= 0 && d < p.head_dim;
         copy_async(to + Rows::at(key, d), valid ? base + offset + 2 * d : p.base, valid ? 16 : 0);
       }
@@ -99,10 +100,10 @@ struct PagedKeys {
 #pragma unroll
         for (int j = 0; j < kBatch; ++j) {
           const int i = begin + 128 * j, key = i / kParts, d = i % kParts * 8;
-          const int64 offset = key_offsets[key];
+          const int64 offset = offsets[key * step];
           const bool valid = offset >= 0 && d < p.head_dim;
           bytes[j] = valid ? *reinterpret_cast<const uint2*>(base + offset + d) : make_uint2(0, 0);
-          factors[j] = valid ? scale(part, key_offsets[Rows::kKeys + key]) : 0.f;
+          factors[j] = valid ? scale(part, offsets[first_scale + key * step]) : 0.f;
         }
 #pragma unroll
         for (int j = 0; j < kBatch; ++j) {
@@ -121,9 +122,9 @@ struct PagedKeys {
     } else {
       for (int i = thread; i < Rows::kKeys * kParts; i += 128) {
         const int key = i / kParts, d = i % kParts * 8;
-        const int64 offset = key_offsets[key];
+        const int64 offset = offsets[key * step];
         const float factor =
-            offset >= 0 && p.type == kInt8Keys ? scale(part, key_offsets[Rows::kKeys + key]) : 1.f;
+            offset >= 0 && p.type == kInt8Keys ? scale(part, offsets[first_scale + key * step]) : 1.f;
         uint32 pairs[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -195,8 +196,13 @@ __device__ inline void prompt(const PagedAttention& p) {
   const Work work =
       work_of(p, gridDim.y - 1 - blockIdx.y, head, blockIdx.z * kAttentionQueries, kAttentionQueries);
   if (work.job.n <= 0) return;
-  int64* const key_offsets = reinterpret_cast<int64*>(raw_shared + kAttentionShared<kPaddedDim> - 64 * 16);
-  attend<kPaddedDim>(work.job, PagedKeys{p, work.table, head, work.job.n_keys, key_offsets});
+  // With kOffsetsInRows the two offsets of a key are adjacent, and those of the next key are one row further.
+  constexpr bool kInRows = kOffsetsInRows<kPaddedDim>;
+  constexpr int kBegin = kInRows ? 2 * kPaddedDim : kAttentionRowBytes<kPaddedDim>;
+  constexpr int kStep = kInRows ? 2 * (kPaddedDim + 8) / 8 : 1;
+  constexpr int kFirstScale = kInRows ? 1 : kAttentionKeys<kPaddedDim>;
+  int64* const offsets = reinterpret_cast<int64*>(raw_shared + kBegin);
+  attend<kPaddedDim>(work.job, PagedKeys{p, work.table, head, work.job.n_keys, offsets, kStep, kFirstScale});
 }
 
 #define QVL_PROMPT(D)                                                  \
@@ -220,9 +226,9 @@ __device__ inline void prompt_hopper(const PagedAttention& p) {
   const int head = blockIdx.x;
   const Work work = work_of(p, gridDim.y - 1 - blockIdx.y, head, 0, kAttentionTile);
   char* const aligned = raw_shared + (-shared_address(raw_shared) & 1023);
-  int64* const key_offsets =
-      reinterpret_cast<int64*>(aligned + 5 * kHopperKeys * ((kPaddedDim + 63) / 64 * 128));
-  attend_hopper<kPaddedDim>(work.job, PagedKeys{p, work.table, head, work.job.n_keys, key_offsets});
+  int64* const offsets = reinterpret_cast<int64*>(aligned + 5 * kHopperKeys * ((kPaddedDim + 63) / 64 * 128));
+  attend_hopper<kPaddedDim>(
+      work.job, PagedKeys{p, work.table, head, work.job.n_keys, offsets, /*step=*/1, kHopperKeys});
 }
 
 #define QVL_PROMPT_HOPPER(D)                                                  \

@@ -8,15 +8,23 @@ namespace qvl::cuda {
 constexpr int kAttentionTile = 128;  // queries per tile: kQueryTile of ops.h
 
 // The portable kernels: a block of 4 warps processes half a tile of queries. If heads are padded to more than
-// 128 values, a tile of keys has 32 keys instead of 64; with 256 values a block then needs 100 KiB of shared
-// memory instead of 166. Shared memory of a block: queries, two tiles of keys and two of values, in rows of
-// kPaddedDim + 8 values; offsets of 64 keys and of their scales (8 bytes each).
+// 128 values, a tile of keys has 32 keys instead of 64. Shared memory of a block: queries, two tiles of keys
+// and two of values, in rows of kPaddedDim + 8 values; offsets of a tile's keys and of their scales, 8 bytes
+// each. On sm_86, sm_89 and sm_120 a block may have 99 KiB, all of which the rows of 256 + 8 values need:
+// with more than 128 values, both offsets of key i are in row i of the queries, in its last 8 values, which
+// nothing else uses.
 constexpr int kAttentionThreads = 128, kAttentionQueries = 64;
 template <int kPaddedDim>
 constexpr int kAttentionKeys = kPaddedDim <= 128 ? 64 : 32;
 template <int kPaddedDim>
+constexpr bool kOffsetsInRows = kPaddedDim > 128;
+template <int kPaddedDim>
+constexpr int kAttentionRowBytes = (kAttentionQueries + 4 * kAttentionKeys<kPaddedDim>)*(kPaddedDim + 8) * 2;
+template <int kPaddedDim>
 constexpr int kAttentionShared =
-    (kAttentionQueries + 4 * kAttentionKeys<kPaddedDim>)*(kPaddedDim + 8) * 2 + 64 * 16;
+    kAttentionRowBytes<kPaddedDim> + (kOffsetsInRows<kPaddedDim> ? 0 : kAttentionKeys<kPaddedDim> * 16);
+static_assert(kAttentionShared<128> <= 99 << 10 && kAttentionShared<256> <= 99 << 10,
+              "a block has at most 99 KiB of shared memory on sm_86, sm_89 and sm_120");
 
 // The Hopper kernels: two warpgroups with 64 queries each; a third loads keys and values. Shared memory:
 // queries, two tiles of 128 keys and two of values, with head_dim padded to a multiple of 64 values; offsets

@@ -17,7 +17,7 @@ struct Result {
   int epilogue;  // kEpilogueHalf ..
 };
 
-// y [n, out] = x [n, x_stride] W^T, W [out, stride]; only the first `in` values of a row are used.
+// y [n, out] = x [n, x_stride] W^T, W [out, stride], both H; only the first `in` values of a row are used.
 struct LinearPrompt {
   Result result;
   const void* x;
@@ -34,7 +34,8 @@ struct Dequantize {
   int out, stride;
 };
 
-// As LinearPrompt, with both operands as tensors [rows, in] in boxes of 64 values.
+// As LinearPrompt, with W and x as tensors [rows, in] that are copied in boxes of 64 values by several rows:
+// the part of a tile that one block of a cluster requests.
 struct LinearTensors {
   TensorMap w, x;
   Result result;

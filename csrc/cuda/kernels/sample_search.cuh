@@ -12,8 +12,9 @@
 //
 // Weights are integers, so that sums do not depend on the order of additions.
 //
-// Cost: a pass over the row per level, 4 * vocab bytes from the L2 cache, and a bitonic sort of up to 2048
-// keys in shared memory, with 66 rounds of comparisons for 2048.
+// Cost: a pass over the row, 4 * vocab bytes from the L2 cache, per level whose bins are filled here (for
+// draws sample_bins has filled those of level 1), and another in gather(), which collects the ids to sort;
+// then a bitonic sort of up to 2048 keys in shared memory, with 66 rounds of comparisons for 2048.
 //
 // Reference: `expected` in tests/cuda/test_sample.py; sample.cu describes the whole algorithm.
 #pragma once
@@ -28,7 +29,7 @@ constexpr uint64 kLog2E = 6653256548922161246;    // log2(e) * 2^62
 
 // Range of logits that includes the logits of a range of keys.
 struct LogitRange {
-  float low, high;  // NaN: unbounded
+  float low, high;  // NaN: unbounded, as TopItems::logit_of() gives for the first and the last possible key
 
   __device__ bool contains(float logit) const { return !(logit < low || logit > high); }
 };
@@ -46,8 +47,8 @@ struct DrawItems : LogitRange {
         steps((1ull << kStepBits) / static_cast<double>(pick.temperature)),
         weight_shift(p.weight_shift) {}
 
-  // Weight exp(-distance) of a key, computed with a relative error of a few 1e-7 and rounded down to an
-  // integer (see SampleParams::weight_shift): 2^-t, where t is the distance times log2(e).
+  // Weight exp(-distance) of a key in units of 2^-(31 + weight_shift), computed with a relative error of a
+  // few 1e-7 and rounded down to an integer. It is 2^-t, where t is the distance times log2(e).
   __device__ uint64 weight(uint64 key) const {
     const uint64 t = __umul64hi(key >> kIdBits << 24, kLog2E);  // in steps of 2^-57
     const float part = static_cast<float>(static_cast<uint32>(t >> 25)) * 0x1p-32f;
@@ -67,7 +68,8 @@ struct DrawItems : LogitRange {
     low = static_cast<float>(best - to - slack);
   }
 
-  // Set `key` to the key of an id; return false if its distance is at least 32, where weights are 0.
+  // Set `key` to the key of an id; return false if its distance is at least 32: such an id counts as one of
+  // weight 0 and is never drawn.
   __device__ bool get_key(int id, float logit, uint64& key) const {
     const double distance = (best - row.value(id, logit)) * steps;
     if (!(distance < static_cast<double>(kFarthest))) return false;
@@ -76,8 +78,8 @@ struct DrawItems : LogitRange {
   }
 };
 
-// The ids of a row in the order of its logits before penalties. They are searched by count only, so that
-// their weights are not needed.
+// The ids of a row in the order of its logits before penalties. They are searched by count only: all weights
+// are 0.
 struct TopItems : LogitRange {
   static constexpr bool kHasFirstBins = false;
   const float* logits;
@@ -329,7 +331,8 @@ class Search {
       base_count_ += scratch_.before_count;
       base_weight_ += scratch_.before_weight;
       all = base_count_ + scratch_.found_count <= kMaxKept;
-      // The loop ends at shift 9 at the latest: its bins have only 512 keys.
+      // The loop ends at shift 9 at the latest: its bins have 512 keys, and with keep_all, in sample_top, at
+      // most n_top - 1 ids, fewer than kMaxLogprobs, come before the bin.
       if (all || (!keep_all && scratch_.found_count <= kMaxKept)) break;
     }
     const uint64 first = all ? 0 : prefix << shift, last = ((prefix + 1) << shift) - 1;

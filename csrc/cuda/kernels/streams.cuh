@@ -3,10 +3,11 @@
 // replace the products.
 //
 // Layout: a ring buffer of slots in shared memory. A lane that reads bytes that it has copied needs no
-// barrier between the copy and the use; lanes that read bytes that others have copied need one:
+// barrier between the copy and the use; lanes that read bytes that others have copied need one after
+// wait_for_copies. With slots 0 and 1 requested before the loop, a step is:
 //
-//   slot 0        slot 1        slot 2
-//   | lane 0..31 | lane 0..31 | lane 0..31 |      wait_for_copies<1>() .. read slot 0 .. copy_async16(slot 2)
+//   slot 0        slot 1        slot 2            wait_for_copies<1>() .. read slot 0
+//   | lane 0..31 | lane 0..31 | lane 0..31 |      .. copy_async16(slot 2) .. commit_copies()
 //
 // Cost of a copy: 16 bytes per lane and instruction, 512 per warp; the L2 cache fetches 128 bytes at a time.
 //
