@@ -36,7 +36,7 @@ EARLY_HOOKS = {
 }
 # Module that may be missing -> "hook module:function"; if it is missing, the function fills an empty module.
 STAND_INS = {"paddlenlp_ops": _PLUGIN + ".upstream.ops_stand_in:fill"}
-# Only imports by modules whose names begin so get a stand-in.
+# A stand-in is provided only if the import comes from a module whose name begins with this.
 _IMPORTERS_OF_STAND_INS = "paddlenlp.experimental."
 _TABLE = {**HOOKS, **EARLY_HOOKS, **STAND_INS}
 
@@ -83,7 +83,8 @@ def _fire(name: str, module: "ModuleType") -> bool:
         state[name] = "failed: " + reason
         debug("hook " + name + " failed: " + reason)
         if is_first_failure:
-            _warn(_PLUGIN + ": " + name + " is left unchanged, its hook failed (" + reason + ")")
+            effect = " is missing and gets no stand-in" if name in STAND_INS else " is left unchanged"
+            _warn(_PLUGIN + ": " + name + effect + ", its hook failed (" + reason + ")")
         return False
     state[name] = "fired"
     debug("hook " + name + " fired")
@@ -132,8 +133,8 @@ class _Finder:
         finally:
             self._searching.discard(search)
         if name in STAND_INS:
-            # A real module is not changed. Modules of other packages get no stand-in, since they may only check
-            # whether the module exists.
+            # A real module is not changed. No stand-in for imports from other modules: these may only check whether
+            # the module exists.
             if spec is not None or not _importer().startswith(_IMPORTERS_OF_STAND_INS):
                 return spec
             from importlib.machinery import ModuleSpec

@@ -51,7 +51,8 @@ class Storage(NamedTuple):
 class StoredTensor:
     """A tensor as a view of a storage.
 
-    `kind` is a key of _KINDS. `start` and `strides` count values of the storage.
+    `kind` is a key of _KINDS once `check_table` has accepted the tensor. `start` and `strides` count values of the
+    storage.
     """
 
     shape: tuple[int, ...]
@@ -102,22 +103,26 @@ class TorchUnpickler(TableUnpickler):
         return Storage(kind, key, size)
 
 
-def check(where: str, tensor: Any, n_bytes: int) -> None:
-    """Check that a tensor lies within its storage. NumPy does not check it and would read beyond the storage.
+def check(where: str, tensor: StoredTensor, n_bytes: int) -> None:
+    """Check that a tensor, accepted by `check_table`, lies within its storage and is not larger than it.
+
+    NumPy does not check the former and would read beyond the storage. A larger tensor repeats values of the storage, as
+    an expanded one with a stride of 0 does: a small file could take any amount of memory.
 
     Raises:
-        QwenVLError: not a tensor, or it reaches beyond the `n_bytes` of its storage.
+        QwenVLError: the tensor reaches beyond the `n_bytes` of its storage, or has more bytes.
     """
     item_bytes = tensor.numpy_dtype.itemsize
-    valid = (
-        len(tensor.shape) == len(tensor.strides)
-        and tensor.start >= 0
-        and math.prod(tensor.shape) * item_bytes <= n_bytes
-    )
     # Offset of the last value from the first.
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides))
-    if not valid or (tensor.start + last + 1) * item_bytes > n_bytes:
+    if (
+        len(tensor.shape) != len(tensor.strides)
+        or tensor.start < 0
+        or (tensor.start + last + 1) * item_bytes > n_bytes
+    ):
         raise QwenVLError(f"{where} reaches beyond its {n_bytes} bytes; copy the file again")
+    if math.prod(tensor.shape) * item_bytes > n_bytes:
+        raise QwenVLError(f"{where} repeats values of its {n_bytes} bytes; save it again with .contiguous()")
 
 
 def check_table(path: Any, table: Any) -> dict[str, StoredTensor]:

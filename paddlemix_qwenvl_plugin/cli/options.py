@@ -32,7 +32,7 @@ Device = Annotated[str, typer.Option("--device", help="cpu, gpu or gpu:N.")]
 GpuMemory = Annotated[
     float,
     typer.Option(
-        "--gpu_memory", help="Maximum share of the GPU memory left by the weights for the KV cache."
+        "--gpu_memory", help="Share that the KV cache may take of the GPU memory left by the weights."
     ),
 ]
 QuantType = Annotated[
@@ -61,7 +61,7 @@ Adapters = Annotated[
     typer.Option(
         "--adapter",
         metavar="NAME=FOLDER",
-        help="LoRA adapter, kept apart from the weights; may be repeated.",
+        help="LoRA adapter, kept apart from the weights; may be repeated in qwenvl batch.",
     ),
 ]
 
@@ -72,10 +72,13 @@ Verify = Annotated[
 
 
 def with_flags(function: Callable[..., Any], **factories: Callable[..., Any]) -> Callable[..., Any]:
-    """Resolve a command's string annotations (Python 3.9), and expand option factories into flags.
+    """Evaluate a command's string annotations, and expand its factories into flags.
 
-    A parameter named in `factories` is not a flag: the flags of its factory take its place, and the parameter receives
-    the factory bound to their values.
+    A factory is a function that makes an object from flags, such as `open_model` a model. The parameter of the command
+    that `factories` names is not a flag: the flags of the factory take its place, and the parameter receives the
+    factory bound to their values, for the command to call.
+
+    The annotations are evaluated because on Python 3.9 typer does not find the options in strings (see `_flags`).
     """
     flags = {name: _flags(factory) for name, factory in factories.items()}
 

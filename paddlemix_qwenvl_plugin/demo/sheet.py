@@ -19,7 +19,7 @@ GAP = 16
 _FONT_SIZE = 15
 _LINE_HEIGHT = 20
 _INK, _SOFT, _RIGHT, _WRONG, _PAPER, _EDGE = "#16191f", "#596273", "#12693a", "#a3121f", "#ffffff", "#d5dae1"
-_NO_FONT = "(Chinese, and no font for it here: see the page)"
+_NO_FONT = "(no font for this text here: see the page)"
 
 # (colour, text)
 _Lines = list[tuple[str, str]]

@@ -14,8 +14,9 @@ from paddlemix_qwenvl_plugin.processing.boxes import Box
 # Colours of successive boxes: far apart in hue, and all dark enough for white letters.
 COLOURS = ("#c8102e", "#1b7a34", "#2b50d8", "#a84300", "#7b1fa2", "#00707a", "#b8176f", "#6b6000")
 
-# Font files with Chinese, Japanese and Korean glyphs on common systems.
-_CJK_FONTS = (
+# Font files on common systems: first those with Chinese, Japanese and Korean glyphs, then those with glyphs of European
+# languages only.
+_SYSTEM_FONTS = (
     "NotoSansCJK-Regular.ttc",
     "NotoSansCJKsc-Regular.otf",
     "NotoSansSC-Regular.otf",
@@ -30,10 +31,17 @@ _CJK_FONTS = (
     "PingFang.ttc",
     "Hiragino Sans GB.ttc",
     "Arial Unicode.ttf",
+    "NotoSans-Regular.ttf",
+    "DejaVuSans.ttf",
+    "LiberationSans-Regular.ttf",
+    "arial.ttf",
+    "Arial.ttf",
 )
 
-# Last code point of Pillow's built-in font, the end of Latin Extended-B.
-_LAST_LATIN = 0x24F
+# A code point that is no character: each font draws its missing-glyph sign, in most fonts an empty box.
+_NO_CHARACTER = "\U0010ffff"
+# Font size in pixels at which glyphs are compared with the missing-glyph sign.
+_COMPARED_SIZE = 20
 
 # The EXIF tag Software and its value in images with drawn boxes.
 _SOFTWARE_TAG, _SOFTWARE = 0x0131, "qwenvl"
@@ -45,8 +53,7 @@ def draw_boxes(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
     """Draw the outlines of `boxes`, with their refs as labels, on an RGB copy of `image`.
 
     A label has a background of the box's colour. It is above the box if there is room, and always inside the image; a
-    label that is too wide is truncated. A label that is not Latin uses a font of the system with Chinese glyphs;
-    without one, its glyphs are empty squares.
+    label that is too wide is truncated. Its font is that of `font_for`; glyphs that the font lacks are empty squares.
     """
     drawn = image.convert("RGB")
     draw = ImageDraw.Draw(drawn)
@@ -123,29 +130,50 @@ def _fit(draw: ImageDraw.ImageDraw, label: str, font: Font, max_width: float) ->
 
 
 def font_for(text: str, size: int) -> Font:
-    """Choose a font of `size` pixels for `text`: the built-in one for Latin text, else one with Chinese glyphs."""
-    return (None if _is_latin(text) else _cjk_font(size)) or _latin_font(size)
+    """Choose a font of `size` pixels for `text`: the first that has all its characters, else the one that has most.
+
+    The first font is Pillow's built-in one, which has ASCII, typographic quotes and a few signs, but no letters with
+    accents. The others are fonts of the system.
+    """
+    font = _load(_choose(text)[0], size)
+    assert font is not None  # _choose selects an existing font
+    return font
 
 
 def can_draw(text: str) -> bool:
-    """Whether `text` is Latin, or this system has a font with Chinese glyphs."""
-    return _is_latin(text) or _cjk_font(12) is not None
+    """Whether the built-in font, or a font of this system, has all characters of `text`."""
+    return _choose(text)[1] == 0
 
 
-def _is_latin(text: str) -> bool:
-    return all(ord(character) <= _LAST_LATIN for character in text)
+def _choose(text: str) -> tuple[Optional[str], int]:
+    """Choose a font: its file name, None for the built-in font, and the number of characters that it lacks."""
+    characters = set("".join(text.split()))  # white space is drawn as a space, which all fonts have
+    chosen, fewest = None, sum(not _has_glyph(None, character) for character in characters)
+    for name in _SYSTEM_FONTS:
+        if fewest == 0:
+            break
+        if _load(name, _COMPARED_SIZE) is not None:
+            n_missing = sum(not _has_glyph(name, character) for character in characters)
+            if n_missing < fewest:
+                chosen, fewest = name, n_missing
+    return chosen, fewest
 
 
-@lru_cache(maxsize=32)
-def _latin_font(size: int) -> Font:
-    return ImageFont.load_default(size)
+@lru_cache(maxsize=4096)
+def _has_glyph(name: Optional[str], character: str) -> bool:
+    """Whether the glyph of a character differs from the missing-glyph sign of the font, which must exist."""
+    font = _load(name, _COMPARED_SIZE)
+    assert font is not None
+    glyph, missing = font.getmask(character), font.getmask(_NO_CHARACTER)
+    return bool(glyph.size != missing.size or bytes(glyph) != bytes(missing))
 
 
-@lru_cache(maxsize=32)
-def _cjk_font(size: int) -> Optional[Font]:
-    for name in _CJK_FONTS:
-        try:
-            return ImageFont.truetype(name, size)
-        except OSError:  # not on this system
-            continue
-    return None
+@lru_cache(maxsize=128)
+def _load(name: Optional[str], size: int) -> Optional[Font]:
+    """Load a font of the system, None if it does not exist; for the name None, the built-in font."""
+    if name is None:
+        return ImageFont.load_default(size)
+    try:
+        return ImageFont.truetype(name, size)
+    except OSError:  # not on this system
+        return None

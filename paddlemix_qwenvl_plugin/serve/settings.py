@@ -45,7 +45,7 @@ class ServeSettings(BaseSettings):
     gpu_memory: Annotated[
         float,
         Field(
-            gt=0, le=1, description="Maximum share of the GPU memory left by the weights for the KV cache."
+            gt=0, le=1, description="Share that the KV cache may take of the GPU memory left by the weights."
         ),
     ] = 0.9
     verify: Annotated[bool, Field(description="Verify all files of the stages first.")] = False

@@ -153,6 +153,19 @@ def test_no_reading_beyond_the_storage(tmp_path, old, new):
         torch_file.read_header(with_pickle(tmp_path / "reaching.bin", change))
 
 
+def test_a_tensor_larger_than_its_storage_is_refused(tmp_path):
+    """An expanded tensor: 4 rows with a stride of 0."""
+
+    def change(pickled):
+        strides = pickled.replace(b"K\x14K\x01\x86", b"K\x00K\x01\x86", 1)
+        assert strides != pickled
+        return strides.replace(b"K\x03K\x14\x86", b"K\x04K\x14\x86", 1)
+
+    message = r"whole repeats values of its 240 bytes; save it again with \.contiguous\(\)"
+    with pytest.raises(QwenVLError, match=message):
+        torch_file.read_header(with_pickle(tmp_path / "expanded.bin", change))
+
+
 @pytest.mark.parametrize("form", ["", "-before-1.6"])
 def test_every_truncated_file_is_refused(tmp_path, form):
     content = (WRITTEN_BY_TORCH / f"float32{form}.bin").read_bytes()

@@ -105,15 +105,15 @@ class Client:
         body = {"model": MODEL_NAME, "messages": messages, **parameters}
         return httpx.post(f"{self.url}/v1/chat/completions", json=body, headers=self.headers, timeout=TIMEOUT)
 
-    def metrics(self, name: str) -> dict[str, float]:
-        """Map each front and engine to its value of a metric, summed over all other labels.
+    def metrics(self, name: str, **labels: str) -> dict[str, float]:
+        """Map each front and engine to its value of a metric with these labels, summed over all other labels.
 
         The key is the label `front` or `engine` of the metric, or "" if it has neither.
         """
         values: dict[str, float] = {}
         for family in text_string_to_metric_families(self.get("/metrics").text):
             for sample in family.samples:
-                if sample.name == name:
+                if sample.name == name and labels.items() <= sample.labels.items():
                     label = sample.labels.get("front") or sample.labels.get("engine") or ""
                     values[label] = values.get(label, 0.0) + sample.value
         return values

@@ -146,13 +146,14 @@ class TestCoordinator:
         async def scenario() -> None:
             queue = Coordinator(serve_settings(), restarted=True)
             new = asyncio.ensure_future(queue.acquire("front", "new", 1, None))
-            granted = asyncio.ensure_future(queue.acquire("front", "old0", 1, "key"))  # before the restart
+            # The front repeats a call that the coordinator granted before its restart.
+            repeated = asyncio.ensure_future(queue.acquire("front", "old0", 1, "key"))
             await run_pending_tasks()
             leases = {"old0": (1, "key"), "old1": (1, None)}
             for _ in range(3):  # repeated reports count a lease once
                 totals = await queue.report("front", "front", ready=True, metrics=[], leases=leases)
             assert totals.running == 2
-            assert await granted is None
+            assert await repeated is None
             await run_pending_tasks()
             assert not new.done()
             await queue.release("old0")

@@ -88,15 +88,11 @@ def test_a_wrong_answer_is_marked_in_red(all_correct_run: Run) -> None:
 
 def test_without_a_chinese_font(all_correct_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of Chinese text with missing glyphs: boxes without labels, and a line that refers to the page."""
-    monkeypatch.setattr(drawing, "_CJK_FONTS", ("no-such-font.ttf",))
-    drawing._cjk_font.cache_clear()
-    try:
-        chinese = all_correct_run.results[-1]
-        assert {box.ref for box in chinese.answer.boxes} != {None}
-        assert {sheet._labelled(box).ref for box in chinese.answer.boxes} == {None}
-        lines = [line for _, line in sheet._text(chinese)]
-        # In place of the question and of the answer.
-        assert lines[:-1] == 2 * sheet._wrapped(sheet._NO_FONT, SIDE)
-        assert contact_sheet([chinese]).size[0] == GAP + 3 * STEP
-    finally:
-        drawing._cjk_font.cache_clear()
+    monkeypatch.setattr(drawing, "_SYSTEM_FONTS", ("no-such-font.ttf",))
+    chinese = all_correct_run.results[-1]
+    assert {box.ref for box in chinese.answer.boxes} != {None}
+    assert {sheet._labelled(box).ref for box in chinese.answer.boxes} == {None}
+    lines = [line for _, line in sheet._text(chinese)]
+    # In place of the question and of the answer.
+    assert lines[:-1] == 2 * sheet._wrapped(sheet._NO_FONT, SIDE)
+    assert contact_sheet([chinese]).size[0] == GAP + 3 * STEP

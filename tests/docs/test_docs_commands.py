@@ -228,8 +228,11 @@ CHECKS: dict[str, Callable[[Command, Any], None]] = {
     "mkdocs": check_mkdocs,
     "cp": check_files,
     "find": check_files,
+    "venv": check_nothing,
+    "xargs": check_nothing,
     **dict.fromkeys(
-        ["", "cd", "curl", "export", "kill", "printf", "ray", "serve", "venv", "xargs"], check_nothing
+        ["", "cd", "curl", "echo", "export", "install", "kill", "mkdir", "openssl", "printf", "ray", "serve"],
+        check_nothing,
     ),
 }
 

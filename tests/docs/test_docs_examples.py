@@ -1,4 +1,8 @@
-"""Run the documents' Python examples and cheap shell commands as printed, on the tiny model."""
+"""Run the documents' Python examples and cheap shell commands on the tiny model.
+
+They run as printed, except that tests replace the path of the real model, limit the new tokens of a chat, and omit
+commands that need a checkout of upstream.
+"""
 
 from __future__ import annotations
 
@@ -156,7 +160,7 @@ def test_chat_in_a_script(run: Run, tmp_path: Path) -> None:
 
 
 def test_eval(run: Run, tmp_path: Path) -> None:
-    """The commands of the three tasks run on the example rows in the document; the output has a number 0 or 1."""
+    """The commands of the three tasks run on the example rows in the document, and count one row."""
     text = (REPO / "docs" / "eval.md").read_text("utf-8")
     sessions = [typed_lines(block) for block in blocks(text, "console") if "data.jsonl" in block]
     rows = blocks(text, "json")
@@ -168,7 +172,8 @@ def test_eval(run: Run, tmp_path: Path) -> None:
         (tmp_path / "work" / "data.jsonl").write_text(row, "utf-8")
         if "eval captions" in script:
             pytest.importorskip("pycocoevalcap", reason="pip install -e '.[eval]' to score captions")
-        assert re.search(r"\b[01]\b", run(script)), script
+        output = run(script)
+        assert re.search(r" of 1\b|\(1 (questions|images)\)$", output, re.MULTILINE), output
 
 
 def test_recipes_patches_and_the_tiny_model(run: Run, tmp_path: Path) -> None:

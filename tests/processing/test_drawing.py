@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageFont
 
 from paddlemix_qwenvl_plugin.processing import drawing
 from paddlemix_qwenvl_plugin.processing.boxes import Box
-from paddlemix_qwenvl_plugin.processing.drawing import draw_boxes
+from paddlemix_qwenvl_plugin.processing.drawing import can_draw, draw_boxes, font_for
 
 BOX = Box("box", ((250, 250), (750, 750)))
 
@@ -95,11 +95,41 @@ def test_any_size_and_any_label(size: tuple[int, int], ref: str) -> None:
     assert draw_boxes(image, boxes).size == size
 
 
-def test_chinese_without_a_chinese_font(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drawing, "_CJK_FONTS", ("no-such-font.ttf",))
-    drawing._cjk_font.cache_clear()
+# (text, whether Pillow's built-in font has all its characters)
+TEXTS = [
+    ("a dog, 5°", True),
+    ("a long label…", True),
+    ("“so-called”\n\u00a0dog’s", True),
+    ("café", False),
+    ("grün, weiß", False),
+    ("狗", False),
+]
+
+
+@pytest.mark.parametrize(("text", "is_built_in"), TEXTS)
+def test_text_without_fonts_of_the_system(
+    text: str, is_built_in: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drawing, "_SYSTEM_FONTS", ("no-such-font.ttf",))
+    assert can_draw(text) is is_built_in
+    assert font_for(text, 20).getname() == ImageFont.load_default(20).getname()
     image = Image.new("RGB", (300, 200))
+    assert changed(image, draw_boxes(image, [Box("box", ((300, 300), (900, 900)), text)])).any()
+
+
+@pytest.mark.parametrize(("text", "is_built_in"), TEXTS[:-1])
+def test_letters_with_accents_use_a_font_of_the_system(
+    text: str, is_built_in: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     try:
-        assert changed(image, draw_boxes(image, [Box("box", ((300, 300), (900, 900)), "狗")])).any()
-    finally:
-        drawing._cjk_font.cache_clear()
+        system = ImageFont.truetype("DejaVuSans.ttf", 20)
+    except OSError:
+        pytest.skip("needs the font DejaVu Sans")
+    monkeypatch.setattr(drawing, "_SYSTEM_FONTS", ("no-such-font.ttf", "DejaVuSans.ttf"))
+    assert can_draw(text)
+    assert not can_draw(text + "狗")  # DejaVu Sans has no Chinese glyphs
+    expected = ImageFont.load_default(20) if is_built_in else system
+    for label in (text, text + "狗"):
+        font = font_for(label, 20)
+        assert font.getname() == expected.getname()
+        assert font.size == 20

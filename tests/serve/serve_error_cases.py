@@ -18,6 +18,7 @@ from PIL import Image
 from paddlemix_qwenvl_plugin.checkpoint.config import load_config
 from paddlemix_qwenvl_plugin.demo.run import MODEL
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
+from paddlemix_qwenvl_plugin.runtime.loop import NotFiniteError
 from paddlemix_qwenvl_plugin.serve import image_process
 from paddlemix_qwenvl_plugin.serve.admission import SlotQueue
 from paddlemix_qwenvl_plugin.serve.app import create_app
@@ -31,7 +32,7 @@ from paddlemix_qwenvl_plugin.serve.engine_api import (
 from paddlemix_qwenvl_plugin.serve.images import WorkerImageLoader
 from paddlemix_qwenvl_plugin.serve.service import Service
 from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
-from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, line_of
 
 NAME = "qwen-vl-chat"
 CHAT_PATH, COMPLETIONS_PATH, TOKENIZE_PATH = "/v1/chat/completions", "/v1/completions", "/tokenize"
@@ -336,7 +337,7 @@ ENGINE_KILLED = EngineUnavailable(
     "the engine process was killed (SIGKILL), as the system does when memory runs out; a new one is being started, "
     "try again in a few seconds"
 )
-NOT_FINITE = QwenVLError("the model gives no finite numbers; its weights are damaged or do not fit")
+NOT_FINITE = QwenVLError(line_of(NotFiniteError()))  # the front receives the line from the engine process
 
 CASES: dict[str, Case] = {
     # The request as such

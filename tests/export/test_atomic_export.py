@@ -1,4 +1,8 @@
-"""Atomic export: however it ends, it replaces all files of a stage or none."""
+"""Atomic exports: one that fails or is killed while it writes its files changes no file of an earlier one.
+
+A kill in the short time in which the complete files are moved into place is not tested: it can leave a stage without
+a manifest.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +37,7 @@ def file_contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def other(tmp_path: Path) -> Path:
-    """A model that differs from the exported tiny one in weights, and in a line end of config and vocabulary."""
+    """A model with other weights than the exported tiny one, and one newline more in its config and vocabulary."""
     make_tiny(tmp_path / "other", seed=5)
     for name in ("config.json", "qwen.tiktoken"):
         path = tmp_path / "other" / name
@@ -110,7 +114,9 @@ def test_a_prefix_that_names_a_file_of_the_model_is_refused(prefix: str, other: 
     assert not (tmp_path / "new").exists()
 
 
-def test_a_file_of_the_model_through_a_link_is_refused(other: Path, tmp_path: Path) -> None:
+def test_a_prefix_that_names_a_file_of_the_model_through_a_link_is_refused(
+    other: Path, tmp_path: Path
+) -> None:
     (other / "notes.json").write_text("mine")
     (tmp_path / "link").symlink_to(other)
     with pytest.raises(UsageError, match=r"notes\.json"):
@@ -122,6 +128,7 @@ def test_exporting_into_the_model_folder_twice(other: Path) -> None:
     for _ in range(2):
         export_language(other, other, "qwen", engine="portable")
         verify(other / "qwen")
+    # The file is still the model's own, which ends with the newline of the fixture.
     assert (other / "config.json").read_text().endswith("\n\n")
     assert leftovers(other) == []
 
