@@ -98,7 +98,7 @@ def add_layer(weights: Weights, stored: dict[str, Stored], layer: str, hidden: i
         stored[f"{layer}.{name}.weight"] = weights.get(f"{name}.weight", shape, matrix=True)
 
 
-def language_engine(library: Library, dtype: int) -> Engine:
+def language_engine(library: Library, dtype: int, threads: int = 0) -> Engine:
     weights, stored = Weights(library, dtype), {}
     hidden, mlp, vocab = 4096, 11008, GEOMETRY["vocab_size"]
     stored["wte.weight"] = weights.get("wte.weight", (vocab, hidden), matrix=False)
@@ -106,13 +106,13 @@ def language_engine(library: Library, dtype: int) -> Engine:
     stored["ln_f.weight"] = weights.get("ln_f.weight", (hidden,), matrix=False)
     for i in range(LAYERS):
         add_layer(weights, stored, f"h.{i}", hidden, mlp)
-    return Engine(library, make_config(GEOMETRY, LANGUAGE), stored)
+    return Engine(library, make_config(GEOMETRY, LANGUAGE, n_threads=threads), stored)
 
 
-def vision_engine(library: Library, dtype: int, layers: int) -> Engine:
+def vision_engine(library: Library, dtype: int, layers: int, threads: int) -> Engine:
     weights, stored = Weights(library, dtype), {}
     geometry = {**GEOMETRY, "visual": {**GEOMETRY["visual"], "layers": layers}}
-    config = make_config(geometry, VISION)
+    config = make_config(geometry, VISION, n_threads=threads)
     width, mlp, hidden, patches, queries = 1664, config.vision_mlp_width, 4096, 1024, 256
 
     def bfloat16(name: str, *shape: int) -> None:
@@ -212,7 +212,7 @@ class Row(dict[str, float]):
 
 
 def language_row(
-    library: Library, name: str, seconds: float, read_bandwidth: Callable[[], float]
+    library: Library, name: str, threads: int, seconds: float, read_bandwidth: Callable[[], float]
 ) -> tuple[Row, float, float]:
     """Measure the engine with a storage type.
 
@@ -223,7 +223,10 @@ def language_row(
             the best of their results is returned.
     """
     dtype = DTYPES[name]
-    with language_engine(library, dtype) as engine, engine.pool(96, block_tokens=32, dtype=BFLOAT16) as pool:
+    with (
+        language_engine(library, dtype, threads) as engine,
+        engine.pool(96, block_tokens=32, dtype=BFLOAT16) as pool,
+    ):
         block_tables = [list(range(10 * i, 10 * i + 10)) for i in range(8)]
         bandwidths: list[float] = []
 
@@ -244,14 +247,17 @@ def language_row(
     return row, bytes_read(library, dtype) / (row["decode_1"] / 1e3), max(bandwidths)
 
 
-def vision_row(library: Library, seconds: float) -> tuple[Row, float]:
+def vision_row(library: Library, threads: int, seconds: float) -> tuple[Row, float]:
     """Measure the vision stage; return the milliseconds of a block, and those of patches and resampler together.
 
     The time of a block is the difference between two models with different numbers of blocks.
     """
     images = np.zeros([1, 3, 448, 448], np.float32)
     n_blocks = 1 + VISION_LAYERS
-    with vision_engine(library, BFLOAT16, 1) as small, vision_engine(library, BFLOAT16, n_blocks) as large:
+    with (
+        vision_engine(library, BFLOAT16, 1, threads) as small,
+        vision_engine(library, BFLOAT16, n_blocks, threads) as large,
+    ):
         runs = {"small": lambda: small.encode_images(images), "large": lambda: large.encode_images(images)}
         times = shortest(runs, 4 * seconds)
     block = (times["large"] - times["small"]) / VISION_LAYERS
@@ -324,11 +330,11 @@ def main() -> None:
     print(f"{datetime.date.today()}: {description}; ms per layer\n")
     language = [
         # Read bandwidth: the best of six passes over 256 MiB.
-        language_row(library, name, seconds, lambda: dll.qvlt_read_bandwidth(threads, 1 << 28, 6))
+        language_row(library, name, threads, seconds, lambda: dll.qvlt_read_bandwidth(threads, 1 << 28, 6))
         for name in names
     ]
     rows = [row for row, _, _ in language]
-    vision, patches_and_resampler = vision_row(library, seconds)
+    vision, patches_and_resampler = vision_row(library, threads, seconds)
     for row in rows:
         if row.name == vision.name:
             row.update(vision)

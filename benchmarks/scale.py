@@ -25,9 +25,9 @@ from scale_times import COSTS, FRONT_TOKEN, MEASURED_IMAGE, PROFILES, Times
 # The conversations of docs/scaling.md. The think time is shorter than the default of 5 s, so that a run reaches its
 # steady state soon.
 CONVERSATIONS = Conversations(think=1.0)
-# The scenario `replicas`: requests per second per replica, and replicas per cell. A cell is a service with its own
-# coordinator.
+# Requests per second per replica, in the scenarios `replicas` and `fronts`.
 RATE = 30
+# The scenario `replicas`: replicas per cell. A cell is a service with its own coordinator.
 CELL = 8
 # A row of a batch job: tokens of a prompt with one image, and of its caption; rows that an engine decodes concurrently.
 PROMPT_TOKENS = CONVERSATIONS.first
@@ -146,6 +146,7 @@ def replicas(times: Times) -> list[Line]:
         else:
             coordinated = ["unbounded", "unbounded"]
         n_cells = math.ceil(n / CELL)
+        # Cells are independent of each other, so one full cell is simulated, whatever n is.
         in_cells = quantile(with_coordinator(times, CELL), 0.95)
         row(
             n,

@@ -1,9 +1,10 @@
 """Export the language stage in 8 and in 4 bits, and compare size and answer.
 
     python examples/quantize.py
-    python examples/quantize.py --checkpoint qwen-vl-7b --image recipes/images/street.png --question "Is there a dog?"
+    python examples/quantize.py --checkpoint qwen-vl-chat-7b --image street.png --question "Is there a dog?"
 
-The first command prints
+The second command needs the checkpoint of Qwen-VL-Chat: the base model is not trained on questions. The first one
+prints
 
     bfloat16             5.39 MB  The circle is on the right and the star is in the centre, so yes.
     weight_only_int8     2.97 MB  The circle is on the right and the star is in the centre, so yes.

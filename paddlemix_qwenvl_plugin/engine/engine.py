@@ -219,7 +219,6 @@ class StepOutput:
         self.logprobs = self.tokens + 4 * n_rows
         self.top_tokens = self.logprobs + 4 * n_rows
         self.top_logprobs = self.top_tokens + 4 * n_rows * n_top
-        self._n_top = n_top
         self._tokens = (c_int32 * n_rows).from_address(self.tokens)
         self._logprobs = (c_float * n_rows).from_address(self.logprobs)
         self._top_tokens = (c_int32 * (n_rows * n_top)).from_address(self.top_tokens)

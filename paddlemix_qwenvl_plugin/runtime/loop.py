@@ -227,9 +227,11 @@ class Loop:
                 continue
             if generation.tokens:
                 generation.decode_seconds += seconds
-                n_decoding += 1
             else:
                 generation.prefill_seconds += seconds
+            if generation.decoding:
+                n_decoding += 1
+            else:  # a prompt, or a preempted request that is recomputed
                 n_prompt += chunk.n
             self._scheduler.done(chunk)
             if token is None:

@@ -25,7 +25,10 @@ class PromptBudget:
         self._row_seconds = 0.0  # decode time per row in the last step without prompts
 
     def learn(self, n_prompt: int, n_decoding: int, seconds: float) -> None:
-        """Update the budget with the time of a step of `n_prompt` prompt tokens and `n_decoding` decoding requests."""
+        """Update the budget with the time of a step of `n_prompt` prompt tokens and `n_decoding` decoding requests.
+
+        The tokens of a preempted request that is recomputed count as prompt tokens, the generated ones too.
+        """
         if not n_prompt:
             self._row_seconds = seconds / (n_decoding + _ROWS_FOR_WEIGHTS)
         elif n_prompt >= _MIN_TOKENS // 2:  # with fewer tokens, reading the weights dominates the rate

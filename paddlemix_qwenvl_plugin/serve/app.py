@@ -67,8 +67,8 @@ def _middleware(
     """Middleware of the application, outermost first."""
     settings = service.settings
     middleware = [
-        Middleware(RequestLog, service=service, paths=paths),
         Middleware(SecurityHeaders, page_paths=page_paths),
+        Middleware(RequestLog, service=service, paths=paths),
     ]
     if keys is None:
         # Without keys, a page of another origin could use the server through the user's browser.

@@ -76,11 +76,30 @@ def test_finder_ignores_other_modules(run: Run) -> None:
     assert result.stdout == ("_qwenvl_activate None None None\n[] False\nNo module named 'no_such_module'\n")
 
 
-def test_hooked_module_that_is_not_installed_raises_the_usual_error(run: Run) -> None:
-    result = run("try: import paddlemix.auto.modelling\nexcept ModuleNotFoundError as e: print(e.name)")
-    assert result.stdout == "paddlemix.auto.modelling\n"
-    result = run("try: import paddle.inference.wrapper\nexcept ModuleNotFoundError as e: print(e.name)")
-    assert result.stdout == "paddle\n"
+@pytest.mark.parametrize(
+    ("module", "missing"),
+    [
+        ("paddlemix.auto.modeling", "paddlemix.auto.modeling"),
+        (
+            "paddlenlp.experimental.transformers.fused_transformer_layers",  # has an early hook
+            "paddlenlp.experimental.transformers.fused_transformer_layers",
+        ),
+        ("paddlemix.processors.qwen_vl_processing", "paddlemix.processors"),  # the package is missing, too
+    ],
+)
+def test_hooked_module_that_is_not_installed_raises_the_usual_error(
+    run: Run, fakes: Path, module: str, missing: str
+) -> None:
+    (fakes / "paddlemix/auto/modeling.py").unlink()
+    package = fakes / "paddlenlp/experimental/transformers"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    result = run(
+        f"try: import {module}\nexcept ModuleNotFoundError as e: print(e.name, e)\n"
+        f"import _qwenvl_activate as a; print(a.state[{module!r}])"
+    )
+    assert result.stdout == f"{missing} No module named {missing!r}\narmed\n"
+    assert result.stderr == ""
 
 
 @pytest.mark.parametrize("position", [0, 1])

@@ -63,8 +63,12 @@ def test_rows_end_independently(golden: Callable[[str], Any], engine: str, exten
     assert stopped.ravel().tolist() == [0, 1, 1]
     assert lengths.ravel().tolist() == [n_prompt + 2, 0, 0]
 
-    feed[MIN_LENGTH][0] = 6
-    assert stop not in run()[-1][0][:6]
+    feed[STOP_NUMS][0], feed[MIN_LENGTH][0] = 3, 6
+    first, *others = completions(run()[-1])
+    assert others == [[], tokens[:3]]
+    assert first[:4] == tokens[:4]
+    assert len(first) > 6
+    assert stop not in first[:6]
 
 
 @needs_compiler

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,23 +229,20 @@ def test_demo_scores_of_correct_and_wrong_answers(
         assert rate["hits"] == (rate["n"] if correct else 0), name
 
 
-def test_printed_tables(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    # (task, pattern of the complete output)
-    for task, expected in (
+@pytest.mark.parametrize(
+    ("task", "table"),  # `table`: pattern of the complete output
+    [
         ("grounding", r"IoU of at least 0\.5 +100\.00 %  \[34\.2, 100\.0\]  2 of 2"),
         ("vqa", r"vqa  100\.00  \(2 questions\)"),
         ("captions", r"CIDEr +\d+\.\d\d\nBLEU-4 +\d+\.\d\d\nROUGE-L +\d+\.\d\d\n\(2 images\)"),
-    ):
-        # In the tests above, `require_libraries` imports these libraries if they are installed.
-        if task == "captions" and not {"nltk", "pycocoevalcap"} <= set(sys.modules):
-            continue
-        arguments = [
-            "eval",
-            task,
-            write_data(task),
-            "--predictions",
-            write_predictions(task, CORRECT_ANSWERS[task]),
-        ]
-        capsys.readouterr()
-        assert not app(arguments, standalone_mode=False)
-        assert re.fullmatch(expected, capsys.readouterr().out.strip())
+    ],
+    ids=list(ROWS),
+)
+def test_printed_table(
+    task: str, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    require_libraries(task)
+    monkeypatch.chdir(tmp_path)
+    answers = write_predictions(task, CORRECT_ANSWERS[task])
+    assert not app(["eval", task, write_data(task), "--predictions", answers], standalone_mode=False)
+    assert re.fullmatch(table, capsys.readouterr().out.strip())

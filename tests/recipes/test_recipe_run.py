@@ -244,6 +244,19 @@ def test_from_step_continues_the_newest_run(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("failing", ["prepare", "measure"])
+def test_from_step_discards_the_timings_of_a_step_that_runs_again(tmp_path: Path, failing: str) -> None:
+    """Also if the benchmarked step, `measure`, is not reached or fails."""
+    check = "import pathlib, sys; sys.exit(pathlib.Path(sys.argv[1]).exists())"
+    steps = [step(name, check, f"{name}-fails") for name in ("prepare", "measure")]
+    path = write(tmp_path, recipe(steps=steps, bench={"step": "measure", "repeat": 1}))
+    assert qwenvl(tmp_path, "run", path).returncode == 0
+    assert results(tmp_path)["bench"]["step"] == "measure"
+    (tmp_path / f"{failing}-fails").touch()
+    assert qwenvl(tmp_path, "run", path, "--from_step", "prepare").returncode == 1
+    assert results(tmp_path)["bench"] is None
+
+
 def test_from_step_uses_the_newest_run_of_the_recipe(tmp_path: Path) -> None:
     path = write(tmp_path, recipe())
     # An older run, a newer run of another recipe, and a name without a time.

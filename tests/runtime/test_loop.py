@@ -219,6 +219,25 @@ def test_a_long_prompt_does_not_stall_a_decoding_request():
     assert executor.computed[first] == 2 + 9
 
 
+def test_recomputed_tokens_count_as_prompt_tokens(monkeypatch):
+    """The step that recomputes a preempted request is no decode step, which would set the time per row."""
+    limits = Limits(max_running=4, step_tokens=16, n_blocks=64, block_tokens=8, prefix_cache=False)
+    loop, _ = open_loop(limits)
+    counts = []  # (prompt tokens, decoding requests) of each step
+    monkeypatch.setattr(
+        loop._prompt_budget, "learn", lambda n_prompt, n_decoding, _: counts.append((n_prompt, n_decoding))
+    )
+    generation = Generation([1] * 20, [], [], GenerationOptions(max_new_tokens=20))
+    loop.submit(generation)
+    for _ in range(4):
+        loop.step()
+    loop._scheduler.preempt_all()
+    for _ in range(3):
+        loop.step()
+    # The prompt in chunks of 16 and 4, two decode steps; the prompt and 3 tokens in chunks of 16 and 7, a decode step.
+    assert counts == [(16, 0), (4, 0), (0, 1), (0, 1), (16, 0), (7, 0), (0, 1)]
+
+
 def test_cancelling_frees_blocks_at_once():
     loop, _ = open_loop(Limits(max_running=4, step_tokens=64, n_blocks=64, block_tokens=8))
     generation = Generation([1] * 100, [], [], GenerationOptions(max_new_tokens=20))

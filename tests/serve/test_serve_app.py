@@ -158,8 +158,14 @@ def test_unknown_paths_and_methods(method: str, path: str, status: int, code: st
 def test_every_response_has_security_headers(tmp_path: Path) -> None:
     (tmp_path / "index.html").write_text("<p>page</p>")
     (tmp_path / "app.js").write_text("1")
-    for path in ("/", "/app.js", "/health/live", "/nothing", "/metrics"):
-        headers = send(ready_service(), "GET", path, page=tmp_path).headers
+    responses = [
+        (path, send(ready_service(), "GET", path, page=tmp_path))
+        for path in ("/", "/app.js", "/health/live", "/nothing", "/metrics")
+    ]
+    responses.append((PATH, send(ready_service(), "POST", PATH, json={"raise": "break"})))
+    assert responses[-1][1].status_code == 500  # the response to an unexpected exception
+    for path, response in responses:
+        headers = response.headers
         assert headers["X-Content-Type-Options"] == "nosniff"
         assert headers["Referrer-Policy"] == "no-referrer"
         assert headers["X-Frame-Options"] == "DENY"

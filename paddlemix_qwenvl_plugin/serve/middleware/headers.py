@@ -19,7 +19,7 @@ _API_POLICY = "default-src 'none'; frame-ancestors 'none'"
 
 
 class SecurityHeaders:
-    """Middleware that adds security headers to every response, except RequestLog's to an unexpected exception."""
+    """Outermost middleware: adds security headers to every response, also RequestLog's to an unexpected exception."""
 
     def __init__(self, app: ASGIApp, page_paths: frozenset[str]) -> None:
         self._app = app

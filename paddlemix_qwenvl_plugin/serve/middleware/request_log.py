@@ -24,7 +24,7 @@ _CLIENT_CLOSED_REQUEST = 499
 
 
 class RequestLog:
-    """Outermost middleware: assigns the request id and logs and counts each request."""
+    """Middleware that assigns the request id and logs and counts each request; only SecurityHeaders is further out."""
 
     def __init__(self, app: ASGIApp, service: Service, paths: Collection[str]) -> None:
         """Set the known paths.

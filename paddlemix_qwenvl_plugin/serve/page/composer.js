@@ -110,7 +110,9 @@ export class Composer {
       ...this.images.map((image) => {
         const button = iconButton('close', 'dismiss', () => this.#remove(image));
         setWords(button, 'label', 'remove', { name: image.name });
-        return element('li', {}, element('img', { src: image.url, alt: image.name }), button);
+        const thumbnail = element('img', { src: image.url });
+        thumbnail.alt = image.name; // not an argument of element(), which would look it up among the page's texts
+        return element('li', {}, thumbnail, button);
       }),
     );
     // The field grows with its text up to the limit of the style sheet.

@@ -70,6 +70,8 @@ def test_removing_an_attached_image(page: Page, server: PageServer, tmp_path: Pa
     files = [image_file(tmp_path, f"{i}.png", seed=i, size=(40 + i, 40)) for i in range(3)]
     page.open()
     page.attach(*files)
+    thumbnails = page.find_all("#attached img")
+    assert [thumbnail.get_attribute("alt") for thumbnail in thumbnails] == ["0.png", "1.png", "2.png"]
     page.click("[aria-label='Remove 1.png']")
     assert [image.width for image in send_question(page, server)] == [40, 42]
 
