@@ -76,16 +76,18 @@ constexpr int kHopperGroups = 4;       // warpgroups, which share k
 constexpr int kHopperColumn = 64 + 4;  // floats from a column of sums in shared memory to the next
 
 // For tiles of n rows of x (columns) and `parts` subtiles of 64 rows of W: number of columns and number of
-// subtiles whose sums are in shared memory at a time, and bytes of these sums. Few of them leave more memory
-// for stages, many of them need fewer barriers: measured, for H, INT8 and the types with groups.
-QVL_BOTH_SIDES constexpr int hopper_columns(int n, bool has_groups) {
-  return n == 32 && has_groups ? 32 : n < 16 ? n : 16;
+// subtiles whose sums are in shared memory at a time, and bytes of these sums. A large number needs fewer
+// barriers, a small one leaves memory for twice as many stages; the faster ones were found by measurement,
+// for H, INT8 and the types with groups.
+QVL_BOTH_SIDES constexpr int hopper_columns(int n, bool quantized, bool has_groups) {
+  const int most = quantized && !(n == 32 && has_groups) ? 16 : 32;
+  return n < most ? n : most;
 }
 QVL_BOTH_SIDES constexpr int hopper_parts(int n, int parts, bool quantized) {
   return n > (quantized ? 8 : 16) ? 1 : n > 8 && parts > 2 ? 2 : parts;
 }
 QVL_BOTH_SIDES constexpr int hopper_sum_bytes(int n, int parts, bool quantized, bool has_groups) {
-  return 4 * kHopperGroups * hopper_parts(n, parts, quantized) * hopper_columns(n, has_groups) *
+  return 4 * kHopperGroups * hopper_parts(n, parts, quantized) * hopper_columns(n, quantized, has_groups) *
          kHopperColumn;
 }
 

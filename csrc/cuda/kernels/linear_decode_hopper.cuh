@@ -18,7 +18,8 @@
 // 16 the later ones. The bits of a row of y depend neither on `rows`, N nor the number of steps of an item.
 // Blocks are persistent, one per multiprocessor. Where registers and shared memory allow, the kernels between
 // this product and the next, and the next product itself, become resident while this one runs; the next
-// product then prefetches its first stages.
+// product then prefetches its first stages. With 8 stages, two per warpgroup, a warpgroup multiplies one
+// while the other is in flight.
 //
 // The kernel is a template of the storage type: linear_decode_hopper.cu has the types without zero points,
 // linear_decode_hopper_groups.cu those with zero points.
@@ -89,7 +90,7 @@ template <class Weights, int N, int kSubtiles>
 __device__ inline void linear_decode(const LinearHopper& p) {
   constexpr int kXBytes = Weights::kBoxes * N * kBoxBytes;  // per step
   constexpr bool kQuantized = Weights::kInRegisters;
-  constexpr int kColumns = hopper_columns(N, Weights::kHasGroups);
+  constexpr int kColumns = hopper_columns(N, kQuantized, Weights::kHasGroups);
   constexpr int kParts = hopper_parts(N, kSubtiles, kQuantized);
   constexpr int kPartFloats = kGroups * kColumns * kHopperColumn;
   extern __shared__ char raw[];

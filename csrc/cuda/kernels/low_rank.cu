@@ -5,27 +5,104 @@
 // adapter. A run's products are computed for all 16 rows, with zeros for the rows of other runs, and stored
 // only for the rows of the run:
 //
-//   low_rank_down   blocks (8 rows of A, 16 rows of x, runs)    x -> low H [n][rank], see low_rank.cuh; on
-//                   Hopper the kernel of the base weight's product computes `low` instead
+//   low_rank_down   blocks (8 rows of A, 16 rows of x, slices of k x runs)    x -> low H [n][rank]
+//                   the warps share the slice in steps of 32; their sums, and then those of the slices, are
+//                   added in order
 //   low_rank_up     blocks (64 rows of B, 16 rows of x)         low, raw float32 [n][out] -> y
 //                   8 rows of B per warp, a tile of sums in shared memory, then two columns per thread
 //   finish_raw      for prompts: products as for any weight have added B (A x) to raw [n][out]; raw -> y
 //
+//   time ->   | product of the base weight: raw = W x      | low_rank_up |
+//                 | low_rank_down: low = A x, on Hopper    |
+//
+// On Hopper the product starts low_rank_down as soon as x is complete, and leaves registers for a block of it
+// on each multiprocessor.
+//
 // Cost. Bytes: A and B once per adapter: (in + out) * rank values, 2 MB for rank 64 of a 4096 x 12288
-// product, compared with 24 to 96 MiB of base weights (4 to 16 bits). The kernels are latency-bound. They
-// therefore read A, B and the tables before the preceding kernels end, which write only x, low and raw.
+// product, compared with 24 to 96 MiB of base weights (4 to 16 bits); x once per 8 rows of A, from the L2
+// cache. The kernels are latency-bound. They therefore read A, B and the tables before the preceding kernels
+// end, which write only x, low and raw, and low_rank_up has the loads of B of two runs in flight.
 //
 // The sums of a row depend only on the row and its adapter, since the steps and their order are the same in
 // every batch. The result of a row without an adapter has the same bits as in a batch without adapters.
 //
-// Reference: float64 in PyTorch, tests/cuda/test_low_rank.py.
+// Reference: float64 in PyTorch, tests/cuda/test_low_rank.py; without a GPU, the kernels compiled for the
+// host against float64, tests/engine/test_hopper_products.py.
 #include "cuda/kernels/low_rank.h"
 
 #include "cuda/kernels/linear_prompt.cuh"
-#include "cuda/kernels/low_rank.cuh"
+#include "cuda/kernels/streams.cuh"
 
 namespace qvl::cuda {
 namespace {
+
+constexpr int kVector = 8;  // values of H per load of a lane
+constexpr int kStep = 32;   // values of k per step of a warp
+
+// A block's rows of x, in runs with the same adapter or without one.
+struct Rows {
+  int row[kLowRankRows];             // index of the row in x; -1: no row
+  LowRankEntry entry[kLowRankRows];  // of the row's adapter; rank 0: no adapter
+  int begin[kLowRankRows + 1];       // first row of each run, then kLowRankRows
+  int n_runs;
+};
+
+// Fill `rows` with kLowRankRows rows from index kLowRankRows * block of the order on. Called by all threads
+// of the block.
+__device__ inline void read_rows(const LowRankParams& p, Rows& rows, int block) {
+  if (threadIdx.x < 32) {
+    const int i = threadIdx.x % kLowRankRows, index = block * kLowRankRows + i;
+    const int row = index >= p.n ? -1 : p.order != nullptr ? p.order[index] : index;
+    const auto* const adapter = reinterpret_cast<const LowRankEntry*>(row < 0 ? 0 : p.adapters[row]);
+    const LowRankEntry entry = adapter != nullptr ? adapter[p.product] : LowRankEntry{nullptr, nullptr, 0, 1};
+    const uint64 b_address = reinterpret_cast<uint64>(entry.b);
+    const uint64 previous_address = __shfl_up_sync(0xFFFFFFFFu, b_address, 1);
+    const bool starts = threadIdx.x < kLowRankRows && (i == 0 || b_address != previous_address);
+    const uint32 mask = __ballot_sync(0xFFFFFFFFu, starts);
+    if (threadIdx.x < kLowRankRows) {
+      rows.row[i] = row;
+      rows.entry[i] = entry;
+      if (starts) rows.begin[__popc(mask & ((1u << i) - 1))] = i;
+      if (i == 0) {
+        rows.n_runs = __popc(mask);
+        rows.begin[rows.n_runs] = kLowRankRows;
+      }
+    }
+  }
+  __syncthreads();
+}
+
+// 16 bytes, or zeros.
+__device__ inline uint4 load16(const void* from, bool valid) {
+  return valid ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+}
+
+// The same past the L1 cache, which may have older values: low_rank_down has not waited for the kernel that
+// wrote x.
+__device__ inline uint4 load16_from_l2(const void* from, bool valid) {
+  return valid ? __ldcg(static_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
+}
+
+// `value`, or zeros. `valid ? a : b` of structs would select an address and force them into local memory.
+__device__ inline uint4 keep_if(bool valid, const uint4& value) {
+  return make_uint4(valid ? value.x : 0, valid ? value.y : 0, valid ? value.z : 0, valid ? value.w : 0);
+}
+
+// sums [16, 8] += left [16, 32] right [8, 32]^T. `low`, `high`: 8 values of rows g and g + 8 of the left
+// operand; `right`: 8 values of row g of the right one.
+__device__ inline void multiply_step(float (&sums)[4], const uint4& low, const uint4& high,
+                                     const uint4& right) {
+  multiply(sums, low.x, high.x, low.y, high.y, right.x, right.y);
+  multiply(sums, low.z, high.z, low.w, high.w, right.z, right.w);
+}
+
+// Blocks of low_rank_down per multiprocessor. With 5 a thread has at most 48 registers, which the product of
+// the base weight on Hopper leaves free for one block.
+#if __CUDA_ARCH__ >= 800
+constexpr int kDownBlocks = 5;
+#else
+constexpr int kDownBlocks = 4;  // 1024 threads are the limit of sm_75
+#endif
 
 // a, b += columns `column` and column + 1 of raw float32 [n, out]; columns beyond `out` are skipped.
 __device__ inline void add_raw(const float* raw, const Result& result, int row, int column, float& a,
@@ -37,9 +114,7 @@ __device__ inline void add_raw(const float* raw, const Result& result, int row, 
 
 }  // namespace
 
-// At most 51 registers per thread, 5 blocks per multiprocessor, so that a block fits beside one of the
-// product of the base weight on Hopper.
-extern "C" __global__ void __launch_bounds__(kLowRankThreads, 5)
+extern "C" __global__ void __launch_bounds__(kLowRankThreads, kDownBlocks)
     low_rank_down(const __grid_constant__ LowRankParams p) {
   constexpr int kWarps = kLowRankThreads / 32, kLoads = 2;
   __shared__ Rows rows;
@@ -51,8 +126,7 @@ extern "C" __global__ void __launch_bounds__(kLowRankThreads, 5)
   const int steps = (p.in + kStep - 1) / kStep;
   const H* const x = static_cast<const H*>(p.x);
   bool x_is_complete = p.x_is_complete;
-  const int chunk = blockIdx.x, slice = blockIdx.z % kLowRankSlices,
-            first = chunk * kLowRankDown;  // row of A
+  const int slice = blockIdx.z % kLowRankSlices, first = blockIdx.x * kLowRankDown;  // row of A
   const int begin_step = steps * slice / kLowRankSlices, end_step = steps * (slice + 1) / kLowRankSlices;
   for (int run = blockIdx.z / kLowRankSlices; run < rows.n_runs; run += gridDim.z / kLowRankSlices) {
     const int begin = rows.begin[run], end = rows.begin[run + 1];
@@ -89,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(kLowRankThreads, 5)
     warp_sums[warp][g + 8][2 * t] = sums[2];
     warp_sums[warp][g + 8][2 * t + 1] = sums[3];
     __syncthreads();
-    // Threads with an element of this unit: row i of the block, row first + j of A.
+    // Each thread has an element of A x, if it is of the run: row i of the block, row first + j of A.
     const int i = threadIdx.x / kLowRankDown, j = threadIdx.x % kLowRankDown;
     const bool has_element = i >= begin && i < end;
     const int64 at = has_element ? static_cast<int64>(rows.row[i]) * p.low_stride + first + j : 0;
@@ -102,9 +176,9 @@ extern "C" __global__ void __launch_bounds__(kLowRankThreads, 5)
       __threadfence();
     }
     __syncthreads();
-    // The last block of a chunk's slices adds them, always in the same order.
+    // The block that is last to finish its slice adds the slices, always in the same order.
     if (threadIdx.x == 0) {
-      int* const counter = p.counters + (blockIdx.y * gridDim.x + chunk) * kLowRankRows + run;
+      int* const counter = p.counters + (blockIdx.y * gridDim.x + blockIdx.x) * kLowRankRows + run;
       is_last = atomicAdd(counter, 1) == kLowRankSlices - 1;
       if (is_last) *counter = 0;
     }
@@ -117,27 +191,29 @@ extern "C" __global__ void __launch_bounds__(kLowRankThreads, 5)
       static_cast<H*>(p.low)[at] = to_half(sum);
     }
   }
-  // The successor may read what the predecessors have written, so this kernel must end after them. One block
-  // that waits suffices; the others make room.
+  // low_rank_up waits for this kernel only, but reads what its predecessors write: so this kernel must end
+  // after them. One block that waits suffices; the others make room.
   if (blockIdx.x + blockIdx.y + blockIdx.z == 0) wait_for_predecessors();
 }
 
 extern "C" __global__ void __launch_bounds__(kLowRankThreads, 3)
     low_rank_up(const __grid_constant__ LowRankParams p) {
-  constexpr int kPrefetchedSteps = 2;  // steps of 32 columns of B, requested one run before their use
+  constexpr int kPrefetchedSteps = 2;  // steps of 32 columns of B, requested two runs before their use
   __shared__ Rows rows;
   __shared__ float tile[kLowRankRows][kLowRankUp + 2];
   start_successors();
   read_rows(p, rows, blockIdx.y);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int first = blockIdx.x * kLowRankUp;
-  // A warp computes every other of 16 columns of y: with two interleaved matrices, all of them belong to one.
+  // A warp computes 8 columns of y, every other of 16: with two interleaved matrices, all of them belong to
+  // one.
   const int interleaved = warp % 2, first_column = first + warp / 2 * 16 + interleaved;
   // First rank of this warp's matrix in the rows of A x and B, and the number of its ranks.
   const auto first_rank = [&](const LowRankEntry& entry) {
     return entry.parts == 1 ? 0 : interleaved * (entry.rank / 2);
   };
   const auto ranks = [](const LowRankEntry& entry) { return entry.parts == 1 ? entry.rank : entry.rank / 2; };
+  // 8 values of row g of the warp's rows of B.
   const auto load_b = [&](const LowRankEntry& entry, int step) {
     const int k = kStep * step + kVector * t, row = first_column + 2 * g;
     const int64 index = static_cast<int64>(row) * entry.rank + first_rank(entry) + k;
