@@ -27,7 +27,8 @@ HELP = """\
 /save FILE    write the conversation to FILE, as Markdown (.md) or JSON (.json)
 /help         show this help
 /quit         leave; also Ctrl-D
-Any other line is a question, and so is any line that begins with a space."""
+A line that does not begin with / is a question. If a question begins with /,
+type a space before it."""
 
 
 def parse(line: str) -> tuple[str, str] | str:

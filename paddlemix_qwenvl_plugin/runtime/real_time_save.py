@@ -1,4 +1,4 @@
-"""Token files in the format of the stock graph, one per step, for the stock reader.
+"""Token files in the format of upstream's graph, one per step, for upstream's reader.
 
 The file of step N, from 1 on, is `real_time_save.temp_ids_rank_0_step_N`: the byte "1" (file complete), the type byte
 "1" (int64), then one little-endian int64 per batch row.
@@ -21,8 +21,9 @@ def write_tokens(folder: Path, tokens: Sequence[Sequence[int]], end_token: int) 
     """Write the token files of a batch, replacing those of an earlier run.
 
     Args:
-        folder: an existing folder; the stock reader uses the working directory.
-        tokens: the generated tokens of each row; -1 after the end of a row, as the stock graph pads, is ignored.
+        folder: an existing folder; upstream's reader uses the working directory.
+        tokens: the generated tokens of each row; -1 after the end of a row, the padding of this package's stock program,
+            is ignored.
         end_token: padding for rows that end early.
     """
     tokens = [[token for token in row if token >= 0] for row in tokens]

@@ -9,7 +9,8 @@ from typing import Any
 class Deferred:
     """Placeholder that turns into the object returned by `make` at the first attribute access or call.
 
-    Attributes named in a subclass's `kept` do not trigger this; `__class__` only creates the object.
+    Attributes named in a subclass's `kept` do not trigger this. Reading `__class__`, as isinstance() does, creates the
+    object, but the placeholder does not yet turn into it.
     """
 
     kept: tuple[str, ...] = ()

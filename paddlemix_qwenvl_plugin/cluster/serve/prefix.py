@@ -13,12 +13,13 @@ def prefix_of(request: EngineRequest, image_end: int) -> str:
     """Compute a digest of a request's adapter and of its shared prefix.
 
     The shared prefix is the prompt before the first answer, up to and including the last image if it has one. All turns
-    of a conversation have the same digest, and so have all questions that follow the same image.
+    of a conversation have the same digest, and so have requests whose adapter and prompt are the same up to the last
+    image of the first turn.
 
     Args:
         image_end: id of the token after an image's slots.
     """
-    # Without that turn's answer, which is the first generated range of the prompt.
+    # The first turn without its answer, which is the first generated range of the prompt.
     first_turn = list(request.prompt[: request.generated[0][0] if request.generated else None])
     image_ends = [index for index, token in enumerate(first_turn) if token == image_end]
     beginning = first_turn[: image_ends[-1] + 1] if image_ends else first_turn
