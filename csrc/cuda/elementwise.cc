@@ -53,7 +53,8 @@ void gather_columns(const Gpu& gpu, CUstream stream, const void* x, int64_t x_st
 void rotate_and_store(const Gpu& gpu, CUstream stream, const void* qkv, const RowMetadata& metadata,
                       const Angles& angles, const KvLayer& layer, int n, void* q) {
   QVL_REQUIRE(layer.head_dim % 2 == 0 && layer.head_dim <= kMaxHeadDim, QVL_UNSUPPORTED,
-              "head_dim is %d; a GPU needs an even number up to %d", layer.head_dim, kMaxHeadDim);
+              "rotation of queries and keys: head_dim is %d; it must be an even number up to %d",
+              layer.head_dim, kMaxHeadDim);
   RotateParams params{};
   params.qkv = qkv;
   params.q = q;

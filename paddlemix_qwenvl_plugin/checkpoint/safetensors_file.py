@@ -59,14 +59,18 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """List the tensors of a safetensors file.
 
     Raises:
-        QwenVLError: the file is truncated, too long or not a safetensors file.
+        QwenVLError: the file is not a safetensors file, its header is damaged or has an unsupported dtype, or the file
+            is shorter or longer than its header says.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         length_field = file.read(8)
         length = struct.unpack("<Q", length_field)[0] if len(length_field) == 8 else 0
         if not 2 <= length <= min(MAX_JSON_BYTES, size - 8):
-            raise QwenVLError(f"{path}: not a safetensors file, or cut off in its header")
+            raise QwenVLError(
+                f"{path}: not a safetensors file, cut off in its header, "
+                f"or with a header over {MAX_JSON_BYTES >> 20} MiB"
+            )
         try:
             header = parse_json(file.read(length), unique=True)
             entries = {
@@ -88,8 +92,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].n_bytes)):
         if entry.offset != end:
             raise QwenVLError(
-                f"{path}: the header is damaged: {name} begins at byte {entry.offset}, "
-                f"the tensor before it ends at {end}"
+                f"{path}: the header is damaged: {name} begins at byte {entry.offset}, not at {end}, "
+                "where the header or the previous tensor ends"
             )
         end += entry.n_bytes
     if end != size:
@@ -139,7 +143,7 @@ def write(
 def _entry(where: str, value: dict[str, Any], base: int) -> StoredTensor:
     code = value["dtype"]
     if not isinstance(code, str) or code not in _DTYPES:
-        raise QwenVLError(f"{where} has dtype {code if isinstance(code, str) else '?'}, which no weight has")
+        raise QwenVLError(f"{where} has the unsupported dtype {code if isinstance(code, str) else '?'}")
     [begin, end], shape = value["data_offsets"], value["shape"]
     if not isinstance(shape, list) or not all(
         type(number) is int and number >= 0 for number in (begin, end, *shape)

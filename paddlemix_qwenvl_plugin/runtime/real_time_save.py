@@ -22,8 +22,8 @@ def write_tokens(folder: Path, tokens: Sequence[Sequence[int]], end_token: int) 
 
     Args:
         folder: an existing folder; upstream's reader uses the working directory.
-        tokens: the generated tokens of each row; -1 after the end of a row, the padding of this package's stock program,
-            is ignored.
+        tokens: the generated tokens of each row; -1 after the end of a row, the padding of this package's stock
+            program, is ignored.
         end_token: padding for rows that end early.
     """
     tokens = [[token for token in row if token >= 0] for row in tokens]

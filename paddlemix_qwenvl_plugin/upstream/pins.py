@@ -1,4 +1,4 @@
-"""Supported upstream commits and wheels, read from pins.yaml."""
+"""Supported upstream commits and wheels, known GPU wheels and broken combinations of packages, from pins.yaml."""
 
 from __future__ import annotations
 

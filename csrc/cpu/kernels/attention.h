@@ -1,5 +1,5 @@
-// Attention of one head with an online softmax: softmax(q k^T) v, tile by tile. Scores are stored only for
-// the current tile.
+// Attention of one head with an online softmax: softmax(q k^T) v, tile by tile, in attend_one several tiles
+// at a time. Scores are stored only for the current tiles.
 //
 // Layout. Keys and values of a tile (KvTile) are [token][head_dim]: in a block of the pool, in any storage
 // type of the KV cache, or for images float32 rows. Each query has a state, the running maximum m and running
@@ -25,7 +25,7 @@
 // therefore prefetches the values of the same tile and the keys of the next tile.
 //
 // Reference: reference::attention (reference/reference.cc), tests/csrc/test_kernels.py::test_attention,
-// within 3e-5; attend_rounded within 6 % for scores of typical magnitude.
+// within 3e-5; attend_rounded within 6 % for scores of about 1.
 #pragma once
 
 #include "cpu/kernels/elementwise.h"
@@ -69,8 +69,8 @@ QVL_INLINE void scale_row(float* out, int64_t width, float factor) {
 }
 
 // Convert a query's scores [n] to weights e^(score - maximum), where tokens from index n_visible on get the
-// weight 0, and rescale state and out to the new maximum. The last vector of scores may contain anything
-// beyond n.
+// weight 0, rescale state and out to the new maximum, and add the weights to the running sum. The last vector
+// of scores may contain anything beyond n.
 QVL_INLINE void softmax_tile_row(float* scores, int n, int n_visible, float* state, float* out,
                                  int64_t width) {
   const int end = round_up(n, kLanes);
@@ -192,7 +192,8 @@ size_t attend_scratch_bytes(int head_dim, int n_q, int n_tokens) {
   const size_t keys = tokens * static_cast<size_t>(head_dim);
   const size_t values = tokens * static_cast<size_t>(round_up(head_dim, kLanes));
   const size_t floats = keys + values + tokens * static_cast<size_t>(n_q);
-  // attend_rounded() also stores queries and weights, in 2 bytes each.
+  // attend_rounded() also stores queries, with head_dim rounded up to an even number, and weights, in 2 bytes
+  // each.
   return floats * sizeof(float) + static_cast<size_t>(n_q) * (tokens + static_cast<size_t>(head_dim) + 1) * 2;
 }
 
@@ -306,8 +307,8 @@ QVL_INLINE void attend_one_typed(const float* q, int head_dim, const KvTile* til
   float scores[kMaxKvTile + kLanes];
   int n = 0;
   for (int i = 0; i < n_tiles; n += tiles[i].n, ++i) {
-    // After the last tile, prefetch the first keys of the next head, which are probably read next: they
-    // follow those of this head in the block of the first tile.
+    // After the last tile, prefetch the first keys of the next head, which are read next if this call has the
+    // last keys of this head. They follow those of this head in the block of the first tile, if it is full.
     const void* next = i + 1 < n_tiles ? tiles[i + 1].keys
                                        : static_cast<const Stored*>(tiles->keys) + tiles->n * tiles->stride;
     score_keys<Stored>(q, head_dim, tiles[i], next, scores + n);
