@@ -100,6 +100,22 @@ class TestCoordinator:
 
         asyncio.run(scenario())
 
+    def test_a_repeated_call_waits_like_the_first(self) -> None:
+        """A front repeats `acquire` after an error of Ray, which need not have reached the coordinator."""
+
+        async def scenario() -> None:
+            queue = Coordinator(serve_settings())
+            for lease_id in ("a", "b"):
+                assert await queue.acquire("front", lease_id, 1, None) is None
+            waiting = [asyncio.ensure_future(queue.acquire("front", "c", 1, None)) for _ in range(2)]
+            await run_pending_tasks()
+            assert not any(call.done() for call in waiting)
+            await queue.release("a")
+            assert await asyncio.gather(*waiting) == [None, None]
+            assert (await queue.drain()).running == 2
+
+        asyncio.run(asyncio.wait_for(scenario(), 20))
+
     def test_slots_of_unreported_leases_are_freed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Only after a grace period (here 0.2 s), because a grant may still be on its way to the front."""
         monkeypatch.setattr(coordinator, "_UNCLAIMED_SECONDS", 0.2)

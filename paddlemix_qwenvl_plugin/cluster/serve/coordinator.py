@@ -114,14 +114,16 @@ class Coordinator:
         """Wait for n slots; see Admission.slots. Return None when they are granted, else an ApiError's arguments."""
         if self._settled > time.monotonic():
             await asyncio.sleep(self._settled - time.monotonic())
-        if lease_id in self._leases:  # a retry: acquired before this actor's restart, and adopted
+        lease = self._leases.get(lease_id)
+        if lease is None:
+            lease = self._leases[lease_id] = _Lease(front)
+            lease.task = asyncio.ensure_future(lease.stack.enter_async_context(self._queue.slots(n, key)))
+        elif lease.task is None:  # a retry: granted, or acquired before this actor's restart and adopted
             return None
-        lease = self._leases[lease_id] = _Lease(front)
-        lease.task = asyncio.ensure_future(lease.stack.enter_async_context(self._queue.slots(n, key)))
         try:
             await lease.task
         except ApiError as error:
-            del self._leases[lease_id]
+            self._leases.pop(lease_id, None)  # the call and its retry await the same task
             return {"message": str(error), **vars(error)}
         except asyncio.CancelledError:  # by `release`: the client is gone, the result is not used
             return None
