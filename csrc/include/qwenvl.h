@@ -147,8 +147,8 @@ typedef struct qvl_config {
   uint32_t stages; /* QVL_STAGE_VISION, QVL_STAGE_LANGUAGE or both; their weights are required */
   qvl_device device;
   int32_t device_index; /* index of the GPU; 0 on a CPU */
-  int32_t n_threads;    /* CPU: number of threads; 0: OMP_NUM_THREADS if it is set, else the number of CPUs
-                           available to the process */
+  int32_t n_threads;    /* CPU: number of threads; 0: OMP_NUM_THREADS if it is 1 to 1024, else the number of
+                           CPUs available to the process */
   qvl_isa isa;
   int32_t max_tokens; /* maximum number of tokens per pass over the layers, which determines the scratch
                          memory; larger batches are split; 0: 512, on a GPU 2048 */
@@ -250,9 +250,9 @@ QVL_API uint64_t qvl_packed_bytes(qvl_dtype dtype, int64_t out, int64_t in);
 
 /* Convert a float32 matrix [out, in] to `dtype` at `packed`, rounding to nearest; both in host memory.
  * Quantization is symmetric. The scale of a row (QVL_INT8) is its largest magnitude / 127. The scale of a
- * group (QVL_INT4_G*) is the one with the least squared error among several candidates near its largest
- * magnitude / 8. QVL_INVALID: a NaN or infinity in a matrix to be quantized, QVL_INT32, or a dtype that
- * qvl_pack_groups creates.
+ * group (QVL_INT4_G*) is the one with the least squared error among several candidates near -v / 8, where v
+ * is the group's value with the largest magnitude: scales may be negative. QVL_INVALID: a NaN or infinity in
+ * a matrix to be quantized, QVL_INT32, or a dtype that qvl_pack_groups creates.
  */
 QVL_API qvl_status qvl_pack(qvl_dtype dtype, int64_t out, int64_t in, const float* values, void* packed,
                             uint64_t packed_bytes, qvl_error* error);
@@ -451,8 +451,8 @@ typedef struct qvl_batch {
   uint32_t size;                 /* sizeof(qvl_batch) */
   int32_t n_sequences;           /* at least 1 */
   const qvl_sequence* sequences; /* host memory */
-  const int32_t* tokens; /* concatenated ids of all sequences, device memory; ids covered by a span are not
-                            read */
+  const int32_t* tokens; /* concatenated ids of all sequences, host or device memory; ids covered by a span
+                            are not read */
   int32_t n_spans;       /* spans do not overlap and are in order of start */
   int32_t reserved;      /* 0 */
   const qvl_span* spans; /* host memory */
@@ -574,11 +574,11 @@ typedef struct qvl_result {
 /* Generate completions for a batch of n requests.
  *
  * end_ids: stop tokens, int32 [n_end], host memory.
- * pool: NULL to create a pool for this call, float32 for float32 weights, else bfloat16. A given pool needs
- * (n_tokens + max_new) / block_tokens blocks for each request, rounded up, and is overwritten. tokens: int32
- * [n, stride], host memory; row i receives the tokens of request i. stride: at least the largest max_new.
- * results: [n]. request_size: sizeof(qvl_request). on_step: may be NULL. Each step takes and releases the
- * engine's lock, so that steps of concurrent calls alternate.
+ * pool: NULL to create a pool for this call, float32 if h.0.attn.c_attn.weight is float32, else bfloat16. A
+ * given pool needs (n_tokens + max_new) / block_tokens blocks for each request, rounded up, and is
+ * overwritten. tokens: int32 [n, stride], host memory; row i receives the tokens of request i. stride: at
+ * least the largest max_new. results: [n]. request_size: sizeof(qvl_request). on_step: may be NULL. Each step
+ * takes and releases the engine's lock, so that steps of concurrent calls alternate.
  */
 QVL_API qvl_status qvl_generate(qvl_engine* engine, qvl_kv_pool* pool, int32_t n, const qvl_request* requests,
                                 uint32_t request_size, int32_t n_end, const int32_t* end_ids,
