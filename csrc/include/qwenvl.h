@@ -110,8 +110,9 @@ enum {
  * of activations. */
 typedef int32_t qvl_compute;
 enum {
-  QVL_COMPUTE_BEST = 0,     /* CPU: bfloat16 with QVL_ISA_AVX512_BF16, else float32. GPU: float16 with float16
-                               weights or without bfloat16 instructions, else bfloat16 */
+  QVL_COMPUTE_BEST = 0,     /* CPU: bfloat16 with QVL_ISA_AVX512_BF16, else float32. GPU: float16 without
+                               bfloat16 instructions or if wte.weight (without a language stage
+                               visual.positional_embedding) is float16, else bfloat16 */
   QVL_COMPUTE_FLOAT32 = 1,  /* CPU only: uses no instructions of QVL_ISA_AVX512_BF16; decode steps multiply
                                QVL_UINT* weights with float32 activations, which is slow */
   QVL_COMPUTE_BFLOAT16 = 2, /* QVL_UNSUPPORTED on a CPU with another ISA than QVL_ISA_AVX512_BF16 */
@@ -201,14 +202,16 @@ typedef struct qvl_config {
  *     attn.out_proj.weight [H, H], attn.out_proj.bias [H]
  *   visual.ln_post.{weight,bias} [H]; visual.proj [H, H]
  *
- * Every matrix is [out, in] here. visual.proj, [in, out] in checkpoints, must be transposed; the tables
- * positional_embedding and key_pos_embed must be resized to the image's patches.
+ * Below, a matrix is a weight that multiplies activations: all weights above with at least two dimensions but
+ * wte.weight, query, positional_embedding, pos_embed and key_pos_embed. Every matrix is [out, in] here.
+ * visual.proj, [in, out] in checkpoints, must be transposed; positional_embedding and key_pos_embed must be
+ * resized to the image's patches.
  *
- * Every weight may be QVL_FLOAT32, QVL_BFLOAT16 or QVL_FLOAT16, and matrices other than wte.weight may be
- * quantized. Types may be mixed. A matrix NAME [out, in] other than wte.weight may have a permutation
- * NAME.order, QVL_INT32 [in] ("act-order" of GPTQ): stored column j multiplies input order[j], y[o] = sum
- * over j of value[o, j] * x[order[j]]. On a GPU mlp.w1 and mlp.w2 of a layer must have the same order and the
- * same type, unless neither is quantized; matrices of the vision stage must have no order.
+ * Every weight may be QVL_FLOAT32, QVL_BFLOAT16 or QVL_FLOAT16, and matrices may be quantized. Types may be
+ * mixed. A matrix NAME [out, in] may have a permutation NAME.order, QVL_INT32 [in] ("act-order" of GPTQ):
+ * stored column j multiplies input order[j], y[o] = sum over j of value[o, j] * x[order[j]]. On a GPU mlp.w1
+ * and mlp.w2 of a layer must have the same order and the same type, unless neither is quantized; matrices of
+ * the vision stage must have no order.
  *
  * On a CPU products with float32 weights run in float32. With other weights the products of prompts and
  * images round the activations to the compute type (qvl_compute). The products of decode steps and of lm_head
@@ -557,7 +560,7 @@ typedef struct qvl_request {
 enum { QVL_FINISH_END = 1, QVL_FINISH_LENGTH = 2 };
 
 /* Callback with the tokens of a step. Called on the thread that called qvl_generate, in the order of steps,
- * while a GPU may already compute later steps. Return 0 to continue; any other value makes qvl_generate
+ * while a GPU may already compute the next step. Return 0 to continue; any other value makes qvl_generate
  * return QVL_STOPPED.
  *
  * n: number of requests with a token in this step; requests, tokens: their indices and tokens [n].
