@@ -375,8 +375,8 @@ QVL_API qvl_status qvl_synchronize(qvl_engine* engine, qvl_stream stream, qvl_er
 
 /* ---- vision ------------------------------------------------------------------------------------------- */
 
-/* Encode images float32 [n, 3, image_size, image_size], normalised -> features float32 [n, n_queries,
- * hidden]; both in device memory.
+/* Encode images float32 [n, 3, image_size, image_size], RGB, normalised with the mean and standard deviation
+ * of CLIP -> features float32 [n, n_queries, hidden]; both in device memory.
  */
 QVL_API qvl_status qvl_encode_images(qvl_engine* engine, int64_t n, const float* images, float* features,
                                      qvl_stream stream, qvl_error* error);
