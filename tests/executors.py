@@ -45,7 +45,7 @@ class Recording:
 
 
 class Scripted:
-    """Executor that generates `script(prompt)` token by token, without a model.
+    """Executor that generates `script(prompt)` token by token, without a model. A request for more tokens fails.
 
     `prompts` records the prompts; `steps` records for each step a list with (tokens computed before, tokens to compute)
     of each chunk.

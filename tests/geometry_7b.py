@@ -62,7 +62,7 @@ def write_model(folder: Path, sizes: dict[str, Any], dtype: str) -> Path:
 
 
 def write_gptq(folder: Path, sizes: dict[str, Any], group: int = 128) -> Path:
-    """Write a 4-bit GPTQ folder with act-order and random integers; one shard for each layer of the language model."""
+    """Write a 4-bit GPTQ folder with act-order and random integers; each layer of the language model is a shard."""
     folder.mkdir(exist_ok=True)
     quantization = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": True}
     (folder / "config.json").write_text(json.dumps({**sizes, "quantization_config": quantization}))
@@ -85,7 +85,7 @@ def write_gptq(folder: Path, sizes: dict[str, Any], group: int = 128) -> Path:
 def gptq_tensors(
     specs: Iterable[tuple[str, TensorSpec]], group: int, rng: np.random.Generator
 ) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Yield GPTQ's tensors in place of the layers' linear weights, and the other tensors in float16."""
+    """Yield GPTQ's tensors in place of the language layers' linear weights, and the other tensors in float16."""
     for name, spec in specs:
         stored = name if name == "lm_head.weight" else f"transformer.{name}"
         if not spec.linear or not name.startswith("h."):

@@ -33,7 +33,8 @@ Peak find_peak(int32_t vocab, const float* logits) {
   typedef int32_t FourInts __attribute__((vector_size(16)));
   constexpr int32_t kBlock = 256, kVectors = 4, kLanes = 4;
   float maximum = -INFINITY;
-  int32_t best = -1;  // start of the block with the maximum's first occurrence; after the last block its id
+  // Start of the first block that contains the maximum, or its id if it occurs only after the last block.
+  int32_t best = -1;
   // Per lane -1 (true) or 0. finite: a value was finite; numbers: no value was a NaN.
   FourInts finite = {}, numbers = FourInts{} - 1;
   int32_t start = 0;

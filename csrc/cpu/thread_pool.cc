@@ -26,8 +26,8 @@
 namespace qvl::cpu {
 namespace {
 
-// About 50 microseconds of spinning before a worker sleeps, longer than the gaps between a decode step's
-// loops.
+// Spins, about 50 microseconds, before a worker sleeps or the waiting caller begins to yield: longer than the
+// gaps between a decode step's loops.
 constexpr int kSpins = 2000;
 
 // Single-threaded periods; all times are in nanoseconds. When the loops on several threads have taken more

@@ -110,8 +110,9 @@ enum {
  * of activations. */
 typedef int32_t qvl_compute;
 enum {
-  QVL_COMPUTE_BEST = 0,     /* CPU: bfloat16 with QVL_ISA_AVX512_BF16, else float32. GPU: float16 with float16
-                               weights or without bfloat16 instructions, else bfloat16 */
+  QVL_COMPUTE_BEST = 0,     /* CPU: bfloat16 with QVL_ISA_AVX512_BF16, else float32. GPU: float16 without
+                               bfloat16 instructions or if wte.weight (without a language stage
+                               visual.positional_embedding) is float16, else bfloat16 */
   QVL_COMPUTE_FLOAT32 = 1,  /* CPU only: uses no instructions of QVL_ISA_AVX512_BF16; decode steps multiply
                                QVL_UINT* weights with float32 activations, which is slow */
   QVL_COMPUTE_BFLOAT16 = 2, /* QVL_UNSUPPORTED on a CPU with another ISA than QVL_ISA_AVX512_BF16 */
@@ -147,8 +148,8 @@ typedef struct qvl_config {
   uint32_t stages; /* QVL_STAGE_VISION, QVL_STAGE_LANGUAGE or both; their weights are required */
   qvl_device device;
   int32_t device_index; /* index of the GPU; 0 on a CPU */
-  int32_t n_threads;    /* CPU: number of threads; 0: OMP_NUM_THREADS if it is set, else the number of CPUs
-                           available to the process */
+  int32_t n_threads;    /* CPU: number of threads; 0: OMP_NUM_THREADS if it is 1 to 1024, else the number of
+                           CPUs available to the process */
   qvl_isa isa;
   int32_t max_tokens; /* maximum number of tokens per pass over the layers, which determines the scratch
                          memory; larger batches are split; 0: 512, on a GPU 2048 */
@@ -201,14 +202,16 @@ typedef struct qvl_config {
  *     attn.out_proj.weight [H, H], attn.out_proj.bias [H]
  *   visual.ln_post.{weight,bias} [H]; visual.proj [H, H]
  *
- * Every matrix is [out, in] here. visual.proj, [in, out] in checkpoints, must be transposed; the tables
- * positional_embedding and key_pos_embed must be resized to the image's patches.
+ * Below, a matrix is a weight that multiplies activations: all weights above with at least two dimensions but
+ * wte.weight, query, positional_embedding, pos_embed and key_pos_embed. Every matrix is [out, in] here.
+ * visual.proj, [in, out] in checkpoints, must be transposed; positional_embedding and key_pos_embed must be
+ * resized to the image's patches.
  *
- * Every weight may be QVL_FLOAT32, QVL_BFLOAT16 or QVL_FLOAT16, and matrices other than wte.weight may be
- * quantized. Types may be mixed. A matrix NAME [out, in] other than wte.weight may have a permutation
- * NAME.order, QVL_INT32 [in] ("act-order" of GPTQ): stored column j multiplies input order[j], y[o] = sum
- * over j of value[o, j] * x[order[j]]. On a GPU mlp.w1 and mlp.w2 of a layer must have the same order and the
- * same type, unless neither is quantized; matrices of the vision stage must have no order.
+ * Every weight may be QVL_FLOAT32, QVL_BFLOAT16 or QVL_FLOAT16, and matrices may be quantized. Types may be
+ * mixed. A matrix NAME [out, in] may have a permutation NAME.order, QVL_INT32 [in] ("act-order" of GPTQ):
+ * stored column j multiplies input order[j], y[o] = sum over j of value[o, j] * x[order[j]]. On a GPU mlp.w1
+ * and mlp.w2 of a layer must have the same order and the same type, unless neither is quantized; matrices of
+ * the vision stage must have no order.
  *
  * On a CPU products with float32 weights run in float32. With other weights the products of prompts and
  * images round the activations to the compute type (qvl_compute). The products of decode steps and of lm_head
@@ -250,9 +253,9 @@ QVL_API uint64_t qvl_packed_bytes(qvl_dtype dtype, int64_t out, int64_t in);
 
 /* Convert a float32 matrix [out, in] to `dtype` at `packed`, rounding to nearest; both in host memory.
  * Quantization is symmetric. The scale of a row (QVL_INT8) is its largest magnitude / 127. The scale of a
- * group (QVL_INT4_G*) is the one with the least squared error among several candidates near its largest
- * magnitude / 8. QVL_INVALID: a NaN or infinity in a matrix to be quantized, QVL_INT32, or a dtype that
- * qvl_pack_groups creates.
+ * group (QVL_INT4_G*) is the one with the least squared error among several candidates near -v / 8, where v
+ * is the group's value with the largest magnitude: scales may be negative. QVL_INVALID: a NaN or infinity in
+ * a matrix to be quantized, QVL_INT32, or a dtype that qvl_pack_groups creates.
  */
 QVL_API qvl_status qvl_pack(qvl_dtype dtype, int64_t out, int64_t in, const float* values, void* packed,
                             uint64_t packed_bytes, qvl_error* error);
@@ -372,8 +375,8 @@ QVL_API qvl_status qvl_synchronize(qvl_engine* engine, qvl_stream stream, qvl_er
 
 /* ---- vision ------------------------------------------------------------------------------------------- */
 
-/* Encode images float32 [n, 3, image_size, image_size], normalised -> features float32 [n, n_queries,
- * hidden]; both in device memory.
+/* Encode images float32 [n, 3, image_size, image_size], RGB, normalised with the mean and standard deviation
+ * of CLIP -> features float32 [n, n_queries, hidden]; both in device memory.
  */
 QVL_API qvl_status qvl_encode_images(qvl_engine* engine, int64_t n, const float* images, float* features,
                                      qvl_stream stream, qvl_error* error);
@@ -451,8 +454,8 @@ typedef struct qvl_batch {
   uint32_t size;                 /* sizeof(qvl_batch) */
   int32_t n_sequences;           /* at least 1 */
   const qvl_sequence* sequences; /* host memory */
-  const int32_t* tokens; /* concatenated ids of all sequences, device memory; ids covered by a span are not
-                            read */
+  const int32_t* tokens; /* concatenated ids of all sequences, host or device memory; ids covered by a span
+                            are not read */
   int32_t n_spans;       /* spans do not overlap and are in order of start */
   int32_t reserved;      /* 0 */
   const qvl_span* spans; /* host memory */
@@ -557,7 +560,7 @@ typedef struct qvl_request {
 enum { QVL_FINISH_END = 1, QVL_FINISH_LENGTH = 2 };
 
 /* Callback with the tokens of a step. Called on the thread that called qvl_generate, in the order of steps,
- * while a GPU may already compute later steps. Return 0 to continue; any other value makes qvl_generate
+ * while a GPU may already compute the next step. Return 0 to continue; any other value makes qvl_generate
  * return QVL_STOPPED.
  *
  * n: number of requests with a token in this step; requests, tokens: their indices and tokens [n].
@@ -574,11 +577,11 @@ typedef struct qvl_result {
 /* Generate completions for a batch of n requests.
  *
  * end_ids: stop tokens, int32 [n_end], host memory.
- * pool: NULL to create a pool for this call, float32 for float32 weights, else bfloat16. A given pool needs
- * (n_tokens + max_new) / block_tokens blocks for each request, rounded up, and is overwritten. tokens: int32
- * [n, stride], host memory; row i receives the tokens of request i. stride: at least the largest max_new.
- * results: [n]. request_size: sizeof(qvl_request). on_step: may be NULL. Each step takes and releases the
- * engine's lock, so that steps of concurrent calls alternate.
+ * pool: NULL to create a pool for this call, float32 if h.0.attn.c_attn.weight is float32, else bfloat16. A
+ * given pool needs (n_tokens + max_new) / block_tokens blocks for each request, rounded up, and is
+ * overwritten. tokens: int32 [n, stride], host memory; row i receives the tokens of request i. stride: at
+ * least the largest max_new. results: [n]. request_size: sizeof(qvl_request). on_step: may be NULL. Each step
+ * takes and releases the engine's lock, so that steps of concurrent calls alternate.
  */
 QVL_API qvl_status qvl_generate(qvl_engine* engine, qvl_kv_pool* pool, int32_t n, const qvl_request* requests,
                                 uint32_t request_size, int32_t n_end, const int32_t* end_ids,

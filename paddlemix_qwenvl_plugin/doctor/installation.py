@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.util.shipped import PACKAGE
 from paddlemix_qwenvl_plugin.version import __version__
 
 DISTRIBUTION = "paddlemix-qwenvl-plugin"
-# Entry points declared in pyproject.toml: group -> name.
+# Entry points declared in pyproject.toml, without the command `qwenvl`: group -> name.
 ENTRY_POINTS = {
     "paddlenlp.plugins": "qwenvl",
     "paddlenlp.model_types": "qwen-img2txt",

@@ -172,8 +172,8 @@ def check_gpu(paddle: Check, answer: Answer, visible: Sequence[str]) -> Check:
         code_list = "sm_" + ", ".join(map(str, architectures))
         gpu_list = ", ".join(map(str, unsupported))
         lacking = f"{gpu_list}: this Paddle has no machine code for it; it has code for {code_list}"
-        # The addition in questions.gpu may succeed because its kernel is one of few with PTX: for a pinned wheel, `ptx`
-        # decides.
+        # For a wheel without PTX in pins.yaml, a successful addition in questions.gpu is no proof: a few kernels of
+        # such a wheel have PTX nevertheless.
         if (wheel is not None and not wheel.ptx) or answer.cause:
             return result("problem", lacking, INSTALL_GPU)
         return result("note", f"{lacking} and runs on it from PTX, which is translated at the first start")

@@ -1,4 +1,4 @@
-"""Questions that import Paddle, an upstream or a model; each runs in a separate process (probe.py)."""
+"""Questions answered by importing Paddle or an upstream, or by opening a model, each in its own process (probe.py)."""
 
 from __future__ import annotations
 

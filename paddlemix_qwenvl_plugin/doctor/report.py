@@ -15,8 +15,8 @@ Status = Literal["ok", "note", "problem"]
 class Check:
     """Result of one check.
 
-    `name` is unique in a report, `fix` is a shell command, and `data` contains JSON-ready values with the same keys
-    for every check of that name (see docs/doctor.md).
+    `name` is unique in a report, `fix` is a shell command, and `data` contains JSON-ready values whose keys depend only
+    on `name` (see docs/doctor.md).
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Environment of a run: interpreter, machine, GPUs, package versions, commit."""
+"""Environment of a run: command, interpreter, machine, GPUs, package versions, environment variables, commit."""
 
 from __future__ import annotations
 

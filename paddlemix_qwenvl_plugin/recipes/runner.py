@@ -92,7 +92,7 @@ class _Run:
             "seconds": 0.0,
             "steps": [*(earlier["steps"][:first] if earlier else []), *pending],
             "expect": [],
-            # Timings of a step that runs again are discarded, even if it is not reached or fails.
+            # Earlier timings of a step from `first` on are discarded, even if this run does not complete the step.
             "bench": earlier["bench"] if earlier and self._bench_is_skipped() else None,
         }
 

@@ -77,7 +77,7 @@ class WorkerImageLoader:
         await asyncio.gather(*(process.stop() for process in self._processes))
 
     async def _decoded(self, kind: bytes, encoded: bytes, param: str) -> LoadedImage:
-        """Return an encoded image from the cache, or decode it; errors become ApiError."""
+        """Return the decoded image from the cache, or decode it; errors become ApiError."""
         key = await asyncio.to_thread(_digest, kind, encoded)
         cached = self._cache.get(key)
         if cached is not None:

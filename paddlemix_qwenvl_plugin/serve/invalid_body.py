@@ -28,7 +28,7 @@ def invalid_body(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
 
     The message quotes no values except numbers, so that a log of it contains no text of a prompt.
     """
-    if isinstance(body, bytes):  # FastAPI does not parse a body with another content type
+    if isinstance(body, bytes):  # FastAPI parses only bodies of content type JSON
         return ApiError(
             415,
             "The body is not declared as JSON; send the header Content-Type: application/json.",

@@ -24,8 +24,8 @@ from paddlemix_qwenvl_plugin.serve.service import Service
 # Longer than clients keep an idle connection (httpx: 5 s), so that the client closes it: if the server closes it, a
 # request in transit is lost.
 _KEEP_ALIVE_SECONDS = 15
-# Timeout of each phase of the shutdown: the engine process ends, handlers send their error events, the image processes
-# end. Also the time from the second signal to the forced exit.
+# Timeout of each of these phases of the shutdown: the engine process ends, handlers send their error events, the image
+# processes end. Also the time from the second signal to the forced exit.
 _STEP_TIMEOUT_SECONDS = 10.0
 # Timeout for the cleanup of handlers whose connection was aborted.
 _CLEANUP_SECONDS = 1.0

@@ -74,7 +74,8 @@ class Service:
     Attributes:
         model_name: name of the model in the API.
         adapters: names of the model's adapters; the API lists each of them as a model.
-        is_chat: whether the model is Qwen-VL-Chat; the base model supports /v1/completions only.
+        is_chat: whether the model is trained for chat, as Qwen-VL-Chat and the demo model; the base model supports
+            /v1/completions only.
         draining: whether the server is shutting down, while running requests finish.
         cluster_metrics: function that renders the metrics of all processes of a cluster for an Accept header, as
             Metrics.render does; None: this server is not part of a cluster.

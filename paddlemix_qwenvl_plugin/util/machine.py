@@ -17,7 +17,7 @@ GIB = 1024**3
 def memory_gib() -> Optional[float]:
     """Total memory that this process may use, in GiB: the machine's, or the container's limit if it is lower.
 
-    None where the platform does not report it.
+    The limit is read for cgroup version 2 only. None where the platform does not report the machine's memory.
     """
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

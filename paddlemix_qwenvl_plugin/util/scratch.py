@@ -25,7 +25,7 @@ def scratch_folder(target: Path, kind: str) -> Iterator[Path]:
     for lock in target.parent.glob(f"{glob.escape(prefix)}*/{_LOCK}"):
         with contextlib.suppress(Timeout, FileNotFoundError), FileLock(lock, timeout=0):
             shutil.rmtree(lock.parent, ignore_errors=True)
-    # Lock before the rename to the final name, so that no other process removes the folder as stale.
+    # Locked before it gets a name that the loop above matches: another process would remove the unlocked folder.
     folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=unlocked_prefix))
     try:
         with FileLock(folder / _LOCK):

@@ -157,7 +157,7 @@ def test_folder(quantized, model):
 
 @dataclass
 class Forward:
-    """Forward pass of vision tower and language model in dynamic mode.
+    """Forward pass of image encoder and language model in dynamic mode.
 
     Attributes:
         grams: X^T X of each matrix's inputs X, summed over all rows so far; keys "LAYER MATRIX", as in "0 mlp.w1".
@@ -260,6 +260,7 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("method", ["write_layer", "finish"])
 def test_resume(quantized, model, rows, tmp_path, monkeypatch, method):
     """A run that was interrupted in the second layer or at the end and then resumed writes the same bytes."""
+    # calls: the first argument of each call, the layer's index for write_layer, the number of bits for finish.
     target, calls = tmp_path / "q4", []
     original = getattr(GptqFolder, method)
 

@@ -85,7 +85,7 @@ def _as_text_tokens(value: Any) -> Any:
 
 
 def _in_valid_order(messages: list[dict[str, Any]], data: Any) -> list[dict[str, Any]]:
-    """Valid order of a chat: system messages, a user message, all other messages, a user message."""
+    """Valid order of a chat: system, a user message, all other messages, a user message; only users send images."""
     system = [message for message in messages if message.get("role") in ("system", "developer")]
     others = [message for message in messages if message not in system]
     for message in [*system, *others]:

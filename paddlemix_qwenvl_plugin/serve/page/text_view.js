@@ -18,7 +18,8 @@ export class TextView {
   constructor(callbacks) {
     this.callbacks = callbacks;
     this.node = element('p', { class: 'words' });
-    this.parts = []; // { node, isMark } for each segment; a mark also has words, badges and numbers
+    // { node, isMark } for each segment. A mark, the part of a <ref> or a box, also has words, badges and numbers.
+    this.parts = [];
   }
 
   /** Show the segments of an answer (see answer_text.js). Unchanged nodes are kept, with their focus and selection. */
