@@ -2,7 +2,7 @@
 
 The function gets a `Bench` in an empty working directory, creates the input there, and returns the arguments of
 `qwenvl`. Functions such as `predict(…)` and `recipe(…)` return a case that calls the method of `Bench` of the same name
-with these arguments.
+with the same arguments.
 """
 
 from __future__ import annotations
@@ -1300,7 +1300,7 @@ def write_jsonl(name: str, *rows: Any) -> None:
 
 
 def vqa(*flags: str, rows: Sequence[Any] = (QUESTION,)) -> list[str]:
-    """`eval vqa` with these rows in data.jsonl, and without exported stages."""
+    """`eval vqa` with these flags, and with these rows in data.jsonl."""
     write_jsonl("data.jsonl", *rows)
     return ["eval", "vqa", "data.jsonl", *flags]
 
