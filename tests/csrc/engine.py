@@ -218,7 +218,7 @@ def pointer(array: np.ndarray) -> int:
 
 
 def aligned(n_bytes: int) -> np.ndarray:
-    """Uninitialized uint8 memory aligned to a cache line of 64 bytes, which the engine prefers for weights."""
+    """Uninitialized uint8 memory aligned to a cache line of 64 bytes, as are the weights of parameter files."""
     memory = np.empty(n_bytes + 63, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + n_bytes]
