@@ -65,7 +65,7 @@ class Bench:
         self.max_address_bytes: int | None = None
         # Path of the file to which standard output goes.
         self.stdout: str | None = None
-        # Content of standard input; None: closed.
+        # Content of standard input; None: closed (in a subprocess: empty).
         self.stdin: bytes | None = b""
         # An object that must exist while the command runs, such as a lock.
         self.keep_alive: Any = None
