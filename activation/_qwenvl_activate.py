@@ -1,7 +1,8 @@
 """Activation of the hooks at interpreter start (qwenvl_activate.pth, qwenvl_activate.start from Python 3.15 on).
 
 A finder on sys.meta_path calls the plugin's hook when a module of HOOKS or EARLY_HOOKS is imported, and provides the
-stand-ins of STAND_INS if the real module is missing. The plugin itself is imported for the first call of a hook.
+stand-ins of STAND_INS if the real module is missing and paddlenlp.experimental imports it. The plugin itself is
+imported for the first call of a hook.
 
 Environment: QWENVL_PLUGIN=0 switches the activation off; QWENVL_PLUGIN_DEBUG=1 logs to stderr.
 """
@@ -133,8 +134,8 @@ class _Finder:
         finally:
             self._searching.discard(search)
         if name in STAND_INS:
-            # A real module is not changed. No stand-in for imports from other modules: these may only check whether
-            # the module exists.
+            # A real module is not changed. Importers outside paddlenlp.experimental get no stand-in: their import may
+            # be a check whether the module exists.
             if spec is not None or not _importer().startswith(_IMPORTERS_OF_STAND_INS):
                 return spec
             from importlib.machinery import ModuleSpec

@@ -66,7 +66,7 @@ def _module_exists(module: str) -> bool:
         if error.name is not None and f"{module}.".startswith(f"{error.name}."):
             return False
         raise
-    except ValueError:
+    except ValueError:  # the name is empty, or that of a loaded module without a spec
         return False
 
 

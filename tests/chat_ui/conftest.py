@@ -20,7 +20,7 @@ def vl(tiny_exported: Path) -> QwenVL:
 
 @pytest.fixture
 def say(vl: QwenVL, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Function that makes the model give this text as every answer from now on."""
+    """Function that makes the model give a text as every answer from then on."""
 
     def say(text: str) -> None:
         executors.script_completion(vl, monkeypatch, [*vl.tokenizer.encode(text), vl.tokenizer.im_end_id])

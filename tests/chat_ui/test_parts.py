@@ -100,7 +100,8 @@ def test_box_lines() -> None:
     assert box_line(4, Box("box", ((0, 0), (1, 1)), "a\n\x1b[2Jb"), None).startswith("[4] a \\x1b[2Jb: ")
 
 
-# Environments of terminals with kitty's graphics protocol, with iTerm2's, and without image support.
+# Environments of terminals with kitty's graphics protocol, with iTerm2's, and of those that get no preview: without
+# image support, or in tmux or screen.
 KITTY = [{"TERM": "xterm-kitty"}, {"TERM": "xterm-ghostty"}, {"TERM": "xterm", "KITTY_WINDOW_ID": "1"}]
 ITERM = [
     {"TERM": "xterm-256color", "TERM_PROGRAM": "iTerm.app"},

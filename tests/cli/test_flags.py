@@ -1,4 +1,4 @@
-"""Flags that several commands share: generation options, spellings, --picture_label, --draw, --output."""
+"""Flags: generation options, spellings, --picture_label, and the files that --draw and --output of `predict` write."""
 
 from __future__ import annotations
 

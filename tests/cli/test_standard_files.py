@@ -161,7 +161,7 @@ def test_version_and_help(tmp_path: Path) -> None:
 
 
 def test_shell_completion(tmp_path: Path) -> None:
-    """Completions of `qwenvl exp`, and the script that installs completion in bash."""
+    """Completions of `qwenvl exp`, and the completion script for bash."""
     completed = subprocess.run(
         [*COMMAND],
         cwd=tmp_path,

@@ -2,8 +2,8 @@
 
 These tests also run without Paddle: `pytest --confcutdir=tests/csrc tests/csrc`.
 
-To run them on a GPU, set QWENVL_TEST_LIBRARY to the path of a libqwenvl.so that has libqwenvl_cuda.so and the kernels
-beside it (tests/cuda/README.md). The tests then create every engine on that GPU.
+To run those of the C interface on a GPU (tests/cuda/README.md names their files), set QWENVL_TEST_LIBRARY to the path
+of a libqwenvl.so that has libqwenvl_cuda.so and the kernels beside it. The tests then create every engine on the GPU.
 """
 
 from __future__ import annotations

@@ -218,7 +218,7 @@ def pointer(array: np.ndarray) -> int:
 
 
 def aligned(n_bytes: int) -> np.ndarray:
-    """Uninitialized uint8 memory aligned to a cache line of 64 bytes, which the engine prefers for weights."""
+    """Uninitialized uint8 memory aligned to a cache line of 64 bytes, as are the weights of parameter files."""
     memory = np.empty(n_bytes + 63, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + n_bytes]
@@ -395,7 +395,10 @@ def quantize_groups(values: np.ndarray, dtype: int) -> tuple[np.ndarray, np.ndar
 
 
 def make_config(data: Mapping[str, Any], stages: int = VISION | LANGUAGE, **changes: Any) -> Config:
-    """Engine configuration from a model's config.json; `changes` override fields."""
+    """Engine configuration from a model's config.json; `changes` override fields.
+
+    In config.json, `intermediate_size` is the width of w1 and w2 together.
+    """
     vision = data["visual"]
     config = Config(
         size=ctypes.sizeof(Config),
@@ -439,8 +442,8 @@ def store(
 ) -> dict[str, Stored]:
     """Pack weights into the engine's storage as `dtype`, or as `dtype_of(name)` if given.
 
-    Only matrices of linear layers can be quantized: in place of a quantized type, embedding tables get bfloat16 and
-    vectors float32.
+    Only matrices of linear layers can be quantized: in place of a quantized type, tables of embeddings, positions and
+    the resampler's queries get bfloat16, and vectors float32.
     """
     stored = {}
     for name, values in weights.items():
@@ -667,7 +670,10 @@ class Adapter:
 
 
 Entry = tuple[Sequence[int], int, int, Sequence[int]]
-"""A sequence of a batch: tokens, n_past, prompt_len, block table; qwenvl.h describes these fields of qvl_sequence."""
+"""A sequence of a batch: its new tokens, n_past, prompt_len, block table.
+
+n_past: number of earlier tokens, whose keys and values are in the pool; prompt_len: length of the entire prompt.
+"""
 
 
 class Pool:

@@ -25,7 +25,7 @@ def cubic(distance: np.ndarray) -> np.ndarray:
 
 
 def resize_matrix(source: int, target: int) -> np.ndarray:
-    """Matrix [target, source] of bicubic interpolation, with half-pixel centres and the border repeated."""
+    """Matrix [target, source] of cubic interpolation along an axis, with half-pixel centres and the border repeated."""
     matrix = np.zeros([target, source])
     for i in range(target):
         centre = (i + 0.5) * source / target - 0.5
@@ -44,7 +44,10 @@ def resize(table: np.ndarray, grid: int) -> np.ndarray:
 
 
 class GoldenModel:
-    """A golden model's weights with the engine's names, float32, matrices [out, in]; and upstream's figures."""
+    """A golden model's weights with the engine's names, float32, matrices [out, in].
+
+    `figures` are the prompt, and outputs recorded from upstream's model.
+    """
 
     def __init__(self, name: str) -> None:
         self.config = json.loads((GOLDEN / name / "config.json").read_text())

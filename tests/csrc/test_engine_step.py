@@ -77,7 +77,7 @@ def test_logprobs(pool, engine, n):
 
 
 def test_a_row_of_nan_does_not_change_another(pool, engine):
-    """A prompt with NaN features gets token -1 and NaN; the other sequence gets the same as beside a valid one."""
+    """A prompt with NaN features gets token -1 and logprobs NaN; the other sequence the same as beside a valid one."""
     entries, settings = prepare_entries(pool)[:2], [engine.sampling()] * 2
     expected = pool.step(entries, settings, n_logprobs=2)
     features = np.full([3, engine.config.hidden], np.nan, np.float32)
@@ -101,7 +101,7 @@ def test_a_step_without_rows_writes_the_pool(pool, engine):
 
 
 def test_copies_of_blocks(engine):
-    """A copied block, and a block that was read and then written to another pool, equal the original."""
+    """Copied blocks, and blocks that were read and then written to another pool, give the logits of the originals."""
     prompt = PROMPTS[0][:64]
     for dtype in (FLOAT32, BFLOAT16):
         with engine.pool(6, 32, dtype) as pool, engine.pool(4, 32, dtype) as other_pool:

@@ -1,4 +1,4 @@
-"""The engine's threads: after fork(), and their number under a container's quota."""
+"""The engine's threads after fork(), and the CPU quota of a container, which limits their number."""
 
 from __future__ import annotations
 

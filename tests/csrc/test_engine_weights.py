@@ -168,7 +168,7 @@ def test_paths_that_are_no_parameter_files(library, tmp_path):
 def test_damaged_files(library, mixed, tmp_path):
     """A file that is truncated in the header of its second record is rejected.
 
-    If a byte of this header is changed, the file is rejected, or it opens and its first tensor has its name.
+    If a byte of this header is changed, the file is rejected, or it opens and the name of its first tensor is right.
     """
     names = ["ln_f.weight", "h.0.attn.c_proj.weight", "h.0.ln_1.weight"]
     intact = write_params_file(tmp_path / "intact", {name: mixed[name] for name in names}).read_bytes()

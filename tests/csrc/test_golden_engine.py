@@ -83,7 +83,7 @@ def test_logits(model_and_best_engine, block_tokens):
 
 @BOTH_MODELS
 def test_a_mixed_batch_gives_the_same_as_its_entries_alone(model_and_best_engine):
-    """A prompt, a chunk of a prompt and decode steps of different lengths in one packed batch."""
+    """Two prompts, the last chunk of one, and the last tokens of two, of different lengths, in one packed batch."""
     _, engine = model_and_best_engine
     random = np.random.default_rng(2)
     prompts = [random.integers(0, 500, n).tolist() for n in (70, 5, 33, 200, 1)]
@@ -109,7 +109,8 @@ def test_storage_types(library, golden_model, dtype):
 
     Only the rounding of activations differs: in products of prompts and images to bfloat16, where the processor has
     instructions for it; in decode steps and lm_head to 8 bits, with quantized weights. The golden models have random
-    weights, which magnify errors: rounding activations to bfloat16 once per product moves their features by 3 %.
+    weights, which magnify errors: rounding activations to bfloat16 once per product moves their features by 3 %. The
+    test allows four times this.
     """
     model = golden_model("a")
     packed = store(library, model.weights, DTYPES[dtype])

@@ -52,7 +52,7 @@ def assert_close(values, expected, bound, size=None):
     assert np.abs(values.astype(np.float64) - expected).max() <= bound * size
 
 
-# Rows, columns: less than, equal to and more than the sizes of SIMD vectors, units of 128 values, and tiles.
+# Rows, columns: less than, multiples of and more than the sizes of SIMD vectors, units of 128 values, and tiles.
 SHAPES = [(1, 1), (3, 7), (17, 16), (33, 129), (64, 588), (70, 512), (5, 1100), (130, 2100)]
 
 

@@ -15,7 +15,7 @@ ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
 # Compiled to machine code: one compute dtype per architecture, and both for 9.0, which has separate kernels.
 ASSEMBLED = ("sm_70.f16", "sm_75.f16", "sm_80.bf16", "sm_90a.f16", "sm_90a.bf16", "sm_120.bf16")
 # Compiled only to PTX, since assembly takes most of the time. Apart from constants of linear_decode_wide.cu for 10.0,
-# the architectures of ASSEMBLED have the same preprocessor branches.
+# the architectures of ASSEMBLED have all preprocessor branches of these.
 TO_PTX = ("sm_86.bf16", "sm_89.bf16", "sm_100.bf16")
 SOURCES = sorted((sources.source_folder() / "cuda" / "kernels").glob("*.cu"))
 

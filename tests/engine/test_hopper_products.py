@@ -202,7 +202,10 @@ def test_epilogues(library: ctypes.CDLL) -> None:
     ("kind", "out", "width", "n", "rank"), [("bfloat16", 40, 648, 19, 8), ("int4_g64", 74, 1160, 5, 72)]
 )
 def test_low_rank_adapters(library: ctypes.CDLL, kind: str, out: int, width: int, n: int, rank: int) -> None:
-    """A x and B (A x) of each row's adapter are close to float64; rows without an adapter have the same bits."""
+    """A x and B (A x) of a row's adapter are close to float64.
+
+    Rows without an adapter have the same bits as in a product without adapters.
+    """
     product, x = Product(library, KINDS[kind], out, width), rows(n, width)
     random = np.random.default_rng(n)
     a = bfloat16(random.standard_normal((5, rank, width), np.float32))

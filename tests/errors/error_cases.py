@@ -2,7 +2,7 @@
 
 The function gets a `Bench` in an empty working directory, creates the input there, and returns the arguments of
 `qwenvl`. Functions such as `predict(…)` and `recipe(…)` return a case that calls the method of `Bench` of the same name
-with these arguments.
+with the same arguments.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Bench:
         self.max_address_bytes: int | None = None
         # Path of the file to which standard output goes.
         self.stdout: str | None = None
-        # Content of standard input; None: closed.
+        # Content of standard input; None: closed (in a subprocess: empty).
         self.stdin: bytes | None = b""
         # An object that must exist while the command runs, such as a lock.
         self.keep_alive: Any = None
@@ -1300,7 +1300,7 @@ def write_jsonl(name: str, *rows: Any) -> None:
 
 
 def vqa(*flags: str, rows: Sequence[Any] = (QUESTION,)) -> list[str]:
-    """`eval vqa` with these rows in data.jsonl, and without exported stages."""
+    """`eval vqa` with these flags, and with these rows in data.jsonl."""
     write_jsonl("data.jsonl", *rows)
     return ["eval", "vqa", "data.jsonl", *flags]
 

@@ -1,4 +1,4 @@
-"""Cases of docs/errors.md for `--lora`: adapters as PEFT or PaddleNLP writes them, each with one thing wrong."""
+"""Cases of docs/errors.md for `--lora`: adapters in PEFT's or PaddleNLP's format that cannot be merged."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def config_text(content: str) -> Case:
 
 
 def paddlenlp(**config: Any) -> Case:
-    """`export-vision` with PaddleNLP's adapter, without weights."""
+    """`export-vision` with PaddleNLP's adapter times 0.5, without weights; `config` adds keys to its config."""
 
     def prepare(bench: Bench) -> list[str]:
         bench.model()

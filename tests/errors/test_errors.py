@@ -1,4 +1,7 @@
-"""Each row of docs/errors.md with an exit code is a test: its input gives the error line and the code, and no file."""
+"""Each row of docs/errors.md with an exit code is a test: its input gives the error line and the code, and no file.
+
+With the exit code 0 it gives an answer and no error line.
+"""
 
 from __future__ import annotations
 
@@ -180,7 +183,7 @@ def test_a_full_disk_leaves_the_earlier_output_unchanged(bench: Bench) -> None:
 @pytest.mark.parametrize("max_address_kib", [300000, 500000, 650000, 800000])
 @pytest.mark.parametrize("engine", ["auto", "portable"])
 def test_little_memory(engine: str, max_address_kib: int, bench: Bench) -> None:
-    """With little memory a command succeeds, or prints one line that says so."""
+    """With little memory a command succeeds, or fails with one line about memory or threads."""
     bench.max_address_bytes = max_address_kib << 10
     bench.monkeypatch.setenv("QWENVL_ENGINE", engine)
     outcome = run_in_subprocess(bench.predict("--image", str(STREET)), bench)

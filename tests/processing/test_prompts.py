@@ -91,7 +91,7 @@ def test_generated_spans_are_the_earlier_answers(tiny: QwenTokenizer) -> None:
     numbers_of_turns = set()
     for max_window in range(0, 1000, 5):
         prompt = chat_prompt(tiny, "Last?", history, max_window=max_window)
-        # <|im_end|> ends the system prompt, the query, and twice in each turn of the history.
+        # <|im_end|> is once at the end of the system prompt and of the query, and twice in each turn of the history.
         n_turns = prompt.input_ids.count(tiny.im_end_id) // 2 - 1
         numbers_of_turns.add(n_turns)
         assert prompt.generated == answers_in(prompt.input_ids, tiny)

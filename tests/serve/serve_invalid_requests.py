@@ -144,8 +144,8 @@ async def _unknown_path(http: httpx.AsyncClient) -> Optional[str]:
     return _problem(await http.post("/v2/%00..%2fetc", json={}), 404, "not_found")
 
 
-# Each case has a name, an invalid body, parameter or image URL, and the code of the expected error. Where no status is
-# given, it is 400.
+# A case of _body, _chat or _image has a name, an invalid body, parameter or image URL, and the code of the expected
+# error. Where no status is given, it is 400.
 INVALID_REQUESTS = (
     _body("not JSON", b'{"model": "qwen', 400, "invalid_json"),
     _body("not UTF-8", b'{"model": "\xff"}', 400, "invalid_json"),

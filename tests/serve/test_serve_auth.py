@@ -256,7 +256,8 @@ def test_requests_of_other_web_pages(origin: Optional[str], allowed: bool, no_au
     assert response.status_code == (200 if allowed else 403)
     if not allowed:
         assert response.json()["error"]["code"] == "origin_not_allowed"
-    # A GET request is answered, but without this header the browser does not let the page read the response.
+    # A GET request is answered, but without Access-Control-Allow-Origin the browser does not let the page read the
+    # response.
     health = send("GET", "/health/live", headers, cors_origins=["http://chat.example.org"], no_auth=no_auth)
     assert health.status_code == 200
     allowed_origin = health.headers.get("Access-Control-Allow-Origin")

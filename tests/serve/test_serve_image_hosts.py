@@ -181,7 +181,7 @@ def test_no_downloads_without_allowed_hosts(server: Any, net: FakeNetwork) -> No
         ("http://images.example:{port}/status/404", 1),
         ("http://images.example:{port}/status/500", 1),
         ("http://images.example:{port}/to/http://other.example:{port}/a.png", 1),  # not allowed
-        # Allowed, but not a public address.
+        # Two redirects to hosts that are allowed, but not at public addresses.
         ("http://images.example:{port}/to/http://inside.example/a.png", 1),
         ("http://images.example:{port}/to/http://127.0.0.1:{port}/a.png", 1),
         ("http://images.example:{port}/to/file:///etc/passwd", 1),

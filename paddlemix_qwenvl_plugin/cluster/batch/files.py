@@ -109,7 +109,7 @@ def write(name: str, content: bytes) -> None:
         return
     file_system, path = filesystem(name)
     folder, _, last = path.rpartition("/")
-    # Object stores write a file atomically; other file systems only rename one atomically.
+    # In object stores a write is atomic; on other file systems only a rename is.
     partial = f"{folder}/{PARTIAL}{uuid.uuid4().hex[:12]}-{last}"
     with naming_url(name):
         file_system.makedirs(folder, exist_ok=True)

@@ -21,7 +21,7 @@ _LOADED_BY_MODEL = re.compile(r"(data|https?|file):", re.IGNORECASE)
 
 
 def with_images(rows: Iterable[tuple[int, Row]], folder: str, ahead: int) -> Iterator[tuple[int, Row]]:
-    """Replace images in rows by their bytes where the model cannot load them: fsspec URLs, and paths in a URL `folder`.
+    """Replace images by their bytes where the model cannot load them: fsspec URLs, relative paths in a URL `folder`.
 
     A row whose image cannot be read becomes an error.
 

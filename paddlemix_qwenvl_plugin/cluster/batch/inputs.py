@@ -71,7 +71,8 @@ def find(source: str, name: str) -> Input:
     A single file of another suffix is taken as JSONL. `name` identifies the source in messages.
 
     Raises:
-        UsageError: the source does not exist, or is a folder without input files or with several formats.
+        UsageError: the source does not exist, is a URL of an unknown scheme, or is a folder without input files or with
+            several formats.
     """
     file_system, path = filesystem(source)
     with naming_url(source):

@@ -19,7 +19,8 @@ class Span:
     Attributes:
         name: name of the file.
         base: number of rows in all earlier files (in JSONL, of lines up to each file's last row).
-        number, start, stop: as in Entry.
+        number: number of the first row in the file, from 1; in JSONL, of its line.
+        start, stop: the range [start, stop) of the rows in the file, in the unit of the format: bytes, or rows from 0.
     """
 
     name: str

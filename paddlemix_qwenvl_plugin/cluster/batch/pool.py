@@ -38,7 +38,7 @@ class Actors:
 
 
 def describe_model(open_model: Callable[[], Model[Any]], actors: Actors) -> tuple[list[str], str]:
-    """Open the model on a node with room for an actor; return the model's `weights` and `picture_label`.
+    """Open the model on a node with room for an actor; return the identifiers of its weights and its picture label.
 
     Raises:
         UsageError, QwenVLError, OSError: the model cannot be opened there.

@@ -1,4 +1,7 @@
-"""Short-answer questions about one image. A function returns None if the scene does not allow its question."""
+"""Short-answer questions about one image.
+
+A function returns None if the objects that it draws do not allow its question.
+"""
 
 from __future__ import annotations
 

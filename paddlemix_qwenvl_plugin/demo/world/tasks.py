@@ -13,7 +13,7 @@ from paddlemix_qwenvl_plugin.demo.world.scene import Scene, random_scene
 
 _Maker = Callable[[random.Random, Any, str], Optional[Turn]]
 
-# Relative frequencies of the tasks.
+# Weights of the tasks in a draw, which is repeated if the drawn task has no question about the scene.
 _ONE_IMAGE: dict[_Maker, float] = {
     questions.colour: 8,
     questions.kind: 6,
