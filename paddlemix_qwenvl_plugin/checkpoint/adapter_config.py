@@ -37,9 +37,9 @@ Value = TypeVar("Value", int, float)
 class LoraConfig:
     """Rank and scaling of an adapter's low-rank updates.
 
-    `rank_pattern` and `alpha_pattern`: key of `_value_for` -> value that overrides `rank` or `alpha`.
-    `modules_to_save`: modules that the adapter replaces completely. `base`: name of the model that the adapter was
-    trained on.
+    `rank_pattern` and `alpha_pattern`: `^` and the full name of a module, or the last components of its name -> value
+    that overrides `rank` or `alpha`. `modules_to_save`: modules that the adapter replaces completely. `base`: name of
+    the model that the adapter was trained on.
     """
 
     path: Path

@@ -93,7 +93,7 @@ class Checkpoint:
     ) -> Iterator[tuple[str, NDArray[np.generic]]]:
         """Yield (canonical name, values) in `dtype`, bfloat16 as uint16 bits.
 
-        Linear weights are [in, out], with `out_in` [out, in]. At most one tensor is in memory at a time.
+        Linear weights are [in, out], with `out_in` [out, in]. Tensors are read one at a time.
 
         Raises:
             UsageError: a tensor is quantized.

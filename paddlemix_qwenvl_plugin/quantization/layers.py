@@ -114,7 +114,7 @@ class LayerQuantizer:
     def _advance(
         self, source: Streams, target: Streams, step: Callable[[DecoderLayer, Floats, int], Floats]
     ) -> None:
-        """Apply a part of the layer, original and quantized, to the states of all rows in `source`."""
+        """Apply a part of the layer, original and quantized, to the states of all rows from `source` to `target`."""
 
         def stepped(layer: DecoderLayer, states: States) -> Iterator[Floats]:
             for row, n_prompt in enumerate(self._batch.prompt_lengths):
