@@ -63,8 +63,8 @@ void v1(const Query& p) {
 
 // Online softmax (Milakov and Gimelshein, arXiv:1805.02867): one pass, no buffer. The running sums are
 // relative to the running maximum; a larger score rescales them. Not faster yet, but now the keys can be
-// divided into parts whose results are merged: groups of keys from v4 on, the shares of several threads in
-// cpu/attention.cc.
+// processed in parts: from v4 on in groups, in cpu/attention.cc in chunks, which several threads can compute
+// and whose results are merged.
 void v2(const Query& p) {
   float maximum = -__builtin_inff(), total = 0;
   for (int d = 0; d < p.head_dim; ++d) p.out[d] = 0;
