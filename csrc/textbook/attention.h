@@ -63,8 +63,8 @@ void v1(const Query& p) {
 
 // Online softmax (Milakov and Gimelshein, arXiv:1805.02867): one pass, no buffer. The running sums are
 // relative to the running maximum; a larger score rescales them. Not faster yet, but now the keys can be
-// divided into parts whose results are merged: groups of keys from v4 on, the shares of several threads in
-// cpu/attention.cc.
+// processed in parts: from v4 on in groups, in cpu/attention.cc in chunks, which several threads can compute
+// and whose results are merged.
 void v2(const Query& p) {
   float maximum = -__builtin_inff(), total = 0;
   for (int d = 0; d < p.head_dim; ++d) p.out[d] = 0;
@@ -140,8 +140,8 @@ QVL_INLINE void key_groups(const Query& p) {
       const int n = tile->n - t < kLanes ? tile->n - t : kLanes;
       const auto* keys = static_cast<const BFloat16*>(tile->keys) + t * tile->stride;
       const auto* values = static_cast<const BFloat16*>(tile->values) + t * tile->stride;
-      // Keys to prefetch: the next group of this tile, or the first group of the next tile. After the last
-      // group of all this is memory behind the tile; a prefetch of any address is harmless.
+      // Keys to prefetch: the next group of this tile, or the first group of the next tile. In the last group
+      // of the last tile the address is behind the tile; a prefetch of any address is harmless.
       const bool same_tile = t + kLanes < tile->n || tile + 1 == p.tiles + p.n_tiles;
       const auto* next_keys =
           same_tile ? keys + n * tile->stride : static_cast<const BFloat16*>(tile[1].keys);
@@ -171,9 +171,10 @@ QVL_INLINE void key_groups(const Query& p) {
   finish(p, sums, sum(total));
 }
 
-// The scores of kLanes keys, then their values: the lanes of all dot products are summed together (sums_of),
-// and all keys share one exponential and one rescaling. Fewer instructions, but the reads alternate between
-// keys and values, and the hardware prefetcher restarts each time. Bound by memory latency.
+// The scores of a group of kLanes keys, then their values: the lanes of the group's dot products are summed
+// together (sums_of), and its keys share one exponential and one rescaling. Fewer instructions, but the
+// stream of keys pauses while the group's values are read, and the hardware prefetcher restarts each time.
+// Bound by memory latency.
 void v4(const Query& p) {
   key_groups<false>(p);
 }

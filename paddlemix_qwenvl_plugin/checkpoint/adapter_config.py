@@ -37,8 +37,9 @@ Value = TypeVar("Value", int, float)
 class LoraConfig:
     """Rank and scaling of an adapter's low-rank updates.
 
-    `rank_pattern` and `alpha_pattern`: module name -> value that overrides `rank` or `alpha`. `modules_to_save`:
-    modules that the adapter replaces completely. `base`: name of the model that the adapter was trained on.
+    `rank_pattern` and `alpha_pattern`: `^` and the full name of a module, or the last components of its name -> value
+    that overrides `rank` or `alpha`. `modules_to_save`: modules that the adapter replaces completely. `base`: name of
+    the model that the adapter was trained on.
     """
 
     path: Path
@@ -155,7 +156,11 @@ def _refuse_variants(path: Path, data: dict[str, Any], keys: tuple[str, ...]) ->
 
 
 def _literal_names(pattern: Optional[dict[str, Value]], path: Path, key: str) -> dict[str, Value]:
-    """Return a pattern with unescaped keys. Raises QwenVLError unless they are module names: PEFT allows regexes."""
+    """Return a pattern with unescaped keys.
+
+    Raises:
+        QwenVLError: a key is not a module name (PEFT allows regular expressions), or a rank is below 1.
+    """
     names = {name.replace("\\.", "."): value for name, value in (pattern or {}).items()}
     for name, value in names.items():
         # Matching a regular expression from a file could take forever.
@@ -167,7 +172,10 @@ def _literal_names(pattern: Optional[dict[str, Value]], path: Path, key: str) ->
 
 
 def _value_for(pattern: Mapping[str, Value], module: str, default: Value) -> Value:
-    """The value of the first key that matches a module: `^` and its full name, or the last components of its name."""
+    """The value of the first key that matches a module, else `default`.
+
+    A key matches if it is `^` and the module's full name, or the last components of the module's name.
+    """
     for key, value in pattern.items():
         if key == f"^{module}" or f".{module}".endswith(f".{key}"):
             return value

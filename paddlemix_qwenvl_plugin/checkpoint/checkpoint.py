@@ -44,14 +44,16 @@ class Checkpoint:
 
     Args:
         folder: the model folder.
-        lora: adapters to merge into the weights, each a folder or (folder, weight).
+        lora: the folder of an adapter to merge, or several adapters, each a folder or (folder, factor).
 
     Attributes:
         quantized: the weights quantized by GPTQ or AWQ, which `tensors` does not read; None without such weights.
 
     Raises:
         UsageError: the folder, its config or its weights do not exist; an adapter for quantized or tied weights.
-        QwenVLError: a tensor is missing, unknown, mis-shaped or laid out unlike the others; the message names it.
+        QwenVLError: a file is damaged, the quantization is not supported, or a tensor is missing, unknown, mis-shaped
+            or laid out unlike the others; the message names the file or tensor.
+        UsageError, QwenVLError: as for Merge.
     """
 
     def __init__(self, folder: Path, lora: Union[PathLike, Sequence[Lora]] = ()) -> None:
@@ -91,10 +93,11 @@ class Checkpoint:
     ) -> Iterator[tuple[str, NDArray[np.generic]]]:
         """Yield (canonical name, values) in `dtype`, bfloat16 as uint16 bits.
 
-        Linear weights are [in, out], with `out_in` [out, in]. At most one tensor is in memory at a time.
+        Linear weights are [in, out], with `out_in` [out, in]. Tensors are read one at a time.
 
         Raises:
             UsageError: a tensor is quantized.
+            QwenVLError: a value does not fit into float16, or a file is damaged.
         """
         self._refuse_quantized(specs)
         names: dict[str, list[str]] = {}
@@ -165,7 +168,7 @@ class Checkpoint:
                 self.vision[name] = TensorSpec((rows, *self.vision[name].shape[1:]))
 
     def _hint_about_missing(self, name: str) -> str:
-        """Possible cause of a missing tensor, to append to the error message; empty if there is none."""
+        """Possible cause of a missing tensor, to append to the error message; empty if no cause is found."""
         if name == "lm_head.weight":
             return "; if it is the token embedding, set tie_word_embeddings to true in config.json"
         unlisted = self._shards.unlisted()
@@ -262,7 +265,7 @@ class Checkpoint:
         return evidence is None or evidence[0]
 
 
-# Tensor -> key of config.json that sets its number of rows.
+# Tensor -> key of config.json that sets its number of rows; of lm_head, which is linear, the number of outputs.
 _ROWS = {
     "wte.weight": "vocab_size",
     "lm_head.weight": "vocab_size",
@@ -272,14 +275,14 @@ _ROWS = {
 
 
 def open_weights(folder: Path) -> Union[Shards, Ranks]:
-    """Open the weight files of a folder; tensor-parallel ranks are read if it has no other weights."""
+    """Open the weight files of a folder; tensor-parallel ranks are read if it has none of WEIGHT_FILES."""
     if any((folder / name).is_file() for name, _ in WEIGHT_FILES):
         return Shards.open(folder)
     return Ranks.open(folder) or Shards.open(folder)
 
 
 def _hint_about_shape(name: str, shape: tuple[int, ...], spec: TensorSpec) -> str:
-    """The key of config.json that contradicts a shape, to append to the error message; empty if there is none."""
+    """Advice on the key of config.json that contradicts a shape, to append to the message; empty if no key does."""
     if name not in _ROWS or len(shape) != 2:
         return ""
     width = spec.shape[0] if spec.linear else spec.shape[1]

@@ -21,7 +21,7 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError
 from paddlemix_qwenvl_plugin.util.files import new_folder
 
 MAX_SHARD_BYTES = 2 * 1024**3
-# Suffixes of files that are not copied: weights in any format, and training state.
+# Suffixes of files that are not copied: weights in any format, their indexes, programs, and training state.
 _NOT_COPIED = (
     ".safetensors",
     ".pdparams",
@@ -44,7 +44,7 @@ def convert(
 ) -> None:
     """Convert the model of `source` to the new folder `target`, which is created atomically.
 
-    The source's other files, such as the tokenizer's, are copied, except weights and training state.
+    The source's other files, such as the tokenizer's, are copied, but no other weights, programs or training state.
 
     Args:
         source: a model folder in any supported form.
@@ -73,7 +73,8 @@ def convert(
 def _tensors(checkpoint: Checkpoint, dtype: Optional[str]) -> dict[str, Stored]:
     """Shape and dtype of every tensor of the new folder, by canonical name.
 
-    The tensors of quantized layers, whose dtypes are kept, come first; the others are in the order of the forward pass.
+    The tensors of quantized layers, whose dtypes are kept, come first; then the others of the language model, then
+    those of the vision stage, both in the order of the forward pass.
     """
     quantized = checkpoint.quantized
     tensors: dict[str, Stored] = dict(quantized.stored) if quantized else {}

@@ -57,7 +57,7 @@ def cast(array: NDArray[np.generic], source: str, target: str, name: str) -> NDA
 
 
 def to_float32(array: NDArray[np.generic], source: str) -> NDArray[np.float32]:
-    """Convert values from any storage type to float32."""
+    """Convert values from `source`, one of FLOATS, to float32."""
     if source == "bfloat16":
         bits = array.astype(np.uint32)
         bits <<= 16  # in place: in float32 the lm_head of a 7B model takes 2.5 GB

@@ -5,7 +5,7 @@
 | an array | a tensor of a state dict; bfloat16 as uint16 bits |
 | `(name, array)` | a tensor of any other dict |
 | `eval("data", {"data": array})` | a tensor of a static program |
-| `UnpackBigParamInfor@@` | for each array above 1 GiB, split in protocols 2 and 3: its shape, names of its parts |
+| `UnpackBigParamInfor@@` | for each array of 1 GiB or more, split in protocols 2 and 3: shape, names of the parts |
 | `StructuredToParameterName@@` | names of variables; ignored |
 """
 

@@ -36,7 +36,8 @@ class QuantizedLinears:
             layers from it, and the zero biases that quantizers store for layers without bias.
 
     Raises:
-        QwenVLError: a tensor is missing, mis-shaped, of a wrong dtype, or quantized where others are not.
+        QwenVLError: a tensor is missing, has a wrong shape, dtype or values, or is not quantized; or a tensor outside
+            of the language model's blocks is quantized.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Read safetensors files one tensor at a time, and write them.
 
 The safetensors library maps the complete file, so that every page it touches stays resident. Its NumPy functions lack
-bfloat16, and its functions with bfloat16 change between versions. This module reads by offset instead, with one tensor
-in memory at a time. Format: 8 bytes little-endian header length, a JSON header, then the raw values.
+bfloat16, and its functions with bfloat16 change between versions. This module instead reads one tensor at a time, by
+its offset. Format: 8 bytes little-endian header length, a JSON header, then the raw values.
 """
 
 from __future__ import annotations

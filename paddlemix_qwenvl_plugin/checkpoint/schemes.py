@@ -6,7 +6,8 @@
 | Paddle static | `qwen.h.…` | `visual.vit.…`, the resampler `visual.…` | [in, out] |
 | PaddleMIX | `transformer.llm.h.…` | as Paddle static | [in, out] |
 
-`lm_head.weight` has the same name in all three.
+`lm_head.weight` has the same name in all three. Canonical names (tensors.py) are Hugging Face's without the leading
+`transformer.`.
 """
 
 from __future__ import annotations

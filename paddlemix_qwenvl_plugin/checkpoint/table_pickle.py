@@ -168,7 +168,7 @@ class _CountedDispatch(dict[int, Callable[[Any], None]]):
 
 
 def check_shape(shape: Any) -> tuple[int, ...]:
-    """Return the shape of a tensor in a pickle; raise ValueError unless it has up to 8 sizes below 2^48."""
+    """Return a tensor's shape, or strides, in a pickle; raise ValueError unless it has up to 8 numbers below 2^48."""
     sizes = tuple(shape) if isinstance(shape, (tuple, list)) and len(shape) <= MAX_DIMS else (None,)
     if not all(type(size) is int and 0 <= size < 1 << 48 for size in sizes):
         raise ValueError("a tensor has no valid shape")

@@ -87,7 +87,7 @@ class Ranks:
         return cls([Shards([path], match[3]) for path, match in matches.items()])
 
     def read(self, names: set[str]) -> Iterator[tuple[str, NDArray[np.generic]]]:
-        """Yield the named tensors in storage type; one tensor of all ranks is in memory at a time."""
+        """Yield the named tensors in storage type, joined from the ranks one tensor at a time."""
         for name in self.tensors:
             if name in names:
                 split = _split(name)

@@ -54,7 +54,8 @@ def nearest(columns: Floats, scale: Floats, zero: Floats, top: int) -> Floats:
 def best_grid(columns: Floats, importance: Floats, bits: int) -> tuple[Floats, Floats]:
     """Choose the scale and zero point of every row for one group of columns.
 
-    Of several clipped ranges, selects that with the least squared error of rounding to nearest, weighted per column.
+    Of several ranges, from all of a row's values to half of that, selects the one with the least squared error of
+    rounding to nearest, weighted per column.
 
     Args:
         columns: [out, group].

@@ -25,7 +25,10 @@ STAGES: tuple[tuple[str, ...], ...] = (
 
 
 class DecoderLayer:
-    """A decoder layer, computed in parts; `load` sets its weights."""
+    """A decoder layer, computed in parts; `load` sets its weights.
+
+    `n_prompt` of its methods is the length of a row's prompt, which determines the rotary base.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         self._config = config

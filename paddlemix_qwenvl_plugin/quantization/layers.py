@@ -15,7 +15,8 @@ from paddlemix_qwenvl_plugin.quantization.packing import gptq_tensors
 from paddlemix_qwenvl_plugin.quantization.rounding import Hessian, quantize, relative_error
 from paddlemix_qwenvl_plugin.quantization.states import States
 
-# Tokens per product that is added to X^T X. Large products are faster, and the sum is updated less often.
+# Minimum number of tokens, except in the last product, of each product that is added to X^T X. Large products are
+# faster, and the sum is updated less often.
 _TOKENS_AT_ONCE = 2048
 
 
@@ -42,7 +43,7 @@ class Streams:
 
 
 class LayerQuantizer:
-    """Quantizer of one layer at a time. In memory are two copies of the layer in float32, original and quantized."""
+    """Quantizer of one layer at a time; it holds the original and the quantized layer, both in float32."""
 
     def __init__(self, checkpoint: Checkpoint, batch: Batch, bits: int, group: int) -> None:
         self._checkpoint, self._batch = checkpoint, batch
@@ -113,7 +114,7 @@ class LayerQuantizer:
     def _advance(
         self, source: Streams, target: Streams, step: Callable[[DecoderLayer, Floats, int], Floats]
     ) -> None:
-        """Apply a part of the layer, original and quantized, to the states of all rows in `source`."""
+        """Apply a part of the layer, original and quantized, to the states of all rows from `source` to `target`."""
 
         def stepped(layer: DecoderLayer, states: States) -> Iterator[Floats]:
             for row, n_prompt in enumerate(self._batch.prompt_lengths):

@@ -42,7 +42,7 @@ class CalibrationRow:
         n_prompt: length of the prompt.
         images: sources of the images, in order.
         spans: (index of `<img>`, index of `</img>`) of each image.
-        where: file and line, for messages.
+        where: file and line, or number of the drawn row, for messages.
     """
 
     input_ids: list[int]
@@ -158,7 +158,7 @@ _ANSWER_TAGS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
 
 
 def _take_answer(line: bytes) -> tuple[bytes, Any]:
-    """Split a row into the row without its key "answer", and the answer; None if the line has no such key."""
+    """Split a row into the row without its key "answer", and the answer, which is None if the row has no such key."""
     try:
         values = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError):

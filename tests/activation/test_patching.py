@@ -1,4 +1,4 @@
-"""Atomic patching: either all changes of a hook are made, or none."""
+"""Atomic patching: either all changes of a hook are made, or none. Also replacements, which can be undone."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def test_pickles_of_paddle(tmp_path, monkeypatch, case):
 
 @pytest.mark.parametrize("case", [case for case in PICKLES if "numpy" not in str(PICKLES[case][0])])
 def test_pickles_of_pytorch(tmp_path, monkeypatch, case):
-    """The pickles in a zip archive, and in the format before PyTorch 1.6."""
+    """The pickles without NumPy arrays, in a zip archive and in the format before PyTorch 1.6."""
     monkeypatch.chdir(tmp_path)
     refused(torch_file.read_header, replace_pickle(BY_TORCH / "float32.bin", Path("a.bin"), PICKLES[case][0]))
     legacy = (BY_TORCH / "float32-before-1.6.bin").read_bytes()
@@ -230,7 +230,7 @@ def test_two_tables(tmp_path):
 
 
 def test_members_that_overlap(tmp_path):
-    """The central directory gives the second storage the place of the first."""
+    """The central directory gives the second member the place of the first."""
     path = archive(
         tmp_path / "a.bin", [("a/0", bytes(500)), ("a/1", bytes(500)), ("a/data.pkl", b"\x80\x02}.")]
     )
@@ -245,7 +245,7 @@ def test_members_that_overlap(tmp_path):
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a\\..\\b", "x" * 5000])
 def test_names_of_members_are_not_paths(tmp_path, name):
-    """No file is written under a member's name, and members that no tensor refers to are ignored."""
+    """A member that no tensor refers to is ignored, even if its name is a path or very long."""
     path = archive(tmp_path / "a.bin", [(name, b"x"), ("a/data.pkl", b"\x80\x02}.")])
     assert "holds no table of tensors" in refused(torch_file.read_header, path)
 

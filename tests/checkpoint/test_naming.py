@@ -83,7 +83,7 @@ def test_errors_name_the_tensor(golden, tmp_path, damage, message):
 
 
 def test_linear_pattern_covers_fused_projections(golden):
-    """`LINEAR` matches all matrices that are 3 times as wide as high: the fused projections."""
+    """`LINEAR`, for names of linear weights, matches all matrices 3 times as wide as high: the fused projections."""
     model = golden("b")
     fused = [
         name

@@ -131,7 +131,7 @@ def data_url(path: Path) -> str:
 
 
 def engine_pids() -> dict[str, int]:
-    """Map the replica ids of engines to process ids: each engine process holds its log file open."""
+    """Map the replica ids of engines to process ids of the replicas, each of which holds its log file open."""
     pids = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

@@ -252,7 +252,7 @@ def test_limits_hold_over_all_fronts(service: Service) -> None:
     body["min_tokens"] = 1500
 
     def received() -> dict[str, float]:
-        """Requests that each front has received so far, without those of the tests for metrics."""
+        """Number of ended chat requests of each front; the tests' requests for metrics are not counted."""
         return service.clients[0].metrics("qwenvl_requests_total", path="/v1/chat/completions")
 
     received_before = received()

@@ -78,7 +78,7 @@ def test_results_equal_those_of_exported_stages(server: FakeServer, batch: Any, 
     """The fake server answers with the tiny model; the reference is a job with the same model and no server.
 
     Images are data: URLs, because the prompt of an image file contains its path on exported stages, but not on a
-    server. Row 5 has an image file, and its result is not compared.
+    server. Row 5 has an image file, and its result is not compared; the image file of row 4 does not exist.
     """
     vl = QwenVL.from_exported(tiny_exported / "vision" / "vision", tiny_exported / "text" / "qwen")
     image = {"type": "image_url", "image_url": {"url": DATA_URL}}

@@ -48,7 +48,7 @@ class ErrorResponse(NamedTuple):
 
 
 class Engine:
-    """EngineClient that generates a few scripted tokens and then fails as configured.
+    """EngineClient that generates a few scripted tokens and then ends, fails or hangs as configured.
 
     Attributes:
         tokens: the ids of the tokens of each completion.

@@ -89,7 +89,8 @@ class Load:
             questions: the clients choose from these at random.
             seed: seed of the random choices.
             read_all: if true, no client disconnects early or sends invalid requests.
-            allow_errors: if true, an error for which `is_server_error` is true does not count as a failure.
+            allow_errors: if true, an error for which `is_server_error` is true does not count as a failure, nor does
+                status 503 for an invalid request.
         """
         self.tally = Tally()
         self._url = url

@@ -443,7 +443,7 @@ def test_workers_exit_when_the_front_is_killed() -> None:
 
 
 def test_worker_opens_no_files(tmp_path: Path) -> None:
-    """A worker answers R when it is ready, X for an error and I for an image."""
+    """A worker sends R when it is ready, X for an invalid request and I for an image."""
     (tmp_path / "valid.png").write_bytes(VALID_PNG)
     frames = [
         (image_worker.DATA_URL, str(tmp_path / "valid.png").encode()),  # a path in place of a data: URL

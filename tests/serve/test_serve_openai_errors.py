@@ -336,7 +336,7 @@ def test_lone_surrogate_in_a_message_is_valid(server):
 def test_number_of_validation_errors_is_limited():
     """Pydantic reports one error per invalid value; a body of some megabytes must not cause gigabytes of errors.
 
-    The invalid values are items of a list or unknown parameters.
+    The invalid values are items of a list, unknown parameters, or keys of `metadata`, which may have 16.
     """
     unknown_parameters = dict.fromkeys(map(str, range(10_000)), 1)
     valid_body = {"model": NAME, "messages": question("?")}

@@ -78,7 +78,7 @@ def application(settings: ServeSettings) -> serve.Application:
         max_ongoing_requests=n_requests + _SPARE_REQUESTS,
         ray_actor_options={"num_cpus": front_cpus(settings)},
         health_check_period_s=_HEALTH_SECONDS,
-        # The maximum time of a request, so that an update of the application ends no request.
+        # The maximum time of a request whose body has been received, so that an update of the application ends none.
         graceful_shutdown_timeout_s=settings.waiting_timeout + settings.running_timeout,
     )(ingress())
     bound: serve.Application = front.bind(settings, read_api_keys(settings), engine.bind(settings))

@@ -21,8 +21,8 @@ REPORT_SECONDS = 1.0
 
 # A process that has not reported for this time counts as lost; its leases are released.
 _LOST_SECONDS = 10.0
-# A lease that is this old and missing in a report of its front is released: its client has disconnected. A younger one
-# may be missing because the grant was on its way to the front.
+# A lease that is this old and missing in a report of its front is released: its request has ended. A younger one may be
+# missing because the grant was on its way to the front.
 _UNCLAIMED_SECONDS = 5.0
 # The coordinator exits after this time without fronts, for example after Ray's command `serve shutdown`.
 _IDLE_SECONDS = 600.0
@@ -146,7 +146,8 @@ class Coordinator:
     ) -> Totals:
         """Record the report of a process, `kind` front or engine, and return the cluster state.
 
-        Adopts reported leases that are unknown here; releases older leases of the front that are missing in its report.
+        Adopts reported leases that are unknown here; releases leases of the front that are missing in its report and
+        were granted more than _UNCLAIMED_SECONDS ago.
         """
         now = time.monotonic()
         self._processes[name] = _Process(kind, now, ready, metrics)

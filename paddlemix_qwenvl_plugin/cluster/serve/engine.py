@@ -16,7 +16,7 @@ from paddlemix_qwenvl_plugin.serve.metrics import engine_metrics
 from paddlemix_qwenvl_plugin.serve.opening import model_settings
 from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 
-# Ray replaces the replica after the engine process has been unavailable for this time.
+# Health checks fail once the engine process has been unavailable for this time; Ray then replaces the replica.
 _UNHEALTHY_SECONDS = 60.0
 
 

@@ -25,8 +25,8 @@ _PAUSES = (0.0, 0.5, 2.0)
 class HandleEngineClient:
     """EngineClient over the Ray Serve handle of the engine replicas.
 
-    Completions are bit-identical on all replicas. If a replica fails, another one recomputes the request and omits the
-    tokens already sent; the client sees a pause.
+    Completions are bit-identical on all replicas with the same instruction set or kind of GPU. If a replica fails,
+    another one recomputes the request and omits the tokens already sent; the client sees a pause.
 
     Attributes:
         image_end: see prefix_of.

@@ -83,7 +83,7 @@ class Member:
         Args:
             kind: front or engine.
             state: returns the content of each report.
-            on_report: called after each report with updated `totals`.
+            on_report: called without arguments after each report, once `totals` is updated.
         """
         self.name = name
         self.coordinator = coordinator(settings)

@@ -13,8 +13,8 @@ def prefix_of(request: EngineRequest, image_end: int) -> str:
     """Compute a digest of a request's adapter and of its shared prefix.
 
     The shared prefix is the prompt before the first answer, up to and including the last image if it has one. All turns
-    of a conversation have the same digest, and so have requests whose adapter and prompt are the same up to the last
-    image of the first turn.
+    of a conversation have the same digest, and so have requests whose adapter, prompt and images are the same up to the
+    last image of the first turn.
 
     Args:
         image_end: id of the token after an image's slots.

@@ -65,8 +65,8 @@ def start_on(
         The second signal, if one arrived before the application was removed; else None.
 
     Raises:
-        UsageError: conflicting settings, or Ray is not installed or too old.
-        QwenVLError: no cluster answers, or the application does not start.
+        UsageError: conflicting settings, or Ray is not installed, too old, or incompatible with the installed protobuf.
+        QwenVLError: no cluster answers, the application does not start or is removed, or the cluster ends.
     """
     _check(settings)
     with _raise_on_signals(signals), connect(address):

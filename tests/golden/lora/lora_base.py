@@ -48,6 +48,6 @@ def weights() -> dict[str, np.ndarray]:
 
 
 def sample(name: str, values: np.ndarray) -> np.ndarray:
-    """64 values of a tensor at random positions."""
+    """64 values of a tensor at random positions, the same for the same name and size."""
     positions = np.random.default_rng(zlib.crc32(f"sample of {name}".encode())).integers(values.size, size=64)
     return np.ascontiguousarray(values).reshape(-1)[positions]
