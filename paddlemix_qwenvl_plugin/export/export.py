@@ -111,7 +111,8 @@ def export_language(
 ) -> Manifest:
     """Export the language stage to OUTPUT_PATH/MODEL_PREFIX.*: the stock programs, and step programs for QwenVL.
 
-    The tokenizer and the config are copied to OUTPUT_PATH. Other arguments and errors: see export_vision.
+    With quantized weights, only the engine program is exported. The tokenizer and the config are copied to OUTPUT_PATH.
+    Other arguments and errors: see export_vision.
 
     Args:
         quant_type: weight_only_int8 or weight_only_int4, engine only; None: all weights in `dtype`, except

@@ -66,9 +66,9 @@ struct PaddedRows {
   __device__ static int at(int row, int d) { return row * (kPaddedDim + 8) + d; }
 };
 
-// Attention of a job's queries. kPaddedDim: head_dim, padded to a multiple of 16. `source` provides keys and
-// values by two functions, which 128 threads call together; before sm_80, by value(part, key, d), which
-// returns a value:
+// Attention of a job's queries. kPaddedDim: a multiple of 16, at least head_dim. From sm_80 on `source`
+// provides keys and values by two functions, which 128 threads call together; before sm_80, by value(part,
+// key, d), which returns one value:
 //
 //   locate(first, n, thread)              looks up the addresses of n keys from `first` on, up to the last
 //                                         key of the job; may write to shared memory

@@ -1,4 +1,5 @@
-// Kernels between the products: norm, embedding, and rotary rotation with the write to the cache.
+// Kernels between the products: norm, embedding, gathering of columns, and rotary rotation with the write to
+// the cache.
 //
 // Layout:
 //
