@@ -71,8 +71,9 @@ def export_vision(
 ) -> Manifest:
     """Export the vision stage, images -> features, to SAVE_PATH.json, .pdmodel, .pdiparams and .manifest.json.
 
-    If the engine is available, the export also has `.fused.json` and `.fused.pdmodel` with the same weights. A float16
-    or bfloat16 export also has `.cpu.json` and `.cpu.pdmodel`: the same weights, computed in float32.
+    If the engine is available and `engine` allows it, the export also has `.fused.json` and `.fused.pdmodel` with the
+    same weights. A float16 or bfloat16 export also has `.cpu.json` and `.cpu.pdmodel`: the same weights, computed in
+    float32.
 
     Args:
         model: model folder.
@@ -83,7 +84,9 @@ def export_vision(
             both exports may get the same adapters.
 
     Raises:
-        UsageError, QwenVLError: see Checkpoint and Adapter; an overflow in float16 names the tensor.
+        UsageError: an invalid argument; the model folder or an adapter does not exist.
+        QwenVLError: the checkpoint or an adapter is malformed, a value does not fit into float16, or the engine is
+            required and cannot be built.
     """
     save_path = Path(save_path)
     if not save_path.name:

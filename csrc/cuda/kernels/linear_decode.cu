@@ -22,12 +22,12 @@
 // early launches, some multiprocessors get two blocks and others none, which made a chain of products up to a
 // third slower than without early launches.
 //
-// Cost. Bytes: each weight once; x and y are negligible. time = out * in * bytes per weight / bandwidth: at
-// 4.3 TB/s (an H200) 4096 x 4096 takes 7.8 us in bfloat16, 2 us with 4 bits, as long as the start of a
-// kernel. With early launches (sm_90 and newer) the next kernel therefore starts when the last weights have
-// been requested, and fetches its first kDepth - 1 slots, 32 or 64 KB, on each multiprocessor that is done.
-// At that bandwidth a multiprocessor can execute 220 warp instructions per KB of weights; this limits weights
-// of 4 and 8 bits.
+// Cost. Bytes: each weight once for up to 8 rows of x; x and y are negligible. time = out * in * bytes per
+// weight / bandwidth: at 4.3 TB/s (as on an H200) 4096 x 4096 takes 7.8 us in bfloat16, 2 us with 4 bits, as
+// long as the start of a kernel. With early launches (sm_90 and newer) the next kernel therefore starts when
+// the last weights have been requested, and fetches its first kDepth - 1 slots, 32 or 64 KB, on each
+// multiprocessor that is done. At that bandwidth a multiprocessor can execute 220 warp instructions per KB of
+// weights, which is the limit for weights of 4 and 8 bits.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_decode.py::test_a_product_is_that_of_float64; the same bits
 // in every batch: test_a_row_does_not_depend_on_the_others; both on GPUs other than Hopper.
