@@ -302,6 +302,7 @@ __device__ void linear_decode(const LinearDecode& p) {
 
   const int64 tile_bytes = p.tile_bytes, second_offset = Weights::second_offset(p);
   const int64 tile_scales = static_cast<int64>(units) * kStepsOfUnit * 8 * Weights::kScaleBytes;
+  // A warp whose slice is empty (fewer than 16 units) fetches nothing: it begins after the last tile.
   NextFetch next_fetch{static_cast<const char*>(p.values) + first_tile * tile_bytes +
                            Weights::first_offset(p, lane) + static_cast<int64>(from) * Weights::kStepStride,
                        static_cast<const char*>(p.scales) + first_tile * tile_scales +
@@ -337,7 +338,7 @@ __device__ void linear_decode(const LinearDecode& p) {
       }
       if (advance(next_fetch)) start_successors();
     }
-    commit_copies();
+    commit_copies();  // after the last tile an empty group, since wait_for_copies() counts groups
   };
   for (int i = 0; i < kDepth - 1; ++i) fetch(i);
   wait_for_predecessors();

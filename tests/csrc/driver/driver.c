@@ -887,7 +887,7 @@ static int fuzz_other_calls(qvl_engine* engine) {
       CHECK((status == QVL_OK) == (fits && dtype != QVL_INT32));
       break;
     }
-    default:
+    default: /* a negative number of images, 0, or a large number without arrays */
       status = qvl_encode_images(engine, -1 - unusual_integer(), NULL, NULL, NULL, &error);
   }
   CHECK(status == QVL_OK || error.message[0] != 0);
