@@ -1,11 +1,11 @@
 """Peak memory of the phases of `qwenvl quantize` in the 7B geometry with random weights.
 
 Run: python benchmarks/quantize_memory.py embed|layer|report FOLDER
-The first run writes a checkpoint of 7 GB to FOLDER (the vision tower, one decoder layer, `lm_head`), which later runs
-use. Each phase needs a separate run, because the peak is that of the whole process. `embed` encodes the images of a few
-default calibration rows, with the whole vision tower in float32. `layer` quantizes mlp.c_proj, a layer's last matrix,
-which has the largest Hessian, with random inputs. `report` compares the most likely next tokens of the original and the
-quantized model.
+The first run writes a checkpoint of 7 GB to FOLDER (the vision tower, the resampler, one decoder layer, the embedding
+and `lm_head`), which later runs use. Each phase needs a separate run, because the peak is that of the whole process.
+`embed` encodes the images of three default calibration rows, with the vision tower and the resampler in float32.
+`layer` quantizes mlp.c_proj, a layer's last matrix, which has the largest Hessian, with random inputs. `report`
+compares the most likely next tokens of the original and the quantized model, for random hidden states.
 """
 
 from __future__ import annotations

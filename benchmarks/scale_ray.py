@@ -172,6 +172,7 @@ def main() -> None:
         include_dashboard=False,
         _temp_dir=arguments.temp_dir,
         log_to_driver=False,
+        # With Ray's default, a lower priority, other programs slow the actors.
         _system_config={"worker_niceness": 0},
     )
     measures: list[Callable[[], None]] = [driver_costs, coordinator_costs, stream_costs, actor_costs]

@@ -11,9 +11,9 @@ from typing import Any
 import simpy
 from scale_times import Times
 
-# Maximum number of prompt tokens in a step: the value for a CPU in runtime/engine_executor.py, a quarter of that for a
-# GPU. While other requests decode, the prompt chunks of a step may take PROMPT_SECONDS, or the time of PROMPT_STEPS
-# decode steps if that is longer (runtime/prompt_budget.py).
+# Maximum number of prompt tokens in a step, for all profiles: the value for a CPU in runtime/engine_executor.py, a
+# quarter of that for a GPU. While other requests decode, the prompt chunks of a step may take PROMPT_SECONDS, or the
+# time of PROMPT_STEPS decode steps if that is longer (runtime/prompt_budget.py).
 STEP_TOKENS = 512
 PROMPT_SECONDS = 0.25
 PROMPT_STEPS = 3

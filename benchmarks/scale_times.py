@@ -1,4 +1,4 @@
-"""Service times of an engine with the 7B model, from docs/benchmarks.md: measured, except for one that is computed."""
+"""Service times of an engine with the 7B model, measured (docs/benchmarks.md) or computed from measurements."""
 
 from __future__ import annotations
 

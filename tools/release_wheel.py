@@ -3,10 +3,10 @@
     pip install -e '.[release]'
     python -m tools.release_wheel dist
 
-These commands write dist/paddlemix_qwenvl_plugin-VERSION-py3-none-manylinux_….whl. `auditwheel` derives the tag from
-the versions of the C library's symbols that the engine uses. Build on an old system, such as a manylinux container:
-the wheel runs on systems whose C library is at least as new. A wheel that `pip` builds from source has no engine
-library; its package compiles the engine at first use.
+The second command writes dist/paddlemix_qwenvl_plugin-VERSION-py3-none-manylinux_….whl. `auditwheel` derives the tag
+from the versions of the C library's symbols that the engine uses. Build on an old system, such as a manylinux
+container: the wheel runs on systems whose C library is at least as new. A wheel that `pip` builds from source has no
+engine library; its package compiles the engine at first use.
 """
 
 from __future__ import annotations

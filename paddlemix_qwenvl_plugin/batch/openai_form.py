@@ -17,7 +17,8 @@ MARKS = ("custom_id", "body")
 
 _FIXED = {"method": "POST", "url": "/v1/chat/completions"}
 
-# Keys of the body without effect, except that `model` may name an adapter; keys that accept only their default.
+# Keys of the body without effect on the answer, except that `model` may name an adapter; keys that accept only their
+# default.
 _IGNORED = ("model", "user", "metadata")
 _DEFAULT_ONLY = {"n": 1, "stream": False}
 

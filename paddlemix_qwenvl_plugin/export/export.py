@@ -71,8 +71,9 @@ def export_vision(
 ) -> Manifest:
     """Export the vision stage, images -> features, to SAVE_PATH.json, .pdmodel, .pdiparams and .manifest.json.
 
-    If the engine is available, the export also has `.fused.json` and `.fused.pdmodel` with the same weights. A float16
-    or bfloat16 export also has `.cpu.json` and `.cpu.pdmodel`: the same weights, computed in float32.
+    If the engine is available and `engine` allows it, the export also has `.fused.json` and `.fused.pdmodel` with the
+    same weights. A float16 or bfloat16 export also has `.cpu.json` and `.cpu.pdmodel`: the same weights, computed in
+    float32.
 
     Args:
         model: model folder.
@@ -83,7 +84,9 @@ def export_vision(
             both exports may get the same adapters.
 
     Raises:
-        UsageError, QwenVLError: see Checkpoint and Adapter; an overflow in float16 names the tensor.
+        UsageError: an invalid argument; the model folder or an adapter does not exist.
+        QwenVLError: the checkpoint or an adapter is malformed, a value does not fit into float16, or the engine is
+            required and cannot be built.
     """
     save_path = Path(save_path)
     if not save_path.name:
@@ -111,7 +114,8 @@ def export_language(
 ) -> Manifest:
     """Export the language stage to OUTPUT_PATH/MODEL_PREFIX.*: the stock programs, and step programs for QwenVL.
 
-    The tokenizer and the config are copied to OUTPUT_PATH. Other arguments and errors: see export_vision.
+    With quantized weights, only the engine program is exported. The tokenizer and the config are copied to OUTPUT_PATH.
+    Other arguments and errors: see export_vision.
 
     Args:
         quant_type: weight_only_int8 or weight_only_int4, engine only; None: all weights in `dtype`, except

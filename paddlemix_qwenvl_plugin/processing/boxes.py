@@ -52,7 +52,8 @@ def parse_boxes(text: str) -> BoxParse:
 
     A box belongs to the preceding `<ref>` if only spaces and other boxes are between them. The returned text includes
     the text of refs, but no boxes. Coordinates outside 0 to 1000 are clamped, and the corners of a box are ordered (top
-    left first). Malformed boxes, unpaired tags and empty refs are omitted. All of this is reported in `problems`.
+    left first). Malformed boxes, unpaired tags and empty refs are omitted. `problems` reports each of these changes and
+    omissions.
     """
     boxes: list[Box] = []
     problems: list[str] = []

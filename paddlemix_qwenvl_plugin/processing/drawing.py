@@ -53,7 +53,8 @@ def draw_boxes(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
     """Draw the outlines of `boxes`, with their refs as labels, on an RGB copy of `image`.
 
     A label has a background of the box's colour. It is above the box if there is room, and always inside the image; a
-    label that is too wide is truncated. Its font is that of `font_for`; glyphs that the font lacks are empty squares.
+    label that is too wide is truncated, and omitted if no letter fits. Its font is that of `font_for`; characters that
+    the font lacks appear as its missing-glyph sign, in most fonts an empty box.
     """
     drawn = image.convert("RGB")
     draw = ImageDraw.Draw(drawn)

@@ -1,7 +1,7 @@
 """Build prompts in the forms that Qwen-VL was trained on: plain (base model) and ChatML (chat model).
 
-A `str` query is a rendered prompt: the paths between its image tags become image sources. Text from untrusted clients
-must be passed as parts, in which image tags are rejected.
+A `str` query is a rendered prompt: the paths between `<img>` and `</img>` become image sources. Text from untrusted
+clients must be passed as parts, in which `<img>`, `</img>` and `<imgpad>` are rejected.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def chat_prompt(
     does not change during a conversation.
 
     Role and content are tokenised separately, and the special tokens of ChatML are plain text in a content, as are
-    image tags in an answer or in the system text. Answers are not stripped here; the official code strips an answer
-    before it appends it to the history.
+    `<img>`, `</img>` and `<imgpad>` in an answer or in the system text. Answers are not stripped here; the official
+    code strips an answer before it appends it to the history.
 
     Raises:
         UsageError: an invalid query, history or system text.

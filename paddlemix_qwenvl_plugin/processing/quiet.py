@@ -1,4 +1,4 @@
-"""Suppression of the warnings and the stderr output of Pillow and its libraries."""
+"""Suppression of the warnings of Pillow, and of what Pillow and libtiff write to stderr."""
 
 from __future__ import annotations
 

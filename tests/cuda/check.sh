@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the tests and timings that need a GPU but no Paddle, the most important first.
+# Run tests (all but test_low_rank.py) and timings that need a GPU but no Paddle, the most important first.
 #
 #   tests/cuda/check.sh DIR [LOGS]
 #

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Run tests that launch every kernel under compute-sanitizer, with memcheck, racecheck and initcheck, several
-# processes at a time.
+# Run tests of most kernels (of none in low_rank.cu) under compute-sanitizer, with memcheck, racecheck and initcheck,
+# several processes at a time.
 #
 #   QWENVL_TEST_LIBRARY=DIR/libqwenvl.so QWENVL_CUDA_KERNELS=DIR tests/cuda/sanitize.sh LOGS [SECONDS [TOOL...]]
 #

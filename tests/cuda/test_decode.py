@@ -150,6 +150,7 @@ def test_a_product_is_that_of_float64(cuda_library, launch, half, storage, out, 
         "half": (product, sum_error),
         "float": (product, sum_error),
         "add": (product + before.double(), sum_error + before.abs().double() * 2.0**-23),
+        # 5e-5: the error of the kernels' polynomial for GELU.
         "gelu": (product * torch.special.ndtr(product), sum_error * 1.2 + 5e-5),
         "silu_times": (silu, silu_error + silu.abs() * 2.0**-19),
     }
@@ -163,6 +164,7 @@ def test_a_product_is_that_of_float64(cuda_library, launch, half, storage, out, 
         if not as_float:
             # The kernels limit float16 results to the largest float16 number.
             reference = reference.clamp(-65504, 65504) if half else reference
+            # 2^-25: half the spacing of the smallest float16 numbers.
             bound = bound + reference.abs() * EPSILON[half] + 2.0**-25
         error = (y[:n].double() - reference).abs()
         assert (error <= bound).all(), (epilogue, (error / bound).nan_to_num(math.inf).max().item())

@@ -110,7 +110,7 @@ def test_rows_of_several_adapters(half, out, width, epilogue):
 @pytest.mark.parametrize("storage", test_decode.STORAGES)
 @pytest.mark.parametrize(("out", "width"), [(40, 136), (4096, 4096), (258, 11008)])
 def test_adapted_products(cuda_library, launch, half, storage, out, width):
-    """A x has the same bits whether it is computed beside the product with the base weight or alone."""
+    """A x and the product with the base weight have the same bits computed together and each alone."""
     dtype = test_decode.HALVES[half]
     matrix, _ = test_decode.random_matrix(cuda_library, launch, half, storage, out, width)
     tables = [Table(dtype, rank, out, width) for rank in (0, 16, 64, 208)]

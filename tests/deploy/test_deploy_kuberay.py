@@ -180,7 +180,7 @@ def test_the_ray_image() -> None:
 
 
 def test_the_job_is_a_command_of_the_project() -> None:
-    """The entrypoint of batch.yaml has existing flags and equals the command in the comment of cluster.yaml."""
+    """The entrypoint of batch.yaml has existing flags, and begins the command in the comment of cluster.yaml."""
     import typer.main
 
     from paddlemix_qwenvl_plugin.cli.main import app

@@ -1,4 +1,4 @@
-"""`QwenVL.generate`: prompts, images, chat and boxes, compared with calls of its steps."""
+"""`QwenVL.generate`: prompts, images, chat and boxes, compared with separate calls and scripted completions."""
 
 from __future__ import annotations
 

@@ -66,9 +66,9 @@ struct PaddedRows {
   __device__ static int at(int row, int d) { return row * (kPaddedDim + 8) + d; }
 };
 
-// Attention of a job's queries. kPaddedDim: head_dim, padded to a multiple of 16. `source` provides keys and
-// values by two functions, which 128 threads call together; before sm_80, by value(part, key, d), which
-// returns a value:
+// Attention of a job's queries. kPaddedDim: a multiple of 16, at least head_dim. From sm_80 on `source`
+// provides keys and values by two functions, which 128 threads call together; before sm_80, by value(part,
+// key, d), which returns one value:
 //
 //   locate(first, n, thread)              looks up the addresses of n keys from `first` on, up to the last
 //                                         key of the job; may write to shared memory
@@ -91,7 +91,7 @@ __device__ inline void attend(const Job& job, const Source& source) {
       source.template load<Rows>(buffers + (tile % 2 * 2 + part) * kKeys * kRow, part, tile * kKeys,
                                  threadIdx.x);
     }
-    commit_copies();
+    commit_copies();  // beyond the last tile an empty group, since wait_for_copies() counts groups
   };
   source.locate(0, kKeys, threadIdx.x);
   __syncthreads();
@@ -122,7 +122,7 @@ __device__ inline void attend(const Job& job, const Source& source) {
   for (int tile = 0; tile < tiles; ++tile) {
     load(tile + 1, 0);
     load(tile + 1, 1);
-    wait_for_copies<3>();
+    wait_for_copies<3>();  // this tile's keys; its values and the next tile may still be in flight
     __syncthreads();
     const H* const keys = buffers + tile % 2 * 2 * kKeys * kRow;
     const H* const values = keys + kKeys * kRow;
@@ -174,7 +174,7 @@ __device__ inline void attend(const Job& job, const Source& source) {
         total[half] += scores[j][2 * half] + scores[j][2 * half + 1];
       }
     }
-    wait_for_copies<2>();
+    wait_for_copies<2>();  // this tile's values
     __syncthreads();
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {

@@ -13,7 +13,8 @@
 
 namespace qvl::cuda {
 
-// Keys and values of an image, the Source of attend() and attend_hopper(). part: 0: keys; 1: values.
+// Keys and values of one head of an image, the Source of attend() and attend_hopper(). part: 0: keys; 1:
+// values.
 struct DenseKeys {
   const H *k, *v;
   int64 stride;

@@ -1,7 +1,7 @@
 // y = x W^T for 1 to 256 rows of x: the products of decode steps and lm_head. Hopper uses
-// linear_decode_hopper.cu and linear_decode_hopper_groups.cu instead. From sm_80 on linear_decode_wide.cu
-// processes more than 8 rows of x; on older GPUs, for types with zero points, and where its blocks do not fit
-// shared memory, a block of this kernel has up to 8 of the rows of x.
+// linear_decode_hopper.cu and linear_decode_hopper_groups.cu instead. For more than 8 rows of x,
+// linear_decode_wide.cu replaces this kernel, except before sm_80, for types with zero points, and where
+// blocks of that kernel do not fit shared memory; each block of this kernel then has up to 8 of the rows.
 //
 // Layout. One block per multiprocessor, 16 warps. A tile is 16 rows of W, the rows of mma.m16n8k16, whose 8
 // columns are rows of x. k is divided into 16 slices of whole units of 128 values, one slice per warp; a warp
@@ -22,12 +22,12 @@
 // early launches, some multiprocessors get two blocks and others none, which made a chain of products up to a
 // third slower than without early launches.
 //
-// Cost. Bytes: each weight once; x and y are negligible. time = out * in * bytes per weight / bandwidth: at
-// 4.3 TB/s (an H200) 4096 x 4096 takes 7.8 us in bfloat16, 2 us with 4 bits, as long as the start of a
-// kernel. With early launches (sm_90 and newer) the next kernel therefore starts when the last weights have
-// been requested, and fetches its first kDepth - 1 slots, 32 or 64 KB, on each multiprocessor that is done.
-// At that bandwidth a multiprocessor can execute 220 warp instructions per KB of weights; this limits weights
-// of 4 and 8 bits.
+// Cost. Bytes: each weight once for up to 8 rows of x; x and y are negligible. time = out * in * bytes per
+// weight / bandwidth: at 4.3 TB/s (as on an H200) 4096 x 4096 takes 7.8 us in bfloat16, 2 us with 4 bits, as
+// long as the start of a kernel. With early launches (sm_90 and newer) the next kernel therefore starts when
+// the last weights have been requested, and fetches its first kDepth - 1 slots, 32 or 64 KB, on each
+// multiprocessor that is done. At that bandwidth a multiprocessor can execute 220 warp instructions per KB of
+// weights, which is the limit for weights of 4 and 8 bits.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_decode.py::test_a_product_is_that_of_float64; the same bits
 // in every batch: test_a_row_does_not_depend_on_the_others; both on GPUs other than Hopper.
@@ -302,6 +302,7 @@ __device__ void linear_decode(const LinearDecode& p) {
 
   const int64 tile_bytes = p.tile_bytes, second_offset = Weights::second_offset(p);
   const int64 tile_scales = static_cast<int64>(units) * kStepsOfUnit * 8 * Weights::kScaleBytes;
+  // A warp whose slice is empty (fewer than 16 units) fetches nothing: it begins after the last tile.
   NextFetch next_fetch{static_cast<const char*>(p.values) + first_tile * tile_bytes +
                            Weights::first_offset(p, lane) + static_cast<int64>(from) * Weights::kStepStride,
                        static_cast<const char*>(p.scales) + first_tile * tile_scales +
@@ -337,7 +338,7 @@ __device__ void linear_decode(const LinearDecode& p) {
       }
       if (advance(next_fetch)) start_successors();
     }
-    commit_copies();
+    commit_copies();  // after the last tile an empty group, since wait_for_copies() counts groups
   };
   for (int i = 0; i < kDepth - 1; ++i) fetch(i);
   wait_for_predecessors();

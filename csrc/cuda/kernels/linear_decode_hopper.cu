@@ -9,7 +9,7 @@ namespace qvl::cuda {
 namespace {
 
 struct HalfWeights {
-  static constexpr int kBoxes = 1;  // number of boxes of 64 values in a step
+  static constexpr int kBoxes = 1;  // number of boxes of x, 64 values wide, in a step
   static constexpr bool kInRegisters = false, kHasGroups = false;
 
   __device__ static int step_bytes(int rows) { return rows * kBoxBytes; }
@@ -87,8 +87,8 @@ struct Int4Weights {
   __device__ static int step_bytes(int rows) { return rows / kTileRows * kTileBytes; }
   __device__ static int scale_bytes(int rows) { return rows / kTileRows * kTileScales; }
 
-  // With two buffers, for which N <= 16 leaves enough registers, the sums of a group are folded into the
-  // total while the next group's products are in flight.
+  // With two buffers (groups of 64, and N <= 16, which leaves enough registers), the sums of a group are
+  // folded into the total while the next group's products are in flight.
   template <int N, int kSubtiles>
   __device__ static void add(float (&sums)[kSubtiles][N / 2], const Step& step) {
     constexpr int kTileGroups = kUnit / group, kBuffers = N <= 16 && group == 64 ? 2 : 1;

@@ -2,8 +2,9 @@
 // linear_decode.cu.
 //
 // Layout. A block (one at a time per multiprocessor) has kRowTiles tiles of 16 rows of W, one per warp, and
-// 32 or 64 rows of x, its columns. kRowTiles is 12, 6 or 2, whichever leaves the fewest multiprocessors idle.
-// k advances in units of 128 values, one per stage of a ring in shared memory:
+// 32 or 64 rows of x, its columns. kRowTiles is 12, 6 or 2: linear_decode.cc chooses the number with the
+// highest utilisation of the multiprocessors, a smaller one only if it gains 5 percentage points. k advances
+// in units of 128 values, one per stage of a ring in shared memory:
 //
 //   stage:  x [columns][128 values + 64 bytes]  |  weights [warp][unit]  |  scales [warp]      2 to 6 stages
 //              read by all warps                   copied and read back by the same lane

@@ -17,7 +17,7 @@ constexpr int kScanWarps = kScanThreads / 32;
 struct ChunkPeak {
   double best;         // the largest logit after penalties
   int id;              // the lowest id with that logit
-  int flags;           // kHasFinite, kHasInvalid
+  int flags;           // kHasFinite: a finite logit; kHasInvalid: a NaN or positive infinity
   float maximum, sum;  // of the unchanged logits: the maximum, and the sum of exp(logit - maximum)
 };
 

@@ -1,11 +1,11 @@
 /* A C program that calls the library as an application does, built without and with sanitizers.
  *
- *   driver all            a small random model for every ISA and storage type, from memory and from a file:
- *                         images, completions, steps, blocks, events
+ *   driver all            a small random model for every ISA and storage type, from memory (images,
+ *                         completions, steps, blocks, events) and from a file (images, completions)
  *   driver threads        several engines at the same time, and several threads on each engine
  *   driver fuzz N SEED    N calls, most of them with a corrupted argument
  *   driver limits         an engine with more threads, and a pool with more blocks, than fit the memory
- *   driver soak N         N requests; fails if the process grows by 256 KiB after the first tenth of them
+ *   driver soak N         N requests; fails if the process grows by 256 KiB or more after the first tenth
  *
  * Prints one line and returns 0, or prints the failed check and returns 1. Returns 2 for other arguments.
  */
@@ -816,6 +816,7 @@ static int fuzz_params_file(params_file* file, int64_t n) {
     if (i == 0) begin = (uintptr_t)t.data / 4096 * 4096;
     CHECK((uintptr_t)t.data >= begin && t.bytes <= size && (uintptr_t)t.data + t.bytes <= begin + size);
     CHECK((uintptr_t)t.data % 64 == 0 && t.dtype >= 0 && t.dtype < QVL_DTYPES && strlen(t.name) > 0);
+    /* Always true: the check is that the reads do not fault. */
     for (uint64_t b = 0; b < t.bytes; b += 64) CHECK(((const volatile unsigned char*)t.data)[b] < 256);
   }
   qvl_weights_free(weights);
@@ -886,7 +887,7 @@ static int fuzz_other_calls(qvl_engine* engine) {
       CHECK((status == QVL_OK) == (fits && dtype != QVL_INT32));
       break;
     }
-    default:
+    default: /* a negative number of images, 0, or a large number without arrays */
       status = qvl_encode_images(engine, -1 - unusual_integer(), NULL, NULL, NULL, &error);
   }
   CHECK(status == QVL_OK || error.message[0] != 0);
