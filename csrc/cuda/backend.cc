@@ -53,7 +53,8 @@ bool has_bfloat16(int index) {
 }
 
 // Compute type: that of the config. If the config has none: float16 for float16 weights and on GPUs without
-// bfloat16, else bfloat16. The type of one table stands for the weights.
+// bfloat16, else bfloat16. The type of one tensor, the table of embeddings or of the vision tower's
+// positions, stands for the weights.
 Half compute_type(const qvl_config& config, const WeightTable& weights) {
   switch (config.compute) {
     case QVL_COMPUTE_BFLOAT16:

@@ -144,8 +144,9 @@ void rotate_and_store(const Gpu&, CUstream, const void* qkv, const RowMetadata&,
 
 // Attention of the query of each row over the keys of its sequence: q H [n, heads * head_dim] -> H, the same
 // shape. Row i has positions[i] + 1 keys, at most max_keys. Keys are split at multiples of a fixed number, so
-// that a row does not depend on max_keys or n. scratch: the caller sets it to zero once after allocation; it
-// then serves calls with any n and max_keys for which attention_decode_scratch() does not exceed its size.
+// that a row's result does not depend on max_keys or n. scratch: the caller sets it to zero once after
+// allocation; it then serves calls with any n and max_keys for which attention_decode_scratch() does not
+// exceed its size.
 uint64_t attention_decode_scratch(int n, int heads, int head_dim, int max_keys);
 void attention_decode(const Gpu&, CUstream, const void* q, const RowMetadata&, const KvLayer&, int n,
                       int max_keys, void* scratch, void* y);

@@ -32,7 +32,7 @@
 
 namespace qvl::cuda {
 namespace {
-char raw[227 << 10];  // shared memory, as large as the kernels declare
+char raw[227 << 10];  // shared memory of a block, Hopper's maximum
 }
 
 char* const shared_memory = raw;
