@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-SECONDS = 0.4  # minimum duration of a measurement, after warm-up
+SECONDS = 0.4  # minimum duration of `times`, after its warm-up
 
 
 def report(column: str, row: str, value: float) -> None:
