@@ -4,7 +4,7 @@
 // buffers, depending on the source: by the copy engine, by cp.async, or by loads and a conversion to H. Rows
 // of head_dim values are divided into columns of 64 values, [column][row] of 128 bytes, the layout of
 // wgmma_descriptor() in hopper.cuh. D is kPaddedDim, rounded up to a multiple of 64; "offsets" are those of
-// keys in the cache, if the source uses them:
+// keys and their scales in the cache, if the source uses them:
 //
 //   shared:  queries [D / 64][128][64]  |  keys [2][D / 64][128][64]  |  values [2][..]  |  offsets, barriers
 //

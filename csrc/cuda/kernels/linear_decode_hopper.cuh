@@ -8,7 +8,7 @@
 //   W tile    rows  | group 0  | group 1  | group 2  | group 3  |     (0 + 1) + (2 + 3) in shared memory
 //   x         N     |          |          |          |          |
 //
-//   shared memory:  stages [x boxes | weights | scales] .. | sums [parts][4][columns][64 + 4] | barriers
+//   shared:  stages [x boxes | weights | scales] .. | sums [parts][4][columns][64 + 4] | barriers full, empty
 //
 //   warps 0-15:  4 warpgroups: wait for full, multiply, arrive at empty
 //   warp 16:     wait for empty, request W and x of the next item
