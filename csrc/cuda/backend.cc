@@ -176,7 +176,8 @@ class CudaBackend final : public Backend {
     const CurrentContext current(gpu_.context());
     check_host_ids(batch);
     const CUstream stream = compute_stream(requested);
-    const bool direct = logits == nullptr || is_device_visible(logits);  // the kernels write to `logits`
+    // direct: no copy is needed, since there are no logits or the kernels write to `logits`.
+    const bool direct = logits == nullptr || is_device_visible(logits);
     const uint64_t bytes = logits_bytes(batch);
     run(stream, pool, batch, direct ? logits : reserved(logits_, bytes));
     if (direct) return;

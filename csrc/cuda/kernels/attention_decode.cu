@@ -224,7 +224,7 @@ struct Loaded {
   }
 };
 
-// Cosines and sines for a lane's values.
+// Cosines and sines for a lane's values; the sines are negated in the lower half of a head, as for rotated().
 template <typename T>
 struct Rotation {
   using L = Lanes<T>;
