@@ -3,7 +3,8 @@
     python benchmarks/gpu/adapters.py
 
 The model has the 7B geometry and random weights. An adapter changes attn.c_attn, attn.c_proj, mlp.w1 and mlp.w2 of each
-layer, like those of the official fine-tuning script, which have rank 64. Needs the environment variables of ours.py.
+layer, like those of the official fine-tuning script, which have rank 64. Needs PyTorch for CUDA, and QWENVL_LIBRARY and
+QWENVL_CUDA_KERNELS as for ours.py.
 """
 
 from __future__ import annotations

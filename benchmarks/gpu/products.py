@@ -26,11 +26,11 @@ from model import DEVICE, Sizes
 # Names of the values of enum class Storage in csrc/cuda/ops.h, in order; half: 16-bit floats, of the compute type.
 STORAGES = ("half", "int8", "int4_g64", "int4_g128")
 STORAGES += ("uint4_g32", "uint4_g64", "uint4_g128", "uint8_g32", "uint8_g64")
-# Epilogues of a product: values of enum class Epilogue in csrc/cuda/ops.h.
 COMPUTE = {
     "bfloat16": (0, torch.bfloat16),
     "float16": (1, torch.float16),
 }  # the launchers' numbers and PyTorch's types
+# Epilogues of a product: values of enum class Epilogue in csrc/cuda/ops.h.
 EPILOGUES = {"half": 0, "float": 1, "add": 2, "silu_times": 4}
 REPLAYS = 7  # timed, after two for warm-up
 

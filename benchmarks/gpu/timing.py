@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-SECONDS = 0.4  # minimum duration of a measurement, after warm-up
+SECONDS = 0.4  # minimum duration of `times`, after its warm-up
 
 
 def report(column: str, row: str, value: float) -> None:
@@ -36,7 +36,7 @@ def times(
 
     Args:
         prepare: makes new inputs before each group; its time is not included.
-        group: number of consecutive runs between two CUDA events, whose time is divided by this number.
+        group: number of consecutive runs between two CUDA events; the time of a group is divided by this number.
         minimum: minimum number of groups.
     """
     for _ in range(2):

@@ -53,7 +53,8 @@ bool has_bfloat16(int index) {
 }
 
 // Compute type: that of the config. If the config has none: float16 for float16 weights and on GPUs without
-// bfloat16, else bfloat16. The type of one table stands for the weights.
+// bfloat16, else bfloat16. The type of one tensor, the table of embeddings or of the vision tower's
+// positions, stands for the weights.
 Half compute_type(const qvl_config& config, const WeightTable& weights) {
   switch (config.compute) {
     case QVL_COMPUTE_BFLOAT16:
@@ -175,7 +176,8 @@ class CudaBackend final : public Backend {
     const CurrentContext current(gpu_.context());
     check_host_ids(batch);
     const CUstream stream = compute_stream(requested);
-    const bool direct = logits == nullptr || is_device_visible(logits);  // the kernels write to `logits`
+    // direct: no copy is needed, since there are no logits or the kernels write to `logits`.
+    const bool direct = logits == nullptr || is_device_visible(logits);
     const uint64_t bytes = logits_bytes(batch);
     run(stream, pool, batch, direct ? logits : reserved(logits_, bytes));
     if (direct) return;

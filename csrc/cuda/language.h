@@ -54,7 +54,7 @@ class Language {
 
   // Reserve scratch memory for `rows` decode rows with up to max_keys keys. A captured graph (StepGraphs)
   // stays valid while graph_version() is unchanged: it changes when scratch memory moves, and when an adapter
-  // changes a product that no adapter has changed before.
+  // changes a product with a higher rank than all adapters before.
   void reserve(int rows, int max_keys);
   int graph_version() const { return graph_version_; }
 

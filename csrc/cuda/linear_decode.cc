@@ -58,8 +58,8 @@ int lay_out(int arch, const Matrix& matrix, int columns, int tiles_at_once, Line
   return p.sums_at + 2 * kWarps * tiles_at_once * columns * kSumsPitch * 4;
 }
 
-// Launch kernels/linear_decode_wide.cu, for more than 8 rows of x; return false if a block does not fit the
-// shared memory of this GPU.
+// Launch kernels/linear_decode_wide.cu, for more than 8 rows of x; return false if no block fits the shared
+// memory of this GPU, or if the matrix is so small that it would use at most 5 % of the multiprocessors.
 bool launch_wide(const Gpu& gpu, CUstream stream, const Matrix& matrix, LinearDecode& p) {
   constexpr int kUnitBytes[] = {4096, 2048, 1024, 1024};  // tile x unit: kHalf, kInt8, kInt4G64, kInt4G128
   const int unit = kUnitBytes[static_cast<size_t>(matrix.storage)], limit = shared_limit(gpu.arch());

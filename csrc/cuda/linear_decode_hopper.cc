@@ -14,7 +14,8 @@ constexpr int kThreads = 128 * kHopperGroups + 32, kAlign = 1024, kBoxBytes = 12
 constexpr int kMaxShared = 227 << 10;
 // Over half of the 228 KiB of a multiprocessor, so that it has only one block of this kernel.
 constexpr int kMinShared = 120 << 10;
-// Limit of shared memory with few rows of x; it leaves 64 KiB of a multiprocessor for a block of attention.
+// Limit of shared memory with up to 16 rows of x; it leaves 64 KiB of a multiprocessor for a block of
+// attention.
 constexpr int kSharedBesideAttention = 158 << 10;
 constexpr int kMaxStages = 32, kMaxSteps = 4;  // stages of the ring; steps per item, the content of a stage
 
@@ -69,8 +70,8 @@ int best_steps(int slice, int bytes) {
   return best;
 }
 
-// Tensor map of rows of H in boxes of 64 values x `box` rows; if rows are whole boxes, a copy loads `steps`
-// boxes.
+// Tensor map of rows of H in boxes of 64 values x `box` rows; if `in` is a multiple of 64, a copy loads
+// `steps` boxes.
 TensorMap boxes_of(const Gpu& gpu, const void* base, int64_t rows, int64_t in, int64_t stride, int box,
                    int steps) {
   if (in % 64 != 0) return tensor_map(gpu, base, {in, rows}, {stride * 2}, {64, box});

@@ -6,7 +6,8 @@
 namespace qvl::cuda {
 
 // Decode rows and their adapters; the arrays are in device memory. Kernels read the arrays before their
-// predecessors have ended, under the same condition as `metadata` of attention_step in ops.h.
+// predecessors have ended: the writers of the arrays must have ended before the first of a chain of early
+// launches began.
 struct AdaptedRows {
   const uint64_t* adapters;  // [n]: addresses of adapter tables; 0: no adapter
   const int32_t* order;      // [n]: row indices sorted by adapter, or NULL

@@ -63,7 +63,7 @@ enum class Epilogue {
   kHalf,      // H [n, out]
   kFloat,     // float32 [n, out]
   kAdd,       // added to float32 [n, out]
-  kGelu,      // H [n, out], gelu with erf
+  kGelu,      // H [n, out], gelu with erf or with a polynomial in its place (linear_prompt.cuh)
   kSiluTimes  // H [n, out / 2]: y = w1 x * silu(w2 x); the rows of w1 and w2 are interleaved in the matrix
 };
 
@@ -144,8 +144,9 @@ void rotate_and_store(const Gpu&, CUstream, const void* qkv, const RowMetadata&,
 
 // Attention of the query of each row over the keys of its sequence: q H [n, heads * head_dim] -> H, the same
 // shape. Row i has positions[i] + 1 keys, at most max_keys. Keys are split at multiples of a fixed number, so
-// that a row does not depend on max_keys or n. scratch: the caller sets it to zero once after allocation; it
-// then serves calls with any n and max_keys for which attention_decode_scratch() does not exceed its size.
+// that a row's result does not depend on max_keys or n. scratch: the caller sets it to zero once after
+// allocation; it then serves calls with any n and max_keys for which attention_decode_scratch() does not
+// exceed its size.
 uint64_t attention_decode_scratch(int n, int heads, int head_dim, int max_keys);
 void attention_decode(const Gpu&, CUstream, const void* q, const RowMetadata&, const KvLayer&, int n,
                       int max_keys, void* scratch, void* y);

@@ -9,7 +9,7 @@
 
 namespace qvl::cuda {
 
-// Properties of a batch that determine which sampling kernels run.
+// Properties of a batch that determine which sampling kernels run, and the sizes of their inputs and outputs.
 struct SampleKind {
   bool draws = false;     // at least one row is not greedy
   bool changes = false;   // at least one row has token counts (for penalties) or forbidden ids

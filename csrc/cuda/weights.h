@@ -11,9 +11,10 @@
 
 namespace qvl::cuda {
 
+// Parameters of a LayerNorm.
 struct Norm {
   const float* weight;
-  const float* bias;  // NULL: RMSNorm
+  const float* bias;
 };
 
 class Weights {
@@ -25,7 +26,8 @@ class Weights {
   const float* floats(const std::string& name);
 
   // Matrix with its input order (Matrix::order), if it has one; throws QVL_UNSUPPORTED if a matrix of the
-  // vision stage has one. `bias`: name of a tensor, or empty.
+  // vision stage has one. `bias`: name of a tensor, or empty. A matrix that is on the GPU in H already, in
+  // rows of a multiple of 8 values, is not copied.
   Matrix matrix(const std::string& name, const std::string& bias = "");
   Matrix linear(const std::string& name) { return matrix(name + ".weight", name + ".bias"); }
 

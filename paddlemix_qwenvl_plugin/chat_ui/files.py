@@ -145,6 +145,6 @@ def save_drawn(attached: AttachedImage, boxes: Sequence[Box]) -> Path:
 
 
 def _stem(attached: AttachedImage) -> str:
-    """File name of an image without its suffix; other characters than word characters, . and - become _."""
+    """File name of an image without its suffix, at most 60 characters; all but word characters, . and - become _."""
     name = urlsplit(attached.name).path if is_address(attached.name) else attached.name
     return re.sub(r"[^\w.-]+", "_", Path(name).stem)[:60] or "image"

@@ -41,7 +41,7 @@ from paddlemix_qwenvl_plugin.util.memory import require_addresses
 from paddlemix_qwenvl_plugin.util.program import program
 from paddlemix_qwenvl_plugin.version import __version__
 
-# typer depends on click, and from 0.16 on contains a copy of it. The ClickException of either is found through typer's
+# typer depends on click, but from 0.26 on contains a copy of it. The ClickException of either is found through typer's
 # BadParameter, which is derived from UsageError, which is derived from ClickException.
 _ClickException: Any = typer.BadParameter.__mro__[2]
 
@@ -98,7 +98,7 @@ def main() -> None:
     """Run the command line.
 
     An error prints one line on stderr and exits with code 1 (failure), 2 (usage), 130 (interrupted), 143 (SIGTERM) or
-    129 (SIGHUP).
+    129 (SIGHUP). If the reader of the output has exited, the code is 1, without a line.
     """
     _prepare_streams()
     try:

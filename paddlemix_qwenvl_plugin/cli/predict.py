@@ -107,7 +107,7 @@ def predict(
 
 
 def _check_targets(output: Optional[Path], draw: Optional[Path], sources: Sequence[str]) -> None:
-    """Refuse to overwrite the input images and files that `predict` did not write."""
+    """Refuse to overwrite input images and files that `predict` did not write, and one file for both targets."""
     from paddlemix_qwenvl_plugin.processing.drawing import is_drawn
 
     for target, may_replace in ((output, _is_answer), (draw, is_drawn)):
@@ -131,7 +131,7 @@ def _is_same_file(target: Path, source: str) -> bool:
 
 
 def _is_answer(path: Path) -> bool:
-    """Whether --output wrote this file."""
+    """Whether a file has the fields of an answer, as --output writes them."""
     try:
         data = json.loads(path.read_text("utf-8")) if path.stat().st_size < _MAX_ANSWER_BYTES else None
     except (ValueError, RecursionError):

@@ -35,7 +35,7 @@ def ending() -> Iterator[None]:
     """Raise KeyboardInterrupt at SIGINT and Terminated at SIGTERM and SIGHUP in the block, at most once per second.
 
     If a signal arrived, all three are ignored after the block. Signals ignored beforehand (nohup) stay ignored. Outside
-    the main thread, where Python allows no handlers, nothing changes.
+    the main thread, where Python allows no handlers, only Paddle's handlers are disabled.
     """
     main_thread = threading.current_thread() is threading.main_thread()
     previous_handlers = {number: signal.getsignal(number) for number in _NUMBERS if main_thread}

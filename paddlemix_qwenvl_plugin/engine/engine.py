@@ -79,7 +79,8 @@ class Engine:
             gpu: index of the GPU, after a call of gpu.load; None: the CPU.
 
         Raises:
-            QwenVLError: a weight is missing or does not have the shape that the config requires.
+            QwenVLError: a weight is missing or does not have the shape that the config requires, or the device does not
+                support the model or has too little memory.
         """
         vision = config.visual
         self.config = config

@@ -33,7 +33,7 @@ def usable(index: int) -> Gpu:
     """Check that the engine runs on GPU `index`, counted among the GPUs visible to this process, and return the GPU.
 
     Raises:
-        UsageError: the driver or the GPU is missing, or the engine does not support it.
+        UsageError: the driver or the GPU is missing, or too old for the engine.
     """
     gpus = _driver().gpus
     if index >= len(gpus):

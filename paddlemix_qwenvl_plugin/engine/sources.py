@@ -93,7 +93,7 @@ def operators_units(csrc: Path, paddle_flags: Sequence[str]) -> list[Unit]:
 
 
 def cuda_units(csrc: Path) -> list[Unit]:
-    """Compiler runs for `libqwenvl_cuda.so`, which is built without CUDA and needs only the driver to run."""
+    """Compiler runs for `libqwenvl_cuda.so`, which is built without CUDA and needs the driver and kernels to run."""
     core = [
         path for path in sorted((csrc / "core").glob("*.cc")) if path.stem in ("config", "pack", "rotary")
     ]

@@ -94,7 +94,8 @@ def test_convert_memory(tmp_path):
         f"convert(Path({source!r}), Path({target!r}), max_shard_bytes={shard})"
     )
     shutil.rmtree(tmp_path)
-    assert rise <= shard + 3 * largest_tensor + 5e7  # the tensor as read, transposed, and written
+    # The tensor as read, transposed, and written; 50 MB of room.
+    assert rise <= shard + 3 * largest_tensor + 5e7
 
 
 def test_quantized_export_memory(tmp_path):

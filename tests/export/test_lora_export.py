@@ -1,4 +1,7 @@
-"""An export with `--lora` writes the same weights as an export of a folder with merged weights."""
+"""An export with `--lora` writes the same weights as an export of a folder with merged weights.
+
+Also which stages with merged adapters fit together, and the memory that a merge takes.
+"""
 
 from __future__ import annotations
 

@@ -50,8 +50,8 @@ class Float32Config(c.Config):
 def engine_logits(prefix, tokens, monkeypatch, one_by_one, adapter=None):
     """The engine's logits after each token, float32 [tokens, vocabulary].
 
-    They are from decode steps if `one_by_one`, otherwise from one step with a prompt of each length. `adapter` is the
-    folder of an adapter.
+    If `one_by_one`, each step computes one token, as a chunk of a prompt; otherwise one step computes a prompt of each
+    length. `adapter` is the folder of an adapter.
     """
     monkeypatch.setattr(c, "Config", Float32Config)
     config = read_manifest(prefix).config
@@ -183,7 +183,7 @@ def test_an_adapter_of_quantized_weights_equals_a_merged_one(tmp_path, monkeypat
 
 @pytest.mark.parametrize("variant", [Variant(), Variant(act_order=True)], ids=["in-order", "act-order"])
 def test_the_stock_program_and_the_predictor_generate_the_same(tmp_path, variant):
-    """Both run on the exports of a quantized folder, whose vision tower is exported in floating point."""
+    """Both run on the exports of a quantized folder, whose vision stage is exported in floating point."""
     write_quantized(tmp_path / "model", variant)
     export_vision(tmp_path / "model", tmp_path / "vision" / "vision", "float16")
     export_language(tmp_path / "model", tmp_path / "text", "qwen", "float16")

@@ -12,18 +12,19 @@
 //   scratch      parts [row][head][chunk] (maximum, sum) | sums [row][head][chunk][head_dim]
 //
 // Partial results (maximum, sum of exp2, weighted sum of values) of warps, then of chunks, are merged in a
-// fixed order. Chunks begin at multiples of 128 tokens, so that a row's result depends only on its keys.
-// Adjacent blocks have adjacent heads, whose keys are contiguous in a block of the cache.
+// fixed order. Chunks begin at multiples of 128 tokens, so that a row's result depends only on its query,
+// keys and values. Adjacent blocks have adjacent heads, whose keys are contiguous in a block of the cache.
 //
-// On sm_90a the copy engine loads a warp's keys in one copy, and its values in another, if they are
-// contiguous in the cache. On an H200 this took 7 % less time than copies of 16 bytes at 32 rows x 2000 keys,
-// and 12 % less at 64 x 300. The L2 evict-first policy is not used: it took 3 % more time in the first case
-// and 3 % less in the second.
+// On sm_90a the copy engine loads a warp's keys in one copy, and its values in another, if all are older than
+// the newest key and contiguous in the cache. On an H200 this took 7 % less time than copies of 16 bytes at
+// 32 rows x 2000 keys, and 12 % less at 64 x 300. The L2 evict-first policy is not used: it took 3 % more
+// time in the first case and 3 % less in the second.
 //
-// With few chunks (is_small in attention_decode.cc), launch and memory latency dominate: each block requests
-// older keys before the preceding product ends, and rotates the query; the block with the newest key rotates
-// this key and stores it and its value; and the last block of a head and a row to finish merges the chunks.
-// With many chunks separate kernels rotate, store and merge (rotate_and_store, attention_decode_combine).
+// In a step with few chunks (attention_step and is_small in attention_decode.cc), launch and memory latency
+// dominate: each block requests older keys before the preceding product ends, and rotates the query; the
+// block with the newest key rotates this key and stores it and its value; and the last block of a head and a
+// row to finish merges the chunks. With many chunks separate kernels rotate, store and merge
+// (rotate_and_store, attention_decode_combine).
 //
 // The kernels attention_decode_any_* support every even head_dim up to 256 and every cache type, value by
 // value.
@@ -208,7 +209,7 @@ struct Lanes {
   }
 };
 
-// A lane's values of a head of H, as loaded.
+// A lane's values of a head, in H, as loaded.
 template <typename T>
 struct Loaded {
   static constexpr int kValues = Lanes<T>::kValues;
@@ -223,7 +224,7 @@ struct Loaded {
   }
 };
 
-// Cosines and sines for a lane's values.
+// Cosines and sines for a lane's values; the sines are negated in the lower half of a head, as for rotated().
 template <typename T>
 struct Rotation {
   using L = Lanes<T>;
@@ -440,7 +441,7 @@ __device__ void attention(const AttentionDecode& p) {
     maximum = fmaxf(maximum, scores[j]);
   }
   maximum = warp_max(maximum);
-  const float base = n_keys > 0 ? maximum : 0;
+  const float base = n_keys > 0 ? maximum : 0;  // -infinity - -infinity is NaN
   float total = 0, sums[kValues] = {};
   wait_for_copies<0>();
   if (bulk) copies.wait(1);

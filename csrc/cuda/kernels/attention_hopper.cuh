@@ -3,7 +3,8 @@
 // Layout. Two warpgroups have 64 queries each; a third one loads tiles of 128 keys and their values into two
 // buffers, depending on the source: by the copy engine, by cp.async, or by loads and a conversion to H. Rows
 // of head_dim values are divided into columns of 64 values, [column][row] of 128 bytes, the layout of
-// wgmma_descriptor() in hopper.cuh. D is kPaddedDim:
+// wgmma_descriptor() in hopper.cuh. D is kPaddedDim, rounded up to a multiple of 64; "offsets" are those of
+// keys and their scales in the cache, if the source uses them:
 //
 //   shared:  queries [D / 64][128][64]  |  keys [2][D / 64][128][64]  |  values [2][..]  |  offsets, barriers
 //
@@ -144,8 +145,8 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
   float maximum[2] = {minus_infinity(), minus_infinity()}, total[2] = {0, 0}, factor[2];
   const float scale = job.scale * kLog2E;
 
-  // Begin the product of the queries and the keys of a tile. When it has ended, release() allows the third
-  // warpgroup to overwrite the keys.
+  // Begin the product of the queries and the keys of a tile. When it has ended, release(0, tile) allows the
+  // third warpgroup to overwrite the keys.
   auto score = [&](int tile) {
     barrier_wait(full(0, tile), tile / 2 % 2);
     wgmma_fence();

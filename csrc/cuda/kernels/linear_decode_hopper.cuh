@@ -8,7 +8,7 @@
 //   W tile    rows  | group 0  | group 1  | group 2  | group 3  |     (0 + 1) + (2 + 3) in shared memory
 //   x         N     |          |          |          |          |
 //
-//   shared memory:  stages [x boxes | weights | scales] .. | sums [4][columns][64 + 4] | barriers full, empty
+//   shared:  stages [x boxes | weights | scales] .. | sums [parts][4][columns][64 + 4] | barriers full, empty
 //
 //   warps 0-15:  4 warpgroups: wait for full, multiply, arrive at empty
 //   warp 16:     wait for empty, request W and x of the next item
@@ -17,17 +17,17 @@
 // are prefetched into all stages. All warps request the items that fill the stages for the first time, warp
 // 16 the later ones. The bits of a row of y depend neither on `rows`, N nor the number of steps of an item.
 // Blocks are persistent, one per multiprocessor. Where registers and shared memory allow, the kernels between
-// this product and the next, and the next product itself, become resident while this one runs; the next
-// product then prefetches its first stages. With 8 stages, two per warpgroup, a warpgroup multiplies one
-// while the other is in flight.
+// this product and the next become resident while this one runs. The next product becomes resident on a
+// multiprocessor when no block of this one is left there, and prefetches its first stages. With 8 stages, two
+// per warpgroup, a warpgroup multiplies one while the other is in flight.
 //
 // The kernel is a template of the storage type: linear_decode_hopper.cu has the types without zero points,
 // linear_decode_hopper_groups.cu those with zero points.
 //
 // Cost. Bytes: each weight once, 4.3 TB/s on an H200, 33 KB per microsecond and multiprocessor; x once per
-// tile, from the L2 cache. time = bytes of W / bandwidth. A wgmma reads at most 2 KB of H, so few
-// instructions are needed up to 64 rows of x; weights of 8 and 4 bits are converted to H in registers, with
-// about 1.5 instructions per lane and value.
+// tile, from the L2 cache. time = bytes of W / bandwidth. A wgmma multiplies 2 KB of W in H by up to 64 rows
+// of x, so few instructions are needed; weights of 8 and 4 bits are converted to H in registers, with about
+// 1.5 instructions per lane and value.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_decode.py; without a GPU, the kernel compiled for the host
 // against float64, tests/engine/test_hopper_products.py.
@@ -65,8 +65,8 @@ __device__ inline uint64 describe_x(uint32 x, int k) {
   return wgmma_descriptor(x + k / 64 * (N * kBoxBytes)) + k % 64 / 8;
 }
 
-// Add the products of a group to the sums, multiplied by the scales of rows g (`first`) and g + 8 (`second`)
-// of a warp's tile.
+// Add the products of a group of weights to the sums, multiplied by the group's scales of rows g = lane / 4
+// (`first`) and g + 8 (`second`) of a warp's tile.
 template <int kSums>
 __device__ inline void fold_group(float (&sums)[kSums], float (&part)[kSums], float first, float second) {
   fence_registers(part);
@@ -107,7 +107,8 @@ __device__ inline void linear_decode(const LinearHopper& p) {
   // Offsets in a stage: x of all steps, then weights, then scales.
   const int weights_at = p.steps * kXBytes, scales_at = weights_at + p.steps * step_bytes;
 
-  // Copy boxes of 64 values: in one copy if rows are whole boxes, else in one copy per box.
+  // Copy boxes of 64 values by several rows: all in one copy if `in` is a multiple of 64 (whole_boxes), else
+  // in one copy per box.
   const auto copy_boxes = [&](const TensorMap& map, uint32 to, int row, int first, int count, int box_bytes,
                               uint32 barrier) {
     if (p.whole_boxes) return copy_box(to, map, 0, row, first, barrier);
@@ -143,8 +144,8 @@ __device__ inline void linear_decode(const LinearHopper& p) {
   __syncthreads();
   if (!p.late_successors) start_successors();
 
-  // All warps request the first round of stages, a stage each, since a request takes time. x depends on the
-  // preceding kernels, the weights do not.
+  // All warps request stages of the first round, since a request takes time. x depends on the preceding
+  // kernels, the weights do not.
   const int my_tiles = (p.tiles - static_cast<int>(blockIdx.x) + gridDim.x - 1) / gridDim.x;
   const int ahead = min(p.stages, my_tiles * p.items);
   if (lane == 0) {
@@ -173,7 +174,7 @@ __device__ inline void linear_decode(const LinearHopper& p) {
 
   const int group = warp / 4;
   const int steps = slice_begin(p.total_steps, group + 1) - slice_begin(p.total_steps, group);
-  // Quantized weights: rotate the assignment of tiles of 16 rows by warpgroup, so that even a few tiles keep
+  // Quantized weights: rotate the assignment of tiles of 16 rows by warpgroup, so that even two tiles keep
   // all four schedulers of the multiprocessor busy with conversions.
   const int warp_tile = Weights::kInRegisters ? (warp + 2 * group) % 4 : warp % 4;
   RingPosition position;

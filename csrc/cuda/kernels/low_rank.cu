@@ -1,5 +1,6 @@
 // Low-rank adapters (LoRA), y = f(W x + B (A x)), for decode rows, each with its own adapter or none. f is
-// the epilogue; the product of the base weight omits it and writes raw = W x, for decode rows and prompts.
+// the epilogue; the product of the base weight omits it and writes raw = W x, for decode rows and prompts, or
+// if f only stores or adds float32, writes or adds W x to y itself.
 //
 // Layout. A block has 16 rows of x, the 16 rows of mma.m16n8k16, sorted by adapter into runs with the same
 // adapter. A run's products are computed for all 16 rows, with zeros for the rows of other runs, and stored
@@ -9,7 +10,8 @@
 //                   the warps share the slice in steps of 32; their sums, and then those of the slices, are
 //                   added in order
 //   low_rank_up     blocks (64 rows of B, 16 rows of x)         low, raw float32 [n][out] -> y
-//                   8 rows of B per warp, a tile of sums in shared memory, then two columns per thread
+//                   8 rows of B per warp, a tile of sums in shared memory, then per thread two columns of
+//                   two rows
 //   finish_raw      for prompts: products as for any weight have added B (A x) to raw [n][out]; raw -> y
 //
 //   time ->   | product of the base weight: raw = W x      | low_rank_up |
@@ -21,7 +23,7 @@
 // Cost. Bytes: A and B once per adapter: (in + out) * rank values, 2 MB for rank 64 of a 4096 x 12288
 // product, compared with 24 to 96 MiB of base weights (4 to 16 bits); x once per 8 rows of A, from the L2
 // cache. The kernels are latency-bound. They therefore read A, B and the tables before the preceding kernels
-// end, which write only x, low and raw, and low_rank_up has the loads of B of two runs in flight.
+// end, none of which writes these, and low_rank_up has the loads of B of two runs in flight.
 //
 // The sums of a row depend only on the row and its adapter, since the steps and their order are the same in
 // every batch. The result of a row without an adapter has the same bits as in a batch without adapters.
@@ -77,8 +79,8 @@ __device__ inline uint4 load16(const void* from, bool valid) {
   return valid ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
 }
 
-// The same past the L1 cache, which may have older values: low_rank_down has not waited for the kernel that
-// wrote x.
+// As load16, but past the L1 cache, which may have older values: if x_is_complete, low_rank_down does not
+// wait for the kernel that wrote x.
 __device__ inline uint4 load16_from_l2(const void* from, bool valid) {
   return valid ? __ldcg(static_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
 }
@@ -163,7 +165,8 @@ extern "C" __global__ void __launch_bounds__(kLowRankThreads, kDownBlocks)
     warp_sums[warp][g + 8][2 * t] = sums[2];
     warp_sums[warp][g + 8][2 * t + 1] = sums[3];
     __syncthreads();
-    // Each thread has an element of A x, if it is of the run: row i of the block, row first + j of A.
+    // The first kLowRankRows * kLowRankDown threads have an element of A x each, if it is of the run: row i
+    // of the block, row first + j of A.
     const int i = threadIdx.x / kLowRankDown, j = threadIdx.x % kLowRankDown;
     const bool has_element = i >= begin && i < end;
     const int64 at = has_element ? static_cast<int64>(rows.row[i]) * p.low_stride + first + j : 0;
@@ -191,8 +194,8 @@ extern "C" __global__ void __launch_bounds__(kLowRankThreads, kDownBlocks)
       static_cast<H*>(p.low)[at] = to_half(sum);
     }
   }
-  // low_rank_up waits for this kernel only, but reads what its predecessors write: so this kernel must end
-  // after them. One block that waits suffices; the others make room.
+  // low_rank_up waits for this kernel only, but reads W x, the result of the kernel before this one: so this
+  // kernel must not end before that one. One block that waits suffices; the others make room.
   if (blockIdx.x + blockIdx.y + blockIdx.z == 0) wait_for_predecessors();
 }
 

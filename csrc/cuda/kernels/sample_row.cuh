@@ -1,7 +1,7 @@
 // A row of logits with its penalties and forbidden ids, and its distribution over threads.
 //
-// Layout: logits float32 [vocab]; counts int32 [vocab]; marks: one bit per forbidden id. A thread reads
-// kVectors float4, 4 * threads logits apart, here with 256 threads:
+// Layout: logits float32 [vocab]; counts int32 [vocab]; marks: one bit per id, set if it is forbidden. A
+// thread reads kVectors float4, 4 * threads logits apart, here with 256 threads:
 //
 //   logits   | t0: 4 | t1: 4 | .. | t255: 4 | t0: 4 | ..
 //
@@ -44,8 +44,8 @@ struct Row {
   // Whether the row has penalties or forbidden ids.
   __device__ bool changed() const { return counts != nullptr || marks != nullptr; }
 
-  // Logit of an id after penalties, which change `logit`, or kForbidden in its place if the id is forbidden.
-  // Each operation is rounded, as on the CPU (no fused multiply-adds).
+  // Logit of an id: `logit`, or kForbidden if the id is forbidden, changed by the penalties. Each operation
+  // is rounded, as on the CPU (no fused multiply-adds).
   __device__ double value(int id, float logit) const {
     double value = logit;
     const int bit = id - first_marked;

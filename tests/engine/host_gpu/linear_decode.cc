@@ -32,7 +32,7 @@
 
 namespace qvl::cuda {
 namespace {
-char raw[227 << 10];  // shared memory, as large as the kernels declare
+char raw[227 << 10];  // shared memory of a block, Hopper's maximum
 }
 
 char* const shared_memory = raw;
@@ -245,7 +245,8 @@ void Gpu::launch_bytes(CUstream, const char* name, Dim grid, int threads, int sh
     barriers.clear();
     finished = false;
     for (int i = 0; i < kMeetings; ++i) {
-      // Barrier 0 is for all threads, barrier 1 for all but the last warp, which only requests copies.
+      // Barrier 0 is for all threads, barrier 1 for all but the last warp, which only requests copies; the
+      // others are for a warpgroup or a warp each.
       const int count = i == 0 ? threads : i == 1 ? threads - 32 : i < kOfWarps ? 128 : 32;
       meetings[i] = std::make_unique<std::barrier<>>(count);
     }

@@ -6,7 +6,7 @@
 | --- | --- | --- |
 | auto_gptq | auto-round 0.16.1, rounding to nearest | GPTQ, 4 bits, groups of 32, asymmetric, safetensors |
 | auto_awq | auto-round 0.16.1, rounding to nearest | AWQ, 4 bits, groups of 32, asymmetric, safetensors |
-| act_order | AutoGPTQ 0.7.1, GPTQ with `desc_act` | GPTQ, 4 bits, groups of 32, symmetric, zero biases, PyTorch .bin |
+| act_order | AutoGPTQ 0.7.1, GPTQ with `desc_act` | GPTQ, 4 bits, groups of 32, symmetric, a bias everywhere, .bin |
 
 In each folder, reference.npz has float32 results of the model with the tool's linear layers (auto_awq: with the weights
 that the tool dequantizes): `logits` [T, vocabulary] for `tokens` [T], and, under the name of a layer, its output for
@@ -183,7 +183,7 @@ def make_by_auto_round(form: str) -> None:
             weight = dequantize_gemm(packed["qweight"], packed["qzeros"], packed["scales"].float(), 4, 32)
             layer.weight.data = weight.T.contiguous()
         else:
-            # Without g_idx: with it, the tool's layer reads no more outputs than inputs.
+            # Without g_idx: with it, the tool's layer computes at most as many outputs as it has inputs.
             tool_layer = QuantLinear(4, 32, layer.in_features, layer.out_features, layer.bias is not None)
             tool_layer.load_state_dict(packed, strict=False)
             tool_layer.scales = tool_layer.scales.float()
