@@ -19,7 +19,7 @@ struct AttentionDecode {
   int max_blocks;
   int block_tokens;
   int heads, head_dim;
-  int chunks;  // number of chunks of max_keys keys (ops.h)
+  int chunks;  // maximum number of chunks of 128 keys that a row has
   // Whether positions, block tables, and the keys and values of earlier tokens may be read before the
   // preceding kernels end, because these kernels write only qkv, or only q and the newest keys and values.
   int early;
