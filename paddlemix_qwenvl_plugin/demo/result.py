@@ -23,7 +23,7 @@ class Result:
 
     @cached_property
     def right(self) -> bool:
-        """Whether the text is exact and every box overlaps its object (IoU at least 0.5).
+        """Whether the text is exact, and every box has its ref and overlaps its object (IoU at least 0.5).
 
         False if a box is missing, additional or invalid.
         """

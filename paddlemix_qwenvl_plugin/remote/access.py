@@ -34,7 +34,7 @@ def check_url(url: str) -> str:
 
 
 def read_key(file: Optional[Path]) -> Optional[str]:
-    """Read the API key: the first key of a file with one key per line, else the environment variable's value, if any.
+    """Read the API key: the first key of a file with one key per line, or without a file QWENVL_API_KEY, if it is set.
 
     Raises:
         UsageError: the file is unreadable or contains no key, or the key is not printable ASCII.

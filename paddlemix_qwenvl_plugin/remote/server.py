@@ -61,7 +61,7 @@ class Server:
 
         Raises:
             RefusedError, RequestError: this request failed; others may succeed.
-            BusyError: the server is still busy after ten minutes.
+            BusyError: the server is busy, and the waits between retries would exceed ten minutes in total.
             QwenVLError: the server cannot be reached, the API key is wrong, or the response is invalid.
         """
         waited, pause = 0.0, _FIRST_PAUSE

@@ -41,7 +41,7 @@ def open_adapters(folders: Mapping[str, Union[str, Path]], config: ModelConfig) 
     Raises:
         UsageError: a folder is missing or not an adapter, or its adapter changes nothing, or more than the linear
             layers of the language model.
-        QwenVLError: an adapter is damaged or made for another model.
+        QwenVLError: an adapter is damaged, of an unsupported kind, or made for another model.
     """
     specs = {**language_specs(config), **vision_specs(config)}
     targets = {name for name, spec in language_specs(config).items() if spec.linear}

@@ -19,7 +19,7 @@ class Chat:
     """A conversation about images in the ChatML form; created by `QwenVL.chat`.
 
     On the engine, the prefix cache keeps the full blocks of earlier turns until other requests need the memory; a turn
-    computes only the tokens after them.
+    computes only the tokens after them, unless the prompt is so long that it lacks the oldest turns.
 
     Attributes:
         system: the system message.

@@ -38,10 +38,10 @@ _STEP_TOKENS = 512  # maximum number of tokens in a step on a CPU
 _GPU_STEP_TOKENS = 2048  # the same on a GPU
 _MAX_RUNNING = 256  # maximum number of requests in a step
 
-# Size of the KV cache on a CPU, as a share of the memory free when the model is opened, if this is enough for a request
-# of the full context. The operating system commits the memory only as the cache fills.
+# Size of the KV cache on a CPU, as a share of the memory free when the executor is created, if this is enough for a
+# request of the full context. The operating system commits the memory only as the cache fills.
 _CACHE_SHARE = 0.25
-# Maximum size of the KV cache on any device, in requests of the full context.
+# Maximum size of the KV cache on any device, in requests of the full context, unless `n_blocks` is given.
 _CACHE_CONTEXTS = 64
 
 # Numbers that identify _Row objects: unlike id(), a number is never used again for a later object.
@@ -295,7 +295,7 @@ class _Row:
             generation: the request.
             vocab_size: size of the vocabulary; if penalties are set, each of its tokens has a count.
             counts_engine: the engine in whose device memory the counts are; None: in a NumPy array.
-            adapter: address of the engine's adapter.
+            adapter: address of the engine's adapter; None: no adapter.
         """
         self.number = next(_row_numbers)
         self.adapter = adapter

@@ -12,7 +12,10 @@ from paddlemix_qwenvl_plugin.runtime.generation import Generation, TokenLogprobs
 from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits
 
 NO_TOKEN = -1
-"""Value in place of a token id for a row whose logits are not finite; the engine accepts some negative infinities."""
+"""Value in place of a token id for a row whose logits are not finite.
+
+The engine accepts negative infinities if at least one logit is finite.
+"""
 
 
 class Picked(NamedTuple):
@@ -20,8 +23,9 @@ class Picked(NamedTuple):
 
     Attributes:
         tokens: one token id for each chunk with `picks`, in their order; NO_TOKEN if the logits are not finite.
-        logprobs: an entry for each token: its log probabilities, or None if its request has no `n_logprobs`. None in
-            place of the list if no request of the step has `n_logprobs`, or if its only token is NO_TOKEN.
+        logprobs: an entry for each token: its log probabilities, or None if its request has no `n_logprobs`; without
+            meaning for NO_TOKEN. None in place of the list if no request of the step has `n_logprobs`, and for the
+            portable executor's NO_TOKEN.
     """
 
     tokens: list[int]

@@ -63,7 +63,7 @@ class Model(Protocol[S]):
 
     @property
     def weights(self) -> list[str]:
-        """Identifiers of the weights, such as digests; they differ between dtypes."""
+        """Identifiers of the weights: of an opened model digests, which depend on the dtypes; of a server a name."""
 
     @property
     def picture_label(self) -> str:

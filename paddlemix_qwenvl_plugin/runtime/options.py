@@ -15,12 +15,12 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 @dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 class GenerationOptions:
-    """Sampling parameters and length limits of a generation; they apply to every row of a batch.
+    """Sampling parameters and length limits of a generation.
 
     Greedy unless `temperature`, `top_p` or `top_k` is given (and with temperature 0, top-p 0 or top-k 1). The order of
     operations on the logits is upstream's: stop tokens are forbidden until there are `min_new_tokens` tokens; then
-    penalties, temperature, top-k and top-p. Penalties count generated tokens only. Every row has a separate random
-    generator seeded with `seed`, so that for a given seed, a row generates the same tokens alone and in a batch.
+    penalties, temperature, top-k and top-p. Penalties count generated tokens only. Every row of a batch has a separate
+    random generator seeded with `seed`, so that for a given seed, a row generates the same tokens alone and in a batch.
 
     The command line's flags, defaults and help texts are generated from these fields (cli/options.py).
 

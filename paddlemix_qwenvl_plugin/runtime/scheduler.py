@@ -151,8 +151,9 @@ class Scheduler:
         """Chunks of the decode step after a running step.
 
         Empty unless the executor can start steps ahead, no request waits, and the running step picks a token for every
-        running request. Also empty if one of these has ended or reaches its maximum length with this token, or if too
-        few blocks are free. A request that ends with a stop token in the running step is computed in vain.
+        running request. Also empty if one of the requests has ended or reaches its maximum length with the picked
+        token, or if too few blocks are free. A request that ends with a stop token in the running step is computed in
+        vain.
         """
         if not self.limits.ahead or self.waiting or len(chunks) != len(self.running):
             return []

@@ -1,4 +1,4 @@
-"""docs/recipes.md: its worked example prints what the document shows, and its tables list every key and check."""
+"""docs/recipes.md: its worked example prints what it shows, and its tables list every key, check and reference."""
 
 from __future__ import annotations
 

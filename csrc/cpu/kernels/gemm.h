@@ -24,7 +24,7 @@
 // Bound by the multiply-add units: 2 * L operations per instruction, 4 * L with bfloat16.
 //
 // Reference: reference::linear (reference/reference.cc), tests/csrc/test_kernels.py::test_linear; within 2e-5
-// in float32, within 2 % where activations are rounded to bfloat16.
+// for float32 weights, within 2 % for other types, whose activations may be rounded to bfloat16.
 #pragma once
 
 #include "cpu/kernels/simd.h"
@@ -140,8 +140,9 @@ constexpr int block_rows(int panels) {
   return (panels == 3 ? 4 : panels == 2 ? 6 : 8) * (kLanes == 16 ? 2 : 1);
 }
 
-// Prefetches a range of memory evenly during a product: some cache lines of 64 bytes with each register block
-// of block_rows() rows, none with the smaller blocks of the remaining rows.
+// Prefetches a range of memory during a product: some cache lines of 64 bytes with each register block of
+// block_rows() rows, none with the smaller blocks of the remaining rows. `blocks` is a low estimate of the
+// number of these register blocks: with many panels the range is complete after about half of the product.
 class Prefetcher {
  public:
   Prefetcher(const PrefetchRange& range, int64_t blocks)

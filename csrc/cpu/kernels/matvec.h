@@ -13,8 +13,8 @@
 //               +--------------+--------------+----            sums[R][N] in registers, += w * x
 //               | next panel, prefetched concurrently
 //
-// A register block has R = RowCount rows and N = XCount activations, so that each loaded vector is used
-// several times. Column blocks are narrow enough to keep their activations in the L1 cache; with one
+// A register block has R = RowCount rows and N activations, up to kXAtOnce, so that each loaded vector is
+// used several times. Column blocks are narrow enough to keep their activations in the L1 cache; with one
 // activation a block is an entire row. The order of summation does not depend on the blocking: a token's
 // result has the same bits in every batch.
 //

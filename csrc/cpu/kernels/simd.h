@@ -248,7 +248,8 @@ QVL_INLINE Floats widen_float16(HalfWords halves) {
 #elif defined(__F16C__)
   return reinterpret_cast<Floats>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(halves)));
 #else
-  // See from_float16 in core/float16.h.
+  // Multiply by 2^112: 112 is the difference of the exponent biases, 127 - 15. This converts subnormal
+  // numbers as well. Infinity and NaN get the largest exponent instead.
   const Words wide = widen_halves(halves), magnitude = (wide & 0x7FFFu) << 13;
   const Floats finite = reinterpret_cast<Floats>(magnitude) * 0x1p112F;
   const Words bits = (wide & 0x7C00u) == 0x7C00u ? magnitude | 0x7F800000u : reinterpret_cast<Words>(finite);

@@ -4,22 +4,22 @@
 namespace qvl::cuda {
 
 struct AttentionDecode {
-  const void* q;    // H [n][heads][head_dim]; NULL: the kernel rotates and stores qkv
-  const void* qkv;  // H [n][3][heads][head_dim], not yet rotated, keys and values not yet stored
-  const int* positions;
-  const int* angle_tables;
-  const int* tables;  // [n]: index of the row's sequence in `blocks`; NULL: row i has sequence i
-  const int* blocks;
-  const float* cos;
+  const void* q;            // H [n][heads][head_dim]; NULL: the kernel rotates and stores qkv
+  const void* qkv;          // H [n][3][heads][head_dim], not yet rotated, keys and values not yet stored
+  const int* positions;     // [n]
+  const int* angle_tables;  // [n]: index of the row's table in cos and sin
+  const int* tables;        // [n]: index of the row's sequence in `blocks`; NULL: row i has sequence i
+  const int* blocks;        // [sequences][max_blocks]: block tables
+  const float* cos;         // [tables][max_positions][head_dim / 2], as sin; used with qkv only
   const float* sin;
-  const float* query_scale;
-  char* base;
+  const float* query_scale;  // [max_positions]; used with qkv only
+  char* base;                // block b of the cache begins at base + b * block_bytes
   unsigned long long block_bytes;
   int max_positions;
   int max_blocks;
   int block_tokens;
   int heads, head_dim;
-  int chunks;  // number of chunks of max_keys keys (ops.h)
+  int chunks;  // maximum number of chunks of 128 keys that a row has
   // Whether positions, block tables, and the keys and values of earlier tokens may be read before the
   // preceding kernels end, because these kernels write only qkv, or only q and the newest keys and values.
   int early;

@@ -1,13 +1,13 @@
 // Causal attention of prompts over a paged cache.
 //
-// Layout. A block has the queries of one tile of a prompt chunk (on GPUs other than Hopper, of half a tile),
-// for one head. The last tiles, in a prompt those with the most keys, start first. Keys and values of any
-// type are converted to H when they are copied to shared memory:
+// Layout. A block of threads has the queries of one tile of a prompt chunk (in the kernels for any GPU, of
+// half a tile), for one head. The last tiles, in a prompt those with the most keys, start first. Keys and
+// values of any type are converted to H when they are copied to shared memory:
 //
 //   prompt chunks    | first, n, past, table |     queries [first, first + n) of q, at positions past ..
 //   tiles            | chunk, offset |             128 queries from `offset` on
-//   block table      | b0 | b1 | b2 |              key t: row t % block_tokens of block b[t / block_tokens]
-//   block            [2][heads][block_tokens][head_dim], with int8 followed by float32 scales
+//   KV blocks        | b0 | b1 | b2 |              key t: row t % block_tokens of b[t / block_tokens]
+//   a KV block       [2][heads][block_tokens][head_dim], with int8 followed by float32 scales
 //                    [2][heads][block_tokens]
 //
 // Tiles, buffers and cost: see attention.cuh, attention_hopper.cuh. In a prompt of n tokens about n^2 / 2

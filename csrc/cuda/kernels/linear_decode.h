@@ -18,9 +18,9 @@ struct UploadMatrix {
   const void* from_scales;  // quantized: scales, then zero points if any
   void* values;             // values and scales in the layout of the kernels
   void* scales;
-  int rows;     // of `from`
-  int padding;  // number of rows of zeros to write after the last row
-  int in, stride;
+  int rows;         // of `from`
+  int padding;      // number of rows of zeros to write after the last row
+  int in, stride;   // columns, without and with padding
   int out;          // rows of the matrix, without padding rows
   int first, step;  // row r of `from` becomes row first + r * step
 };
@@ -37,8 +37,8 @@ QVL_BOTH_SIDES constexpr int wide_split(int row_tiles) {
 QVL_BOTH_SIDES constexpr int wide_stage_bytes(int unit_bytes, int groups, int columns, int row_tiles) {
   return wide_split(row_tiles) * (columns * kColumnBytes + row_tiles * (unit_bytes + 8 * 4 * groups));
 }
-// Bytes after the stages: the initial sums of the groups ("offsets"), and the sums of pairs of slices from
-// the second half of the warps.
+// Bytes after the stages: the initial sums of the groups ("offsets"), and if two warps share a tile, its sums
+// of 4 pairs of slices of k, which the warp of the second half of k passes to that of the first.
 QVL_BOTH_SIDES constexpr int wide_tail_bytes(int groups, int columns, int row_tiles) {
   const int split = wide_split(row_tiles);
   return 4 * (split * groups * columns + (split > 1 ? row_tiles * 4 * columns * 16 : 0));

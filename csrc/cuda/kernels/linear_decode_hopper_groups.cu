@@ -115,7 +115,7 @@ using Uint4G32 = GroupWeights<4, 32>;
 using Uint4G64 = GroupWeights<4, 64>;
 using Uint4G128 = GroupWeights<4, 128>;
 using Uint8G32 = GroupWeights<8, 32>;
-using Uint8G64 = GroupWeights<8, 64>;
+using Uint8G64 = GroupWeights<8, 64>;  // also groups of 128, stored as two of 64 (upload_matrix.cu)
 
 }  // namespace
 

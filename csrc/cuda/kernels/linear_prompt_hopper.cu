@@ -18,9 +18,9 @@
 //
 // Cost of a step, in cycles of a multiprocessor: 2 * kGroups * kTokens of wgmma (64 x 8 x 16 products in 4
 // cycles), against 128 * (64 * kGroups + kTokens) bytes at 47 bytes per cycle, with and without multicast:
-// multicast only reduces the load of the L2 cache. Tiles are therefore large, so that there are about as many
-// as multiprocessors. linear_prompt.cc chooses the variant by an estimate (cycles()), mainly max(2.25 *
-// kGroups * kTokens, bytes / 47) per step, times the number of rounds.
+// multicast only reduces the load of the L2 cache. Larger tiles copy fewer bytes per product, but with fewer
+// tiles than multiprocessors some of these are idle. linear_prompt.cc chooses the variant by an estimate
+// (cycles()), mainly max(2.25 * kGroups * kTokens, bytes / 47) per step, times the number of rounds.
 //
 // Reference: float64 in PyTorch, and the same bits for every tile, tests/cuda/test_prompt_linear.py.
 #include "cuda/kernels/hopper.cuh"
@@ -63,6 +63,7 @@ __device__ inline void finish_four(const Result& p, int row, int column, const f
     float* const y = static_cast<float*>(p.y) + at;
 #pragma unroll
     for (int j = 0; j < kFinishRows; ++j) {
+      // The addition is done in the L2 cache, so that the thread does not wait for a load of y.
       if (j < valid) {
         asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(y + j * step), "f"(v[j].x),
                      "f"(v[j].y), "f"(v[j].z), "f"(v[j].w)
@@ -123,6 +124,8 @@ __device__ inline void linear(const LinearTensors& p) {
   }
   start_successors();
 
+  // Registers per thread: the warpgroup that copies gives up some, which the others get. In total they are
+  // at most the 65,536 of a multiprocessor.
   if (warp >= 4 * kGroups) {
     if (kGroups > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kGroups == 4 ? 24 : 40));
     if (warp == 4 * kGroups && lane == 0) {

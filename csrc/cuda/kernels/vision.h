@@ -1,22 +1,22 @@
-// Parameters of the kernels in vision.cu, for host and device. Fields: see the functions in ops.h.
+// Parameters of the kernels in vision.cu, for host and device.
 #pragma once
 
 namespace qvl::cuda {
 
 struct CutPatchesParams {
-  const float* images;
-  void* y;
-  int size, patch;  // sides of an image and of a patch in pixels
-  int stride;       // values of a row of y
+  const float* images;  // [n, 3, size, size]
+  void* y;              // H [n * patches of an image, stride]
+  int size, patch;      // sides of an image and of a patch in pixels
+  int stride;           // values of a row of y: those of a patch and padding zeros
 };
 
 struct LayerNormParams {
-  const float* x;
+  const float* x;  // [rows, width]
   const float* weight;
   const float* bias;
-  const float* add;  // may be NULL
-  void* y_half;      // may be NULL
-  float* y_float;    // may be NULL
+  const float* add;  // [period, width], row i % period is added to row i of y_half only; may be NULL
+  void* y_half;      // H [rows, width]; may be NULL
+  float* y_float;    // [rows, width]; may be NULL
   int width, period;
   float epsilon;
 };
@@ -26,7 +26,7 @@ constexpr int kAddThreads = 256;
 struct AddRowsParams {
   float* x;
   const float* add;
-  long long values, period;  // counted in float4 by add_rows_4
+  long long values, period;  // of x and of `add`, which repeats; counted in float4 by add_rows_4
 };
 
 }  // namespace qvl::cuda

@@ -121,7 +121,7 @@ class Page:
         return str(self.js("return [...document.querySelectorAll('.note')].at(-1).textContent"))
 
     def error(self) -> list[str]:
-        """The lines of the last error: the explanation, the server's message, the button."""
+        """The lines of the last error: the explanation, the server's message if there is one, the button."""
         return str(self.find_all(".answer-body > .problem")[-1].text).splitlines()
 
     def rectangles(self, selector: str) -> list[list[float]]:

@@ -144,7 +144,10 @@ def test_sizes_on_a_phone(page: Page) -> None:
 
 
 def test_use_without_a_mouse(page: Page, server: PageServer, tmp_path: Path) -> None:
-    """Tab reaches every visible control, and the focus is visible; Enter leads from words to their box and back."""
+    """Tab reaches every visible control, and the focus is visible; Enter leads from words to their box and back.
+
+    Space leads from words to their box, too, and Enter on a button presses it.
+    """
     server.answers += [[ANSWER], ["again"]]
     page.open()
     page.attach(image_file(tmp_path))
