@@ -74,7 +74,7 @@ class Completion:
     async def events(self) -> AsyncGenerator[Event, None]:
         """Wait for slots, load the images, run the choices and yield their events. Closing cancels the remaining runs.
 
-        Images are loaded only once the slots are held: a request that the queue refuses costs no more than its body.
+        Images are loaded only once the slots are held, so that a request that the queue refuses loads none.
 
         Raises:
             ApiError, QwenVLError: the queue is full, an image cannot be loaded, the engine failed, or the request
