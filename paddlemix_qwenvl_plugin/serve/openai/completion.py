@@ -23,7 +23,8 @@ class CompletionSpec:
 
     Attributes:
         n: number of completions per prompt.
-        n_logprobs, adapter: see EngineRequest.
+        n_logprobs: number of most likely tokens reported per token; None: no log probabilities.
+        adapter: name of the LoRA adapter; None: the model without an adapter.
     """
 
     prompts: Sequence[ReadyPrompt]
