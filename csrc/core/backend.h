@@ -37,7 +37,7 @@ struct Event {
 };
 
 // Arguments of sample(): sampling parameters of n rows of logits, and where to write the results, as in
-// qvl_step_args.
+// qvl_step_args, whose n_logprobs is n_top here.
 struct SampleCall {
   int32_t n;
   const qvl_sampling* sampling;

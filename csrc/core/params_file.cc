@@ -49,6 +49,7 @@ class Cursor {
     return value;
   }
 
+  // A varint of at most 63 bits, so that it fits int64_t.
   uint64_t varint() {
     uint64_t value = 0;
     for (int shift = 0; shift < 63; shift += 7) {
@@ -64,7 +65,7 @@ class Cursor {
   uint64_t remaining_;
 };
 
-// Product of `factor` and n dimensions.
+// Product of `factor` and n dimensions; throws if a dimension is below 1 or the product is too large.
 uint64_t product(const int64_t* dims, int n, uint64_t factor) {
   uint64_t result = factor;
   for (int i = 0; i < n; ++i) {

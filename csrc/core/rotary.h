@@ -9,8 +9,8 @@ namespace qvl {
 // rotary base.
 int ntk_doublings(const qvl_config& config, int prompt_len);
 
-// Factor alpha of dynamic NTK, max(1, 2^ceil(log2(prompt_len / seq_length) + 1) - 1): the rotary base is
-// multiplied by alpha^(head_dim / (head_dim - 2)).
+// Factor alpha of dynamic NTK, max(1, 2^ceil(log2(prompt_len / seq_length) + 1) - 1); 1 without NTK. The
+// rotary base is multiplied by alpha^(head_dim / (head_dim - 2)).
 double ntk_alpha(const qvl_config& config, int prompt_len);
 
 // Rotary frequencies [head_dim / 2] of a request; pair i is rotated by position * frequencies[i].
@@ -19,8 +19,8 @@ void rotary_frequencies(const qvl_config& config, int prompt_len, float* frequen
 // Cosines and sines [head_dim / 2] of the rotary angles at a position.
 void rotary_row(const qvl_config& config, const float* frequencies, int position, float* cos, float* sin);
 
-// Scale of the query at a position: logn / sqrt(head_dim). logn is 1 for the first seq_length positions, and
-// for all if config.logn is 0; beyond them it is log(position + 1) / log(seq_length).
+// Scale of the query at a position: logn / sqrt(head_dim). logn is 1 if config.logn is 0 or
+// position < seq_length, else log(position + 1) / log(seq_length).
 float query_scale(const qvl_config& config, int position);
 
 }  // namespace qvl

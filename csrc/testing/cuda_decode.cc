@@ -47,6 +47,7 @@ EXPORT void decode_matrix_bytes(int storage, int out, int in, uint64_t* values, 
   *scales = bytes.scales;
 }
 
+// Row r of `from` becomes row first + r * step of the matrix.
 EXPORT const char* decode_upload(int half, CUstream stream, int dtype, const void* from, int rows,
                                  int storage, int out, int in, int stride, void* values, void* scales,
                                  int first, int step) {

@@ -1,6 +1,6 @@
 // C interface to products of prompts, and to attention of prompts and images, for tests/cuda. Pointers are
 // device memory. The functions with a stream return NULL or an error message. bfloat16: compute type; 0:
-// float16. portable: as in cuda/attention.h.
+// float16. portable: 1: use the kernels for any GPU even if this GPU has faster ones.
 #include <string>
 
 #include "core/error.h"

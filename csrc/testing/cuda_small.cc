@@ -1,6 +1,6 @@
-// C interface to the elementwise, adapter, image and sampling kernels, for tests/cuda. Pointers are device
-// memory. The functions with a stream return NULL or an error message. bfloat16: compute type;
-// 0: float16.
+// C interface to the elementwise, adapter, image and sampling kernels, for tests/cuda, with the parameters of
+// the launchers in cuda/ops.h and cuda/low_rank.h. Pointers are device memory. The functions with a stream
+// return NULL or an error message. bfloat16: compute type; 0: float16.
 #include "core/error.h"
 #include "cuda/low_rank.h"
 #include "cuda/ops.h"

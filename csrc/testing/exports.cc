@@ -35,7 +35,7 @@ int with_context(qvl_isa isa, int threads, Body&& body) {
 }  // namespace
 
 // Linear layer on n_x activations: the first n_prompt by the blocked product, the others by the matrix-vector
-// kernels. order: as in Matrix (cpu/linear.h), or NULL.
+// kernels. order: stored column j multiplies input order[j]; NULL: input j.
 EXPORT int qvlt_linear(qvl_isa isa, int threads, qvl_dtype dtype, int64_t n_prompt, int64_t n_x, int64_t rows,
                        int64_t k, const float* x, const void* packed, const int32_t* order, const float* bias,
                        int add, float* y) {
@@ -123,7 +123,7 @@ EXPORT int64_t qvlt_pool_blocks(qvl_dtype dtype, int layers, int heads, int head
 
 // Attention with q, k, v and `causal` as in reference.h. Keys and values are in a pool of type `dtype` with
 // blocks of `tile` tokens. decode, only with causal: compute each query separately, as in a decode step.
-// rounded: as in AttentionShape (cpu/attention.h).
+// rounded: compute in bfloat16 if the ISA can, except with decode.
 EXPORT int qvlt_attention(qvl_isa isa, int threads, qvl_dtype dtype, int tile, int rounded, int decode,
                           int64_t heads, int64_t head_dim, int64_t n, int64_t n_keys, int causal,
                           const float* q, const float* k, const float* v, float* out) {

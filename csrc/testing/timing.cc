@@ -153,7 +153,7 @@ EXPORT double qvlt_time_linear(qvl_isa isa, int threads, qvl_dtype dtype, int de
     std::vector<Buffer> matrices;
     for (int i = 0; i < copies; ++i) {
       matrices.emplace_back(bytes);
-      std::memset(matrices.back().get<char>(bytes), 0x3c, bytes);
+      std::memset(matrices.back().get<char>(bytes), 0x3c, bytes);  // a normal number in every type
     }
     std::vector<float> x(static_cast<size_t>(n_x * k), 0.5F), y(static_cast<size_t>(n_x * rows));
     for (int i = 0; i < repeats; ++i) {

@@ -57,7 +57,7 @@ def digest_of_samples(path: Path) -> str:
 
 
 class MergedAdapter(BaseModel):
-    """A LoRA adapter merged into the weights: name of its folder, weight, and a digest of its tensors."""
+    """A LoRA adapter merged into the weights: name of its folder, factor (`weight`), and a digest of its tensors."""
 
     model_config = ConfigDict(frozen=True)
 

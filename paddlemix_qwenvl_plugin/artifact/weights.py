@@ -26,7 +26,10 @@ class Weight(NamedTuple):
 def stage_weights(
     config: ModelConfig, stage: str, dtype: str, quant_type: Optional[str] = None
 ) -> dict[str, Weight]:
-    """List the weights of a stage, "vision" or "language", by canonical name in the order of `parameter_shapes`."""
+    """List the weights of a stage, "vision" or "language", by canonical name.
+
+    In the order of `parameter_shapes`; with act-order, the column order of each quantized matrix follows the matrix.
+    """
     specs = vision_specs(config) if stage == "vision" else language_specs(config)
     kinds = quantized(specs, quant_type)
     weights = {}

@@ -105,10 +105,10 @@ class QWenForQWenVLInferenceModel:
         """Generate for upstream's dynamic predictor; write the tokens to the working directory, where it reads them.
 
         Args:
-            inputs: inputs of the stock graph by name; image_features and img_pos may be absent without images.
+            inputs: inputs of the stock program by name; image_features and img_pos may be absent without images.
 
         Returns:
-            Outputs of the stock graph (modeling/generation.py).
+            Outputs of the stock program (StockGeneration in modeling/generation.py).
         """
         if inputs.pop("pre_caches", None):
             raise UsageError("--export_precache: not supported, run without it")

@@ -208,9 +208,9 @@ def _refusal(tree: Tree, states: Sequence[tuple[Patch, State]], force: bool) -> 
 
 
 def _has_other_changes(tree: Tree, patch: Patch, state: State, file: str) -> bool:
-    """Whether a file has changes other than those of the patch, if that is applied.
+    """Whether a file differs from the tree's commit by more than the patch does, where the patch is applied.
 
-    The changes are those since the tree's commit; in a tree without .git, since the pinned commit.
+    In a tree without .git: from the pinned commit.
     """
     if tree.commit is None:
         expected = patch.files[file]

@@ -1,4 +1,4 @@
-"""Run the documents' Python examples and cheap shell commands on the tiny model.
+"""Run Python examples and cheap shell commands of the documents on the tiny model.
 
 They run as printed, except that tests replace the path of the real model, limit the new tokens of a chat, and omit
 commands that need a checkout of upstream.

@@ -37,7 +37,7 @@ def test_rounded_weights_lose_little_accuracy(
         (1, "--quant_type", "weight_only_int8"),
         (3, "--quant_type", "weight_only_int4"),
     ]
-    if DEVICE != "cpu":  # a GPU also computes in float16, a CPU in float32
+    if DEVICE != "cpu":  # only a GPU computes in float16
         cases.append((1, "--dtype", "float16"))
     for points, *flags in cases:
         rounded = eval_demo(capsys, "--device", DEVICE, *flags)

@@ -60,7 +60,7 @@ class ChatCompletionRequest(SamplingParameters):
     safety_identifier: Annotated[Optional[str], Field(description="Ignored.")] = None
 
     def options(self, settings: ServeSettings) -> GenerationOptions:
-        """Convert the parameters; see SamplingParameters.options."""
+        """Convert the parameters as SamplingParameters.options does; ApiError for top_logprobs without logprobs."""
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(
                 400, "top_logprobs: only with logprobs: true", param="top_logprobs", code="invalid_value"

@@ -23,7 +23,8 @@ class CompletionSpec:
 
     Attributes:
         n: number of completions per prompt.
-        n_logprobs, adapter: see EngineRequest.
+        n_logprobs: number of most likely tokens reported per token; None: no log probabilities.
+        adapter: name of the LoRA adapter; None: the model without an adapter.
     """
 
     prompts: Sequence[ReadyPrompt]
@@ -74,7 +75,7 @@ class Completion:
     async def events(self) -> AsyncGenerator[Event, None]:
         """Wait for slots, load the images, run the choices and yield their events. Closing cancels the remaining runs.
 
-        Images are loaded only once the slots are held: a request that the queue refuses costs no more than its body.
+        Images are loaded only once the slots are held, so that a request that the queue refuses loads none.
 
         Raises:
             ApiError, QwenVLError: the queue is full, an image cannot be loaded, the engine failed, or the request

@@ -105,7 +105,7 @@ class TextForm:
     """Form of text_completion, complete or in chunks."""
 
     def __init__(self, model: str, tokenizer: QwenTokenizer, with_logprobs: bool, with_usage: bool) -> None:
-        """Create the form; see ChatForm."""
+        """Create the form; `with_usage` as for ChatForm."""
         self._tokenizer = tokenizer
         self._with_logprobs = with_logprobs
         self._head = _Head("cmpl", model, "text_completion", with_usage)

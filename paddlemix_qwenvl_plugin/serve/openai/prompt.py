@@ -25,7 +25,7 @@ class ReadyPrompt:
     Attributes:
         token_ids: token ids, image slots included.
         images: sources of the images, one for each `<img>`, in order.
-        generated: see EngineRequest.
+        generated: [start, end) ranges of `token_ids` that are earlier answers.
     """
 
     token_ids: list[int]

@@ -110,7 +110,7 @@ class TextChoice(BaseModel):
 
 
 class TextCompletion(BaseModel):
-    """Response of /v1/completions, and the data of each event of its stream."""
+    """Response of /v1/completions, and each chunk of its stream."""
 
     id: str
     object: Literal["text_completion"]

@@ -23,5 +23,5 @@ class Images:
         yield Entry(1, 0, 1, name)
 
     def rows(self, folder: str, name: str, entry: Entry) -> Iterator[tuple[int, Row]]:
-        """Build the row of an image file; the image is loaded when the row is answered."""
+        """Build the row of an image file, without reading the file."""
         yield 1, plain_row(name, {"image": name}, self._prompt, self._defaults)

@@ -17,9 +17,9 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError
 class WebDataset:
     """Format of WebDataset tar files, with ranges of byte offsets.
 
-    A row's id is the name of its members without the extension. Its images are the image members in the order of their
-    extensions. Its `.json` has fields of the plain form. Its prompt is the field `prompt`, else the job's, else its
-    `.txt`.
+    A row's id is the name of its members without the extension. Its `.json` has fields of the plain form. Its image
+    members, in the order of their extensions, replace the images in the `.json`. Its prompt is the field `prompt`, else
+    the job's, else its `.txt`.
     """
 
     def __init__(self, prompt: Optional[str], defaults: Mapping[str, Any]) -> None:
