@@ -4,10 +4,7 @@
 #include <cstring>
 #include <vector>
 
-#include "core/error.h"
-#include "core/pack.h"
 #include "cpu/dispatch.h"
-#include "cpu/linear.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -139,30 +136,4 @@ EXPORT double qvlt_read_bandwidth(int threads, int64_t bytes, int repeats) {
 // the processor.
 EXPORT uint64_t qvlt_read_memory(const char* memory, int64_t bytes, int way) {
   return read_memory(memory, bytes, way);
-}
-
-// Seconds per product of n_x activations, as rows of a decode step (decode not 0) or of a prompt, with a
-// [rows, k] matrix: the best of `repeats`. The repeats cycle through `copies` matrices; if these are larger
-// than the caches, a matrix is no longer cached when its turn comes. -1 on failure.
-EXPORT double qvlt_time_linear(qvl_isa isa, int threads, qvl_dtype dtype, int decode, int64_t n_x,
-                               int64_t rows, int64_t k, int copies, int repeats) {
-  double best = 1e9;
-  const qvl_status status = guarded(nullptr, [&] {
-    Context context(kernels_for(isa), threads);
-    const uint64_t bytes = packed_bytes(dtype, rows, k);
-    std::vector<Buffer> matrices;
-    for (int i = 0; i < copies; ++i) {
-      matrices.emplace_back(bytes);
-      std::memset(matrices.back().get<char>(bytes), 0x3c, bytes);  // a normal number in every type
-    }
-    std::vector<float> x(static_cast<size_t>(n_x * k), 0.5F), y(static_cast<size_t>(n_x * rows));
-    for (int i = 0; i < repeats; ++i) {
-      const char* values = matrices[static_cast<size_t>(i % copies)].get<char>(bytes);
-      const Matrix matrix = Matrix::stored(dtype, rows, k, values);
-      const Rows activations = decode != 0 ? Rows{0, n_x} : Rows{n_x, 0};
-      best =
-          std::min(best, seconds([&] { linear(context, matrix, x.data(), k, activations, y.data(), rows); }));
-    }
-  });
-  return status == QVL_OK ? best : -1;
 }

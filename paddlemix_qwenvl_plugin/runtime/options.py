@@ -48,7 +48,12 @@ class GenerationOptions:
         Optional[int], Field(ge=1, description="Sample from this number of the most likely tokens.")
     ] = None
     repetition_penalty: Annotated[
-        float, Field(gt=0, le=100, description="Divides the logits of tokens generated so far.")
+        float,
+        Field(
+            gt=0,
+            le=100,
+            description="Divides positive logits of tokens generated so far, multiplies negative ones.",
+        ),
     ] = 1.0
     frequency_penalty: Annotated[
         float,

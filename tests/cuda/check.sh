@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run tests (all but test_low_rank.py) and timings that need a GPU but no Paddle, the most important first.
+# Run the tests and timings that need a GPU but no Paddle, the most important first.
 #
 #   tests/cuda/check.sh DIR [LOGS]
 #
@@ -37,6 +37,7 @@ nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 pytest_part decode 60 tests/cuda/test_decode.py
 part products 60 20 python3 benchmarks/gpu/products.py
 pytest_part small 60 tests/cuda/test_elementwise.py tests/cuda/test_sample.py tests/cuda/test_vision_rows.py
+pytest_part adapters 90 tests/cuda/test_low_rank.py
 pytest_part prompts 60 tests/cuda/test_prompt_linear.py tests/cuda/test_prompt_attention.py
 pytest_part goldens 60 tests/csrc/test_golden_gpu.py
 pytest_part same_answer 90 tests/csrc/test_same_answer.py

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Run tests of most kernels (of none in low_rank.cu) under compute-sanitizer, with memcheck, racecheck and initcheck,
-# several processes at a time.
+# Run tests of most kernels under compute-sanitizer, with memcheck, racecheck and initcheck, several processes at a time.
 #
 #   QWENVL_TEST_LIBRARY=DIR/libqwenvl.so QWENVL_CUDA_KERNELS=DIR tests/cuda/sanitize.sh LOGS [SECONDS [TOOL...]]
 #
@@ -8,7 +7,7 @@
 # processor. Prints a line for each process; exits with 1 unless all are clean. TOOL: memcheck, racecheck, initcheck.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
-[ $# -ge 1 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2; }
 logs=$1 seconds=${2:-240}
 shift $(($# < 2 ? $# : 2))
 tools=("$@")
@@ -22,7 +21,8 @@ groups=(
     "decode_upload|tests/cuda/test_decode.py|interleaved and 10-72"
     "decode_attention|tests/cuda/test_decode.py|attention and 3-128-32"
     "decode_attention_odd|tests/cuda/test_decode.py|attention and (2-18-7-2 or 1-256-32-1 or 3-64-7-5)"
-    "elementwise|tests/cuda/test_elementwise.py|(rms and (3-100 or 3-4099)) or (embed and 4099) or 3-128-7 or 3-2-5 or int8_without"
+    "elementwise|tests/cuda/test_elementwise.py|(rms and (3-100 or 3-4099)) or (embed and 4099) or 3-128-7 or 3-2-5 or int8_without or gather"
+    "low_rank|tests/cuda/test_low_rank.py|test_rows_of_several and 75"
     "vision_rows|tests/cuda/test_vision_rows.py|cut or add_rows or (layer_norm and (3-100 or 3-4096))"
     "prompt_product_bf16|tests/cuda/test_prompt_linear.py|odd_sizes and 37-100-120 and -bf16"
     "prompt_product_f16|tests/cuda/test_prompt_linear.py|odd_sizes and 37-100-120 and -f16"

@@ -50,8 +50,8 @@ class Float32Config(c.Config):
 def engine_logits(prefix, tokens, monkeypatch, one_by_one, adapter=None):
     """The engine's logits after each token, float32 [tokens, vocabulary].
 
-    If `one_by_one`, each step computes one token, as a chunk of a prompt; otherwise one step computes a prompt of each
-    length. `adapter` is the folder of an adapter.
+    If `one_by_one`, the first step computes a prompt of one token, and each later one is a decode step; otherwise one
+    step computes a prompt of each length. `adapter` is the folder of an adapter.
     """
     monkeypatch.setattr(c, "Config", Float32Config)
     config = read_manifest(prefix).config
@@ -65,12 +65,12 @@ def engine_logits(prefix, tokens, monkeypatch, one_by_one, adapter=None):
     logits = np.empty([n, config.vocab_size], np.float32)
     if one_by_one:
         for i in range(n):
-            run(engine, pool, [(i, 1, 0)], tokens[i : i + 1], logits[i : i + 1], loaded_adapter)
+            run(engine, pool, [(i, 1, 1, 0)], tokens[i : i + 1], logits[i : i + 1], loaded_adapter)
     else:
         run(
             engine,
             pool,
-            [(0, i + 1, i) for i in range(n)],
+            [(0, i + 1, i + 1, i) for i in range(n)],
             np.concatenate([tokens[: i + 1] for i in range(n)]),
             logits,
             loaded_adapter,
@@ -79,11 +79,11 @@ def engine_logits(prefix, tokens, monkeypatch, one_by_one, adapter=None):
 
 
 def run(engine, pool, sequences, tokens, logits, adapter):
-    """Run a step of sequences (n_past, n_new, index of the only block), with an adapter or None."""
+    """Run a step of sequences (n_past, n_new, prompt_len, index of the only block), with an adapter or None."""
     n = len(sequences)
     rows, blocks = (c.SequenceRow * n)(), np.array([block for *_, block in sequences], np.int32)
-    for i, (row, (n_past, n_new, _)) in enumerate(zip(rows, sequences)):
-        row.n_past, row.n_new, row.prompt_len = n_past, n_new, n_past + n_new
+    for i, (row, (n_past, n_new, prompt_len, _)) in enumerate(zip(rows, sequences)):
+        row.n_past, row.n_new, row.prompt_len = n_past, n_new, prompt_len
         row.n_blocks, row.blocks = 1, blocks[i:].ctypes.data
         row.adapter = None if adapter is None else adapter.handle.value
     tokens, picked = tokens.astype(np.int32), np.empty(n, np.int32)

@@ -58,7 +58,7 @@ struct SampleParams {
   KeptIds* kept;                    // [n]
   unsigned long long* kept_keys;    // [n, kMaxKept]
   float* warp_maxima;               // [n, chunks * kScanWarps]: the largest logit of each warp of the scan
-  unsigned int* marks;              // [n, mark_words]: one bit per forbidden id
+  unsigned int* marks;              // [n, mark_words]: one bit per id, set if it is forbidden
   int mark_words;
 
   // Outputs, as SampleOutputs in ops.h.

@@ -68,7 +68,12 @@ class SamplingParameters(Schema):
         Field(ge=-2, le=2, description="Subtracted from a token's logit for each of its occurrences."),
     ] = None
     repetition_penalty: Annotated[
-        Optional[float], Field(ge=0.01, le=100, description="Divides the logits of generated tokens.")
+        Optional[float],
+        Field(
+            ge=0.01,
+            le=100,
+            description="Divides positive logits of generated tokens, multiplies negative ones.",
+        ),
     ] = None
     seed: Annotated[
         Optional[int],
