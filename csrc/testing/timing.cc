@@ -4,7 +4,8 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/dispatch.h"
+#include "cpu/memory.h"
+#include "cpu/thread_pool.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

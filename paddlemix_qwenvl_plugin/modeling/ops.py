@@ -15,7 +15,11 @@ from paddle.framework import in_dynamic_or_pir_mode
 
 
 def iota(n: int) -> paddle.Tensor:
-    """Integers 0 to n - 1, int64 [n], without the float64 constants into which Paddle converts Python numbers."""
+    """Integers 0 to n - 1, int64 [n], without float64 constants.
+
+    `paddle.arange(n)` converts Python numbers to such constants, but export/program.py uses float64 as the stand-in for
+    the half type.
+    """
     return paddle.arange(paddle.full([1], n, dtype="int64"), dtype="int64")
 
 

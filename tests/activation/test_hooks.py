@@ -39,7 +39,7 @@ def test_early_hook_is_called_before_the_module_is_executed(
 
 
 def test_module_attributes_are_the_same_with_and_without_the_plugin(run: Run) -> None:
-    """Loader (LOADERS: also during the module's execution), spec, file, source and data file are the same."""
+    """Loader, spec, file, source and data file are the same; LOADERS: the loaders that the module saw when it ran."""
     code = IMPORT + (
         "from importlib.resources import files\n"
         "print(m.LOADERS, type(m.__loader__).__name__, type(m.__spec__.loader).__name__)\n"
@@ -151,7 +151,7 @@ def test_error_of_the_module_propagates_and_the_next_import_calls_the_hook(run: 
         "open(path + '/modeling.py', 'w').write('raise ImportError(\"upstream is broken\")')\n"
         f"try: import {AUTO}\n"
         "except ImportError as e: print(e, hooks.calls)\n"
-        "open(path + '/modeling.py', 'w').write(text + '#' * 99); import importlib; importlib.invalidate_caches()\n"
+        "open(path + '/modeling.py', 'w').write(text + '#'); import importlib; importlib.invalidate_caches()\n"
         f"import {AUTO}; print(hooks.calls)",
         "hooks:good",
     )

@@ -101,7 +101,7 @@ class TestCoordinator:
         asyncio.run(scenario())
 
     def test_a_repeated_call_waits_like_the_first(self) -> None:
-        """A front repeats `acquire` after an error of Ray, which need not have reached the coordinator."""
+        """A front repeats `acquire` after an error of Ray; in the coordinator the first call may still wait."""
 
         async def scenario() -> None:
             queue = Coordinator(serve_settings())
@@ -128,7 +128,7 @@ class TestCoordinator:
             leases = {"held": (1, None)}
             assert (await queue.report("front", "front", ready=True, metrics=[], leases=leases)).running == 2
             await asyncio.sleep(0.3)
-            # Only a report of the front that holds the lease frees it.
+            # Only a report of the front that acquired the lease "released" frees it; the other front's does not.
             assert (
                 await queue.report("another front", "front", ready=True, metrics=[], leases={})
             ).running == 2

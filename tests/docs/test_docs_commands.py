@@ -61,7 +61,8 @@ def commands_of(document: Path) -> list[Command]:
 
 
 Parse = Callable[[list[str]], Any]
-"""Function from the arguments of `qwenvl` to the parsed arguments of the subcommand, a dict."""
+"""Function from the arguments of `qwenvl` to the subcommand's parsed arguments, a dict; if no subcommand runs, as with
+--help, to an exit code."""
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +205,7 @@ def check_mkdocs(command: Command, parse: Parse) -> None:
 
 
 def check_nothing(command: Command, parse: Parse) -> None:
-    """No check: a program of the system, or an assignment without a program."""
+    """No check: a program that is not the project's, or an assignment without a program."""
 
 
 CHECKS: dict[str, Callable[[Command, Any], None]] = {

@@ -1,4 +1,4 @@
-"""Limits of a body's JSON outside of strings and of its number of quotation marks.
+"""Two limits of a JSON body: its number of bytes outside of strings, and its number of quotation marks.
 
 Parsing a body beyond these limits would block the event loop.
 """
@@ -46,7 +46,14 @@ def test_typical_bodies_are_accepted(body: bytes) -> None:
         b"[" + b",".join([b"9" * 4000] * 300) + b"]",
         b" " * 2 * MIB + b"1",
     ],
-    ids=["lists", "after an escape", "after a quotation mark", "names", "numbers", "spaces"],
+    ids=[
+        "lists",
+        "after an escaped backslash",
+        "after an escaped quotation mark",
+        "names",
+        "numbers",
+        "spaces",
+    ],
 )
 def test_bodies_that_are_slow_to_parse_are_refused(body: bytes) -> None:
     async def post() -> httpx.Response:

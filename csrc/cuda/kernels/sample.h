@@ -15,10 +15,11 @@ constexpr int kScanWarps = kScanThreads / 32;
 
 // Summary of a chunk of a row.
 struct ChunkPeak {
-  double best;         // the largest logit after penalties
-  int id;              // the lowest id with that logit
-  int flags;           // kHasFinite: a finite logit; kHasInvalid: a NaN or positive infinity
-  float maximum, sum;  // of the unchanged logits: the maximum, and the sum of exp(logit - maximum)
+  double best;  // the largest logit after penalties and forbidden ids
+  int id;       // the lowest id with that logit
+  int flags;    // kHasFinite: a finite logit; kHasInvalid: a NaN or positive infinity
+  // Only with want_log_sum, of the unchanged logits: the maximum, and the sum of exp(logit - maximum).
+  float maximum, sum;
 };
 
 // State of a row for the kernels after the scan. log_sum is set only with want_log_sum.
@@ -28,8 +29,9 @@ struct RowState {
   int peak;        // id of `best`; -1 if the row has a NaN, a positive infinity or no finite value
 };
 
-// Kept ids of a row that draws: the candidates for the id at which the first search of sample_draw ends, and
-// if other searches follow, all ids before them.
+// Kept ids of a row that draws. sample_draw searches up to three times (top-k, top-p, the draw), and each
+// search ends at or before the end of the previous one. Kept are the ids of the bin in which the first search
+// ends and, if other searches follow, all ids before this bin.
 struct KeptIds {
   unsigned blocks_done;                        // number of finished blocks of sample_bins
   bool by_count;                               // the first search is by count: top-k applies

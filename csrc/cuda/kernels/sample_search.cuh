@@ -34,7 +34,8 @@ struct LogitRange {
   __device__ bool contains(float logit) const { return !(logit < low || logit > high); }
 };
 
-// The weighted ids of a row, in the order of draws.
+// The ids of a row with their weights, from the most to the least likely after penalties and forbidden ids:
+// the order for top-k, top-p and the draw.
 struct DrawItems : LogitRange {
   static constexpr bool kHasFirstBins = true;  // sample_bins has filled the bins of level 1
   Row row;
@@ -225,8 +226,8 @@ class Search {
 
   // Find the first id, in order, at which the cumulative count or weight exceeds `target`. Set `key` to its
   // key and `through` to the cumulative weight including it. Return false if the total does not exceed the
-  // target. Afterwards a range of ids that includes the found one is kept in scratch memory, sorted;
-  // keep_all: it begins with the first id of the row.
+  // target. Afterwards a range of ids that includes the found one is kept in scratch memory, sorted.
+  // keep_all, only while no ids are kept: the range begins with the first id in the order.
   __device__ bool find(bool by_count, uint64 target, bool keep_all, uint64& key, uint64& through) {
     if (!find_kept(by_count, target, key, through)) {
       if (!keep(by_count, target, keep_all)) return false;
@@ -259,8 +260,8 @@ class Search {
     }
   }
 
-  // Fill the bins of the keys whose bits above a bin number are `prefix`; a bin number is the 11 bits of a
-  // key from bit `shift` on.
+  // Fill the bins with the keys that begin with the bits `prefix`. The next 11 bits of such a key, from bit
+  // `shift` on, are the number of its bin.
   __device__ void fill(int shift, uint64 prefix) {
     Bins& bins = scratch_.bins;
     __syncthreads();
@@ -331,8 +332,9 @@ class Search {
       base_count_ += scratch_.before_count;
       base_weight_ += scratch_.before_weight;
       all = base_count_ + scratch_.found_count <= kMaxKept;
-      // The loop ends at shift 9 at the latest: its bins have 512 keys, and with keep_all, in sample_top, at
-      // most n_top - 1 ids, fewer than kMaxLogprobs, come before the bin.
+      // The loop ends at shift 9 at the latest. A bin then has at most 512 ids. With keep_all (sample_top),
+      // at most n_top - 1 ids come before it, fewer than kMaxLogprobs = 64 (core/sampling.h): all are fewer
+      // than kMaxKept.
       if (all || (!keep_all && scratch_.found_count <= kMaxKept)) break;
     }
     const uint64 first = all ? 0 : prefix << shift, last = ((prefix + 1) << shift) - 1;

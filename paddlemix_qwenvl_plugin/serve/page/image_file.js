@@ -19,7 +19,7 @@ export async function readImage(file) {
   canvas.width = Math.max(1, Math.round(bitmap.width * scale));
   canvas.height = Math.max(1, Math.round(bitmap.height * scale));
   const context = canvas.getContext('2d');
-  // Transparency becomes white, as the page shows it to the user.
+  // Transparency becomes white, as on the server; in a JPEG it would become black.
   context.fillStyle = '#fff';
   context.fillRect(0, 0, canvas.width, canvas.height);
   context.imageSmoothingQuality = 'high';

@@ -1,4 +1,4 @@
-"""WebDataset tar files: consecutive members with the same name before the first dot form a row."""
+"""WebDataset tar files: consecutive members of a folder whose file names are equal up to the first dot form a row."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 
 class WebDataset:
-    """Format of WebDataset tar files, with ranges of byte offsets.
+    """Format of WebDataset tar files; `start` and `stop` of an Entry are byte offsets in the tar file.
 
-    A row's id is the name of its members without the extension. Its `.json` has fields of the plain form. Its image
-    members, in the order of their extensions, replace the images in the `.json`. Its prompt is the field `prompt`, else
-    the job's, else its `.txt`.
+    A row's id is the name of its members without the extension. Its `.json` has the keys of the plain form, this
+    package's format of a row (PLAIN_KEYS in entry.py). Its image members, in the order of their extensions, replace the
+    images in the `.json`. Its prompt is the key `prompt`, else the job's, else its `.txt`.
     """
 
     def __init__(self, prompt: Optional[str], defaults: Mapping[str, Any]) -> None:
