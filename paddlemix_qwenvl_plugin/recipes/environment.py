@@ -27,6 +27,7 @@ _PACKAGES = (
 )
 # Prefixes of variables that affect Paddle, the math libraries or this package.
 _VARIABLES = ("CUDA_", "FLAGS_", "MKL_", "OMP_", "QWENVL_")
+_SECRETS = ("QWENVL_API_KEY",)  # variables whose values are not recorded
 
 
 def describe() -> dict[str, Any]:
@@ -41,7 +42,11 @@ def describe() -> dict[str, Any]:
         "memory_gib": _rounded(memory_gib()),
         "gpus": gpus(),
         "packages": {name: version(name) for name in _PACKAGES},
-        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
+        "variables": {
+            name: "(not recorded)" if name in _SECRETS else value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(_VARIABLES)
+        },
         "git_commit": _git("rev-parse", "HEAD"),
         "git_changes": bool(_git("status", "--porcelain")),
     }

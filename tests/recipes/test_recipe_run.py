@@ -94,6 +94,14 @@ def test_output_and_files_of_a_successful_run(tmp_path: Path) -> None:
     assert recorded_environment["packages"]["numpy"] == environment.version("numpy")
 
 
+def test_the_api_key_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QWENVL_API_KEY", "top-secret")
+    monkeypatch.setenv("QWENVL_ENGINE", "auto")
+    recorded = environment.describe()
+    assert recorded["variables"]["QWENVL_ENGINE"] == "auto"
+    assert "top-secret" not in json.dumps(recorded)
+
+
 def test_commands_txt_is_a_shell_script(tmp_path: Path) -> None:
     code = "import os, sys; open(sys.argv[1], 'w').write(os.environ['WORDS'] + sys.argv[2])"
     data = recipe(env={"WORDS": "it's $HOME "}, steps=[step("a", code, "${run_dir}/out", 'a "b" c')])

@@ -864,7 +864,9 @@ static int fuzz_other_calls(qvl_engine* engine) {
   float values[64] = {0};
   char packed[4096];
   const int64_t out = unusual_integer(), in = unusual_integer();
-  const qvl_dtype dtype = (qvl_dtype)unusual_integer();
+  /* Also each of the types, and one number more. */
+  const qvl_dtype dtype =
+      (qvl_dtype)(next(&fuzz_random) % 2 ? unusual_integer() : (int64_t)(next(&fuzz_random) % 14));
   qvl_status status;
   switch (next(&fuzz_random) % 3) {
     case 0:
@@ -878,7 +880,7 @@ static int fuzz_other_calls(qvl_engine* engine) {
       const uint64_t bytes = qvl_packed_bytes(dtype, out, in);
       const int fits = bytes > 0 && bytes <= sizeof packed && out <= 64 && in <= 64 && out * in <= 64;
       if (has_zeros(dtype)) {
-        const uint16_t zeros[64] = {0};
+        const uint16_t zeros[4 * 64] = {0}; /* at most 4 groups per row */
         status = qvl_pack_groups(dtype, out, in, (const uint8_t*)zeros, zeros, zeros, packed,
                                  fits ? bytes : bytes + 1, &error);
       } else {
