@@ -200,7 +200,7 @@ def test_transparency_is_composed_with_white(mode: str) -> None:
 
 
 def test_transparent_colours_are_composed_with_white(recwarn: pytest.WarningsRecorder) -> None:
-    """Alpha values of a palette (Pillow's warning is hidden), and one transparent colour: of a palette, RGB, and grey."""
+    """Alpha values of a palette (Pillow's warning is hidden); one transparent colour of a palette, of RGB, of grey."""
     palette = Image.new("P", (3, 1))
     palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     palette.putdata([0, 1, 2])
