@@ -184,9 +184,10 @@ def kind_of(name: str, shape: tuple[int, ...], storage: str) -> str:
 def floors(sizes: Sizes, storage: str, machine: Machine) -> dict[str, float]:
     """Lower bounds of the rows in milliseconds: the larger of bytes / `read` and operations / `rate`.
 
-    Bytes are those of the weights, once in each step or pass, and in decode steps also those of the keys and values
-    (bfloat16). Operations are those of matrix products and attention; causal attention of a prompt needs half of all
-    pairs of positions. For captions and requests the bounds of images, prefill and decode steps are added.
+    Bytes are those of the matrices, without the token embedding, once in each step or pass, and in decode steps also
+    those of the keys and values (bfloat16). Operations are those of matrix products and attention; causal attention of
+    a prompt needs half of all pairs of positions. For captions and requests the bounds of images, prefill and decode
+    steps are added.
     """
     weights = language_shapes(sizes)
     matrices = {name: shape for name, shape in weights.items() if len(shape) == 2 and name != "wte.weight"}
