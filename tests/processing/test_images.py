@@ -53,7 +53,7 @@ def png_header(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("name", ["wide.png", "tall.png", "alpha.png", "gray.png", "palette.png"])
 def test_golden_images(golden_folder: Path, name: str) -> None:
     golden = json.loads((golden_folder / "images.json").read_text())[name]
-    # PaddleMIX ignores transparency, and load_image composes an image with white: alpha.png is opened without it.
+    # PaddleMIX ignores transparency, and load_image composes an image with white: Pillow opens alpha.png.
     path = golden_folder / name
     tensor = preprocess(Image.open(path) if name == "alpha.png" else load_image(path))
     assert list(tensor.shape) == golden["shape"]
