@@ -1,4 +1,4 @@
-"""Folders with the golden weights in every upstream form: three naming schemes, two layouts, four file formats."""
+"""Folders with the golden weights in several forms: three naming schemes, two layouts, four file formats."""
 
 from __future__ import annotations
 

@@ -109,7 +109,10 @@ def shards(specs: dict[str, TensorSpec]) -> Iterator[dict[str, TensorSpec]]:
 
 
 def values(pattern: NDArray[np.float32], name: str, spec: TensorSpec, dtype: str) -> NDArray[np.generic]:
-    """Values of a tensor. Matrices have variance 0.25 / n_in, to keep activations small; wte.weight and vectors 1."""
+    """Values of a tensor: variance 1 for wte.weight and vectors, else 0.25 / n_in, to keep activations small.
+
+    n_in: inputs of a linear layer's weight, the last dimension of another tensor.
+    """
     shape = spec.shape[::-1] if spec.linear else spec.shape
     n_in = spec.shape[0] if spec.linear else shape[-1]
     scale = 1.0 if len(shape) == 1 or name == "wte.weight" else 0.5 / np.sqrt(n_in)

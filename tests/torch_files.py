@@ -85,7 +85,7 @@ def write_legacy(path: Path, weights: dict[str, np.ndarray], dtype: str) -> None
         "type_sizes": {"short": 2, "int": 4, "long": 4},
     }
     with path.open("wb") as file:
-        # The magic number and the protocol version of the format.
+        # The magic number, the protocol version of the format, and the writer's byte order and type sizes.
         for value in (0x1950A86A20F9469CFC6C, 1001, system_info):
             file.write(pickle.dumps(value, 2))
         file.write(table + pickle.dumps([str(i) for i in range(len(storages))], 2))

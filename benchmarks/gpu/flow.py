@@ -110,7 +110,8 @@ def report(interface: str, answer: Callable[[Any, Any], list[int]], first_seed: 
         start = time.perf_counter()
         answer(pixels, ids)
         times.append(1e3 * (time.perf_counter() - start))
-    median = statistics.median(times[1:])  # without the first time, a further warm-up
+    # The first time is a further warm-up, which the median leaves out.
+    median = statistics.median(times[1:])
     print(json.dumps({"interface": interface, "ms": median, "minimum": min(times), "tokens": tokens}))
 
 

@@ -139,7 +139,7 @@ COPY, READ, RATE = "copy, GB/s", "read, GB/s", "products, TFLOP/s"  # limits of 
 def image_sets(n: int, sizes: Sizes) -> list[Any]:
     """Four sets of n random images, float32 [n, 3, size, size].
 
-    The sets are used in turn, so that a set is no longer in the GPU's cache when it is used again.
+    time_vision uses the sets in turn, so that a set is no longer in the GPU's cache when it is used again.
     """
     return [torch.randn(n, 3, sizes.image, sizes.image, device=DEVICE) for _ in range(4)]
 
@@ -184,9 +184,10 @@ def kind_of(name: str, shape: tuple[int, ...], storage: str) -> str:
 def floors(sizes: Sizes, storage: str, machine: Machine) -> dict[str, float]:
     """Lower bounds of the rows in milliseconds: the larger of bytes / `read` and operations / `rate`.
 
-    Bytes are those of the weights, once in each step or pass, and in decode steps also those of the keys and values
-    (bfloat16). Operations are those of matrix products and attention; causal attention of a prompt needs half of all
-    pairs of positions. For captions and requests the bounds of images, prefill and decode steps are added.
+    Bytes are those of the matrices, without the token embedding, once in each step or pass, and in decode steps also
+    those of the keys and values (bfloat16). Operations are those of matrix products and attention; causal attention of
+    a prompt needs half of all pairs of positions. For captions and requests the bounds of images, prefill and decode
+    steps are added.
     """
     weights = language_shapes(sizes)
     matrices = {name: shape for name, shape in weights.items() if len(shape) == 2 and name != "wte.weight"}

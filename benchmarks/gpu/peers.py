@@ -136,7 +136,7 @@ def attend(q: Any, k: Any, v: Any, causal: bool = False) -> Any:
     """[batch, tokens, heads, head_dim] -> [batch, tokens, heads * head_dim]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     batch, heads, length, head_dim = k.shape
-    # Without a causal mask, lengths up to the same multiple of 256 share the choice of a kernel.
+    # Without a causal mask, lengths that round up to the same multiple of 256 share the choice of a kernel.
     measured_length = length if causal else math.ceil(length / 256) * 256
     with sdpa_kernel(fastest_kernel(tuple(q.shape), (batch, heads, measured_length, head_dim), causal)):
         mixed = f.scaled_dot_product_attention(q, k, v, is_causal=causal)

@@ -70,8 +70,8 @@ class Products:
 
     def fill_scales(self, storage: str, scales: torch.Tensor) -> None:
         if storage.startswith("uint"):
-            # Four 16-bit words: two scales in float16, and two zero points in the compute type, plus the constant of
-            # csrc/cuda/kernels/quantized.cuh. The zero point here is 8, with 8 bits 128.
+            # Four 16-bit words for two rows: their scales in float16, and their zero points in the compute type, plus
+            # kZeroBase4 or kZeroBase8 of csrc/cuda/kernels/quantized.cuh. The zero point here is 8, with 8 bits 128.
             words = scales.view(torch.int16).view(-1, 4)
             words[:, :2] = torch.tensor(1e-3, dtype=torch.float16).view(torch.int16)
             four_bits = storage.startswith("uint4")

@@ -5,9 +5,10 @@ Needs PyTorch for CUDA and 100 GB of GPU memory; takes 5 minutes. The engine nee
 libqwenvl.so. Neither the plugin nor Paddle is needed.
 
 The parts run in separate processes, one after another: machine.py measures the limits of the GPU, peers.py PyTorch, and
-ours.py, run once per storage type, the engine. Figures are medians after warm-up, with random weights and new random
-inputs each time; the rows of captions and requests are times to complete answers. The floor (model.py) is the larger of
-bytes / measured read bandwidth and operations / measured product rate, summed over the steps of a row.
+ours.py, run once per storage type, the engine. Figures are medians after warm-up (the opening: one run), with random
+weights and new random inputs each time; the rows of captions and requests are times to complete answers. The floor
+(model.py) is the larger of bytes / measured read bandwidth and operations / measured product rate, summed over the
+steps of a row.
 """
 
 from __future__ import annotations

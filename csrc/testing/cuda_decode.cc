@@ -1,5 +1,6 @@
 // C interface to the launchers of decode steps, of uploads of matrices and of linear_prompt in cuda/ops.h,
-// for tests/cuda and benchmarks/gpu/products.py. Functions that return a string return NULL or an error
+// and to low_rank_down (cuda/low_rank.h), for tests/cuda and benchmarks/gpu/products.py. Pointers are device
+// memory, except those of decode_matrix_bytes. Functions that return a string return NULL or an error
 // message. storage, dtype and epilogue: values of Storage, qvl_dtype and Epilogue.
 #include <exception>
 #include <string>
@@ -66,8 +67,9 @@ EXPORT const char* decode_linear(int half, CUstream stream, int storage, int out
   });
 }
 
-// decode_linear, then low_rank_down, which writes A x of each row with an adapter to `low`. The other
-// parameters are as for qvlt_gpu_low_rank (cuda_small.cc).
+// decode_linear, then low_rank_down, which writes A x of each row with an adapter to `low` (A: the adapter's
+// first factor). adapters, order, product, rank, scratch and low_stride are as for qvlt_gpu_low_rank
+// (cuda_small.cc).
 EXPORT const char* decode_adapted(int half, CUstream stream, int storage, int out, int in, int stride,
                                   void* values, void* scales, const void* x, int64_t x_stride, int n,
                                   int epilogue, void* y, const uint64_t* adapters, const int32_t* order,

@@ -57,8 +57,8 @@ EXPORT uint64_t qvlt_gpu_low_rank_scratch(int64_t n, int64_t low_stride) {
 }
 
 // low_rank_down, then low_rank_up. adapters: [n] addresses of tables of LowRankEntry (kernels/low_rank.h),
-// in which `product` is an index; raw: float32 [n, out], or NULL; scratch: qvlt_gpu_low_rank_scratch() bytes,
-// zero.
+// in which `product` is an index; raw: float32 [n, out], W x; with the epilogues kAdd and kFloat it is NULL,
+// and the result is added to y; scratch: qvlt_gpu_low_rank_scratch() bytes, zero.
 EXPORT const char* qvlt_gpu_low_rank(int64_t bfloat16, CUstream stream, const uint64_t* adapters,
                                      const int32_t* order, int64_t product, const void* x, int64_t x_stride,
                                      int64_t in, int64_t n, int64_t rank, void* low, void* scratch,

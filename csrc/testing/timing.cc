@@ -1,4 +1,4 @@
-// Timings of products, memory reads and bfloat16 instructions in C++, without interpreter overhead.
+// Memory reads and the bfloat16 instruction, timed in C++ without interpreter overhead.
 #include <algorithm>
 #include <chrono>
 #include <cstring>

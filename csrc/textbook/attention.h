@@ -37,9 +37,9 @@ QVL_INLINE float scalar_dot(const float* q, const BFloat16* key, int head_dim) {
 }
 
 // Two passes with a buffer of scores. The first pass, over the keys, computes the scores and their maximum,
-// without which e^score overflows; the second pass adds the values. Bound by latency: the additions of a dot
-// product depend on each other. The additions of a value's channels are independent, and the compiler
-// vectorises that loop.
+// which is subtracted so that e^score cannot overflow; the second pass adds the values. Bound by latency: the
+// additions of a dot product depend on each other. The additions of a value's channels are independent, and
+// the compiler vectorises that loop.
 void v1(const Query& p) {
   float* scores = p.scratch;
   int n = 0;
@@ -128,7 +128,7 @@ QVL_INLINE void prefetch_token(const BFloat16* token, int head_dim) {
 }
 
 // v4 and v5: the keys of a tile in groups of up to kLanes. Prefetch: prefetch the values of a group while its
-// scores are computed, and the keys of the next group while its values are added.
+// scores are computed, and the keys of the next group while the values of this one are added.
 template <bool Prefetch>
 QVL_INLINE void key_groups(const Query& p) {
   float* sums = p.scratch;

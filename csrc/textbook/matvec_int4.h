@@ -73,9 +73,9 @@ void v2(const Product& p) {
 }
 
 // Products of R rows, for v3 to v5. x is quantized to 8 bits in blocks (cpu/kernels/quantized_x.h): a block
-// contains float32 scales, one per 32-bit lane, for each group of weights the initial values of the sums, and
-// the int8 values in the order of the nibbles. Prefetch: for each cache line of weights read, prefetch one,
-// in memory order from kAhead bytes after the first row's start on.
+// contains a float32 scale for each 32-bit lane, the initial values of the sums for each group of weights,
+// and the int8 values in the order of the nibbles. Prefetch: for each cache line of weights read, prefetch
+// one; these are consecutive lines, from kAhead bytes after the first row's start on.
 template <int R, bool Prefetch = false>
 QVL_INLINE void integer_rows(const Product& p, int64_t row) {
   constexpr int kAhead = 65536;  // bytes
@@ -119,7 +119,7 @@ QVL_INLINE void integer_rows(const Product& p, int64_t row) {
 
 // Activations as int8, so the products are integers: vpdpbusd (AVX-512), or vpmaddubsw and vpmaddwd (AVX2),
 // multiply and add 4 * kLanes bytes, and unpacking yields bytes instead of floats, 4 times as many per
-// vector. The offset 8 of the values is not subtracted: a sum starts at -8 times the sum of the
+// vector. The offset 8 of the weights is not subtracted: a sum starts at -8 times the sum of the
 // activations. The rounding error of an activation is at most 1/254 of the largest of the 32 activations that
 // share its scale; the test's reference rounds in the same way. Bound by instructions: load, shifts and masks
 // of two nibbles, multiply-add.

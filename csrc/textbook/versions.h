@@ -25,7 +25,9 @@ struct Query {
   int head_dim;
   const cpu::KvTile* tiles;
   int n_tiles;
-  float* scratch;  // at least (number of keys) + head_dim + 16 floats
+  // At least (number of keys) + head_dim + 16 floats: for the scores of v1, or the sums of v3 to v6 in whole
+  // vectors of up to 16 lanes.
+  float* scratch;
   float* out;
 };
 

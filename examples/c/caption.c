@@ -2,7 +2,7 @@
  *
  *   make -C examples/c run
  *
- * prints
+ * prints, with the processor's instruction set and number of cores in the first line,
  *
  *   cpu avx512_bf16, 2 threads
  *   A large red circle.

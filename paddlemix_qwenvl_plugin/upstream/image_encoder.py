@@ -1,6 +1,6 @@
 """Deferred PaddleMIX model whose image encoder is exported from the model folder, without loading the model.
 
-Any other use creates upstream's model (deferred.py).
+`eval` and `paddle.jit.to_static` are recorded; any other use creates upstream's model (deferred.py).
 """
 
 from __future__ import annotations

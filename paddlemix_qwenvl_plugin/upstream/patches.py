@@ -208,7 +208,7 @@ def _refusal(tree: Tree, states: Sequence[tuple[Patch, State]], force: bool) -> 
 
 
 def _has_other_changes(tree: Tree, patch: Patch, state: State, file: str) -> bool:
-    """Whether a file differs from the tree's commit by more than the patch does, where the patch is applied.
+    """Whether a file differs from the tree's commit, apart from the changes of the patch if it is applied.
 
     In a tree without .git: from the pinned commit.
     """

@@ -1,7 +1,7 @@
 """PaddleMIX's stock Predictor (deploy/qwen_vl/run_static_predict.py) on our exports.
 
-Upstream wrote it for one export: legacy programs of the 7B model on a GPU, in float16, with one image. Its inputs are
-converted to the shapes and dtypes that the exported program declares.
+Upstream wrote it for one export: legacy programs of the 7B model on a GPU, in float16, with one image. The inputs
+that the Predictor passes are converted to the shapes and dtypes that the exported program declares.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def png_header(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("name", ["wide.png", "tall.png", "alpha.png", "gray.png", "palette.png"])
 def test_golden_images(golden_folder: Path, name: str) -> None:
     golden = json.loads((golden_folder / "images.json").read_text())[name]
-    # PaddleMIX ignores transparency, and load_image composes an image with white: alpha.png is opened without it.
+    # PaddleMIX ignores transparency, and load_image composes an image with white: Pillow opens alpha.png.
     path = golden_folder / name
     tensor = preprocess(Image.open(path) if name == "alpha.png" else load_image(path))
     assert list(tensor.shape) == golden["shape"]
@@ -200,7 +200,7 @@ def test_transparency_is_composed_with_white(mode: str) -> None:
 
 
 def test_transparent_colours_are_composed_with_white(recwarn: pytest.WarningsRecorder) -> None:
-    """Alpha values of a palette (Pillow warns), and one transparent colour: of a palette, RGB, and grey."""
+    """Alpha values of a palette (Pillow's warning is hidden); one transparent colour of a palette, of RGB, of grey."""
     palette = Image.new("P", (3, 1))
     palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     palette.putdata([0, 1, 2])

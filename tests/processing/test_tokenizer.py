@@ -204,7 +204,7 @@ def test_many_combining_marks_are_normalised_quickly(tiny: QwenTokenizer) -> Non
 
 
 def test_normalisation_creates_no_tags() -> None:
-    """The NFC form of no character other than "<" contains "<"; surrogates, which have no NFC form, are left out."""
+    """No character except "<" has "<" in its NFC form; surrogates, which are not characters, are left out."""
     characters = (chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000 and chr(code) != "<")
     assert not [character for character in characters if "<" in unicodedata.normalize("NFC", character)]
 

@@ -290,7 +290,7 @@ def test_resume(quantized, model, rows, tmp_path, monkeypatch, method):
 
 
 def test_two_runs_with_one_target(model, rows, tmp_path, monkeypatch):
-    """A run is refused while another process writes the same folder."""
+    """A run is refused while another run, here of the same process, writes the folder."""
 
     def concurrent(*_):
         with pytest.raises(UsageError, match="another process is writing it; wait for it"):

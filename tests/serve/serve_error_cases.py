@@ -185,7 +185,7 @@ JSON_HEADERS = {"Content-Type": "application/json"}
 
 
 def with_changes(path: str, valid_body: dict[str, Any], changes: dict[str, Any]) -> Case:
-    """POST of a valid body with these parameters changed; ... in place of a value removes the parameter."""
+    """POST of a valid body with these parameters changed; an Ellipsis as the value removes the parameter."""
     changed = {**valid_body, **changes}
     body = {name: value for name, value in changed.items() if value is not ...}
     return lambda server: server.send("POST", path, json=body)

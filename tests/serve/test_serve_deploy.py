@@ -298,7 +298,7 @@ def test_queries_use_existing_metrics_and_labels(query: str) -> None:
     for metric in series(query):
         assert metric.name in existing
         assert set(metric.labels) <= labels
-        # Of a counter, only the rate is of interest, which needs a range vector.
+        # Of counters and histograms, only rates and increases are of interest, which need a range vector.
         assert metric.is_range == (existing[metric.name].type in ("counter", "histogram"))
 
 

@@ -127,7 +127,7 @@ def test_after_a_preemption(vl):
 
 
 def test_steps_ahead_change_nothing(stages):
-    """With steps ahead, the results of a step must be read before the next step overwrites them.
+    """If a step starts during the previous one, the results of a step must be read before a later one overwrites them.
 
     QWENVL_TEST_DEVICE selects the device, for example a GPU.
     """

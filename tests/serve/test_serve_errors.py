@@ -12,7 +12,7 @@ from serve_error_cases import CASES, ConfigurableServer
 
 
 class Row(NamedTuple):
-    """Row of a table; `…` in the message matches any text."""
+    """Row of a table; `…` in the message matches any text that is not empty."""
 
     request: str
     status: int

@@ -236,7 +236,7 @@ def with_systemd_socket(listener: socket.socket) -> dict[str, Any]:
 
 
 def test_socket_of_systemd(start: Callable[..., Process]) -> None:
-    """Two servers after each other use the same socket; its port counts, not that of the flag --port."""
+    """Two servers, one after the other, use the same socket; its port counts, not that of the flag --port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         for _ in range(2):

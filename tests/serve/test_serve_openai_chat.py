@@ -206,7 +206,7 @@ def test_detail_is_ignored(server):
 
 
 def test_logprobs(server, monkeypatch):
-    """The engine's log probabilities: an entry per token of the text, also if it is only a part of a character."""
+    """The engine's log probabilities: an entry per token of the text, even for a part of a character."""
     tokenizer = server.service.tokenizer
     text = "A 狗 <ref>dog</ref><box>(1,2),(3,4)</box> é!"
     tokens = tokenizer.encode(text)

@@ -10,7 +10,7 @@ SERVE_FLAGS = "The other flags are the [server settings](serve.md)."
 
 
 def reference() -> str:
-    """Return the Markdown: for each command a section with its description, usage and flags."""
+    """Return the Markdown: for each command a section with its description, usage, arguments and flags."""
     import typer
 
     from paddlemix_qwenvl_plugin.cli.main import app

@@ -1,4 +1,4 @@
-"""Optimisers: Muon for the matrices of the layers, AdamW for all other parameters, with one cosine schedule.
+"""Optimisers: Muon for most matrices, AdamW for all other parameters, with one cosine schedule.
 
 Muon updates a matrix with its orthogonalised momentum (Jordan et al., 2024). A small model needs about half as many
 steps as with AdamW.

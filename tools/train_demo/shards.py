@@ -117,7 +117,7 @@ class Feed:
         self._failure: BaseException | None = None
 
     def start(self, device: torch.device, wait_for: int) -> None:
-        """Start the thread, and return when `wait_for` shards are ready."""
+        """Start the thread, and return when `wait_for` shards are ready, or all if there are fewer."""
         thread = threading.Thread(target=self._fill, args=(device,), daemon=True)
         self._enough, self._wait_for = threading.Event(), min(wait_for, self._n_shards)
         thread.start()

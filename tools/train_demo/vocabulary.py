@@ -27,7 +27,7 @@ CHAT = "You are a helpful assistant. system user assistant Picture 1: Picture 2:
 
 
 def texts() -> list[str]:
-    """Training texts, split at tags and at the words in the images, across which no merges are trained."""
+    """Training texts, split at tags, line ends and the words in the images, across which no merges are trained."""
     parts = []
     for number in range(N_TEXTS):
         # These numbers are far above those of the samples for evaluation.

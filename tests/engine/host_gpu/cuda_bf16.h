@@ -1,5 +1,5 @@
-// The parts of CUDA C++ and of cuda_bf16.h that kernels use, for a C++ compiler. Each thread of a block is a
-// thread of the host.
+// The parts of CUDA C++ and of cuda_bf16.h that the kernels of linear_decode.cc use, for a C++ compiler. Each
+// thread of a block is a thread of the host.
 #pragma once
 
 #include <cmath>

@@ -36,7 +36,7 @@ char raw[227 << 10];  // shared memory of a block, Hopper's maximum
 }
 
 char* const shared_memory = raw;
-uint32 registers_of[544][4];
+uint32 registers_of[544][4];  // by thread, of up to 17 warps
 
 namespace {
 
