@@ -1,8 +1,8 @@
 """Build and save inference programs, PIR (`.json`) and legacy (`.pdmodel`), without weights.
 
-A program is built in static mode, a portable one from the same modules as the dynamic reference. Paddle saves it with
-one-dimensional placeholder parameters; parameter N has length N. The order in which Paddle writes the placeholders is
-the order of the real parameter file, which params_file.py writes. All programs of a stage share one parameter file.
+A program is built in static mode, a portable one from the modules that tests also run in dynamic mode. Paddle saves it
+with one-dimensional placeholder parameters; parameter N has length N. The order in which Paddle writes the placeholders
+is the order of the real parameter file, which params_file.py writes. All programs of a stage share one parameter file.
 """
 
 from __future__ import annotations
