@@ -74,7 +74,7 @@ def test_links_resolve(document: Path) -> None:
     "document", [path for path in DOCUMENTS if path.name != "CHANGELOG.md"], ids=lambda path: path.name
 )
 def test_named_files_exist(document: Path) -> None:
-    """Paths in backquotes that begin with one of five folders exist, in the repository or in the package.
+    """Paths in backquotes that begin with tests, tools, docs, recipes or .ci exist, in the repository or the package.
 
     The changelog is not checked: it may name older files.
     """

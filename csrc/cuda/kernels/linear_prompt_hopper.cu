@@ -10,7 +10,7 @@
 //
 //                 x tile 0    x tile 1
 //   W tile 0    | block 0   | block 2 |      blocks of a row share W, those of a column share x: each
-//   W tile 1    | block 1   | block 3 |      requests a part of a tile and multicasts it to the others
+//   W tile 1    | block 1   | block 3 |      requests a part of both tiles and multicasts it to the others
 //
 // Clusters iterate over the tiles, tokens first, so that W is read from memory once and x stays in the L2
 // cache. Each sum has one accumulator and adds ascending steps of 16 values of k in every variant: a row's
@@ -181,9 +181,10 @@ __device__ inline void linear(const LinearTensors& p) {
                                                                               : 112));
     const int part = warp / 4, thread = threadIdx.x % 128;
     float* const chunk = chunks + part * kChunk * kChunkRow;
-    // Each of the first kPeers warps of a warpgroup notifies one block when a slot has been read: warps 0 on
-    // those that share rows of W with this block (itself included), the next warps the others that share its
-    // tokens. Each notified block also writes to the slot of this block, and waits for the notification.
+    // Each of the first kPeers warps of a warpgroup notifies one block when a slot has been read: the first
+    // kClusterTokens warps the blocks that share rows of W with this block (itself included), the next warps
+    // the other blocks that share its tokens. Each notified block also writes to the slot of this block, and
+    // waits for the notification.
     const int peer = warp % 4;
     const int notified =
         peer < kClusterTokens
