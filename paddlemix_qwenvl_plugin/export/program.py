@@ -1,8 +1,8 @@
 """Build and save inference programs, PIR (`.json`) and legacy (`.pdmodel`), without weights.
 
-A program is built in static mode, a portable one from the same modules as the dynamic reference. Paddle saves it with
-one-dimensional placeholder parameters; parameter N has length N. The order in which Paddle writes the placeholders is
-the order of the real parameter file, which params_file.py writes. All programs of a stage share one parameter file.
+A program is built in static mode, a portable one from the modules that are also run in dynamic mode. Paddle saves it
+with one-dimensional placeholder parameters; parameter N has length N. The order in which Paddle writes the placeholders
+is the order of the real parameter file, which params_file.py writes. All programs of a stage share one parameter file.
 """
 
 from __future__ import annotations
@@ -121,6 +121,7 @@ def _quiet() -> Iterator[None]:
     from paddle.base import framework
     from paddle.base.layers import math_op_patch
 
+    # Paddle takes the file name and the line number from the second frame that `inspect.stack` returns.
     stand_ins = {
         (math_op_patch, "inspect"): SimpleNamespace(stack=lambda: [("", "", 0)] * 2),
         (framework, "traceback"): SimpleNamespace(extract_stack=list),

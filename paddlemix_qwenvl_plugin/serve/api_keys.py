@@ -50,7 +50,7 @@ class ApiKeys:
         return cls(keys)
 
     def short_hash(self, key: bytes) -> Optional[str]:
-        """Return the first 12 hex digits of a key's digest, its name in limits and logs; None for an unknown key.
+        """Return a key's name in limits and logs, the first 12 hex digits of its digest; None for an unknown key.
 
         The time does not depend on the key: its digest is compared with every known digest.
         """

@@ -25,7 +25,7 @@ class LoadedImage(NamedTuple):
 
 
 class ImageLoader(Protocol):
-    """Loader that fetches images and decodes them in separate processes."""
+    """Loader that fetches images, and has separate processes decode them."""
 
     async def load(self, url: str, param: str) -> LoadedImage:
         """Load a data: URL, or an http(s) URL of an allowed host.

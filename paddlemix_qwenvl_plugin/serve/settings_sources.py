@@ -61,8 +61,8 @@ def read_settings(flags: Mapping[str, Any], config: Optional[Path] = None) -> Se
         config: path of a YAML file; None: the value of QWENVL_SERVE_CONFIG, if set.
 
     Raises:
-        UsageError: an unknown setting or an invalid value; the message names the flag, the variable, or the file and
-            key.
+        UsageError: the YAML file cannot be read; an unknown setting or an invalid value, where the message names the
+            flag, the variable, or the file and key.
     """
     default_config = env.SERVE_CONFIG.read()
     config = config or (Path(default_config) if default_config else None)

@@ -41,7 +41,8 @@ class Cache:
             values = torch.randn(shape, device="cuda").to(torch_dtype)
             flat = values.flatten(1).view(torch.int8)
             exact = values.double()
-        # Blocks have a stride that is larger than their length.
+        # Blocks have a stride larger than their length. For some head_dim it is not a multiple of 16 bytes: the kernel
+        # then uses other loads.
         self.block_bytes = -(-flat.shape[1] // 16) * 16 + (64 if head_dim % 16 == 0 else 8)
         self.memory = torch.full((len(free_blocks), self.block_bytes), -1, dtype=torch.int8, device="cuda")
         self.memory[:, : flat.shape[1]] = flat

@@ -117,7 +117,7 @@ def test_inline_commands_exist(document: Path) -> None:
 
 
 def check_files(command: Command, parse: Parse) -> None:
-    """Arguments that begin with a folder of the repository name existing files."""
+    """Arguments that begin with one of the folders listed here name existing files of the repository."""
     for argument in command.arguments:
         if argument.startswith(("tests/", "csrc", "recipes/", "benchmarks/", "deploy/", "examples")):
             assert (REPO / argument).exists(), argument

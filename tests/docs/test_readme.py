@@ -74,7 +74,10 @@ def test_links_resolve(document: Path) -> None:
     "document", [path for path in DOCUMENTS if path.name != "CHANGELOG.md"], ids=lambda path: path.name
 )
 def test_named_files_exist(document: Path) -> None:
-    """Paths in backquotes that begin with a folder of the repository exist; the changelog may name older files."""
+    """Paths in backquotes that begin with tests, tools, docs, recipes or .ci exist, in the repository or the package.
+
+    The changelog is not checked: it may name older files.
+    """
     pattern = r"`((?:tests|tools|docs|recipes|\.ci)/[\w./-]+)`"
     for name in re.findall(pattern, prose(document.read_text("utf-8"))):
         if "NAME" not in name:  # a placeholder

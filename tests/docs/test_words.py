@@ -1,4 +1,4 @@
-"""No tracked text of the project contains a word that docs/glossary.md discourages."""
+"""No tracked text of the project, except in EXEMPT files, contains a word that docs/glossary.md discourages."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ SUFFIXES = {
     ".sh",
     ".txt",
 }
-# Beginnings of the paths of files that are not checked: apart from the first three, their text cannot change, since it
-# is upstream's figures, fuzzer inputs, or text that the demo model and the tiny vocabulary are trained on.
+# Beginnings of the paths of files that are not checked. Apart from the first three, they contain text that cannot
+# change: upstream's prompts and outputs, fuzzer inputs, or text that the demo model and the tiny vocabulary are trained
+# on.
 EXEMPT = (
     "CHANGELOG.md",  # it names what earlier versions had
     "docs/glossary.md",

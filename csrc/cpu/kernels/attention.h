@@ -2,8 +2,9 @@
 // at a time. Scores are stored only for the current tiles.
 //
 // Layout. Keys and values of a tile (KvTile) are [token][head_dim]: in a block of the pool, in any storage
-// type of the KV cache, or for images float32 rows. Each query has a state, the running maximum m and running
-// sum l, and out, the sum of e^(s - m) * v, which is finally divided by l:
+// type of the KV cache, or for images float32 rows. Each query has a state, the running maximum m of its
+// scores s and the running sum l of e^(s - m), and out, the sum of e^(s - m) * v, which is finally divided by
+// l:
 //
 //              keys ->   tile 0     tile 1     tile 2
 //   queries   q0       | s s s s  | s . . .  |          . not visible (causal)

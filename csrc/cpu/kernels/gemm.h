@@ -66,7 +66,7 @@ void pack_panel_bf16(const float* x, int64_t x_stride, int n_tokens, int k, void
 }
 
 // Write a finished block of c, [rows][c_stride], to y [n_x][y_stride]: transpose it, multiply each row's
-// values by the scale of the row (int8) and add the bias.
+// values by the scale of the row (int8) and add the bias. add: add the result to y.
 void write_block(const float* c, int64_t c_stride, int64_t rows, int64_t n_x, const float* scales,
                  const float* bias, bool add, float* y, int64_t y_stride) {
   for (int64_t r = 0; r < rows; r += kLanes) {

@@ -88,7 +88,7 @@ struct RowsInt4 {
       add_units<RowCount, XCount, Pass, Passes, SumStride, 1>(p, row, first_x, first, prefetcher, sums);
   }
 
-  // Add `Units` units from column `first` on, all within one block of x.
+  // Add `Units` units from column `first` on, all within one block (kBlock columns) of x.
   template <int RowCount, int XCount, int Pass, int Passes, int SumStride, int Units>
   static QVL_INLINE void add_units(const Matvec& p, int64_t row, int first_x, int first,
                                    WeightPrefetcher& prefetcher, Floats* sums) {

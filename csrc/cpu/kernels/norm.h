@@ -3,8 +3,8 @@
 //   rms_norm    y = x / sqrt(mean(x^2) + epsilon) * weight
 //   layer_norm  y = (x - mean) / sqrt(variance + epsilon) * weight + bias, with a two-pass variance
 //
-// Layout: x, weight, bias, y float32 [n], any n; y may be x. Each of L lanes has a separate sum of d^2, where
-// d is x (rms_norm) or x - mean (layer_norm); sum() adds the lanes in a fixed order:
+// Layout: x, weight, bias, y float32 [n], any n; y may be x. Each of the L = kLanes lanes has a separate sum
+// of d^2, where d is x (rms_norm) or x - mean (layer_norm); sum() adds the lanes in a fixed order:
 //
 //   x  [ 0 1 .. L-1 | L .. 2L-1 | .. | remainder ]      total[lane] += d * d; the remainder as scalars
 //

@@ -312,7 +312,7 @@ struct BulkCopies {
 #endif
 };
 
-// Attention for head_dim 128.
+// Attention for head_dim 128 and caches of 16 or 8 bits.
 template <typename T>
 __device__ void attention(const AttentionDecode& p) {
   using L = Lanes<T>;
@@ -471,7 +471,7 @@ __device__ void attention(const AttentionDecode& p) {
   end_chunk(p, chunk);
 }
 
-// Attention for any head_dim up to kMaxDim, and for float32.
+// Attention for every head_dim up to kMaxDim and every type of the cache.
 template <typename T>
 __device__ void attention_any(const AttentionDecode& p) {
   constexpr int kLaneDims = kMaxDim / 32;

@@ -11,8 +11,8 @@
 //
 // Cost of wgmma.m64nNk16: N / 2 cycles of a multiprocessor (64 x 8 x 16 products in 4 cycles).
 //
-// Reference: through the kernels, tests/cuda; tests/engine/test_hopper_products.py has host emulations of
-// these functions.
+// Reference: through the kernels, tests/cuda; without a GPU, products of decode steps with the emulations of
+// these functions in tests/engine/host_gpu, tests/engine/test_hopper_products.py.
 #pragma once
 
 #include "cuda/kernels/common.cuh"
@@ -198,8 +198,9 @@ __device__ inline void fence_registers(float (&sums)[n]) {
 }
 
 // Operands of a wgmma instruction of width N are N / 2 accumulators, descriptors or registers, and the
-// accumulate flag. QVL_L4 to QVL_L128: the accumulators in the text of the instruction; QVL_F4(i) to
-// QVL_F16(i): d[i] .. as operands. In the macros below, A, B and ADD are the numbers of the other operands.
+// accumulate flag (in ProductRegisters the constant 1). QVL_L4 to QVL_L128: the accumulators in the text of
+// the instruction; QVL_F4(i) to QVL_F16(i): d[i] .. as operands. In the macros below, A (A0 to A3), B and ADD
+// are the numbers of the other operands.
 #define QVL_L4 "%0,%1,%2,%3"
 #define QVL_L8 QVL_L4 ",%4,%5,%6,%7"
 #define QVL_L16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"

@@ -65,7 +65,7 @@ struct GroupWeights {
   __device__ static void add(float (&sums)[kSubtiles][N / 2], const Step& step) {
     constexpr int kTileGroups = kUnit / group, kBuffers = N <= 16 && group <= 64 ? 2 : 1;
     constexpr int kConverted = group < 64 ? group : 64;  // values converted at a time
-    constexpr int kLoaded = bits == 4 ? 64 : 32;         // values in a lane's 16 bytes
+    constexpr int kLoaded = bits == 4 ? 64 : 32;         // of a row, in one load of 16 bytes per lane
     float parts[kBuffers][N / 2];
     uint2 words[kBuffers] = {};
     uint4 w = make_uint4(0, 0, 0, 0);

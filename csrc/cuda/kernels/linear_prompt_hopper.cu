@@ -10,7 +10,7 @@
 //
 //                 x tile 0    x tile 1
 //   W tile 0    | block 0   | block 2 |      blocks of a row share W, those of a column share x: each
-//   W tile 1    | block 1   | block 3 |      requests a part of a tile and multicasts it to the others
+//   W tile 1    | block 1   | block 3 |      requests a part of both tiles and multicasts it to the others
 //
 // Clusters iterate over the tiles, tokens first, so that W is read from memory once and x stays in the L2
 // cache. Each sum has one accumulator and adds ascending steps of 16 values of k in every variant: a row's
@@ -20,7 +20,8 @@
 // cycles), against 128 * (64 * kGroups + kTokens) bytes at 47 bytes per cycle, with and without multicast:
 // multicast only reduces the load of the L2 cache. Larger tiles copy fewer bytes per product, but with fewer
 // tiles than multiprocessors some of these are idle. linear_prompt.cc chooses the variant by an estimate
-// (cycles()), mainly max(2.25 * kGroups * kTokens, bytes / 47) per step, times the number of rounds.
+// (cycles()), mainly max(2.25 * kGroups * kTokens, bytes / 47) per step, times the number of rounds; 2.25 in
+// place of 2, since wgmma reaches 8 / 9 of its peak rate.
 //
 // Reference: float64 in PyTorch, and the same bits for every tile, tests/cuda/test_prompt_linear.py.
 #include "cuda/kernels/hopper.cuh"
@@ -180,9 +181,10 @@ __device__ inline void linear(const LinearTensors& p) {
                                                                               : 112));
     const int part = warp / 4, thread = threadIdx.x % 128;
     float* const chunk = chunks + part * kChunk * kChunkRow;
-    // Each of the first kPeers warps of a warpgroup notifies one block when a slot has been read: warps 0 on
-    // those that share rows of W with this block (itself included), the next warps the others that share its
-    // tokens. Each notified block also writes to the slot of this block, and waits for the notification.
+    // Each of the first kPeers warps of a warpgroup notifies one block when a slot has been read: the first
+    // kClusterTokens warps the blocks that share rows of W with this block (itself included), the next warps
+    // the other blocks that share its tokens. Each notified block also writes to the slot of this block, and
+    // waits for the notification.
     const int peer = warp % 4;
     const int notified =
         peer < kClusterTokens

@@ -1,6 +1,6 @@
 // Low-rank adapters (LoRA), y = f(W x + B (A x)), for decode rows, each with its own adapter or none. f is
-// the epilogue; the product of the base weight omits it and writes raw = W x, for decode rows and prompts, or
-// if f only stores or adds float32, writes or adds W x to y itself.
+// the epilogue; the product of the base weight omits it and writes raw = W x, both for decode rows and for
+// prompts. If f only stores or adds float32, there is no raw: that product stores W x in y or adds it to y.
 //
 // Layout. A block has 16 rows of x, the 16 rows of mma.m16n8k16, sorted by adapter into runs with the same
 // adapter. A run's products are computed for all 16 rows, with zeros for the rows of other runs, and stored

@@ -11,7 +11,7 @@
 //
 // Cost of a copy: 16 bytes per lane and instruction, 512 per warp; the L2 cache fetches 128 bytes at a time.
 //
-// Reference: tested through the kernels, tests/cuda/test_decode.py.
+// Reference: tested through the kernels, tests/cuda/test_decode.py, test_low_rank.py.
 #pragma once
 
 #include "cuda/kernels/common.cuh"

@@ -26,7 +26,7 @@ constexpr int kAddThreads = 256;
 struct AddRowsParams {
   float* x;
   const float* add;
-  long long values, period;  // of x and of `add`, which repeats; counted in float4 by add_rows_4
+  long long values, period;  // lengths of x and of `add`, which repeats; in float4 for add_rows_4
 };
 
 }  // namespace qvl::cuda

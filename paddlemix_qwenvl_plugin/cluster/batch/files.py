@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.util.files import write_beside
 from paddlemix_qwenvl_plugin.util.sources import is_address, without_password
 
 PARTIAL = ".partial-"
-"""Name prefix of temporary files during a write."""
+"""Name prefix of temporary files during a write; the same as that of `write_beside`."""
 
 
 def absolute(name: str) -> str:
