@@ -29,7 +29,7 @@ def cpu_of(actor: Any) -> float:
 
 
 class Caller:
-    """Actor that calls the coordinator as a front does."""
+    """Actor that calls the coordinator as fronts and engines do."""
 
     async def requests(self, coordinator: Any, n: int, n_concurrent: int) -> None:
         async def acquire_and_release(lease: str) -> None:
