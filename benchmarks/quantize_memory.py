@@ -84,7 +84,7 @@ class RandomStates:
 
 
 class Row:
-    """Stub of a calibration row; the tokens at the positions `judged` are compared."""
+    """Stub of a calibration row; the tokens predicted at the positions `judged` are compared."""
 
     judged = np.arange(100, ROW_TOKENS)
 

@@ -29,7 +29,7 @@ def cpu_of(actor: Any) -> float:
 
 
 class Caller:
-    """Actor that calls the coordinator as a front does."""
+    """Actor that calls the coordinator as fronts and engines do."""
 
     async def requests(self, coordinator: Any, n: int, n_concurrent: int) -> None:
         async def acquire_and_release(lease: str) -> None:
@@ -47,7 +47,7 @@ class Caller:
 
 
 def metric_families(kind: str) -> list[Any]:
-    """Create metrics of the size of a report: 6 counters and 4 gauges, for a front also 4 histograms."""
+    """Create metrics of about the size of a report: 6 counters and 4 gauges, for a front also 4 histograms."""
     families = [CounterMetricFamily(f"counter_{k}", "Documentation.", value=k) for k in range(6)]
     families += [GaugeMetricFamily(f"gauge_{k}", "Documentation.", value=k) for k in range(4)]
     if kind == "front":

@@ -105,7 +105,7 @@ std::vector<paddle::DataType> encode_images_dtype(const paddle::DataType&,
 struct Row {
   int64_t done;  // number of generated tokens, including those of earlier calls
   int64_t max_length, min_length;
-  int64_t last = 0;  // last token
+  int64_t last = 0;  // last token of this call; 0 if there is none
   bool stopped;
   std::vector<int32_t> tokens;  // tokens of this call
 };

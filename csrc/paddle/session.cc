@@ -46,7 +46,7 @@ void free_session(phi::Allocation* allocation) {
   if (entry.deleter != nullptr) entry.deleter(allocation);
 }
 
-// GPU index from QWENVL_DEVICE, or kCpu.
+// GPU index from QWENVL_DEVICE, or kCpu. An index has four digits at most, so std::stoi cannot fail.
 int32_t gpu_from_environment() {
   const char* value = std::getenv("QWENVL_DEVICE");
   const std::string name = value != nullptr ? value : "";
@@ -198,7 +198,7 @@ extern "C" __attribute__((visibility("default"))) void qwenvl_set_threads(int32_
   qvl::paddle_ops::n_threads = n;
 }
 
-// Set the GPU of engines created later; -1: the CPU. Until the first call QWENVL_DEVICE determines it.
+// Set the GPU of engines created later; -1: the CPU. Until the first call QWENVL_DEVICE sets the device.
 extern "C" __attribute__((visibility("default"))) void qwenvl_set_gpu(int32_t index) {
   qvl::paddle_ops::gpu_index = index;
 }

@@ -41,7 +41,7 @@ class Quantized:
 
 
 def to_half(values: Floats) -> Floats:
-    """Round scales to float16, their storage type; scales of 0 and below become the smallest positive number."""
+    """Round scales to float16, their storage type; if the result is not positive, take the smallest positive number."""
     smallest = np.finfo(np.float16).smallest_subnormal
     return np.asarray(np.maximum(values.astype(np.float16), smallest), np.float32)
 
@@ -54,8 +54,8 @@ def nearest(columns: Floats, scale: Floats, zero: Floats, top: int) -> Floats:
 def best_grid(columns: Floats, importance: Floats, bits: int) -> tuple[Floats, Floats]:
     """Choose the scale and zero point of every row for one group of columns.
 
-    Of several ranges, from all of a row's values to half of that, selects the one with the least squared error of
-    rounding to nearest, weighted per column.
+    For each row, the widest range contains 0 and all values of the group, the narrowest is half as wide. Selects the
+    range with the least squared error of rounding to nearest, weighted per column.
 
     Args:
         columns: [out, group].

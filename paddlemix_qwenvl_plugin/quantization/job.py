@@ -53,8 +53,9 @@ def quantize_model(
         say: called with each line for the user, after the arguments are checked.
 
     Raises:
-        UsageError: an invalid argument or row.
-        QwenVLError: as for Checkpoint; or an image cannot be loaded.
+        UsageError: an invalid argument or row; or `target` exists, or its work folder cannot be used.
+        QwenVLError: as for Checkpoint; an image cannot be loaded; the calibration rows give inputs that are not finite;
+            or the outputs of a matrix do not fill the words of a GPTQ file.
     """
     if bits not in DEFAULT_GROUP_SIZES:
         raise UsageError(f"--bits {bits}: must be 4 or 8")

@@ -41,7 +41,11 @@ class DecoderLayer:
             self._parameters[f"h.{name}"].set_value(np.ascontiguousarray(values))
 
     def inputs(self, stage: int, states: Floats, n_prompt: int) -> Floats:
-        """Compute the input [tokens, in] of a stage's matrices from the states that the comment on STAGES names."""
+        """Compute the input [tokens, in] of a stage's matrices.
+
+        Args:
+            states: states before the layer for stages 0 and 1, after the layer's attention for stages 2 and 3.
+        """
         layer, x = self._layer, paddle.to_tensor(states[None])
         with paddle.no_grad():
             if stage == 0:

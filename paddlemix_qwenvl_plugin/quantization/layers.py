@@ -57,8 +57,8 @@ class LayerQuantizer:
         """Quantize layer `index` and write the states after it.
 
         Returns:
-            The layer's tensors for the checkpoint, with unquantized tensors in `dtype`; and the layer's figures (see
-            Report.layers).
+            The layer's tensors for the checkpoint, with unquantized tensors in `dtype`; and the layer's entry of
+            Report.layers: relative errors of the matrices and of the hidden states.
         """
         prefix = f"h.{index}."
         specs = {name: spec for name, spec in self._checkpoint.language.items() if name.startswith(prefix)}

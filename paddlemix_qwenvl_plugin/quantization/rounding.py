@@ -1,7 +1,7 @@
 """Rounding of a matrix that minimises the error of its products on calibration inputs.
 
-For inputs X, a row w of the matrix that is rounded to q has the squared error (w - q) H (w - q)^T with H = X^T X. Two
-steps reduce it:
+For inputs X, rounding a row w of the matrix to q causes the squared error (w - q) H (w - q)^T with H = X^T X. Two steps
+reduce it:
 
 1. GPTQ (Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022):
    columns are rounded one after the other, and the error of a column is compensated in the columns not yet rounded.
@@ -55,7 +55,7 @@ class Hessian:
         reverse = self.order[::-1]
         lower = np.linalg.cholesky(gram[np.ix_(reverse, reverse)].astype(np.float64))
         upper = np.ascontiguousarray(lower[::-1, ::-1])
-        del lower  # 1 GB at the 7B model's sizes
+        del lower  # 1 GB for the 11008 inputs of the 7B model's mlp.c_proj
         _invert(upper)
         self.factor: Floats = upper.astype(np.float32)
 
@@ -125,7 +125,7 @@ def descend(matrix: Quantized, weight: Floats, hessian: Floats, bits: int) -> No
         best_scale = to_half(best_scale)
         decrease = scale - best_scale
         better = curvature * decrease**2 + 2 * slope * decrease < 0  # also after rounding to float16
-        # Change of the error, weight - values; it is added to `error`, and times the Hessian to the gradient.
+        # Change of the error, weight - values. It is added to `error`; multiplied by the Hessian, to the gradient.
         change = np.where(better, decrease, 0)[:, None] * steps
         scale = matrix.scales[:, g] = np.where(better, best_scale, scale)
         gradient += change @ group_hessian

@@ -49,7 +49,8 @@ def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Read a recipe, apply the overrides (`key=value`) and resolve its paths.
 
     In the result `${recipe_dir}` is filled in and asset paths are absolute (relative ones are resolved against the
-    current directory), so its YAML gives the same run from any folder.
+    current directory), so its YAML gives the same run from any folder, except for relative paths in steps and
+    expectations.
 
     Raises:
         UsageError: the file cannot be read or is not YAML, or the recipe or an override violates the schema.

@@ -34,9 +34,9 @@ def run(recipe: Recipe, output: Path, from_step: Optional[str] = None) -> Path:
 
     Raises:
         UsageError: the recipe has no step `from_step`, or the run folder cannot be created in `output`.
-        QwenVLError: a requirement is not met, an asset is missing or has another digest, no run to resume exists, a
-            step failed or timed out, or an expectation was missed. A failed or timed-out step and missed expectations
-            are in results.json.
+        QwenVLError: a requirement is not met, an asset is missing or has another digest, no run can be resumed at
+            `from_step`, a step failed or was stopped, or an expectation was missed. A failed or stopped step and missed
+            expectations are in results.json.
         KeyboardInterrupt, SystemExit: re-raised (Ctrl-C, SIGTERM) after the step was ended and results.json written.
     """
     first = _index(recipe, from_step)
@@ -58,7 +58,7 @@ def dry_run(recipe: Recipe, output: Path, from_step: Optional[str] = None) -> li
 
     Raises:
         UsageError: the recipe has no step `from_step`.
-        QwenVLError: no run to resume at `from_step` exists.
+        QwenVLError: no run can be resumed at `from_step`.
     """
     first = _index(recipe, from_step)
     if from_step:

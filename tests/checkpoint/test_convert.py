@@ -187,7 +187,7 @@ def test_a_tied_lm_head_is_written(golden, tmp_path):
 
 
 def test_copied_files(golden, tmp_path):
-    """Tokenizer, configs and code of the model are copied; other weights and training state are not."""
+    """The model's tokenizer, configs, code and README are copied; other weights and training state are not."""
     source = write(tmp_path / "a", golden("a").folder / "config.json", golden("a").weights, "safetensors")
     copied = (
         "qwen.tiktoken",

@@ -95,7 +95,7 @@ def test_other_tensors_are_read_as_in_a_float_folder(tmp_path):
 
 
 def test_an_identity_order_is_omitted(tmp_path):
-    """With `desc_act` and `static_groups`, g_idx is that of a folder without act-order."""
+    """Despite `desc_act`, g_idx is that of a folder without act-order, as tools write it with `static_groups`."""
     tensors, _ = quantized_tensors(Variant())
     config = Variant(act_order=True).config
     write_tensors(tmp_path, tensors, {**CONFIG, "quantization_config": config})

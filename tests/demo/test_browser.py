@@ -57,7 +57,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory, all_correct_run: Run) -> Path:
-    """A page with right answers, and a wrong answer that has long words and boxes at the image's edges."""
+    """Right answers and a wrong one, which has long words, a box around the whole image, a quadrilateral and HTML."""
     wrong_answer = (
         f"{'x' * 300} <ref>{'一' * 200}</ref><box>(0,0),(1000,1000)</box>"
         "<quad>(500,100),(900,500),(500,900),(100,500)</quad><script>alert(1)</script>"

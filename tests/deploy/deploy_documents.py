@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
-# Maps whose keys the user chooses, so that no schema knows them.
+# Maps whose keys no schema lists: labels, resources, arguments of an application, parameters of `ray start`.
 MAPS_WITH_USER_KEYS = {"args", "labels", "limits", "matchLabels", "rayStartParams", "requests"}
 
 

@@ -28,5 +28,6 @@ std::unique_ptr<qvl::Backend> make(const qvl_config& config, const qvl::WeightTa
 
 }  // namespace
 
+// "0.2": the version of qwenvl.h; libqwenvl.so loads no other.
 extern "C" QVL_API const qvl::CudaEntryPoints qvl_cuda_back_end;
 const qvl::CudaEntryPoints qvl_cuda_back_end = {"0.2", count, describe, make};

@@ -71,7 +71,7 @@ def test_the_gpus_of_the_driver(tmp_path: Path) -> None:
 
 
 def test_kernels_are_built_once(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install_gpus(monkeypatch, 75, 90, 90, 61)  # GPUs of 6.1 are too old, so no kernels are built for them
+    install_gpus(monkeypatch, 75, 90, 90, 61)  # compute capability 6.1 is too low: no kernels for it
     folder = build.built(gpu.kernels())
     names = {
         f"{stem}.{code}.cubin"
@@ -169,6 +169,7 @@ def test_where_nvrtc_is_found(site: Path, tmp_path: Path, monkeypatch: pytest.Mo
     torch = fake_nvrtc(site / "torch" / "lib" / "libnvrtc-0123abcd.so.12", 12, 4, 70, 90)
     assert find(70)[0] == torch
     wheel = fake_nvrtc(site / "nvidia" / "cuda_nvrtc" / "lib" / "libnvrtc.so.12", 12, 9, 70, 90, 100)
+    # A library of NVRTC that must not be taken for NVRTC.
     fake_nvrtc(wheel.with_name("libnvrtc-builtins.so.12.9"), 12, 9, 120)
     assert find(90) == (wheel, (site / "nvidia" / "cuda_runtime" / "include",))
     newer = fake_nvrtc(site / "nvidia" / "cu13" / "lib" / "libnvrtc.so.13", 13, 0, 75, 90, 120)

@@ -116,7 +116,7 @@ opened.run([paddle.zeros([1, 3, 448, 448])])
 
 
 def test_qwenvl_device_is_sufficient(library: Path, stages: tuple[Path, Path]) -> None:
-    """A program that sets only QWENVL_DEVICE loads the library and the kernels."""
+    """If only QWENVL_DEVICE selects a GPU, `operators.load` loads the library for GPUs and finds its kernels."""
     result = run(OTHER_PROGRAM, library, stages, QWENVL_DEVICE="gpu:1")
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.splitlines()[-1] == "made on GPU 1 from /kernels"

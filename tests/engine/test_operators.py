@@ -73,7 +73,7 @@ def test_rows_end_independently(golden: Callable[[str], Any], engine: str, exten
 
 @needs_compiler
 def test_a_program_in_place_of_a_deleted_one(tmp_path: Path) -> None:
-    """Programs opened and deleted at one path, with other weights and alternating storage types, use their own."""
+    """Programs opened and deleted at one path, with alternating storage types, each compute with their own weights."""
     completions = set()
     for seed in range(6):
         make_tiny(tmp_path / f"model-{seed}", seed)
@@ -145,7 +145,7 @@ except Exception as error:
 def test_a_program_opened_directly_in_paddle_inference(
     tiny_exported: Path, device: str, pattern: str
 ) -> None:
-    """Without the plugin's predictor, QWENVL_DEVICE sets the device."""
+    """Without a `Stage`, which sets the device before each run, QWENVL_DEVICE sets it."""
     environment = {name: value for name, value in os.environ.items() if name != "QWENVL_DEVICE"}
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM, tiny_exported / "vision" / "vision", device],

@@ -54,7 +54,7 @@ def metric_rows() -> list[str]:
 
 
 def table_rows(heading: str) -> list[str]:
-    """The rows of all tables in a section of docs/serving.md, without the tables' headers."""
+    """The table rows in a section of docs/serving.md that begin with a name in backticks, as no header does."""
     _, _, after_heading = SERVING.partition(f"\n## {heading}\n")
     assert after_heading, heading
     lines = re.split(r"^## ", after_heading, flags=re.MULTILINE)[0].splitlines()

@@ -76,7 +76,7 @@ def test_short_prompt_does_not_wait_for_long_prompts(loop, n_long):
 
 
 def test_long_prompt_gets_at_least_half_of_the_tokens(loop):
-    """With 20 short prompts before each step, it starts within twice as many steps as without them."""
+    """With 20 short prompts before each step, the long prompt takes at most about twice as many steps as alone."""
     long_request = make_request(8000)
     loop.submit(long_request)
     loop.step()
@@ -153,7 +153,7 @@ def test_request_without_images_does_not_wait_for_images_of_others(loop):
 def test_prompt_tokens_of_a_step_take_three_times_as_long_as_its_decoding(
     monkeypatch, decode_seconds, expected
 ):
-    """But at least 0.25 s: with 400 prompt tokens per second 100 tokens; with 0.3 s of decoding 360 tokens."""
+    """They take at least 0.25 s: 100 tokens at 400 prompt tokens per second; with 0.3 s of decoding, 360 tokens."""
     executor = CountingExecutor(4000)
     loop = Loop(executor)
     now = [0.0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from paddlemix_qwenvl_plugin.serve.errors import ApiError
 
-_MAX_QUOTES = 2**17  # two for each string
+_MAX_QUOTES = 2**17  # two for each string, and one for each escaped quotation mark
 _MAX_BYTES_OUTSIDE_STRINGS = 2**20  # 8 prompts of 8191 token ids, the most by default, take half of it
 
 
