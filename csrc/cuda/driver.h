@@ -100,8 +100,8 @@ struct Driver {
 // The initialised driver. Throws QVL_UNSUPPORTED if it is missing or too old.
 const Driver& driver();
 
-// Throw unless `result` is success. `what`: the action, as in "copying"; the message has it before the
-// driver's error text.
+// Throw unless `result` is success. `what`: the action, as in "copying", or the name of a kernel or file; the
+// message has it before the driver's error text.
 void check(CUresult result, const char* what);
 
 }  // namespace qvl::cuda

@@ -173,8 +173,8 @@ void Language::pass(CUstream stream, const CudaKvPool& pool, const qvl_batch& ba
   }
   layers(stream, pool, inputs, shape);
 
-  // Compute the logits of the last row of each part that has any. There is one product per run of up to
-  // kMaxDecodeRows such rows that are adjacent both in the pass and in the logits.
+  // Compute the logits of each part that needs them, from its last row. There is one product per run of up
+  // to kMaxDecodeRows such rows that are adjacent both in the pass and in the logits.
   for (size_t i = 0; i < parts.size(); ++i) {
     if (parts[i].logits < 0) continue;
     const int first = parts[i].first + parts[i].n - 1, row = parts[i].logits;

@@ -10,7 +10,7 @@ namespace qvl::cuda {
 int linear_prompt_tiles(const Gpu&);
 const char* linear_prompt_tile_name(int tile);
 
-// Index of the variant that linear_prompt chooses for `n` tokens.
+// Index of the variant that linear_prompt chooses for `n` tokens; -1 if this GPU has none.
 int linear_prompt_tile(const Gpu&, int out, int in, int n);
 
 // linear_prompt with a kHalf matrix and the variant `tile`.

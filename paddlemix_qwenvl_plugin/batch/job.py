@@ -28,7 +28,7 @@ def partial_path(target: Path) -> Path:
 def identity(
     digest: str, options: GenerationOptions, weights: Sequence[str], picture_label: str
 ) -> dict[str, Any]:
-    """Identify a job by everything that its results depend on.
+    """Identify a job by its input, default options and model; changes of image files are not noticed.
 
     Args:
         digest: digest of the input.

@@ -17,7 +17,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RowRequest:
-    """Request of a row, and its model name, which the reply repeats; in OpenAI's format it may name an adapter."""
+    """Request of a row; `model`: in OpenAI's format the row's model name, which the output repeats.
+
+    The model name may be that of an adapter. The plain format has none.
+    """
 
     request: Request
     model: str = "qwen-vl"

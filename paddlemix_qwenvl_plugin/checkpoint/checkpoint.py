@@ -160,7 +160,7 @@ class Checkpoint:
             )
 
     def _allow_position_table(self) -> None:
-        """Accept a ViT's position table of any square size: it is resized to the patch grid at export."""
+        """Accept a ViT's position table with any square number of rows: the export resizes it to the patch grid."""
         name = "visual.positional_embedding"
         for stored_name, stored in self._shards.tensors.items():
             rows = stored.shape[0] if stored.shape else 0

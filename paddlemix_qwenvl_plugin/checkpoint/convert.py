@@ -21,7 +21,7 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError
 from paddlemix_qwenvl_plugin.util.files import new_folder
 
 MAX_SHARD_BYTES = 2 * 1024**3
-# Suffixes of files that are not copied: weights in any format, their indexes, programs, and training state.
+# Suffixes of files that are not copied: weights in any format and their indexes, legacy programs, optimizer state.
 _NOT_COPIED = (
     ".safetensors",
     ".pdparams",
@@ -44,7 +44,7 @@ def convert(
 ) -> None:
     """Convert the model of `source` to the new folder `target`, which is created atomically.
 
-    The source's other files, such as the tokenizer's, are copied, but no other weights, programs or training state.
+    The source's other files, such as the tokenizer's, are copied, except those with a suffix in _NOT_COPIED.
 
     Args:
         source: a model folder in any supported form.

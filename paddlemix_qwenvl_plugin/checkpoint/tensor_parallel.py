@@ -38,7 +38,7 @@ _SPLITS = (
 
 
 class Ranks:
-    """The tensor-parallel ranks of one folder, joined, with the interface of Shards."""
+    """The tensor-parallel ranks of one folder, joined, with the methods of Shards."""
 
     def __init__(self, ranks: list[Shards]) -> None:
         self._ranks = ranks
@@ -77,7 +77,8 @@ class Ranks:
                 )
         degree = read_json(folder / "config.json").get("tensor_parallel_degree")
         numbers = [int(match[1]) for match in matches.values()]
-        # Rank numbers have two digits. Without such a degree, the highest rank present is taken as the last one.
+        # The highest rank present is taken as the last one, unless config.json has a degree from 2 to 99, since rank
+        # numbers have two digits.
         n_ranks = degree if type(degree) is int and 1 < degree < 100 else numbers[-1] + 1
         if numbers != list(range(n_ranks)):
             raise QwenVLError(

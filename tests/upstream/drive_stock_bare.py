@@ -33,7 +33,7 @@ REGISTERED = ("", ".processors", ".models", ".models.qwen_vl", ".utils")
 
 
 class Anything:
-    """Object that accepts every operation during imports."""
+    """Object that can be called with anything and has any attribute, which is all that the imports need."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass

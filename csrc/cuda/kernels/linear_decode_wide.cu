@@ -1,10 +1,10 @@
 // y = x W^T for more than 8 rows of x, from sm_80 on, for storage types without zero points. Bit-identical to
 // linear_decode.cu.
 //
-// Layout. A block (one at a time per multiprocessor) has kRowTiles tiles of 16 rows of W, one per warp, and
-// 32 or 64 rows of x, its columns. kRowTiles is 12, 6 or 2: linear_decode.cc chooses the number with the
-// highest utilisation of the multiprocessors, a smaller one only if it gains 5 percentage points. k advances
-// in units of 128 values, one per stage of a ring in shared memory:
+// Layout. A block (one at a time per multiprocessor) has kRowTiles tiles of 16 rows of W and 32 or 64 rows of
+// x, its columns. kRowTiles is 12, 6 or 2: linear_decode.cc chooses the number with the highest utilisation
+// of the multiprocessors, a smaller one only if it gains 5 percentage points. With 12 or 6 tiles each warp
+// has one, and k advances in units of 128 values, one per stage of a ring in shared memory:
 //
 //   stage:  x [columns][128 values + 64 bytes]  |  weights [warp][unit]  |  scales [warp]      2 to 6 stages
 //              read by all warps                   copied and read back by the same lane
@@ -15,7 +15,7 @@
 //
 // A warp sums one slice of k at a time, like a warp of linear_decode.cu, and adds the sums of the slices in
 // the same order. In a block with two tiles, two warps share a tile: one sums the first half of the slices,
-// the other the second half.
+// the other the second half, and a stage has a unit of each half.
 //
 // Cost. Bytes: each weight once per 32 or 64 rows of x, x once per block from the L2 cache. Operations: 2 * n
 // * in * out. Bound by the bytes of the weights up to 64 rows, beyond by the tensor cores; every

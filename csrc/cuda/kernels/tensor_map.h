@@ -3,7 +3,7 @@
 
 namespace qvl::cuda {
 
-// Its content is written by cuTensorMapEncodeTiled of the driver (cuda/tensor_map.cc).
+// The descriptor, written by cuTensorMapEncodeTiled of the driver (cuda/tensor_map.cc).
 struct alignas(64) TensorMap {
   unsigned long long opaque[16];
 };

@@ -1,4 +1,5 @@
-// Kernels of the vision tower between the products: patches, LayerNorm, addition of positions.
+// Kernels of the vision tower and the resampler between the products: patches, LayerNorm, addition of
+// positions. attention_dense.cu has the attention.
 //
 // Layout:
 //
