@@ -63,7 +63,7 @@ enum class Epilogue {
   kHalf,      // H [n, out]
   kFloat,     // float32 [n, out]
   kAdd,       // added to float32 [n, out]
-  kGelu,      // H [n, out], gelu with erf or with a polynomial in its place (linear_prompt.cuh)
+  kGelu,      // H [n, out]; linear_decode: gelu with erf, linear_prompt: with a polynomial in its place
   kSiluTimes  // H [n, out / 2]: y = w1 x * silu(w2 x); the rows of w1 and w2 are interleaved in the matrix
 };
 
