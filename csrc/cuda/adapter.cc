@@ -60,7 +60,8 @@ CudaAdapter::~CudaAdapter() {
 }
 
 // The parts have the same inputs. Their matrices A are stacked as rows; each matrix B gets columns of its
-// own, with zeros in the columns of the other part. All matrices are padded to the largest rank.
+// own, with zeros in the columns of the other part, and its rows are interleaved like those of the base
+// matrix. All matrices are padded to the largest rank.
 void CudaAdapter::upload_product(CUstream stream, LowRank& to, const Shape& shape,
                                  const std::vector<Part>& parts) {
   to.parts = parts.front().step;

@@ -53,8 +53,8 @@ class Language {
   static void sort_by_adapter(const InputArrays& inputs, int first, int n);
 
   // Reserve scratch memory for `rows` decode rows with up to max_keys keys. A captured graph (StepGraphs)
-  // stays valid while graph_version() is unchanged: it changes when scratch memory moves, and when an adapter
-  // changes a product with a higher rank than all adapters before.
+  // stays valid while graph_version() is unchanged: it changes when scratch memory moves, and when a new
+  // adapter has a higher rank for a product than all earlier adapters.
   void reserve(int rows, int max_keys);
   int graph_version() const { return graph_version_; }
 
@@ -87,8 +87,8 @@ class Language {
   // Scratch memory: activations of a pass. attended_: output of attention; mlp_: inputs of mlp_proj.
   DeviceMemory x_, normed_, qkv_, q_, attended_, mlp_, features_, prompt_scratch_, decode_scratch_,
       permuted_x_;
-  // Scratch memory for adapters: low_: A x in rows of max_rank_ values (prompts: in rows of the adapter's
-  // rank); low_scratch_: of low_rank_down; raw_: products before their epilogues.
+  // Scratch memory for adapters: low_: A x in rows of max_rank_ values (prompts: of the rank of the adapter's
+  // update of the product); low_scratch_: of low_rank_down; raw_: products before their epilogues.
   DeviceMemory low_, low_scratch_, raw_;
   int max_rank_ = 0;
   // Of each product, the highest rank of the adapters created so far; 0: none changes the product.

@@ -14,8 +14,8 @@ constexpr int kThreads = 128 * kHopperGroups + 32, kAlign = 1024, kBoxBytes = 12
 constexpr int kMaxShared = 227 << 10;
 // Over half of the 228 KiB of a multiprocessor, so that it has only one block of this kernel.
 constexpr int kMinShared = 120 << 10;
-// Limit of shared memory with up to 16 rows of x; it leaves 64 KiB of a multiprocessor for a block of
-// attention.
+// Limit of shared memory with up to 16 rows of x. Of the 228 KiB it leaves enough for a block of
+// attention_decode (64 KiB and a few bytes) and for the 1 KiB that CUDA reserves for each block.
 constexpr int kSharedBesideAttention = 158 << 10;
 constexpr int kMaxStages = 32, kMaxSteps = 4;  // stages of the ring; steps per item, the content of a stage
 
@@ -59,7 +59,7 @@ int best_rows(const Kind& kind, int out, int steps, int columns, int blocks, int
 
 // Steps per item with the lowest estimated time, expressed in bytes: each item has a fixed cost, and large
 // items copy steps beyond the end of a slice. slice: steps per slice, the part of k of a warpgroup; bytes:
-// bytes per step.
+// bytes per step. An item of several steps has at most kMaxBytes.
 int best_steps(int slice, int bytes) {
   constexpr int kItemCost = 1500, kMaxBytes = 24 << 10;
   int best = 1, lowest_cost = 0;

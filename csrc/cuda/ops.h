@@ -6,9 +6,9 @@
 // The residual stream x is float32, inputs of products are H, products accumulate in float32.
 //
 // A row's result does not depend on the other rows or their number, bit for bit: see "Reproducibility" in
-// qwenvl.h. Functions named *_decode process tokens of decode steps, 1 to 256 rows, and compute lm_head;
-// those named *_prompt process tokens of prompts, and linear_prompt also rows of images, 1 to thousands of
-// rows. A row may be rounded differently by the two kinds of functions.
+// qwenvl.h. Functions named *_decode process tokens of decode steps, 1 to 256 rows, and linear_decode also
+// computes lm_head; those named *_prompt process tokens of prompts, and linear_prompt also rows of images, 1
+// to thousands of rows. A row may be rounded differently by the two kinds of functions.
 #pragma once
 
 #include <cstdint>
@@ -63,7 +63,7 @@ enum class Epilogue {
   kHalf,      // H [n, out]
   kFloat,     // float32 [n, out]
   kAdd,       // added to float32 [n, out]
-  kGelu,      // H [n, out], gelu with erf or with a polynomial in its place (linear_prompt.cuh)
+  kGelu,      // H [n, out]; linear_decode: gelu with erf, linear_prompt: with a polynomial in its place
   kSiluTimes  // H [n, out / 2]: y = w1 x * silu(w2 x); the rows of w1 and w2 are interleaved in the matrix
 };
 
@@ -227,7 +227,8 @@ struct SampleOutputs {
 uint64_t sample_scratch(int n, int vocab);
 
 // Sampling as documented at qvl_sample and qvl_step. any_draw: at least one row is not greedy; any_changed:
-// at least one row has penalties or forbidden ids. Kernels that no row needs are not launched.
+// at least one row has token counts (for penalties) or forbidden ids. Kernels that no row needs are not
+// launched.
 void sample(const Gpu&, CUstream, const float* logits, int n, int vocab, const Pick* picks,
             const int32_t* forbidden, bool any_draw, bool any_changed, void* scratch, const SampleOutputs&);
 

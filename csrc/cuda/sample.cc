@@ -55,7 +55,9 @@ void sample(const Gpu& gpu, CUstream stream, const float* logits, int n, int voc
   params.any_draw = any_draw;
   params.any_changed = any_changed;
   params.want_log_sum = outputs.logprobs != nullptr || outputs.n_top > 0;
-  params.weight_shift = 31;  // the loop subtracts the number of bits of an id
+  // 31 minus the number of bits of an id: the weights of a row, each at most 2^(31 + weight_shift), then have
+  // a sum below 2^63.
+  params.weight_shift = 31;
   for (int64_t ids = 1; ids < vocab; ids *= 2) --params.weight_shift;
   params.tokens = outputs.tokens;
   params.logprobs = outputs.logprobs;

@@ -1,4 +1,5 @@
-// Tensor maps, with which the copy engine (TMA) reads boxes of a tensor of H (the 16-bit compute type).
+// Tensor maps, with which the copy engine (TMA) reads boxes of a tensor of 16-bit values: H (the compute
+// type), or pairs of bytes of a quantized matrix.
 #pragma once
 
 #include <initializer_list>

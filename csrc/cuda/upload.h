@@ -15,8 +15,8 @@ class Uploader {
   Uploader(CUcontext context, CUstream stream);
   ~Uploader();
 
-  // Copy in the order of the stream; the copy may end after this function returns, but `from` is not read
-  // then.
+  // Copy in the order of the stream. The copy may end after this function returns; `from` is read only
+  // before.
   void copy(void* to, const void* from, uint64_t bytes);
 
  private:

@@ -110,8 +110,8 @@ enum {
  * of activations. */
 typedef int32_t qvl_compute;
 enum {
-  QVL_COMPUTE_BEST = 0,     /* CPU: bfloat16 with QVL_ISA_AVX512_BF16, else float32. GPU: float16 without
-                               bfloat16 instructions or if wte.weight (without a language stage
+  QVL_COMPUTE_BEST = 0,     /* CPU: bfloat16 with QVL_ISA_AVX512_BF16, else float32. GPU: float16 if it
+                               lacks bfloat16 instructions or if wte.weight (without a language stage
                                visual.positional_embedding) is float16, else bfloat16 */
   QVL_COMPUTE_FLOAT32 = 1,  /* CPU only: uses no instructions of QVL_ISA_AVX512_BF16; decode steps multiply
                                QVL_UINT* weights with float32 activations, which is slow */
@@ -124,7 +124,7 @@ enum {
 typedef struct qvl_device_info {
   uint32_t size;         /* sizeof(qvl_device_info), set by the caller */
   char name[128];        /* "AMD EPYC 9354", "NVIDIA H200" */
-  uint64_t memory_bytes; /* available to this process, within the limit of its container */
+  uint64_t memory_bytes; /* CPU: within the limit of the process's container; GPU: all of its memory */
   uint64_t free_bytes;
   int32_t threads;       /* CPU: default number of threads of an engine; GPU: multiprocessors */
   int32_t compute_major; /* GPU: compute capability; 0 on a CPU */
@@ -210,7 +210,7 @@ typedef struct qvl_config {
  * Every weight may be QVL_FLOAT32, QVL_BFLOAT16 or QVL_FLOAT16, and matrices may be quantized. Types may be
  * mixed. A matrix NAME [out, in] may have a permutation NAME.order, QVL_INT32 [in] ("act-order" of GPTQ):
  * stored column j multiplies input order[j], y[o] = sum over j of value[o, j] * x[order[j]]. On a GPU mlp.w1
- * and mlp.w2 of a layer must have the same order and the same type, unless neither is quantized; matrices of
+ * and mlp.w2 of a layer must have the same order and, if one of them is quantized, the same type; matrices of
  * the vision stage must have no order.
  *
  * On a CPU products with float32 weights run in float32. With other weights the products of prompts and

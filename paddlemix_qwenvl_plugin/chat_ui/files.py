@@ -145,6 +145,9 @@ def save_drawn(attached: AttachedImage, boxes: Sequence[Box]) -> Path:
 
 
 def _stem(attached: AttachedImage) -> str:
-    """File name of an image without its suffix, at most 60 characters; all but word characters, . and - become _."""
+    """File name of an image without its suffix, at most 60 characters; "image" if it is empty.
+
+    Each run of characters other than word characters, . and - becomes one _.
+    """
     name = urlsplit(attached.name).path if is_address(attached.name) else attached.name
     return re.sub(r"[^\w.-]+", "_", Path(name).stem)[:60] or "image"

@@ -135,7 +135,7 @@ def machine_gpus(visible: Sequence[str]) -> tuple[list[Gpu], Optional[str]]:
 
 
 def check_gpu(paddle: Check, answer: Answer, visible: Sequence[str]) -> Check:
-    """Check that this Paddle has machine code for the machine's GPUs.
+    """Check that this Paddle has machine code for the machine's GPUs, and that it adds two numbers on the first.
 
     Args:
         paddle: result of `check_paddle`.

@@ -179,7 +179,7 @@ class LanguageModel(nn.Layer):
 def chunk_mask(positions: paddle.Tensor, cache_valid: paddle.Tensor | None) -> paddle.Tensor:
     """Attention mask: 0 where a token of the chunk attends, MASKED elsewhere.
 
-    Its shape is float32 [B, 1, S, P + S]; without a cache, [1, 1, S, S] for all rows.
+    float32 [B, 1, S, P + S]; without a cache [1, 1, S, S], the same for all rows.
 
     Within the chunk the mask is causal, so that only padding attends to the padding, which is on the right.
     """

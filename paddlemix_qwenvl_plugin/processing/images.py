@@ -236,7 +236,7 @@ def _decode_data_url(url: str, limits: ImageLimits) -> bytes:
     header, comma, payload = url.partition(",")
     if not comma:
         raise UsageError("data URL has no comma between its header and its data")
-    # A percent escape takes three characters for a byte; base64 takes fewer.
+    # A percent escape takes three characters for a byte; base64 takes fewer, except for the padding (+ 3).
     if len(payload) > 3 * limits.max_bytes + 3:
         raise TooLargeError(f"image data URL is larger than the limit of {_mebibytes(limits.max_bytes)}")
     encoded = unquote_to_bytes(payload.encode("utf-8", errors="replace"))

@@ -1,4 +1,4 @@
-"""Suppression of the warnings of Pillow, and of what Pillow and libtiff write to stderr."""
+"""Suppression of warnings while Pillow reads an image, and of what Pillow and libtiff write to stderr."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _outermost = contextlib.ExitStack()
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress Pillow's warnings and libtiff's messages in the block; errors are raised as usual.
+    """Suppress all Python warnings and libtiff's messages in the block; errors are raised as usual.
 
     Both are settings of the process: the first thread that enters the block changes them, and the last thread that
     leaves it restores them.

@@ -30,8 +30,8 @@ def start_logging(level: str) -> None:
     """Send the records of all loggers of this process, uvicorn's included, to stderr as JSON.
 
     Args:
-        level: minimum level of the server's records: debug, info, warning or error. For other loggers it is warning or
-            error.
+        level: minimum level of the server's records: debug, info, warning or error. Other minimum levels: asyncio's
+            is error, uvicorn's `level` but at least warning, that of all other loggers warning.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())

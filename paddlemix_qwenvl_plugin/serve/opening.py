@@ -36,7 +36,8 @@ def open_service(
         metrics: default: a new object.
 
     Raises:
-        UsageError, QwenVLError: see model_settings and QwenVL.from_exported; or an adapter has the model's name.
+        UsageError, QwenVLError: see model_settings and QwenVL.from_exported; or the picture label is invalid, or an
+            adapter has the model's name.
     """
     engine_settings = model_settings(settings, say)
     adapters = engine_settings.adapters

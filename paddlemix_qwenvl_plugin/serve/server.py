@@ -47,7 +47,8 @@ async def run(
         listener: a bound socket. With `reuse_port` it begins to listen when the engine is ready. An inherited socket
             listens already, and queues connections until the engine is ready. Any other socket listens already too, and
             its requests are answered while the model is loading, with 503 if they need the engine.
-        signals: signals that end the server. At the first signal, running requests may finish; the second aborts them.
+        signals: signals that end the server. At the first signal, admitted requests, running or waiting, may finish;
+            the second aborts them.
         ready: called when the engine is ready for the first time.
 
     Returns:
@@ -139,7 +140,7 @@ class Server(uvicorn.Server):
         yield
 
     async def shutdown(self, sockets: Optional[list[socket.socket]] = None) -> None:
-        """Let running requests finish within `shutdown_timeout`; then end the remaining ones with errors."""
+        """Let admitted requests finish within `shutdown_timeout`; then end the remaining ones with errors."""
         settings = self._service.settings
         deadline = time.monotonic() + settings.shutdown_timeout
         self._service.draining = True
