@@ -25,7 +25,7 @@ class Result:
     def right(self) -> bool:
         """Whether the text is exact, and every box has its ref and overlaps its object (IoU at least 0.5).
 
-        False if a box is missing, additional or invalid.
+        False if a box is missing or additional, or the answer has `problems`.
         """
         marked = mark(self.question.sample, self.answer.text)
         return (

@@ -317,7 +317,7 @@ class QwenVL:
         Args:
             parts: text, or a list of {"image": …}, {"text": …} and {"box": …, "ref": …} (processing/prompts.py).
             chat: True: the ChatML form of Qwen-VL-Chat, with its stop tokens; False: the base model's form; None: as
-                the model folder declares.
+                `is_chat` says.
             history: earlier turns (query, answer), chat only.
             system: the system message, chat only.
             adapter: name of an adapter (`from_exported`); None: the model without an adapter.

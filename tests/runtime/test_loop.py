@@ -216,7 +216,7 @@ def test_a_long_prompt_does_not_stall_a_decoding_request():
     for n in range(2, 11):
         loop.step()
         assert len(first.tokens) == n
-    assert executor.computed[first] == 2 + 9
+    assert executor.computed[first] == 2 + 9  # the prompt, and all generated tokens but the last
 
 
 def test_recomputed_tokens_count_as_prompt_tokens(monkeypatch):
