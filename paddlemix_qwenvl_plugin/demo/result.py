@@ -10,7 +10,7 @@ from paddlemix_qwenvl_plugin.demo.questions import Question
 from paddlemix_qwenvl_plugin.demo.score import mark
 from paddlemix_qwenvl_plugin.runtime.answer import Answer
 
-# Timings of an answer that add up to its duration.
+# Timings of an answer that add up to its duration without the loading of the programs.
 _TIMINGS = ("prepare", "encode_images", "prefill", "decode")
 
 

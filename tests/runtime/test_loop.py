@@ -48,7 +48,7 @@ def completion(generation: Generation) -> list[int]:
 
 
 class FakeExecutor:
-    """Executor with the inputs themselves in the KV cache; it computes a token from those in the block table.
+    """Executor with the inputs themselves in the KV cache; it computes a token from the inputs in the request's blocks.
 
     Checks that each step is within the limits, contains all decoding requests, and does not write to shared blocks.
 
