@@ -34,7 +34,9 @@ def check_url(url: str) -> str:
 
 
 def read_key(file: Optional[Path]) -> Optional[str]:
-    """Read the API key, the first line of `file` that is not empty or a comment (`#`); None: QWENVL_API_KEY, if set.
+    """Read the API key: the first line of `file` that is not empty or a comment (`#`), or without a file QWENVL_API_KEY.
+
+    The result is None if neither is given.
 
     Raises:
         UsageError: the file is unreadable or contains no key, or the key has characters that are not printable ASCII,

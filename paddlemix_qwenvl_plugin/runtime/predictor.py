@@ -169,8 +169,8 @@ class QwenVL:
         """Load the tokenizer, the language stage and, with `vision`, the vision stage now, not at their first use.
 
         Raises:
-            UsageError, QwenVLError: a file is missing or damaged, the GPU has too little memory, or there are adapters but
-                no engine.
+            UsageError, QwenVLError: a file is missing or damaged, the GPU has too little memory, or adapters lack the
+                engine.
         """
         _ = self.tokenizer
         self._loop.load(vision)
