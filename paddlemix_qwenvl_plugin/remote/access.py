@@ -34,7 +34,7 @@ def check_url(url: str) -> str:
 
 
 def read_key(file: Optional[Path]) -> Optional[str]:
-    """Read the API key: the first line of `file` that is not empty or a comment (`#`), or without a file QWENVL_API_KEY.
+    """Read the API key: the first line of `file` that is not empty or a comment (`#`), else QWENVL_API_KEY.
 
     The result is None if neither is given.
 
