@@ -94,7 +94,7 @@ class ModelConfig(BaseModel):
 
     @property
     def max_ntk_doublings(self) -> int:
-        """Number of thresholds of `ntk_doublings`, and so its largest value; 0 without dynamic NTK."""
+        """Number of thresholds of `ntk_doublings`, an upper bound of its value; 0 without dynamic NTK."""
         ratio = max(2, self.max_position_embeddings / self.seq_length)
         return max(1, math.ceil(math.log2(ratio)) + 1) if self.use_dynamic_ntk else 0
 

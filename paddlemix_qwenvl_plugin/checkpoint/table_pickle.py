@@ -1,7 +1,7 @@
 """A restricted unpickler for dicts of tensors: a pickle can run code, so only listed names and opcodes are allowed.
 
-The values of most tensors are not read: a string of more than 1024 bytes, of bytes or text, becomes a `Span`, its
-location in the file.
+The values of most tensors are not read: a string (bytes or text) of more than 1024 bytes becomes a `Span`, its location
+in the file.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from paddlemix_qwenvl_plugin.demo.questions import Question
 from paddlemix_qwenvl_plugin.demo.score import mark
 from paddlemix_qwenvl_plugin.runtime.answer import Answer
 
-# Timings of an answer that add up to its duration.
+# Timings of an answer that add up to its duration without the loading of the programs.
 _TIMINGS = ("prepare", "encode_images", "prefill", "decode")
 
 
@@ -25,7 +25,7 @@ class Result:
     def right(self) -> bool:
         """Whether the text is exact, and every box has its ref and overlaps its object (IoU at least 0.5).
 
-        False if a box is missing, additional or invalid.
+        False if a box is missing or additional, or the answer has `problems`.
         """
         marked = mark(self.question.sample, self.answer.text)
         return (

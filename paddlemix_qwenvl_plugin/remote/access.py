@@ -15,8 +15,8 @@ def check_url(url: str) -> str:
     """Normalize a server's base URL: remove `/`, `/v1` or `/v1/` at its end.
 
     Raises:
-        UsageError: not an http(s) URL without query and fragment, or it contains a user name or password, which the
-            process list would show to other users.
+        UsageError: it is not an http(s) URL, or has a query, a fragment, or a user name or password, which the process
+            list would show to other users.
     """
     try:
         parts = urlsplit(url)
@@ -34,10 +34,13 @@ def check_url(url: str) -> str:
 
 
 def read_key(file: Optional[Path]) -> Optional[str]:
-    """Read the API key: the first key of a file with one key per line, or without a file QWENVL_API_KEY, if it is set.
+    """Read the API key: the first line of `file` that is not empty or a comment (`#`), else QWENVL_API_KEY.
+
+    The result is None if neither is given.
 
     Raises:
-        UsageError: the file is unreadable or contains no key, or the key is not printable ASCII.
+        UsageError: the file is unreadable or contains no key, or the key has characters that are not printable ASCII,
+            or spaces.
     """
     if file is None:
         key, source = env.API_KEY.read(), env.API_KEY.name

@@ -90,7 +90,7 @@ class ServerModel:
         """Answer a request without streaming; retry while the server is busy.
 
         Raises:
-            UsageError, QwenVLError: an invalid part or image, which the message names; or as `name`.
+            UsageError, QwenVLError: an invalid part, image or history, which the message names; or as `name`.
         """
         start = time.perf_counter()
         reader = self.reader(lambda source: from_folder(source, folder))

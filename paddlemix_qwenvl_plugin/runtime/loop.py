@@ -223,7 +223,7 @@ class Loop:
         for chunk in step.chunks:
             generation = chunk.generation
             token, logprob = next(picked) if chunk.picks else (None, None)
-            if generation.finished:  # cancelled while this step was computed
+            if generation.finished:  # ended since this step was started
                 continue
             if generation.tokens:
                 generation.decode_seconds += seconds

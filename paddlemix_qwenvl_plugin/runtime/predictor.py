@@ -169,7 +169,8 @@ class QwenVL:
         """Load the tokenizer, the language stage and, with `vision`, the vision stage now, not at their first use.
 
         Raises:
-            UsageError, QwenVLError: a file is missing or damaged.
+            UsageError, QwenVLError: a file is missing or damaged, the GPU has too little memory, or adapters lack the
+                engine.
         """
         _ = self.tokenizer
         self._loop.load(vision)
@@ -317,7 +318,7 @@ class QwenVL:
         Args:
             parts: text, or a list of {"image": …}, {"text": …} and {"box": …, "ref": …} (processing/prompts.py).
             chat: True: the ChatML form of Qwen-VL-Chat, with its stop tokens; False: the base model's form; None: as
-                the model folder declares.
+                `is_chat` says.
             history: earlier turns (query, answer), chat only.
             system: the system message, chat only.
             adapter: name of an adapter (`from_exported`); None: the model without an adapter.

@@ -19,8 +19,8 @@ class Request:
     Attributes:
         parts: text, or a list of {"image": …}, {"text": …} and {"box": …, "ref": …} (processing/prompts.py).
         options: sampling parameters and limits.
-        chat: True: the ChatML form of Qwen-VL-Chat, with its stop tokens; False: the base model's form; None: as the
-            model folder declares.
+        chat: True: the ChatML form of Qwen-VL-Chat, with its stop tokens; False: the base model's form; None: as
+            `QwenVL.is_chat` says.
         history: earlier turns (query, answer), chat only.
         system: the system message, chat only.
         adapter: name of an adapter of the model; None: the model without an adapter.

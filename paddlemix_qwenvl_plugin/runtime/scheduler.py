@@ -268,7 +268,7 @@ class Scheduler:
 
 
 def images_of(generation: Generation, start: int, end: int) -> Iterator[tuple[ImageInput, int, int]]:
-    """Yield each image with slots in tokens [start, end), with the range [first, end) of these slots."""
+    """Yield each image with slots in tokens [start, end), and the range [first, last) of these slots."""
     for image in generation.images:
         first, last = max(start, image.slots[0]), min(end, image.slots[1])
         if first < last:

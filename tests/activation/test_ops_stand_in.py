@@ -13,7 +13,7 @@ def in_model(code: str) -> str:
 
 
 def test_only_paddlenlp_models_get_the_stand_in(run: Run) -> None:
-    """All other code finds no operators, and uses its fallback as without the plugin."""
+    """All other code finds no operators, as without the plugin, and can use its fallback."""
     check = (
         "import importlib.util\n"
         "print(importlib.util.find_spec('paddlenlp_ops'))\n"

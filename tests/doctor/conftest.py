@@ -13,7 +13,7 @@ from doctor_helpers import REPO, Environment
 
 @pytest.fixture(scope="session")
 def isolated_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Python interpreter with this package and the installed modules, but no Paddle, upstreams and package metadata."""
+    """Python interpreter with this package and the installed modules, but no Paddle, upstreams or package metadata."""
     folder = tmp_path_factory.mktemp("isolated")
     modules = folder / "modules"
     modules.mkdir()

@@ -47,7 +47,7 @@ def no_rows(bench: Bench) -> list[str]:
 def odd_mlp_width(bench: Bench) -> list[str]:
     arguments = quantize()(bench)
     weights = bench.weights()
-    width = 528  # a multiple of 16 and not of 128
+    width = 528  # not a multiple of 64, the group size with 8 bits
     bench.config(intermediate_size=2 * width)
     for name, values in weights.items():
         if ".mlp.w" in name and name.startswith("transformer.llm"):
@@ -90,6 +90,7 @@ def no_image(bench: Bench) -> list[str]:
 @case("calibration rows that are too long together")
 def long_rows(bench: Bench) -> list[str]:
     arguments = quantize(*({**ROW, "id": f"a{i}", "prompt": "x1" * 6000} for i in range(9)))(bench)
+    # Each row fits into this context, but eight of them exceed the limit of 65,536 tokens.
     bench.config(max_position_embeddings=32768)
     return arguments
 

@@ -79,7 +79,10 @@ def test_step_program_logits(golden, name, extension, monkeypatch):
 
 @pytest.mark.parametrize("mask_axes", [2, 4])
 def test_stock_contract(opened, extension, mask_axes):
-    """The stock predictor's inputs, in its order, give the golden tokens, and the five other stock outputs."""
+    """The stock predictor's inputs, in its order, give the golden tokens, and the five other stock outputs.
+
+    With an attention mask of 2 axes, as the program declares it, or of 4, as the stock scripts feed it.
+    """
     model, _, features = opened
     stock = Stage(program(model.language, extension), "language", "cpu").open()
     feed = stock_feed(model.config, model.input_ids, features, model.img_pos, max_new=24, mask_axes=mask_axes)

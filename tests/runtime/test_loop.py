@@ -48,7 +48,7 @@ def completion(generation: Generation) -> list[int]:
 
 
 class FakeExecutor:
-    """Executor with the inputs themselves in the KV cache; it computes a token from those in the block table.
+    """Executor with the inputs themselves in the KV cache; it computes a token from the inputs in the request's blocks.
 
     Checks that each step is within the limits, contains all decoding requests, and does not write to shared blocks.
 
@@ -216,7 +216,7 @@ def test_a_long_prompt_does_not_stall_a_decoding_request():
     for n in range(2, 11):
         loop.step()
         assert len(first.tokens) == n
-    assert executor.computed[first] == 2 + 9
+    assert executor.computed[first] == 2 + 9  # the prompt, and all generated tokens but the last
 
 
 def test_recomputed_tokens_count_as_prompt_tokens(monkeypatch):

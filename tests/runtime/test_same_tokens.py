@@ -1,4 +1,4 @@
-"""The same tokens in any batch, on the engine, with every storage type without zero points; and a soak test."""
+"""The same tokens in any batch, on the engine, with each storage type of exports but GPTQ and AWQ; a soak test."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_after_an_interrupted_step(opened, monkeypatch):
 
 
 def test_soak(opened, monkeypatch):
-    """400 random requests, chunked, cancelled, cached and preempted: answers as alone, and constant memory.
+    """400 random requests, chunked, cancelled, cached and preempted: answers as alone, and memory that hardly grows.
 
     `python benchmarks/soak.py` runs 10,000 of them.
     """

@@ -18,7 +18,7 @@ class Turn:
         language: "en" or "zh".
         question: text after the images in the prompt.
         answer: expected completion, tags included, without the stop token.
-        text: the text in the image, for reading tasks; empty if the image has none, and for other tasks.
+        text: the texts in the image, joined by spaces, for reading tasks; empty without texts, and for other tasks.
     """
 
     task: str
