@@ -411,7 +411,7 @@ def _with_zeros(data: bytes) -> bytes:
     return re.sub(rb"<(\d{3,6}) zeros>", lambda number: bytes(int(number[1])), data)
 
 
-# A recipe that has every key.
+# A recipe with every top-level key and most of the others.
 _RECIPE = b"""\
 schema: 1
 name: only
