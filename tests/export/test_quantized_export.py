@@ -1,4 +1,7 @@
-"""Exports of GPTQ and AWQ checkpoints: storage types, and the engine's logits, which are those of the weights."""
+"""Exports of GPTQ and AWQ checkpoints: storage types, and the engine's logits, which are those of the weights.
+
+Also completions, refused exports, progress, and an export by PaddleNLP's scripts.
+"""
 
 from __future__ import annotations
 
