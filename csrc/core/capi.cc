@@ -45,7 +45,7 @@ std::unique_ptr<Backend> make_backend(const qvl_config& config, const WeightTabl
                                           : make_cpu_backend(config, weights);
 }
 
-// Check the pool and the number of blocks n. Returns false if n is 0 and the call has nothing to do.
+// Check the pool and the number of blocks n. Returns false if n is 0: the call has nothing to do.
 bool check_pool_call(const qvl_kv_pool* pool, int32_t n) {
   require_pointer(pool, "pool");
   QVL_REQUIRE(n >= 0, QVL_INVALID, "n is %d", n);

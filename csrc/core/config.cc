@@ -27,6 +27,7 @@ void check_language(const qvl_config& c) {
   in_range("vocab", c.vocab, 1, 1 << 24);
   QVL_REQUIRE(c.norm_epsilon > 0 && c.norm_epsilon < 1, QVL_INVALID,
               "config: norm_epsilon is %g; it must be between 0 and 1", static_cast<double>(c.norm_epsilon));
+  // At least 2, because logn divides by log(seq_length).
   in_range("seq_length", c.seq_length, 2, 1 << 24);
   in_range("max_positions", c.max_positions, 1, 1 << 24);
   QVL_REQUIRE(c.rotary_base > 1 && std::isfinite(c.rotary_base), QVL_INVALID,

@@ -135,6 +135,8 @@ class Generation {
       n_prompt += r.n_tokens;
     }
     QVL_REQUIRE(n_prompt <= INT32_MAX, QVL_INVALID, "requests: too many tokens");
+    // Omit ids outside the vocabulary: they are never generated, and check_sampling() would refuse them as
+    // forbidden ids.
     for (int32_t i = 0; i < call_.n_end; ++i) {
       const int32_t id = call_.end_ids[i];
       if (id >= 0 && id < config.vocab) stop_tokens_.push_back(id);

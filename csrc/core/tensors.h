@@ -37,7 +37,7 @@ class Tensors {
   size_t mapped_bytes_ = 0;
 };
 
-// Map a parameter file; the format is described in paddlemix_qwenvl_plugin/artifact/params_file.py.
+// Map a parameter file; core/params_file.cc describes the format.
 std::shared_ptr<const Tensors> map_params_file(const char* path);
 
 }  // namespace qvl

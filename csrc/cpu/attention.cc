@@ -114,7 +114,7 @@ void attend_decode(Context& context, const AttentionShape& shape, const float* q
   }
   const int64_t operations = 2 * n_keys * shape.heads * shape.head_dim;
   // With one thread, with one chunk per query, or if there are at least 8 pairs of a query and a head for
-  // each thread, a task is such a pair with all its chunks.
+  // each thread, enough to balance the load, a task is such a pair with all its chunks.
   if (context.pool.size() == 1 || n_chunks == n_work || n_work * shape.heads >= 8 * context.pool.size()) {
     for (Buffer& buffer : context.thread_scratch)
       buffer.get<float>(static_cast<size_t>(2 * decode.result_floats()));

@@ -49,7 +49,7 @@ void attention(Context& context, const AttentionShape& shape, const float* q, co
 // Maximum number of queries of a work item.
 constexpr int kQueryTile = 256;
 
-// Keys and values in float32 rows, token_stride apart, as in the vision tower.
+// Keys and values in float32 rows, token_stride apart, as in the vision stage.
 struct DenseKv final : KeysAndValues {
   const float *keys, *values;
   int64_t token_stride, head_stride;

@@ -49,6 +49,7 @@ void decode(Context& context, const Matrix& m, const float* x, int64_t x_stride,
                   add,
                   m.zeros};
   };
+  // The last group, which may have a single row, does not count as work.
   context.run(groups, (groups - 1) * kMaxRows * kElementWork * m.k, [&](int64_t g, int) {
     const Matvec group = product_of_group(g);
     kernels.prepare_x[m.dtype](x + g * kMaxRows * x_stride, x_stride, group.n_x, m.k,

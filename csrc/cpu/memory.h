@@ -32,7 +32,7 @@ inline void* allocate(size_t bytes) {
   return memory;
 }
 
-// Scratch memory that grows on demand, which loses its content, and never shrinks.
+// Scratch memory. It grows on demand, losing its content, and never shrinks.
 class Buffer {
  public:
   Buffer() = default;

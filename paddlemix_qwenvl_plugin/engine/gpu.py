@@ -91,7 +91,8 @@ def build_for(index: int, allowed: bool = False) -> tuple[Path, Path]:
 def load(index: int) -> None:
     """Load the engine's part for GPUs and set the path of its kernels. Errors as for `build_for`."""
     library, folder = build_for(index)
-    # libqwenvl.so later opens this library by its name alone, which the dynamic loader resolves to the loaded one.
+    # If libqwenvl.so is in another folder, it later opens this library by its name alone, which the dynamic loader
+    # resolves to the loaded one.
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     os.environ[env.CUDA_KERNELS.name] = str(folder)
 

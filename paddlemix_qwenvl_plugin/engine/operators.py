@@ -18,7 +18,8 @@ from paddlemix_qwenvl_plugin.util.threads import cpu_threads
 def load() -> ctypes.CDLL:
     """Load the operators' library, built now if necessary, and register its operators with Paddle.
 
-    If QWENVL_DEVICE names a GPU, also load the engine's part for GPUs, which the operators then use.
+    If QWENVL_DEVICE names a GPU, also load the engine's part for GPUs, which the operators use until `use_device` sets
+    another device.
 
     Raises:
         QwenVLError: a library cannot be built, or the GPU cannot be used.

@@ -35,8 +35,8 @@ def check_quant_type(quant_type: Optional[str]) -> Optional[str]:
 def quantized(specs: Mapping[str, TensorSpec], quant_type: Optional[str]) -> dict[str, str]:
     """The storage types of the quantized weights: name -> key of library.DTYPES.
 
-    weight_only_int4 stores lm_head in 8 bits, and attention's c_attn: of the other matrices, its errors at 4 bits cost
-    the most accuracy (figures in docs/demo-model.md). Quantized checkpoints have lm_head in floating point.
+    weight_only_int4 stores lm_head and attention's c_attn in 8 bits: of the matrices other than lm_head, c_attn costs
+    the most accuracy at 4 bits (figures in docs/demo-model.md). Quantized checkpoints have lm_head in floating point.
     """
     if quant_type is None:
         return {}

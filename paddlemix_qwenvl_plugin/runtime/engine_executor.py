@@ -67,8 +67,8 @@ class EngineExecutor:
             language: the language stage.
             n_blocks: size of the KV cache in blocks; None: a share of the free memory, but at least one and at most 64
                 requests of the full context.
-            gpu_memory: on a GPU, the share that the KV cache takes of the memory left by the weights, if `n_blocks` is
-                None.
+            gpu_memory: on a GPU, the share of the memory left by the weights that the KV cache takes if `n_blocks` is
+                None; in any case, one request of the full context must fit into this share.
             ahead: start a step while the previous one is computed (loop.py); None: on a GPU only.
             adapters: adapters by the names with which requests choose them.
 

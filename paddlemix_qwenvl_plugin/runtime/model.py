@@ -63,7 +63,10 @@ class Model(Protocol[S]):
 
     @property
     def weights(self) -> list[str]:
-        """Identifiers of the weights: of an opened model digests, which depend on the dtypes; of a server a name."""
+        """Identifiers of the weights: of a server a name, of an opened model digests, also of its adapters.
+
+        The digests of the stages depend on the dtypes of the weights.
+        """
 
     @property
     def picture_label(self) -> str:

@@ -17,7 +17,7 @@ from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits
 
 
 class PortableExecutor:
-    """Executor on the portable graph. The program takes the KV cache as input and returns it with the new tokens."""
+    """Executor on the portable graph. The program takes a KV cache as input and returns logits and a longer cache."""
 
     def __init__(self, vision: Stage, language: Stage) -> None:
         self._vision_stage = vision

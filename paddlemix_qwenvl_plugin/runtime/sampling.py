@@ -16,7 +16,7 @@ _FORBIDDEN = -1e10
 
 
 class RowSampler:
-    """Sampler of one request: sampling parameters, counts of its generated tokens, and random generator."""
+    """Sampler of one request: sampling parameters, number and counts of its generated tokens, and seed."""
 
     def __init__(
         self,

@@ -21,7 +21,8 @@ class Segment:
 
     Attributes:
         text: the generated text, tags included; the texts of all segments join to the answer's text.
-        ref: the text between `<ref>` and `</ref>`, stripped, if the segment is a ref; None if this text is empty.
+        ref: the text between `<ref>` and `</ref>`, stripped, if the segment is a ref; None for other segments, and if
+            this text is empty.
         boxes: the box or quad, if the segment is one; empty for other segments and for a malformed box.
     """
 

@@ -18,8 +18,8 @@ from paddlemix_qwenvl_plugin.runtime.segments import Segment, SegmentBuilder
 class AnswerStream(Iterator[Segment]):
     """Iterator over the segments of an answer, which is generated during the iteration.
 
-    `close()`, the end of a `with` block, or deleting the stream cancels the request; `answer` then has the text so far.
-    The iteration raises errors of the generation.
+    `close()` and the end of a `with` block cancel the request; `answer` then has the text so far. Deleting the stream
+    cancels it as well if the iteration has begun. The iteration raises errors of the generation.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""`qwenvl eval` end to end: with the tiny random model, with stubs that answer correctly, with answers from files."""
+"""`qwenvl eval` with the tiny random model, the demo model, stubs, and answers from files; its prompts and answers."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def write_data(task: str) -> str:
-    """Write the data set and its images to the working directory; return the path of the data set."""
+    """Write the data set, with blank lines, and its images to the working directory; return the data set's path."""
     lines = []
     for number, row in enumerate(ROWS[task]):
         draw(held_out(number).scenes[0]).save(f"{number}.png")

@@ -1,4 +1,7 @@
-"""Exports of GPTQ and AWQ checkpoints: storage types, and the engine's logits, which are those of the weights."""
+"""Exports of GPTQ and AWQ checkpoints: storage types, and the engine's logits, which are those of the weights.
+
+Also completions, refused exports, progress, and an export by PaddleNLP's scripts.
+"""
 
 from __future__ import annotations
 
@@ -124,7 +127,7 @@ def float_logits(folder, tokens, lora=()):
     return np.concatenate([row.numpy() for row in rows])
 
 
-TOKENS = np.random.default_rng(3).integers(0, 30, 20)
+TOKENS = np.random.default_rng(3).integers(0, 30, 20)  # text tokens: the image tags begin at 30
 STEPS = pytest.mark.parametrize("one_by_one", [False, True], ids=["prompts", "decode-steps"])
 
 

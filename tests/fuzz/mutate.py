@@ -31,7 +31,7 @@ _PLACEHOLDER = "replaced by a fragment"
 
 
 def corrupted(data: bytes, random: Random, words: Sequence[bytes], is_json: bool) -> bytes:
-    """Apply one to eight random mutations to `data`.
+    """Apply 1, 2, 3 or 8 random mutations to `data`.
 
     Args:
         words: tokens of the format, inserted as they are because random bytes would hardly ever form them.

@@ -228,6 +228,7 @@ def targets(base: Path) -> dict[str, Target]:
         Any other text becomes the adapter_config.json, beside the weights of the first seed.
         """
         try:
+            # At most 1 MiB of values, so that a mutated number does not fill the memory.
             settings, header, n_bytes = json.loads(data)
             config, values = json.dumps(settings).encode(), bytes(min(int(n_bytes), 1 << 20))
         except (ValueError, TypeError, OverflowError, RecursionError):
@@ -411,7 +412,7 @@ def _with_zeros(data: bytes) -> bytes:
     return re.sub(rb"<(\d{3,6}) zeros>", lambda number: bytes(int(number[1])), data)
 
 
-# A recipe that has every key.
+# A recipe with every top-level key and most of the others.
 _RECIPE = b"""\
 schema: 1
 name: only

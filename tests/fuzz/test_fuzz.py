@@ -82,7 +82,8 @@ class Runner:
         """Read several inputs, parts of a model or an adapter, in one process; return those that may have a problem.
 
         If the process took too much memory, these are all inputs. Otherwise they are those that were slow or had a
-        wrong message, and the first one without a line of output, which ended the process.
+        wrong message, and the first one without a line of output, which ended the process. Slow is a quarter of the
+        limit, because `qwenvl` does more than read an input.
         """
         shutil.rmtree(self._work, ignore_errors=True)
         folders = [self._work / str(i) for i in range(len(inputs))]

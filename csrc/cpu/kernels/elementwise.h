@@ -11,7 +11,8 @@
 // which reads thousands of times as many bytes, the cost is negligible.
 //
 // Reference: reference::gelu, silu_mul, rotary; test_activations, test_bfloat16, test_rotary of
-// tests/csrc/test_kernels.py. narrow_all_int8: test_attention with int8 caches.
+// tests/csrc/test_kernels.py. narrow_all_float16 and narrow_all_int8: test_attention with caches of these
+// types.
 #pragma once
 
 #include "cpu/kernels/norm.h"

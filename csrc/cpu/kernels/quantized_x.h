@@ -43,7 +43,7 @@ struct QuantizedX {
   static constexpr int64_t kBytes = kValues + kBlock;                 // size of a block
 
   static QVL_INLINE int64_t row_bytes(int k) { return round_up(k, kBlock) / kBlock * kBytes; }
-  // The block of activation x that contains column `first`.
+  // The block of activation number x (a row of x, see matvec.h) that contains column `first`.
   static QVL_INLINE const char* block(const Matvec& p, int x, int first) {
     return static_cast<const char*>(p.x) + x * row_bytes(p.k) + first / kBlock * kBytes;
   }

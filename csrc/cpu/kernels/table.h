@@ -18,7 +18,7 @@ constexpr int kMaxTileK = 512;   // maximum number of columns of an unpacked til
 // y[r * y_stride + row] (+)= sum over k of weight[row][k] * x[r][k] for the rows in [first_row, end_row).
 struct Matvec {
   const void* weights;
-  const void* scales;  // int8: float [rows]; int4: bfloat16 [rows][k padded to 128 / group]
+  const void* scales;  // int8: float [rows]; int4: bfloat16 [rows][groups of a row padded to 128 values]
   int k;               // values in a row
   const void* x;       // activations, converted by prepare_x
   int n_x;             // rows of x, 1 to kMaxRows
@@ -26,18 +26,19 @@ struct Matvec {
   int64_t y_stride;
   const float* bias;  // may be NULL
   bool add;           // add to y instead of overwriting it
-  const void* zeros;  // types with zero points only: float16, as their scales; shape as int4 scales
+  const void* zeros;  // types with zero points only: float16 [rows][groups], as their scales
 };
 
-// Tile of weights to unpack for the blocked product, to float32 or, by kernels with bf16_dot, to bfloat16.
-// The scale of an int8 row is not applied. Columns are padded with zeros to a multiple of 2.
+// Tile of weights to unpack for the blocked product, to float32 (unpack_tile[0]) or bfloat16
+// (unpack_tile[1]). The scale of an int8 row is not applied. Columns are padded with zeros to a multiple of
+// 2.
 struct UnpackTile {
   const void* weights;
   const void* scales;
   int k;
   int64_t first_row, n_rows;
   int first_k, n_k;
-  void* tile;         // [n_rows][n_k rounded up to 2]
+  void* tile;         // [n_rows][n_k, padded]
   const void* zeros;  // as in Matvec
 };
 
@@ -63,7 +64,8 @@ struct KvTile {
 struct Kernels {
   qvl_isa isa;
   int lanes;      // floats in a vector
-  bool bf16_dot;  // attend_rounded is not NULL, and blocked products use index 1 unless weights are float32
+  bool bf16_dot;  // attend_rounded is not NULL, and blocked products of weights other than float32 run in
+                  // bfloat16, with index 1 of pack_panel, unpack_tile and multiply_tile
 
   // norm.h: x [n] -> y [n]; y may be the same memory as x.
   void (*rms_norm)(const float* x, const float* weight, int n, float epsilon, float* y);

@@ -43,7 +43,8 @@ class Completion:
         """Prepare the completions.
 
         Args:
-            info: contains the hash of the API key, for the limit per key; receives the token counts at the end.
+            info: contains the hash of the API key, for the limit per key; receives the token counts at the end, and
+                with `log_prompts` the texts.
         """
         self._service = service
         self._spec = spec

@@ -41,8 +41,8 @@ async def while_connected(receive: Receive, coroutine: Coroutine[Any, Any, T]) -
 class EventStream(StreamingResponse):
     """Response of server-sent events.
 
-    An error before the first event becomes an error response with its HTTP status; a later error is sent as the last
-    event. `events` is closed at the end of the response, also when the client disconnects.
+    An error before the first event becomes an error response with its HTTP status; a later QwenVLError is sent as the
+    last event. `events` is closed at the end of the response, also when the client disconnects.
     """
 
     def __init__(self, events: AsyncGenerator[str, None]) -> None:

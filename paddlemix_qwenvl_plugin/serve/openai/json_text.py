@@ -12,7 +12,7 @@ dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=Fa
 
 
 def event(data: str) -> bytes:
-    """Encode JSON text as the data of a server-sent event."""
+    """Encode JSON text or [DONE] as the data of a server-sent event."""
     if not data.isascii():
         for character in _LINE_ENDS:
             data = data.replace(character, f"\\u{ord(character):04x}")

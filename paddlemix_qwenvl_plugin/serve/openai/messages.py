@@ -77,7 +77,7 @@ def read_conversation(
 ) -> Conversation:
     """Convert messages to a conversation: system messages first, then user and assistant alternating, user last.
 
-    Consecutive messages of one role are joined with a line break into one turn.
+    Consecutive messages of one role are joined into one, with a line break between them.
 
     Raises:
         ApiError: the messages are in another order, a user's text contains an image tag, or a message of another role

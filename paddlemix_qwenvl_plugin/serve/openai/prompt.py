@@ -66,7 +66,7 @@ def token_ids(service: Service, ids: list[int], param: str) -> ReadyPrompt:
     """Check a prompt that the client has tokenized.
 
     Raises:
-        ApiError: the prompt is empty, exceeds a limit, or contains a control token or an image tag.
+        ApiError: the prompt is empty, exceeds a limit, or contains a control token, an image tag or an unknown id.
     """
     special_ids = service.tokenizer.special_tokens
     # The tags of references and boxes are accepted, the tags of images are not.

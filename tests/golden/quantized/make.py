@@ -133,7 +133,7 @@ def inputs(n_in: int) -> np.ndarray:
 def write_reference(folder: Path, quantized: Model) -> None:
     """Write reference.npz, given the model with the tool's layers or dequantized weights."""
     torch.manual_seed(11)
-    tokens = torch.randint(0, 30, [24])
+    tokens = torch.randint(0, 30, [24])  # text tokens: the image tags begin at 30
     figures = {"tokens": tokens.numpy()}
     with torch.no_grad():
         for name in LINEAR:
