@@ -292,8 +292,8 @@ class Library:
                 *(c_int64, c_void_p, c_void_p, c_void_p),
             ],
         }
-        # Only libqwenvl_testing.so has the functions qvlr_NAME (references) and qvlt_NAME. The first argument of those in
-        # `kernels` is the ISA, which the dict omits.
+        # Only libqwenvl_testing.so has the functions qvlr_NAME (references) and qvlt_NAME. The first argument of those
+        # in `kernels` is the ISA, which the dict omits.
         i32, i64, f32, p = c_int32, c_int64, c_float, c_void_p
         references: dict[str, list[Any]] = {
             "linear": [i64, i64, i64, p, p, p, i32, p],

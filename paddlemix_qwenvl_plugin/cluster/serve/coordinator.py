@@ -95,7 +95,7 @@ class Coordinator:
         self._sweeper: Optional[asyncio.Task[None]] = None
 
     async def configure(self, settings: ServeSettings) -> None:
-        """Set the queue's limits from the settings of a starting front; accept requests, also after `drain` or `end`."""
+        """Set the queue's limits from a starting front's settings; accept requests, also after `drain` or `end`."""
         self._queue.set_limits(**_limits(settings))
         self._queue.open()
         self._draining = self._ending = False

@@ -54,8 +54,8 @@ class HandleEngineClient:
     def submit(self, request: EngineRequest) -> ReceivedTokens:
         """Submit a request to an engine replica.
 
-        The returned stream raises EngineUnavailable if replicas fail in all attempts, and an error of the request itself
-        without a further attempt.
+        The returned stream raises EngineUnavailable if replicas fail in all attempts. An error of the request itself is
+        raised without a further attempt.
         """
         if request.options.seed is None:  # a retry must sample the same tokens
             request = replace(request, options=replace(request.options, seed=random.getrandbits(63)))
