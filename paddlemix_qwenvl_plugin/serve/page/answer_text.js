@@ -1,6 +1,6 @@
 /**
- * Parser of the model's tags in an answer: `<ref>a dog</ref><box>(1,2),(3,4)</box>`. It follows the rules of
- * processing/boxes.py, so that its boxes equal the server's `boxes`, which do not say where in the text they belong.
+ * Parser of the model's tags in an answer: `<ref>a dog</ref><box>(1,2),(3,4)</box>`. The server's `boxes` do not say
+ * where in the text they belong, so the page parses the text itself, by the rules of processing/boxes.py.
  */
 
 const TAG = /<(\/?)(ref|box|quad)>/g;
