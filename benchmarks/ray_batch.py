@@ -68,7 +68,7 @@ def seconds_of_job(
         )
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     start = time.perf_counter()
-    # Standard output of the jobs goes to standard error (file descriptor 2), apart from the figures.
+    # Standard output of the jobs goes to standard error (file descriptor 2): that of this script has only the figures.
     jobs = [subprocess.Popen(command, env=environment, stdout=2) for command in commands]
     exit_statuses = [job.wait() for job in jobs]
     if any(exit_statuses):

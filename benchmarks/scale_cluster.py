@@ -135,7 +135,7 @@ class Service:
             request.first = self.env.now + (self.front.backlog(self.env.now) if self.front else 0.0)
 
     def _finish(self, replica: Replica, request: Request) -> None:
-        # The front sends tokens while the engine computes: only its backlog adds to the latency.
+        # The front sends tokens while the engine computes: only the front's backlog adds to the latency.
         backlog = self.front.visit(self.env.now, request.tokens * self.front_token) if self.front else 0.0
         self._after(backlog, lambda: self._complete(request))
         self._drain()

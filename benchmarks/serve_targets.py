@@ -54,7 +54,7 @@ class Load:
 
 
 Measure = Callable[[Load, list[dict[str, Any]]], dict[str, Any]]
-"""Function that runs a load with these request bodies on a running target, and returns the figures."""
+"""Function that runs a load, with its request bodies, on a running target, and returns the figures."""
 
 
 def ours(folder: Path) -> Server:

@@ -59,7 +59,7 @@ def _portable(open_model: Callable[[], Any]) -> functools.partial[Any]:
     """Make `open_model` independent of the working directory, for the processes of other machines.
 
     Raises:
-        UsageError: the model is a server, or a stage is not named.
+        UsageError: the model is a server, a stage is not named, or --adapter is malformed.
     """
     assert isinstance(open_model, functools.partial)
     flags = dict(open_model.keywords)

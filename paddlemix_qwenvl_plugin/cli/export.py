@@ -65,7 +65,11 @@ def export_language(
 
 
 def _adapter(text: str) -> tuple[str, float]:
-    """Parse PATH or PATH=WEIGHT. Text after the last = is the weight if it is a number."""
+    """Parse PATH or PATH=WEIGHT. Text after the last = is the weight if it is a number.
+
+    Raises:
+        UsageError: PATH does not exist, but a file or folder with the name PATH=WEIGHT does.
+    """
     path, _, weight = text.rpartition("=")
     if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", weight, re.IGNORECASE):
         return text, 1.0

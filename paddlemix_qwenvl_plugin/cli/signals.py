@@ -15,7 +15,7 @@ from typing import Any, Optional
 
 _NUMBERS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
-# A signal within this time after another one is ignored: it would interrupt the cleanup.
+# A signal within this time after one that raised an exception is ignored: it would interrupt the cleanup.
 _CLEANUP_SECONDS = 1.0
 
 # Python runs signal handlers between bytecodes, and a call into C++ may take minutes: after this time SIGTERM and
@@ -34,8 +34,9 @@ class Terminated(SystemExit):
 def ending() -> Iterator[None]:
     """Raise KeyboardInterrupt at SIGINT and Terminated at SIGTERM and SIGHUP in the block, at most once per second.
 
-    If a signal arrived, all three are ignored after the block. Signals ignored beforehand (nohup) stay ignored. Outside
-    the main thread, where Python allows no handlers, only Paddle's handlers are disabled.
+    Signals without Python's default handler, such as those ignored beforehand (nohup), are left as they are. If one of
+    the handled signals arrived, all of these are ignored after the block. Outside the main thread, where Python allows
+    no handlers, only Paddle's handlers are disabled.
     """
     main_thread = threading.current_thread() is threading.main_thread()
     previous_handlers = {number: signal.getsignal(number) for number in _NUMBERS if main_thread}
@@ -126,7 +127,7 @@ def handled_by_the_command() -> Iterator[list[int]]:
     Within the block, signals have no deadline. The handlers of `ending` are restored after it.
 
     Yields:
-        The signals that end commands, without those that are ignored (nohup).
+        The signals that end commands, without those that are ignored (nohup); none outside the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield []

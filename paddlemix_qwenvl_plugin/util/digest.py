@@ -16,7 +16,7 @@ _MAX_THREADS = 8
 
 
 def digest_of(array: NDArray[Any]) -> bytes:
-    """SHA-256 of the SHA-256 digests of a contiguous array's 512 KiB parts; the shape is not included."""
+    """SHA-256 of the SHA-256 digests of a contiguous array's 512 KiB parts, without its shape and dtype."""
     data = array.reshape(-1).view("u1").data
     parts = [data[start : start + _PART_BYTES] for start in range(0, len(data), _PART_BYTES)]
     # Logical CPUs often share the execution units of a core; for the same work, two threads on it take longer than one.

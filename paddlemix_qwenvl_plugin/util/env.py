@@ -59,7 +59,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Text:
-    """A variable with any text, which the reader validates. Unset or empty: None."""
+    """A variable with any text, which the code that reads it validates. Unset or empty: None."""
 
     name: str
 

@@ -50,7 +50,7 @@ def line_of(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message; the name of its class if the message is empty."""
+    """The first line of an error's message that is not blank; the name of its class if there is none."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
 
 

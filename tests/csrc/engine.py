@@ -51,7 +51,7 @@ FINISH_END, FINISH_LENGTH = 1, 2
 NO_LOGITS, GENERATED = 1, 2
 COMPUTE_BEST, COMPUTE_FLOAT32, COMPUTE_BFLOAT16, COMPUTE_FLOAT16 = range(4)
 
-# Names of int32 fields of Config, three runs of fields that are consecutive in the C struct.
+# Names of int32 fields of Config: three lists, each of fields that are consecutive in the C struct.
 CONFIG_RUN = ["device", "device_index", "n_threads", "isa", "max_tokens"]
 CONFIG_LANGUAGE = ["hidden", "layers", "heads", "head_dim", "mlp_width", "vocab"]
 CONFIG_VISION = ["image_size", "patch_size", "vision_width", "vision_layers", "vision_heads"]
@@ -292,8 +292,8 @@ class Library:
                 *(c_int64, c_void_p, c_void_p, c_void_p),
             ],
         }
-        # Only libqwenvl_testing.so has these functions: references qvlr_NAME, and kernels qvlt_NAME, whose first
-        # argument is the ISA.
+        # Only libqwenvl_testing.so has the functions qvlr_NAME (references) and qvlt_NAME. The first argument of those
+        # in `kernels` is the ISA, which the dict omits.
         i32, i64, f32, p = c_int32, c_int64, c_float, c_void_p
         references: dict[str, list[Any]] = {
             "linear": [i64, i64, i64, p, p, p, i32, p],
@@ -593,6 +593,7 @@ class Engine:
             pool: KV block pool to use; without one, the engine creates a pool for the call.
             on_step: called with the step, the indices of requests and their new tokens; if it returns a number other
                 than 0, the generation ends with the error STOPPED.
+            adapters: the adapter of each prompt, or None.
             sampling: fields of Sampling, the same for all requests.
         """
         n = len(prompts)

@@ -175,7 +175,7 @@ def test_damaged_files(library, mixed, tmp_path):
     data, dtype, shape = mixed[names[0]]
     second_record = len(record(names[0], data.tobytes(), dtype, shape, start=0))
     path = tmp_path / "damaged"
-    for position in range(second_record, second_record + 128):
+    for position in range(second_record, second_record + 128):  # the header has 128 bytes
         path.write_bytes(intact[:position])
         if position > second_record:  # a file that ends after its first record is valid
             assert open_error(library, path)[0] == BAD_WEIGHT

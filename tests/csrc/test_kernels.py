@@ -182,7 +182,7 @@ def test_every_float16(library, isa):
     values = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     weights = np.ascontiguousarray(values[np.isfinite(values)]).reshape(2048, 31)
     unit_vectors, products = np.eye(31, dtype=np.float32), np.empty([31, 2048], np.float32)
-    for first in range(0, 31, 8):  # matrix-vector kernels take up to 8 tokens
+    for first in range(0, 31, 8):  # 8: tokens of one call of a matrix-vector kernel
         n = min(8, 31 - first)
         x, y = pointer(unit_vectors[first:]), pointer(products[first:])
         # Threads, storage type, tokens of prompts, all tokens, rows, columns.
@@ -320,6 +320,7 @@ def test_attention(library, isa, dtype, heads, head_dim, n, n_keys, causal, tile
     library.dll.qvlr_attention(*sizes, *reference_tensors)
     tensors = pointer(q), pointer(k), pointer(v), pointer(result)
 
+    # rounded: compute in bfloat16 if the ISA can; decode: compute each query separately, as in a decode step.
     def attention(threads, rounded, decode):
         assert library.dll.qvlt_attention(isa, threads, dtype, tile, rounded, decode, *sizes, *tensors) == 0
 

@@ -231,7 +231,7 @@ def test_generated_tokens_of_an_earlier_turn(case):
 
 
 def test_long_contexts(library, isa):
-    """Decode steps over two chunks of up to 256 keys, on up to 16 threads: more than a query has heads and chunks."""
+    """Decode steps over two chunks of up to 256 keys, on 1 to 16 threads: 16 are more than 3 heads x 2 chunks."""
     stored = store(library, random_weights(np.random.default_rng(3)), BFLOAT16)
     tokens = np.random.default_rng(5).integers(0, VOCAB, 512).tolist()
     rows = []

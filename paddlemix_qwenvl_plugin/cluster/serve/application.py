@@ -45,7 +45,7 @@ def application(settings: ServeSettings) -> serve.Application:
     """Build the Ray Serve application from validated settings.
 
     Raises:
-        UsageError: settings contradict each other, or the API keys cannot be read.
+        UsageError: the settings name no model or contradict each other, or the API keys cannot be read.
     """
     check_model(settings)
     settings = _with_absolute_paths(settings)

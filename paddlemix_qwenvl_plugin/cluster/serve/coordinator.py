@@ -28,7 +28,7 @@ _UNCLAIMED_SECONDS = 5.0
 _IDLE_SECONDS = 600.0
 
 Leases = Mapping[str, tuple[int, Optional[str]]]
-"""Leases of a front: lease id -> (number of slots, short hash of the API key) of each admitted request."""
+"""Leases of a front: lease id -> (number of slots, short hash of the API key or None) of each admitted request."""
 
 
 class Totals(NamedTuple):
@@ -95,7 +95,7 @@ class Coordinator:
         self._sweeper: Optional[asyncio.Task[None]] = None
 
     async def configure(self, settings: ServeSettings) -> None:
-        """Set the queue's limits from the settings of a starting front; accept requests, also after `drain`."""
+        """Set the queue's limits from a starting front's settings; accept requests, also after `drain` or `end`."""
         self._queue.set_limits(**_limits(settings))
         self._queue.open()
         self._draining = self._ending = False

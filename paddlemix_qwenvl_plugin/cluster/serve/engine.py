@@ -50,7 +50,7 @@ class Engine:
         """Stream the completion of a request; cancelling the call cancels the request.
 
         Args:
-            n_skip: number of leading tokens to omit, which another replica has already sent.
+            n_skip: number of leading tokens to omit, which an earlier attempt has already sent.
             prefix, attempt: read by PrefixRouter.
 
         Raises:

@@ -25,8 +25,9 @@ _PAUSES = (0.0, 0.5, 2.0)
 class HandleEngineClient:
     """EngineClient over the Ray Serve handle of the engine replicas.
 
-    Completions are bit-identical on all replicas with the same instruction set or kind of GPU. If a replica fails,
-    another one recomputes the request and omits the tokens already sent; the client sees a pause.
+    Completions are bit-identical on all replicas with the same instruction set or kind of GPU. If a replica fails, the
+    request is recomputed, on another replica if one is available, without the tokens already sent; the client sees a
+    pause.
 
     Attributes:
         image_end: see prefix_of.
@@ -51,7 +52,11 @@ class HandleEngineClient:
             task.cancel()
 
     def submit(self, request: EngineRequest) -> ReceivedTokens:
-        """Submit a request to an engine replica. The returned stream raises EngineUnavailable if all attempts fail."""
+        """Submit a request to an engine replica.
+
+        The returned stream raises EngineUnavailable if replicas fail in all attempts. An error of the request itself is
+        raised without a further attempt.
+        """
         if request.options.seed is None:  # a retry must sample the same tokens
             request = replace(request, options=replace(request.options, seed=random.getrandbits(63)))
         stream = ReceivedTokens(lambda: cancel())

@@ -65,7 +65,8 @@ def start_on(
         The second signal, if one arrived before the application was removed; else None.
 
     Raises:
-        UsageError: conflicting settings, or Ray is not installed, too old, or incompatible with the installed protobuf.
+        UsageError: wrong settings or a wrong address, or Ray is not installed, too old, or incompatible with the
+            installed protobuf.
         QwenVLError: no cluster answers, the application does not start or is removed, or the cluster ends.
     """
     _check(settings)

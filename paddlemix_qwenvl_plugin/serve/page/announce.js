@@ -1,4 +1,4 @@
-/** Announcements for screen readers: complete answers, not single tokens. */
+/** Announcements for screen readers: answers when they have ended (not single tokens), and events such as a copy. */
 
 import { parseAnswer, plainText } from './answer_text.js';
 import { byId } from './dom.js';

@@ -1,6 +1,6 @@
 /**
- * Parser of the model's tags in an answer: `<ref>a dog</ref><box>(1,2),(3,4)</box>`. It follows the rules of
- * processing/boxes.py, so that its boxes equal the server's `boxes`. Those do not say where in the text they belong.
+ * Parser of the model's tags in an answer: `<ref>a dog</ref><box>(1,2),(3,4)</box>`. The server's `boxes` do not say
+ * where in the text they belong, so the page parses the text itself, by the rules of processing/boxes.py.
  */
 
 const TAG = /<(\/?)(ref|box|quad)>/g;
@@ -9,7 +9,7 @@ const POINTS = {
   box: new RegExp(`^\\s*${[POINT, POINT].join('\\s*,\\s*')}\\s*$`),
   quad: new RegExp(`^\\s*${[POINT, POINT, POINT, POINT].join('\\s*,\\s*')}\\s*$`),
 };
-// Coordinates after an opening tag without its closing tag, such as the last box of a streamed answer.
+// Coordinates to omit after an opening tag without its closing tag, as in the last box of a streamed answer.
 const COORDINATES = /[\s0-9(),-]*/y;
 const TAGS = ['<ref>', '</ref>', '<box>', '</box>', '<quad>', '</quad>'];
 

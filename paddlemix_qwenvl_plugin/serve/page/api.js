@@ -6,7 +6,8 @@ import { load, store } from './store.js';
 const STORED_KEY = 'qwenvl-api-key';
 
 /**
- * Failed request. The page shows the text `error.KIND` of words_en.js and `detail`, the server's message, if any.
+ * Failed request. The page shows the text with the key `error.KIND` (see words_en.js) and `detail`, the server's
+ * message, if any.
  * `seconds` is the time after which the server allows a retry, or null.
  */
 export class ServerError extends Error {

@@ -85,7 +85,8 @@ export class TextView {
     node.addEventListener('pointerleave', () => this.callbacks.hover([]));
     node.addEventListener('focus', () => this.callbacks.focus(mark.numbers));
     node.addEventListener('blur', () => this.callbacks.focus([]));
-    // A pointer's click does not move the focus. A screen reader's click (detail 0) moves it to the box, as a key does.
+    // A pointer's click only brings the box into view. A screen reader's click (detail 0) moves the focus to it, as a
+    // key does.
     node.addEventListener('click', (event) => (event.detail ? this.callbacks.show(box.number) : follow()));
     node.addEventListener('keydown', (event) => {
       if (event.key !== 'Enter' && event.key !== ' ') return;

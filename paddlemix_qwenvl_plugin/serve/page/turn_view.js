@@ -89,7 +89,7 @@ export class TurnView {
     this.figure?.highlight(numbers);
   }
 
-  /** Show the note below an answer that has ended: why it ended early, or its numbers of tokens and seconds. */
+  /** Show the note below an ended answer: why it ended early, that it is empty, or its tokens and seconds. */
   #showNote() {
     const { state, finish, usage, seconds, text } = this.turn.answer;
     if (state === 'stopped') setWords(this.note, 'text', 'answer.stopped');

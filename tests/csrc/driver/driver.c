@@ -4,7 +4,8 @@
  *                         completions, steps, blocks, events) and from a file (images, completions)
  *   driver threads        several engines at the same time, and several threads on each engine
  *   driver fuzz N SEED    N calls, most of them with a corrupted argument
- *   driver limits         an engine with more threads, and a pool with more blocks, than fit the memory
+ *   driver limits         an engine with more threads, and a pool with more blocks, than 1 GiB of addresses
+ *                         has room for
  *   driver soak N         N requests; fails if the process grows by 256 KiB or more after the first tenth
  *
  * Prints one line and returns 0, or prints the failed check and returns 1. Returns 2 for other arguments.
@@ -84,7 +85,7 @@ static int has_zeros(qvl_dtype dtype) {
 }
 
 /* Pack values of magnitudes up to `limit` in a type with zero points. All groups have the same scale, a power
- * of two. */
+ * of two. The arrays of scales and zeros have more entries than there are groups. */
 static void pack_groups(const qvl_tensor* t, int64_t out, int64_t in, const float* values, float limit,
                         void* packed) {
   const int is_4_bit = t->dtype <= QVL_UINT4_G128, zero = is_4_bit ? 8 : 128;
@@ -602,7 +603,7 @@ static int fuzz_create(const model* m) {
 }
 
 static int fuzz_forward(qvl_engine* engine, qvl_kv_pool* pool) {
-  /* The arrays have the length of the longest read that passes the library's checks. */
+  /* The arrays have at least the length of the longest read or write that passes the library's checks. */
   static int32_t ids[2 * MAX_POSITIONS], blocks[MAX_POSITIONS];
   static float features[MAX_POSITIONS * HIDDEN], logits[2 * VOCAB];
   for (int i = 0; i < 2 * MAX_POSITIONS; ++i) ids[i] = i % VOCAB;
@@ -712,7 +713,8 @@ static int fuzz_step(qvl_engine* engine, qvl_kv_pool* pool) {
   qvl_sampling sampling[2] = {greedy(), greedy()};
   qvl_step_args args = {sizeof args, sizeof sampling[0], &batch, 2, 3, sampling, NULL, tokens, logprobs,
                         top,         top_logprobs,       logits};
-  /* In version 0.1 qvl_sampling had 56 bytes, qvl_step_args 80 and qvl_sequence 24. */
+  /* Invalid sizes are those below the sizes of version 0.1 (qvl_sampling 56 bytes, qvl_step_args 80,
+   * qvl_sequence 24) and those above 4096. */
   switch (next(&fuzz_random) % 9) {
     case 0:
       args.rows = (int32_t)unusual_integer();

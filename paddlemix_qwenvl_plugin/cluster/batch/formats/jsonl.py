@@ -1,4 +1,4 @@
-"""JSONL files: one request per line, in the plain or OpenAI's form."""
+"""JSONL files: one request per line, in the plain form (this package's format of a row) or in OpenAI's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from paddlemix_qwenvl_plugin.cluster.batch.formats.entry import Entry
 
 
 class Jsonl:
-    """Format of JSONL files, with ranges of byte offsets. Blank lines are skipped."""
+    """Format of JSONL files; `start` and `stop` of an Entry are byte offsets in the file. Blank lines are skipped."""
 
     def __init__(self, defaults: Mapping[str, Any]) -> None:
         self._defaults = defaults

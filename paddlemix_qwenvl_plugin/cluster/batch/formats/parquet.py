@@ -1,4 +1,4 @@
-"""Parquet files: a column per key of the plain form."""
+"""Parquet files: a column per key of the plain form, this package's format of a row (PLAIN_KEYS in entry.py)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from paddlemix_qwenvl_plugin.cluster.batch.files import join, opened
 from paddlemix_qwenvl_plugin.cluster.batch.formats.entry import PLAIN_KEYS, Entry, data_url, plain_row
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 
-_ROWS_PER_READ = 16
+_ROWS_PER_READ = 16  # few, because rows may contain encoded images
 
 
 class Parquet:
-    """Format of Parquet files, with ranges of row numbers.
+    """Format of Parquet files; `start` and `stop` of an Entry are row numbers from 0.
 
     Images are paths, URLs, encoded bytes, or Hugging Face's structs of bytes and path. Without a column `id`, ids are
     NAME:NUMBER, the file's name and the row's number from 1.

@@ -49,7 +49,8 @@ class WebDataset:
         files: dict[str, bytes] = {}
         with opened(join(folder, name)) as file:
             file.seek(entry.start)
-            with tarfile.open(fileobj=file, mode="r|") as archive:  # reads forward only
+            # "r|" reads forward only; member.offset is relative to entry.start, where the reading begins.
+            with tarfile.open(fileobj=file, mode="r|") as archive:
                 for member in archive:
                     _clear_members(archive)
                     if member.offset >= entry.stop - entry.start:
