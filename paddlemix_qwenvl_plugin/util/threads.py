@@ -6,8 +6,11 @@ the activation, else when this package is imported. Without the activation it is
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+
+from paddlemix_qwenvl_plugin.util.cpu_quota import cpu_quota
 
 
 def _omp_num_threads() -> str:
@@ -30,9 +33,12 @@ def limit(n_threads: int) -> None:
 
 
 def cpu_threads() -> int:
-    """Number of threads: OMP_NUM_THREADS as set by the user, else that of `limit`, else the CPUs of this process."""
+    """Number of threads: OMP_NUM_THREADS as set by the user, else that of `limit`, else the CPUs of this process.
+
+    These are the CPUs of its affinity, or the CPU quota of its container, rounded up, if that is lower.
+    """
     if _OMP_NUM_THREADS.isdigit() and int(_OMP_NUM_THREADS) > 0:
         return int(_OMP_NUM_THREADS)
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota()
+    return n_cpus if quota is None else min(n_cpus, math.ceil(quota))

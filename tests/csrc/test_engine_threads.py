@@ -1,4 +1,4 @@
-"""The engine's threads after fork(), and the CPU quota of a container, which limits their number."""
+"""The engine's threads after fork(), and the CPU quota of a container, which limits their number, in C++ and Python."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import time
 import numpy as np
 import pytest
 from engine import FLOAT32, LANGUAGE, Engine, make_config, store
+
+from paddlemix_qwenvl_plugin.util.cpu_quota import cpu_quota
 
 
 def test_an_engine_continues_in_a_child_after_fork(library, golden_model):
@@ -60,6 +62,7 @@ def test_cpu_quota(library, tmp_path, cgroups, files, cpus):
     self_cgroup = tmp_path / "self"
     self_cgroup.write_text(cgroups)
     assert library.dll.qvlt_cpu_quota(str(self_cgroup).encode(), str(root).encode()) == cpus
+    assert (cpu_quota(self_cgroup, root) or 0) == cpus
 
 
 def test_no_cgroups(library, tmp_path):
