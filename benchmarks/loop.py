@@ -119,7 +119,8 @@ def loop_seconds(model: QwenVL, n_new: int) -> float:
 def ms_per_token(measure: Callable[[QwenVL, int], float], model: QwenVL) -> float:
     """Time per decode step in milliseconds.
 
-    It is the time of a completion of DECODE_STEPS + 1 tokens without that of a completion of one token.
+    It is the difference between a completion of DECODE_STEPS + 1 tokens and one of a single token, divided by
+    DECODE_STEPS.
     """
     prompt = best(lambda: measure(model, 1))
     completion = best(lambda: measure(model, DECODE_STEPS + 1))

@@ -53,13 +53,17 @@ class _RunFlags:
     as_json: _Json = False
 
     @property
-    def has_stages(self) -> bool:
+    def has_model_flags(self) -> bool:
+        """Whether a flag names an exported stage or the tokenizer folder."""
         return (self.first_model_path, self.second_model_path, self.model) != (None, None, None)
 
     def check(self) -> None:
         """Raise UsageError for conflicting flags and for a target that must not be overwritten."""
-        if self.has_stages and self.predictions is not None:
-            raise UsageError("--predictions runs no model: leave out the exported stages")
+        if self.has_model_flags and self.predictions is not None:
+            raise UsageError(
+                "--predictions runs no model: "
+                "leave out --first_model_path, --second_model_path and --model_name_or_path"
+            )
         if self.output is not None:
             from paddlemix_qwenvl_plugin.evaluation.rows import is_scored
 
@@ -95,13 +99,14 @@ class _RunFlags:
             write_predictions(self.output, lines)
 
 
-_task = functools.partial(flags.with_flags, run=_RunFlags)
+# Decorator of a task's command: the flags of _RunFlags replace its parameter `read_flags`, which returns their values.
+_task = functools.partial(flags.with_flags, read_flags=_RunFlags)
 
 
 @app.command()
 @_task
 def demo(
-    run: Callable[[], _RunFlags],
+    read_flags: Callable[[], _RunFlags],
     n: int = typer.Option(1000, "--n", min=1, help="Number of samples."),
     first: int = typer.Option(0, "--first", min=0, help="Index of the first sample."),
     dtype: Optional[str] = typer.Option(
@@ -114,7 +119,7 @@ def demo(
 ) -> None:
     """Evaluate on held-out synthetic images of shapes and words.
 
-    Exports the bundled demo model first, unless exported stages are given.
+    Exports the bundled demo model first, unless exported stages or --predictions are given.
     """
     from paddlemix_qwenvl_plugin.demo import score as task
     from paddlemix_qwenvl_plugin.demo.world.tasks import held_out
@@ -122,9 +127,11 @@ def demo(
     from paddlemix_qwenvl_plugin.evaluation.rows import read_predictions, write_predictions
     from paddlemix_qwenvl_plugin.util.progress import track
 
-    run_flags = run()
+    run_flags = read_flags()
     export_flags = (dtype, quant_type, export_to)
-    if (run_flags.has_stages or run_flags.predictions) and any(flag is not None for flag in export_flags):
+    if (run_flags.has_model_flags or run_flags.predictions) and any(
+        flag is not None for flag in export_flags
+    ):
         raise UsageError(
             "--dtype, --quant_type and --export_to are for the export of the demo model: "
             "give none with exported stages or with --predictions"
@@ -135,7 +142,7 @@ def demo(
         texts: Mapping[Id, str] = read_predictions(run_flags.predictions, samples)
     else:
         with contextlib.ExitStack() as stack:
-            if not run_flags.has_stages:
+            if not run_flags.has_model_flags:
                 folder = export_to or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qwenvl-")))
                 run_flags = _export_demo_model(run_flags, folder, dtype or "float32", quant_type)
             answers = task.answers(run_flags.open(), samples.values())
@@ -164,26 +171,28 @@ def demo(
         print(table(rates, task.GOALS))
 
 
-def _export_demo_model(run: _RunFlags, folder: Path, dtype: str, quant_type: Optional[str]) -> _RunFlags:
+def _export_demo_model(
+    run_flags: _RunFlags, folder: Path, dtype: str, quant_type: Optional[str]
+) -> _RunFlags:
     from paddlemix_qwenvl_plugin.demo.run import MODEL
     from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
 
     vision = folder / "vision" / "vision"
     export_vision(MODEL, vision, dtype)
     export_language(MODEL, folder / "text", "qwen", dtype, quant_type=quant_type)
-    return replace(run, first_model_path=vision, second_model_path=folder / "text" / "qwen")
+    return replace(run_flags, first_model_path=vision, second_model_path=folder / "text" / "qwen")
 
 
 @app.command()
 @_task
-def grounding(run: Callable[[], _RunFlags], data: _Data) -> None:
+def grounding(read_flags: Callable[[], _RunFlags], data: _Data) -> None:
     """Referring expressions, as in RefCOCO: boxes with an IoU of at least 0.5."""
     from paddlemix_qwenvl_plugin.evaluation import grounding as task
     from paddlemix_qwenvl_plugin.evaluation.overlap import IOU
     from paddlemix_qwenvl_plugin.evaluation.rates import Rate, table
     from paddlemix_qwenvl_plugin.evaluation.rows import read_rows
 
-    run_flags, rows = run(), read_rows(data, task.GroundingRow)
+    run_flags, rows = read_flags(), read_rows(data, task.GroundingRow)
     texts = run_flags.answers(data, rows, task.OPTIONS)
     overlaps = {row_id: task.overlap(row, texts[row_id]) for row_id, row in rows.items()}
     run_flags.write(texts, overlaps)
@@ -194,7 +203,7 @@ def grounding(run: Callable[[], _RunFlags], data: _Data) -> None:
 @app.command()
 @_task
 def vqa(
-    run: Callable[[], _RunFlags],
+    read_flags: Callable[[], _RunFlags],
     data: _Data,
     metric: str = typer.Option("vqa", "--metric", help="vqa (VQA accuracy), exact (exact match) or anls."),
     max_new_tokens: Optional[int] = typer.Option(
@@ -205,7 +214,7 @@ def vqa(
     from paddlemix_qwenvl_plugin.evaluation import vqa as task
     from paddlemix_qwenvl_plugin.evaluation.rows import read_rows
 
-    run_flags, rows = run(), read_rows(data, task.VqaRow)
+    run_flags, rows = read_flags(), read_rows(data, task.VqaRow)
     task.check(data, rows, metric)
     limit = task.MAX_NEW_TOKENS[metric] if max_new_tokens is None else max_new_tokens
     texts = run_flags.answers(data, rows, task.options(limit))
@@ -220,12 +229,12 @@ def vqa(
 
 @app.command()
 @_task
-def captions(run: Callable[[], _RunFlags], data: _Data) -> None:
+def captions(read_flags: Callable[[], _RunFlags], data: _Data) -> None:
     """Captions, as in COCO, Flickr30K and NoCaps: CIDEr, BLEU-4 and ROUGE-L."""
     from paddlemix_qwenvl_plugin.evaluation import captions as task
     from paddlemix_qwenvl_plugin.evaluation.rows import read_rows
 
-    run_flags, rows = run(), read_rows(data, task.CaptionRow)
+    run_flags, rows = read_flags(), read_rows(data, task.CaptionRow)
     task.check_libraries()
     texts = run_flags.answers(data, rows, task.OPTIONS)
     scores = task.score(rows, texts)

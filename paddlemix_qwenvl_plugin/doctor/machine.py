@@ -82,7 +82,7 @@ def check_paddle(versions: Mapping[str, str], found: bool, answer: Answer, has_f
     hint = f" ({_INDEX})" if gpu_wheel else ""
     description = " and ".join(f"{name} {version}" for name, version in wheels.items())
     if len(wheels) > 1:
-        message = f"{description} are both installed and have overwritten each other's files{hint}"
+        message = f"{description} are installed together and have overwritten each other's files{hint}"
         if not gpu_wheel:
             install = f"pip uninstall -y {' '.join(wheels)}; {INSTALL_CPU}"
         return Check("paddle", "problem", message, install, data)
@@ -172,13 +172,14 @@ def check_gpu(paddle: Check, answer: Answer, visible: Sequence[str]) -> Check:
         code_list = "sm_" + ", ".join(map(str, architectures))
         gpu_list = ", ".join(map(str, unsupported))
         lacking = f"{gpu_list}: this Paddle has no machine code for it; it has code for {code_list}"
-        # For a wheel without PTX in pins.yaml, a successful addition in questions.gpu is no proof: a few kernels of
-        # such a wheel have PTX nevertheless.
+        # A wheel with `ptx: false` in pins.yaml is a problem even if the addition in questions.gpu succeeded: a few of
+        # its kernels have PTX, and the addition may use one of these, but most have none.
         if (wheel is not None and not wheel.ptx) or answer.cause:
             return result("problem", lacking, INSTALL_GPU)
-        return result("note", f"{lacking} and runs on it from PTX, which is translated at the first start")
+        runs = "runs" if paddle_gpus else "may run"
+        return result("note", f"{lacking} and {runs} on it from PTX, which is translated at the first start")
     if paddle.data["gpu_build"] is None:
-        return result("note", f"{names}; no Paddle installed to use it")
+        return result("note", f"{names}; no Paddle that can be imported to use it")
     if not is_gpu_build:
         return result("ok", f"{names}, used by the engine only: this Paddle is no GPU build")
     if answer.cause:

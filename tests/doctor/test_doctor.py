@@ -136,7 +136,7 @@ def test_paddle_twice(environment: Environment) -> None:
     environment.distribution("paddlepaddle-gpu", "3.3.1")
     (problem,) = environment.problems().values()
     assert problem["name"] == "paddle"
-    assert "both installed" in problem["message"]
+    assert "installed together" in problem["message"]
     assert problem["fix"] == INSTALL_GPU
 
 

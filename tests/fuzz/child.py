@@ -85,8 +85,8 @@ def run_job(arguments: list[str], folder: str, models: Sequence[str] = ()) -> No
         resource.setrlimit(resource.RLIMIT_AS, (MAX_ADDRESS_SPACE, MAX_ADDRESS_SPACE))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE_SIZE, MAX_FILE_SIZE))
-        # With the signal ignored, which is Python's default, a write over the limit raises OSError instead of ending
-        # the process.
+        # With SIGXFSZ ignored, a write over the limit raises OSError instead of ending the process. Python ignores it
+        # by default; an imported library may have changed that.
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         if models:
             for model in models:

@@ -74,7 +74,8 @@ __device__ inline void write_result(const LinearDecode& p, int row, int64 column
       static_cast<H*>(p.y)[to] = to_half(0.5f * value * (1 + erff(value * 0.70710678f)));
       break;
     default:
-      // Same formula as in linear_prompt.cuh, which finishes the rows of batches with adapters.
+      // Keep equal to silu_times() in linear_prompt.cuh, which low_rank.cu applies instead if a request of
+      // the batch has an adapter.
       static_cast<H*>(p.y)[to / 2] = to_half(value * gate / (1 + __expf(-gate)));
   }
 }

@@ -19,7 +19,10 @@ _API_POLICY = "default-src 'none'; frame-ancestors 'none'"
 
 
 class SecurityHeaders:
-    """Outermost middleware: adds security headers to every response, also RequestLog's to an unexpected exception."""
+    """Outermost middleware: adds security headers to every response.
+
+    Being outside of RequestLog, it also covers the 500 that RequestLog sends after an unexpected exception.
+    """
 
     def __init__(self, app: ASGIApp, page_paths: frozenset[str]) -> None:
         self._app = app
