@@ -31,6 +31,14 @@ const CudaAdapter* adapter_of(const qvl_sequence& sequence) {
   return adapter != nullptr ? static_cast<const CudaAdapter*>(adapter->matrices.get()) : nullptr;
 }
 
+// Memory that is zero before this function returns, since any stream may use it first.
+DeviceMemory zeroed_memory(uint64_t n_bytes) {
+  DeviceMemory memory(n_bytes);
+  check(driver().cuMemsetD8Async(address(memory.get()), 0, n_bytes, nullptr), "clearing GPU memory");
+  check(driver().cuStreamSynchronize(nullptr), "clearing GPU memory");
+  return memory;
+}
+
 char* bytes(void* memory) {
   return static_cast<char*>(memory);
 }
@@ -84,9 +92,7 @@ void Language::reserve(int rows, int max_keys) {
   const uint64_t needed = attention_decode_scratch(rows, config_.heads, config_.head_dim, max_keys);
   if (needed <= decode_scratch_.bytes()) return;
   decode_scratch_ = DeviceMemory();  // cuMemFree waits for the GPU
-  decode_scratch_ = DeviceMemory(needed);
-  check(driver().cuMemsetD8Async(address(decode_scratch_.get()), 0, needed, nullptr), "clearing GPU memory");
-  check(driver().cuStreamSynchronize(nullptr), "clearing GPU memory");
+  decode_scratch_ = zeroed_memory(needed);
   ++graph_version_;
 }
 
@@ -233,9 +239,7 @@ std::unique_ptr<CudaAdapter> Language::make_adapter(CUstream stream,
   low_ = DeviceMemory();  // cuMemFree waits for the GPU
   low_scratch_ = DeviceMemory();
   low_ = DeviceMemory(rows * to_size(adapter->max_rank()) * 2);
-  low_scratch_ = DeviceMemory(low_rank_scratch(config_.max_tokens, adapter->max_rank()));
-  check(driver().cuMemsetD8Async(address(low_scratch_.get()), 0, low_scratch_.bytes(), stream),
-        "clearing GPU memory");
+  low_scratch_ = zeroed_memory(low_rank_scratch(config_.max_tokens, adapter->max_rank()));
   if (raw_.bytes() == 0) raw_ = DeviceMemory(rows * max_out * 4);
   max_rank_ = adapter->max_rank();
   ++graph_version_;

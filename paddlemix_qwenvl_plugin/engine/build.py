@@ -326,9 +326,10 @@ def _run_all(
     waiting = list(enumerate(commands))
     running: dict[int, subprocess.Popen[bytes]] = {}
     environment = {**os.environ, "LC_ALL": "C"}  # BuildFailed parses the English messages
+    n_parallel = cpu_threads()
     try:
         while waiting or running:
-            while waiting and len(running) < cpu_threads():
+            while waiting and len(running) < n_parallel:
                 number, command = waiting.pop(0)
                 with (folder / f"{number}.out").open("wb") as out, _deferred_signals():
                     running[number] = subprocess.Popen(
