@@ -1,5 +1,5 @@
-// The vision stage on the CPU: the vision tower, a ViT without class token, image -> hidden states of
-// patches; and the resampler (resampler.h), hidden states -> features.
+// The vision stage on the CPU: the vision tower, a ViT without class token, image -> patch features; and the
+// resampler (resampler.h), patch features -> image features.
 #pragma once
 
 #include <vector>

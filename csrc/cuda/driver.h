@@ -1,5 +1,5 @@
-// The CUDA driver, loaded when a GPU is requested: neither the build nor the start of a process requires
-// CUDA. Types and functions have the names of the driver's documented interface.
+// The CUDA driver, loaded when a GPU is requested: neither the compilation of the host code nor the start of
+// a process requires CUDA. Types and functions have the names of the driver's documented interface.
 #pragma once
 
 #include <cstddef>
@@ -97,11 +97,12 @@ struct Driver {
 #undef QVL_DRIVER_FIELD
 };
 
-// The initialised driver. Throws QVL_UNSUPPORTED if it is missing or too old.
+// The initialised driver. Throws QVL_UNSUPPORTED if it is missing or too old, cannot be initialised, or finds
+// no GPU.
 const Driver& driver();
 
-// Throw unless `result` is success. `what`: the action, as in "copying", or the name of a kernel or file; the
-// message has it before the driver's error text.
+// Throw unless `result` is success. `what`: the beginning of the message, the action, as in "copying", or the
+// name of a kernel or file.
 void check(CUresult result, const char* what);
 
 }  // namespace qvl::cuda

@@ -33,7 +33,7 @@ struct Dim {
 class Gpu {
  public:
   // Open GPU `index` and load the cubins for its architecture and the compute type `half` from the folder
-  // QWENVL_CUDA_KERNELS, or if that variable is not set, from the folder of this library.
+  // QWENVL_CUDA_KERNELS, or if that variable is unset or empty, from the folder of this library.
   Gpu(int index, Half half);
   ~Gpu();
   Gpu(const Gpu&) = delete;

@@ -63,7 +63,7 @@ enum class Epilogue {
   kHalf,      // H [n, out]
   kFloat,     // float32 [n, out]
   kAdd,       // added to float32 [n, out]
-  kGelu,      // H [n, out]; linear_decode: gelu with erf, linear_prompt: with a polynomial in its place
+  kGelu,      // H [n, out]; GELU with erf in linear_decode on GPUs other than Hopper, else by a polynomial
   kSiluTimes  // H [n, out / 2]: y = w1 x * silu(w2 x); the rows of w1 and w2 are interleaved in the matrix
 };
 

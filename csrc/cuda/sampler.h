@@ -15,7 +15,7 @@ struct SampleKind {
   bool changes = false;   // at least one row has token counts (for penalties) or forbidden ids
   bool logprobs = false;  // log-probabilities of the tokens or of alternatives are requested
   int n_top = 0;          // number of alternatives per row
-  int forbidden = 0;      // forbidden ids of all rows, rounded up to 0, 16, 32, 64 .. for few graphs
+  int forbidden = 0;      // forbidden ids of all rows, rounded up to 0, 16, 32, 64 ..: fewer graphs
 };
 
 SampleKind sample_kind(const SampleCall& call);

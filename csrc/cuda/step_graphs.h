@@ -32,7 +32,8 @@ class StepGraphs {
   // The graph for these properties, captured if it does not exist.
   CUgraphExec graph_for(const CudaKvPool& pool, const InputSizes& sizes, const PassShape& shape,
                         const SampleKind& kind);
-  // Destroy all graphs if memory that they use has moved, or if there are too many.
+  // Destroy all graphs if they are stale (graph_version() of input_, language_ or sampler_ has changed, or
+  // logits_ has moved), or if there are kMaxGraphs of them.
   void drop_stale_graphs();
 
   const qvl_config config_;

@@ -56,7 +56,8 @@ typedef int32_t qvl_status;
 enum {
   QVL_OK = 0,
   QVL_INVALID = 1,     /* an invalid argument; nothing was computed */
-  QVL_BAD_WEIGHT = 2,  /* a weight is missing, unknown or wrong in shape, dtype or length; a damaged file */
+  QVL_BAD_WEIGHT = 2,  /* a weight is missing, repeated or wrong in shape, dtype, length or place; an adapter
+                          with a wrong matrix; a damaged parameter file */
   QVL_UNSUPPORTED = 3, /* not supported by this build or this machine */
   QVL_NO_MEMORY = 4,
   QVL_STOPPED = 5, /* the callback of qvl_generate requested a stop */
@@ -106,8 +107,8 @@ enum {
   QVL_ISA_AVX512_BF16 = 4 /* QVL_ISA_AVX512 with BF16 and VBMI */
 };
 
-/* Compute type: the type in which the matrix products of prompts and images multiply; on a GPU also the type
- * of activations. */
+/* Compute type: on a CPU the type in which the matrix products of prompts and images multiply; on a GPU that
+ * of all matrix products, and of the activations. */
 typedef int32_t qvl_compute;
 enum {
   QVL_COMPUTE_BEST = 0,     /* CPU: bfloat16 with QVL_ISA_AVX512_BF16, else float32. GPU: float16 if it
@@ -178,7 +179,7 @@ typedef struct qvl_config {
   int32_t n_queries;        /* features per image */
 
   /* Since 0.2. */
-  qvl_compute compute; /* compute type of prompts and images, and of activations on a GPU */
+  qvl_compute compute; /* compute type */
 } qvl_config;
 
 /* ---- weights ------------------------------------------------------------------------------------------ */

@@ -65,7 +65,8 @@ void rotary(int64_t n, int64_t head_dim, const int32_t* positions, const float* 
   const int64_t half = head_dim / 2;
   for (int64_t i = 0; i < n; ++i, x += head_dim) {
     for (int64_t j = 0; j < half; ++j) {
-      // Only the angle is rounded to float32, as by the official code and by core/rotary.cc.
+      // Of the intermediate values only the angle is rounded to float32, as in the official code and in
+      // core/rotary.cc.
       const double angle = to_double(static_cast<float>(positions[i]) * frequencies[j]);
       const double a = to_double(x[j]), b = to_double(x[j + half]);
       x[j] = static_cast<float>((a * std::cos(angle) - b * std::sin(angle)) * to_double(scale[i]));

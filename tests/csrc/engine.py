@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 # Constants of qwenvl.h. The number after _G is the group size, as in INT4_G64: 64 weights of a row share a scale.
+# GROUPS has only the types with zero points.
 FLOAT32, BFLOAT16, INT8, INT4_G64, INT4_G128, FLOAT16 = range(6)
 UINT4_G32, UINT4_G64, UINT4_G128, UINT8_G32, UINT8_G64, UINT8_G128, INT32 = range(6, 13)
 GROUPS = {UINT4_G32: 32, UINT4_G64: 64, UINT4_G128: 128, UINT8_G32: 32, UINT8_G64: 64, UINT8_G128: 128}
@@ -639,7 +640,7 @@ def make_spans(spans: Sequence[tuple[int, np.ndarray]]) -> Any:
 
 
 class LowRank(NamedTuple):
-    """Entry of an adapter: A [rank, in] and B [out, rank] as float32 or float16, or as uint16 bits of bfloat16."""
+    """Low-rank update of a matrix: A [rank, in], B [out, rank] as float32 or float16, or as uint16 bits of bfloat16."""
 
     a: np.ndarray
     b: np.ndarray

@@ -10,8 +10,8 @@
 //   warp 0  16 queries | scores [16][64] in registers |      online softmax: m' = max(m, s),
 //   warp 1  16         |                              |      sums *= exp2(m - m'), sums += p v
 //   ..
-//   shared:  queries [64][D + 8]  |  2 x (keys [64][D + 8], values [64][D + 8])  |  offsets of keys, which
-//            for head_dim over 128 are in the last 8 values of the queries' rows
+//   shared:  queries [64][D + 8]  |  2 x (keys [64][D + 8], values [64][D + 8])  |  offsets of keys in the
+//            cache (prompts only); for head_dim over 128 in the last 8 values of the queries' rows
 //
 // Tiles of keys start at multiples of their size, and a tile in which all keys are masked for a query does
 // not change the bits of the query's result (its sums are multiplied by 1, weights are 0): the result depends

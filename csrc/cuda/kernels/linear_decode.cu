@@ -41,7 +41,7 @@ namespace {
 
 constexpr int kWarps = kSlices, kThreads = 32 * kWarps;
 constexpr int kStepBytes = 1024;
-constexpr int kSumsPitch = 18;  // floats from the 16 sums of a column to the next; 16 cause bank conflicts
+constexpr int kSumsPitch = 18;  // floats from a column's 16 sums to the next column's; not 16: bank conflicts
 
 // Number of steps in the ring, as in linear_decode.cc.
 #if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200

@@ -9,7 +9,8 @@
 //   slot 0        slot 1        slot 2            wait_for_copies<1>() .. read slot 0
 //   | lane 0..31 | lane 0..31 | lane 0..31 |      .. copy_async16(slot 2) .. commit_copies()
 //
-// Cost of a copy: 16 bytes per lane and instruction, 512 per warp; the L2 cache fetches 128 bytes at a time.
+// Cost of copy_async16: 16 bytes per lane and instruction, 512 per warp; the L2 cache fetches 128 bytes at a
+// time.
 //
 // Reference: tested through the kernels, tests/cuda/test_decode.py, test_low_rank.py.
 #pragma once

@@ -11,8 +11,9 @@
 //   add_rows      a float4 or a float per thread: x [n][width]; row i += row i % period of add
 //
 // Cost. Memory-bound: a norm of 1024 rows of 1664 reads 6.8 MB of float32 and writes 3.4 MB of H, 2.4 us at
-// memory bandwidth and less from the L2 cache; the patches of an image are read once, 2.4 MB, and written
-// once, 1.2 MB. (A warp per row was slower on an H200, 4.6 us against 3.8: too few loads in flight.)
+// memory bandwidth and less from the L2 cache (a norm with a warp per row was slower on an H200, 4.6 us
+// against 3.8: too few loads in flight); the patches of an image are read once, 2.4 MB, and written once,
+// 1.2 MB.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_vision_rows.py.
 #include "cuda/kernels/row_sum.cuh"

@@ -882,7 +882,7 @@ static int fuzz_other_calls(qvl_engine* engine) {
       const uint64_t bytes = qvl_packed_bytes(dtype, out, in);
       const int fits = bytes > 0 && bytes <= sizeof packed && out <= 64 && in <= 64 && out * in <= 64;
       if (has_zeros(dtype)) {
-        const uint16_t zeros[4 * 64] = {0}; /* at most 4 groups per row */
+        const uint16_t zeros[4 * 64] = {0}; /* longer than each array of a matrix that fits */
         status = qvl_pack_groups(dtype, out, in, (const uint8_t*)zeros, zeros, zeros, packed,
                                  fits ? bytes : bytes + 1, &error);
       } else {
