@@ -56,8 +56,8 @@ typedef int32_t qvl_status;
 enum {
   QVL_OK = 0,
   QVL_INVALID = 1,     /* an invalid argument; nothing was computed */
-  QVL_BAD_WEIGHT = 2,  /* a weight is missing, repeated or wrong in shape, dtype, length or place; an adapter
-                          with a wrong matrix; a damaged parameter file */
+  QVL_BAD_WEIGHT = 2,  /* a weight is missing, repeated or wrong in shape, dtype, length, alignment or device;
+                          a wrong matrix of an adapter; a damaged parameter file */
   QVL_UNSUPPORTED = 3, /* not supported by this build or this machine */
   QVL_NO_MEMORY = 4,
   QVL_STOPPED = 5, /* the callback of qvl_generate requested a stop */
