@@ -285,8 +285,8 @@ typedef struct qvl_engine qvl_engine;
  *
  * qvl_weights_open: maps an exported stage's parameter file (PREFIX.pdiparams), which contains the names of
  * its tensors (paddlemix_qwenvl_plugin/artifact/params_file.py documents the format). Data is read on first
- * use, and processes that map the same file share one copy. QVL_INVALID: no such file; QVL_BAD_WEIGHT:
- * a damaged file, or a file without names, as written by exports before contract version 3.
+ * use, and processes that map the same file share one copy. QVL_INVALID: the path is no readable file;
+ * QVL_BAD_WEIGHT: a damaged file, or a file without names, as written by exports before contract version 3.
  *
  * A mapped file must not be truncated or written to; replace it by renaming another file over it.
  *
@@ -575,7 +575,7 @@ typedef struct qvl_result {
   int32_t reserved[2];
 } qvl_result;
 
-/* Generate completions for a batch of n requests.
+/* Generate completions for a batch of n requests, 1 to 65536.
  *
  * end_ids: stop tokens, int32 [n_end], host memory.
  * pool: NULL to create a pool for this call, float32 if h.0.attn.c_attn.weight is float32, else bfloat16. A

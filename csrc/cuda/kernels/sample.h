@@ -48,7 +48,7 @@ struct SampleParams {
   const int* forbidden;
   int vocab, chunks;
   int bin_vectors;             // float4 per thread of sample_bins and sample_keep
-  bool any_draw, any_changed;  // as for sample() in ops.h
+  bool any_draw, any_changed;  // a row is not greedy; a row has token counts or forbidden ids
   bool want_log_sum;           // log-probabilities are requested
   int weight_shift;  // weight 1 is the integer 2^(31 + weight_shift), so that the sum of a row is below 2^63
 
