@@ -116,7 +116,8 @@ enum {
                                visual.positional_embedding) is float16, else bfloat16 */
   QVL_COMPUTE_FLOAT32 = 1,  /* CPU only: uses no instructions of QVL_ISA_AVX512_BF16; decode steps multiply
                                QVL_UINT* weights with float32 activations, which is slow */
-  QVL_COMPUTE_BFLOAT16 = 2, /* QVL_UNSUPPORTED on a CPU with another ISA than QVL_ISA_AVX512_BF16 */
+  QVL_COMPUTE_BFLOAT16 = 2, /* QVL_UNSUPPORTED on a CPU with another ISA than QVL_ISA_AVX512_BF16, and on a
+                               GPU below compute capability 8.0 */
   QVL_COMPUTE_FLOAT16 = 3   /* GPU only */
 };
 
@@ -133,7 +134,7 @@ typedef struct qvl_device_info {
   char isa[32]; /* CPU: name of QVL_ISA_BEST, such as "avx512_bf16" */
 } qvl_device_info;
 
-/* Number of usable devices of a kind. CPU: 1. CUDA: number of GPUs; 0 without the CUDA back end. */
+/* Number of usable devices of a kind. CPU: 1. CUDA: number of GPUs; 0 without the CUDA back end or driver. */
 QVL_API int32_t qvl_device_count(qvl_device device);
 QVL_API qvl_status qvl_get_device_info(qvl_device device, int32_t index, qvl_device_info* info,
                                        qvl_error* error);
@@ -217,9 +218,10 @@ typedef struct qvl_config {
  * On a CPU products with float32 weights run in float32. With other weights the products of prompts and
  * images round the activations to the compute type (qvl_compute). The products of decode steps and of lm_head
  * keep the activations in float32, unless the weight is quantized: then they round the activations to 8 bits,
- * with one scale per 32 values (for QVL_UINT* only if `compute` is not QVL_COMPUTE_FLOAT32). All other
- * operations are float32. On a GPU all products multiply in the compute type, to which float32 weights are
- * rounded, and add in float32.
+ * with one scale per 32 values (for QVL_UINT* only if `compute` is not QVL_COMPUTE_FLOAT32). Attention of
+ * prompts and images multiplies in the compute type, unless the weights that yield its keys are float32. All
+ * other operations are float32. On a GPU all products multiply in the compute type, to which float32 weights
+ * are rounded, and add in float32.
  */
 typedef struct qvl_tensor {
   const char* name;
@@ -317,8 +319,8 @@ QVL_API void qvl_engine_free(qvl_engine* engine);
  *
  * Targets are the matrices of the language model's layers and lm_head; see qvl_tensor for the names. A matrix
  * without an entry is not changed. A and B are copied. Their products follow the rules for weights of their
- * dtype (qvl_tensor). QVL_BAD_WEIGHT: an unknown or repeated name, a wrong shape, or a value that is not
- * finite. On a GPU A and B are rounded to the compute type.
+ * dtype (qvl_tensor). QVL_BAD_WEIGHT: a wrong entry, such as an unknown or repeated name, a wrong shape, or a
+ * value that is not finite. On a GPU A and B are rounded to the compute type.
  */
 typedef struct qvl_adapter qvl_adapter;
 typedef struct qvl_adapter_matrix {
