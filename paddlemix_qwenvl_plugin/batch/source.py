@@ -42,7 +42,7 @@ class Source:
 
     Attributes:
         path: path of the file; relative image paths are resolved against its folder. `-`: standard input, which is
-            copied to a temporary file.
+            copied to a temporary file; relative image paths then start in the working folder.
         entries: one entry per row.
         defaults: values of the generation options that a row does not set.
         sha256: hex digest of the whole file.

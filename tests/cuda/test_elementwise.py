@@ -1,4 +1,4 @@
-"""RMS norm, gathering of columns, embedding, and rotation with the write to the KV cache, compared with float64."""
+"""RMS norm and rotation with the write to the KV cache, compared with float64; gathering and embedding, bit for bit."""
 
 from __future__ import annotations
 
