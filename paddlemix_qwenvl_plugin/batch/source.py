@@ -48,7 +48,7 @@ class Source:
         sha256: hex digest of the whole file.
 
     Raises:
-        UsageError: the file does not exist, or two rows have the same id.
+        UsageError: the path is no file, standard input is closed, or two rows have the same id.
     """
 
     def __init__(self, path: Path, defaults: GenerationOptions) -> None:
