@@ -58,7 +58,7 @@ GEOMETRY: dict[str, Any] = {
         "width": 1664,
         "layers": VISION_LAYERS,
         "heads": 16,
-        "mlp_ratio": 4.9231,
+        "mlp_ratio": 4.9231,  # an MLP width of 8192
     },
 }
 

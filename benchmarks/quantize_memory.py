@@ -5,7 +5,7 @@ The first run writes a checkpoint of 7 GB to FOLDER (the vision tower, the resam
 and `lm_head`), which later runs use. Each phase needs a separate run, because the peak is that of the whole process.
 `embed` encodes the images of three default calibration rows, with the vision tower and the resampler in float32.
 `layer` quantizes mlp.c_proj, a layer's last matrix, which has the largest Hessian, with random inputs. `report`
-compares the most likely next tokens of the original and the quantized model, for random hidden states.
+computes the most likely next tokens from random hidden states, twice, as for the original and the quantized model.
 """
 
 from __future__ import annotations

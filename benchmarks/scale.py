@@ -160,7 +160,7 @@ def replicas(times: Times) -> list[Line]:
 
 
 def coordinator_utilisation(n: int) -> float:
-    """CPU utilisation of the coordinator with n replicas and n fronts; above 1, it is overloaded."""
+    """CPU utilisation of the coordinator with n replicas and n fronts; from 1 on, it is overloaded."""
     return n * (RATE * COSTS["admission"] + COSTS["report_engine"] + COSTS["report_front"])
 
 

@@ -70,7 +70,7 @@ class Service:
         ongoing: number of requests in the system.
         done: the completed requests.
         area: integral of `ongoing` over time, in request seconds, up to the last change of `ongoing`.
-        history: (time, requests in the system, replicas), once per second if the service is autoscaled.
+        history: (time, requests in the system, live replicas), once per second if the service is autoscaled.
     """
 
     env: simpy.Environment

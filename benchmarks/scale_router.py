@@ -46,8 +46,8 @@ class ByPrefix(TwoChoices):
     """Prefix routing: the replica with the highest rendezvous hash of (conversation, replica), unless overloaded.
 
     When a replica is added, conversations move only to it; when one is removed, only its conversations move. A replica
-    is overloaded if it has at least `overload` times the mean number of ongoing requests, plus four, or is full. Then
-    two random replicas are compared, as by TwoChoices.
+    is overloaded if it is full, or if its ongoing requests are at least `overload` times the requests in the system per
+    replica, plus four. Then two random replicas are compared, as by TwoChoices.
     """
 
     def __init__(self, seed: int = 0, overload: float = 1.5) -> None:
@@ -56,7 +56,7 @@ class ByPrefix(TwoChoices):
         self._replica_hashes = np.zeros(0, np.uint64)
         # Replica with the highest hash by conversation, until the list of replicas changes.
         self._homes: dict[int, Replica] = {}
-        # Ongoing requests of all replicas, set by the service.
+        # Number of requests in the system, waiting ones included; set by the service.
         self.ongoing = 0
 
     def changed(self, replicas: list[Replica]) -> None:

@@ -69,9 +69,9 @@ H200_BF16 = _h200(
 )
 H200_INT4 = _h200(13.89e-3, 46.66e-3, ((1, 2.27e-3), (8, 2.62e-3), (32, 4.63e-3)), weights_gb=10.0)
 # Two virtual CPUs (Zen 4), weight_only_int8, 24 GiB of memory, at the lower of the two levels of memory bandwidth that
-# benchmarks.md describes; section "The 7B geometry, whole": image 10.9 s, prompt of 300 tokens 9.7 s, decode step with
-# one row 0.223 s, with 64 rows 2.5 s (not measured, but computed from the rate of prompt products). `cached_tokens` is
-# one full context, the engine's minimum.
+# benchmarks.md describes; section "The 7B geometry, whole": image 10.9 s, prompt of 300 tokens 9.7 s, opening 25 s,
+# decode step with one row 0.223 s, with 64 rows 2.5 s (not measured, but computed from the rate of prompt products).
+# `cached_tokens` is one full context, the engine's minimum.
 CPU2_INT8 = Times(
     image=10.9, chunk=0.0, token=9.7 / 300, decode=((1, 0.223), (64, 2.5)), start=25.0, cached_tokens=8192
 )

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from geometry_7b import write_model
 
-_VISION: dict[str, Any] = {  # as small as possible, because no request has an image
+_VISION: dict[str, Any] = {  # small, because no request has an image
     "heads": 6,
     "image_size": 128,
     "layers": 1,

@@ -34,7 +34,7 @@ from engine import BFLOAT16, INT4_G128, ISAS, DeviceInfo, Library, aligned, poin
 COPIES_BYTES = 512 << 20
 # Sizes of the attention: KEYS is the number of cached positions, BLOCK that of the positions in a block of the cache.
 HEADS, HEAD_DIM, KEYS, BLOCK = 32, 128, 2000, 16
-READ_ORDERS = 3  # of qvlt_read_memory in csrc/testing
+READ_ORDERS = 3  # of qvlt_read_memory in csrc/testing: one stream; four, in chunks of 16 or of 64 KiB
 
 
 class Case(NamedTuple):

@@ -3,10 +3,10 @@
     pip install -e '.[gpu-engine]'
     python -m tools.gpu_bundle DIR
 
-The second command writes to DIR: the engine, compiled for the ISAs of this machine's processor; its GPU library; the
-library of kernel launchers for tests/cuda; and all kernels in float16 and bfloat16. A kernel that is newer than its
-source and all headers is not compiled again. On the machine with the GPU, `tests/cuda/check.sh DIR` runs the GPU tests
-and timings.
+The second command writes to DIR: the engine, compiled for the ISA generic and the one or two best of this machine's
+processor; its GPU library; the library of kernel launchers for tests/cuda; and all kernels in float16 and bfloat16. A
+kernel that is newer than its source and all headers is not compiled again. On the machine with the GPU,
+`tests/cuda/check.sh DIR` runs the GPU tests and timings.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Build a release wheel: the package with the engine, compiled for each ISA of this processor family.
+"""Build a release wheel: the package with the engine, for each ISA of this processor family, and its GPU library.
 
     pip install -e '.[release]'
     python -m tools.release_wheel dist

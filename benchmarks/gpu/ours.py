@@ -3,8 +3,8 @@
     python ours.py --type bf16
 
 Weights, images and tokens are PyTorch tensors on the GPU, passed as pointers. Each step of a caption reads the token of
-the previous step from GPU memory, so the host never waits for a step. With types other than bf16 the rows `vision` are
-omitted, since the vision stage is not quantized. Environment variables: QWENVL_LIBRARY is the path of libqwenvl.so,
+the previous step from GPU memory, so the host does not wait between steps. With types other than bf16 the rows `vision`
+are omitted, since the vision stage is not quantized. Environment variables: QWENVL_LIBRARY is the path of libqwenvl.so,
 with libqwenvl_cuda.so in the same folder; QWENVL_CUDA_KERNELS is the folder of the kernels.
 
 With --open FOLDER, it only times the opening of the bfloat16 model, whose parameter files (19 GB) it writes to FOLDER.

@@ -8,7 +8,7 @@ makes them faster.
 
 Weights and activations are bfloat16. One product computes q, k and v, and one the gate and value of the MLP. The KV
 cache is static; attention reads only its valid part, with the kernel of scaled_dot_product_attention that is fastest
-for the shape. Each decode step of a caption has a separate graph, since the number of cached tokens is constant in a
+for the shape. Each decode step of a completion has a separate graph, since the number of cached tokens is constant in a
 graph.
 """
 

@@ -21,8 +21,8 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, naming
 class Journal:
     """Output lines on disk, by the `id_key` of their rows.
 
-    Opening truncates the file at the first line that is not a complete result of the job; a killed process may leave an
-    incomplete line. Closing a journal without output lines removes its file.
+    Opening truncates the file at the first line that is not a complete result of the job, or repeats one; a killed
+    process may leave an incomplete line. Closing a journal without output lines removes its file.
 
     Raises:
         QwenVLError: another process holds the lock, or the file belongs to another job.

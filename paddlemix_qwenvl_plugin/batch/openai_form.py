@@ -123,7 +123,7 @@ def _part(part: Any, where: str) -> dict[str, Any]:
     if kind == "image_url":
         check_keys(fields, ["type", "image_url"], f"{where}.")
         image_url = check_type(fields.get("image_url"), dict, f"{where}.image_url")
-        check_keys(image_url, ["url", "detail"], f"{where}.image_url.")
+        check_keys(image_url, ["url", "detail"], f"{where}.image_url.")  # detail has no effect
         return {"image": check_type(image_url.get("url"), str, f"{where}.image_url.url")}
     raise UsageError(f"{where}.type: must be text or image_url, got {kind!r:.40}")
 

@@ -42,13 +42,13 @@ class Source:
 
     Attributes:
         path: path of the file; relative image paths are resolved against its folder. `-`: standard input, which is
-            copied to a temporary file.
+            copied to a temporary file; relative image paths then start in the working folder.
         entries: one entry per row.
         defaults: values of the generation options that a row does not set.
         sha256: hex digest of the whole file.
 
     Raises:
-        UsageError: the file does not exist, or two rows have the same id.
+        UsageError: the path is no file, standard input is closed, or two rows have the same id.
     """
 
     def __init__(self, path: Path, defaults: GenerationOptions) -> None:

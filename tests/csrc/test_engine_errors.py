@@ -132,7 +132,7 @@ def test_weights(creation_error, stored):
 
 
 def test_order_of_inputs(creation_error, library, model, stored):
-    """`NAME.order` permutes the inputs of a matrix; for a vector it is ignored."""
+    """`NAME.order` must be a permutation of the inputs of a matrix; for a vector it is ignored."""
     name = "h.1.attn.c_proj.weight.order"
     order = np.arange(256, dtype=np.int32)[::-1].copy()
 

@@ -166,7 +166,7 @@ def test_paths_that_are_no_parameter_files(library, tmp_path):
 
 
 def test_damaged_files(library, mixed, tmp_path):
-    """A file that is truncated in the header of its second record is rejected.
+    """A file that is truncated in the header of its second record, or by its last byte, is rejected.
 
     If a byte of this header is changed, the file is rejected, or it opens and the name of its first tensor is right.
     """

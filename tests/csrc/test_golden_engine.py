@@ -110,7 +110,7 @@ def test_storage_types(library, golden_model, dtype):
     Only the rounding of activations differs: in products of prompts and images to bfloat16, where the processor has
     instructions for it; in decode steps and lm_head to 8 bits, with quantized weights. The golden models have random
     weights, which magnify errors: rounding activations to bfloat16 once per product moves their features by 3 %. The
-    test allows four times this, and 0.8 % where the ISA avx2 does not round activations.
+    test allows four times this, and 0.8 % where, with the ISA avx2, at most lm_head rounds activations.
     """
     model = golden_model("a")
     packed = store(library, model.weights, DTYPES[dtype])

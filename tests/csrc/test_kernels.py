@@ -320,7 +320,8 @@ def test_attention(library, isa, dtype, heads, head_dim, n, n_keys, causal, tile
     library.dll.qvlr_attention(*sizes, *reference_tensors)
     tensors = pointer(q), pointer(k), pointer(v), pointer(result)
 
-    # rounded: compute in bfloat16 if the ISA can; decode: compute each query separately, as in a decode step.
+    # rounded: compute in bfloat16 if the ISA can, except with decode. decode: compute each query separately, as in a
+    # decode step.
     def attention(threads, rounded, decode):
         assert library.dll.qvlt_attention(isa, threads, dtype, tile, rounded, decode, *sizes, *tensors) == 0
 

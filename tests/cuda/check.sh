@@ -4,8 +4,8 @@
 #   tests/cuda/check.sh DIR [LOGS]
 #
 # DIR is the output of `python -m tools.gpu_bundle`. LOGS is a folder for the output of each part (default: DIR/logs). Each part has a
-# timeout. Prints a line for each part, and the timings. Exits with 1 if a part fails or cannot run. tests/cuda/README.md lists what
-# to install.
+# timeout. Prints the result and the last lines of each part. Exits with 1 if a part fails or cannot run. tests/cuda/README.md lists
+# what to install.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 [ $# -ge 1 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2; }

@@ -1,4 +1,4 @@
-"""RMS norm, gathering of columns, embedding, and rotation with the write to the KV cache, compared with float64."""
+"""RMS norm and rotation with the write to the KV cache, compared with float64; gathering and embedding, bit for bit."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_rotate_and_store(half, cache, heads, head_dim, block_tokens):
 
 @pytest.mark.parametrize("value", [0.0, 1e-38, float("inf")])
 def test_int8_without_a_scale(half, value):
-    """A head whose largest magnitude is 0, below 1e-35 or infinite is stored as zeros with scale 0, as on the CPU."""
+    """A head whose largest magnitude is infinite or at most 1e-35 is stored as zeros with scale 0, as on the CPU."""
     heads, head_dim = 1, 64
     qkv = torch.zeros(1, 3 * head_dim, device="cuda", dtype=half)
     qkv[0, 2 * head_dim] = value

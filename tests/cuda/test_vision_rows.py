@@ -1,4 +1,4 @@
-"""Cutting of patches, layer norm and added positions of the vision tower, compared with float64."""
+"""Kernels of the vision stage: layer norm, compared with float64; cut patches and added positions, bit for bit."""
 
 from __future__ import annotations
 
