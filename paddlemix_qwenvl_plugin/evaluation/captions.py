@@ -71,7 +71,7 @@ def tokens(caption: str) -> str:
 def score(rows: Mapping[Id, CaptionRow], answers: Mapping[Id, str]) -> CaptionScores:
     """Score the answer to each row.
 
-    CIDEr weighs words by their rarity in the captions of `rows`, so the CIDEr of a row depends on all rows.
+    CIDEr weighs n-grams by their rarity in the captions of `rows`, so the CIDEr of a row depends on all rows.
 
     Raises:
         QwenVLError: a library of the extra `eval` is missing.
