@@ -62,7 +62,7 @@ def tokens(caption: str) -> str:
     """
     treebank = extra("nltk.tokenize", _FEATURE).TreebankWordTokenizer()
     # NLTK treats a text as one sentence and splits off only its last full stop: split off the others, after words of
-    # three letters or more.
+    # three letters or more, which are seldom abbreviations.
     split = re.sub(r"(?<=[a-z]{3})\. ", " . ", caption.lower().translate(_ASCII_PUNCTUATION))
     treebank_tokens = treebank.tokenize(split, convert_parentheses=True)
     return " ".join(token.lower() for token in treebank_tokens if token not in _PUNCTUATION)
