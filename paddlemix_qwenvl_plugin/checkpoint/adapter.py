@@ -97,7 +97,7 @@ class Adapter:
         self._match()
 
     def update(self, name: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Read the matrices of a weight's update, A [in, rank] and B [rank, out] (Paddle's layout), without scaling."""
+        """Read A [in, rank] and B [rank, out] of a weight's update in Paddle's layout: W changes by scaling * A B."""
         stored = self.updates[name]
         a, b = self._read(stored.a), self._read(stored.b)
         return (a.T, b.T) if self._out_in else (a, b)
@@ -110,7 +110,7 @@ class Adapter:
     def fingerprint(self, names: Iterable[str]) -> str:
         """Compute a digest of the adapter's changes to the named tensors, independent of the adapter's format.
 
-        Hashes the scaling, and the first 64 values of each A, B and replacement, rounded to float16.
+        Hashes each tensor's name and scaling, and the first 64 values of its A, B and replacement, rounded to float16.
         """
         digest = hashlib.sha256()
         for name in sorted(names):

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from paddlemix_qwenvl_plugin.checkpoint.config import first_problem, read_json
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
-# Keys of LoRA variants that compute something other than W + scaling * B A.
+# Keys of LoRA variants that compute something other than W + scaling * B A with the base model's W.
 _PEFT_VARIANTS = (
     *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "layer_replication", "target_parameters"),
     *(

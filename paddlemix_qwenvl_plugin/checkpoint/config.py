@@ -1,6 +1,6 @@
 """The model's `config.json`, validated: the source of all sizes in the code.
 
-The bounds admit models many times as large as Qwen-VL; they reject files that would exhaust memory.
+The upper bounds, 4 times Qwen-VL's values or more, only reject damaged files.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def load_config(folder: Path) -> ModelConfig:
 
     Raises:
         UsageError: the folder or the file does not exist.
-        QwenVLError: the file is not JSON, or a size is missing or invalid; the message names the key.
+        QwenVLError: the file cannot be read as JSON, or a size is missing or invalid; the message names the key.
     """
     path = Path(folder) / "config.json"
     if not path.parent.is_dir():
@@ -138,7 +138,7 @@ def is_chat_model(folder: Path) -> bool:
     """Whether a model folder holds a chat model: "chat_format" is "chatml" in generation_config.json.
 
     Raises:
-        QwenVLError: the file exists and is not JSON.
+        QwenVLError: the file exists and cannot be read as JSON.
     """
     path = Path(folder) / "generation_config.json"
     data = read_json(path) if path.is_file() else None

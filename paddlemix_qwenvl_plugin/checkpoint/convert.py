@@ -56,6 +56,7 @@ def convert(
 
     Raises:
         UsageError: `target` exists, or `to` is not a scheme.
+        QwenVLError: a value does not fit into float16.
         UsageError, QwenVLError: as for Checkpoint.
     """
     if to not in SCHEMES:

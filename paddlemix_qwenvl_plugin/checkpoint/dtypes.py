@@ -29,7 +29,7 @@ def check_dtype(name: str, flag: str = "--dtype") -> str:
 
 
 def cast(array: NDArray[np.generic], source: str, target: str, name: str) -> NDArray[np.generic]:
-    """Convert between storage types, rounding to nearest even.
+    """Convert between storage types, rounding to nearest even; float64 is rounded to float32 first.
 
     Args:
         array: values of any shape, in the storage type of `source`.

@@ -5,7 +5,7 @@
 | an array | a tensor of a state dict; bfloat16 as uint16 bits |
 | `(name, array)` | a tensor of any other dict |
 | `eval("data", {"data": array})` | a tensor of a static program |
-| `UnpackBigParamInfor@@` | shape and names of the parts of each array of 1 GiB or more, split in protocols 2 and 3 |
+| `UnpackBigParamInfor@@` | shape of each array that protocols 2 and 3 split (1 GiB or more), and names of its parts |
 | `StructuredToParameterName@@` | names of variables; ignored |
 """
 

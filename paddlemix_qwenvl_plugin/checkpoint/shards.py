@@ -71,7 +71,7 @@ class Shards:
 
         Raises:
             UsageError: the folder has no weight file with a known name.
-            QwenVLError: a file of the index is missing, or a file is damaged.
+            QwenVLError: the index does not fit the files, or a file is missing or damaged.
         """
         # In reverse order, an index (….safetensors.index.json) precedes a file without shards (….safetensors).
         matches = [_AUTOGPTQ.fullmatch(path.name) for path in sorted(folder.iterdir(), reverse=True)]

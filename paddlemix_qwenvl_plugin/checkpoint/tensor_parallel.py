@@ -63,7 +63,8 @@ class Ranks:
         """Find the ranks in a folder; None if it has none.
 
         Raises:
-            QwenVLError: a rank is missing, or the model is also split in another way.
+            QwenVLError: a rank is missing or damaged or has other tensors than the first, or the model is also split
+                in another way.
         """
         all_matches = {path: _RANK.fullmatch(path.name) for path in sorted(folder.iterdir())}
         matches = {path: match for path, match in all_matches.items() if match}

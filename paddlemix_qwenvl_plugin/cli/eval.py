@@ -42,7 +42,7 @@ _Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON."
 
 @dataclass(frozen=True)
 class _RunFlags:
-    """Flags common to all tasks: source of the answers and destination of the scores."""
+    """Flags common to all tasks."""
 
     first_model_path: _First = None
     second_model_path: _Second = None

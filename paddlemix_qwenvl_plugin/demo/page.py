@@ -113,7 +113,7 @@ def _css_class(number: int) -> str:
 
 
 def _marked(answer: Answer) -> str:
-    """HTML of the answer's text: each ref with its box's number and colour, boxes without a ref at the end."""
+    """HTML of the answer's text: each ref with its box's number and colour, other boxes at the end."""
     text = parse_boxes(answer.text).text
     html, position, boxes_without_ref = "", 0, ""
     for number, box in enumerate(answer.boxes):

@@ -82,7 +82,7 @@ def cuda_library(allowed: bool = False) -> Path:
 
 
 def library_state(for_gpus: bool = False) -> tuple[str, Path]:
-    """State of the engine's library ("shipped", "built", "failed", "not built") and its path; builds nothing."""
+    """State ("shipped", "built", "failed", "not built") and path of the library or that for GPUs; builds nothing."""
     shipped = SHIPPED.with_name(CUDA_LIBRARY) if for_gpus else SHIPPED
     if shipped.is_file():
         return "shipped", shipped

@@ -62,7 +62,7 @@ def tokens(caption: str) -> str:
     """
     treebank = extra("nltk.tokenize", _FEATURE).TreebankWordTokenizer()
     # NLTK treats a text as one sentence and splits off only its last full stop: split off the others, after words of
-    # three letters or more.
+    # three letters or more, which are seldom abbreviations.
     split = re.sub(r"(?<=[a-z]{3})\. ", " . ", caption.lower().translate(_ASCII_PUNCTUATION))
     treebank_tokens = treebank.tokenize(split, convert_parentheses=True)
     return " ".join(token.lower() for token in treebank_tokens if token not in _PUNCTUATION)
@@ -71,7 +71,7 @@ def tokens(caption: str) -> str:
 def score(rows: Mapping[Id, CaptionRow], answers: Mapping[Id, str]) -> CaptionScores:
     """Score the answer to each row.
 
-    CIDEr weighs words by their rarity in the captions of `rows`, so the CIDEr of a row depends on all rows.
+    CIDEr weighs n-grams by their rarity in the captions of `rows`, so the CIDEr of a row depends on all rows.
 
     Raises:
         QwenVLError: a library of the extra `eval` is missing.

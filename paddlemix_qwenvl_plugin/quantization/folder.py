@@ -31,7 +31,7 @@ _SCHEME = SCHEMES["huggingface"]
 INDEX = "model.safetensors.index.json"
 # Suffix of a quantized matrix's tensor (packing.py) -> storage type.
 _PACKED = {"qweight": "int32", "qzeros": "int32", "g_idx": "int32", "scales": "float16"}
-# Ends of the names of files that are not copied: weights in any format, their indexes, programs.
+# Ends of the names of files that are not copied: weights, their indexes, legacy programs.
 _WEIGHT_SUFFIXES = (".safetensors", ".pdparams", ".bin", ".index.json", ".pdiparams", ".pdmodel")
 
 Tensors = dict[str, NDArray[np.generic]]

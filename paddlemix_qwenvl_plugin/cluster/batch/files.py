@@ -92,7 +92,10 @@ def folder_of(name: str) -> str:
 
 
 def listed(folder: str, recursive: bool = False) -> dict[str, int]:
-    """Map the relative paths of a folder's files to their sizes, sorted; empty if the folder does not exist."""
+    """Map the relative paths of a folder's files to their sizes, sorted; empty if the folder does not exist.
+
+    `recursive`: also list the files of its subfolders.
+    """
     file_system, path = filesystem(folder)
     with naming_url(folder):
         # Other processes write files: a cached listing may be stale.

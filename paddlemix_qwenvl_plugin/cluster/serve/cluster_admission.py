@@ -24,7 +24,11 @@ class ClusterAdmission:
     """Admission that acquires slots from the coordinator's queue, which all fronts share."""
 
     def __init__(self, observe_wait: Callable[[float], None]) -> None:
-        """Create the admission; `join` connects it. `observe_wait`: see SlotQueue."""
+        """Create the admission; `join` connects it.
+
+        Args:
+            observe_wait: called with the waiting time in seconds of each admitted request.
+        """
         self._observe_wait = observe_wait
         self._member: Any = None
         self._numbers = itertools.count()

@@ -13,7 +13,7 @@ from paddlemix_qwenvl_plugin.serve.metrics import slot_metrics
 
 
 class _Cluster(Collector):
-    """Collector of the reported metrics, each labelled with its process.
+    """Collector of the reported metrics, each labelled with its process, and of the cluster's slots and queue.
 
     Separate series per process let Prometheus detect the reset of counters when a process starts.
     """

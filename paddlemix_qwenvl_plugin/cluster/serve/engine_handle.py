@@ -26,11 +26,11 @@ class HandleEngineClient:
     """EngineClient over the Ray Serve handle of the engine replicas.
 
     Completions are bit-identical on all replicas with the same instruction set or kind of GPU. If a replica fails, the
-    request is recomputed, on another replica if one is available, without the tokens already sent; the client sees a
-    pause.
+    request is recomputed, on another replica if one is available; tokens already sent are not sent again, so that the
+    client sees only a pause.
 
     Attributes:
-        image_end: see prefix_of.
+        image_end: id of the token after an image's slots; -1 until the front sets it.
     """
 
     def __init__(self, handle: Any) -> None:

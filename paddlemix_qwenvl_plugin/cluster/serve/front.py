@@ -65,7 +65,9 @@ class Front:
     def __init__(
         self, settings: ServeSettings, keys: Optional[ApiKeys], engine: DeploymentHandle[Any]
     ) -> None:
-        """Open the tokenizer; `join` connects the front. Not a coroutine: Ray before 2.55 does not await an ingress's.
+        """Open the tokenizer; `join` connects the front.
+
+        Not a coroutine: Ray before 2.55 does not await the `__init__` of an ingress.
 
         Args:
             keys: API keys; None: requests need no key.

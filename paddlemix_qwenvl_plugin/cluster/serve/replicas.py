@@ -8,7 +8,7 @@ from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 # For 64 requests, an engine on a GPU generates 2,890 tokens per second, and a front of one CPU sends 1,340
-# (docs/scaling.md): rounded up, three fronts per engine on a GPU. An engine on CPUs is a hundred times slower.
+# (docs/scaling.md): rounded up, three fronts per engine on a GPU. An engine on CPUs generates far fewer tokens.
 _REQUESTS = 64
 _GPU_FRONTS = 3
 

@@ -24,7 +24,7 @@ _OLDEST_RAY = Version("2.50")
 # Older versions of Ray use an attribute of protobuf that protobuf 7 no longer has.
 _OLDEST_RAY_WITH_PROTOBUF_7 = Version("2.57")
 _POLL_SECONDS = 0.5
-_KEEP_ALIVE_SECONDS = 15  # as in serve/server.py
+_KEEP_ALIVE_SECONDS = 15  # longer than clients keep an idle connection (serve/server.py)
 # Maximum wait for the HTTP proxies of all machines.
 _PROXY_SECONDS = 60.0
 
