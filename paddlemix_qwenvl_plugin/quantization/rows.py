@@ -53,7 +53,7 @@ class CalibrationRow:
 
     @property
     def judged(self) -> list[int]:
-        """Positions whose predictions are compared: those that predict the answer, or without an answer, the text."""
+        """Positions whose predictions are compared: those that predict the answer; without an answer, all but images."""
         if len(self.input_ids) > self.n_prompt:
             return list(range(self.n_prompt - 1, len(self.input_ids) - 1))
         # The end tag `</img>` predicts the first token of the text after the image.
@@ -161,7 +161,7 @@ def _take_answer(line: bytes) -> tuple[bytes, Any]:
     """Split a row into the row without its key "answer", and the answer, which is None if the row has no such key."""
     try:
         values = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # read_row reports it
         return line, None
     if not isinstance(values, dict) or "answer" not in values:
         return line, None
