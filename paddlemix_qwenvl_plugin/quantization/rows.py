@@ -81,7 +81,8 @@ class CalibrationRows:
             chat: whether the model is a chat model; the default of a row's key "chat".
 
         Raises:
-            UsageError, QwenVLError: a row is invalid (the message names file and line), or the file has too few rows.
+            UsageError, QwenVLError: the file does not exist or has too few rows, or a row is invalid (the message names
+                file and line).
         """
         self._folder = source.parent if source is not None else None
         self._tokenizer, self._config, self._chat = tokenizer, config, chat
