@@ -61,7 +61,7 @@ class Hessian:
 
 
 def _invert(upper: NDArray[np.float64]) -> None:
-    """Invert an upper triangular matrix in place, recursively: a quarter of the work of np.linalg.inv, and no second matrix."""
+    """Invert an upper triangular matrix in place and recursively, with a quarter of the work of np.linalg.inv."""
     n = len(upper)
     if n <= _BLOCK_COLUMNS:
         upper[...] = np.triu(np.linalg.inv(upper))
