@@ -36,7 +36,7 @@ class DecoderLayer:
         self._parameters = {parameter.name: parameter for parameter in self._layer.parameters()}
 
     def load(self, weights: Mapping[str, NDArray[np.generic]]) -> None:
-        """Replace weights, float32 [out, in], by name without the layer's prefix."""
+        """Replace weights, float32, matrices as [out, in], by name without the layer's prefix."""
         for name, values in weights.items():
             self._parameters[f"h.{name}"].set_value(np.ascontiguousarray(values))
 

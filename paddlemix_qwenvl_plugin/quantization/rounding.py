@@ -61,7 +61,7 @@ class Hessian:
 
 
 def _invert(upper: NDArray[np.float64]) -> None:
-    """Invert an upper triangular matrix in place, recursively: a quarter of the work of np.linalg.inv, and no copy."""
+    """Invert an upper triangular matrix in place and recursively, with a quarter of the work of np.linalg.inv."""
     n = len(upper)
     if n <= _BLOCK_COLUMNS:
         upper[...] = np.triu(np.linalg.inv(upper))
@@ -118,7 +118,8 @@ def descend(matrix: Quantized, weight: Floats, hessian: Floats, bits: int) -> No
         gradient = error @ hessian[:, columns]
         scale, zero = matrix.scales[:, g], matrix.zeros[:, g]
         steps = matrix.integers[:, columns] - zero[:, None]
-        # The squared error is a parabola of the scale, with its minimum at scale + slope / curvature.
+        # The squared error is a parabola of the scale, with its minimum at scale + slope / curvature. The bound 1e-30
+        # only avoids a division by 0, whose result `where` would not use.
         curvature = np.einsum("oi,oi->o", steps @ group_hessian, steps)
         slope = np.einsum("oi,oi->o", steps, gradient)
         best_scale = np.where(curvature > 0, scale + slope / np.maximum(curvature, 1e-30), scale)

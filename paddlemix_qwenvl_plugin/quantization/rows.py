@@ -53,7 +53,7 @@ class CalibrationRow:
 
     @property
     def judged(self) -> list[int]:
-        """Positions whose predictions are compared: those that predict the answer, or without an answer, the text."""
+        """Positions of the compared predictions: those that predict the answer; without one, all outside of images."""
         if len(self.input_ids) > self.n_prompt:
             return list(range(self.n_prompt - 1, len(self.input_ids) - 1))
         # The end tag `</img>` predicts the first token of the text after the image.
@@ -81,7 +81,8 @@ class CalibrationRows:
             chat: whether the model is a chat model; the default of a row's key "chat".
 
         Raises:
-            UsageError, QwenVLError: a row is invalid (the message names file and line), or the file has too few rows.
+            UsageError, QwenVLError: the file does not exist or has too few rows, or a row is invalid (the message names
+                file and line).
         """
         self._folder = source.parent if source is not None else None
         self._tokenizer, self._config, self._chat = tokenizer, config, chat
@@ -161,7 +162,7 @@ def _take_answer(line: bytes) -> tuple[bytes, Any]:
     """Split a row into the row without its key "answer", and the answer, which is None if the row has no such key."""
     try:
         values = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # read_row reports it
         return line, None
     if not isinstance(values, dict) or "answer" not in values:
         return line, None

@@ -45,8 +45,8 @@ class Work:
         """Create the work folder next to `target`, or reopen the one of an interrupted run with the same settings.
 
         Raises:
-            UsageError: `target` exists; or the folder exists and was not written by this class, belongs to a running
-                process, or is of a run with other settings.
+            UsageError: `target` exists; or the work folder exists and was not written by this class, belongs to a
+                running process, or is of a run with other settings.
         """
         if target.exists():
             raise UsageError(f"{target}: exists already; name a new folder")

@@ -17,7 +17,7 @@ from paddlemix_qwenvl_plugin.util.shipped import PACKAGE, shipped_folder
 
 
 def shipped_dir(package: Path = PACKAGE) -> Path:
-    """Folder of the shipped recipes; see paddlemix_qwenvl_plugin/util/shipped.py."""
+    """Folder of the shipped recipes, in an installed wheel or in a source tree."""
     return shipped_folder("recipes", "recipes/shipped", package)
 
 

@@ -34,9 +34,9 @@ def check_url(url: str) -> str:
 
 
 def read_key(file: Optional[Path]) -> Optional[str]:
-    """Read the API key: the first line of `file` that is not empty or a comment (`#`), else QWENVL_API_KEY.
+    """Read the API key: the first line of `file` that is neither empty nor a comment (`#`).
 
-    The result is None if neither is given.
+    Without a file, the key is the value of QWENVL_API_KEY, or None if that is not set.
 
     Raises:
         UsageError: the file is unreadable or contains no key, or the key has characters that are not printable ASCII,

@@ -24,7 +24,7 @@ from paddlemix_qwenvl_plugin.util.program import program
 
 
 class NotFiniteError(RequestError):
-    """Error for a request whose logits are infinite or NaN; other requests are not affected."""
+    """Error for a request whose logits are not finite (NO_TOKEN); other requests are not affected."""
 
     def __init__(self) -> None:
         super().__init__(

@@ -241,6 +241,7 @@ class QwenVL:
 
         Raises:
             UsageError: an invalid shape, id, adapter or option; the message names it.
+            QwenVLError: malformed image tags or slots in `input_ids`, or the computation failed.
         """
         generation_options = GenerationOptions.of(options)
         if eos_token_ids is not None:
@@ -434,6 +435,7 @@ class QwenVL:
         Raises:
             UsageError: an invalid id, a wrong number of images, a prompt that fills the context, `n_logprobs` out of
                 range, or an unknown adapter.
+            QwenVLError: malformed image tags or slots in `input_ids`.
         """
         if adapter is not None and adapter not in self._adapters:
             names = ", ".join(self._adapters) or "none"

@@ -35,7 +35,8 @@ _PADDLE_ERRORS = (RuntimeError, ValueError, OSError, MemoryError, SystemError, I
 class Stage:
     """An exported stage. Its weights have been checked against its manifest, a large file only by size and samples.
 
-    Exports before contract version 3 have no digest of samples. Programs are checked by `open`.
+    Exports before contract version 3 have no digest of samples; the headers of their records are checked instead.
+    Programs are checked by `open`.
 
     Args:
         path: the prefix, or the program file itself to choose its form (`.json` PIR, `.pdmodel` legacy).

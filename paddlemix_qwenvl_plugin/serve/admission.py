@@ -96,7 +96,7 @@ class SlotQueue:
 
     @contextlib.contextmanager
     def adopted(self, n: int, key: Optional[str]) -> Iterator[None]:
-        """Hold n slots within the block regardless of the limits, for a request that is already running."""
+        """Hold n slots within the block regardless of the limits, for a request that a previous queue has admitted."""
         self.running += n
         if key is not None:
             self._slots_by_key[key] += n

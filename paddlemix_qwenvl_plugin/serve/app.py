@@ -93,7 +93,7 @@ def _middleware(
         Middleware(
             BodyLimit,
             max_bytes=settings.max_body_bytes,
-            max_held_bytes=max(settings.max_held_bytes, settings.max_body_bytes),
+            max_held_bytes=max(settings.max_held_bytes, settings.max_body_bytes),  # at least one body fits
             timeout=settings.body_timeout,
         )
     )

@@ -78,7 +78,7 @@ class Connection(H11Protocol):
 
     @property
     def _answering(self) -> bool:
-        """Whether a request has been received and its response is not complete."""
+        """Whether a request's headers have been received and its response is not complete."""
         return self.cycle is not None and not self.cycle.response_complete
 
 

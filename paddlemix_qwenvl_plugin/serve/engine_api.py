@@ -104,7 +104,8 @@ class EngineClient(Protocol):
         """Start the process and wait until it is ready. From then until `stop`, it is restarted whenever it ends.
 
         Raises:
-            QwenVLError: the model cannot be opened; the message is the engine process's error message.
+            QwenVLError: the process ended before it was ready, as when the model cannot be opened; the message is its
+                error message or its exit status.
         """
 
     async def stop(self) -> None:

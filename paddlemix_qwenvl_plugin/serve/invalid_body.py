@@ -53,8 +53,8 @@ def invalid_body(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
 def _path(error: Mapping[str, Any], body: Any) -> tuple[Any, ...]:
     """Path of an error in the body: its location without the names of union types.
 
-    The last step is the name of the parameter that is missing, unknown or unsupported, or has an invalid tag of a union
-    (an unknown role or part type), if this is the error.
+    The last step is the name of the missing, unknown or unsupported parameter; for a missing or unknown tag of a union,
+    it is "role" or "type".
     """
     path: list[Any] = []
     value = body

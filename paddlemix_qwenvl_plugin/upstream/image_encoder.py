@@ -1,6 +1,7 @@
 """Deferred PaddleMIX model whose image encoder is exported from the model folder, without loading the model.
 
-`eval` and `paddle.jit.to_static` are recorded; any other use creates upstream's model (deferred.py).
+`eval` and `paddle.jit.to_static` are recorded, and `paddle.jit.save` exports the encoder; any other use creates
+upstream's model (deferred.py).
 """
 
 from __future__ import annotations

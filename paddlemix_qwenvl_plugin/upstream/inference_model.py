@@ -130,7 +130,7 @@ class QWenForQWenVLInferenceModel:
 
     def _load(self) -> StockGeneration:
         if self._generation is None:
-            # Paddle has no half-type kernels on a CPU.
+            # On a CPU, Paddle lacks half-type kernels that the model needs.
             dtype = self._dtype if paddle.get_device().startswith("gpu") else "float32"
             self._generation = StockGeneration(load_language(Checkpoint(self._folder), dtype))
         return self._generation

@@ -88,7 +88,7 @@ class Report:
 
 
 def shipped_dir(package: Path = PACKAGE) -> Path:
-    """Folder of the shipped patches; see paddlemix_qwenvl_plugin/util/shipped.py."""
+    """Folder of the shipped patches, in an installed wheel or in a source tree."""
     return shipped_folder("patches", "upstream/patches_data", package)
 
 

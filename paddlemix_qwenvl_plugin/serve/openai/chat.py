@@ -69,7 +69,7 @@ class ChatCompletionRequest(SamplingParameters):
 
     @property
     def requested_max_tokens(self) -> tuple[str, Optional[int]]:
-        """Parameter name and value of the requested maximum, max_completion_tokens or max_tokens."""
+        """Name and value of the requested maximum, max_completion_tokens or max_tokens; ApiError if the two differ."""
         if self.max_completion_tokens is None:
             return super().requested_max_tokens
         if self.max_tokens not in (None, self.max_completion_tokens):

@@ -30,7 +30,8 @@ class Delta:
         text: new text. A `<box>…</box>` is in one delta; it is incomplete only if the completion ends within it.
         boxes: boxes whose tags are in `text`.
         tokens: tokens whose text begins in `text`, if log probabilities were requested; without stop tokens and without
-            tokens whose text belongs to a stop string only. The last delta also has the last tokens without text.
+            tokens whose text belongs to a stop string only. Unless a stop string was found, the last delta also has the
+            last tokens without text.
     """
 
     text: str = ""

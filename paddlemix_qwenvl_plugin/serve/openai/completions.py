@@ -18,6 +18,7 @@ from paddlemix_qwenvl_plugin.serve.openai.prompt import ReadyPrompt
 from paddlemix_qwenvl_plugin.serve.openai.respond import respond
 from paddlemix_qwenvl_plugin.serve.service import Service
 
+# The maximum lengths limit the time of validation; prompt.py checks the length of each prompt.
 _Token = Annotated[int, Field(ge=0, lt=2**31)]
 _Tokens = Annotated[list[_Token], Field(min_length=1, max_length=65536, fail_fast=True)]
 _Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]

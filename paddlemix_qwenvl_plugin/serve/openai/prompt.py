@@ -69,7 +69,7 @@ def token_ids(service: Service, ids: list[int], param: str) -> ReadyPrompt:
         ApiError: the prompt is empty, exceeds a limit, or contains a control token, an image tag or an unknown id.
     """
     special_ids = service.tokenizer.special_tokens
-    # The tags of references and boxes are accepted, the tags of images are not.
+    # The tags of references, boxes and quads are accepted, the tags of images are not.
     tag_ids = {special_ids[tag] for tag in IMAGE_TAGS if "img" not in tag}
     n_text_tokens = min(special_ids.values())  # the ids of text tokens are below those of special tokens
     for index, token_id in enumerate(ids):

@@ -79,7 +79,7 @@ async function run(turn) {
   announceEnd(result);
 }
 
-/** Store the error in the answer, query the server's state again, and ask for an API key if that is the error. */
+/** Store the error in the answer, query the server's state again, and ask for an API key if it is missing or wrong. */
 function fail(result, error) {
   result.error = error instanceof ServerError ? error : new ServerError('failed', { detail: String(error) });
   status.forgetModel();

@@ -56,7 +56,7 @@ function drawLabel(context, box) {
   const labelWidth = Math.min(context.measureText(words).width, maxTextWidth) + 2 * padding;
   const labelHeight = fontSize * 1.5;
   const [left, top] = boundsOf(box);
-  // The label is above the box's top left corner; it is moved as far as necessary to be inside the image.
+  // The label is above the box's top left corner, or below it if there is no room above; it stays inside the image.
   const x = Math.max(Math.min((left * width) / 1000, width - labelWidth), 0);
   const boxTop = (top * height) / 1000;
   const y = boxTop >= labelHeight ? boxTop - labelHeight : Math.min(boxTop, height - labelHeight);
