@@ -40,7 +40,7 @@ def main() -> None:
     chat = open_model(arguments).chat()
     attached: list[dict[str, Any]] = [{"image": arguments.image.read_bytes()}]
     for question in arguments.questions:
-        # The image belongs to the first turn; later turns refer to it and compute only the new tokens.
+        # The image belongs to the first turn; on the engine, later turns reuse its tokens from the prefix cache.
         answer = chat.ask([*attached, {"text": question}], max_new_tokens=128).finish()
         attached = []
         print(f"> {question}\n{answer.text.strip()}")

@@ -1,4 +1,4 @@
-"""Export the language stage in 8 and in 4 bits, and compare size and answer.
+"""Export the language stage in bfloat16, 8 bits and 4 bits, and compare size and answer.
 
     python examples/quantize.py
     python examples/quantize.py --checkpoint qwen-vl-chat-7b --image street.png --question "Is there a dog?"

@@ -43,7 +43,7 @@ def main() -> None:
     model = open_model(arguments)
     image = arguments.image.read_bytes()
     options = GenerationOptions(max_new_tokens=64)
-    # In a batch the image is encoded once, and each decode step computes one token of every unfinished answer.
+    # The image is encoded once. On the engine, each decode step computes one token of every unfinished answer.
     answers = model.generate_batch(
         [Request([{"image": image}, {"text": question}], options, chat=True) for _, question in fields]
     )

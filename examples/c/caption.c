@@ -2,7 +2,7 @@
  *
  *   make -C examples/c run
  *
- * prints, with the processor's instruction set and number of cores in the first line,
+ * prints, with the engine's instruction set and number of threads in the first line,
  *
  *   cpu avx512_bf16, 2 threads
  *   A large red circle.
@@ -65,7 +65,8 @@ static qvl_engine* open_stage(const char* prefix, uint32_t stage) {
   return engine;
 }
 
-/* Draw a red circle on white: float32 [3, SIDE, SIDE], normalised as in the model's training. */
+/* Draw a circle on white, in the red of the training images: float32 [3, SIDE, SIDE], normalised as in the
+ * model's training. */
 static void draw(float* pixels) {
   static const float mean[] = {0.48145466f, 0.4578275f, 0.40821073f};
   static const float deviation[] = {0.26862954f, 0.26130258f, 0.27577711f};

@@ -107,7 +107,7 @@ class LanguageModel:
         self._is_chat_model = is_chat_model(model) or is_chat_model(stage.prefix.parent)
 
     def run(self, inputs: list[Any]) -> list[Any]:
-        """Generate from the stock inputs, and write the tokens as real_time_save files.
+        """Generate from the stock inputs, and write the tokens to files real_time_save.*, which the script reads.
 
         Returns:
             Outputs of the program.
@@ -141,6 +141,7 @@ class LanguageModel:
         return feed
 
     def _stop_token_ids(self, ids: Any) -> list[int]:
+        # A prompt with <|im_start|> has the chat form, even if the checkpoint does not declare a chat model.
         chat = self._is_chat_model or bool((ids == self._turn_stop_token_ids[1]).any())
         return [self._eod_id, *(self._turn_stop_token_ids if chat else [])]
 

@@ -44,7 +44,7 @@ def _quota_of(folder: Path) -> float:
 def _cpus(quota: str, period: str) -> float:
     try:
         quota_us, period_us = float(quota), float(period)
-    except ValueError:  # "max": no limit
+    except ValueError:  # "max": no limit; empty: no such file
         return 0
     return quota_us / period_us if quota_us > 0 and period_us > 0 else 0
 

@@ -19,7 +19,8 @@ def digest_of(array: NDArray[Any]) -> bytes:
     """SHA-256 of the SHA-256 digests of a contiguous array's 512 KiB parts, without its shape and dtype."""
     data = array.reshape(-1).view("u1").data
     parts = [data[start : start + _PART_BYTES] for start in range(0, len(data), _PART_BYTES)]
-    # Logical CPUs often share the execution units of a core; for the same work, two threads on it take longer than one.
+    # Half of the logical CPUs: often two of them share a core's execution units, and two threads on one core then take
+    # longer than one thread for the same work.
     n_threads = min(len(parts), cpu_threads() // 2, _MAX_THREADS)
     if n_threads < 2:
         return _sha256(map(_part_digest, parts))

@@ -13,9 +13,8 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError
 NAME = "standard input"
 """Name of standard input in messages."""
 
-# Maximum sizes in bytes: of text and of each of `lines`, and of other content.
-_MAX_TEXT = 1 << 20
-_MAX_BYTES = 50 << 20
+_MAX_TEXT = 1 << 20  # bytes that read_text returns at most, and bytes of a line in `lines`
+_MAX_BYTES = 50 << 20  # default limit of read_bytes
 
 
 def read_bytes(limit: int = _MAX_BYTES) -> bytes:

@@ -24,7 +24,7 @@ _OMP_NUM_THREADS = _omp_num_threads()
 
 
 def limit(n_threads: int) -> None:
-    """Set the result of `cpu_threads` in this process, unless the user has set OMP_NUM_THREADS.
+    """Set the result of `cpu_threads` in this process, once, unless the user has set OMP_NUM_THREADS.
 
     For actors of a cluster: their share of a machine is known only after this package is imported.
     """

@@ -233,6 +233,7 @@ def test_damaged_records(damage: str, exported: Path) -> None:
     elif damage == "length":
         data[16:20] = struct.pack("<i", 1 << 20)
     else:
+        # After the magic: 4 bytes (type, number of dimensions, length of the name), 8 for the only dimension, the name.
         positions = {"magic": magic, "type": magic + 4, "name": magic + 16}
         values = {"magic": b"x", "type": b"\x63", "name": b"Z"}
         position = positions[damage]

@@ -56,7 +56,7 @@ def test_weights_of_another_model(prefix: Path, tmp_path: Path) -> None:
 
 
 def test_opening_a_small_stage_detects_every_flipped_bit(prefix: Path) -> None:
-    """Even a bit outside of the samples: a small file is read completely."""
+    """Even a bit outside of the samples: a file of up to 64 MiB is read completely."""
     path, size = params_path(prefix), params_path(prefix).stat().st_size
     starts = [(size - SAMPLE) * i // 63 for i in range(64)]
     outside = [
@@ -114,6 +114,7 @@ def test_samples_are_spread_and_bounded(tmp_path: Path) -> None:
 
 
 def test_the_samples_of_a_small_file_cover_it(tmp_path: Path) -> None:
+    """Up to 4 MiB, the size of 64 samples."""
     path = tmp_path / "small"
     path.write_bytes(np.random.RandomState(0).bytes(3 << 20))
     before = digest_of_samples(path)

@@ -339,7 +339,10 @@ def test_a_changed_input_is_noticed(cheap, folder):
 
 
 def test_an_image_of_several_rows_is_encoded_once(vl, folder, monkeypatch):
-    """Rows with the same image run consecutively: a cache for the features of one image suffices."""
+    """Rows with the same image run consecutively: a cache for the features of one image suffices.
+
+    ImageCache keeps one entry even if it exceeds max_bytes.
+    """
     recording = record(vl, monkeypatch)
     monkeypatch.setattr(vl._loop, "_images", ImageCache(max_bytes=1))
     for name in ("a", "b", "c"):

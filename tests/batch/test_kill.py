@@ -20,7 +20,10 @@ N_KILLS = 10
 
 @pytest.fixture
 def folder(tmp_path):
-    """Folder with in.jsonl: of every 25 rows, one fails, two have images (one in OpenAI's form) and one is sampled."""
+    """Folder with in.jsonl, 500 rows.
+
+    Of every 25 rows, two have images (one in OpenAI's form), one names a missing image and fails, and one is sampled.
+    """
     colours = ("red", "green", "blue")
     for colour in colours:
         Image.new("RGB", (8, 8), colour).save(tmp_path / f"{colour}.png")

@@ -121,6 +121,7 @@ def test_ctrl_c(open_terminal: Open, tmp_path: Path) -> None:
         terminal.child.expect(r"(?s).{100}")
         terminal.child.sendintr()
         terminal.child.sendintr()  # a second Ctrl-C must not end the program
+        # The terminal may echo a Ctrl-C as ^C.
         assert terminal.until_prompt().rstrip("^C").endswith("(stopped)\n")
     # At the prompt, Ctrl-C clears the line; otherwise Ctrl-D would not end the program.
     terminal.child.send("incomplete ques")

@@ -245,7 +245,10 @@ def test_members_that_overlap(tmp_path):
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a\\..\\b", "x" * 5000])
 def test_names_of_members_are_not_paths(tmp_path, name):
-    """A member that no tensor refers to is ignored, even if its name is a path or very long."""
+    """A member that no tensor refers to is ignored, even if its name is a path or very long.
+
+    The file is refused only because its table is empty.
+    """
     path = archive(tmp_path / "a.bin", [(name, b"x"), ("a/data.pkl", b"\x80\x02}.")])
     assert "holds no table of tensors" in refused(torch_file.read_header, path)
 

@@ -351,6 +351,9 @@ def test_ranks_that_do_not_fit(model, tmp_path, damage, message):
         read(folder)
 
 
+# Other file formats
+
+
 def test_a_file_of_pytorch_with_shared_storage(model, tmp_path):
     """A .bin file of a model with tied embeddings: two names of one array."""
     shutil.copyfile(model.folder / "config.json", tmp_path / "config.json")

@@ -82,7 +82,7 @@ def test_tensors_of_a_static_program(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("protocol", [2, 3])
 def test_large_tensors_that_are_split(tmp_path: Path, protocol: int, monkeypatch: Any) -> None:
-    """Paddle splits tensors above 2^30 - 1 bytes; for the test, above 20 bytes, which are five float32."""
+    """In protocols 2 and 3 Paddle splits tensors above 2^30 - 1 bytes; for the test, above 20 bytes, five float32."""
     from paddle.framework import io_utils
 
     source = Path(io_utils.__file__).read_text()
