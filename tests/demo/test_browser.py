@@ -152,7 +152,7 @@ def test_text_is_readable(browser: Browser, page: Path, width: int, color_scheme
     assert len(contrasts) > 60
     for ratio, text, background in contrasts:
         assert ratio >= 4.5, (ratio, text)
-        # The background of a number has the colour of a box, that of other text the page's.
+        # A number is on the colour of its box. The background of other text is dark in dark mode, light in light mode.
         if not text.isdigit():
             assert background < 0.1 if color_scheme == "dark" else background > 0.7, text
     sizes = browser.js(

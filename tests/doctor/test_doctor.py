@@ -303,7 +303,7 @@ def test_a_checkout_counts_as_installed(environment: Environment) -> None:
 
 
 def activate(environment: Environment, hook: str) -> None:
-    """Activate the plugin as its .pth file does, with a hook for an existing and for a missing module.
+    """Activate the plugin as its .pth file does, with hooks for HOOKED_MODULE and for a module that never exists.
 
     `hook`: "hooks:good", or "hooks:bad" for a hook that fails.
     """

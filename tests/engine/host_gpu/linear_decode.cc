@@ -311,7 +311,7 @@ unsigned __ballot_sync(unsigned, bool value) {
 }
 
 // Adapters of the same rank. a, b: bfloat16 [adapters, rank, in], [adapters, out, rank]; of_rows: the adapter
-// of each row, -1 for none; order: the rows, sorted by adapter; low: receives A x [n, rank].
+// of each row, -1 for none; order: the rows, sorted by adapter; low: receives A x, bfloat16 [n, rank].
 struct HostAdapted {
   const uint16_t *a, *b;
   int adapters, rank;
