@@ -222,6 +222,7 @@ void Gpu::launch_bytes(CUstream, const char* name, Dim grid, int threads, int sh
                        const void* params, bool) const {
   const auto upload = uploads.find(name);
   if (upload != uploads.end()) {
+    // One thread suffices for a block, since the threads of these kernels do not wait for each other.
     threadIdx.x = 0;
     blockDim.x = 1;
     for (unsigned block = 0; block < grid.x; ++block) {
