@@ -50,6 +50,7 @@ def test_flags_of_the_generation_options(command: str) -> None:
 @pytest.mark.parametrize("flag", ["--max_new_tokens", "--max-new-tokens", "--max_new-tokens"])
 def test_both_spellings_of_a_flag(flag: str) -> None:
     for arguments in ([flag, "0"], [f"{flag}=0"]):
+        # The prompt is a value that begins like a flag.
         completed = qwenvl(
             "predict", "--first-model-path", "a", "--second_model_path=b", "--prompt=-a-_b", *arguments
         )

@@ -73,6 +73,7 @@ def page(tmp_path_factory: pytest.TempPathFactory, all_correct_run: Run) -> Path
 def test_every_image_loads(browser: Browser, page: Path) -> None:
     browser.open(page.as_uri())
     sizes = browser.js("return [...document.images].map(i => [i.complete, i.naturalWidth, i.width > 200])")
+    # Nine images of the eight questions, and one of the wrong answer.
     assert sizes == [[True, 256, True]] * 10
 
 
