@@ -13,7 +13,7 @@ from paddlemix_qwenvl_plugin.doctor.installation import ENTRY_POINTS
 from paddlemix_qwenvl_plugin.upstream import pins
 from paddlemix_qwenvl_plugin.version import __version__
 
-# The commands that the report gives as fixes.
+# The fixes that the report gives for Paddle.
 INSTALL_CPU = "pip install 'paddlepaddle>=3.0,<3.4' setuptools"
 INSTALL_GPU = (
     "pip uninstall -y paddlepaddle paddlepaddle-gpu; "
