@@ -43,7 +43,7 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 class Golden:
-    """A golden model: its folder (PaddleMIX names, float32), its exports, and upstream's outputs as `figures`."""
+    """A golden model: folder (PaddleMIX names, float32), exports, and `figures`: token ids and upstream's outputs."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name

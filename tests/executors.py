@@ -16,7 +16,11 @@ from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits
 
 
 class Recording:
-    """Executor that forwards all calls. `done` records "encode" for each image and each step's number of tokens."""
+    """Executor that forwards all calls; it calls `before_step` before each step.
+
+    Attributes:
+        done: what was computed, in order: "encode" for an image, the number of tokens for a step.
+    """
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor

@@ -1,4 +1,4 @@
-"""Folders with the golden weights in several forms: three naming schemes, two layouts, four file formats."""
+"""Model folders in several forms: three naming schemes, two layouts, two file formats, each whole or in shards."""
 
 from __future__ import annotations
 

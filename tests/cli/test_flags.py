@@ -50,6 +50,7 @@ def test_flags_of_the_generation_options(command: str) -> None:
 @pytest.mark.parametrize("flag", ["--max_new_tokens", "--max-new-tokens", "--max_new-tokens"])
 def test_both_spellings_of_a_flag(flag: str) -> None:
     for arguments in ([flag, "0"], [f"{flag}=0"]):
+        # The prompt is a value that begins like a flag.
         completed = qwenvl(
             "predict", "--first-model-path", "a", "--second_model_path=b", "--prompt=-a-_b", *arguments
         )
@@ -126,10 +127,10 @@ def test_a_drawn_image_is_replaced_by_a_second_run(
 ) -> None:
     """Except in BMP and GIF, which cannot hold the mark that the command has drawn the image."""
     drawn, output = tmp_path / f"drawn.{suffix}", tmp_path / "answer.json"
-    output.touch()
+    output.touch()  # an empty file may be replaced
     predict(tiny_exported, capsys, "--draw", str(drawn), "--output", str(output))
     content = drawn.read_bytes()
-    drawn.write_bytes(content + b"more")
+    drawn.write_bytes(content + b"more")  # other bytes, with which the test sees whether the file is replaced
     if suffix in ("bmp", "gif"):
         error_of_predict(tiny_exported, drawn, "--draw", str(drawn))
         return

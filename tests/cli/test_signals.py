@@ -50,7 +50,7 @@ def run_with_signal(
             text=True,
             timeout=120,
             check=False,
-            # If the test run was started in the background, its child processes would ignore SIGINT.
+            # In background jobs SIGINT is ignored, and child processes inherit this; tests/conftest.py also undoes it.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
         )
     finally:

@@ -114,6 +114,7 @@ def test_killed_ten_times(tmp_path, stages, cluster):
     alone = BatchProcess(
         stages, tmp_path / "alone", source, tmp_path / "alone.jsonl", *OPTIONS, "--batch_size", 32
     )
+    # The cluster has CPUs for three actors. The maximum of 40 only makes the parts small.
     ray_flags = ("--ray", cluster.address, "--ray_actors", "1:40", "--ray_cpus", 0.75)
 
     def run() -> BatchProcess:

@@ -34,7 +34,7 @@ def model(tiny_exported: Path) -> QwenVL:
 
 
 class InProcessPool:
-    """Stub of Ray's actor pool, which answers parts in this process.
+    """Stub of Ray's actor pool: answers parts in this process.
 
     Attributes:
         max_parts: number of answered parts after which the pool raises "stopped".

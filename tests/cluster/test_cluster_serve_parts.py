@@ -50,7 +50,7 @@ async def run_pending_tasks() -> None:
 class TestCoordinator:
     """Coordinator: acquire(front, lease id, number of slots, API key) returns None, or the error of a refusal.
 
-    A lease is the slots of one request, which is known by the lease id.
+    A lease is the slots of one request; the lease id identifies it.
     """
 
     def test_limits_count_the_slots_of_all_replicas(self) -> None:
@@ -408,6 +408,7 @@ def test_enough_fronts_for_all_slots() -> None:
     gpu = serve_settings(device="gpu", max_running=64, min_replicas=16)
     assert max_fronts(gpu) * front_cpus(gpu) * 1340 >= 16 * 2890
     assert max_fronts(gpu) * front_requests(gpu) >= 16 * 64
+    # On CPUs: a front for every 64 slots, and at least min_fronts.
     assert max_fronts(serve_settings(max_running=64, max_replicas=10)) == 10
     assert max_fronts(serve_settings(max_running=65, min_fronts=1)) == 2
     assert max_fronts(serve_settings(max_running=2)) == serve_settings().min_fronts

@@ -26,7 +26,7 @@ def make_answer(text: str) -> Answer:
         boxes=tuple(parsed.boxes),
         image_size=(256, 256),
         problems=tuple(parsed.problems),
-        token_ids=[0] * 29,
+        token_ids=[0] * 29,  # as many as in TIMINGS: one from the prefill, 70 per second in 0.4 s
         finish_reason="stop",
         timings=dict(TIMINGS),
     )

@@ -73,6 +73,7 @@ def page(tmp_path_factory: pytest.TempPathFactory, all_correct_run: Run) -> Path
 def test_every_image_loads(browser: Browser, page: Path) -> None:
     browser.open(page.as_uri())
     sizes = browser.js("return [...document.images].map(i => [i.complete, i.naturalWidth, i.width > 200])")
+    # Nine images of the eight questions, and one of the wrong answer.
     assert sizes == [[True, 256, True]] * 10
 
 
@@ -152,7 +153,7 @@ def test_text_is_readable(browser: Browser, page: Path, width: int, color_scheme
     assert len(contrasts) > 60
     for ratio, text, background in contrasts:
         assert ratio >= 4.5, (ratio, text)
-        # The background of a number has the colour of a box, that of other text the page's.
+        # A number is on the colour of its box. The background of other text is dark in dark mode, light in light mode.
         if not text.isdigit():
             assert background < 0.1 if color_scheme == "dark" else background > 0.7, text
     sizes = browser.js(

@@ -148,7 +148,7 @@ def test_export_time_excludes_the_engine_build(
 ) -> None:
     monkeypatch.setattr(score_module, "_MAX_NEW_TOKENS", 4)
     monkeypatch.setattr(run_module, "library_state", lambda: ("not built", Path("libqwenvl.so")))
-    # A stand-in for the build of the engine, which takes 5 seconds.
+    # In place of the build of the engine: a pause of 5 seconds.
     monkeypatch.setattr(run_module, "engine_available", lambda choice, operators: time.sleep(5) or True)
     lines: list[str] = []
     start = time.perf_counter()

@@ -112,9 +112,8 @@ def test_the_grace_period_of_the_pod_is_longer_than_a_shutdown() -> None:
     assert command == "sleep"
     variables = {variable["name"]: variable["value"] for variable in container()["env"]}
     shutdown_timeout = float(variables["QWENVL_SERVE_SHUTDOWN_TIMEOUT"])
-    # The timeouts after shutdown_timeout (serve/server.py): four of _STEP_TIMEOUT_SECONDS, for the stop of the engine
-    # and the end of the handlers in Server.shutdown, again for the stop of the engine, and for the end of the image
-    # processes, in run; and that of the cleanup of aborted handlers.
+    # After shutdown_timeout, serve/server.py waits at most _STEP_TIMEOUT_SECONDS for each of four: the engine process,
+    # the handlers, the engine process again, and the image processes; for aborted handlers, _CLEANUP_SECONDS.
     other_timeouts = 4 * server._STEP_TIMEOUT_SECONDS + server._CLEANUP_SECONDS
     grace_period = resource("deployment")["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     assert grace_period > int(seconds) + shutdown_timeout + other_timeouts

@@ -1,10 +1,10 @@
 """Shell commands of the documents are valid: their programs, subcommands, flags, required arguments, files, extras.
 
-Here commands are parsed, not run. Other tests also run some of them:
+Here commands are parsed, not run. CI and other tests also run some of them:
 - .ci/run: README "Run it" and "Test it";
 - test_readme_tasks.py and test_docs_examples.py: other sections of the README, batch.md, chat.md, eval.md, patches.md,
   python-api.md and recipes.md;
-- tests/recipes/test_recipe_docs.py: the console session of recipes.md;
+- tests/recipes/test_recipe_docs.py: the last console session of recipes.md;
 - tests/serve/test_serve_docs.py: `curl` in README.md and serving.md.
 """
 
@@ -278,7 +278,7 @@ def test_environment_variables_exist() -> None:
 
 
 def test_all_blocks_have_a_language() -> None:
-    """Every block has a language, since no test reads one without; shell blocks have the language sh."""
+    """Every block has a language, by which tests select blocks; no block has the language bash or shell."""
     for document in documents():
         fences = re.findall(r"^```(.*)$", document.read_text("utf-8"), re.MULTILINE)
         assert all(fences[::2]), document  # every second fence ends a block

@@ -13,7 +13,7 @@ from paddlemix_qwenvl_plugin.doctor.installation import ENTRY_POINTS
 from paddlemix_qwenvl_plugin.upstream import pins
 from paddlemix_qwenvl_plugin.version import __version__
 
-# The commands that the report gives as fixes.
+# The fixes that the report gives for Paddle.
 INSTALL_CPU = "pip install 'paddlepaddle>=3.0,<3.4' setuptools"
 INSTALL_GPU = (
     "pip uninstall -y paddlepaddle paddlepaddle-gpu; "
@@ -303,7 +303,7 @@ def test_a_checkout_counts_as_installed(environment: Environment) -> None:
 
 
 def activate(environment: Environment, hook: str) -> None:
-    """Activate the plugin as its .pth file does, with a hook for an existing and for a missing module.
+    """Activate the plugin as its .pth file does, with hooks for HOOKED_MODULE and for a module that never exists.
 
     `hook`: "hooks:good", or "hooks:bad" for a hook that fails.
     """

@@ -13,7 +13,7 @@ int32_t count() {
 void describe(int32_t index, qvl_device_info* info) {
   qvl::describe_cpu(info);
   std::snprintf(info->name, sizeof info->name, "GPU %d", index);
-  info->compute_major = 8;
+  info->compute_major = 8;  // from 8 on, GPUs have bfloat16
   if (const char* free = std::getenv("FAKE_FREE_BYTES")) info->free_bytes = std::strtoull(free, nullptr, 10);
 }
 

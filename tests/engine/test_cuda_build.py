@@ -100,6 +100,7 @@ def test_kernels_are_built_for_each_header_gpu_and_nvrtc(
     folders.append(build.built(gpu.kernels()))
     library = site / "nvidia" / "cuda_nvrtc" / "lib" / "libnvrtc.so.12"
     library.unlink()
+    # The driver is for CUDA 12; the version is what the library reports, whatever its file name.
     fake_nvrtc(library.with_name("libnvrtc.so.13"), 12, 10, 80)
     folders.append(build.built(gpu.kernels()))
     assert len(set(folders)) == 4

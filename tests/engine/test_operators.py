@@ -1,4 +1,7 @@
-"""The engine's operators in exported programs. tests/runtime/test_golden_exported.py compares them with goldens."""
+"""The engine's operators in exported programs; `test_rows_end_independently` also tests the portable graph.
+
+tests/runtime/test_golden_exported.py compares both with goldens.
+"""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ def test_layout_of_eight_bits() -> None:
 
 
 def test_sizes() -> None:
+    # A row of 300 values of 4 bits is padded to 384, 192 bytes; it has 3 scales and 3 zero points of 2 bytes each.
     assert packed_bytes("uint4_g128", 5, 300) == 5 * (192 + 2 * 3 * 2)
     assert packed_bytes("int32", 300) == 1200
 

@@ -1559,7 +1559,7 @@ cases(
     }
 )
 
-# Picture labels, addresses that are not public
+# Picture labels
 
 
 def tokenizer_config(text: str) -> Case:

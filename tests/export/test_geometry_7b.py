@@ -15,7 +15,7 @@ from geometry_7b import CONFIG, write_gptq, write_model
 GIB = 1024**3
 FREE_GIB_NEEDED = 14
 
-# Runs `code` and prints by how many bytes it raises the peak memory of the process; imports come before it.
+# Runs `code` and prints by how many bytes it raises the peak memory of the process. Imports come first, to be left out.
 MEASURE = """
 import re
 import paddle, paddlemix_qwenvl_plugin.export.export, paddlemix_qwenvl_plugin.checkpoint.convert

@@ -1,4 +1,4 @@
-"""Exports of GPTQ and AWQ checkpoints: storage types, and the engine's logits, which are those of the weights.
+"""Exports of GPTQ and AWQ checkpoints: storage types, and logits of the engine, compared with float32.
 
 Also completions, refused exports, progress, and an export by PaddleNLP's scripts.
 """

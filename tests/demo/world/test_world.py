@@ -1,6 +1,6 @@
 """The demo's synthetic images: a drawing shows its scene, and the answers to questions are true of the scene.
 
-Expected answers are computed from the scene here, not by the package's code for answers.
+Expected answers to questions are computed from the scene here, not by the package's code for answers.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def test_boxes_surround_the_pixels(side: int) -> None:
             distances = np.subtract(drawn, thing.bounds) * [1, 1, -1, -1]
             assert distances.min() >= -2 * 1000 / side, thing
             assert distances.max() <= 2 * 1000 / side + (45 if thing.text else 0), thing
+            # `box` is `bounds`, rounded to multiples of 10.
             assert np.abs(np.subtract(thing.box, thing.bounds)).max() <= 5
 
 

@@ -222,6 +222,7 @@ void Gpu::launch_bytes(CUstream, const char* name, Dim grid, int threads, int sh
                        const void* params, bool) const {
   const auto upload = uploads.find(name);
   if (upload != uploads.end()) {
+    // One thread suffices for a block, since the threads of these kernels do not wait for each other.
     threadIdx.x = 0;
     blockDim.x = 1;
     for (unsigned block = 0; block < grid.x; ++block) {
@@ -311,7 +312,7 @@ unsigned __ballot_sync(unsigned, bool value) {
 }
 
 // Adapters of the same rank. a, b: bfloat16 [adapters, rank, in], [adapters, out, rank]; of_rows: the adapter
-// of each row, -1 for none; order: the rows, sorted by adapter; low: receives A x [n, rank].
+// of each row, -1 for none; order: the rows, sorted by adapter; low: receives A x, bfloat16 [n, rank].
 struct HostAdapted {
   const uint16_t *a, *b;
   int adapters, rank;
