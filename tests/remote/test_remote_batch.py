@@ -157,7 +157,7 @@ def test_results_equal_those_of_exported_stages(server: FakeServer, batch: Any, 
                 del result["id"]
         if row.get("id") != 5:  # the row with an image file
             assert row == expected
-    # The last request, which may be of any row, has no image or the bytes of street.png.
+    # The last request may be of any row. If it has a `prompt` (base form), the image in it, if any, is street.png.
     assert images(server.bodies[-1].get("prompt", [])) in ([], [STREET.read_bytes()])
 
 
