@@ -184,7 +184,7 @@ def test_requests_to_a_busy_server_are_retried(
     async def sleep(seconds: float) -> None:
         pauses.append(seconds)
 
-    # Replace asyncio.sleep in this module only: event loops of other tests may still run in this process.
+    # Replace asyncio.sleep in remote/server.py only: event loops of other tests may still run in this process.
     monkeypatch.setattr(remote, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": sleep}))
     refusals = [
         (429, {"Retry-After": "7"}),
