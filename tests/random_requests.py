@@ -1,4 +1,4 @@
-"""Reproducible random requests of all kinds."""
+"""Random requests, reproducible by their generator of random numbers."""
 
 from __future__ import annotations
 

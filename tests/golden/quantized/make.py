@@ -12,7 +12,7 @@ In each folder, reference.npz has float32 results of the model with the tool's l
 that the tool dequantizes): `logits` [T, vocabulary] for `tokens` [T], and, under the name of a layer, its output for
 `inputs(…)`.
 
-AutoGPTQ is installed by `pip install --no-deps --no-build-isolation auto-gptq`; its folder must be on PYTHONPATH.
+AutoGPTQ is installed by `pip install --no-deps --no-build-isolation auto-gptq`.
 """
 
 from __future__ import annotations
