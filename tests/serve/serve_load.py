@@ -1,4 +1,4 @@
-"""Clients of a load test; each reads most responses to the end, and sometimes disconnects or sends an invalid request."""
+"""Clients of a load test; each also disconnects early and sends invalid requests, at random."""
 
 from __future__ import annotations
 
