@@ -1,4 +1,4 @@
-"""Clients of a load test; each also disconnects early and sends invalid requests, at random."""
+"""Clients of a load test; by default they also disconnect early and send invalid requests, at random."""
 
 from __future__ import annotations
 
