@@ -1,4 +1,4 @@
-"""Models with the layer sizes of the real 7B model and random weights, for tests and benchmarks."""
+"""Model folders with random weights, for tests and benchmarks; CONFIG has the layer sizes of the real 7B model."""
 
 from __future__ import annotations
 

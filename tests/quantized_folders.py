@@ -149,7 +149,7 @@ def _quantized_tensors(variant: Variant) -> tuple[dict[str, np.ndarray], dict[st
         tensors, weight = quantized_layer(rng, n_in, n_out, variant)
         dense[f"{name}.weight"] = weight.astype(np.float32)
         stored |= {f"{name}.{suffix}": value for suffix, value in tensors.items()}
-        # For a layer without a bias, AutoGPTQ stores a bias of zeros.
+        # AutoGPTQ stores a bias of zeros for a layer without one; here the AWQ folders have it, too.
         stored.setdefault(f"{name}.bias", np.zeros(n_out, np.float16))
     return stored, dense
 

@@ -1,4 +1,4 @@
-"""Reproducible random requests of all kinds."""
+"""Random requests, reproducible by their generator of random numbers."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class RandomRequest:
         self.answer_spans: list[tuple[int, int]] = []
         if rng.random() < image_probability:
             self.image_seeds.append(rng.randrange(4))
+            # The special tokens <img>, </img> and <imgpad> have consecutive ids.
             slots = [vision.image_start_id + 2] * vision.n_queries
             self.ids += [vision.image_start_id, *slots, vision.image_start_id + 1]
         if rng.random() < 0.3:

@@ -13,7 +13,7 @@ from paddlemix_qwenvl_plugin.upstream import patches, pins
 
 @pytest.fixture(params=["paddlenlp", "paddlemix"])
 def tree(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCheckout:
-    """Fake checkout of an upstream; the pins are replaced by pins with its commit."""
+    """Fake checkout of an upstream; its pin and patches replace the real ones."""
     if shutil.which("git") is None:
         pytest.skip("git is not on PATH; install it")
     real_pins = pins.load()

@@ -16,6 +16,7 @@ _HUNK = re.compile(r"^@@ -(\d+)(?:,\d+)? \+\d+(?:,\d+)? @@", re.MULTILINE)
 def git(folder: Path, *arguments: str, stdin: str = "") -> str:
     """Run git in a folder and return its output."""
     identity = ("-c", "user.name=test", "-c", "user.email=test@example.com", "-c", "commit.gpgsign=false")
+    # Without GIT_CEILING_DIRECTORIES, git would use a repository above the folder.
     environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent)}
     completed = subprocess.run(
         ["git", *identity, *arguments],
@@ -52,7 +53,7 @@ class FakeCheckout:
         root: its folder.
         patches: folder of the shipped patches, changed to the checkout's commit and blob ids.
         pinned: the upstream's pin, with the checkout's commit.
-        touched: paths of the files that the patches change.
+        touched: paths of the files that the patches change; each shipped patch changes one file.
     """
 
     root: Path

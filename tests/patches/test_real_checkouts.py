@@ -1,4 +1,4 @@
-"""The shipped patches on clones of real checkouts, if QWENVL_PADDLENLP_DIR and QWENVL_PADDLEMIX_DIR name them."""
+"""The shipped patches on clones of the real checkouts that QWENVL_PADDLENLP_DIR and QWENVL_PADDLEMIX_DIR name."""
 
 from __future__ import annotations
 
@@ -351,7 +351,7 @@ def test_paddlemix_imports(paddlemix: Path) -> None:
 
 @pytest.fixture
 def patched_utils(paddlemix: Path) -> types.ModuleType:
-    """The patched module deploy/qwen_vl/utils.py, which reads the token files."""
+    """The patched module deploy/qwen_vl/utils.py, which reads the files of generated tokens, one for each step."""
     spec = importlib.util.spec_from_file_location(
         "patched_utils", paddlemix / "deploy" / "qwen_vl" / "utils.py"
     )

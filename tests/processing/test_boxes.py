@@ -108,7 +108,7 @@ def test_corrected_boxes_are_reported(text: str, points: tuple, problem: str) ->
         ("a<box>(1,2),(3,4),(5,6)</box>c", "ac", "malformed"),
         ("a<quad>(1,2),(3,4)</quad>c", "ac", "malformed"),
         ("a<box>(1.5,2),(3,4)</box>c", "ac", "malformed"),
-        ("a<box>(1,2),(3," + "9" * 5000 + ")</box>c", "ac", "malformed"),
+        ("a<box>(1,2),(3," + "9" * 5000 + ")</box>c", "ac", "malformed"),  # int() refuses so many digits
         ("a</box>c", "ac", "</box> at character 1 has no <box>"),
         ("a<ref>b", "ab", "<ref> at character 1 is not closed"),
         ("a<ref></ref>b", "ab", "<ref> at character 1 is empty"),

@@ -266,7 +266,7 @@ def test_tiny_vocabulary_against_brute_force(
 
 
 def test_every_tiny_token_is_reachable(tiny_vocab_file: Path) -> None:
-    """Each token is a byte, or the last merge of two tokens of lower ranks."""
+    """Each token is a byte, or BPE makes it by merging two tokens of lower ranks."""
     ranks = read_ranks(tiny_vocab_file)
     assert sorted(ranks.values()) == list(range(N_TINY))
     assert all(ranks[bytes([value])] == value for value in range(256))

@@ -226,7 +226,7 @@ def test_report(quantized, model, rows, tmp_path):
     for key, (before, after) in changes.items():
         layer, matrix = key.split()
         difference, gram = before.astype(np.float64) - after, changed.grams[key]
-        # Relative error of the matrix's outputs on the calibration inputs.
+        # Relative error of the matrix's outputs on the calibration inputs; `nearest`: that of rounding to nearest.
         expected = math.sqrt(np.vdot(difference @ gram, difference) / np.vdot(before @ gram, before))
         error, nearest = report["layers"][int(layer)]["matrices"][matrix]
         assert error == pytest.approx(expected, rel=2e-3), key

@@ -1,4 +1,4 @@
-"""docs/recipes.md: its worked example prints what it shows, and its tables list every key, check and reference."""
+"""docs/recipes.md: its example prints what it shows; it lists checks, references, and keys except those of `expect`."""
 
 from __future__ import annotations
 

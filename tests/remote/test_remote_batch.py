@@ -157,7 +157,7 @@ def test_results_equal_those_of_exported_stages(server: FakeServer, batch: Any, 
                 del result["id"]
         if row.get("id") != 5:  # the row with an image file
             assert row == expected
-    # The last request, which may be of any row, has no image or the bytes of street.png.
+    # The last request may be of any row. If it has a `prompt` (base form), the image in it, if any, is street.png.
     assert images(server.bodies[-1].get("prompt", [])) in ([], [STREET.read_bytes()])
 
 
@@ -184,7 +184,7 @@ def test_requests_to_a_busy_server_are_retried(
     async def sleep(seconds: float) -> None:
         pauses.append(seconds)
 
-    # Replace asyncio.sleep in this module only: event loops of other tests may still run in this process.
+    # Replace asyncio.sleep in remote/server.py only: event loops of other tests may still run in this process.
     monkeypatch.setattr(remote, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": sleep}))
     refusals = [
         (429, {"Retry-After": "7"}),

@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = load_config(MODEL)
     for seed, (name, dtype) in enumerate({"one": "float32", "two": "bfloat16"}.items()):
         write_adapter(folder / name, config, seed, dtype=dtype)
-    # The engine needs only the weights of a portable export.
+    # Portable exports suffice: the engine reads only their weights.
     export_vision(MODEL, folder / "vision", engine="portable")
     export_language(MODEL, folder, "plain", engine="portable")
     export_language(MODEL, folder, "merged", engine="portable", lora=folder / "one")

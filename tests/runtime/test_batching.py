@@ -21,6 +21,7 @@ def vl(tiny_exported, request):
 
 def prompt_with_images(vl, n_images, text_ids):
     config = vl.config.visual
+    # The special tokens <img>, </img> and <imgpad> have consecutive ids.
     image = [
         config.image_start_id,
         *[config.image_start_id + 2] * config.n_queries,

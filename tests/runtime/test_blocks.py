@@ -87,6 +87,7 @@ def test_against_a_plain_implementation(operations, n_blocks):
         elif name == "share":
             found = pool.find(arguments[0])
             assert found == plain.find(arguments[0])
+            # Keys that repeat find the same block twice; a sequence has no block twice.
             if found and len(set(found)) == len(found):
                 pool.share(found)
                 for block in found:

@@ -1,4 +1,4 @@
-"""Both exported stages, opened by PIR and legacy programs, compared with recorded outputs of PaddleMIX's own model."""
+"""Both exported stages, opened from PIR and legacy programs, compared with recorded outputs of PaddleMIX's model."""
 
 from __future__ import annotations
 

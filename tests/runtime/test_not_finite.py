@@ -83,7 +83,7 @@ def test_commands(
         main()
     printed = capfd.readouterr()
     assert exit_info.value.code == 1
-    assert "\0" not in printed.out
+    assert "\0" not in printed.out  # token 0, which an argmax of NaN selects
     last_line = printed.err.splitlines()[-1]
     if name == "batch":
         assert last_line == "qwenvl: 2 of 2 rows failed; see their errors in out.jsonl"

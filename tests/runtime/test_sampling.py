@@ -120,5 +120,6 @@ def test_stock_graph_and_predictor_agree(tiny_exported, engine, min_new, penalti
     )
     tokens = Stage(prefix, "language", "cpu").open()(feed)[-1].numpy()
     assert tokens.shape == (3, 12)
+    # The stock program returns -1 after the end of a row.
     for row, expected_row in zip(tokens.tolist(), expected):
         assert row == expected_row + [-1] * (12 - len(expected_row))

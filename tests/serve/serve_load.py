@@ -1,4 +1,4 @@
-"""Load test clients; each reads most responses to the end, and sometimes disconnects or sends an invalid request."""
+"""Clients of a load test; by default they also disconnect early and send invalid requests, at random."""
 
 from __future__ import annotations
 

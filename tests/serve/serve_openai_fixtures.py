@@ -60,7 +60,7 @@ def shared_server(stages: DemoStages) -> Iterator[Server]:
 
 @pytest.fixture
 def server(shared_server: Server, caplog: pytest.LogCaptureFixture) -> Iterator[Server]:
-    """The server, restored to its initial state after the test; a test fails if it logs an error."""
+    """The server, restored to its initial state after the test; a test fails if an error is logged while it runs."""
     service, engine, admission = shared_server.service, shared_server.engine, shared_server.admission
     loop = engine.vl._loop
     initial_service = replace(service)

@@ -1,4 +1,4 @@
-"""Parser of the subset of PromQL that the dashboards use."""
+"""Parser of the subset of PromQL that the dashboard uses."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ LONG = 1000.0  # seconds; a timeout that no test reaches
 
 
 async def run_ready_tasks() -> None:
-    """Let all tasks run until they wait; a task needs at most a few turns of the event loop."""
+    """Let all tasks run until they wait; a task needs at most a few iterations of the event loop."""
     for _ in range(10):
         await asyncio.sleep(0)
 

@@ -267,7 +267,7 @@ def test_limit_of_all_bodies_in_memory() -> None:
 
 
 def test_expect_100_continue() -> None:
-    """A client that sends "Expect: 100-continue", as curl does for long bodies, gets status 413 before the body."""
+    """A client that sends "Expect: 100-continue", as curl does for long bodies, gets status 413 before it sends one."""
     with served(ready_service(max_body_bytes=MIB)) as url, connect(url) as connection:
         head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Type: application/json"
         connection.sendall(f"{head}\r\nContent-Length: {2 * MIB}\r\n\r\n".encode())

@@ -240,7 +240,7 @@ def test_dns_rebinding(host: str, status: int, method: str, path: str, key_file:
     [
         (None, True),
         (HOST, True),
-        ("https://127.0.0.1:8000", True),
+        ("https://127.0.0.1:8000", True),  # the same server behind a proxy with TLS
         ("http://chat.example.org", True),
         ("http://127.0.0.1:8001", False),
         ("http://localhost:8000", False),  # the same server under another name is another origin

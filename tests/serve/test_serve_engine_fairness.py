@@ -92,7 +92,7 @@ def test_long_prompt_gets_at_least_half_of_the_tokens(loop):
 @pytest.mark.parametrize("n_blocks", [4000, 300])
 def test_long_prompt_starts_though_more_short_requests_arrive_than_can_run(loop, n_blocks):
     """Of 300 blocks the long prompt needs 250, so short requests must not get all blocks that become free."""
-    loop = Loop(CountingExecutor(n_blocks))
+    loop = Loop(CountingExecutor(n_blocks))  # of the fixture, only the changed _MIN_TOKENS is used
     long_request = make_request(8000)
 
     def long_started_while_short_ones_arrive() -> bool:

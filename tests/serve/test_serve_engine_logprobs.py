@@ -32,6 +32,7 @@ class LogitsRecorder(EngineExecutor):
 
     def __init__(self, vl: QwenVL, n_blocks: Optional[int] = None, ahead: bool = False) -> None:
         super().__init__(*vl._stages, n_blocks=n_blocks, ahead=ahead)
+        # A row for each token that a step picks; the tests have at most 30 requests at a time.
         self._step_logits = np.empty([256, vl.config.vocab_size], np.float32)
         self._args.logits = self._step_logits.ctypes.data
         self.logits: dict[Generation, list[np.ndarray]] = {}

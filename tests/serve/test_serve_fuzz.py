@@ -1,6 +1,6 @@
 """Random requests generated from the OpenAPI document: no status from 500 on, no hang, errors in OpenAI's format.
 
-QWENVL_TEST_FUZZ_SECONDS sets the duration (default 20; longer if not all operations have had their requests by then),
+QWENVL_TEST_FUZZ_SECONDS sets the duration (default 20; longer if one round over all operations takes longer),
 QWENVL_TEST_FUZZ_SEED the seed of the requests (default 0).
 """
 

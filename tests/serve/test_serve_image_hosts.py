@@ -181,7 +181,7 @@ def test_no_downloads_without_allowed_hosts(server: Any, net: FakeNetwork) -> No
         ("http://images.example:{port}/status/404", 1),
         ("http://images.example:{port}/status/500", 1),
         ("http://images.example:{port}/to/http://other.example:{port}/a.png", 1),  # not allowed
-        # Two redirects to hosts that are allowed, but not at public addresses.
+        # The next two redirect to hosts that are allowed, but not at public addresses.
         ("http://images.example:{port}/to/http://inside.example/a.png", 1),
         ("http://images.example:{port}/to/http://127.0.0.1:{port}/a.png", 1),
         ("http://images.example:{port}/to/file:///etc/passwd", 1),
@@ -240,7 +240,7 @@ def test_size_limit_and_timeout(server: Any, net: FakeNetwork) -> None:
 def test_slow_downloads_do_not_delay_other_images(
     server: Any, net: FakeNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five downloads, of which three run at the same time, and one image process for a data: URL."""
+    """While three of five downloads run and two wait, the only image process decodes the image of a data: URL."""
     monkeypatch.setattr(image_hosts, "_MAX_DOWNLOADS", 3)
     from base64 import b64encode
 

@@ -193,7 +193,7 @@ def test_invalid_url_or_image(
 def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
     """Black grayscale PNG of this size, with these chunks after the header.
 
-    The data of a larger image ends after about 50 million pixels, so that it is made quickly.
+    The data ends after about 50 million pixels, so that a larger image is made quickly.
     """
     rows = zlib.compress(bytes(min(width + 1, 50_000_000 // height + 1) * height), 1)
     header = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))

@@ -6,13 +6,13 @@
 | --- | --- | --- |
 | auto_gptq | auto-round 0.16.1, rounding to nearest | GPTQ, 4 bits, groups of 32, asymmetric, safetensors |
 | auto_awq | auto-round 0.16.1, rounding to nearest | AWQ, 4 bits, groups of 32, asymmetric, safetensors |
-| act_order | AutoGPTQ 0.7.1, GPTQ with `desc_act` | GPTQ, 4 bits, groups of 32, symmetric, a bias everywhere, .bin |
+| act_order | AutoGPTQ 0.7.1, GPTQ with `desc_act` | GPTQ, 4 bits, groups of 32, symmetric, a bias in each layer, .bin |
 
 In each folder, reference.npz has float32 results of the model with the tool's linear layers (auto_awq: with the weights
 that the tool dequantizes): `logits` [T, vocabulary] for `tokens` [T], and, under the name of a layer, its output for
 `inputs(…)`.
 
-AutoGPTQ is installed by `pip install --no-deps --no-build-isolation auto-gptq`; its folder must be on PYTHONPATH.
+AutoGPTQ is installed by `pip install --no-deps --no-build-isolation auto-gptq`.
 """
 
 from __future__ import annotations

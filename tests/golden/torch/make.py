@@ -1,4 +1,7 @@
-"""Make the files beside this file with PyTorch 2.x: `python make.py`. Values are small integers: exact in any dtype."""
+"""Make the files beside this file with PyTorch 2.x: `python make.py`. Values are small integers: exact in any dtype.
+
+"before-1.6" in a name: the format of PyTorch before 1.6, a stream of pickles in place of a ZIP archive.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
     base = torch.arange(60, dtype=dtype).reshape(3, 20)
     tensors = OrderedDict(
         whole=base,
-        transposed=base.T,  # not contiguous, the same storage
+        transposed=base.T,  # not contiguous, shares the storage of `whole`
         part=base[1:, 5:9],  # begins inside the storage
         scalar=torch.tensor(7, dtype=dtype),
         empty=torch.zeros([0, 4], dtype=dtype),

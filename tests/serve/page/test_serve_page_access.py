@@ -12,7 +12,7 @@ import pytest
 from serve_page_driver import Page, image_file
 from serve_page_server import PAGE, Gate, PageServer, Refusal
 
-TAB, SPACE = "\ue004", " "  # codes of WebDriver
+TAB, SPACE = "\ue004", " "  # as WebDriver takes them
 ANSWER = "<ref>a dog</ref><box>(100,200),(600,900)</box> and <ref>a ball</ref><box>(700,600),(900,800)</box>."
 
 
