@@ -30,8 +30,8 @@ struct Matvec {
 };
 
 // Tile of weights to unpack for the blocked product, to float32 (unpack_tile[0]) or bfloat16
-// (unpack_tile[1]). The scale of an int8 row is not applied. Columns are padded with zeros to a multiple of
-// 2.
+// (unpack_tile[1]). The scale of an int8 row is not applied. With an odd n_k a column is
+// added, which has no effect on the product.
 struct UnpackTile {
   const void* weights;
   const void* scales;
@@ -113,7 +113,7 @@ struct Kernels {
   // tile.n) tokens.
   void (*attend)(const float* q, int64_t q_stride, int n_q, int head_dim, const KvTile& tile, int64_t visible,
                  float* state, float* out, int64_t out_stride, void* scratch);
-  // As attend, in bfloat16; NULL without bf16_dot.
+  // As attend, with the factors of products rounded to bfloat16; NULL without bf16_dot.
   void (*attend_rounded)(const float* q, int64_t q_stride, int n_q, int head_dim, const KvTile& tile,
                          int64_t visible, float* state, float* out, int64_t out_stride, void* scratch);
   // One query that sees all tokens of n_tiles tiles, at most kMaxKvTile in total; keys and values in place.
