@@ -15,7 +15,8 @@ constexpr int kMaxRows = 8;      // maximum number of rows of x of a matrix-vect
 constexpr int kMaxKvTile = 256;  // maximum number of tokens of a KvTile
 constexpr int kMaxTileK = 512;   // maximum number of columns of an unpacked tile in bfloat16; float32: half
 
-// y[r * y_stride + row] (+)= sum over k of weight[row][k] * x[r][k] for the rows in [first_row, end_row).
+// y[r * y_stride + row] (+)= sum over k of weight[row][k] * x[r][k] + bias[row] for r < n_x and the rows that
+// are given to matvec().
 struct Matvec {
   const void* weights;
   const void* scales;  // int8: float [rows]; int4: bfloat16 [rows][groups of a row padded to 128 values]
@@ -30,8 +31,8 @@ struct Matvec {
 };
 
 // Tile of weights to unpack for the blocked product, to float32 (unpack_tile[0]) or bfloat16
-// (unpack_tile[1]). The scale of an int8 row is not applied. With an odd n_k a column is
-// added, which has no effect on the product.
+// (unpack_tile[1]). The scale of an int8 row is not applied. With an odd n_k a column is added, which has no
+// effect on the product.
 struct UnpackTile {
   const void* weights;
   const void* scales;

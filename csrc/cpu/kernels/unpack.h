@@ -50,7 +50,7 @@ struct UnpackFloats {
   }
 };
 
-// Quantized rows are padded with zeros to a multiple of 128 columns, and first_k is a multiple of 128.
+// Quantized rows are padded to a multiple of 128 columns, int8 with zeros; first_k is a multiple of 128.
 struct UnpackInt8 {
   static QVL_INLINE void chunk(const UnpackTile& t, int64_t row, int i, Floats (&v)[kChunkVectors]) {
     const int8_t* from = static_cast<const int8_t*>(t.weights) + row * round_up(t.k, kUnit) + t.first_k + i;
