@@ -73,7 +73,7 @@ struct Kernels {
   void (*layer_norm)(const float* x, const float* weight, const float* bias, int n, float epsilon, float* y);
 
   // elementwise.h
-  void (*gelu)(float* x, int64_t n);                          // exact form, in place
+  void (*gelu)(float* x, int64_t n);                          // with erf, in place
   void (*silu_mul)(const float* gate, float* x, int64_t n);   // x *= silu(gate)
   void (*add)(const float* from, float* to, int64_t n);       // to += from
   void (*widen)(const uint16_t* from, float* to, int64_t n);  // bfloat16 -> float32
