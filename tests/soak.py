@@ -21,7 +21,7 @@ N_DISTINCT = 60  # different requests; each is submitted many times
 
 @dataclass
 class Report:
-    """Counts of events, and the growth of memory after the first fifth of the requests: of the process, of the GPU."""
+    """Counts of events, and growth of the process's and the GPU's memory since a fifth of the requests had started."""
 
     requests: int = 0
     cancelled: int = 0

@@ -171,6 +171,7 @@ void read_records(const char* path, Cursor file, Tensors* tensors) {
 
 std::shared_ptr<const Tensors> map_params_file(const char* path) {
   auto tensors = std::make_shared<Tensors>();
+  // O_NONBLOCK: opening a named pipe, which is refused below, does not wait for a writer.
   struct Descriptor {
     int number;
     ~Descriptor() {

@@ -37,7 +37,7 @@ struct AttentionShape {
   int64_t q_stride;    // floats of q from token to token
   int64_t q_head;      // floats of q from head to head
   int64_t out_stride;  // floats of the output from token to token; its heads are adjacent
-  bool rounded;        // kAllKeys and kCausal compute in bfloat16 if the kernels can (bf16_dot)
+  bool rounded;        // kAllKeys and kCausal multiply bfloat16 if the kernels can (bf16_dot)
 };
 
 // Compute out[row][head * head_dim ...] for all rows of `work`. Either all items must have the mask kDecode,

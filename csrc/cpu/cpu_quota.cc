@@ -31,7 +31,7 @@ double quota_of(const std::string& folder) {
   return cpus(first_line(folder + "/cpu.cfs_quota_us"), first_line(folder + "/cpu.cfs_period_us"));
 }
 
-// Smallest quota of a group and its parents in CPUs; 0 without a limit. In a container without a cgroup
+// Smallest quota, in CPUs, of a group and its parents; 0 without a limit. In a container without a cgroup
 // namespace the path of the group is valid only on the host, but the root of the mount is the group of the
 // container.
 double smallest_quota(const std::string& mount, std::string group) {

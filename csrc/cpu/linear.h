@@ -5,8 +5,8 @@
 
 namespace qvl::cpu {
 
-// Weights [rows, k] of a linear layer. The memory belongs to the caller of the C interface or to an adapter,
-// that of the bias to the back end.
+// Weights [rows, k] of a linear layer, in the memory of the engine's tensors (core/tensors.h) or of an
+// adapter; the bias is a copy of the back end.
 struct Matrix {
   const void* values = nullptr;
   const void* scales = nullptr;  // only for quantized types

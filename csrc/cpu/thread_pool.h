@@ -56,8 +56,8 @@ class ThreadPool {
 // available to this process within its affinity mask and the quota of its control group.
 int thread_count(int requested);
 
-// CPU quota of the control groups listed in `cgroup_file` (/proc/self/cgroup) and their parents, of cgroup
-// version 1 or 2; 0 without a limit. `root`: mount point of the groups (/sys/fs/cgroup).
+// Smallest quota, in CPUs, of the control groups listed in `cgroup_file` (/proc/self/cgroup) and of their
+// parents, of cgroup version 1 or 2; 0 without a limit. `root`: mount point of the groups (/sys/fs/cgroup).
 double cpu_quota(const std::string& cgroup_file, const std::string& root);
 
 }  // namespace qvl::cpu

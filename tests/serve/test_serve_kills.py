@@ -157,6 +157,7 @@ def test_requests_time_out_while_the_engine_hangs(
     assert poller.failures == []
     wait_until_idle(url)
     assert metrics(url)["qwenvl_engine_restarts_total"] == 0
+    # Four completions, as many as --max_running, so that no request waits.
     single_choice = [question for question in known_questions if question.body.get("n", 1) == 1][:4]
     assert len(single_choice) == 4
     assert wrong_replies(asyncio.run(ask_all(url, single_choice)), single_choice) == []

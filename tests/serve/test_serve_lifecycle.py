@@ -32,8 +32,8 @@ TIMEOUT = 120.0  # seconds; longer than any operation takes on a busy machine
 class Process(ServerProcess):
     """`qwenvl serve` with a CountingEngine.
 
-    `engine` has the arguments of the CountingEngine, see serve_fake_server.py; `prefix` is a command that starts the
-    server's command, which follows it.
+    `engine` is the ENGINE_JSON of serve_fake_server.py: the arguments of the CountingEngine, and optionally the error
+    of its start. `prefix` is a command that starts the server's command, which follows it.
     """
 
     def __init__(

@@ -155,7 +155,7 @@ def test_choices_have_different_seeds(server, local_model):
 
 
 def test_choices_share_a_prompt(server, local_model):
-    """The prompt is computed once, for the first choice; the other choices are submitted after its first token.
+    """The other choices are submitted after the first token of the first, so that they find its prompt in the cache.
 
     The usage counts the prompt once, and the image is loaded once.
     """
@@ -248,7 +248,7 @@ def test_any_model_output(server, monkeypatch, text):
     boxes = [box for chunk in chunks for box in getattr(chunk.choices[0].delta, "boxes", None) or []]
     assert boxes == choice.message.boxes
     assert points_of(boxes) == [box.points for box in parse_boxes(text).boxes]
-    assert all(box["pixels"] is None for box in boxes)  # without an image, its size is unknown
+    assert all(box["pixels"] is None for box in boxes)  # pixels need an image and its size
     raw = server.http.post(
         "/v1/chat/completions", json={"model": NAME, "messages": question("?"), "stream": True}
     )

@@ -209,7 +209,7 @@ def test_error_message_of_the_command(
 def test_message_without_the_extra_serve(
     run: Callable[..., CommandResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    serve._setting_flags.cache_clear()
+    serve._setting_flags.cache_clear()  # its first call checks the libraries; other tests have called it
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     message = "qwenvl serve needs the library uvicorn: pip install 'paddlemix-qwenvl-plugin[serve]'"
     assert run("--demo") == (1, "", f"qwenvl: {message}\n")

@@ -28,7 +28,7 @@ UNUSED = (
     *("aistudio_sdk", "colorlog", "cv2", "datasets", "dill", "emoji", "fastapi", "jieba", "multiprocess"),
     *("omegaconf", "onnx", "paddle2onnx", "ppdiffusers", "rouge", "seqeval", "uvicorn", "visualdl"),
 )
-# Subpackages of paddlemix that are registered without running their __init__.
+# Suffixes of the packages of paddlemix that are registered without running their __init__.
 REGISTERED = ("", ".processors", ".models", ".models.qwen_vl", ".utils")
 
 

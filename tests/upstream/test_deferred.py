@@ -83,5 +83,6 @@ def test_a_failing_creation_raises_at_every_use(error, use):
 
     deferred = Deferred(fail)
     for _ in range(2):
+        # An AttributeError becomes a RuntimeError, because isinstance() and hasattr() would swallow it.
         with pytest.raises((OSError, RuntimeError), match="no such weights"):
             use(deferred)

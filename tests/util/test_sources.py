@@ -1,4 +1,4 @@
-"""Image sources: distinction of paths and URLs, and URLs without passwords."""
+"""Image sources: distinction of paths and URLs, and removal of user names and passwords from URLs."""
 
 from __future__ import annotations
 

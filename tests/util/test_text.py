@@ -1,4 +1,4 @@
-"""Control characters in text and JSON are escaped."""
+"""Control characters are escaped: in text except line breaks and tabs, in JSON all."""
 
 from __future__ import annotations
 

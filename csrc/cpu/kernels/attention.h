@@ -308,8 +308,9 @@ QVL_INLINE void attend_one_typed(const float* q, int head_dim, const KvTile* til
   float scores[kMaxKvTile + kLanes];
   int n = 0;
   for (int i = 0; i < n_tiles; n += tiles[i].n, ++i) {
-    // After the last tile, prefetch the first keys of the next head, which are read next if this call has the
-    // last keys of this head. They follow those of this head in the block of the first tile, if it is full.
+    // After the last tile, prefetch the next head's keys of the first tile, which are read next unless the
+    // caller's task has several chunks of keys. They follow those of this head in the block if the tile is
+    // full.
     const void* next = i + 1 < n_tiles ? tiles[i + 1].keys
                                        : static_cast<const Stored*>(tiles->keys) + tiles->n * tiles->stride;
     score_keys<Stored>(q, head_dim, tiles[i], next, scores + n);

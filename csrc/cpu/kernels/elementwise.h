@@ -1,7 +1,7 @@
 // Activation functions, additions, conversions between storage types and float32, and rotary rotation.
 //
-// Layout: float32 [n], processed in vectors of L lanes and a remainder of `count` < L values. The rotation
-// pairs channel i of the lower half of a head with channel i of its upper half:
+// Layout: float32 [n], processed in vectors of kLanes values and a remainder of `count` < kLanes. The
+// rotation pairs channel i of the lower half of a head with channel i of its upper half:
 //
 //   x  [ a0 a1 .. a(d/2-1) | b0 b1 .. b(d/2-1) ]      a' = (a * cos - b * sin) * scale
 //                                                     b' = (b * cos + a * sin) * scale

@@ -169,7 +169,8 @@ class Prefetcher {
   int64_t row_ = 0, line_ = 0;  // next cache line
 };
 
-// Multiply all rows by PanelCount panels, at most 48 KB, which each block of rows reads again.
+// Multiply all rows by PanelCount panels, which each block of rows reads again; for the tiles of linear.cc
+// they have at most 48 KB together.
 template <typename Step, int PanelCount>
 QVL_INLINE void multiply_panels(const typename Step::Element* tile, int64_t width, int rows, int n_steps,
                                 const char* panels, size_t panel_bytes, bool assign, float* c,

@@ -15,7 +15,8 @@ constexpr int kMaxRows = 8;      // maximum number of rows of x of a matrix-vect
 constexpr int kMaxKvTile = 256;  // maximum number of tokens of a KvTile
 constexpr int kMaxTileK = 512;   // maximum number of columns of an unpacked tile in bfloat16; float32: half
 
-// y[r * y_stride + row] (+)= sum over k of weight[row][k] * x[r][k] for the rows in [first_row, end_row).
+// y[r * y_stride + row] (+)= sum over k of weight[row][k] * x[r][k] + bias[row] for r < n_x and the rows that
+// are given to matvec().
 struct Matvec {
   const void* weights;
   const void* scales;  // int8: float [rows]; int4: bfloat16 [rows][groups of a row padded to 128 values]
@@ -30,8 +31,8 @@ struct Matvec {
 };
 
 // Tile of weights to unpack for the blocked product, to float32 (unpack_tile[0]) or bfloat16
-// (unpack_tile[1]). The scale of an int8 row is not applied. Columns are padded with zeros to a multiple of
-// 2.
+// (unpack_tile[1]). The scale of an int8 row is not applied. With an odd n_k a column is added, which has no
+// effect on the product.
 struct UnpackTile {
   const void* weights;
   const void* scales;
@@ -72,7 +73,7 @@ struct Kernels {
   void (*layer_norm)(const float* x, const float* weight, const float* bias, int n, float epsilon, float* y);
 
   // elementwise.h
-  void (*gelu)(float* x, int64_t n);                          // exact form, in place
+  void (*gelu)(float* x, int64_t n);                          // with erf, in place
   void (*silu_mul)(const float* gate, float* x, int64_t n);   // x *= silu(gate)
   void (*add)(const float* from, float* to, int64_t n);       // to += from
   void (*widen)(const uint16_t* from, float* to, int64_t n);  // bfloat16 -> float32
@@ -113,7 +114,7 @@ struct Kernels {
   // tile.n) tokens.
   void (*attend)(const float* q, int64_t q_stride, int n_q, int head_dim, const KvTile& tile, int64_t visible,
                  float* state, float* out, int64_t out_stride, void* scratch);
-  // As attend, in bfloat16; NULL without bf16_dot.
+  // As attend, with the factors of products rounded to bfloat16; NULL without bf16_dot.
   void (*attend_rounded)(const float* q, int64_t q_stride, int n_q, int head_dim, const KvTile& tile,
                          int64_t visible, float* state, float* out, int64_t out_stride, void* scratch);
   // One query that sees all tokens of n_tiles tiles, at most kMaxKvTile in total; keys and values in place.

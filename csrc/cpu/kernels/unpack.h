@@ -6,7 +6,7 @@
 //   matrix                first_k
 //             +-------------+-------+------+
 //   first_row |             | n_k   |      |         tile [n_rows][n_k rounded up to 2], float32 or bfloat16
-//             |             | wide  |      |  ---->  zeros in the added column
+//             |             | wide  |      |  ---->  an added column has no effect
 //             +-------------+-------+------+
 //
 // kChunk = 32 columns of a row are unpacked at a time: 2 vectors of 16 lanes, 4 of 8 or 8 of 4. 4-bit weights
@@ -26,14 +26,14 @@ namespace {
 
 using qvl::cpu::UnpackTile;
 
-// Columns of a row unpacked at a time. The last chunk of a row is stored beyond the row's end if its length
-// is not a multiple of kChunk. Such a tile is narrower than the maximum (kMaxTileK), for which its memory has
+// Columns of a row unpacked at a time. If a row of the tile is not a multiple of kChunk long, its last chunk
+// is stored beyond its end. Such a tile is narrower than the maximum (kMaxTileK), for which its memory has
 // space.
 constexpr int kChunk = 32;
 constexpr int kChunkVectors = kChunk / kLanes;
 
 // An Unpack class of each storage type has chunk(): columns first_k + i to first_k + i + kChunk - 1 of a row
-// as float32, padded with zeros.
+// as float32. Columns beyond the row are zeros, or with zero points -zero * scale.
 
 template <typename Value>
 struct UnpackFloats {
@@ -50,7 +50,7 @@ struct UnpackFloats {
   }
 };
 
-// Quantized rows are padded with zeros to a multiple of 128 columns, and first_k is a multiple of 128.
+// Quantized rows are padded to a multiple of 128 columns, int8 with zeros; first_k is a multiple of 128.
 struct UnpackInt8 {
   static QVL_INLINE void chunk(const UnpackTile& t, int64_t row, int i, Floats (&v)[kChunkVectors]) {
     const int8_t* from = static_cast<const int8_t*>(t.weights) + row * round_up(t.k, kUnit) + t.first_k + i;
