@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import sys
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from paddlemix_qwenvl_plugin.batch.source import Source
 from paddlemix_qwenvl_plugin.cluster.batch import job as job_module
 from paddlemix_qwenvl_plugin.cluster.batch.files import absolute, filesystem, join, listed, opened, write
 from paddlemix_qwenvl_plugin.cluster.batch.job import Job, Result, run
-from paddlemix_qwenvl_plugin.cluster.batch.pool import Actors
+from paddlemix_qwenvl_plugin.cluster.batch.pool import Actors, describe_model
 from paddlemix_qwenvl_plugin.cluster.batch.worker import Worker
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 
@@ -204,6 +206,21 @@ def test_a_changed_input_is_noticed(folder, pool, monkeypatch):
     monkeypatch.setattr(job_module, "index", index_and_change)
     with pytest.raises(QwenVLError, match=r"in.jsonl: was changed while it was being read; start again"):
         pool.run(f"{folder}/in.jsonl", f"{folder}/out")
+
+
+def test_the_notice_while_the_model_is_not_described(monkeypatch, capsys):
+    """It does not claim that a node is missing: the model may be slow to open."""
+    result = SimpleNamespace(remote=lambda: "result")
+    ray = SimpleNamespace(
+        remote=lambda **_: lambda _describe: result,
+        wait=lambda results, timeout: ([], results),
+        get=lambda _: (["weights"], "label"),
+        exceptions=SimpleNamespace(RayError=RuntimeError),
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    assert describe_model(lambda: None, Actors(cpus=4, gpus=0.5)) == (["weights"], "label")
+    notice = "waiting for a node with 4 CPUs and 0.5 GPUs, or for its worker to start and open the model\n"
+    assert capsys.readouterr().err == notice
 
 
 @also_in_a_bucket

@@ -55,7 +55,9 @@ def describe_model(open_model: Callable[[], Model[Any]], actors: Actors) -> tupl
     result = ray.remote(**actors.resources)(describe).remote()
     if not ray.wait([result], timeout=_SECONDS_UNTIL_NOTICE)[0]:
         needs = f"{actors.cpus:g} CPUs" + (f" and {actors.gpus:g} GPUs" if actors.gpus else "")
-        print(f"waiting for a node with {needs} for an actor", file=sys.stderr)
+        print(
+            f"waiting for a node with {needs}, or for its worker to start and open the model", file=sys.stderr
+        )
     try:
         weights, picture_label = ray.get(result)
     except ray.exceptions.RayError as error:
