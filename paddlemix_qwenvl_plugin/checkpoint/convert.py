@@ -21,7 +21,7 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError
 from paddlemix_qwenvl_plugin.util.files import new_folder
 
 MAX_SHARD_BYTES = 2 * 1024**3
-# Suffixes of files that are not copied: weights in any format and their indexes, legacy programs, optimizer state.
+# Ends of the names of weights in any format and their indexes, of legacy programs, and of training state.
 _NOT_COPIED = (
     ".safetensors",
     ".pdparams",
@@ -44,7 +44,7 @@ def convert(
 ) -> None:
     """Convert the model of `source` to the new folder `target`, which is created atomically.
 
-    The source's other files, such as the tokenizer's, are copied, except those with a suffix in _NOT_COPIED.
+    The source's `other_files`, such as the tokenizer's, are copied.
 
     Args:
         source: a model folder in any supported form.
@@ -65,10 +65,22 @@ def convert(
     tensors = _tensors(checkpoint, dtype)
     with new_folder(target) as partial:
         _write_shards(checkpoint, partial, tensors, SCHEMES[to], max_shard_bytes)
-        for path in sorted(source.iterdir()):
-            if path.is_file() and not path.name.endswith(_NOT_COPIED):
-                shutil.copyfile(path, partial / path.name)
+        for path in other_files(source):
+            shutil.copyfile(path, partial / path.name)
         _remove_tensor_parallel_keys(partial / "config.json")
+
+
+def other_files(folder: Path) -> list[Path]:
+    """List the files of a model folder that are copied to a new one: all but weights, programs and training state."""
+    # An export's programs and manifest, PREFIX.json, PREFIX.fused.json, ..., are beside its PREFIX.pdiparams.
+    exports = tuple(f"{path.stem}." for path in folder.glob("*.pdiparams"))
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+        and not path.name.endswith(_NOT_COPIED)
+        and not (path.suffix == ".json" and path.name.startswith(exports))
+    ]
 
 
 def _tensors(checkpoint: Checkpoint, dtype: Optional[str]) -> dict[str, Stored]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from paddlemix_qwenvl_plugin.checkpoint import safetensors_file
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 from paddlemix_qwenvl_plugin.checkpoint.config import read_json
-from paddlemix_qwenvl_plugin.checkpoint.convert import MAX_SHARD_BYTES
+from paddlemix_qwenvl_plugin.checkpoint.convert import MAX_SHARD_BYTES, other_files
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import STORAGE
 from paddlemix_qwenvl_plugin.checkpoint.schemes import SCHEMES
 from paddlemix_qwenvl_plugin.checkpoint.tensor_parallel import TENSOR_PARALLEL_KEYS
@@ -31,8 +31,6 @@ _SCHEME = SCHEMES["huggingface"]
 INDEX = "model.safetensors.index.json"
 # Suffix of a quantized matrix's tensor (packing.py) -> storage type.
 _PACKED = {"qweight": "int32", "qzeros": "int32", "g_idx": "int32", "scales": "float16"}
-# Ends of the names of files that are not copied: weights, their indexes, legacy programs.
-_WEIGHT_SUFFIXES = (".safetensors", ".pdparams", ".bin", ".index.json", ".pdiparams", ".pdmodel")
 
 Tensors = dict[str, NDArray[np.generic]]
 
@@ -56,8 +54,8 @@ class GptqFolder:
         layers = self._checkpoint.config.num_hidden_layers
         for number, specs in enumerate(self._other_shards, start=layers):
             self._write(number, dict(self._checkpoint.tensors(specs, self.dtype, out_in=True)))
-        for path in sorted(self._checkpoint.folder.iterdir()):
-            if path.is_file() and path.name != "config.json" and not path.name.endswith(_WEIGHT_SUFFIXES):
+        for path in other_files(self._checkpoint.folder):
+            if path.name != "config.json":
                 shutil.copyfile(path, self._folder / path.name)
         config = read_json(self._checkpoint.folder / "config.json")
         for key in TENSOR_PARALLEL_KEYS:  # the weights are not split over ranks here

@@ -187,7 +187,7 @@ def test_a_tied_lm_head_is_written(golden, tmp_path):
 
 
 def test_copied_files(golden, tmp_path):
-    """The model's tokenizer, configs, code and README are copied; other weights and training state are not."""
+    """The model's tokenizer, configs, code and README are copied; other weights, exports, training state are not."""
     source = write(tmp_path / "a", golden("a").folder / "config.json", golden("a").weights, "safetensors")
     copied = (
         "qwen.tiktoken",
@@ -198,7 +198,14 @@ def test_copied_files(golden, tmp_path):
     )
     others = (
         "optimizer.pdopt",
+        "optimizer.pt",
+        "scaler.pth",
         "training_args.bin",
+        "qwen.pdiparams",
+        "qwen.pdmodel",
+        "qwen.json",
+        "qwen.fused.json",
+        "qwen.manifest.json",
         "model_state.tp00.pdparams",
         "pytorch_model.bin.index.json",
     )

@@ -36,6 +36,7 @@ from paddlemix_qwenvl_plugin.tiny.vocab import write_tiny_vocabulary
 GROUP = 32
 N_ROWS = 16
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+NOT_COPIED = ("optimizer.pdopt", "optimizer.pt", "scaler.pth", "qwen.pdiparams", "qwen.json")
 MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
 
 
@@ -66,6 +67,8 @@ def model(tmp_path_factory) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     save_file(random_weights(parse_config(config, "test"), 3), folder / "model.safetensors")
     (folder / "tokenizer_config.json").write_text('{"picture_label": "Picture {}:"}')
+    for name in NOT_COPIED:
+        (folder / name).touch()
     return folder
 
 
@@ -152,6 +155,7 @@ def test_folder(quantized, model):
     }
     for name in ("qwen.tiktoken", "tokenizer_config.json"):
         assert (quantized / name).read_bytes() == (model / name).read_bytes()
+    assert not [name for name in NOT_COPIED if (quantized / name).exists()]
     assert not (quantized.parent / "q4.partial").exists()
 
 
