@@ -15,9 +15,12 @@ Driver load() {
               "no NVIDIA driver: libcuda.so.1 cannot be loaded; install the driver, or use the CPU");
   Driver loaded{};
   const auto get_version = reinterpret_cast<CUresult (*)(int*)>(dlsym(library, "cuDriverGetVersion"));
+  QVL_REQUIRE(get_version != nullptr, QVL_UNSUPPORTED, "the NVIDIA driver has no cuDriverGetVersion");
   int version = 0;
-  QVL_REQUIRE(get_version != nullptr && get_version(&version) == 0 && version >= kOldestVersion,
-              QVL_UNSUPPORTED,
+  const CUresult queried = get_version(&version);
+  QVL_REQUIRE(queried == 0, QVL_UNSUPPORTED, "the NVIDIA driver does not report its CUDA version: error %d",
+              queried);
+  QVL_REQUIRE(version >= kOldestVersion, QVL_UNSUPPORTED,
               "the NVIDIA driver supports only CUDA %d.%d; install one for CUDA 12 or newer (525 or newer)",
               version / 1000, version % 1000 / 10);
 #define QVL_DRIVER_LOAD(field, symbol, arguments)                                 \
