@@ -164,11 +164,14 @@ def print_front(rows: list[dict[str, Any]]) -> None:
         served = by_target["qwenvl serve"]
         loop_rate, served_rate = rate_of(by_target["loop"]), rate_of(served)
         n_tokens = sum(row["tokens"] for row in served)
-        cpu_times = (1e6 * sum(row[key] for row in served) / n_tokens for key in ("server_cpu", "client_cpu"))
-        print_row(
-            *(load, f"{loop_rate:.1f}", f"{served_rate:.1f}", f"{1 - served_rate / loop_rate:.1%}"),
-            *(f"{microseconds:.0f}" for microseconds in cpu_times),
-        )
+        relative = ["", "", ""]  # without tokens, because every request failed
+        if n_tokens:
+            cpu_times = (sum(row[key] for row in served) for key in ("server_cpu", "client_cpu"))
+            relative = [
+                f"{1 - served_rate / loop_rate:.1%}",
+                *(f"{1e6 * seconds / n_tokens:.0f}" for seconds in cpu_times),
+            ]
+        print_row(load, f"{loop_rate:.1f}", f"{served_rate:.1f}", *relative)
 
 
 def print_row(*cells: object) -> None:
