@@ -24,7 +24,7 @@ from paddlemix_qwenvl_plugin.demo.world.sample import Sample
 from paddlemix_qwenvl_plugin.demo.world.scene import Scene, random_scene
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 from tools.train_demo.conversation import conversation
-from tools.train_demo.rows import ONE, TWO, Row, Size, make_row
+from tools.train_demo.rows import ONE, TWO, Row, make_row
 
 IMAGES = 512  # per shard; each is in two rows with one image, and every fourth is the first in a row with two
 SIDES = (192, 256, 320)  # sizes in which the scenes are drawn, in pixels
@@ -124,7 +124,7 @@ class Feed:
         self._enough.wait()
         self._check()
 
-    def batch(self, name: str, size: Size, rows: int, random: torch.Generator) -> tuple[torch.Tensor, ...]:
+    def batch(self, name: str, rows: int, random: torch.Generator) -> tuple[torch.Tensor, ...]:
         """Draw random rows of the ready shards; return the arguments of QwenVL.loss.
 
         Args:

@@ -29,7 +29,6 @@ from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 from tools.train_demo.decode import answers
 from tools.train_demo.model import QwenVL
 from tools.train_demo.optimiser import optimisers, schedule
-from tools.train_demo.rows import ONE, TWO
 from tools.train_demo.shards import Feed
 
 FOLDER = Path(__file__).resolve().parents[2] / "paddlemix_qwenvl_plugin" / "demo" / "model"
@@ -77,11 +76,8 @@ def main() -> None:
         for group, lr in zip(groups, initial_rates):
             group["lr"] = lr * factor
         # Rows with one image and rows with two: two batch shapes per step.
-        for name, size, rows, loss_weight in (
-            ("one", ONE, options.rows, 0.85),
-            ("two", TWO, options.rows // 8, 0.15),
-        ):
-            batch = feed.batch(name, size, rows, random)
+        for name, rows, loss_weight in (("one", options.rows, 0.85), ("two", options.rows // 8, 0.15)):
+            batch = feed.batch(name, rows, random)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 loss = model.loss(*batch)
             (loss_weight * loss).backward()
