@@ -408,7 +408,7 @@ qvl_status qvl_forward(qvl_engine* engine, qvl_kv_pool* pool, const qvl_batch* b
 }
 
 void qvl_sampling_init(qvl_sampling* sampling) {
-  if (sampling == nullptr || sampling->size > 4096)
+  if (sampling == nullptr || sampling->size > qvl::kMaxStructSize)
     return;  // the call that uses the struct reports the error
   const uint32_t size = sampling->size;
   qvl_sampling defaults = qvl::kGreedy;

@@ -74,7 +74,7 @@ void check_sampling(const qvl_config& config, const char* where, int32_t index, 
     QVL_REQUIRE(v >= minimum && v <= maximum, QVL_INVALID, "%s[%d]: %s is %g; it must be %g to %g", where,
                 index, name, v, minimum, maximum);
   };
-  QVL_REQUIRE(s.size >= kFirstSize<qvl_sampling> && s.size <= 4096, QVL_INVALID,
+  QVL_REQUIRE(s.size >= kFirstSize<qvl_sampling> && s.size <= kMaxStructSize, QVL_INVALID,
               "%s[%d]: size is %u; set it, then call qvl_sampling_init()", where, index, s.size);
   in_range("temperature", s.temperature, 0, 100);
   in_range("top_p", s.top_p, 0, 1);

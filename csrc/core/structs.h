@@ -35,12 +35,16 @@ inline constexpr uint32_t kFirstSize<qvl_request> = 48;
 template <>
 inline constexpr uint32_t kFirstSize<qvl_device_info> = 200;
 
-// Check a struct's size or an array's stride, `size`, which the caller has set in `field` of `where`. It may
-// be larger than T, because a newer version may have more fields; over 4096 it is taken for uninitialised.
+// A size may be larger than the struct is here, because a newer version may have more fields; over this
+// limit it is taken for uninitialised.
+constexpr uint32_t kMaxStructSize = 4096;
+
+// Check a struct's size or an array's stride, `size`, which the caller has set in `field` of `where`.
 template <typename T>
 void check_size(const char* where, const char* field, uint32_t size) {
-  QVL_REQUIRE(size >= kFirstSize<T> && size <= 4096, QVL_INVALID, "%s: %s is %u; it must be %zu", where,
-              field, size, sizeof(T));
+  QVL_REQUIRE(size >= kFirstSize<T> && size <= kMaxStructSize, QVL_INVALID,
+              "%s: %s is %u; it must be %u to %u (%zu in this version)", where, field, size, kFirstSize<T>,
+              kMaxStructSize, sizeof(T));
 }
 
 // Copy in the current layout of the struct at `from`, which begins with its size.

@@ -52,7 +52,8 @@ def creation_error(library, model, stored):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"size": 8}, "config: size is 8; it must be 108"),
+        ({"size": 103}, "config: size is 103; it must be 104 to 4096 (108 in this version)"),
+        ({"size": 4097}, "config: size is 4097; it must be 104 to 4096 (108 in this version)"),
         ({"stages": 0}, "config: stages is 0"),
         ({"stages": 12}, "config: stages is 12"),
         ({"device": 2}, "config: device is 2; it must be 0 to 1"),
