@@ -16,7 +16,8 @@ struct Norm {
   const float* bias;
 };
 
-// The weights of an engine by name. matrix() refers to the caller's memory, floats() copies.
+// The weights of an engine by name. matrix() refers to the memory of the table's tensors, the caller's or a
+// mapped parameter file; floats() copies.
 class Weights {
  public:
   Weights(const WeightTable& table) : table_(table) {}
