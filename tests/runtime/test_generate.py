@@ -29,7 +29,8 @@ def test_equals_separate_calls(vl):
     """`generate` equals separate calls that tokenise, preprocess, encode and generate."""
     parts = [{"image": str(STREET)}, {"text": "What is this?"}]
     answer = vl.generate(parts, max_new_tokens=8)
-    ids = vl.tokenizer.encode(f"Picture 1:<img>{STREET}</img>\nWhat is this?")
+    ids = vl.tokenizer.encode(f"Picture 1: <img>{STREET}</img>\nWhat is this?")
+    assert vl.stream(parts)._generation.prompt == ids
     features = vl.encode_images(preprocess(load_image(STREET))[None])
     tokens = vl.generate_ids([ids], features, max_new_tokens=8)[0]
     assert answer.token_ids == tokens
