@@ -58,8 +58,8 @@ def init() -> None:
 
 
 def debug(line: str) -> None:
-    """Write a line to stderr if QWENVL_PLUGIN_DEBUG=1."""
-    if os.environ.get("QWENVL_PLUGIN_DEBUG") == "1":
+    """Write a line to stderr if QWENVL_PLUGIN_DEBUG is on, by the rule of Switch in the plugin's util/env.py."""
+    if os.environ.get("QWENVL_PLUGIN_DEBUG", "0") not in ("", "0"):
         _write(line)
 
 

@@ -176,6 +176,18 @@ def test_debug_output_and_state_of_the_hooks(run: Run) -> None:
     assert result.stdout.count("'armed'") == result.stdout.count("\n") - 1 > 0  # all others
 
 
+@pytest.mark.parametrize(("value", "logs"), [("", False), ("0", False), ("yes", True)])
+def test_one_rule_for_all_debug_output(run: Run, value: str, logs: bool) -> None:
+    """The activation, which cannot import the plugin, and the plugin read QWENVL_PLUGIN_DEBUG alike."""
+    printed = run(IMPORT, "hooks:bad", QWENVL_PLUGIN_DEBUG=value).stderr
+    for line in (
+        "qwenvl: armed for ",
+        f"qwenvl: hook {AUTO} set make of Auto",
+        f"qwenvl: hook {AUTO} failed",
+    ):
+        assert (line in printed) is logs
+
+
 def test_debug_output_names_the_attributes_that_a_hook_sets(run: Run) -> None:
     result = run(IMPORT, "hooks:bad", QWENVL_PLUGIN_DEBUG="1")
     assert f"qwenvl: hook {AUTO} set make of Auto\n" in result.stderr
