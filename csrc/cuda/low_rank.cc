@@ -26,7 +26,7 @@ LowRankParams params_of(const AdaptedRows& rows, const LowRankMemory& memory) {
 
 // Bytes of the counters of low_rank_down.
 uint64_t counter_bytes(int rows, int stride) {
-  return uint64_t{blocks(rows, kLowRankRows)} * blocks(stride, kLowRankDown) * kLowRankRows * sizeof(int);
+  return uint64_t{blocks(rows, kLowRankRows)} * blocks(stride, kLowRankDown) * kLowRankRuns * sizeof(int);
 }
 
 }  // namespace
@@ -49,14 +49,15 @@ void low_rank_down(const Gpu& gpu, CUstream stream, const AdaptedRows& rows, con
   gpu.launch(stream, "low_rank_down",
              {blocks(rank, kLowRankDown), blocks(rows.n, kLowRankRows),
               static_cast<unsigned>(kLowRankSlices * std::min(kLowRankRuns, rows.n))},
-             kLowRankThreads, 0, p, /*early=*/true);
+             kLowRankDownThreads, 0, p, /*early=*/true);
 }
 
 void low_rank_up(const Gpu& gpu, CUstream stream, const AdaptedRows& rows, const LowRankMemory& memory,
                  int out, const float* raw, Epilogue epilogue, void* y) {
   LowRankParams p = params_of(rows, memory);
-  p.raw = raw;
-  if (epilogue == Epilogue::kFloat) epilogue = Epilogue::kAdd;  // y already contains W x
+  // Without raw, y already contains W x, or its sum with the former y.
+  p.raw = raw != nullptr ? raw : static_cast<const float*>(y);
+  if (raw == nullptr) epilogue = Epilogue::kFloat;
   p.result = {nullptr, y, rows.n, out, static_cast<int>(epilogue)};
   gpu.launch(stream, "low_rank_up", {blocks(out, kLowRankUp), blocks(rows.n, kLowRankRows)}, kLowRankThreads,
              0, p, /*early=*/true);

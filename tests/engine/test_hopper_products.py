@@ -199,7 +199,8 @@ def test_epilogues(library: ctypes.CDLL) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "out", "width", "n", "rank"), [("bfloat16", 40, 648, 19, 8), ("int4_g64", 74, 1160, 5, 72)]
+    ("kind", "out", "width", "n", "rank"),
+    [("bfloat16", 40, 648, 19, 8), ("int4_g64", 74, 1160, 5, 72), ("bfloat16", 40, 1160, 4, 16)],
 )
 def test_low_rank_adapters(library: ctypes.CDLL, kind: str, out: int, width: int, n: int, rank: int) -> None:
     """A x and B (A x) of a row's adapter are close to float64.

@@ -6,8 +6,8 @@
 // adapter. A run's products are computed for all 16 rows, with zeros for the rows of other runs, and stored
 // only for the rows of the run:
 //
-//   low_rank_down   blocks (8 rows of A, 16 rows of x, slices of k x runs)    x -> low H [n][rank]
-//                   the warps share the slice in steps of 32; their sums, and then those of the slices, are
+//   low_rank_down   blocks (16 rows of A, 16 rows of x, slices of k x groups of runs)    x -> low H [n][rank]
+//                   the warps share a slice in steps of 32; their sums, and then those of the slices, are
 //                   added in order
 //   low_rank_up     blocks (64 rows of B, 16 rows of x)         low, raw float32 [n][out] -> y
 //                   8 rows of B per warp, a tile of sums in shared memory, then per thread two columns of
@@ -18,10 +18,12 @@
 //                 | low_rank_down: low = A x, on Hopper    |
 //
 // On Hopper the product starts low_rank_down as soon as x is complete, and leaves registers for a block of it
-// on each multiprocessor.
+// on each multiprocessor. Blocks of low_rank_down delay the product on their multiprocessor, except on the
+// few that have no block of the product and are filled first. Few adapters of a low rank therefore use half
+// as many blocks, with two slices each.
 //
 // Cost. Bytes: A and B once per adapter: (in + out) * rank values, 2 MB for rank 64 of a 4096 x 12288
-// product, compared with 24 to 96 MiB of base weights (4 to 16 bits); x once per 8 rows of A, from the L2
+// product, compared with 24 to 96 MiB of base weights (4 to 16 bits); x once per 16 rows of A, from the L2
 // cache. The kernels are latency-bound. They therefore read A, B and the tables before the preceding kernels
 // end, none of which writes these, and low_rank_up has the loads of B of two runs in flight.
 //
@@ -46,6 +48,7 @@ struct Rows {
   int row[kLowRankRows];             // index of the row in x; -1: no row
   LowRankEntry entry[kLowRankRows];  // of the row's adapter; rank 0: no adapter
   int begin[kLowRankRows + 1];       // first row of each run, then kLowRankRows
+  int run[kLowRankRows];             // of the row
   int n_runs;
 };
 
@@ -64,7 +67,8 @@ __device__ inline void read_rows(const LowRankParams& p, Rows& rows, int block) 
     if (threadIdx.x < kLowRankRows) {
       rows.row[i] = row;
       rows.entry[i] = entry;
-      if (starts) rows.begin[__popc(mask & ((1u << i) - 1))] = i;
+      rows.run[i] = __popc(mask & ((2u << i) - 1)) - 1;
+      if (starts) rows.begin[rows.run[i]] = i;
       if (i == 0) {
         rows.n_runs = __popc(mask);
         rows.begin[rows.n_runs] = kLowRankRows;
@@ -98,13 +102,9 @@ __device__ inline void multiply_step(float (&sums)[4], const uint4& low, const u
   multiply(sums, low.z, high.z, low.w, high.w, right.z, right.w);
 }
 
-// Blocks of low_rank_down per multiprocessor. With 5 a thread has at most 48 registers, which the product of
-// the base weight on Hopper leaves free for one block.
-#if __CUDA_ARCH__ >= 800
+// Blocks of low_rank_down per multiprocessor: a thread has at most 96 registers, and the product of the base
+// weight on Hopper leaves enough free for one block.
 constexpr int kDownBlocks = 5;
-#else
-constexpr int kDownBlocks = 4;  // 1024 threads are the limit of sm_75
-#endif
 
 // a, b += columns `column` and column + 1 of raw float32 [n, out]; columns beyond `out` are skipped.
 __device__ inline void add_raw(const float* raw, const Result& result, int row, int column, float& a,
@@ -116,82 +116,113 @@ __device__ inline void add_raw(const float* raw, const Result& result, int row, 
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kLowRankThreads, kDownBlocks)
+extern "C" __global__ void __launch_bounds__(kLowRankDownThreads, kDownBlocks)
     low_rank_down(const __grid_constant__ LowRankParams p) {
-  constexpr int kWarps = kLowRankThreads / 32, kLoads = 2;
+  // A warp loads kLoads steps of A and of x at a time, so that the 256 bytes of a row are adjacent.
+  constexpr int kWarps = kLowRankDownThreads / 32, kLoads = 4, kMaxSlices = 2;
   __shared__ Rows rows;
-  __shared__ float warp_sums[kWarps][kLowRankRows][kLowRankDown];
+  __shared__ float warp_sums[kMaxSlices][kWarps][kLowRankRows][kLowRankDown];
   __shared__ bool is_last;
   start_successors();
   read_rows(p, rows, blockIdx.y);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int first = blockIdx.x * kLowRankDown;  // row of A
+  // The blocks of a group have the same runs, and one or two slices each.
+  const int groups = gridDim.z / kLowRankSlices, group = blockIdx.z / kLowRankSlices;
+  const bool is_small = gridDim.x * gridDim.y * rows.n_runs <= kLowRankSmall;
+  const int slices = is_small ? kMaxSlices : 1, first_slice = blockIdx.z % kLowRankSlices * slices;
+  const bool has_work = first_slice < kLowRankSlices;
+
   const int steps = (p.in + kStep - 1) / kStep;
-  const H* const x = static_cast<const H*>(p.x);
+  const H* const x = static_cast<const H*>(p.x) + kVector * t;
   bool x_is_complete = p.x_is_complete;
-  const int slice = blockIdx.z % kLowRankSlices, first = blockIdx.x * kLowRankDown;  // row of A
-  const int begin_step = steps * slice / kLowRankSlices, end_step = steps * (slice + 1) / kLowRankSlices;
-  for (int run = blockIdx.z / kLowRankSlices; run < rows.n_runs; run += gridDim.z / kLowRankSlices) {
+#pragma unroll 1
+  for (int run = has_work ? group : rows.n_runs; run < rows.n_runs; run += groups) {
     const int begin = rows.begin[run], end = rows.begin[run + 1];
     const LowRankEntry& entry = rows.entry[begin];
     if (first >= entry.rank) continue;
-    const H* const a = static_cast<const H*>(entry.a) + static_cast<int64>(first + g) * p.in;
-    const bool low_valid = g >= begin && g < end, high_valid = g + 8 >= begin && g + 8 < end;
-    const H* const low = x + (low_valid ? rows.row[g] * p.x_stride : 0);
-    const H* const high = x + (high_valid ? rows.row[g + 8] * p.x_stride : 0);
-    float sums[4] = {};
-    for (int from = begin_step + warp; from < end_step; from += kWarps * kLoads) {
-      uint4 weights[kLoads], low_x[kLoads], high_x[kLoads];
+    const H* const a = static_cast<const H*>(entry.a) + static_cast<int64>(first + g) * p.in + kVector * t;
+    const bool has_high = first + 8 < entry.rank;
+#pragma unroll 1
+    for (int i_slice = 0; i_slice < slices; ++i_slice) {
+      const int slice = first_slice + i_slice;
+      const int begin_step = steps * slice / kLowRankSlices, end_step = steps * (slice + 1) / kLowRankSlices;
+      float sums[2][4] = {};  // of rows `begin` to begin + 7 of x, and of the 8 rows after them
+      for (int from = begin_step + kLoads * warp; from < end_step; from += kLoads * kWarps) {
+        const auto is_valid = [&](int step) { return step < end_step && kStep * step + kVector * t < p.in; };
+        uint4 low[kLoads], high[kLoads];
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const int step = from + i * kWarps, k = kStep * step + kVector * t;
-        weights[i] = load16(a + k, step < end_step && k < p.in);
-      }
-      if (!x_is_complete) {
-        wait_for_predecessors();
-        x_is_complete = true;
+        for (int i = 0; i < kLoads; ++i) {
+          low[i] = load16(a + kStep * (from + i), is_valid(from + i));
+          high[i] = load16(a + 8 * p.in + kStep * (from + i), is_valid(from + i) && has_high);
+        }
+        if (!x_is_complete) {
+          wait_for_predecessors();
+          x_is_complete = true;
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = begin + 8 * half + g;
+          if (begin + 8 * half >= end) break;
+          const H* const x_row = x + (row < end ? rows.row[row] * p.x_stride : 0);
+          uint4 values[kLoads];
+#pragma unroll
+          for (int i = 0; i < kLoads; ++i)
+            values[i] = load16_from_l2(x_row + kStep * (from + i), is_valid(from + i) && row < end);
+#pragma unroll
+          for (int i = 0; i < kLoads; ++i) multiply_step(sums[half], low[i], high[i], values[i]);
+        }
       }
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const int step = from + i * kWarps, k = kStep * step + kVector * t;
-        const bool valid = step < end_step && k < p.in;
-        low_x[i] = load16_from_l2(low + k, valid && low_valid);
-        high_x[i] = load16_from_l2(high + k, valid && high_valid);
-      }
+      for (int half = 0; half < 2; ++half) {
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) multiply_step(sums, low_x[i], high_x[i], weights[i]);
+        for (int i = 0; i < 2; ++i) {
+          const int row = begin + 8 * half + 2 * t + i;
+          if (row >= end) continue;
+          warp_sums[i_slice][warp][row][g] = sums[half][i];
+          warp_sums[i_slice][warp][row][g + 8] = sums[half][2 + i];
+        }
+      }
     }
-    warp_sums[warp][g][2 * t] = sums[0];
-    warp_sums[warp][g][2 * t + 1] = sums[1];
-    warp_sums[warp][g + 8][2 * t] = sums[2];
-    warp_sums[warp][g + 8][2 * t + 1] = sums[3];
-    __syncthreads();
-    // The first kLowRankRows * kLowRankDown threads have an element of A x each, if it is of the run: row i
-    // of the block, row first + j of A.
-    const int i = threadIdx.x / kLowRankDown, j = threadIdx.x % kLowRankDown;
-    const bool has_element = i >= begin && i < end;
-    const int64 at = has_element ? static_cast<int64>(rows.row[i]) * p.low_stride + first + j : 0;
-    const int64 slice_size = static_cast<int64>(p.n) * p.low_stride;
-    if (has_element) {
+  }
+  __syncthreads();
+
+  // Each thread has elements of A x, if their runs are of this block: row i of the block, row first + j of A.
+  constexpr int kElements = kLowRankRows * kLowRankDown / kLowRankDownThreads;
+  const int64 slice_size = static_cast<int64>(p.n) * p.low_stride;
+  const int j = threadIdx.x % kLowRankDown;
+  int64 index[kElements];  // -1: none
+#pragma unroll
+  for (int e = 0; e < kElements; ++e) {
+    const int i = threadIdx.x / kLowRankDown + e * (kLowRankDownThreads / kLowRankDown);
+    const bool has_element = has_work && rows.run[i] % groups == group && first + j < rows.entry[i].rank;
+    index[e] = has_element ? static_cast<int64>(rows.row[i]) * p.low_stride + first + j : -1;
+    if (!has_element) continue;
+    for (int i_slice = 0; i_slice < slices; ++i_slice) {
       float sum = 0;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) sum += warp_sums[w][i][j];
-      p.slices[slice * slice_size + at] = sum;
-      __threadfence();
+      for (int w = 0; w < kWarps; ++w) sum += warp_sums[i_slice][w][i][j];
+      p.slices[(first_slice + i_slice) * slice_size + index[e]] = sum;
     }
-    __syncthreads();
-    // The block that is last to finish its slice adds the slices, always in the same order.
-    if (threadIdx.x == 0) {
-      int* const counter = p.counters + (blockIdx.y * gridDim.x + blockIdx.x) * kLowRankRows + run;
-      is_last = atomicAdd(counter, 1) == kLowRankSlices - 1;
-      if (is_last) *counter = 0;
-    }
-    __syncthreads();
-    if (is_last && has_element) {
-      __threadfence();
+  }
+  __threadfence();
+  __syncthreads();
+  // The block that is last to finish its slices adds all slices, always in the same order.
+  if (threadIdx.x == 0) {
+    int* const counter = p.counters + (blockIdx.y * gridDim.x + blockIdx.x) * groups + group;
+    is_last = has_work && atomicAdd(counter, slices) == kLowRankSlices - slices;
+    if (is_last) *counter = 0;
+  }
+  __syncthreads();
+  if (is_last) {
+    __threadfence();
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) {
+      if (index[e] < 0) continue;
       float sum = 0;
 #pragma unroll
-      for (int s = 0; s < kLowRankSlices; ++s) sum += __ldcg(p.slices + s * slice_size + at);
-      static_cast<H*>(p.low)[at] = to_half(sum);
+      for (int s = 0; s < kLowRankSlices; ++s) sum += __ldcg(p.slices + s * slice_size + index[e]);
+      static_cast<H*>(p.low)[index[e]] = to_half(sum);
     }
   }
   // low_rank_up waits for this kernel only, but reads W x, the result of the kernel before this one: so this
@@ -250,7 +281,7 @@ extern "C" __global__ void __launch_bounds__(kLowRankThreads, 3)
     const int i = threadIdx.x + pair * kLowRankThreads, row = rows.row[i / (kLowRankUp / 2)];
     const int y_column = first + i % (kLowRankUp / 2) * 2;
     raw_sums[pair] = make_float2(0, 0);
-    if (p.raw != nullptr && row >= 0 && y_column < p.result.out)
+    if (row >= 0 && y_column < p.result.out)
       add_raw(p.raw, p.result, row, y_column, raw_sums[pair].x, raw_sums[pair].y);
   }
 

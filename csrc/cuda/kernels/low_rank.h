@@ -15,12 +15,15 @@ struct LowRankEntry {
   int parts;      // number of interleaved matrices, 1 or 2; rank / parts is a multiple of 8
 };
 
-constexpr int kLowRankThreads = 256;  // per block
-constexpr int kLowRankRows = 16;      // rows of x per block
-constexpr int kLowRankDown = 8;       // rows of A per block of low_rank_down
-constexpr int kLowRankSlices = 8;     // of k, one per block of low_rank_down
-constexpr int kLowRankRuns = 4;       // runs (rows with one adapter) that low_rank_down computes concurrently
-constexpr int kLowRankUp = 64;        // rows of B per block of low_rank_up
+constexpr int kLowRankThreads = 256;      // per block of low_rank_up
+constexpr int kLowRankDownThreads = 128;  // per block of low_rank_down
+constexpr int kLowRankRows = 16;          // rows of x per block
+constexpr int kLowRankDown = 16;          // rows of A per block of low_rank_down
+constexpr int kLowRankSlices = 8;         // of k
+constexpr int kLowRankRuns = 4;           // runs that low_rank_down computes concurrently
+// Up to this product of gridDim.x, gridDim.y and runs, a block of low_rank_down has two slices, else one.
+constexpr int kLowRankSmall = 8;
+constexpr int kLowRankUp = 64;  // rows of B per block of low_rank_up
 
 struct LowRankParams {
   const unsigned long long* adapters;  // [n]: address of the table [products] of LowRankEntry; 0: no adapter
@@ -28,10 +31,10 @@ struct LowRankParams {
   const void* x;                       // low_rank_down: H [n, x_stride]
   void* low;                           // H [n, low_stride]: A x
   float* slices;                       // low_rank_down: scratch [kLowRankSlices, n, low_stride]
-  // low_rank_down: numbers of finished slices, [gridDim.y, gridDim.x, kLowRankRows]. Zero before the
-  // kernel and after it.
+  // low_rank_down: numbers of finished slices, [gridDim.y, gridDim.x, gridDim.z / kLowRankSlices]. Zero
+  // before the kernel and after it.
   int* counters;
-  const float* raw;  // low_rank_up: [n, out], the product of the base weight, or NULL
+  const float* raw;  // low_rank_up: [n, out], the product of the base weight; may be result.y
   Result result;     // low_rank_up: finishes raw + B A x; without bias
   long long x_stride;
   int n, product;      // number of rows, and index of the product in the tables
