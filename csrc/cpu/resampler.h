@@ -10,8 +10,8 @@ class Resampler {
  public:
   Resampler(const qvl_config& config, Weights& weights, Context& context);
 
-  // Hidden states of an image's patches [patches][vision_width] -> features [n_queries][hidden].
-  void run(Context& context, const float* patches, float* features);
+  // Patch features of an image [patches][vision_width] -> image features [n_queries][hidden].
+  void run(Context& context, const float* hidden_states, float* features);
 
  private:
   const qvl_config& config_;

@@ -3,7 +3,7 @@
 // x quantized to 8 bits (quantized_x.h).
 //
 // The term of the zero points is subtracted in float32, once per row of W. prepare_groups computes the sums
-// of x that it needs, once for all rows:
+// of x in this term, once for all rows:
 //
 //   sum of scale * (w - zero) * x = sum of scale * (w * x)  -  sum over groups of (scale * zero) * sum of x
 //                                   products of integers       one product per group, kLanes in a vector
@@ -301,8 +301,9 @@ struct RowsGroups {
     }
   }
 
-  // Add a group of 8-bit weights, or the two groups of 32 in a vector. factors[..][group] is the scale
-  // of the first group. new_line: w is a multiple of 64 bytes from the start of its row, so prefetch a line.
+  // Add a group of 8-bit weights, or with AVX-512 the two groups of 32 in a vector. factors[..][group] is the
+  // scale of the first group. new_line: w is a multiple of 64 bytes from the start of its row, so prefetch a
+  // line.
   template <int RowCount, int XCount, int Pass, int Passes>
   static QVL_INLINE void add_bytes(const uint8_t* w, int64_t stride, const char* x, int64_t x_stride,
                                    const float (&factors)[RowCount][kLanes], int group, bool new_line,
