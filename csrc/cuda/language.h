@@ -29,8 +29,8 @@ class Language {
  public:
   Language(const Gpu& gpu, const qvl_config& config, Weights& weights);
 
-  // Run the batch in one or several passes. logits: float32, in device memory, with the layout of
-  // qvl_forward, or NULL.
+  // Run the batch in one or several passes. logits: float32, in memory that the GPU can access, with the
+  // layout of qvl_forward, or NULL.
   void forward(CUstream stream, const CudaKvPool& pool, const qvl_batch& batch, float* logits,
                StepInput& input);
 

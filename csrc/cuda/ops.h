@@ -1,9 +1,10 @@
 // Operations of the layers, of images and of sampling. All functions enqueue kernels on a stream and return
 // without waiting for them.
 //
-// H is the compute type, bfloat16 or float16 (Gpu::half). All pointers are device memory; matrices and the
-// inputs of products are 16-byte aligned. A row begins where the previous one ends, unless a stride is given.
-// The residual stream x is float32, inputs of products are H, products accumulate in float32.
+// H is the compute type, bfloat16 or float16 (Gpu::half). The GPU can access the memory of all pointers;
+// matrices and the inputs of products are 16-byte aligned. A row begins where the previous one ends, unless a
+// stride is given. The residual stream x is float32, inputs of products are H, products accumulate in
+// float32.
 //
 // A row's result does not depend on the other rows or their number, bit for bit: see "Reproducibility" in
 // qwenvl.h. Functions named *_decode process tokens of decode steps, 1 to 256 rows, and linear_decode also

@@ -142,9 +142,9 @@ constexpr int block_rows(int panels) {
 }
 
 // Prefetches a range of memory during a product: some cache lines of 64 bytes with each register block of
-// block_rows() rows, none with the smaller blocks of the remaining rows. `blocks` is an estimate of the number
-// of these register blocks, for a tile of 64 rows not above it: with many panels the range is complete after
-// about half of the product. For a matrix's last tile, with fewer rows, it may remain incomplete.
+// block_rows() rows, none with the smaller blocks of the remaining rows. `blocks` is an estimate of the
+// number of these register blocks, for a tile of 64 rows not above it: with many panels the range is complete
+// after about half of the product. With the last tile of a matrix, of fewer rows, it may remain incomplete.
 class Prefetcher {
  public:
   Prefetcher(const PrefetchRange& range, int64_t blocks)

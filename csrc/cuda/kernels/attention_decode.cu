@@ -52,7 +52,7 @@ constexpr int kMergedChunks = 8;  // chunks whose loads are in flight together w
 constexpr float kLog2E = 1.44269504f;
 
 __device__ inline float minus_infinity() {
-  return __int_as_float(static_cast<int>(0xFF800000u));  // -infinity
+  return __int_as_float(static_cast<int>(0xFF800000u));
 }
 
 // Work of a block: a chunk of the keys of a row, for one head.
@@ -338,7 +338,7 @@ __device__ void attention(const AttentionDecode& p) {
   // Number of the row's keys from this warp's first key on: may be 0 or negative, or exceed the warp's 32
   // keys.
   const int n_keys = chunk.position + 1 - first;
-  const int newest = n_keys - 1;
+  const int newest = n_keys - 1;  // index of the newest key, counted from this warp's first key
   const bool has_newest = newest >= 0 && newest < kWarpKeys;
   const TokenAddress<T> address(p, lane < n_keys ? block_index : 0, token);
   const int64 key_address = reinterpret_cast<int64>(address.vector(p, 0, chunk.head));
