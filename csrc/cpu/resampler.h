@@ -23,7 +23,7 @@ class Resampler {
   Norm ln_post_;
   Matrix proj_;
   Buffer queries_;  // the learned queries, projected and scaled; the same for every image
-  Buffer patches_, keys_, values_, key_input_, mixed_, out_;
+  Buffer kv_, keys_, values_, key_input_, mixed_, out_;
 };
 
 }  // namespace qvl::cpu

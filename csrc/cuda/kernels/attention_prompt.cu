@@ -2,7 +2,7 @@
 //
 // Layout. A block of threads has the queries of one tile of a prompt chunk (in the kernels for any GPU, of
 // half a tile), for one head. The last tiles, in a prompt those with the most keys, start first. Keys and
-// values of other types are converted to H when they are loaded:
+// values of types other than H are converted to H when they are loaded:
 //
 //   prompt chunks    | first, n, past, table |     queries [first, first + n) of q, at positions past ..
 //   tiles            | chunk, offset |             128 queries from `offset` on
@@ -226,7 +226,7 @@ __device__ inline void prompt_hopper(const PagedAttention& p) {
   start_successors();
   const int head = blockIdx.x;
   const Work work = work_of(p, gridDim.y - 1 - blockIdx.y, head, 0, kAttentionTile);
-  // After the queries, two tiles of keys and two of values, aligned as attend_hopper() aligns them.
+  // After the queries, two tiles of keys and two of values, of the same size, aligned as in attend_hopper().
   char* const aligned = raw_shared + (-shared_address(raw_shared) & 1023);
   int64* const offsets = reinterpret_cast<int64*>(aligned + 5 * kHopperKeys * ((kPaddedDim + 63) / 64 * 128));
   attend_hopper<kPaddedDim>(
