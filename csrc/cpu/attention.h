@@ -16,7 +16,7 @@ enum Mask {
 struct Queries {
   int64_t first;
   int n;
-  int64_t n_keys;  // keys that the last query sees
+  int64_t n_keys;  // number of keys that the last query sees
   Mask mask;
   const int32_t* blocks = nullptr;  // block table if the keys are in a pool
 };

@@ -11,7 +11,7 @@ namespace {
 
 // As in kernels/attention_decode.cu.
 constexpr int kChunk = 128, kThreads = 128, kFastDim = 128, kMaxDim = 256;
-constexpr int kMaxRows = 256;
+constexpr int kMaxRows = 256;  // of a call
 
 int n_chunks(int max_keys) {
   return (max_keys + kChunk - 1) / kChunk;

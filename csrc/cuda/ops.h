@@ -127,9 +127,9 @@ struct Angles {
   int max_positions;
 };
 
-// Keys and values of a layer. Block b begins at base + b * block_bytes and contains values of type dtype,
-// [2][heads][block_tokens][head_dim], keys first. QVL_INT8: the values are integers, and float32 scales
-// [2][heads][block_tokens] follow them (value = scale * integer).
+// Keys and values of a layer. Block b begins at base + b * block_bytes and contains elements of type dtype,
+// [2][heads][block_tokens][head_dim], keys first. QVL_INT8: the elements are integers, and float32 scales
+// [2][heads][block_tokens] follow them (key or value = scale * integer).
 struct KvLayer {
   char* base;
   uint64_t block_bytes;
@@ -156,7 +156,7 @@ void attention_decode(const Gpu&, CUstream, const void* q, const RowMetadata&, c
 // rotated queries. Each row is the newest token of a different sequence; the block table of row i is row i of
 // metadata.blocks. The kernels read `metadata`, and the keys and values of earlier tokens, before the
 // preceding kernels have ended. The writers of this data must therefore have ended before the first of a
-// chain of early launches began, which a graph guarantees.
+// chain of early launches began, which the launch of a graph guarantees.
 void attention_step(const Gpu&, CUstream, const void* qkv, const RowMetadata&, const Angles&, const KvLayer&,
                     int n, int max_keys, void* q, void* scratch, void* y);
 
@@ -179,6 +179,7 @@ constexpr int kQueryTile = 128;
 struct Tile {
   int chunk, offset;  // queries offset .. offset + kQueryTile - 1 of the chunk
 };
+// Attention of the tiles' queries: q H [rows, heads * head_dim] -> y H, the same shape.
 void attention_prompt(const Gpu&, CUstream, const void* q, const PromptChunk* chunks, const Tile* tiles,
                       int n_tiles, const int32_t* blocks, int max_blocks, const KvLayer&, void* y);
 

@@ -21,8 +21,8 @@
 //
 // Cost. Operations: 2 * rows * k * tokens. Bytes: W once for up to 384 tokens (kMaxTokens of linear.cc), 384
 // operations per byte in bfloat16; the panels of a tile, 384 x 512 bfloat16 or 384 x 256 float32 = 393 KB,
-// stay in the L2 cache.
-// Bound by the multiply-add units: 2 * L operations per instruction, 4 * L with bfloat16.
+// stay in the L2 cache. Bound by the multiply-add units: 2 * L operations per instruction, 4 * L with
+// bfloat16.
 //
 // Reference: reference::linear (reference/reference.cc), tests/csrc/test_kernels.py::test_linear; within 2e-5
 // for float32 weights, within 2 % for other types, whose activations may be rounded to bfloat16.

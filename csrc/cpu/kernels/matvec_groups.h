@@ -10,8 +10,8 @@
 //
 // Layout with 4 bits. Values as in matvec_int4.h: 16-bit word i of a unit (128 values of a row) has v[i],
 // v[32 + i], v[64 + i] and v[96 + i]. First, a byte shuffle moves the even bytes of 8 words to even 32-bit
-// lanes and the odd bytes to odd lanes. Then a mask extracts the low nibbles, a shift the high ones. All
-// values of a lane thus belong to the same group, even with group size 32:
+// lanes and the odd bytes to odd lanes. Then a mask extracts the low nibbles, a shift the high ones. In each
+// of the two results all values of a lane thus belong to the same group, even with group size 32:
 //
 //                                                                     group (even lanes, odd lanes) of size
 //                 even lanes            odd lanes                     32          64

@@ -9,7 +9,7 @@
 //                block                 block
 //   chunk      | warp 0: 32 | warp 1: 32 | warp 2: 32 | warp 3: 32 |
 //   shared       [warp][keys | values][32 x 128 values]
-//   scratch      parts [row][head][chunk] (maximum, sum) | sums [row][head][chunk][head_dim]
+//   scratch      counters | parts [row][head][chunk] (maximum, sum) | sums [row][head][chunk][head_dim]
 //
 // Partial results (maximum, sum of exp2, weighted sum of values) of warps, then of chunks, are merged in a
 // fixed order. Chunks begin at multiples of 128 tokens, so that a row's result depends only on its query,
