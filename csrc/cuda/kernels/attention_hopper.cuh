@@ -36,11 +36,12 @@ struct SwizzledRows {
   }
 };
 
-// Attention of a job's queries. `source`: as for attend(), with three more functions. use_tensor_map():
-// whether the copy engine can load keys and values. If so, copy<columns>(to, part, tile, barrier) requests
-// the keys or values of a tile, in columns of kHopperKeys rows, and column_bytes(tile) is the number of bytes
-// that it copies per column. It may omit rows beyond the last key or write anything there: their scores are
-// masked, and their values are set to zero here.
+// Attention of a job's queries. kPaddedDim: a multiple of 8, at least head_dim, for which hopper.cuh has
+// ProductRegisters. `source`: as for attend(), with three more functions. use_tensor_map(): whether the copy
+// engine can load keys and values. If so, copy<columns>(to, part, tile, barrier) requests the keys or values
+// of a tile, in columns of kHopperKeys rows, and column_bytes(tile) is the number of bytes that it copies per
+// column. It may omit rows beyond the last key or write anything there: their scores are masked, and their
+// values are set to zero here.
 template <int kPaddedDim, typename Source>
 __device__ inline void attend_hopper(const Job& job, const Source& source) {
   using Rows = SwizzledRows<kPaddedDim>;
