@@ -27,8 +27,8 @@ namespace {
 using qvl::cpu::UnpackTile;
 
 // Columns of a row unpacked at a time. If the tile's width is not a multiple of kChunk, the last chunk of a
-// row is stored beyond the row's end. The tile's memory has space for it: it is allocated for the maximum
-// width, a multiple of kChunk.
+// row is stored beyond the row's end. The tile's memory has space for this, since it is allocated for the
+// maximum width, a multiple of kChunk.
 constexpr int kChunk = 32;
 constexpr int kChunkVectors = kChunk / kLanes;
 
