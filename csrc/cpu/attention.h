@@ -16,7 +16,7 @@ enum Mask {
 struct Queries {
   int64_t first;
   int n;
-  int64_t n_keys;  // keys that the last query sees
+  int64_t n_keys;  // number of keys that the last query sees
   Mask mask;
   const int32_t* blocks = nullptr;  // block table if the keys are in a pool
 };
@@ -24,7 +24,7 @@ struct Queries {
 // Source of keys and values in tiles of tile_tokens tokens.
 struct KeysAndValues {
   int tile_tokens;
-  // Keys and values of tile i of a head.
+  // Tile i of a head's keys and values, without tokens from queries.n_keys on.
   virtual KvTile tile(const Queries& queries, int head, int64_t i) const = 0;
 
  protected:
@@ -41,15 +41,16 @@ struct AttentionShape {
 };
 
 // Compute out[row][head * head_dim ...] for all rows of `work`. Either all items must have the mask kDecode,
-// or none may have it. A row's result depends only on its query, keys and values, bit for bit, not on the
-// other items or the number of threads.
+// or none may have it. A row's result depends only on the mask and on its query, keys and values, bit for
+// bit, not on the other items or the number of threads.
 void attention(Context& context, const AttentionShape& shape, const float* q, const KeysAndValues& kv,
                const Queries* work, int64_t n_work, float* out);
 
 // Maximum number of queries of a work item.
 constexpr int kQueryTile = 256;
 
-// Keys and values in float32 rows, token_stride apart, as in the vision stage.
+// Keys and values of an image in float32, token_stride values from token to token and head_stride from head
+// to head.
 struct DenseKv final : KeysAndValues {
   const float *keys, *values;
   int64_t token_stride, head_stride;

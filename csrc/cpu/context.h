@@ -26,8 +26,8 @@ struct Context {
   Context(const Kernels& kernels, int n_threads, bool exact = false)
       : kernels(kernels), pool(n_threads), exact(exact), thread_scratch(static_cast<size_t>(n_threads)) {}
 
-  // Call body(task, thread) for tasks 0 to n - 1, which cost `work` multiplications or loads in total. If
-  // `work` is below kSmallWork, run all tasks on the calling thread.
+  // Call body(task, thread) for tasks 0 to n - 1, which cost `work` multiplications in total. If `work` is
+  // below kSmallWork, run all tasks on the calling thread.
   template <typename Body>
   void run(int64_t n, int64_t work, Body&& body) {
     if (work < kSmallWork) {

@@ -63,6 +63,7 @@ double cpu_quota(const std::string& cgroup_file, const std::string& root) {
     std::string group = line.substr(second + 1);
     if (group.empty() || group[0] != '/') continue;
     if (group == "/") group.clear();
+    // Version 1 has a hierarchy for each list of controllers, mounted in the folder with the list's name.
     const double quota = smallest_quota(controllers.empty() ? root : root + "/" + controllers, group);
     if (quota > 0 && (smallest == 0 || quota < smallest)) smallest = quota;
   }

@@ -65,7 +65,7 @@ void describe_cpu(qvl_device_info* info) {
   info->memory_bytes =
       static_cast<uint64_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
   const std::string available = entry("/proc/meminfo", "MemAvailable");
-  info->free_bytes = available.empty() ? info->memory_bytes : std::stoull(available) * 1024;
+  info->free_bytes = available.empty() ? info->memory_bytes : std::stoull(available) * 1024;  // from KiB
   limit_memory(info);
   info->threads = cpu::thread_count(0);
   snprintf(info->isa, sizeof info->isa, "%s", cpu::isa_name(cpu::kernels_for(QVL_ISA_BEST).isa));

@@ -16,7 +16,7 @@ class CpuKvPool final : public KvPool {
   // The first n tokens of one head of a block.
   KvTile tile(int layer, int block, int head, int n) const;
 
-  // Write the keys (part 0) or values (part 1) of one token, [heads][head_dim] at `from`.
+  // Write the keys (part 0) or values (part 1), [heads][head_dim] at `from`, of token `slot` of a block.
   void write(const Kernels& kernels, int layer, int block, int slot, int part, const float* from);
 
   void copy_block(int32_t from, int32_t to, qvl_stream stream) override;

@@ -27,7 +27,7 @@ const CpuAdapter* adapter_of(const Part& part) {
   return adapter != nullptr ? static_cast<const CpuAdapter*>(adapter->matrices.get()) : nullptr;
 }
 
-// Append n rows to `runs`; if they follow the last run and have the same adapter and kind, extend that run.
+// Append n rows to `runs`; if they follow the last run and have its adapter and `decode`, extend that run.
 void append_rows(std::vector<AdapterRows>& runs, const CpuAdapter* adapter, int64_t first, int64_t n,
                  bool decode) {
   if (adapter == nullptr) return;

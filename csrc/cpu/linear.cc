@@ -7,9 +7,9 @@
 namespace qvl::cpu {
 namespace {
 
-constexpr int64_t kMatvecRows = 128;  // maximum number of weight rows in a task of matvec
-// Maximum number of bytes of weights in a task of matvec with more than kMaxRows rows of x (but at least 16
-// weight rows), so that the weights stay in the cache.
+constexpr int64_t kMatvecRows = 128;  // maximum number of weight rows in a task of decode()
+// Maximum number of bytes of weights in a task of decode() with more than kMaxRows rows of x (but at least 16
+// weight rows), so that the weights stay in the cache from one group of kMaxRows rows of x to the next.
 constexpr int64_t kDecodeTaskBytes = 1 << 18;
 constexpr int64_t kTileRows = 64;  // maximum number of weight rows in a task of the blocked product
 // Tokens packed together: their panels have 393 KB per tile and stay in the L2 cache (gemm.h).

@@ -6,7 +6,7 @@
 namespace qvl::cpu {
 
 // Weights [rows, k] of a linear layer, in the memory of the engine's tensors (core/tensors.h) or of an
-// adapter; the bias is a copy of the back end.
+// adapter; the bias is a float32 copy owned by the back end.
 struct Matrix {
   const void* values = nullptr;
   const void* scales = nullptr;  // only for quantized types

@@ -32,7 +32,7 @@ inline void* allocate(size_t bytes) {
   return memory;
 }
 
-// Scratch memory. It grows on demand, losing its content, and never shrinks.
+// Memory that grows on demand, losing its content, and never shrinks.
 class Buffer {
  public:
   Buffer() = default;

@@ -39,7 +39,7 @@ Resampler::Resampler(const qvl_config& config, Weights& weights, Context& contex
 
 void Resampler::run(Context& context, const float* hidden_states, float* features) {
   const int64_t hidden = config_.hidden, n = patches(config_), n_queries = config_.n_queries;
-  auto* kv = patches_.get<float>(size(n * hidden));
+  auto* kv = kv_.get<float>(size(n * hidden));
   auto* key_input = key_input_.get<float>(size(n * hidden));
   auto* keys = keys_.get<float>(size(n * hidden));
   auto* values = values_.get<float>(size(n * hidden));

@@ -10,8 +10,8 @@ class Resampler {
  public:
   Resampler(const qvl_config& config, Weights& weights, Context& context);
 
-  // Hidden states of an image's patches [patches][vision_width] -> features [n_queries][hidden].
-  void run(Context& context, const float* patches, float* features);
+  // Patch features of an image [patches][vision_width] -> image features [n_queries][hidden].
+  void run(Context& context, const float* hidden_states, float* features);
 
  private:
   const qvl_config& config_;
@@ -23,7 +23,7 @@ class Resampler {
   Norm ln_post_;
   Matrix proj_;
   Buffer queries_;  // the learned queries, projected and scaled; the same for every image
-  Buffer patches_, keys_, values_, key_input_, mixed_, out_;
+  Buffer kv_, keys_, values_, key_input_, mixed_, out_;
 };
 
 }  // namespace qvl::cpu

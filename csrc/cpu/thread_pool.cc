@@ -225,6 +225,7 @@ bool ThreadPool::runs_single_threaded() {
 }
 
 void ThreadPool::run_erased(int64_t n, Function function, void* context) {
+  // A ticket counts tasks in 32 bits.
   if (n_threads_ == 1 || n <= 1 || n > INT32_MAX || runs_single_threaded()) {
     for (int64_t task = 0; task < n; ++task) function(context, task, 0);
     return;

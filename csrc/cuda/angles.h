@@ -1,5 +1,5 @@
-// Rotary angles and query scales of all positions, computed when a model is opened; formulas in
-// core/rotary.h.
+// Tables of rotary angles, one per rotary base (dynamic NTK: the length of the prompt determines the base),
+// and query scales of all positions, computed when a model is opened; formulas in core/rotary.h.
 #pragma once
 
 #include "cuda/memory.h"
@@ -14,7 +14,7 @@ class AngleTables {
 
   const Angles& angles() const { return angles_; }
 
-  // Index, in the tables of angles(), of the table for a prompt length.
+  // Index, in angles(), of the table for the rotary base of a prompt length.
   int table(int32_t prompt_len) const;
 
  private:

@@ -11,7 +11,7 @@ namespace {
 
 // As in kernels/attention_decode.cu.
 constexpr int kChunk = 128, kThreads = 128, kFastDim = 128, kMaxDim = 256;
-constexpr int kMaxRows = 256;
+constexpr int kMaxRows = 256;  // of a call
 
 int n_chunks(int max_keys) {
   return (max_keys + kChunk - 1) / kChunk;
@@ -34,9 +34,8 @@ bool is_fast(const Gpu& gpu, const KvLayer& cache) {
          (gpu.arch() != 75 || cache.dtype == QVL_INT8);
 }
 
-// Whether there are so few blocks of threads (at most 8 per multiprocessor) that the latency of a launch
-// exceeds the duration of a block: the kernel then also merges the chunks, and in attention_step, if
-// is_fast(), rotates and stores.
+// Whether there are so few blocks of threads, at most 8 per multiprocessor, that latencies dominate: the
+// kernel then also merges the chunks, and in attention_step, if is_fast(), rotates and stores.
 bool is_small(const Gpu& gpu, const KvLayer& cache, int n, int max_keys) {
   return n_parts(n, cache.heads, max_keys) <= 8 * static_cast<uint64_t>(gpu.multiprocessors());
 }

@@ -52,7 +52,7 @@ bool has_bfloat16(int index) {
          driver().cuDeviceGetAttribute(&major, kComputeMajor, device) == 0 && major >= 8;
 }
 
-// Compute type: that of the config. If the config has none: float16 for float16 weights and on GPUs without
+// Compute type: that of the config, with QVL_COMPUTE_BEST float16 for float16 weights and on GPUs without
 // bfloat16, else bfloat16. The type of one tensor, the table of embeddings or of the vision tower's
 // positions, stands for the weights.
 Half compute_type(const qvl_config& config, const WeightTable& weights) {

@@ -71,7 +71,7 @@ ImageEncoder::ImageEncoder(const Gpu& gpu, CUstream stream, const qvl_config& co
                        std::max({to_size(conv1_.stride), to_size(config.vision_mlp_width), out_width}) * 2);
   keys_ = DeviceMemory(rows * out_width * 2);
   values_ = DeviceMemory(rows * out_width * 2);
-  uint64_t scratch = 0;
+  uint64_t scratch = 0;  // key_ and value_, of H, need none
   for (const Matrix* matrix : {&conv1_, &kv_proj_, &out_proj_, &proj_}) {
     if (matrix->values != nullptr) scratch = std::max(scratch, linear_prompt_scratch(*matrix));
   }

@@ -11,8 +11,8 @@ class ImageEncoder {
  public:
   ImageEncoder(const Gpu& gpu, CUstream stream, const qvl_config& config, Weights& weights);
 
-  // Encode images float32 [n, 3, size, size] -> features float32 [n, n_queries, hidden], both in device
-  // memory.
+  // Encode images float32 [n, 3, size, size] -> features float32 [n, n_queries, hidden], both in memory that
+  // the GPU can access.
   void encode(CUstream stream, int64_t n, const float* images, float* features);
 
  private:

@@ -29,8 +29,8 @@ class Language {
  public:
   Language(const Gpu& gpu, const qvl_config& config, Weights& weights);
 
-  // Run the batch in one or several passes. logits: float32, in device memory, with the layout of
-  // qvl_forward, or NULL.
+  // Run the batch in one or several passes. logits: float32, in memory that the GPU can access, with the
+  // layout of qvl_forward, or NULL.
   void forward(CUstream stream, const CudaKvPool& pool, const qvl_batch& batch, float* logits,
                StepInput& input);
 
@@ -53,8 +53,8 @@ class Language {
   static void sort_by_adapter(const InputArrays& inputs, int first, int n);
 
   // Reserve scratch memory for `rows` decode rows with up to max_keys keys. A captured graph (StepGraphs)
-  // stays valid while graph_version() is unchanged: it changes when scratch memory moves, and when a new
-  // adapter has a higher rank for a product than all earlier adapters.
+  // stays valid while graph_version() is unchanged. graph_version() changes when scratch memory moves, and
+  // when a new adapter has a higher rank for a product than all earlier adapters.
   void reserve(int rows, int max_keys);
   int graph_version() const { return graph_version_; }
 

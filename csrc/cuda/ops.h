@@ -1,9 +1,10 @@
 // Operations of the layers, of images and of sampling. All functions enqueue kernels on a stream and return
 // without waiting for them.
 //
-// H is the compute type, bfloat16 or float16 (Gpu::half). All pointers are device memory; matrices and the
-// inputs of products are 16-byte aligned. A row begins where the previous one ends, unless a stride is given.
-// The residual stream x is float32, inputs of products are H, products accumulate in float32.
+// H is the compute type, bfloat16 or float16 (Gpu::half). The GPU can access the memory of all pointers;
+// matrices and the inputs of products are 16-byte aligned. A row begins where the previous one ends, unless a
+// stride is given. The residual stream x is float32, inputs of products are H, products accumulate in
+// float32.
 //
 // A row's result does not depend on the other rows or their number, bit for bit: see "Reproducibility" in
 // qwenvl.h. Functions named *_decode process tokens of decode steps, 1 to 256 rows, and linear_decode also
@@ -126,9 +127,9 @@ struct Angles {
   int max_positions;
 };
 
-// Keys and values of a layer. Block b begins at base + b * block_bytes and contains values of type dtype,
-// [2][heads][block_tokens][head_dim], keys first. QVL_INT8: the values are integers, and float32 scales
-// [2][heads][block_tokens] follow them (value = scale * integer).
+// Keys and values of a layer. Block b begins at base + b * block_bytes and contains elements of type dtype,
+// [2][heads][block_tokens][head_dim], keys first. QVL_INT8: the elements are integers, and float32 scales
+// [2][heads][block_tokens] follow them (key or value = scale * integer).
 struct KvLayer {
   char* base;
   uint64_t block_bytes;
@@ -155,7 +156,7 @@ void attention_decode(const Gpu&, CUstream, const void* q, const RowMetadata&, c
 // rotated queries. Each row is the newest token of a different sequence; the block table of row i is row i of
 // metadata.blocks. The kernels read `metadata`, and the keys and values of earlier tokens, before the
 // preceding kernels have ended. The writers of this data must therefore have ended before the first of a
-// chain of early launches began, which a graph guarantees.
+// chain of early launches began, which the launch of a graph guarantees.
 void attention_step(const Gpu&, CUstream, const void* qkv, const RowMetadata&, const Angles&, const KvLayer&,
                     int n, int max_keys, void* q, void* scratch, void* y);
 
@@ -178,6 +179,7 @@ constexpr int kQueryTile = 128;
 struct Tile {
   int chunk, offset;  // queries offset .. offset + kQueryTile - 1 of the chunk
 };
+// Attention of the tiles' queries: q H [rows, heads * head_dim] -> y H, the same shape.
 void attention_prompt(const Gpu&, CUstream, const void* q, const PromptChunk* chunks, const Tile* tiles,
                       int n_tiles, const int32_t* blocks, int max_blocks, const KvLayer&, void* y);
 

@@ -13,8 +13,8 @@ namespace qvl::cuda {
 struct SampleKind {
   bool draws = false;     // at least one row is not greedy
   bool changes = false;   // at least one row has token counts (for penalties) or forbidden ids
-  bool logprobs = false;  // log-probabilities of the tokens or of alternatives are requested
-  int n_top = 0;          // number of alternatives per row
+  bool logprobs = false;  // log-probabilities of the sampled or of the most likely tokens are requested
+  int n_top = 0;          // number of most likely tokens to return per row
   int forbidden = 0;      // forbidden ids of all rows, rounded up to 0, 16, 32, 64 ..: fewer graphs
 };
 

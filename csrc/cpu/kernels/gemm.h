@@ -19,9 +19,10 @@
 // of 32 with AVX-512, 16 of 16 with AVX2. Each element of c is a single sum over ascending k, so the result
 // of a token has the same bits for any number of tokens.
 //
-// Cost. Operations: 2 * rows * k * tokens. Bytes: W once for up to 384 tokens, 384 operations per byte in
-// bfloat16; the panels of a tile, 384 x 512 bfloat16 or 384 x 256 float32 = 393 KB, stay in the L2 cache.
-// Bound by the multiply-add units: 2 * L operations per instruction, 4 * L with bfloat16.
+// Cost. Operations: 2 * rows * k * tokens. Bytes: W once for up to 384 tokens (kMaxTokens of linear.cc), 384
+// operations per byte in bfloat16; the panels of a tile, 384 x 512 bfloat16 or 384 x 256 float32 = 393 KB,
+// stay in the L2 cache. Bound by the multiply-add units: 2 * L operations per instruction, 4 * L with
+// bfloat16.
 //
 // Reference: reference::linear (reference/reference.cc), tests/csrc/test_kernels.py::test_linear; within 2e-5
 // for float32 weights, within 2 % for other types, whose activations may be rounded to bfloat16.
@@ -141,8 +142,9 @@ constexpr int block_rows(int panels) {
 }
 
 // Prefetches a range of memory during a product: some cache lines of 64 bytes with each register block of
-// block_rows() rows, none with the smaller blocks of the remaining rows. `blocks` is a low estimate of the
-// number of these register blocks: with many panels the range is complete after about half of the product.
+// block_rows() rows, none with the smaller blocks of the remaining rows. `blocks` is an estimate of the
+// number of these register blocks, for a tile of 64 rows not above it: with many panels the range is complete
+// after about half of the product. With the last tile of a matrix, of fewer rows, it may remain incomplete.
 class Prefetcher {
  public:
   Prefetcher(const PrefetchRange& range, int64_t blocks)
@@ -170,7 +172,7 @@ class Prefetcher {
 };
 
 // Multiply all rows by PanelCount panels, which each block of rows reads again; for the tiles of linear.cc
-// they have at most 48 KB together.
+// they have at most 49 KB together.
 template <typename Step, int PanelCount>
 QVL_INLINE void multiply_panels(const typename Step::Element* tile, int64_t width, int rows, int n_steps,
                                 const char* panels, size_t panel_bytes, bool assign, float* c,

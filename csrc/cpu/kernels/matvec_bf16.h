@@ -12,8 +12,8 @@
 //
 //   prepared x: [n_x][ceil(k / 2L)][2][L] float32, padded with zeros.
 //
-// Cost. Bytes: 2 * rows * k, once for all rows of x; the prepared x stays in the L1 cache (kColumnBlock).
-// Operations: 2 * rows * k * n_x, that is n_x per byte: memory-bound for few rows of x.
+// Cost. Bytes: 2 * rows * k, once for all rows of x; the prepared x is read from the caches. Operations:
+// 2 * rows * k * n_x, that is n_x per byte: memory-bound for few rows of x.
 // time = max(2 * rows * k / bandwidth, 2 * rows * k * n_x / multiply-add rate).
 //
 // Reference: reference::linear (reference/reference.cc), in tests/csrc/test_kernels.py::test_linear; the same

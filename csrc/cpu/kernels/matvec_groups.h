@@ -3,15 +3,15 @@
 // x quantized to 8 bits (quantized_x.h).
 //
 // The term of the zero points is subtracted in float32, once per row of W. prepare_groups computes the sums
-// of x that it needs, once for all rows:
+// of x in this term, once for all rows:
 //
 //   sum of scale * (w - zero) * x = sum of scale * (w * x)  -  sum over groups of (scale * zero) * sum of x
 //                                   products of integers       one product per group, kLanes in a vector
 //
 // Layout with 4 bits. Values as in matvec_int4.h: 16-bit word i of a unit (128 values of a row) has v[i],
 // v[32 + i], v[64 + i] and v[96 + i]. First, a byte shuffle moves the even bytes of 8 words to even 32-bit
-// lanes and the odd bytes to odd lanes. Then a mask extracts the low nibbles, a shift the high ones. All
-// values of a lane thus belong to the same group, even with group size 32:
+// lanes and the odd bytes to odd lanes. Then a mask extracts the low nibbles, a shift the high ones. In each
+// of the two results all values of a lane thus belong to the same group, even with group size 32:
 //
 //                                                                     group (even lanes, odd lanes) of size
 //                 even lanes            odd lanes                     32          64
@@ -301,8 +301,9 @@ struct RowsGroups {
     }
   }
 
-  // Add a group of 8-bit weights, or the two groups of 32 in a vector. factors[..][group] is the scale
-  // of the first group. new_line: w is a multiple of 64 bytes from the start of its row, so prefetch a line.
+  // Add a group of 8-bit weights, or with AVX-512 the two groups of 32 in a vector. factors[..][group] is the
+  // scale of the first group. new_line: w is a multiple of 64 bytes from the start of its row, so prefetch a
+  // line.
   template <int RowCount, int XCount, int Pass, int Passes>
   static QVL_INLINE void add_bytes(const uint8_t* w, int64_t stride, const char* x, int64_t x_stride,
                                    const float (&factors)[RowCount][kLanes], int group, bool new_line,

@@ -17,8 +17,8 @@
 // multiply_add takes the weights as unsigned bytes, w + offset: int4 weights are stored with the offset 8,
 // and int8 kernels add 128 (except with kSignedProducts of simd.h). The offset is subtracted from the result:
 // sum(w * x) = sum((w + offset) * x) - offset * sum(x). The initial sums are -offset times the sum of x over
-// each Group of weights that share a scale, computed once for all rows of W. Types with zero points use
-// quantize_values() only and have a layout without initial sums (matvec_groups.h).
+// each Group of weights that share a scale, computed once for all rows of W. For types with zero points a
+// block has no initial sums (matvec_groups.h).
 //
 // Cost: reads k values and writes k bytes per row of x, once for all rows of W. The rounding error is at most
 // 1/254 of the largest of the 32 values.

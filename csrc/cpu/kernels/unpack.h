@@ -26,9 +26,9 @@ namespace {
 
 using qvl::cpu::UnpackTile;
 
-// Columns of a row unpacked at a time. If a row of the tile is not a multiple of kChunk long, its last chunk
-// is stored beyond its end. Such a tile is narrower than the maximum (kMaxTileK), for which its memory has
-// space.
+// Columns of a row unpacked at a time. If the tile's width is not a multiple of kChunk, the last chunk of a
+// row is stored beyond the row's end. The tile's memory has space for this, since it is allocated for the
+// maximum width, a multiple of kChunk.
 constexpr int kChunk = 32;
 constexpr int kChunkVectors = kChunk / kLanes;
 

@@ -1,15 +1,15 @@
 // Attention of decode steps: one query over the keys of its sequence, in the blocks of the paged cache.
 //
-// Layout. A block processes a chunk of 128 keys of one head and one row, a warp 32 of them. The warp requests
-// the copies of all its keys and values to shared memory together, each lane into its own part, as in
-// linear_decode.cu. Three blocks fit a multiprocessor of an H200 (int8: four). A lane processes 16 bytes of a
-// key: 16 lanes share a key of 16-bit values, 8 lanes a key of 8-bit values:
+// Layout. A block of threads processes a chunk of 128 keys of one head and one row, a warp 32 of them. The
+// warp requests the copies of all its keys and values to shared memory together, each lane into its own part,
+// as in linear_decode.cu. Three blocks fit a multiprocessor of an H200 (int8: four). A lane processes 16
+// bytes of a key: 16 lanes share a key of 16-bit values, 8 lanes a key of 8-bit values:
 //
 //   sequence   | chunk 0: keys 0-127 | chunk 1: 128-255 | .. |       grid [heads][chunks][rows]
 //                block                 block
 //   chunk      | warp 0: 32 | warp 1: 32 | warp 2: 32 | warp 3: 32 |
 //   shared       [warp][keys | values][32 x 128 values]
-//   scratch      parts [row][head][chunk] (maximum, sum) | sums [row][head][chunk][head_dim]
+//   scratch      counters | parts [row][head][chunk] (maximum, sum) | sums [row][head][chunk][head_dim]
 //
 // Partial results (maximum, sum of exp2, weighted sum of values) of warps, then of chunks, are merged in a
 // fixed order. Chunks begin at multiples of 128 tokens, so that a row's result depends only on its query,
@@ -52,7 +52,7 @@ constexpr int kMergedChunks = 8;  // chunks whose loads are in flight together w
 constexpr float kLog2E = 1.44269504f;
 
 __device__ inline float minus_infinity() {
-  return __int_as_float(static_cast<int>(0xFF800000u));  // -infinity
+  return __int_as_float(static_cast<int>(0xFF800000u));
 }
 
 // Work of a block: a chunk of the keys of a row, for one head.
@@ -338,7 +338,7 @@ __device__ void attention(const AttentionDecode& p) {
   // Number of the row's keys from this warp's first key on: may be 0 or negative, or exceed the warp's 32
   // keys.
   const int n_keys = chunk.position + 1 - first;
-  const int newest = n_keys - 1;
+  const int newest = n_keys - 1;  // index of the newest key, counted from this warp's first key
   const bool has_newest = newest >= 0 && newest < kWarpKeys;
   const TokenAddress<T> address(p, lane < n_keys ? block_index : 0, token);
   const int64 key_address = reinterpret_cast<int64>(address.vector(p, 0, chunk.head));

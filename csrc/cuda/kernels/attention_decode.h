@@ -1,10 +1,10 @@
-// Parameters of attention_decode.cu, shared by host and device.
+// Parameters of attention_decode.cu, shared by host and device. H: the compute type, bfloat16 or float16.
 #pragma once
 
 namespace qvl::cuda {
 
 struct AttentionDecode {
-  const void* q;            // H [n][heads][head_dim]; NULL: the kernel rotates and stores qkv
+  const void* q;            // H [n][heads][head_dim]; NULL: the kernel rotates qkv and stores keys, values
   const void* qkv;          // H [n][3][heads][head_dim], not yet rotated, keys and values not yet stored
   const int* positions;     // [n]
   const int* angle_tables;  // [n]: index of the row's table in cos and sin
@@ -28,7 +28,7 @@ struct AttentionDecode {
   unsigned* counters;
   float* sums;   // [n][heads][chunks][head_dim]: sums of exp2(score - maximum) * value
   float* parts;  // [n][heads][chunks][2]: maximum of the scores, sum of exp2(score - maximum)
-  void* y;
+  void* y;       // H [n][heads][head_dim]
 };
 
 }  // namespace qvl::cuda

@@ -2,7 +2,7 @@
 //
 // Layout. A block of threads has the queries of one tile of a prompt chunk (in the kernels for any GPU, of
 // half a tile), for one head. The last tiles, in a prompt those with the most keys, start first. Keys and
-// values of any type are converted to H when they are copied to shared memory:
+// values of types other than H are converted to H when they are loaded:
 //
 //   prompt chunks    | first, n, past, table |     queries [first, first + n) of q, at positions past ..
 //   tiles            | chunk, offset |             128 queries from `offset` on
@@ -28,8 +28,8 @@ struct PagedKeys {
   const PagedAttention& p;
   const int* table;  // block table of the sequence
   int head, n;
-  // In shared memory, for key i of a tile: offsets[i * step] is the offset in bytes of the key in the cache,
-  // -1 beyond the last key; for int8, offsets[first_scale + i * step] is that of its scale.
+  // In shared memory, for key i of a tile of keys: offsets[i * step] is the offset in bytes of the key in the
+  // cache, -1 beyond the last key; for int8, offsets[first_scale + i * step] is that of the key's scale.
   int64* offsets;
   int step, first_scale;
 
@@ -142,7 +142,7 @@ struct PagedKeys {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   __device__ bool use_tensor_map() const { return p.use_tensor_map != 0; }
-  // Number of blocks of the tile that contain keys.
+  // Number of KV blocks that contain the keys of a tile of keys.
   __device__ int blocks(int tile) const {
     return (min(kHopperKeys, n - tile * kHopperKeys) + p.block_tokens - 1) / p.block_tokens;
   }
@@ -168,8 +168,8 @@ struct Work {
   const int* table;
 };
 
-// Work for queries `begin` to begin + queries - 1 of a tile. job.n is 0 or less if the chunk has no such
-// queries.
+// Work for queries `begin` to begin + queries - 1 of a tile of queries. job.n is 0 or less if the chunk has
+// no such queries.
 __device__ inline Work work_of(const PagedAttention& p, int tile, int head, int begin, int queries) {
   const int chunk = p.tiles[2 * tile], offset = p.tiles[2 * tile + 1] + begin;
   const int first = p.chunks[4 * chunk], n = p.chunks[4 * chunk + 1], past = p.chunks[4 * chunk + 2];
@@ -196,7 +196,8 @@ __device__ inline void prompt(const PagedAttention& p) {
   const Work work =
       work_of(p, gridDim.y - 1 - blockIdx.y, head, blockIdx.z * kAttentionQueries, kAttentionQueries);
   if (work.job.n <= 0) return;
-  // With kOffsetsInRows the two offsets of a key are adjacent, and those of the next key are one row further.
+  // With kOffsetsInRows (attention_prompt.h) row i of the queries has the offsets of key i and of its scale
+  // in its last 8 values.
   constexpr bool kInRows = kOffsetsInRows<kPaddedDim>;
   constexpr int kBegin = kInRows ? 2 * kPaddedDim : kAttentionRowBytes<kPaddedDim>;
   constexpr int kStep = kInRows ? 2 * (kPaddedDim + 8) / 8 : 1;
@@ -225,6 +226,7 @@ __device__ inline void prompt_hopper(const PagedAttention& p) {
   start_successors();
   const int head = blockIdx.x;
   const Work work = work_of(p, gridDim.y - 1 - blockIdx.y, head, 0, kAttentionTile);
+  // After the queries, two tiles of keys and two of values, of the same size, aligned as in attend_hopper().
   char* const aligned = raw_shared + (-shared_address(raw_shared) & 1023);
   int64* const offsets = reinterpret_cast<int64*>(aligned + 5 * kHopperKeys * ((kPaddedDim + 63) / 64 * 128));
   attend_hopper<kPaddedDim>(

@@ -37,7 +37,7 @@ constexpr int kHopperShared =
 // Types of cached keys and values. kHalfKeys: the compute type, whichever it is; the others differ from it.
 constexpr int kHalfKeys = 0, kBfloat16Keys = 1, kFloat16Keys = 2, kFloatKeys = 3, kInt8Keys = 4;
 
-// Parameters of attention_prompt.cu.
+// Parameters of attention_prompt.cu, see attention_prompt() and KvLayer in ops.h.
 struct PagedAttention {
   const void* q;
   void* y;

@@ -39,7 +39,7 @@ using H2 = __half2;
 __device__ inline float to_float(H value) {
   return __half2float(value);
 }
-// Saturate: a value out of range becomes the largest finite one, not infinity.
+// Saturate: a value out of range becomes the nearest finite one, not infinity; NaN stays NaN.
 __device__ inline float saturated(float value) {
   return value != value ? value : fminf(fmaxf(value, -65504.f), 65504.f);
 }

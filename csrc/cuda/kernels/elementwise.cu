@@ -13,12 +13,13 @@
 //                      the cache [2][heads][block_tokens][head_dim], for int8 with scales
 //
 // Cost. At the 7B geometry a row has 16 KB of float32 or 24 KB of queries, keys and values, negligible
-// compared with the weights of the products. For few rows a kernel takes a launch and one memory latency, 1
-// to 2 us, provided that all loads of a thread are in flight together. Norm weights are therefore read before
-// the predecessors end, a row of the norm is kept in registers between its two uses, and the sum over a block
-// takes one barrier. For prompts of thousands of rows the kernels are bound by bytes read and written, 24 KB
-// per row for norms and 48 KB for the rotation, at the bandwidth of the L2 cache, which contains the output
-// of the preceding product.
+// compared with the weights of the products. For few rows a kernel takes a launch and one memory latency, in
+// embed and rotate_and_store two (they load ids, or positions, and then from addresses that depend on them),
+// 1 to 2 us, provided that independent loads of a thread are in flight together. rms_norm_held therefore
+// reads the weights before the predecessors end and keeps the row in registers between its two uses, and the
+// sum over a block takes one barrier. For prompts of thousands of rows the kernels are bound by bytes read
+// and written, 24 KB per row for norms and 48 KB for the rotation, at the bandwidth of the L2 cache, which
+// contains the output of the preceding product.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_elementwise.py.
 #include "cuda/kernels/elementwise.h"

@@ -161,7 +161,8 @@ __device__ inline void copy_box(uint32 to, const TensorMap& map, int x0, int x1,
       : "memory");
 }
 
-// Copy contiguous bytes to shared memory; both addresses and `bytes` are multiples of 16.
+// Copy contiguous bytes to shared memory and report them to the barrier; both addresses and `bytes` are
+// multiples of 16.
 __device__ inline void copy_bytes(uint32 to, const void* from, int bytes, uint32 barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),

@@ -1,8 +1,8 @@
 // y = x W^T for 1 to 256 rows of x: the products of decode steps and lm_head. Hopper uses
 // linear_decode_hopper.cu and linear_decode_hopper_groups.cu instead. For more than 8 rows of x,
-// linear_decode_wide.cu replaces this kernel, except before sm_80, for types with zero points, where blocks
-// of that kernel do not fit shared memory, and for matrices that would give it too few blocks; each block of
-// this kernel then has up to 8 of the rows.
+// linear_decode_wide.cu replaces this kernel, except before sm_80, for types with zero points, and if blocks
+// of that kernel do not fit shared memory or would be too few; each block of this kernel then has up to 8 of
+// the rows.
 //
 // Layout. One block per multiprocessor, 16 warps. A tile is 16 rows of W, the rows of mma.m16n8k16, whose 8
 // columns are rows of x. k is divided into 16 slices of whole units of 128 values, one slice per warp; a warp
@@ -13,6 +13,7 @@
 //   next     16 rows | warp 0  | warp 1  |  ..  | warp 15 |   memory: ((0 + 1) + (2 + 3)) + .. in order
 //
 //   shared memory:  ring [kDepth][16 warps][1 KB] | scales | x [columns][units] | offsets | sums [2][16]
+//                   offsets: with 4 bits, the initial sums of groups (linear_decode.cuh)
 //
 // A step is 1 KB of weights, 32 bytes per lane. A lane prefetches its bytes into its own part of a slot of
 // the ring, and later reads them as its fragments: loads in flight need neither a barrier nor registers. A

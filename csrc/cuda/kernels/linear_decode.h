@@ -1,4 +1,5 @@
-// Parameters of the products of decode steps, shared by host and device.
+// Parameters of the products of decode steps, shared by host and device. H: the compute type, bfloat16 or
+// float16.
 #pragma once
 
 #include "cuda/kernels/linear_prompt.h"
@@ -93,10 +94,10 @@ QVL_BOTH_SIDES constexpr int hopper_sum_bytes(int n, int parts, bool quantized, 
 
 // Parameters of linear_decode_hopper.cuh.
 struct LinearHopper {
-  // A box is the part of a tensor that one copy loads for an item; dimensions here begin with the contiguous
-  // one. w: H [64, rows, steps], or lines of 512 bytes of quantized values; scales: lines with those of 16
-  // rows; x: H [64, N, steps], with quantized w [64, N, 2 * steps]. If `in` is not a multiple of 64 (not
-  // whole_boxes), boxes of H are [64, rows] and [64, N].
+  // A box is the part of a tensor that one copy loads for an item (`steps` steps of k); dimensions here begin
+  // with the contiguous one. w: H [64, rows, steps], or lines of 512 bytes of quantized values; scales: lines
+  // with those of 16 rows; x, N rows per tile: H [64, N, steps], with quantized w [64, N, 2 * steps]. If `in`
+  // is not a multiple of 64 (not whole_boxes), boxes of H are [64, rows] and [64, N].
   TensorMap w, scales, x;
   bool whole_boxes;
   bool late_successors;     // start the next kernel only when x is complete

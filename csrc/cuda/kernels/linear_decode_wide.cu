@@ -30,6 +30,7 @@
 namespace qvl::cuda {
 namespace {
 
+// Maximum shared memory of a block, as shared_limit() in linear_decode.cc.
 #if __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
 constexpr int kSharedBytes = 227 << 10;
 #elif __CUDA_ARCH__ == 800

@@ -10,8 +10,8 @@
 //   64 tokens   |warp 4|warp 5|warp 6|warp 7|      ldmatrix are in different banks
 //               +------+------+------+------+
 //
-// Each sum has one accumulator and adds ascending steps of 16 values of k: a row's bits depend only on the
-// row.
+// Each sum has one accumulator and adds ascending steps of 16 values of k: the bits of a token's result
+// depend only on W and the token's row of x.
 //
 // Cost. Operations: 2 * n * in * out. Bytes: a block reads 2 x 128 rows for 128 x 128 sums, one byte per 64
 // operations, which the L2 cache can supply. Bound by mma.sync.

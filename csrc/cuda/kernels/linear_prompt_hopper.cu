@@ -13,8 +13,8 @@
 //   W tile 1    | block 1   | block 3 |      requests a part of both tiles and multicasts it to the others
 //
 // Clusters iterate over the tiles, tokens first, so that W is read from memory once and x stays in the L2
-// cache. Each sum has one accumulator and adds ascending steps of 16 values of k in every variant: a row's
-// bits do not depend on the choice of tile.
+// cache. Each sum has one accumulator and adds ascending steps of 16 values of k in every variant: the bits
+// of the result do not depend on the choice of tile.
 //
 // Cost of a step, in cycles of a multiprocessor: 2 * kGroups * kTokens of wgmma (64 x 8 x 16 products in 4
 // cycles), against 128 * (64 * kGroups + kTokens) bytes at 47 bytes per cycle, with and without multicast:

@@ -29,7 +29,7 @@
 // subtraction removes both.
 //
 // Cost of the conversion of two values, without shifts: 2 instructions, a logical one and a subtraction in H.
-// In bfloat16 INT8 takes 3 and UINT8 4, since its mantissa has only 7 bits.
+// In bfloat16, whose mantissa has only 7 bits, INT8 takes 3 and UINT8 4.
 //
 // Reference: `packed` in tests/cuda/test_prompt_linear.py builds the layout of INT8 and INT4 with PyTorch;
 // test_decode.py compares products of all types with float64.

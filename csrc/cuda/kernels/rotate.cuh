@@ -27,7 +27,7 @@ __device__ inline BFloat16Value bfloat16_of(float value) {
   return {static_cast<uint16>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};  // to nearest, ties to even
 }
 
-// Round to float16. Values out of range become the largest finite one; NaN stays NaN.
+// Round to float16. A value out of range becomes the nearest finite one; NaN stays NaN.
 __device__ inline Float16Value float16_of(float value) {
   Float16Value stored;
   const float saturated = value != value ? value : fminf(fmaxf(value, -65504.f), 65504.f);

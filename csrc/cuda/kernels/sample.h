@@ -29,6 +29,10 @@ struct RowState {
   int peak;        // id of `best`; -1 if the row has a NaN, a positive infinity or no finite value
 };
 
+// The ids of a row are ordered by their keys, most likely first; ids with the same upper 11 bits of the key
+// form a bin, and the weight of an id is an integer proportional to its probability (sample.cu). A search
+// finds the id at which the running count or weight of the ids, in this order, exceeds a value.
+//
 // Kept ids of a row that draws. sample_draw searches up to three times (top-k, top-p, the draw), and each
 // search ends at or before the end of the previous one. Kept are the ids of the bin in which the first search
 // ends and, if other searches follow, all ids before this bin.
@@ -48,7 +52,7 @@ struct SampleParams {
   const int* forbidden;
   int vocab, chunks;
   int bin_vectors;             // float4 per thread of sample_bins and sample_keep
-  bool any_draw, any_changed;  // a row is not greedy; a row has token counts or forbidden ids
+  bool any_draw, any_changed;  // at least one row: is not greedy; has token counts or forbidden ids
   bool want_log_sum;           // log-probabilities are requested
   int weight_shift;  // weight 1 is the integer 2^(31 + weight_shift), so that the sum of a row is below 2^63
 

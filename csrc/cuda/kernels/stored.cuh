@@ -10,7 +10,7 @@
 
 namespace qvl::cuda {
 
-// Values of these types in memory.
+// The bits of a bfloat16 and of a float16 in memory.
 struct BFloat16Value {
   uint16 bits;
 };
