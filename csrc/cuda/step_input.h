@@ -54,8 +54,8 @@ class StepInput {
     StreamEvent copied;  // end of the last copy from the memory
   };
 
-  std::array<Slot, 4> slots_;
-  size_t next_ = 0;
+  std::array<Slot, 4> slots_;  // used in turn, so that begin() seldom waits
+  size_t current_ = 0;
   InputSizes sizes_{};
   DeviceMemory device_;
   int graph_version_ = 0;

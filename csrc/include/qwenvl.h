@@ -439,10 +439,10 @@ enum {
 
 /* Reproducibility. Tokens at positions below prompt_len are computed as prompts; the others, and those of a
  * sequence with QVL_SEQUENCE_GENERATED, as decode steps, whose arithmetic differs. Apart from this, a token's
- * results depend only on the preceding tokens and the adapter, bit for bit. They do not depend on other
- * entries of the batch, on the division of a prompt into chunks, or on whether the preceding keys and values
- * were computed in this call or an earlier one. Several entries of a batch may belong to one sequence, in
- * order of position.
+ * results depend only on the token, the preceding ones, prompt_len and the adapter, bit for bit. They do not
+ * depend on other entries of the batch, on the division of a prompt into chunks, or on whether the preceding
+ * keys and values were computed in this call or an earlier one. Several entries of a batch may belong to one
+ * sequence, in order of position.
  */
 
 /* Tokens [start, start + count) of the packed batch are vectors instead of ids: the features of an image, or
