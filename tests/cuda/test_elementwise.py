@@ -94,7 +94,7 @@ def test_rotate_and_store(half, cache, heads, head_dim, block_tokens):
     size = torch.empty(0, dtype=dtype).element_size()
     n_values = 2 * heads * block_tokens * head_dim
     layer_bytes = n_values * size + (2 * heads * block_tokens * 4 if cache == "int8" else 0)
-    block_bytes = (layer_bytes + 15) // 16 * 16 + 48
+    block_bytes = (layer_bytes + 15) // 16 * 16 + 48  # blocks with gaps, which the kernel must not write
     pool = torch.full([n_blocks, block_bytes], 0x7D, dtype=torch.uint8, device="cuda")
     width = heads * head_dim
     qkv = normal(n, 3 * width).to(half)
