@@ -181,7 +181,10 @@ def before_attention(
 
 
 def after_attention(x: Any, mixed: Any, proj: Any, ln: Any, gate_up: Any, down: Any) -> Any:
-    """Second part of a layer: output projection of the attention, norm, MLP. Returns stream and MLP output."""
+    """Second part of a layer: output projection of the attention, norm, MLP.
+
+    Returns the residual stream and the MLP's output.
+    """
     x = x + f.linear(mixed, proj)
     value, gate = f.linear(rms(x, ln), gate_up).chunk(2, -1)
     return x, f.linear(value * f.silu(gate), down)
