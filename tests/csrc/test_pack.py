@@ -126,6 +126,8 @@ def test_rounding(library, dtype, n_steps):
     largest = np.abs(values.reshape(16, -1, group)).max(-1, keepdims=True)
     step = 2 * largest / n_steps
     error_in_steps = error.reshape(16, -1, group) / step
+    # 1.92: the engine's finest int4 scale maps the largest magnitude to -9.2. The opposite value is clipped from 9.2 to
+    # 7, with an error of 2.2 scales, which are 2.2 * 8 / 9.2 steps.
     assert error_in_steps.max() <= (0.501 if dtype == INT8 else 1.92)
     # Errors of rounding, evenly distributed from 0 to half a step, have a standard deviation of 0.14 steps.
     assert error_in_steps.std() < 0.2

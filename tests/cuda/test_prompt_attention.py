@@ -11,7 +11,7 @@ prompt = pytest.importorskip("prompt", reason="the tests of prompts need a GPU")
 import torch  # noqa: E402
 from prompt import HALVES, error_of, run  # noqa: E402
 
-QUERY_TILE = 128
+QUERY_TILE = 128  # kQueryTile of csrc/cuda/ops.h
 # Number in qwenvl.h and PyTorch dtype of each cache type.
 CACHES = {
     "float32": (0, torch.float32),
