@@ -133,7 +133,7 @@ def fastest_kernel(query: tuple[int, ...], key: tuple[int, ...], causal: bool) -
 
 
 def attend(q: Any, k: Any, v: Any, causal: bool = False) -> Any:
-    """[batch, tokens, heads, head_dim] -> [batch, tokens, heads * head_dim]."""
+    """Attention: q, k and v [batch, tokens, heads, head_dim] -> [batch, tokens, heads * head_dim]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     batch, heads, length, head_dim = k.shape
     # Without a causal mask, lengths that round up to the same multiple of 256 share the choice of a kernel.

@@ -752,7 +752,7 @@ static int fuzz_step(qvl_engine* engine, qvl_kv_pool* pool) {
 static int fuzz_blocks(qvl_kv_pool* pool) {
   static unsigned char host[1 << 17];
   int32_t blocks[3] = {0, 5, 7}, to[3] = {1, 2, 3}, n = 3;
-  const uint64_t block = 2 * 2 * LAYERS * 16 * HIDDEN; /* keys and values of 16 tokens, 2 bytes each */
+  const uint64_t block = 2 * 2 * LAYERS * 16 * HIDDEN; /* keys and values of 16 tokens, 2 bytes per number */
   CHECK(3 * block <= sizeof host);
   uint64_t bytes = 3 * block;
   switch (next(&fuzz_random) % 4) {
