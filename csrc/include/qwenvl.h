@@ -398,8 +398,8 @@ QVL_API qvl_status qvl_kv_pool_create(qvl_engine* engine, int32_t n_blocks, int3
                                       qvl_dtype dtype, qvl_kv_pool** pool, qvl_error* error);
 QVL_API void qvl_kv_pool_free(qvl_kv_pool* pool);
 
-/* Size in bytes of a pool with these parameters, without the spare block that a pool on a GPU has in
- * addition; 0 if they are invalid. */
+/* Size in bytes of a pool with these parameters; 0 if they are invalid. A pool on a GPU occupies one block
+ * more, for rows that pad a decode step. */
 QVL_API uint64_t qvl_kv_pool_bytes(const qvl_engine* engine, int32_t n_blocks, int32_t block_tokens,
                                    qvl_dtype dtype);
 
