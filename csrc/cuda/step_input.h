@@ -10,8 +10,8 @@
 
 namespace qvl::cuda {
 
-// Sizes of the arrays. Only they determine the offsets of the arrays: steps with the same sizes have the same
-// addresses, as captured graphs require.
+// Sizes of the arrays. Only they determine the offsets of the arrays: steps with the same sizes have the
+// arrays at the same addresses, as captured graphs require, until graph_version() changes.
 struct InputSizes {
   int rows = 0;                    // tokens of the pass
   int tables = 0, max_blocks = 0;  // block tables, and their length

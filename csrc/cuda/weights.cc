@@ -131,9 +131,9 @@ Matrix Weights::allocate_matrix(Storage storage, int64_t out, int64_t in) {
 void Weights::write_rows(const qvl_tensor& tensor, const Matrix& to, int first, int step) {
   const bool same_layout = tensor.dtype == dtype_of(gpu_.half()) && to.in == to.stride && step == 1;
   if (same_layout) {
-    const auto row = static_cast<uint64_t>(to.stride) * 2;
-    copy_to_gpu(static_cast<char*>(to.values) + static_cast<uint64_t>(first) * row, tensor.data, tensor.bytes,
-                tensor.device);
+    const auto row_bytes = static_cast<uint64_t>(to.stride) * 2;
+    copy_to_gpu(static_cast<char*>(to.values) + static_cast<uint64_t>(first) * row_bytes, tensor.data,
+                tensor.bytes, tensor.device);
     return;
   }
   const void* from = tensor.data;
