@@ -7,7 +7,8 @@ the previous step from GPU memory, so the host does not wait between steps. With
 are omitted, since the vision stage is not quantized. Environment variables: QWENVL_LIBRARY is the path of libqwenvl.so,
 with libqwenvl_cuda.so in the same folder; QWENVL_CUDA_KERNELS is the folder of the kernels.
 
-With --open FOLDER, it only times the opening of the bfloat16 model, whose parameter files (19 GB) it writes to FOLDER.
+With --open FOLDER, it only times the opening of the bfloat16 model, whose parameter files (19 GB) it puts into FOLDER
+meanwhile.
 """
 
 from __future__ import annotations

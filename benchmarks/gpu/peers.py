@@ -133,7 +133,7 @@ def fastest_kernel(query: tuple[int, ...], key: tuple[int, ...], causal: bool) -
 
 
 def attend(q: Any, k: Any, v: Any, causal: bool = False) -> Any:
-    """[batch, tokens, heads, head_dim] -> [batch, tokens, heads * head_dim]."""
+    """Attention: q, k and v [batch, tokens, heads, head_dim] -> [batch, tokens, heads * head_dim]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     batch, heads, length, head_dim = k.shape
     # Without a causal mask, lengths that round up to the same multiple of 256 share the choice of a kernel.
@@ -181,7 +181,10 @@ def before_attention(
 
 
 def after_attention(x: Any, mixed: Any, proj: Any, ln: Any, gate_up: Any, down: Any) -> Any:
-    """Second part of a layer: output projection of the attention, norm, MLP. Returns stream and MLP output."""
+    """Second part of a layer: output projection of the attention, norm, MLP.
+
+    Returns the residual stream and the MLP's output.
+    """
     x = x + f.linear(mixed, proj)
     value, gate = f.linear(rms(x, ln), gate_up).chunk(2, -1)
     return x, f.linear(value * f.silu(gate), down)

@@ -26,7 +26,8 @@ class StepGraphs {
   void step(CUstream stream, const CudaKvPool& pool, const qvl_batch& batch, const SampleCall& call);
 
  private:
-  // Properties of a graph: pool, rows, keys, draws, changes, logprobs, n_top, forbidden, adapted.
+  // Properties of a graph: id of the pool; rows; maximum number of keys per row; draws, changes, logprobs,
+  // n_top and forbidden of SampleKind; whether a row has an adapter.
   using Key = std::tuple<uint64_t, int, int, bool, bool, bool, int, int, bool>;
 
   // The graph for these properties, captured if it does not exist.
@@ -44,7 +45,9 @@ class StepGraphs {
   CUstream stream_ = nullptr;  // for capture only
   DeviceMemory logits_;
   std::map<Key, CUgraphExec> graphs_;
-  int graph_version_ = 0;  // sum of the graph_version() of input_, language_ and sampler_ at the capture
+  // Sum of the graph_version() of input_, language_ and sampler_ when graphs_ were captured; -1: logits_ has
+  // moved since.
+  int graph_version_ = 0;
 };
 
 }  // namespace qvl::cuda

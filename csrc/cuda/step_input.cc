@@ -46,12 +46,14 @@ InputArrays StepInput::begin(const InputSizes& sizes) {
   sizes_ = sizes;
   uint64_t bytes = 0;
   lay_out(nullptr, sizes, &bytes);
-  next_ = (next_ + 1) % slots_.size();
-  Slot& slot = slots_[next_];
+  current_ = (current_ + 1) % slots_.size();
+  Slot& slot = slots_[current_];
   slot.copied.wait();
+  // Twice the size, so that growing inputs seldom reallocate.
   if (slot.memory.bytes() < bytes) slot.memory = HostMemory(std::max<uint64_t>(2 * bytes, 1 << 16));
   if (device_.bytes() < bytes) {
-    device_ = DeviceMemory(std::max<uint64_t>(2 * bytes, 1 << 16));  // cuMemFree waits for the GPU
+    // The old memory is freed by cuMemFree, which waits until the GPU has used it.
+    device_ = DeviceMemory(std::max<uint64_t>(2 * bytes, 1 << 16));
     ++graph_version_;
   }
   return lay_out(slot.memory.get<char>(), sizes, &bytes);
@@ -60,7 +62,7 @@ InputArrays StepInput::begin(const InputSizes& sizes) {
 InputArrays StepInput::send(CUstream stream) {
   uint64_t bytes = 0;
   const InputArrays arrays = lay_out(device_.get<char>(), sizes_, &bytes);
-  Slot& slot = slots_[next_];
+  Slot& slot = slots_[current_];
   copy(stream, device_.get(), slot.memory.get(), bytes);
   slot.copied.record(stream);
   return arrays;

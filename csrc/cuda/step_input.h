@@ -10,13 +10,13 @@
 
 namespace qvl::cuda {
 
-// Sizes of the arrays. Only they determine the offsets of the arrays: steps with the same sizes have the same
-// addresses, as captured graphs require.
+// Sizes of the arrays. Only they determine the offsets of the arrays: steps with the same sizes have the
+// arrays at the same addresses, as captured graphs require, until graph_version() changes.
 struct InputSizes {
   int rows = 0;                    // tokens of the pass
   int tables = 0, max_blocks = 0;  // block tables, and their length
   int chunks = 0, tiles = 0;       // of prompts, for attention_prompt
-  int picks = 0, forbidden = 0;    // rows to sample, and their forbidden ids
+  int picks = 0, forbidden = 0;    // rows to sample; forbidden ids of all of them (SampleKind)
   int adapted = 0;                 // number of rows if any of them has an adapter, else 0
 };
 
@@ -33,7 +33,8 @@ struct InputArrays {
   Pick* picks;            // [picks]
   int32_t* forbidden;     // [forbidden]
   uint64_t* adapters;  // [adapted]: address of the table of the row's adapter, 0: none; NULL if adapted is 0
-  int32_t* adapter_order;  // indices of the decode rows (0: the first one), sorted by adapter; NULL likewise
+  // [decode rows]: their indices (0: the first decode row), sorted by adapter; NULL if adapted is 0.
+  int32_t* adapter_order;
 };
 
 class StepInput {
@@ -54,8 +55,8 @@ class StepInput {
     StreamEvent copied;  // end of the last copy from the memory
   };
 
-  std::array<Slot, 4> slots_;
-  size_t next_ = 0;
+  std::array<Slot, 4> slots_;  // used in turn, so that begin() seldom waits
+  size_t current_ = 0;
   InputSizes sizes_{};
   DeviceMemory device_;
   int graph_version_ = 0;

@@ -11,7 +11,7 @@
 namespace qvl::cuda {
 namespace {
 
-constexpr uint64_t kAlignment = 256;
+constexpr uint64_t kAlignment = 256;  // of each weight, in bytes
 constexpr uint64_t kSlab = 64 << 20;  // bytes of an allocation that small weights share
 
 // Number of values of a row: the product of all dimensions but the first.
@@ -32,7 +32,8 @@ Weights::Weights(const Gpu& gpu, CUstream stream, const WeightTable& table)
   check_memory();
 }
 
-// bytes_as_int4 is a rough estimate: half a byte per value of a matrix, a byte per value of a vector, no
+// bytes_as_int4 is a lower bound of the size of an export with weight_only_int4: half a byte per value of a
+// matrix, although wte stays unquantized and lm_head and c_attn get 8 bits; a byte per value of a vector; no
 // scales.
 void Weights::check_memory() const {
   uint64_t needed = 0, bytes_as_int4 = 0;
@@ -47,8 +48,10 @@ void Weights::check_memory() const {
   check(driver().cuMemGetInfo(&free, &total), "querying free GPU memory");
   const bool quantized = std::any_of(table_.begin(), table_.end(),
                                      [](const auto& entry) { return is_quantized(entry.second.dtype); });
-  const char* advice =
-      bytes_as_int4 < free && !quantized ? "; an export with weight_only_int4 would fit" : "";
+  const bool has_language = table_.count("lm_head.weight") != 0;
+  const char* advice = has_language && bytes_as_int4 < free && !quantized
+                           ? "; an export of the language stage with weight_only_int4 may fit"
+                           : "";
   QVL_REQUIRE(needed <= free, QVL_NO_MEMORY,
               "out of GPU memory: the weights need %.2f GiB, %.2f of %.2f GiB are free%s", gib(needed),
               gib(free), gib(total), advice);
@@ -128,9 +131,9 @@ Matrix Weights::allocate_matrix(Storage storage, int64_t out, int64_t in) {
 void Weights::write_rows(const qvl_tensor& tensor, const Matrix& to, int first, int step) {
   const bool same_layout = tensor.dtype == dtype_of(gpu_.half()) && to.in == to.stride && step == 1;
   if (same_layout) {
-    const auto row = static_cast<uint64_t>(to.stride) * 2;
-    copy_to_gpu(static_cast<char*>(to.values) + static_cast<uint64_t>(first) * row, tensor.data, tensor.bytes,
-                tensor.device);
+    const auto row_bytes = static_cast<uint64_t>(to.stride) * 2;
+    copy_to_gpu(static_cast<char*>(to.values) + static_cast<uint64_t>(first) * row_bytes, tensor.data,
+                tensor.bytes, tensor.device);
     return;
   }
   const void* from = tensor.data;
@@ -175,7 +178,8 @@ Matrix Weights::interleaved(const std::string& first, const std::string& second)
       (order_a == nullptr || std::memcmp(order_a->data, order_b->data, order_a->bytes) == 0);
   QVL_REQUIRE(same_order, QVL_UNSUPPORTED, "%s and %s have their inputs in different orders; a GPU needs one",
               first.c_str(), second.c_str());
-  // Pad with rows of zeros, so that a row of the product's result is a whole number of vectors.
+  // Pad with rows of zeros, so that a row of the product's result (kSiluTimes: `rows` values) is a whole
+  // number of vectors of 8 values.
   const auto rows = static_cast<int64_t>(round_up(static_cast<uint64_t>(a.shape[0]), 8));
   Matrix result = allocate_matrix(storage_of(a.dtype), 2 * rows, row_values(a));
   if (rows != a.shape[0]) {

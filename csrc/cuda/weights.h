@@ -22,17 +22,18 @@ class Weights {
   // Throws QVL_NO_MEMORY if the weights do not fit the free GPU memory.
   Weights(const Gpu& gpu, CUstream stream, const WeightTable& table);
 
-  // Tensor of any shape as float32.
+  // Tensor of any shape as float32 on the GPU.
   const float* floats(const std::string& name);
 
   // Matrix with its input order (Matrix::order), if it has one; throws QVL_UNSUPPORTED if a matrix of the
-  // vision stage has one. `bias`: name of a tensor, or empty. A matrix that is on the GPU in H already, in
-  // rows of a multiple of 8 values, is not copied.
+  // vision stage has one. `bias`: name of a tensor, or empty. A matrix that is on the GPU already, in H (the
+  // compute type) and in rows of a multiple of 8 values, is not copied.
   Matrix matrix(const std::string& name, const std::string& bias = "");
   Matrix linear(const std::string& name) { return matrix(name + ".weight", name + ".bias"); }
 
-  // Interleave two matrices of the same shape, storage type and input order: row i of the first becomes row
-  // 2 i, row i of the second row 2 i + 1. The result is padded with rows of zeros to a multiple of 16 rows.
+  // Interleave two matrices of the same shape: row i of the first becomes row 2 i, row i of the second row
+  // 2 i + 1. The result is padded with rows of zeros to a multiple of 16 rows. Throws QVL_UNSUPPORTED if the
+  // storage types or input orders differ.
   Matrix interleaved(const std::string& first, const std::string& second);
 
   // As matrix(), but a quantized tensor is dequantized on the host, so that the result is kHalf. A quantized
@@ -63,7 +64,7 @@ class Weights {
   CUstream stream_;
   const WeightTable& table_;
   Uploader uploader_;
-  DeviceMemory staging_;
+  DeviceMemory staging_;  // a tensor in the layout of the file, to be converted on the GPU
   std::deque<DeviceMemory> memory_;
   char* slab_ = nullptr;    // unused part of the last slab in memory_
   uint64_t slab_left_ = 0;  // its size in bytes

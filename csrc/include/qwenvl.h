@@ -1,4 +1,4 @@
-/* The Qwen-VL engine: images -> features, packed tokens -> logits, logits -> tokens.
+/* The Qwen-VL engine: images -> features, tokens -> logits, logits -> tokens.
  *
  * A C interface without framework types. A caller
  *   1. creates qvl_weights from named tensors or an exported file, and a qvl_engine from a qvl_config;
@@ -143,8 +143,8 @@ QVL_API qvl_status qvl_get_device_info(qvl_device device, int32_t index, qvl_dev
 
 enum { QVL_STAGE_VISION = 1, QVL_STAGE_LANGUAGE = 2 };
 
-/* Sizes of the model, and the device. Names are those of the model's config.json, shortened; other names are
- * quoted. */
+/* Sizes of the model, and the device. Names are those of the model's config.json, shortened; where they
+ * differ otherwise, the comment quotes the name in config.json. */
 typedef struct qvl_config {
   uint32_t size;   /* sizeof(qvl_config) */
   uint32_t stages; /* QVL_STAGE_VISION, QVL_STAGE_LANGUAGE or both; their weights are required */
@@ -170,7 +170,7 @@ typedef struct qvl_config {
   int32_t dynamic_ntk; /* 0 or 1 */
   int32_t logn;        /* 0 or 1 */
 
-  /* The vision tower. The resampler's width is `hidden`, its head_dim 128. */
+  /* The vision tower, and the resampler, whose width is `hidden` and whose head_dim is 128. */
   int32_t image_size; /* height and width in pixels, a multiple of patch_size */
   int32_t patch_size;
   int32_t vision_width;
@@ -398,8 +398,8 @@ QVL_API qvl_status qvl_kv_pool_create(qvl_engine* engine, int32_t n_blocks, int3
                                       qvl_dtype dtype, qvl_kv_pool** pool, qvl_error* error);
 QVL_API void qvl_kv_pool_free(qvl_kv_pool* pool);
 
-/* Size in bytes of a pool with these parameters, without the spare block that a pool on a GPU has in
- * addition; 0 if they are invalid. */
+/* Size in bytes of a pool with these parameters; 0 if they are invalid. A pool on a GPU occupies one block
+ * more, for rows that pad a decode step. */
 QVL_API uint64_t qvl_kv_pool_bytes(const qvl_engine* engine, int32_t n_blocks, int32_t block_tokens,
                                    qvl_dtype dtype);
 
@@ -418,7 +418,8 @@ QVL_API qvl_status qvl_kv_write_blocks(qvl_kv_pool* pool, int32_t n, const int32
 
 /* ---- forward ------------------------------------------------------------------------------------------ */
 
-/* A sequence's tokens in a packed batch: a prompt, a chunk of a prompt, or one token of a decode step. */
+/* A sequence's tokens in a batch: a prompt, a chunk of a prompt, or generated tokens, of which a decode step
+ * has one. */
 typedef struct qvl_sequence {
   int32_t n_new;      /* tokens in this batch, at least 1 */
   int32_t n_past;     /* tokens of the sequence before these, whose keys and values are in the pool */
@@ -439,14 +440,14 @@ enum {
 
 /* Reproducibility. Tokens at positions below prompt_len are computed as prompts; the others, and those of a
  * sequence with QVL_SEQUENCE_GENERATED, as decode steps, whose arithmetic differs. Apart from this, a token's
- * results depend only on the preceding tokens and the adapter, bit for bit. They do not depend on other
- * entries of the batch, on the division of a prompt into chunks, or on whether the preceding keys and values
- * were computed in this call or an earlier one. Several entries of a batch may belong to one sequence, in
- * order of position.
+ * results depend only on the token, the preceding ones, prompt_len and the adapter, bit for bit. They do not
+ * depend on other entries of the batch, on the division of a prompt into chunks, or on whether the preceding
+ * keys and values were computed in this call or an earlier one. Several entries of a batch may belong to one
+ * sequence, in order of position.
  */
 
-/* Tokens [start, start + count) of the packed batch are vectors instead of ids: the features of an image, or
- * a part of them. */
+/* Tokens [start, start + count) of the batch, counted over all sequences, are vectors instead of ids: the
+ * features of an image, or a part of them. */
 typedef struct qvl_span {
   int32_t start;
   int32_t count;
@@ -579,7 +580,7 @@ typedef struct qvl_result {
 
 /* Generate completions for a batch of n requests, 1 to 65536.
  *
- * end_ids: stop tokens, int32 [n_end], host memory.
+ * end_ids: stop tokens, int32 [n_end], host memory; ids outside the vocabulary are ignored.
  * pool: NULL to create a pool for this call, float32 if h.0.attn.c_attn.weight is float32, else bfloat16. A
  * given pool needs (n_tokens + max_new) / block_tokens blocks for each request, rounded up, and is
  * overwritten. tokens: int32 [n, stride], host memory; row i receives the tokens of request i. stride: at

@@ -43,7 +43,7 @@ std::string text(const Shape& shape) {
   return result + "]";
 }
 
-// Values of an input, after a check of its type and shape. In `shape`, -1 stands for any length.
+// Values of an input, after a check of its shape, type and device. In `shape`, -1 stands for any length.
 template <typename T>
 const T* values(const Tensor& tensor, const char* name, const Shape& shape) {
   const Shape given = tensor.shape();

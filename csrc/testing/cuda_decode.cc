@@ -68,8 +68,8 @@ EXPORT const char* decode_linear(int half, CUstream stream, int storage, int out
 }
 
 // decode_linear, then low_rank_down, which writes A x of each row with an adapter to `low` (A: the adapter's
-// first factor). adapters, order, product, rank, scratch and low_stride are as for qvlt_gpu_low_rank
-// (cuda_small.cc).
+// first factor). adapters, order and product: as in AdaptedRows; low, scratch and low_stride: as in
+// LowRankMemory; rank: as for low_rank_down (cuda/low_rank.h).
 EXPORT const char* decode_adapted(int half, CUstream stream, int storage, int out, int in, int stride,
                                   void* values, void* scales, const void* x, int64_t x_stride, int n,
                                   int epilogue, void* y, const uint64_t* adapters, const int32_t* order,

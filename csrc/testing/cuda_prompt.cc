@@ -1,6 +1,7 @@
-// C interface to products of prompts, and to attention of prompts and images, for tests/cuda. Pointers are
-// device memory. The functions with a stream return NULL or an error message. bfloat16: compute type; 0:
-// float16. portable: 1: use the kernels for any GPU even if this GPU has faster ones.
+// C interface to linear_prompt (y = x W^T + bias for the tokens of prompts) and to the attention of prompts
+// and images, for tests/cuda. Pointers are device memory. The functions with a stream return NULL or an error
+// message. bfloat16: 1: compute in bfloat16; 0: in float16. portable: 1: use the kernels for any GPU even if
+// this GPU has faster ones.
 #include <string>
 
 #include "core/error.h"
@@ -42,7 +43,7 @@ EXPORT int64_t qvlt_gpu_linear_prompt_tile(int64_t out, int64_t in, int64_t n) {
 }
 
 // tile: index of a tile variant of Hopper; -1: the portable kernel; -2: linear_prompt, which chooses one
-// of these. Only -2 accepts quantized matrices and uses `scratch`.
+// of the others. Only -2 accepts quantized matrices and uses `scratch`.
 EXPORT const char* qvlt_gpu_linear_prompt(int64_t bfloat16, CUstream stream, int64_t tile, int64_t storage,
                                           int64_t out, int64_t in, int64_t stride, void* values, void* scales,
                                           const float* bias, const void* x, int64_t x_stride, int64_t n,

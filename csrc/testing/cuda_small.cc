@@ -1,6 +1,6 @@
 // C interface to the elementwise, adapter, image and sampling kernels, for tests/cuda, with the parameters of
 // the launchers in cuda/ops.h and cuda/low_rank.h. Pointers are device memory. The functions with a stream
-// return NULL or an error message. bfloat16: compute type; 0: float16.
+// return NULL or an error message. bfloat16: 1: compute in bfloat16; 0: in float16.
 #include "core/error.h"
 #include "cuda/low_rank.h"
 #include "cuda/ops.h"
@@ -58,7 +58,7 @@ EXPORT uint64_t qvlt_gpu_low_rank_scratch(int64_t n, int64_t low_stride) {
 
 // low_rank_down, then low_rank_up. adapters: [n] addresses of tables of LowRankEntry (kernels/low_rank.h),
 // in which `product` is an index; raw: float32 [n, out], W x; with the epilogues kAdd and kFloat it is NULL,
-// and the result is added to y; scratch: qvlt_gpu_low_rank_scratch() bytes, zero.
+// and B A x is added to y; scratch: qvlt_gpu_low_rank_scratch() bytes, zero.
 EXPORT const char* qvlt_gpu_low_rank(int64_t bfloat16, CUstream stream, const uint64_t* adapters,
                                      const int32_t* order, int64_t product, const void* x, int64_t x_stride,
                                      int64_t in, int64_t n, int64_t rank, void* low, void* scratch,

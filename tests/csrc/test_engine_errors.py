@@ -133,7 +133,7 @@ def test_weights(creation_error, stored):
 
 
 def test_order_of_inputs(creation_error, library, model, stored):
-    """`NAME.order` must be a permutation of the inputs of a matrix; for a vector it is ignored."""
+    """`NAME.order` must be a permutation of a matrix's inputs, and is ignored for a vector; no matrix may be int32."""
     name = "h.1.attn.c_proj.weight.order"
     order = np.arange(256, dtype=np.int32)[::-1].copy()
 

@@ -31,7 +31,7 @@ PROMPTS = [RANDOM.integers(0, 600, n).tolist() for n in (1, 40, 7, 150)]
 @pytest.fixture(scope="module")
 def engine(library, golden_model):
     model = golden_model("a")
-    config = make_config(model.config, LANGUAGE, max_tokens=64)
+    config = make_config(model.config, LANGUAGE, max_tokens=64)  # prompts take several passes
     with Engine(library, config, store(library, model.language_weights(), FLOAT32)) as engine:
         yield engine
 

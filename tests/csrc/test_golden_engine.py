@@ -58,7 +58,7 @@ def test_logits(model_and_best_engine, block_tokens):
     """All golden logits, with the prompt in two chunks, its last 7 tokens one by one, and blocks in random order."""
     model, engine = model_and_best_engine
     prompt, length = model.prompt, len(model.prompt)
-    chunk = 280  # between two images of model b
+    chunk = 280  # after the image of model a, between the images of model b
     prefill_logits = model.figures["prefill_logits_last8"][0]
     spans = model.spans(engine.encode_images(model.images))
     n_blocks = (length + 24) // block_tokens + 1

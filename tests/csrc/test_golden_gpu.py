@@ -36,7 +36,7 @@ def test_golden(library, golden_model, name, compute):
     """Image features, the logits of a prompt in two chunks, and of decode steps with upstream's tokens."""
     model, bound = golden_model(name), BOUNDS[compute]
     prompt, length = model.prompt, len(model.prompt)
-    chunk = 280  # between two images of model b
+    chunk = 280  # after the image of model a, between the images of model b
     table = np.random.default_rng(1).permutation(length // 32 + 3).tolist()
     figures = model.figures
     config = make_config(model.config, compute=compute)

@@ -294,6 +294,7 @@ def rounded_to_pool(x, dtype):
     return x
 
 
+# n: queries; causal: query i sees the first n_keys - n + i + 1 keys, else all; tile: tokens of a block of the pool.
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16, INT8])
 @pytest.mark.parametrize(
     ("heads", "head_dim", "n", "n_keys", "causal", "tile"),

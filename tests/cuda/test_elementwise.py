@@ -68,7 +68,7 @@ def test_embed(half, width, with_images):
     assert bool(x[n].isnan().all())
 
 
-def narrow_int8(rows):
+def scaled_for_int8(rows):
     """Rows float64 [..., head_dim] divided by their scales, before rounding to int8, and the scales [...]."""
     largest = rows.abs().amax(-1, keepdim=True)
     return rows * 127 / largest, (largest / 127)[..., 0]
@@ -94,7 +94,7 @@ def test_rotate_and_store(half, cache, heads, head_dim, block_tokens):
     size = torch.empty(0, dtype=dtype).element_size()
     n_values = 2 * heads * block_tokens * head_dim
     layer_bytes = n_values * size + (2 * heads * block_tokens * 4 if cache == "int8" else 0)
-    block_bytes = (layer_bytes + 15) // 16 * 16 + 48
+    block_bytes = (layer_bytes + 15) // 16 * 16 + 48  # blocks with gaps, which the kernel must not write
     pool = torch.full([n_blocks, block_bytes], 0x7D, dtype=torch.uint8, device="cuda")
     width = heads * head_dim
     qkv = normal(n, 3 * width).to(half)
@@ -138,7 +138,7 @@ def test_rotate_and_store(half, cache, heads, head_dim, block_tokens):
     zeroed = pool.clone()
     view = zeroed[:, : n_values * size].view(dtype).view(n_blocks, 2, heads, block_tokens, head_dim)
     if cache == "int8":
-        exact, scales = narrow_int8(stored)
+        exact, scales = scaled_for_int8(stored)
         assert_close(found.float() - exact.float(), torch.zeros_like(exact), tolerance=0.5 + 1e-4)
         n_scales = 2 * heads * block_tokens * 4
         found_scales = pool[:, n_values : n_values + n_scales].view(torch.float32)

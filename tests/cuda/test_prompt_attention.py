@@ -11,7 +11,7 @@ prompt = pytest.importorskip("prompt", reason="the tests of prompts need a GPU")
 import torch  # noqa: E402
 from prompt import HALVES, error_of, run  # noqa: E402
 
-QUERY_TILE = 128
+QUERY_TILE = 128  # kQueryTile of csrc/cuda/ops.h
 # Number in qwenvl.h and PyTorch dtype of each cache type.
 CACHES = {
     "float32": (0, torch.float32),
@@ -22,7 +22,7 @@ CACHES = {
 
 
 class Cache:
-    """The KV cache of one layer with random keys and values in scattered blocks, and these values in float64."""
+    """The KV cache of one layer with random keys and values in scattered blocks, and copies of both in float64."""
 
     def __init__(self, kind: str, lengths: list[int], heads: int, head_dim: int, block_tokens: int) -> None:
         self.dtype, torch_dtype = CACHES[kind]
@@ -88,7 +88,7 @@ class Cache:
 
 
 def error_bound(half: torch.dtype) -> float:
-    """Largest relative error with this compute type."""
+    """Largest allowed relative error with this compute type."""
     return 8e-3 if half == torch.bfloat16 else 1e-3
 
 

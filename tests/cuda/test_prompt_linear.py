@@ -39,7 +39,7 @@ def product(
 
 
 def name_of(tile: int) -> str:
-    """Name of a tile for messages; CHOSEN may be any of them."""
+    """Name of a tile for messages; CHOSEN may be any tile."""
     return "CHOSEN" if tile == CHOSEN else prompt.DLL.qvlt_gpu_linear_prompt_tile_name(tile).decode()
 
 
@@ -125,7 +125,7 @@ def test_several_tiles_per_block() -> None:
 
 @pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
 def test_gelu(half: torch.dtype) -> None:
-    """The error of GELU is at most the rounding error of the type, plus 5e-5."""
+    """The error of GELU is at most the rounding error of the type, plus 5e-5 for the kernels' polynomial."""
     x = torch.linspace(-9, 9, 20000, device="cuda").to(half)[:, None].expand(-1, 8).contiguous()
     found = product(CHOSEN, GELU, torch.eye(8, device="cuda").to(half), x, 8).double()
     exact_x = x.double()

@@ -10,7 +10,7 @@ import pytest
 from small import DLL, UNWRITTEN, normal, poisoned, run, same_bits, torch
 
 BF16 = torch.bfloat16
-# Sampling parameters of a row as the kernel reads them.
+# Sampling parameters of a row as the kernel reads them: Pick of csrc/cuda/kernels/pick.h.
 PICK = np.dtype(
     [
         ("temperature", "f4"),

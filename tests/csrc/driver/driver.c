@@ -37,7 +37,7 @@
       exit(1);                                                                       \
     }                                                                                \
   } while (0)
-#define ERROR &error_
+#define ERROR &error_ /* last argument of a call within SUCCEED */
 
 /* Random integer of 31 bits from a linear congruential generator. */
 static uint64_t next(uint64_t* state) {
@@ -214,7 +214,7 @@ static model* make_model(qvl_dtype dtype, qvl_isa isa, int n_threads) {
   c->stages = QVL_STAGE_VISION | QVL_STAGE_LANGUAGE;
   c->n_threads = n_threads;
   c->isa = isa;
-  c->max_tokens = 20;
+  c->max_tokens = 20; /* less than PROMPT, so that a batch takes several passes */
   c->hidden = HIDDEN;
   c->layers = LAYERS;
   c->heads = 2;
@@ -586,7 +586,7 @@ static int fuzz_create(const model* m) {
     default:
       n = (int64_t)(next(&fuzz_random) % (uint64_t)n);
   }
-  if (config.n_threads > 4) config.n_threads = 4;
+  if (config.n_threads > 4) config.n_threads = 4; /* more threads take only time */
   qvl_error error;
   qvl_weights* weights;
   qvl_engine* engine = NULL;
@@ -694,7 +694,7 @@ static int fuzz_generate(qvl_engine* engine, qvl_kv_pool* pool) {
       break;
     default: /* do not corrupt n_forbidden, whose pointer is NULL */
       corrupt(&sampling, offsetof(qvl_sampling, n_forbidden));
-      if (sampling.size > sizeof sampling) sampling.size = 1;
+      if (sampling.size > sizeof sampling) sampling.size = 1; /* else it may be valid: a newer struct's */
   }
   qvl_error error;
   const qvl_status status =
@@ -752,7 +752,7 @@ static int fuzz_step(qvl_engine* engine, qvl_kv_pool* pool) {
 static int fuzz_blocks(qvl_kv_pool* pool) {
   static unsigned char host[1 << 17];
   int32_t blocks[3] = {0, 5, 7}, to[3] = {1, 2, 3}, n = 3;
-  const uint64_t block = 2 * 2 * LAYERS * 16 * HIDDEN; /* keys and values of 16 tokens, 2 bytes each */
+  const uint64_t block = 2 * 2 * LAYERS * 16 * HIDDEN; /* keys and values of 16 tokens, 2 bytes per number */
   CHECK(3 * block <= sizeof host);
   uint64_t bytes = 3 * block;
   switch (next(&fuzz_random) % 4) {
@@ -866,7 +866,7 @@ static int fuzz_other_calls(qvl_engine* engine) {
   float values[64] = {0};
   char packed[4096];
   const int64_t out = unusual_integer(), in = unusual_integer();
-  /* Also each of the types, and one number more. */
+  /* One half of the calls: 0 to 13, of which 13 is no type. */
   const qvl_dtype dtype =
       (qvl_dtype)(next(&fuzz_random) % 2 ? unusual_integer() : (int64_t)(next(&fuzz_random) % 14));
   qvl_status status;
