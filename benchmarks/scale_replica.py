@@ -78,7 +78,7 @@ class Replica:
         # Cached tokens by conversation, least recently used first.
         self._cache: OrderedDict[int, int] = OrderedDict()
         self._cached_tokens = 0
-        # Requests whose image is to be encoded, and requests whose prompt is to be computed.
+        # Requests whose images are to be encoded, and requests whose prompt is to be computed.
         self._images: deque[Request] = deque()
         self._prompts: deque[Request] = deque()
         # Heap of the requests that decode: (number of the last step, serial number against ties, request).

@@ -13,7 +13,7 @@ class Times:
     Attributes:
         image: encoding of an image.
         chunk, token: fixed time of a prompt chunk, and its time per token.
-        decode: measured (rows, seconds) of decode steps, in ascending order of rows.
+        decode: measured (rows, seconds) of decode steps, in ascending order of rows; a row is a decoding request.
         start: from the start of a process until its engine accepts requests, with cached files.
         cached_tokens: capacity of the KV cache in tokens.
     """

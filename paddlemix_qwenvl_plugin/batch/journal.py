@@ -34,7 +34,7 @@ class Journal:
 
         Args:
             job: identity of the job, JSON-serializable.
-            keys: `id_key` of each row of the job.
+            keys: `id_key` of each row that has an id.
         """
         self._path = path
         self._file = _open_locked(path)
@@ -110,7 +110,7 @@ class Journal:
 
 
 def difference(expected: Mapping[str, Any], found: bytes, kind: str = "partial file") -> str:
-    """Describe how the identity in `found`, a JSON object, differs from that of the job.
+    """Describe how `found`, the content of a file that should identify the job, differs from its identity `expected`.
 
     `kind`: the expected kind of file, for the message.
     """
