@@ -19,7 +19,7 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, naming
 
 
 class Journal:
-    """Output lines on disk, by the `id_key` of their rows.
+    """Output lines on disk, by the `id_key` (rows.py) of their rows.
 
     Opening truncates the file at the first line that is not a complete result of the job, or repeats one; a killed
     process may leave an incomplete line. Closing a journal without output lines removes its file.
