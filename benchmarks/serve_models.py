@@ -78,7 +78,7 @@ def export_stages(folder: Path, sizes: dict[str, Any]) -> None:
 
 
 def export_gguf(path: Path, sizes: dict[str, Any], python: Path) -> None:
-    """Write a model of the same geometry, with other random weights, for llama.cpp; `python` has the package gguf."""
+    """Write a model of these sizes, with other weights than `export_stages`, for llama.cpp; `python` has gguf."""
     description = {"kind": "Q8_0", "sizes": sizes, "n_words": len(words(sizes))}
     script = Path(__file__).with_name("gguf_weights.py")
     subprocess.run([python, script, path, json.dumps(description)], check=True)
