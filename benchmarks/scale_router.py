@@ -79,7 +79,7 @@ class ByPrefix(TwoChoices):
 
 
 def mix(values: np.ndarray | np.uint64) -> np.ndarray:
-    """Hash of 64-bit integers (splitmix64's finalizer)."""
+    """Hash of 64-bit integers: the output of splitmix64 for each as its state."""
     with np.errstate(over="ignore"):
         z = np.asarray(values, np.uint64) + np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
