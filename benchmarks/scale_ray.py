@@ -1,4 +1,4 @@
-"""Measure the costs of Ray and of a cluster's shared processes, as parameters of the simulation in scale.py.
+"""Measure the costs of Ray and of a cluster's shared processes, for COSTS in scale_times.py.
 
 The cluster is local, with two CPUs. Each figure is the CPU time of the process that would become the bottleneck in a
 real cluster, whose processes have separate CPUs; rows named "wall time" are elapsed times. Takes about a minute.
@@ -116,13 +116,13 @@ def driver_costs() -> None:
         items = ray.data.from_items([{"part": b"x" * 2000} for _ in range(n)], override_num_blocks=n)
         cpu_begin, begin = time.process_time(), time.perf_counter()
         pool = ray.data.ActorPoolStrategy(size=1)
-        n_results = sum(1 for _ in items.map_batches(Part, batch_size=1, compute=pool).iter_rows())
+        n_results = sum(1 for _ in items.map_batches(PartActor, batch_size=1, compute=pool).iter_rows())
         assert n_results == n
         row(f"Ray Data's driver: per part, with {n} parts", (time.process_time() - cpu_begin) / n)
         row(f"Ray Data: wall time per part on one actor, with {n} parts", (time.perf_counter() - begin) / n)
 
 
-class Part:
+class PartActor:
     """Actor of Ray Data whose parts need no computation."""
 
     def __call__(self, batch: Any) -> Any:

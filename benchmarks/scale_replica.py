@@ -75,10 +75,10 @@ class Replica:
     alive: bool = True
 
     def __post_init__(self) -> None:
-        # Cached tokens by conversation, least recently used first.
+        # Cached tokens by conversation, in the order of their last completions.
         self._cache: OrderedDict[int, int] = OrderedDict()
         self._cached_tokens = 0
-        # Requests whose image is to be encoded, and requests whose prompt is to be computed.
+        # Requests whose images are to be encoded, and requests whose prompt is to be computed.
         self._images: deque[Request] = deque()
         self._prompts: deque[Request] = deque()
         # Heap of the requests that decode: (number of the last step, serial number against ties, request).
@@ -192,7 +192,7 @@ class Replica:
         return min(STEP_TOKENS, max(1, int(seconds / self.times.token)))
 
     def _cache_tokens(self, conversation: int, tokens: int) -> None:
-        """Cache a conversation's tokens, and evict the least recently used conversations beyond the capacity."""
+        """Cache a conversation's tokens, and evict those of the least recent completions beyond the capacity."""
         self._cached_tokens += tokens - self._cache.pop(conversation, 0)
         self._cache[conversation] = tokens
         while self._cached_tokens > self.times.cached_tokens:

@@ -47,7 +47,8 @@ class ByPrefix(TwoChoices):
 
     When a replica is added, conversations move only to it; when one is removed, only its conversations move. A replica
     is overloaded if it is full, or if its ongoing requests are at least `overload` times the requests in the system per
-    replica, plus four. Then two random replicas are compared, as by TwoChoices.
+    replica, plus four. Then two random replicas are compared, as by TwoChoices. The service itself has another rule
+    (cluster/serve/routing.py): more than four requests above the shortest queue.
     """
 
     def __init__(self, seed: int = 0, overload: float = 1.5) -> None:
@@ -78,7 +79,7 @@ class ByPrefix(TwoChoices):
 
 
 def mix(values: np.ndarray | np.uint64) -> np.ndarray:
-    """Hash of 64-bit integers (splitmix64's finalizer)."""
+    """Hash of 64-bit integers: the output of splitmix64 for each as its state."""
     with np.errstate(over="ignore"):
         z = np.asarray(values, np.uint64) + np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -12,8 +12,8 @@ class Times:
 
     Attributes:
         image: encoding of an image.
-        chunk, token: fixed time of a prompt chunk, and its time per token.
-        decode: measured (rows, seconds) of decode steps, in ascending order of rows.
+        chunk, token: fixed time of all prompt chunks of a step, and time per prompt token.
+        decode: measured (rows, seconds) of decode steps, in ascending order of rows; a row is a decoding request.
         start: from the start of a process until its engine accepts requests, with cached files.
         cached_tokens: capacity of the KV cache in tokens.
     """
@@ -41,7 +41,7 @@ class Times:
         return seconds_0 + (seconds_1 - seconds_0) * (rows - rows_0) / (rows_1 - rows_0)
 
     def prompt(self, tokens: int) -> float:
-        """Return the duration of a prompt chunk with this number of tokens."""
+        """Return the duration of a step's prompt chunks, which have this number of tokens in all."""
         return self.chunk + tokens * self.token if tokens else 0.0
 
 

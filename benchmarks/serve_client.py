@@ -105,9 +105,10 @@ async def open_loop(port: int, requests: list[bytes], rate: float, seed: int) ->
 def parse(response: RawResponse) -> dict[str, Any]:
     """Parse a response; return a report of it.
 
-    `start` and `end` are readings of time.perf_counter, `times` are those of the events with text, in seconds after
-    `start`; `finish` (finish reason) and `usage` are as sent by the server, and `error` is the server's error,
-    shortened, or None. If the connection failed, `error` is the reason, and `end` is absent.
+    `start` and `end` are the times of the request and of the last read, by time.perf_counter; `times` are those of the
+    events with text, in seconds after `start`; `finish` (finish reason) and `usage` are as sent by the server, and
+    `error` is the server's error, shortened, or None. If the connection failed, `error` is the reason, and `end` is
+    absent.
     """
     report: dict[str, Any] = {"start": response.start, "times": [], "error": response.error, "finish": None}
     if response.error is not None:

@@ -1,6 +1,6 @@
 """Models with random 8-bit weights for serve.py and ray_serve.py: exported stages, and a GGUF file for llama.cpp.
 
-The vocabulary is synthetic. Only word tokens, each a word of ASCII characters, have random logits; the logits of all
+The vocabulary is synthetic. Only word tokens, each a space and six digits, have random logits; the logits of all
 other tokens, stop tokens included, are 0 and thus never the largest. So every token of a completion is a word, which a
 server can send in a separate event.
 """
@@ -78,7 +78,7 @@ def export_stages(folder: Path, sizes: dict[str, Any]) -> None:
 
 
 def export_gguf(path: Path, sizes: dict[str, Any], python: Path) -> None:
-    """Write a model of the same geometry, with other random weights, for llama.cpp; `python` has the package gguf."""
+    """Write a model of these sizes, with other weights than `export_stages`, for llama.cpp; `python` has gguf."""
     description = {"kind": "Q8_0", "sizes": sizes, "n_words": len(words(sizes))}
     script = Path(__file__).with_name("gguf_weights.py")
     subprocess.run([python, script, path, json.dumps(description)], check=True)

@@ -51,9 +51,9 @@ from paddlemix_qwenvl_plugin import export_{stage}
 export_{stage}({arguments})
 """
 
-# Run in two processes at the same time, on cached files. Generating a token reads all weights of the language stage;
-# the sleep lets the slower process do so before the faster one reads its memory figures. The proportional set size
-# (Pss) counts a page that n processes share as 1/n of a page in each.
+# Run in two processes at the same time, on cached files. Generating a token reads all weights of the language stage
+# except most embeddings; the sleep lets the slower process do so before the faster one reads its memory figures. The
+# proportional set size (Pss) counts a page that n processes share as 1/n of a page in each.
 SHARED = """
 from paddlemix_qwenvl_plugin import QwenVL
 vl = QwenVL.from_exported({vision!r}, {language!r})

@@ -1,8 +1,8 @@
 """Soak test of the loop on the engine: 10,000 requests, some of which are cancelled or preempted.
 
 Each answer, or the tokens generated before its cancellation, is compared with the answer to the same request run alone.
-Prints the numbers of cancelled and preempted requests and of prompt tokens from the prefix cache, and the growth of the
-process's memory since a fifth of the requests were started.
+Prints the numbers of cancelled requests, of preemptions and of prompt tokens from the prefix cache, and the growth of
+the process's memory since a fifth of the requests were started.
 Run: python benchmarks/soak.py
 Needs the plugin, pytest and a C++ compiler; takes a few minutes.
 """

@@ -75,7 +75,7 @@ def attention(library: Library, isa: int) -> Case:
         sizes = HEADS, HEAD_DIM, KEYS, BLOCK
         library.dll.qvlt_textbook_attention(isa, version, *sizes, pointer(q), pointer(blocks), pointer(out))
 
-    keys_and_values_bytes = 2 * KEYS * HEADS * HEAD_DIM * 2
+    keys_and_values_bytes = 2 * KEYS * HEADS * HEAD_DIM * 2  # 2 bytes per value
     return Case(run, copies_of(cache.view(np.uint8).reshape(-1)), keys_and_values_bytes)
 
 

@@ -27,7 +27,8 @@ def gpu_bundle(folder: Path, architecture: int) -> None:
     """Build or update the bundle in `folder` for GPUs of compute capability architecture / 10.
 
     Raises:
-        QwenVLError: there is no compiler, or no NVRTC for the architecture.
+        QwenVLError: `folder` cannot be created, or there is no NVRTC for the architecture.
+        OSError: there is no C++ compiler.
         build.BuildFailed: a build failed.
     """
     make_folder(folder)

@@ -31,7 +31,7 @@ def vision_inputs(config: ModelConfig, dtype: str, compute_dtype: str) -> list[I
 
 
 def stock_inputs(config: ModelConfig, dtype: str, compute_dtype: str) -> list[Input]:
-    """Inputs of the language stage as the stock predictor feeds it: 22 inputs, then a cache per layer.
+    """Inputs of the language stage as PaddleMIX's stock predictor feeds it: 22 inputs, then a cache per layer.
 
     attention_mask is declared with 2 axes, but the stock scripts feed it with 4; both are accepted.
     """

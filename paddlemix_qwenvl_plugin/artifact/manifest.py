@@ -19,7 +19,7 @@ from paddlemix_qwenvl_plugin.util.progress import track
 _BLOCK_BYTES = 1 << 22
 
 # When a stage is opened, a parameter file of up to 64 MiB is hashed completely, which takes about 50 ms. Of a larger
-# file, 64 samples of 64 KiB are hashed (4 MiB, a few milliseconds).
+# file, 64 samples of 64 KiB are hashed (4 MiB, about 10 ms).
 _MAX_FULL_BYTES = 1 << 26
 _N_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 

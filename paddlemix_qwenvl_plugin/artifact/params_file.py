@@ -150,7 +150,7 @@ def check_records(path: Path) -> None:
 
 
 def read_first_dims(path: Path) -> list[int]:
-    """The first dimension of each record of a file of one-dimensional float32 tensors."""
+    """List the lengths of the one-dimensional float32 tensors of a file, the placeholders of export/program.py."""
     return [record.n_bytes // 4 for record in _records(path)]
 
 

@@ -72,7 +72,7 @@ class Answers(Generic[S]):
         if isinstance(row.parsed, QwenVLError):
             raise row.parsed
         request, model = row.parsed.request, row.parsed.model
-        if row.openai and model in self._model.adapters:  # as the server does
+        if row.openai and model in self._model.adapters:  # on the server, too, `model` selects an adapter
             request = replace(request, adapter=model)
         return self._model.ask(request, self._folder).submit()
 

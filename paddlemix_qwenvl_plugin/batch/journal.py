@@ -19,7 +19,7 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, naming
 
 
 class Journal:
-    """Output lines on disk, by the `id_key` of their rows.
+    """Output lines on disk, by the `id_key` (rows.py) of their rows.
 
     Opening truncates the file at the first line that is not a complete result of the job, or repeats one; a killed
     process may leave an incomplete line. Closing a journal without output lines removes its file.
@@ -34,7 +34,7 @@ class Journal:
 
         Args:
             job: identity of the job, JSON-serializable.
-            keys: `id_key` of each row of the job.
+            keys: `id_key` of each row that has an id.
         """
         self._path = path
         self._file = _open_locked(path)
@@ -110,7 +110,7 @@ class Journal:
 
 
 def difference(expected: Mapping[str, Any], found: bytes, kind: str = "partial file") -> str:
-    """Describe how the identity in `found`, a JSON object, differs from that of the job.
+    """Describe how `found`, the content of a file that should identify the job, differs from its identity `expected`.
 
     `kind`: the expected kind of file, for the message.
     """

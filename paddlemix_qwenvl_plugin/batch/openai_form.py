@@ -34,7 +34,7 @@ def read(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> RowRequest:
     """Parse a row, from which the caller has removed null values.
 
     Raises:
-        UsageError: an unknown key or an invalid value; the message names it.
+        UsageError: an unknown key, an invalid value, or keys that do not fit together; the message names them.
     """
     check_keys(values, ["custom_id", "body", *_FIXED])
     for key, value in _FIXED.items():

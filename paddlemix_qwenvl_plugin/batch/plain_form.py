@@ -18,7 +18,7 @@ def read(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> RowRequest:
     """Parse a row, from which the caller has removed null values.
 
     Raises:
-        UsageError: an unknown key or an invalid value; the message names it.
+        UsageError: an unknown key, an invalid value, or keys that do not fit together; the message names them.
     """
     check_keys(values, ["id", "image", "images", "prompt", "chat", "system", "adapter", *_OPTIONS])
     if "image" in values and "images" in values:
@@ -30,7 +30,8 @@ def read(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> RowRequest:
     chat = check_type(values["chat"], bool, "chat") if "chat" in values else None
     if "system" in values and not chat:
         raise UsageError('system: only a chat has a system message; add "chat": true')
-    image_parts = [{"image": check_type(image, str, "image")} for image in images]
+    where = "image" if "image" in values else "an item of images"
+    image_parts = [{"image": check_type(image, str, where)} for image in images]
     options = GenerationOptions.of({**defaults, **{key: values[key] for key in _OPTIONS if key in values}})
     system = check_type(values.get("system", DEFAULT_SYSTEM), str, "system")
     adapter = check_type(values["adapter"], str, "adapter") if "adapter" in values else None

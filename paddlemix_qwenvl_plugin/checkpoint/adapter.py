@@ -28,7 +28,7 @@ from paddlemix_qwenvl_plugin.util.notice import notice
 class _Format(NamedTuple):
     config: str
     read_config: Callable[[Path], LoraConfig]
-    weights: tuple[tuple[str, str], ...]  # (file or index, format); the first that exists is read
+    weights: tuple[tuple[str, str], ...]  # as WEIGHT_FILES in shards.py; the first that exists is read
     out_in: (
         bool  # whether matrices are stored as [out, in], and A and B likewise as [rank, in] and [out, rank]
     )

@@ -89,7 +89,7 @@ def read_peft_config(path: Path) -> LoraConfig:
     """Read `adapter_config.json`.
 
     Raises:
-        QwenVLError: a key is missing or invalid, or the adapter is not plain LoRA.
+        QwenVLError: the file is not JSON, a key is missing or invalid, or the adapter is not plain LoRA.
     """
     data = _read(path)
     config = _validated(_Peft, data, path)
@@ -117,7 +117,8 @@ def read_paddlenlp_config(path: Path) -> LoraConfig:
     """Read `lora_config.json`.
 
     Raises:
-        QwenVLError: a key is missing or invalid, the adapter is not plain LoRA, or it is split over several ranks.
+        QwenVLError: the file is not JSON, a key is missing or invalid, the adapter is not plain LoRA, or it is split
+            over several ranks.
     """
     data = _read(path)
     config = _validated(_PaddleNLP, data, path)

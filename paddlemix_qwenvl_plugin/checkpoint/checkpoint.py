@@ -1,4 +1,4 @@
-"""Read a model folder in any upstream naming scheme (schemes.py) and linear layout as canonical tensors."""
+"""Read a model folder in any upstream naming scheme (schemes.py) and layout, under canonical names (tensors.py)."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """List the tensors of a legacy file.
 
     Raises:
-        QwenVLError: a file of another version, or a tensor beyond its storage.
+        QwenVLError: another version or byte order, or other content than tensors that fit their storages.
         RefusedError, or one of DAMAGED: see table_pickle.
     """
     table, locations = _read(path, path.stat().st_mtime_ns)

@@ -17,7 +17,8 @@ def demo(
 ) -> None:
     """Export the bundled demo model, ask it the bundled questions about images, and show the answers.
 
-    It answers only these questions; use `qwenvl predict` and `qwenvl chat` with the real model for your own images.
+    The command asks no other questions; for your own images, use `qwenvl predict` and `qwenvl chat` with the real
+    model.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)

@@ -20,7 +20,7 @@ def doctor(
     model: Optional[Path] = typer.Option(None, "--model_name_or_path", help="Also check this model folder."),
     as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
 ) -> None:
-    """Check Paddle, the upstreams, the hooks and a model folder, and suggest fixes."""
+    """Check Paddle, the GPUs, the engine, the upstreams, the hooks and a model folder, and suggest fixes."""
     from paddlemix_qwenvl_plugin.doctor import examine
     from paddlemix_qwenvl_plugin.util.machine import gpus
 

@@ -74,9 +74,9 @@ Verify = Annotated[
 def with_flags(function: Callable[..., Any], **factories: Callable[..., Any]) -> Callable[..., Any]:
     """Evaluate a command's string annotations, and expand its factories into flags.
 
-    A factory is a function that makes an object from flags, such as `open_model` a model. The parameter of the command
-    that `factories` names is not a flag: the flags of the factory take its place, and the parameter receives the
-    factory bound to their values, for the command to call.
+    A factory is a function that makes an object from flags, such as `open_model`, which makes a model. The parameter of
+    the command that `factories` names is not a flag: the flags of the factory take its place, and the parameter
+    receives the factory bound to their values, for the command to call.
 
     The annotations are evaluated because on Python 3.9 typer does not find the options in strings (see `_flags`).
     """
@@ -241,7 +241,7 @@ class GenerationCommand(TyperCommand):
         return [*super().get_params(ctx), *_generation_flags()]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments; `--ray` may omit its address."""
+        """Parse the arguments; `--ray` of `qwenvl batch` may omit its address."""
         return super().parse_args(ctx, with_ray_default(args))
 
     def invoke(self, ctx: Any) -> Any:

@@ -9,7 +9,9 @@ import typer
 
 
 def quantize(
-    model: Path = typer.Argument(..., metavar="MODEL", help="Model folder in any supported format."),
+    model: Path = typer.Argument(
+        ..., metavar="MODEL", help="Model folder in any supported format, not quantized."
+    ),
     out: Path = typer.Argument(..., metavar="OUT", help="New folder, in GPTQ's format."),
     bits: int = typer.Option(..., "--bits", help="4 or 8."),
     data: Optional[Path] = typer.Option(

@@ -61,8 +61,8 @@ def serve(
 ) -> None:
     """Serve an OpenAI-compatible HTTP API and a web page.
 
-    Each flag is also an environment variable, QWENVL_SERVE_ and its name in capitals, and a key of the file. Flags take
-    precedence over variables, variables over the file.
+    Each setting is a flag, an environment variable, QWENVL_SERVE_ and its name in capitals, and a key of the file.
+    Flags take precedence over variables, variables over the file.
     """
     from paddlemix_qwenvl_plugin.serve.settings_sources import read_settings
 

@@ -35,8 +35,8 @@ def ending() -> Iterator[None]:
     """Raise KeyboardInterrupt at SIGINT and Terminated at SIGTERM and SIGHUP in the block, at most once per second.
 
     Signals without Python's default handler, such as those ignored beforehand (nohup), are left as they are. If one of
-    the handled signals arrived, all of these are ignored after the block. Outside the main thread, where Python allows
-    no handlers, only Paddle's handlers are disabled.
+    the handled signals arrived, all of these are ignored after the block, where the command prints its last line and
+    exits. Outside the main thread, where Python allows no handlers, only Paddle's handlers are disabled.
     """
     main_thread = threading.current_thread() is threading.main_thread()
     previous_handlers = {number: signal.getsignal(number) for number in _NUMBERS if main_thread}

@@ -21,7 +21,7 @@ GOALS = {"words": 0.95, "boxes": 0.9, "reading": 0.9}
 
 _OPEN_BOX = "<box>"
 
-# About twice the longest expected answer, which lists four objects with boxes in Chinese.
+# Almost twice the longest expected answers: captions of four objects with boxes, about 110 tokens.
 _MAX_NEW_TOKENS = 200
 
 

@@ -61,7 +61,7 @@ def check_paddle(versions: Mapping[str, str], found: bool, answer: Answer, has_f
     """Check that one recent enough Paddle is installed and can be imported.
 
     Args:
-        versions: distribution -> version, canonical names.
+        versions: distribution -> version; the names in lower case with hyphens.
         found: whether a module `paddle` exists.
         answer: result of questions.paddle.
         has_fix: whether another check names the fix of a failing import.

@@ -18,7 +18,10 @@ from paddlemix_qwenvl_plugin.util.files import write_text
 
 
 def paddle() -> dict[str, Any]:
-    """Describe the build of Paddle. `architectures`: compute capabilities times ten with GPU code, if known."""
+    """Describe the build of Paddle.
+
+    `architectures`: compute capabilities, times ten, for which it has machine code; empty if unknown.
+    """
     module = import_module("paddle")
     gpu_build = bool(module.is_compiled_with_cuda())
     # A list of numbers, or of strings such as "90a"; Paddle 2 does not provide it.
@@ -72,7 +75,7 @@ def import_upstream(package: str) -> dict[str, Any]:
 
 
 def ops() -> dict[str, Any]:
-    """Import the real paddlenlp_ops."""
+    """Import the installed paddlenlp_ops."""
     import_module("paddle")
     import_module("paddlenlp_ops")
     return {}

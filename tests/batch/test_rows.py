@@ -112,6 +112,7 @@ def test_format_of_a_damaged_line():
         ({"prompt": "?", "promt": "?"}, "promt: unknown key; known keys: adapter, chat, "),
         ({"image": ["a.png"]}, "image must be a string"),
         ({"images": "a.png"}, "images must be a list"),
+        ({"images": [1]}, "an item of images must be a string"),
         ({"image": "a", "images": ["b"]}, "image and images: give one of them"),
         ({"prompt": "?", "chat": "yes"}, "chat must be true or false"),
         ({"prompt": "?", "system": "Hi"}, "system: only a chat"),

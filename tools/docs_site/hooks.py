@@ -137,7 +137,7 @@ def _target(link: str, name: str) -> tuple[str, str] | None:
 
 
 def _outside_docs(name: str) -> Iterator[str]:
-    """Yield the files outside docs/ to which a page links, without the READMEs, which are index pages."""
+    """Yield the files outside docs/ to which a page links, except README.md and README_zh.md, the index pages."""
     text = _FENCE.sub("", _text(_repository_path(name)))
     for link in _LINK.findall(text):
         target = _target(link, name)

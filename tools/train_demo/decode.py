@@ -37,6 +37,7 @@ def _answer_batch(
 ) -> list[str]:
     # The side of the model's input in pixels: 16 x 16 patches.
     image_size = model.visual.conv1.kernel_size[0] * 16
+    # Drawn at 256 pixels, as in `qwenvl eval demo` and the shipped images (demo/world/draw.py).
     images = np.stack(
         [image_array(scene, image_size, side=256) for sample in samples for scene in sample.scenes]
     )

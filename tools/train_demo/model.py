@@ -224,8 +224,9 @@ class QwenVL(nn.Module):
     def _initialise(self, layers: int, vision_layers: int) -> None:
         """Initialise matrices with variance 1 / inputs, and those named c_proj or out_proj with 1 / (2 * layers) of it.
 
-        All c_proj and out_proj are the last matrices of residual branches, except for the resampler's out_proj. The
-        embedding of tokens and the position tables have their own initial values.
+        `layers` is the number of vision blocks for those in the blocks, else that of decoder layers. All c_proj and
+        out_proj are the last matrices of residual branches, except for the resampler's out_proj. The embedding of
+        tokens and the position tables have their own initial values.
         """
         for name, tensor in self.named_parameters():
             if tensor.dim() == 1:

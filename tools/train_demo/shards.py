@@ -30,7 +30,7 @@ IMAGES = 512  # per shard; each is in two rows with one image, and every fourth 
 SIDES = (192, 256, 320)  # sizes in which the scenes are drawn, in pixels
 BASE_SHARE = 0.2  # probability that a row with one image has the base form instead of the chat form
 
-# By name: "images", and the fields of the rows, such as "one.ids" and "two.starts".
+# By name: "images"; and the fields of the rows and the indices of their images, such as "one.ids" and "two.images".
 Arrays = dict[str, NDArray[np.generic]]
 
 

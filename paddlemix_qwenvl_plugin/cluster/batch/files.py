@@ -61,7 +61,7 @@ def naming_url(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def opened(name: str) -> Iterator[BinaryIO]:
-    """Open a file for reading."""
+    """Open a file for reading; `naming_url` applies to the errors of the block."""
     file_system, path = filesystem(name)
     with naming_url(name), file_system.open(path, "rb") as file:
         yield file

@@ -46,7 +46,7 @@ class Input:
     kind: str
 
     def format(self, prompt: Optional[str], options: GenerationOptions) -> Format:
-        """Create the format of the files; `prompt` and `options` are the defaults of rows."""
+        """Create the format of the files; `prompt` (not in JSONL) and `options` are the defaults of rows."""
         defaults = asdict(options)
         if self.kind == "jsonl":
             return Jsonl(defaults)

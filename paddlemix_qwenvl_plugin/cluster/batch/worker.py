@@ -26,7 +26,7 @@ class Work:
 
     Attributes:
         open_model: opens the model; picklable.
-        identity: the input's digest, the generation options and the model's weights (`identity` in batch/job.py).
+        identity: the job's input, options and model (`identity` in batch/job.py).
         folder, format: folder and format of the input.
         target: path or URL of the output folder.
         window: number of concurrent rows.

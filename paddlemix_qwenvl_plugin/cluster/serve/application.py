@@ -33,7 +33,9 @@ _HEALTH_SECONDS = 5.0
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:
-    """Build the application from settings, for `import_path` and `args` of Ray Serve's config file and of RayService.
+    """Build the application from settings: the `import_path` of Ray Serve's config file or KubeRay's RayService.
+
+    `arguments` are the `args` there, settings by name.
 
     Raises:
         ValidationError, UsageError: a setting is wrong.

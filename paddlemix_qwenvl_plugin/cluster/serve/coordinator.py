@@ -66,7 +66,7 @@ class _Lease:
     Attributes:
         granted: time of the grant; None while the request waits.
         stack: frees the slots when it is closed.
-        task: waits for the grant.
+        task: waits for the grant; None once granted.
     """
 
     front: str

@@ -65,7 +65,7 @@ class Front:
     def __init__(
         self, settings: ServeSettings, keys: Optional[ApiKeys], engine: DeploymentHandle[Any]
     ) -> None:
-        """Open the tokenizer; `join` connects the front.
+        """Open the configuration and tokenizer, and create the application; `join` connects it to the cluster.
 
         Not a coroutine: Ray before 2.55 does not await the `__init__` of an ingress.
 

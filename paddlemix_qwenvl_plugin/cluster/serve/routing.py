@@ -1,4 +1,4 @@
-"""Prefix-aware routing: requests with the same prefix go to the replica that has it in its cache."""
+"""Prefix-aware routing: requests with the same prefix go to one replica, whose cache then has it, unless overloaded."""
 
 from __future__ import annotations
 

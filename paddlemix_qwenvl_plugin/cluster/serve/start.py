@@ -25,7 +25,7 @@ _OLDEST_RAY = Version("2.50")
 _OLDEST_RAY_WITH_PROTOBUF_7 = Version("2.57")
 _POLL_SECONDS = 0.5
 _KEEP_ALIVE_SECONDS = 15  # longer than clients keep an idle connection (serve/server.py)
-# Maximum wait for the HTTP proxies of all machines.
+# Maximum wait for the HTTP proxies: one on the head node, and one on each machine with a replica.
 _PROXY_SECONDS = 60.0
 
 
@@ -132,7 +132,7 @@ def _deploy(settings: ServeSettings) -> None:
 
 
 def _wait_for_proxies() -> int:
-    """Wait until the HTTP proxies of all machines are ready; return how many are not ready at the timeout.
+    """Wait until all HTTP proxies are ready; return how many are not ready at the timeout.
 
     Ray Serve restarts a proxy whose start takes too long, for example on a busy machine, and the restart resets the
     connections that the proxy has accepted.

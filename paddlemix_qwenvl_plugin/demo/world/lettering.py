@@ -24,7 +24,7 @@ def stroke(pixels: float) -> int:
 
 
 @cache
-def ink(text: str) -> tuple[float, float, float, float]:
+def text_bounds(text: str) -> tuple[float, float, float, float]:
     """Bounding box (left, top, right, bottom) at font size 1, from the text origin.
 
     It includes the space left of the first letter and right of the last.
@@ -35,6 +35,6 @@ def ink(text: str) -> tuple[float, float, float, float]:
 
 def text_corners(text: str, size: float) -> list[tuple[float, float]]:
     """Corners of the bounding rectangle of `text` at font size `size`, centred on the origin."""
-    left, top, right, bottom = ink(text)
+    left, top, right, bottom = text_bounds(text)
     x, y = (right - left) / 2 * size, (bottom - top) / 2 * size
     return [(-x, -y), (x, -y), (x, y), (-x, y)]

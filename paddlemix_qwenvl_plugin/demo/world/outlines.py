@@ -44,7 +44,7 @@ def _regular(n_points: int) -> Points:
 
 
 def _heart(n_points: int) -> Points:
-    """Heart curve x = 16 sin³t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t, centred and scaled to radius 1."""
+    """Heart curve x = 16 sin³t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t, centred and scaled to about radius 1."""
     points = []
     for i in range(n_points):
         t = 2 * math.pi * i / n_points

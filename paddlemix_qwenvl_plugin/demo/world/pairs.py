@@ -1,4 +1,4 @@
-"""Questions about two images. A function returns None if what it draws does not allow its question."""
+"""Questions about two images. A function returns None if the scenes, or its random choices, allow no question."""
 
 from __future__ import annotations
 

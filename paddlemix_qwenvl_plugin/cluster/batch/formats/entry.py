@@ -31,7 +31,7 @@ class Entry(NamedTuple):
     Attributes:
         number: number of the first row in the file, from 1; in JSONL, of its line.
         start, stop: the range [start, stop), in the unit of the format: bytes, or rows from 0.
-        row_id: id of the row; None without a valid id.
+        row_id: id of the row; None without a valid id, and for several rows.
     """
 
     number: int
