@@ -29,7 +29,7 @@ class NamedTensor(NamedTuple):
 
 
 class Weights:
-    """The weights of a stage. An engine created from them keeps the memory that it needs."""
+    """The weights of a stage. An engine created from them keeps them alive."""
 
     def __init__(self, handle: c_void_p, keep: Any = None) -> None:
         self.handle = handle

@@ -13,9 +13,9 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 INSTALL = "pip install 'paddlemix-qwenvl-plugin[gpu-engine]'"
 
-_MAJORS = (13, 12)
+_MAJORS = (13, 12)  # supported major versions of NVRTC
 _NAMES = tuple(f"libnvrtc.so.{major}" for major in _MAJORS)
-_SYSTEM = Path("/usr")
+_SYSTEM = Path("/usr")  # prefix of the headers that a distribution installs
 
 
 class Nvrtc(NamedTuple):
