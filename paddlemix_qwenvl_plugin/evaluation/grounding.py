@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 OPTIONS = GenerationOptions(max_new_tokens=28, min_new_tokens=10)
 """Generation options of the official evaluation: room for one box."""
 
-# The official evaluation scales by 999, although the model's boxes are in thousandths.
+# The official evaluation divides coordinates by 999, although the model's boxes are in thousandths.
 _SCALE = 999
 
 _ROUNDING = 1.0  # pixels by which a box of a data set may exceed its image

@@ -162,7 +162,7 @@ def _choose(text: str) -> tuple[Optional[str], int]:
 
 @lru_cache(maxsize=4096)
 def _has_glyph(name: Optional[str], character: str) -> bool:
-    """Whether the glyph of a character differs from the missing-glyph sign of the font, which must exist."""
+    """Whether font `name`, which must exist, draws a character as something else than its missing-glyph sign."""
     font = _load(name, _COMPARED_SIZE)
     assert font is not None
     glyph, missing = font.getmask(character), font.getmask(_NO_CHARACTER)

@@ -61,7 +61,7 @@ def render(parts: Sequence[Part], start: int = 1, label: str = PICTURE_LABEL) ->
         label: text before each image, with `{}` for the image's number.
 
     Raises:
-        UsageError: an invalid part.
+        UsageError: `parts` is not a list or is empty, a part is invalid, or adjacent texts join to an image tag.
     """
     if isinstance(parts, (str, bytes, Mapping)) or not isinstance(parts, Sequence):
         raise UsageError(f"a query must be a list of parts, got {type(parts).__name__}")

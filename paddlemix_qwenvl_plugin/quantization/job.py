@@ -45,7 +45,7 @@ def quantize_model(
     `TARGET.partial`, at the layer that was interrupted.
 
     Args:
-        model: a model folder in any supported form.
+        model: a model folder in any supported format, not quantized.
         target: must not exist yet.
         bits: 4 or 8.
         group_size: columns that share a scale: 32, 64 or 128; None: 32 with 4 bits, 64 with 8.

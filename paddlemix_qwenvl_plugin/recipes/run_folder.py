@@ -44,7 +44,7 @@ def new(recipe: Recipe, output: Path) -> Path:
 
 
 def find_resumable(recipe: Recipe, output: Path, first: int) -> Path:
-    """Find the newest run folder of the recipe, which must have the same resolved recipe.
+    """Find the recipe's newest run folder, to resume at step `first`; it must have the same resolved recipe.
 
     Raises:
         QwenVLError: no earlier run exists, or the newest was run from another recipe or is damaged.
