@@ -19,7 +19,7 @@ _SYSTEM = Path("/usr")  # prefix of the headers that a distribution installs
 
 
 class Nvrtc(NamedTuple):
-    """An NVRTC library: path, version, supported architectures (compute capabilities times ten), header folders."""
+    """An NVRTC library: path or name, version, architectures (compute capabilities times ten), header folders."""
 
     library: str
     version: tuple[int, int]

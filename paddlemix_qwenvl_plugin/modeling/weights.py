@@ -69,7 +69,7 @@ def vision_parameters(checkpoint: Checkpoint, dtype: str) -> Parameters:
     stream = checkpoint.tensors(checkpoint.vision, dtype, out_in=True)
     for name, values in track(stream, "vision weights", len(checkpoint.vision)):
         if name not in TABLES:
-            # `proj` is not a linear weight of the checkpoint: all naming schemes store it as [in, out].
+            # `out_in` applies to linear weights, not to `proj`, which all naming schemes store as [in, out].
             yield name, np.ascontiguousarray(values.T) if name == "visual.proj" else values
         for table, source in TABLES.items():
             if source == name:

@@ -14,8 +14,7 @@ from paddlemix_qwenvl_plugin.processing.boxes import Box
 # Colours of successive boxes: far apart in hue, and all dark enough for white letters.
 COLOURS = ("#c8102e", "#1b7a34", "#2b50d8", "#a84300", "#7b1fa2", "#00707a", "#b8176f", "#6b6000")
 
-# Font files on common systems: first those with Chinese, Japanese and Korean glyphs, then those with glyphs of European
-# languages only.
+# Font files on common systems: first those with Chinese, Japanese and Korean glyphs, then those without.
 _SYSTEM_FONTS = (
     "NotoSansCJK-Regular.ttc",
     "NotoSansCJKsc-Regular.otf",
