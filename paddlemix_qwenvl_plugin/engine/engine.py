@@ -204,7 +204,7 @@ class DeviceArray:
 class StepOutput:
     """Output buffers of a step for up to `n_rows` rows, in memory accessible to host and device, and the step's event.
 
-    A row has a token (int32) and its log probability (float32), and the same of the `n_top` most likely tokens.
+    A row has a picked token (int32) and its log probability (float32), and the same of the `n_top` most likely tokens.
     `tokens`, `logprobs`, `top_tokens` and `top_logprobs` are the addresses of the buffers.
     """
 

@@ -102,7 +102,7 @@ def cuda_units(csrc: Path) -> list[Unit]:
 
 
 def kernel_units(csrc: Path, architectures: Iterable[int]) -> list[Unit]:
-    """Compiler runs for the GPU kernels: every file for every architecture, in float16, and from 80 on in bfloat16.
+    """Compiler runs for the GPU kernels: every file for every architecture, in float16, from 80 on also in bfloat16.
 
     Args:
         architectures: compute capabilities times ten.

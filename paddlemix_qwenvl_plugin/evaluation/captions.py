@@ -56,7 +56,7 @@ class CaptionScores:
 
 
 def tokens(caption: str) -> str:
-    """Penn Treebank tokens of a caption, in lower case, without punctuation but brackets (-lrb-), joined by spaces.
+    """Penn Treebank tokens of a caption in lower case, joined by spaces; of punctuation only brackets stay, as -lrb-.
 
     COCO's evaluation runs Stanford's tokenizer in Java instead, which gives ordinary captions the same tokens
     (docs/eval.md).

@@ -61,7 +61,7 @@ class GroundingRow(Row):
 
 def overlap(row: GroundingRow, answer: str) -> float:
     """Intersection over union of the answer's first box with the reference; 0 without a box."""
-    # The prompt ends with the first `<box>`. If the answer repeats the tag, the extra tag is harmless.
+    # The prompt ends with the tag of the answer's first box. If the answer repeats the tag, the extra tag is harmless.
     boxes = parse_boxes(f"<box>{answer}").boxes
     if not boxes:
         return 0.0

@@ -1,8 +1,8 @@
 """Portable form of the language stage: generation in Paddle operators, as a complete `while` loop or step by step.
 
 The semantics are those of upstream's stock graph (order of penalties, stop flags, positions), with two corrections.
-Dynamic NTK and logn, which the stock graph lacks, are applied. The last token before `max_length` is returned; the
-stock graph's operators overwrite it with the stop token. Source of the formulas: PaddleNLP's generation operators.
+Dynamic NTK and logn, which the stock graph lacks, are applied. The last of `max_length` tokens is returned; the stock
+graph's operators overwrite it with the stop token. Source of the formulas: PaddleNLP's generation operators.
 """
 
 from __future__ import annotations
