@@ -17,7 +17,7 @@ _TICK_SECONDS = 0.2
 _GRACE_SECONDS = 5.0
 
 LOG_MIB = 100
-"""Size of the log, in MiB, at which the command is stopped."""
+"""Size of the log, in MiB, at which the command is stopped; output of earlier commands counts."""
 
 
 @dataclass(frozen=True)

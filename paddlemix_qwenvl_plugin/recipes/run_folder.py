@@ -78,7 +78,7 @@ def earlier_results(folder: Path, recipe: Recipe, first: int) -> dict[str, Any]:
     try:
         results: dict[str, Any] = json.loads(_read(path))
         statuses = {result["name"]: result["status"] for result in results["steps"]}
-        # The two look-ups raise KeyError if the file lacks the benchmark or a step.
+        # The two look-ups raise KeyError if the file lacks the key or a step.
         results["bench"]
         for step in recipe.steps[:first]:
             statuses[step.name]

@@ -80,14 +80,14 @@ class EngineExecutor:
         self._ahead = gpu is not None if ahead is None else ahead
         config = language.manifest.config
         self._vocab_size = config.vocab_size
-        # Dtype of the KV cache.
+        # Dtype of the KV cache; on a GPU, the compute dtype that the engine chooses.
         dtype = "float32" if language.manifest.dtype == "float32" else "bfloat16"
         step_tokens = _STEP_TOKENS
         if gpu is not None:
             device = c.device_info(gpu)
             check_room(vision, language, device.free_bytes, gpu_memory)
-            has_bfloat16 = device.compute_major >= 8 and language.manifest.dtype != "float16"
-            dtype = "bfloat16" if has_bfloat16 else "float16"
+            use_bfloat16 = device.compute_major >= 8 and language.manifest.dtype != "float16"
+            dtype = "bfloat16" if use_bfloat16 else "float16"
             step_tokens = _GPU_STEP_TOKENS
             _ = self._vision  # load it before the cache, which gets a share of the memory left by both stages
         self._language = self._engine(language, c.LANGUAGE)
