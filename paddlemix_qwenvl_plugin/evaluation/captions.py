@@ -56,7 +56,7 @@ class CaptionScores:
 
 
 def tokens(caption: str) -> str:
-    """Penn Treebank tokens of a caption in lower case, joined by spaces; of punctuation only brackets stay, as -lrb-.
+    """Penn Treebank tokens of a caption in lower case, joined by spaces, without _PUNCTUATION; brackets become -lrb- etc.
 
     COCO's evaluation runs Stanford's tokenizer in Java instead, which gives ordinary captions the same tokens
     (docs/eval.md).

@@ -61,7 +61,10 @@ class Metrics:
         self.registry.register(_StateCollector(engine, admission))
 
     def request(self, path: str, status: int, seconds: float) -> None:
-        """Count a request that has ended. `path`: a route or "other", since each value of the label is a series."""
+        """Count a request that has ended.
+
+        `path`: a route or "other", since each value of the label is a time series.
+        """
         self._requests.labels(path, str(status)).inc()
         self._request_seconds.labels(path).observe(seconds)
 
