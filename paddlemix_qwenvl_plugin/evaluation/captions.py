@@ -56,10 +56,10 @@ class CaptionScores:
 
 
 def tokens(caption: str) -> str:
-    """Penn Treebank tokens of a caption in lower case, joined by spaces, without _PUNCTUATION; brackets become -lrb- etc.
+    """Penn Treebank tokens of a caption in lower case, without _PUNCTUATION, joined by spaces.
 
-    COCO's evaluation runs Stanford's tokenizer in Java instead, which gives ordinary captions the same tokens
-    (docs/eval.md).
+    Brackets become -lrb-, -rrb- and the like. COCO's evaluation runs Stanford's tokenizer in Java instead, which gives
+    ordinary captions the same tokens (docs/eval.md).
     """
     treebank = extra("nltk.tokenize", _FEATURE).TreebankWordTokenizer()
     # NLTK treats a text as one sentence and splits off only its last full stop: split off the others, after words of
