@@ -224,7 +224,7 @@ def _operators(engine: Path) -> Target:
 
     package, include = Path(paddle.__file__).parent, Path(paddle.sysconfig.get_include())
     flags = (f"-isystem{include}", f"-isystem{include / 'third_party'}", "-w")
-    names = ("libphi.so", "libphi_core.so", "libcommon.so")
+    names = ("libphi.so", "libphi_core.so", "libcommon.so")  # not all of them in every version of Paddle
     present = [f"-l:{name}" for name in names if (package / "libs" / name).is_file()]
     link = (
         *_LINK,

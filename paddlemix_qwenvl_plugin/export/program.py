@@ -101,7 +101,7 @@ def _build_and_save(
                 list(outputs) if isinstance(outputs, (tuple, list)) else [outputs],
                 static.Executor(paddle.CPUPlace()),
                 program=main,
-                skip_prune_program=True,
+                skip_prune_program=True,  # pruning rejects inputs on which no output depends
             )
     # Plain values, since the parameters exist only as long as the program. Their dtypes are compared as text: the class
     # of a dtype depends on the form.

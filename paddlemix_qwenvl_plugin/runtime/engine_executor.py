@@ -34,9 +34,10 @@ from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits, images_of
 from paddlemix_qwenvl_plugin.util.memory import address_space_left
 
 _BLOCK_TOKENS = 32  # tokens of a block of the KV cache
-_STEP_TOKENS = 512  # maximum number of tokens in a step on a CPU
-_GPU_STEP_TOKENS = 2048  # the same on a GPU
-_MAX_RUNNING = 256  # maximum number of requests in a step
+# Maximum number of tokens in a step, on a CPU and on a GPU: one pass of the engine (qvl_config.max_tokens).
+_STEP_TOKENS = 512
+_GPU_STEP_TOKENS = 2048
+_MAX_RUNNING = 256  # maximum number of requests in a step, as in the engine's CUDA graphs
 
 # Size of the KV cache on a CPU, as a share of the memory free when the executor is created, if this is enough for a
 # request of the full context. The operating system commits the memory only as the cache fills.
