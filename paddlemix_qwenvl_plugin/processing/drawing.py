@@ -58,6 +58,7 @@ def draw_boxes(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
     drawn = image.convert("RGB")
     draw = ImageDraw.Draw(drawn)
     width, height = drawn.size
+    # In proportion to the shorter side, but letters are not higher than the image.
     line_width = max(2, round(min(width, height) / 200))
     font_size = min(max(12, min(width, height) // 28), max(height - 2, 1))
     for index, box in enumerate(boxes):

@@ -41,7 +41,7 @@ class Prompt:
         input_ids: the token ids, image slots included.
         images: the image sources, one for each `<img>`, in order.
         generated: the [start, end) ranges of the earlier answers in `input_ids`, each with its `<|im_end|>`, in order.
-            Decode steps computed these tokens, and round differently from a prefill; the prefix cache tells them apart.
+            Decode steps computed these tokens, not a prefill, which would round differently (runtime/generation.py).
     """
 
     input_ids: list[int]
