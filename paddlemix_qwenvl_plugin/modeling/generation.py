@@ -115,6 +115,7 @@ class StockGeneration(nn.Layer):
             return ops.total(stopped.astype("int64")) < stop_nums
 
         def decode(*loop: paddle.Tensor) -> list[paddle.Tensor]:
+            # The 8 tensors of `state`, the validity of the cache entries, and the layers' keys and values.
             state, cache_valid, flat = list(loop[:8]), loop[8], loop[9:]
             token, stopped, length, position = state[1], state[3], state[4], state[5]
             layer_caches = [(flat[i], flat[i + 1]) for i in range(0, len(flat), 2)]
