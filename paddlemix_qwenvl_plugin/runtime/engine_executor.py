@@ -156,7 +156,7 @@ class EngineExecutor:
             generation = chunk.generation
             state = self._states.get(generation) or self._new_state(generation)
             start = generation.n_computed
-            if chunk.ahead:
+            if chunk.ahead:  # the token that the running step picks follows all known ones
                 self._put(n_entries, state, generation.n_total, 1, picks=True, generated=False)
                 n_entries += 1
             elif generation.decoding:
