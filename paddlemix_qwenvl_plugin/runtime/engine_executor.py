@@ -202,7 +202,10 @@ class EngineExecutor:
     def _put(
         self, i: int, state: _RequestState, n_past: int, n_new: int, picks: bool, generated: bool
     ) -> None:
-        """Write entry `i` of the batch: `n_past` always, the other fields only if one differs from the last written."""
+        """Write entry `i` of the batch: `n_past` always, the other fields only if one differs from the last written.
+
+        `generated`: compute the entry's tokens as decode steps, as tokens after the prompt always are (qwenvl.h).
+        """
         if i == self._capacity:
             self._grow(2 * self._capacity)
         entry = self._entry_views[i]
