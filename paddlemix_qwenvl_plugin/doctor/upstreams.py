@@ -1,4 +1,4 @@
-"""Checks of PaddleNLP and PaddleMIX: location, import, hooks, and packages known to break them."""
+"""Checks of PaddleNLP and PaddleMIX: location, version, import, hooks, paddlenlp_ops, broken package combinations."""
 
 from __future__ import annotations
 
@@ -120,6 +120,7 @@ def _compare_with_pins(
 ) -> tuple[Status, str, Optional[str]]:
     """(status, description, fix) of the installed upstream; adds commit and patches of a checkout to `data`."""
     try:
+        # force: another commit than the pinned one is described below, not refused.
         report = patches.check(root, force=True)
     except UsageError:  # not a checkout: an installed wheel
         return _wheel(pinned, data)

@@ -82,7 +82,7 @@ def cuda_library(allowed: bool = False) -> Path:
 
 
 def library_state(for_gpus: bool = False) -> tuple[str, Path]:
-    """State ("shipped", "built", "failed", "not built") and path of the library or that for GPUs; builds nothing."""
+    """State ("shipped", "built", "failed", "not built") and path of `library` or `cuda_library`; builds nothing."""
     shipped = SHIPPED.with_name(CUDA_LIBRARY) if for_gpus else SHIPPED
     if shipped.is_file():
         return "shipped", shipped
@@ -124,6 +124,7 @@ class Target(NamedTuple):
 
     Attributes:
         folders: folders of csrc/ whose files are part of the cache key (see `_folder` for its other parts).
+        compiler: beginning of every command that compiles or links.
         identity: texts that identify the compiler and, for the operators, the installed Paddle.
         link: further arguments of the linker.
         title: name of the target in error messages.
@@ -218,12 +219,12 @@ def _compiler_identity() -> tuple[str, ...]:
 
 
 def _operators(engine: Path) -> Target:
-    """Build target of the operators, linked to the engine by its path and to the Paddle libraries of the process."""
+    """Build target of the operators, linked to the engine by its path and to the installed Paddle's libraries."""
     import paddle
 
     package, include = Path(paddle.__file__).parent, Path(paddle.sysconfig.get_include())
     flags = (f"-isystem{include}", f"-isystem{include / 'third_party'}", "-w")
-    names = ("libphi.so", "libphi_core.so", "libcommon.so")
+    names = ("libphi.so", "libphi_core.so", "libcommon.so")  # not all of them in every version of Paddle
     present = [f"-l:{name}" for name in names if (package / "libs" / name).is_file()]
     link = (
         *_LINK,

@@ -29,7 +29,7 @@ class NamedTensor(NamedTuple):
 
 
 class Weights:
-    """The weights of a stage. An engine created from them keeps the memory that it needs."""
+    """The weights of a stage. An engine created from them keeps them alive."""
 
     def __init__(self, handle: c_void_p, keep: Any = None) -> None:
         self.handle = handle
@@ -204,7 +204,7 @@ class DeviceArray:
 class StepOutput:
     """Output buffers of a step for up to `n_rows` rows, in memory accessible to host and device, and the step's event.
 
-    A row has a token (int32) and its log probability (float32), and the same of the `n_top` most likely tokens.
+    A row has a picked token (int32) and its log probability (float32), and the same of the `n_top` most likely tokens.
     `tokens`, `logprobs`, `top_tokens` and `top_logprobs` are the addresses of the buffers.
     """
 

@@ -19,7 +19,7 @@ _MIN_ARCHITECTURE = 70  # compute capability times ten
 
 
 def gpu_index(device: str, flag: str = "--device") -> Optional[int]:
-    """Parse a device, "gpu" or "gpu:N", into a GPU's index; None for "cpu".
+    """Parse a device, "gpu" (the first GPU) or "gpu:N", into a GPU's index; None for "cpu".
 
     Raises:
         UsageError: any other text; the message names `flag`.

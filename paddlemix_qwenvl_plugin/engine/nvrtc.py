@@ -13,13 +13,13 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 INSTALL = "pip install 'paddlemix-qwenvl-plugin[gpu-engine]'"
 
-_MAJORS = (13, 12)
+_MAJORS = (13, 12)  # supported major versions of NVRTC
 _NAMES = tuple(f"libnvrtc.so.{major}" for major in _MAJORS)
-_SYSTEM = Path("/usr")
+_SYSTEM = Path("/usr")  # prefix of the headers that a distribution installs
 
 
 class Nvrtc(NamedTuple):
-    """An NVRTC library: path, version, supported architectures (compute capabilities times ten), header folders."""
+    """An NVRTC library: path or name, version, architectures (compute capabilities times ten), header folders."""
 
     library: str
     version: tuple[int, int]

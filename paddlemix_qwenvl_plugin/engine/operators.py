@@ -68,6 +68,7 @@ def call(name: str, inputs: dict[str, Any], attributes: dict[str, Any], outputs:
         )
         return list(result) if isinstance(result, (list, tuple)) else [result]
     helper = LayerHelper(name)
+    # float32 is a placeholder: append_op sets the dtypes that the operator infers.
     variables = [helper.create_variable_for_type_inference("float32") for _ in outputs]
     # Custom operators declare a list of tensors with this suffix.
     declared = {f"{key}@VECTOR" if isinstance(value, list) else key: value for key, value in inputs.items()}

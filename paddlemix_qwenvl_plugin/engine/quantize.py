@@ -62,7 +62,7 @@ def packed_bytes(kind: str, n_out: int, n_in: int = 1) -> int:
 
 
 def pack(kind: str, values: NDArray[np.float32], name: str) -> NDArray[np.uint8]:
-    """Quantize a matrix [out, in] into the engine's storage.
+    """Quantize a matrix [out, in] to `kind`, a symmetric storage type of the engine such as int8.
 
     Raises:
         QwenVLError: a value is not finite; the message begins with `name`.

@@ -20,7 +20,7 @@ _KERNELS = (*_CONTRACT, "-fno-math-errno", "-fno-trapping-math", "-w")
 
 @dataclass(frozen=True)
 class Isa:
-    """An ISA for which the CPU kernels are compiled: a line of csrc/cpu/kernels/isas.txt."""
+    """An ISA for which the CPU kernels are compiled: a line of csrc/cpu/kernels/isas.txt; `code` is its qvl_isa."""
 
     name: str
     code: str
@@ -94,6 +94,7 @@ def operators_units(csrc: Path, paddle_flags: Sequence[str]) -> list[Unit]:
 
 def cuda_units(csrc: Path) -> list[Unit]:
     """Compiler runs for `libqwenvl_cuda.so`, which is built without CUDA and needs the driver and kernels to run."""
+    # The files of csrc/core/ that the GPU part uses: it is not linked to libqwenvl.so.
     core = [
         path for path in sorted((csrc / "core").glob("*.cc")) if path.stem in ("config", "pack", "rotary")
     ]
@@ -101,7 +102,7 @@ def cuda_units(csrc: Path) -> list[Unit]:
 
 
 def kernel_units(csrc: Path, architectures: Iterable[int]) -> list[Unit]:
-    """Compiler runs for the GPU kernels: every file for every architecture, in float16, and from 80 on in bfloat16.
+    """Compiler runs for the GPU kernels: every file for every architecture, in float16, from 80 on also in bfloat16.
 
     Args:
         architectures: compute capabilities times ten.

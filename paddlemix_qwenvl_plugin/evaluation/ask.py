@@ -1,4 +1,4 @@
-"""Prompts of Qwen-VL's official evaluation: the image, directly followed by the question."""
+"""Prompts of Qwen-VL's official evaluation, in which text directly follows the image, and their answers."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ _PROMPT = "Describe the image in English:"
 
 _ASCII_PUNCTUATION = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "–": "--", "—": "--"})
 
-# Tokens that the Python version of COCO's caption evaluation drops.
+# Tokens that pycocoevalcap's PTBTokenizer drops. Its list also has brackets, but in upper case: they never match.
 _PUNCTUATION = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
 
 
@@ -56,9 +56,10 @@ class CaptionScores:
 
 
 def tokens(caption: str) -> str:
-    """Penn Treebank tokens of a caption, in lower case, without punctuation, joined by spaces.
+    """Penn Treebank tokens of a caption in lower case, without _PUNCTUATION, joined by spaces.
 
-    COCO's evaluation runs Stanford's tokenizer in Java for this. Both agree on ordinary captions (docs/eval.md).
+    Brackets become -lrb-, -rrb- and the like. COCO's evaluation runs Stanford's tokenizer in Java instead, which gives
+    ordinary captions the same tokens (docs/eval.md).
     """
     treebank = extra("nltk.tokenize", _FEATURE).TreebankWordTokenizer()
     # NLTK treats a text as one sentence and splits off only its last full stop: split off the others, after words of

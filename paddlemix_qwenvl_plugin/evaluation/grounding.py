@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 OPTIONS = GenerationOptions(max_new_tokens=28, min_new_tokens=10)
 """Generation options of the official evaluation: room for one box."""
 
-# The official evaluation scales by 999, although the model's boxes are in thousandths.
+# The official evaluation divides coordinates by 999, although the model's boxes are in thousandths.
 _SCALE = 999
 
 _ROUNDING = 1.0  # pixels by which a box of a data set may exceed its image
@@ -61,7 +61,7 @@ class GroundingRow(Row):
 
 def overlap(row: GroundingRow, answer: str) -> float:
     """Intersection over union of the answer's first box with the reference; 0 without a box."""
-    # The prompt ends with the first `<box>`. If the answer repeats the tag, the extra tag is harmless.
+    # The prompt ends with the tag of the answer's first box. If the answer repeats the tag, the extra tag is harmless.
     boxes = parse_boxes(f"<box>{answer}").boxes
     if not boxes:
         return 0.0

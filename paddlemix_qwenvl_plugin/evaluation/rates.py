@@ -21,7 +21,7 @@ class Rate:
         return self.hits / self.n if self.n else math.nan
 
     def interval(self, z: float = 1.96) -> tuple[float, float]:
-        """Wilson score interval, 95 % by default; (0, 1) without trials."""
+        """Wilson score interval: 95 % for z = 1.96, the normal quantile; (0, 1) without trials."""
         if not self.n:
             return 0.0, 1.0
         square = z * z / self.n

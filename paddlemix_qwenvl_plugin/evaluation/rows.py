@@ -99,7 +99,7 @@ def is_scored(path: Path) -> bool:
     """Whether `qwenvl eval` wrote this predictions file, according to its first line."""
     with path.open("rb") as file:
         try:
-            line = json.loads(file.readline(1 << 22))
+            line = json.loads(file.readline(1 << 22))  # at most 4 MiB: the file may be anything
         except (ValueError, RecursionError):
             return False
     return (

@@ -115,9 +115,9 @@ def check(path: Path, rows: Mapping[Id, VqaRow], metric: str) -> None:
 def normalise(answer: str) -> str:
     """Normalise an answer for VQA accuracy (visualqa.org/evaluation).
 
-    Lower case, number words as digits, no articles; contractions get their apostrophe ("dont" becomes "don't").
-    Full stops, and commas between digits, are removed; other punctuation becomes spaces; apostrophes, colons, decimal
-    points and symbols such as % and $ are kept.
+    Lower case, "none" and "zero" to "ten" as digits, no articles; contractions get their apostrophe ("dont" becomes
+    "don't"). Full stops, and commas between digits, are removed; other punctuation becomes spaces; apostrophes, colons,
+    decimal points and symbols such as % and $ are kept.
     """
     text = answer.lower()
     text = re.sub(r"(?<=\d),(?=\d)", "", text)  # thousands separators

@@ -112,10 +112,10 @@ def export_language(
     quant_type: Optional[str] = None,
     lora: Union[PathLike, Sequence[Lora]] = (),
 ) -> Manifest:
-    """Export the language stage to OUTPUT_PATH/MODEL_PREFIX.*: the stock programs, and step programs for QwenVL.
+    """Export the language stage to OUTPUT_PATH/MODEL_PREFIX.*: stock programs, and step programs for QwenVL.
 
-    With quantized weights, only the engine program is exported. The tokenizer and the config are copied to OUTPUT_PATH.
-    Other arguments and errors: see export_vision.
+    QwenVL runs the step programs where it does not use the engine. With quantized weights, only the engine program is
+    exported. The tokenizer and the config are copied to OUTPUT_PATH. Other arguments and errors: see export_vision.
 
     Args:
         quant_type: weight_only_int8 or weight_only_int4, engine only; None: all weights in `dtype`, except

@@ -29,6 +29,7 @@ FORMATS = {"pir": ".json", "legacy": ".pdmodel"}
 # Paddle builds a PIR program that computes in float16 or bfloat16 only on a device with kernels for the type; CPUs have
 # none. Therefore float64, which no program here uses, replaces the half type while such a program is built.
 _STAND_IN = "float64"
+# Half type -> its name in the JSON of a PIR program.
 _PIR_TYPES = {"float16": "0.t_f16", "bfloat16": "0.t_bf16"}
 
 
@@ -101,7 +102,7 @@ def _build_and_save(
                 list(outputs) if isinstance(outputs, (tuple, list)) else [outputs],
                 static.Executor(paddle.CPUPlace()),
                 program=main,
-                skip_prune_program=True,
+                skip_prune_program=True,  # pruning rejects inputs on which no output depends
             )
     # Plain values, since the parameters exist only as long as the program. Their dtypes are compared as text: the class
     # of a dtype depends on the form.

@@ -40,6 +40,7 @@ class EngineStage(nn.Layer):
             self.add_parameter(name.replace(".", "_"), self._parameter(name, weight))
         vision = config.visual
         self._attributes = {
+            # Fields of qvl_config, in the order of csrc/paddle/ops.cc.
             "sizes": [
                 *(self._stage, config.hidden_size, config.num_hidden_layers, config.num_attention_heads),
                 *(config.head_dim, config.mlp_width, config.vocab_size, config.seq_length),

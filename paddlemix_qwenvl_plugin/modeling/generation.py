@@ -1,8 +1,8 @@
 """Portable form of the language stage: generation in Paddle operators, as a complete `while` loop or step by step.
 
 The semantics are those of upstream's stock graph (order of penalties, stop flags, positions), with two corrections.
-Dynamic NTK and logn, which the stock graph lacks, are applied. The last token before `max_length` is returned; the
-stock graph's operators overwrite it with the stop token. Source of the formulas: PaddleNLP's generation operators.
+Dynamic NTK and logn, which the stock graph lacks, are applied. The last of `max_length` tokens is returned; the stock
+graph's operators overwrite it with the stop token. Source of the formulas: PaddleNLP's generation operators.
 """
 
 from __future__ import annotations
@@ -115,6 +115,7 @@ class StockGeneration(nn.Layer):
             return ops.total(stopped.astype("int64")) < stop_nums
 
         def decode(*loop: paddle.Tensor) -> list[paddle.Tensor]:
+            # The 8 tensors of `state`, the validity of the cache entries, and the layers' keys and values.
             state, cache_valid, flat = list(loop[:8]), loop[8], loop[9:]
             token, stopped, length, position = state[1], state[3], state[4], state[5]
             layer_caches = [(flat[i], flat[i + 1]) for i in range(0, len(flat), 2)]

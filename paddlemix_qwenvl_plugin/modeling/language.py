@@ -89,7 +89,8 @@ class Position:
 class LanguageModel(nn.Layer):
     """Language model: token ids and image features -> logits.
 
-    `forward` takes a chunk of each row: a complete prompt, the next chunk of a prompt, or the last generated token.
+    `forward` takes the embeddings of a chunk of each row: a complete prompt, the next chunk of a prompt, or the last
+    generated token.
     `dtype` is the type of the activations and the KV cache.
     """
 
@@ -179,7 +180,8 @@ class LanguageModel(nn.Layer):
 def chunk_mask(positions: paddle.Tensor, cache_valid: paddle.Tensor | None) -> paddle.Tensor:
     """Attention mask: 0 where a token of the chunk attends, MASKED elsewhere.
 
-    float32 [B, 1, S, P + S]; without a cache [1, 1, S, S], the same for all rows.
+    float32 [B, 1, S, P + S] for S tokens per row after P cache entries; without a cache [1, 1, S, S], the same for all
+    rows.
 
     Within the chunk the mask is causal, so that only padding attends to the padding, which is on the right.
     """

@@ -19,8 +19,8 @@ from paddlemix_qwenvl_plugin.modeling import ops
 def ntk_alpha(prompt_len: paddle.Tensor, config: ModelConfig) -> paddle.Tensor:
     """NTK factor max(1, 2^ceil(log2(L / seq_length) + 1) - 1), float32 in the shape of `prompt_len` (integer).
 
-    L is the prompt's length. The exponent is computed as 1 plus the number of powers of two (1, 2, 4, …) below
-    L / seq_length: comparisons of integers are exact, unlike a rounded logarithm.
+    L is the prompt's length. Without `use_dynamic_ntk`, the factor is 1. The exponent is computed as 1 plus the number
+    of powers of two (1, 2, 4, …) below L / seq_length: comparisons of integers are exact, unlike a rounded logarithm.
     """
     if not config.use_dynamic_ntk:
         return paddle.ones_like(prompt_len, dtype="float32")
@@ -62,7 +62,8 @@ def rotate(x: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor) -> paddle.T
 def query_scale(positions: paddle.Tensor, config: ModelConfig) -> paddle.Tensor:
     """Query scale logn / sqrt(head_dim), float32 [B, S, 1, 1].
 
-    logn is 1 for a 0-based position p with p + 1 <= seq_length, else log(p + 1) / log(seq_length).
+    logn is 1 for a 0-based position p with p + 1 <= seq_length, or without `use_logn_attn`, else
+    log(p + 1) / log(seq_length).
     """
     scale = 1.0 / math.sqrt(config.head_dim)
     if not config.use_logn_attn:

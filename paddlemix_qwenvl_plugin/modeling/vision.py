@@ -1,8 +1,8 @@
 """Vision transformer (without class token) and resampler: images -> features.
 
 Parameter names are canonical (checkpoint/tensors.py), except `key_pos_embed`, which is the resampler's `pos_embed`
-resized to the patch grid. It and the vision tower's table are resized when the weights are loaded (see weights.py),
-since a model has one image size.
+resized to the patch grid. It and the vision tower's `positional_embedding` are resized when the weights are loaded
+(weights.py), since a model has one image size.
 """
 
 from __future__ import annotations

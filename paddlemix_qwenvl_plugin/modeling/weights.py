@@ -50,7 +50,7 @@ def _quantize(checkpoint: Checkpoint, kinds: Mapping[str, str]) -> Parameters:
 
 
 def _repack(checkpoint: Checkpoint, kinds: Mapping[str, str]) -> Parameters:
-    """Stream the integers, scales and zero points of a quantized checkpoint, and the order of columns if it has one."""
+    """Stream the packed matrices of a quantized checkpoint, each followed by its input order if the type has orders."""
     quantized = checkpoint.quantized
     assert quantized is not None
     for name, kind in kinds.items():
@@ -58,6 +58,7 @@ def _repack(checkpoint: Checkpoint, kinds: Mapping[str, str]) -> Parameters:
         yield name, pack_groups(kind, matrix.integers, matrix.scales, matrix.zeros, name)
         if has_order(quantized.quant_type):
             n_in = matrix.integers.shape[1]
+            # Every matrix of such a type needs an order: the identity if its columns are in order already.
             order = np.arange(n_in, dtype=np.int32) if matrix.order is None else matrix.order
             yield name + ORDER, order.view(np.uint8)
 
@@ -68,7 +69,7 @@ def vision_parameters(checkpoint: Checkpoint, dtype: str) -> Parameters:
     stream = checkpoint.tensors(checkpoint.vision, dtype, out_in=True)
     for name, values in track(stream, "vision weights", len(checkpoint.vision)):
         if name not in TABLES:
-            # `proj` is not a linear weight of the checkpoint: all naming schemes store it as [in, out].
+            # `out_in` applies to linear weights, not to `proj`, which all naming schemes store as [in, out].
             yield name, np.ascontiguousarray(values.T) if name == "visual.proj" else values
         for table, source in TABLES.items():
             if source == name:

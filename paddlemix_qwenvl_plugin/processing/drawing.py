@@ -14,8 +14,7 @@ from paddlemix_qwenvl_plugin.processing.boxes import Box
 # Colours of successive boxes: far apart in hue, and all dark enough for white letters.
 COLOURS = ("#c8102e", "#1b7a34", "#2b50d8", "#a84300", "#7b1fa2", "#00707a", "#b8176f", "#6b6000")
 
-# Font files on common systems: first those with Chinese, Japanese and Korean glyphs, then those with glyphs of European
-# languages only.
+# Font files on common systems: first those with Chinese, Japanese and Korean glyphs, then those without.
 _SYSTEM_FONTS = (
     "NotoSansCJK-Regular.ttc",
     "NotoSansCJKsc-Regular.otf",
@@ -59,6 +58,7 @@ def draw_boxes(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
     drawn = image.convert("RGB")
     draw = ImageDraw.Draw(drawn)
     width, height = drawn.size
+    # In proportion to the shorter side, but letters are not higher than the image.
     line_width = max(2, round(min(width, height) / 200))
     font_size = min(max(12, min(width, height) // 28), max(height - 2, 1))
     for index, box in enumerate(boxes):
@@ -162,7 +162,7 @@ def _choose(text: str) -> tuple[Optional[str], int]:
 
 @lru_cache(maxsize=4096)
 def _has_glyph(name: Optional[str], character: str) -> bool:
-    """Whether the glyph of a character differs from the missing-glyph sign of the font, which must exist."""
+    """Whether font `name`, which must exist, draws a character as something else than its missing-glyph sign."""
     font = _load(name, _COMPARED_SIZE)
     assert font is not None
     glyph, missing = font.getmask(character), font.getmask(_NO_CHARACTER)

@@ -283,7 +283,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     # would clip values at 255.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         values = np.asarray(image).astype(np.uint32)
-        grey = ((values + 128) // 257).clip(max=255).astype(np.uint8)
+        grey = ((values + 128) // 257).clip(max=255).astype(np.uint8)  # 65535 / 257 is 255
         if "transparency" in image.info:
             grey[values == image.info["transparency"]] = 255
         return Image.fromarray(grey).convert("RGB")

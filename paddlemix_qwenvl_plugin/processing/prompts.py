@@ -41,7 +41,7 @@ class Prompt:
         input_ids: the token ids, image slots included.
         images: the image sources, one for each `<img>`, in order.
         generated: the [start, end) ranges of the earlier answers in `input_ids`, each with its `<|im_end|>`, in order.
-            Decode steps computed these tokens, not a prefill.
+            Decode steps computed these tokens, not a prefill, which would round differently (runtime/generation.py).
     """
 
     input_ids: list[int]
@@ -61,7 +61,7 @@ def render(parts: Sequence[Part], start: int = 1, label: str = PICTURE_LABEL) ->
         label: text before each image, with `{}` for the image's number.
 
     Raises:
-        UsageError: an invalid part.
+        UsageError: `parts` is not a list or is empty, a part is invalid, or adjacent texts join to an image tag.
     """
     if isinstance(parts, (str, bytes, Mapping)) or not isinstance(parts, Sequence):
         raise UsageError(f"a query must be a list of parts, got {type(parts).__name__}")

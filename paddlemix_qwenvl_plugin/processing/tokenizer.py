@@ -30,6 +30,7 @@ _N_EXTRAS = 205  # spare tokens <|extra_0|> to <|extra_204|>
 IMAGE_TAGS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>")
 """Special tokens that a prompt may use; ChatML's own tokens and `<|endoftext|>` are plain text in a prompt."""
 
+# In the order of their ids, which follow those of the vocabulary.
 _SPECIAL_TOKENS = (
     _END_OF_TEXT,
     _IM_START,

@@ -50,7 +50,7 @@ class GptqFolder:
         self._write(index, tensors)
 
     def finish(self, bits: int, group: int) -> None:
-        """Write the other tensors, the index and the config, and copy the other files of the model."""
+        """Write the other tensors, the index and the config; copy the model's files other than weights."""
         layers = self._checkpoint.config.num_hidden_layers
         for number, specs in enumerate(self._other_shards, start=layers):
             self._write(number, dict(self._checkpoint.tensors(specs, self.dtype, out_in=True)))

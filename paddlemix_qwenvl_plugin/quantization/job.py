@@ -25,7 +25,7 @@ from paddlemix_qwenvl_plugin.util.progress import track
 # Bits -> default group size. The demo model's loss of reading accuracy: 0.8 points with 4 bits in groups of 64, 0.4 in
 # groups of 32, none with 8 bits in groups of 64 (docs/demo-model.md).
 DEFAULT_GROUP_SIZES = {4: 32, 8: 64}
-GROUP_SIZES = (32, 64, 128)
+GROUP_SIZES = (32, 64, 128)  # of the engine's types with zero points
 
 MAX_TOKENS = 1 << 16
 """Limit on the tokens of all rows. A file of hidden states then has at most 1 GiB for the 7B model; up to six exist."""
@@ -45,7 +45,7 @@ def quantize_model(
     `TARGET.partial`, at the layer that was interrupted.
 
     Args:
-        model: a model folder in any supported form.
+        model: a model folder in any supported format, not quantized.
         target: must not exist yet.
         bits: 4 or 8.
         group_size: columns that share a scale: 32, 64 or 128; None: 32 with 4 bits, 64 with 8.

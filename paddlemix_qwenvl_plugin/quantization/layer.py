@@ -32,7 +32,7 @@ class DecoderLayer:
 
     def __init__(self, config: ModelConfig) -> None:
         self._config = config
-        self._layer: Layer = build(lambda sizes, _: Layer("h", sizes), config, "float32", "float32")
+        self._layer: Layer = build(lambda conf, _: Layer("h", conf), config, "float32", "float32")
         self._parameters = {parameter.name: parameter for parameter in self._layer.parameters()}
 
     def load(self, weights: Mapping[str, NDArray[np.generic]]) -> None:

@@ -54,7 +54,7 @@ class LayerQuantizer:
     def run(
         self, index: int, before: Streams, after: Streams, dtype: str
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Quantize layer `index` and write the states after it.
+        """Quantize layer `index`, from the states `before` it, and write the states `after` it.
 
         Returns:
             The layer's tensors for the checkpoint, with unquantized tensors in `dtype`; and the layer's entry of

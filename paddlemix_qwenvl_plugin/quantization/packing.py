@@ -5,8 +5,8 @@ lowest bits:
 
 | tensor | shape | content |
 | --- | --- | --- |
-| `qweight` | [in * bits / 32, out] | integers, packed along the inputs |
-| `qzeros` | [groups, out * bits / 32] | zero points minus 1, packed along the outputs |
+| `qweight` | int32 [in * bits / 32, out] | integers, packed along the inputs |
+| `qzeros` | int32 [groups, out * bits / 32] | zero points minus 1, packed along the outputs |
 | `scales` | float16 [groups, out] | |
 | `g_idx` | int32 [in] | group of each input |
 """

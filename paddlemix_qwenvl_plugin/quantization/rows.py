@@ -155,6 +155,7 @@ class CalibrationRows:
         return CalibrationRow(input_ids, len(prompt.input_ids), prompt.images, spans, where)
 
 
+# The special tokens of an answer; other tags are plain text in it.
 _ANSWER_TAGS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
 
 

@@ -13,11 +13,11 @@ from typing import BinaryIO, Callable, Optional
 
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
-_TICK_SECONDS = 0.2
-_GRACE_SECONDS = 5.0
+_TICK_SECONDS = 0.2  # between calls of `tick`
+_GRACE_SECONDS = 5.0  # from SIGTERM to SIGKILL
 
 LOG_MIB = 100
-"""Size of the log, in MiB, at which the command is stopped."""
+"""Size of the log, in MiB, at which the command is stopped; output of earlier commands counts."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def new(recipe: Recipe, output: Path) -> Path:
 
 
 def find_resumable(recipe: Recipe, output: Path, first: int) -> Path:
-    """Find the newest run folder of the recipe, which must have the same resolved recipe.
+    """Find the recipe's newest run folder, to resume at step `first`; it must have the same resolved recipe.
 
     Raises:
         QwenVLError: no earlier run exists, or the newest was run from another recipe or is damaged.
@@ -78,7 +78,7 @@ def earlier_results(folder: Path, recipe: Recipe, first: int) -> dict[str, Any]:
     try:
         results: dict[str, Any] = json.loads(_read(path))
         statuses = {result["name"]: result["status"] for result in results["steps"]}
-        # The two look-ups raise KeyError if the file lacks the benchmark or a step.
+        # The two look-ups raise KeyError if the file lacks the key or a step.
         results["bench"]
         for step in recipe.steps[:first]:
             statuses[step.name]

@@ -152,7 +152,7 @@ class _Run:
             raise QwenVLError(f"step {step.name} {problem}; log: {log_path}")
 
     def _repeat(self, step: Step, line: StepLine, log: Any) -> tuple[process.Finished, list[float]]:
-        """Run a step once, or as often as `bench` requires, until a run fails.
+        """Run a step once, or as often as `bench` requires; a run that fails is the last.
 
         Returns the outcome of the last run, and the seconds of each counted run (none without `bench` or if a run
         failed).

@@ -146,7 +146,10 @@ class Bench(_Strict):
 
 
 class Recipe(_Strict):
-    """A reproducible run: commands, requirements and expectations."""
+    """A reproducible run: commands, requirements and expectations.
+
+    `pins`: upstream commits or wheel versions that the recipe refers to; recorded, not checked.
+    """
 
     schema_version: Literal[1] = Field(alias="schema")
     name: RecipeName

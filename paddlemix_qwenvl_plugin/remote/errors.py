@@ -28,7 +28,7 @@ class BusyError(QwenVLError):
     """The server cannot accept the request now.
 
     Attributes:
-        retry_after: seconds of the response's Retry-After; None without this header or if it is a date.
+        retry_after: seconds of the response's Retry-After; None without this header, or if it is no number, as a date.
     """
 
     def __init__(self, message: str, retry_after: Optional[float]) -> None:

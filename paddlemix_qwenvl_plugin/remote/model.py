@@ -104,6 +104,7 @@ class ServerModel:
                 try:
                     response = await self.server.post(_CHAT, {**parameters, "messages": conversation})
                 except RefusedError as error:
+                    # With param "model", a server of this package refuses chat requests to a base model.
                     if request.chat or error.param != "model":
                         raise
                     self._is_chat = False

@@ -34,9 +34,10 @@ from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits, images_of
 from paddlemix_qwenvl_plugin.util.memory import address_space_left
 
 _BLOCK_TOKENS = 32  # tokens of a block of the KV cache
-_STEP_TOKENS = 512  # maximum number of tokens in a step on a CPU
-_GPU_STEP_TOKENS = 2048  # the same on a GPU
-_MAX_RUNNING = 256  # maximum number of requests in a step
+# Maximum number of tokens in a step, on a CPU and on a GPU: one pass of the engine (qvl_config.max_tokens).
+_STEP_TOKENS = 512
+_GPU_STEP_TOKENS = 2048
+_MAX_RUNNING = 256  # maximum number of requests in a step, as in the engine's CUDA graphs
 
 # Size of the KV cache on a CPU, as a share of the memory free when the executor is created, if this is enough for a
 # request of the full context. The operating system commits the memory only as the cache fills.
@@ -44,8 +45,8 @@ _CACHE_SHARE = 0.25
 # Maximum size of the KV cache on any device, in requests of the full context, unless `n_blocks` is given.
 _CACHE_CONTEXTS = 64
 
-# Numbers that identify _Row objects: unlike id(), a number is never used again for a later object.
-_row_numbers = itertools.count()
+# Numbers that identify _RequestState objects: unlike id(), a number is never used again for a later object.
+_state_numbers = itertools.count()
 
 
 class EngineExecutor:
@@ -80,14 +81,14 @@ class EngineExecutor:
         self._ahead = gpu is not None if ahead is None else ahead
         config = language.manifest.config
         self._vocab_size = config.vocab_size
-        # Dtype of the KV cache.
+        # Dtype of the KV cache; on a GPU, the compute dtype that the engine chooses.
         dtype = "float32" if language.manifest.dtype == "float32" else "bfloat16"
         step_tokens = _STEP_TOKENS
         if gpu is not None:
             device = c.device_info(gpu)
             check_room(vision, language, device.free_bytes, gpu_memory)
-            has_bfloat16 = device.compute_major >= 8 and language.manifest.dtype != "float16"
-            dtype = "bfloat16" if has_bfloat16 else "float16"
+            use_bfloat16 = device.compute_major >= 8 and language.manifest.dtype != "float16"
+            dtype = "bfloat16" if use_bfloat16 else "float16"
             step_tokens = _GPU_STEP_TOKENS
             _ = self._vision  # load it before the cache, which gets a share of the memory left by both stages
         self._language = self._engine(language, c.LANGUAGE)
@@ -102,7 +103,7 @@ class EngineExecutor:
             n_blocks = max(context_blocks, min(affordable, _CACHE_CONTEXTS * context_blocks))
         self._pool = KvPool(self._language, n_blocks, _BLOCK_TOKENS, dtype)
         self.limits = Limits(_MAX_RUNNING, step_tokens, n_blocks, _BLOCK_TOKENS, ahead=self._ahead)
-        self._rows: dict[Generation, _Row] = {}
+        self._states: dict[Generation, _RequestState] = {}
         self._batch = c.Batch(
             size=ctypes.sizeof(c.Batch),
             sequence_size=ctypes.sizeof(c.SequenceRow),
@@ -153,19 +154,19 @@ class EngineExecutor:
         n_entries = n_rows = 0  # entries of the batch, and rows of the logits
         for chunk in chunks:
             generation = chunk.generation
-            row = self._rows.get(generation) or self._row(generation)
+            state = self._states.get(generation) or self._new_state(generation)
             start = generation.n_computed
-            if chunk.ahead:
-                self._put(n_entries, row, generation.n_total, 1, picks=True, generated=False)
+            if chunk.ahead:  # the token that the running step picks follows all known ones
+                self._put(n_entries, state, generation.n_total, 1, picks=True, generated=False)
                 n_entries += 1
             elif generation.decoding:
-                self._put(n_entries, row, start, 1, picks=True, generated=False)
+                self._put(n_entries, state, start, 1, picks=True, generated=False)
                 n_entries += 1
                 tokens.append(generation.tokens[-1])
             else:
                 end = start + chunk.n
                 for first, last, generated in generation.entries(start, end):
-                    self._put(n_entries, row, first, last - first, chunk.picks and last == end, generated)
+                    self._put(n_entries, state, first, last - first, chunk.picks and last == end, generated)
                     n_entries += 1
                 for image, first, last in images_of(generation, start, end):
                     assert image.features is not None
@@ -173,8 +174,8 @@ class EngineExecutor:
                     spans.append((len(tokens) + first - start, last - first, features))
                 tokens += generation.ids(start, end)
             if chunk.picks:
-                self._put_sampling(n_rows, row, len(generation.tokens) + chunk.ahead)
-                counts.append(row.counts_address)
+                self._put_sampling(n_rows, state, len(generation.tokens) + chunk.ahead)
+                counts.append(state.counts_address)
                 n_logprobs.append(generation.n_logprobs)
                 n_rows += 1
         output = self._run(tokens, spans, counts, n_logprobs, n_entries)
@@ -190,37 +191,42 @@ class EngineExecutor:
 
     def forget(self, generation: Generation) -> None:
         """Free the state of a request."""
-        self._rows.pop(generation, None)
+        self._states.pop(generation, None)
 
-    def _row(self, generation: Generation) -> _Row:
+    def _new_state(self, generation: Generation) -> _RequestState:
         engine = self._language if self._ahead else None
         adapter = None if generation.adapter is None else self._adapters[generation.adapter].handle.value
-        row = self._rows[generation] = _Row(generation, self._vocab_size, engine, adapter)
-        return row
+        state = self._states[generation] = _RequestState(generation, self._vocab_size, engine, adapter)
+        return state
 
-    def _put(self, i: int, row: _Row, n_past: int, n_new: int, picks: bool, generated: bool) -> None:
-        """Write entry `i` of the batch: `n_past` always, the other fields only if one differs from the last written."""
+    def _put(
+        self, i: int, state: _RequestState, n_past: int, n_new: int, picks: bool, generated: bool
+    ) -> None:
+        """Write entry `i` of the batch: `n_past` always, the other fields only if one differs from the last written.
+
+        `generated`: compute the entry's tokens as decode steps, as tokens after the prompt always are (qwenvl.h).
+        """
         if i == self._capacity:
             self._grow(2 * self._capacity)
         entry = self._entry_views[i]
         entry.n_past = n_past
-        key = (row.number, row.update_blocks(), n_new, picks, generated)
+        key = (state.number, state.update_blocks(), n_new, picks, generated)
         if self._written_entries[i] != key:
             self._written_entries[i] = key
             entry.n_new = n_new
-            entry.prompt_len = row.prompt_len
-            entry.n_blocks = row.n_blocks
-            entry.blocks = row.blocks_address
-            entry.adapter = row.adapter
+            entry.prompt_len = state.prompt_len
+            entry.n_blocks = state.n_blocks
+            entry.blocks = state.blocks_address
+            entry.adapter = state.adapter
             entry.flags = (0 if picks else c.NO_LOGITS) | (c.GENERATED if generated else 0)
 
-    def _put_sampling(self, i: int, row: _Row, n_tokens: int) -> None:
+    def _put_sampling(self, i: int, state: _RequestState, n_tokens: int) -> None:
         """Write the sampling parameters of row `i` of the logits; the request has `n_tokens` generated tokens."""
-        stop_forbidden = row.stop_forbidden(n_tokens)
+        stop_forbidden = state.stop_forbidden(n_tokens)
         sampling = self._sampling_views[i]
-        if self._written_sampling[i] != (row.number, stop_forbidden):
-            self._written_sampling[i] = row.number, stop_forbidden
-            self._sampling[i] = row.sampling(stop_forbidden)
+        if self._written_sampling[i] != (state.number, stop_forbidden):
+            self._written_sampling[i] = state.number, stop_forbidden
+            self._sampling[i] = state.sampling(stop_forbidden)
         sampling.counter = n_tokens
 
     def _run(
@@ -283,13 +289,13 @@ class EngineExecutor:
         self._args.sampling = ctypes.addressof(self._sampling)
 
 
-class _Row:
+class _RequestState:
     """Engine input of a request that persists across steps: block table, adapter, sampling parameters, counts."""
 
     def __init__(
         self, generation: Generation, vocab_size: int, counts_engine: Engine | None, adapter: int | None
     ) -> None:
-        """Create the row of a request.
+        """Create the state of a request.
 
         Args:
             generation: the request.
@@ -297,7 +303,7 @@ class _Row:
             counts_engine: the engine in whose device memory the counts are; None: in a NumPy array.
             adapter: address of the engine's adapter; None: no adapter.
         """
-        self.number = next(_row_numbers)
+        self.number = next(_state_numbers)
         self.adapter = adapter
         self._generation = generation
         options = generation.options
@@ -313,7 +319,7 @@ class _Row:
         self._counts: NDArray[np.int32] | DeviceArray | None = None
         self.counts_address: int | None = None
         if (options.repetition_penalty, options.frequency_penalty, options.presence_penalty) != (1, 0, 0):
-            # After an interrupted step (loop.py), the row of a request that has generated tokens is created again.
+            # After an interrupted step (loop.py), the state of a request that has generated tokens is created again.
             counts = np.bincount(generation.tokens, minlength=vocab_size).astype(np.int32)
             if counts_engine is None:
                 self._counts, self.counts_address = counts, counts.ctypes.data

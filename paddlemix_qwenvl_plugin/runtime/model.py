@@ -63,7 +63,7 @@ class Model(Protocol[S]):
 
     @property
     def weights(self) -> list[str]:
-        """Identifiers of the weights: of a server a name, of an opened model digests, also of its adapters.
+        """Identifiers of the weights: a server's model name, or the digests of an opened model's stages and adapters.
 
         The digests of the stages depend on the dtypes of the weights.
         """

@@ -33,10 +33,10 @@ _PADDLE_ERRORS = (RuntimeError, ValueError, OSError, MemoryError, SystemError, I
 
 
 class Stage:
-    """An exported stage. Its weights have been checked against its manifest, a large file only by size and samples.
+    """An exported stage, whose weights have been checked against its manifest.
 
-    Exports before contract version 3 have no digest of samples; the headers of their records are checked instead.
-    Programs are checked by `open`.
+    Of a parameter file of more than 64 MiB, only the size and samples are checked. Exports before contract version 3
+    have no digest of samples; the headers of their records are checked instead. Programs are checked by `open`.
 
     Args:
         path: the prefix, or the program file itself to choose its form (`.json` PIR, `.pdmodel` legacy).

@@ -6,7 +6,7 @@ from __future__ import annotations
 # at a quarter of their rate while prompts are computed, and the last of many prompts still has a short time to first
 # token. A budget below 64 tokens would hardly shorten the step, since prefill reads all weights.
 _PROMPT_SECONDS = 0.25
-_PROMPT_SHARE = 3.0
+_PROMPT_TO_DECODE = 3.0
 _MIN_TOKENS = 64
 # Time to read the weights in a decode step, as the number of rows (decoding requests) that take as long.
 _ROWS_FOR_WEIGHTS = 4
@@ -36,5 +36,5 @@ class PromptBudget:
             # Times vary, and the measured step may be shorter than the estimated decode time: at least 1/8 of the step
             # counts as prompt time.
             prompt_seconds = max(seconds - (decode_seconds if n_decoding else 0), seconds / 8)
-            allowed = max(_PROMPT_SECONDS, _PROMPT_SHARE * decode_seconds)
+            allowed = max(_PROMPT_SECONDS, _PROMPT_TO_DECODE * decode_seconds)
             self.tokens = min(max(int(n_prompt / prompt_seconds * allowed), _MIN_TOKENS), self._maximum)

@@ -35,7 +35,8 @@ class Limits:
 class Chunk:
     """The part of a step for one request: `n` pending tokens; with `picks`, the next token is picked after them.
 
-    With `ahead`, `n` is 1: the token that the running step picks in the same row, whose id is not known yet.
+    With `ahead`, `n` is 1: the token that the chunk at the same index of the running step picks; its id is not known
+    yet.
     """
 
     generation: Generation

@@ -19,7 +19,7 @@ class AnswerStream(Iterator[Segment]):
     """Iterator over the segments of an answer, which is generated during the iteration.
 
     `close()` and the end of a `with` block cancel the request; `answer` then has the text so far. Deleting the stream
-    cancels it as well if the iteration has begun. The iteration raises errors of the generation.
+    cancels the request as well if the iteration has begun. The iteration raises errors of the generation.
     """
 
     def __init__(

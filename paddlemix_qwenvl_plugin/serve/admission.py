@@ -96,7 +96,10 @@ class SlotQueue:
 
     @contextlib.contextmanager
     def adopted(self, n: int, key: Optional[str]) -> Iterator[None]:
-        """Hold n slots within the block regardless of the limits, for a request that a previous queue has admitted."""
+        """Hold n slots within the block regardless of the limits, for a request that an earlier queue has admitted.
+
+        On a cluster, the queue is in one process, and a new queue replaces it after a restart of that process.
+        """
         self.running += n
         if key is not None:
             self._slots_by_key[key] += n

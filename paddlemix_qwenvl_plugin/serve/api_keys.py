@@ -30,7 +30,7 @@ class ApiKeys:
         """Read a file with one key per line; lines that begin with # are comments.
 
         Raises:
-            UsageError: the file is unreadable, contains no key, or contains a key that is not printable ASCII.
+            UsageError: the file is unreadable or contains no key, or a key has spaces or is not printable ASCII.
         """
         try:
             lines = [line.strip() for line in path.read_text("utf-8").splitlines()]

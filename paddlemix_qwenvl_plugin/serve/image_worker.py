@@ -1,13 +1,13 @@
 """Image worker process, which decodes images for the front: `python -m … IMAGE_SIZE MAX_BYTES MAX_PIXELS`.
 
-Images are untrusted: one may be a decompression bomb, crash a decoder or make it loop. This module limits the memory;
-the front limits the time and kills the process. This module imports Pillow and NumPy, but neither Paddle nor the
-front's libraries.
+Images are untrusted: one may be a decompression bomb, crash a decoder or make it loop. On Linux, this module limits the
+memory; the front limits the time and kills the process. This module imports Pillow and NumPy, but neither Paddle nor
+the front's libraries.
 
 A frame is a kind (1 byte), the length of its payload (uint32, big-endian) and the payload. Requests are encoded images
 (BYTES) and data: URLs in ASCII (DATA_URL). The worker first sends READY. It then answers each request with an IMAGE,
-whose payload is the original width and height (uint32 each) and the resized pixels, or with an error message in UTF-8
-(TOO_LARGE or INVALID).
+whose payload is the width and height before resizing, of the upright image (uint32 each), and the resized pixels, or
+with an error message in UTF-8 (TOO_LARGE or INVALID).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
     image_size, max_bytes, max_pixels = (int(argument) for argument in sys.argv[1:4])
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # stdout becomes stderr: a library that prints must not write into a frame
-    _limit_memory(max_bytes, max_pixels)
+    _limit_resources(max_bytes, max_pixels)
     limits = ImageLimits(max_bytes, max_pixels)
     _write(replies, READY, b"")
     while header := requests.read(HEADER.size):
@@ -75,7 +75,7 @@ def _answer(kind: bytes, payload: bytes, image_size: int, limits: ImageLimits) -
 def _decode(
     kind: bytes, payload: bytes, image_size: int, limits: ImageLimits
 ) -> tuple[tuple[int, int], NDArray[np.uint8]]:
-    """Decode an image; return its original (width, height) and its pixels, resized to the model's input size."""
+    """Decode an image; return the upright image's (width, height), and its pixels resized to the model's input size."""
     if kind == BYTES:
         image = load_image(payload, limits=limits)
     else:
@@ -99,7 +99,7 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _limit_memory(max_bytes: int, max_pixels: int) -> None:
+def _limit_resources(max_bytes: int, max_pixels: int) -> None:
     """Forbid core dumps and writing to files, limit open files and, on Linux, the memory beyond that of the imports."""
     Image.init()  # imports Pillow's plugins for all formats
     if features.check("avif"):

@@ -53,7 +53,7 @@ def invalid_body(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
 def _path(error: Mapping[str, Any], body: Any) -> tuple[Any, ...]:
     """Path of an error in the body: its location without the names of union types.
 
-    The last step is the name of the missing, unknown or unsupported parameter; for a missing or unknown tag of a union,
+    For a missing, unknown or unsupported parameter, the last step is its name; for a missing or unknown tag of a union,
     it is "role" or "type".
     """
     path: list[Any] = []

@@ -61,7 +61,10 @@ class Metrics:
         self.registry.register(_StateCollector(engine, admission))
 
     def request(self, path: str, status: int, seconds: float) -> None:
-        """Count an answered HTTP request. `path` must be a route, since each value of the label is a time series."""
+        """Count a request that has ended.
+
+        `path`: a route or "other", since each value of the label is a time series.
+        """
         self._requests.labels(path, str(status)).inc()
         self._request_seconds.labels(path).observe(seconds)
 
@@ -78,7 +81,7 @@ class Metrics:
         self._first_token.observe(seconds)
 
     def next_tokens(self, n: int, seconds: float) -> None:
-        """Observe once the mean time per token of n tokens that arrived together, `seconds` after the previous one."""
+        """Observe once the mean time per token of n tokens that arrived together, `seconds` after the token before."""
         self._between_tokens.observe(seconds / n)
 
     def render(self, accept: str = "") -> tuple[bytes, str]:

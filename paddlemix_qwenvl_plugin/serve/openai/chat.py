@@ -24,6 +24,7 @@ from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 class ChatCompletionRequest(SamplingParameters):
     """Body of a chat completion request. The response contains the model's boxes as `boxes`."""
 
+    # Parameter -> values that are accepted, since they request what the server does anyway (Schema).
     not_supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **SamplingParameters.not_supported,
         "audio": (),

@@ -28,6 +28,7 @@ _TokenLists = Annotated[list[_Tokens], Field(min_length=1, max_length=MAX_PARTS,
 class CompletionRequest(SamplingParameters):
     """Body of a completion request: prompts in the base model's format, without a chat template."""
 
+    # Parameter -> values that are accepted, since they request what the server does anyway (Schema).
     not_supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **SamplingParameters.not_supported,
         "best_of": (1,),
