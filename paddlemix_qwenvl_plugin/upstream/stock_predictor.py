@@ -91,7 +91,7 @@ class ImageEncoder:
         self._program = stage.open()
 
     def run(self, inputs: list[Any]) -> list[Any]:
-        """Encode images [N, 3, size, size] -> [features float32 [N, n_queries, H]]."""
+        """Encode images [N, 3, size, size] -> [features float32 [N, n_queries, hidden size]]."""
         return self._program([inputs[0].astype("float32")])
 
 

@@ -7,8 +7,7 @@ const STORED_KEY = 'qwenvl-api-key';
 
 /**
  * Failed request. The page shows the text with the key `error.KIND` (see words_en.js) and `detail`, the server's
- * message, if any.
- * `seconds` is the time after which the server allows a retry, or null.
+ * message, if any. `seconds` is the time after which the server allows a retry, or null.
  */
 export class ServerError extends Error {
   constructor(kind, { detail = '', seconds = null } = {}) {
