@@ -147,7 +147,7 @@ class LanguageModel:
 
 
 def _stage(path: str, stage: str, script_device: str) -> Stage:
-    """Open a stage on QWENVL_DEVICE, else on the script's `--device` (default: gpu), which without a GPU is the CPU."""
+    """Open a stage on QWENVL_DEVICE, else on the script's `--device`; if that is gpu, its default, and no GPU exists: CPU."""
     device = env.DEVICE.read()
     if device is not None:
         gpu_index(device, env.DEVICE.name)  # raises an error that names the variable
