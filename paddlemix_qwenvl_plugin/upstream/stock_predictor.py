@@ -147,7 +147,10 @@ class LanguageModel:
 
 
 def _stage(path: str, stage: str, script_device: str) -> Stage:
-    """Open a stage on QWENVL_DEVICE, else on the script's `--device`; if that is gpu, its default, and no GPU exists: CPU."""
+    """Open a stage on QWENVL_DEVICE, else on the script's `--device`.
+
+    The flag's default is gpu, which is replaced by cpu, with a notice, if there is no GPU.
+    """
     device = env.DEVICE.read()
     if device is not None:
         gpu_index(device, env.DEVICE.name)  # raises an error that names the variable
