@@ -54,7 +54,7 @@ def open_service(
         raise UsageError(
             f"--adapter {model_name}={adapters[model_name]}: the model has that name; name the adapter differently"
         )
-    # Otherwise each counter and each histogram has another metric, its creation time.
+    # Otherwise each counter and each histogram has an additional metric, its creation time.
     disable_created_metrics()  # type: ignore[no-untyped-call]
     metrics = metrics or Metrics()
     return Service(

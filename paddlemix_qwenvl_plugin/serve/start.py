@@ -28,7 +28,7 @@ def start(settings: ServeSettings, signals: Sequence[int], say: Callable[[str], 
         say: called with each line that the user shall see.
 
     Returns:
-        The second signal, if one arrived before all requests had ended; else None.
+        The second signal, if one arrived before the server had ended; else None.
 
     Raises:
         UsageError: conflicting settings, or a missing file.

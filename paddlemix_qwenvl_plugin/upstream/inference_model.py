@@ -109,6 +109,9 @@ class QWenForQWenVLInferenceModel:
 
         Returns:
             Outputs of the stock program (StockGeneration in modeling/generation.py).
+
+        Raises:
+            UsageError: the inputs have prefix caches, or the config requests quantization.
         """
         if inputs.pop("pre_caches", None):
             raise UsageError("--export_precache: not supported, run without it")

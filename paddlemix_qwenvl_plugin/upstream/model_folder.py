@@ -36,9 +36,9 @@ def is_qwen_vl(name_or_path: str) -> bool:
 
 
 def model_folder(name_or_path: str) -> Path:
-    """Resolve a path, or a community name such as qwen-vl/qwen-vl-7b-static to its folder in PaddleNLP's cache.
+    """Return a path as it is; resolve a community name such as qwen-vl/qwen-vl-7b-static to PaddleNLP's cache folder.
 
-    Downloads config.json, generation_config.json, the weights and the vocabulary unless they are cached.
+    Of the named model, config.json, generation_config.json, weights and vocabulary are downloaded unless cached.
 
     Raises:
         QwenVLError: no such model, or the download fails.

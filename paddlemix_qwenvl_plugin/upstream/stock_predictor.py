@@ -91,7 +91,7 @@ class ImageEncoder:
         self._program = stage.open()
 
     def run(self, inputs: list[Any]) -> list[Any]:
-        """Encode images [N, 3, size, size] -> [features float32 [N, n_queries, H]]."""
+        """Encode images [N, 3, size, size] -> [features float32 [N, n_queries, hidden size]]."""
         return self._program([inputs[0].astype("float32")])
 
 
@@ -147,7 +147,10 @@ class LanguageModel:
 
 
 def _stage(path: str, stage: str, script_device: str) -> Stage:
-    """Open a stage on QWENVL_DEVICE, else on the script's `--device` (default: gpu), which without a GPU is the CPU."""
+    """Open a stage on QWENVL_DEVICE, else on the script's `--device`.
+
+    The flag's default is gpu, which is replaced by cpu, with a notice, if there is no GPU.
+    """
     device = env.DEVICE.read()
     if device is not None:
         gpu_index(device, env.DEVICE.name)  # raises an error that names the variable

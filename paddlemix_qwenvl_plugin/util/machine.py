@@ -48,7 +48,7 @@ class CudaDriver(NamedTuple):
 
 
 def cuda_driver() -> Optional[CudaDriver]:
-    """Query NVIDIA's driver without any framework; None if it is not installed."""
+    """Query NVIDIA's driver without any framework; None if it is not installed, no GPUs if it cannot be initialised."""
     try:
         cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:

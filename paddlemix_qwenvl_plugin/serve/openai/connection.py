@@ -23,7 +23,7 @@ async def while_connected(receive: Receive, coroutine: Coroutine[Any, Any, T]) -
     """Await a coroutine; cancel it when the client disconnects or the caller is cancelled.
 
     Raises:
-        ClientGone: the client disconnected.
+        ClientGone: the client disconnected before the coroutine ended.
     """
     task = asyncio.ensure_future(coroutine)
     disconnect = asyncio.ensure_future(_wait_for_disconnect(receive))

@@ -8,7 +8,7 @@ from typing import Any
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 from paddlemix_qwenvl_plugin.serve.openai.completion_text import PlacedToken
 
-# OpenAI's value for a token of probability 0: JSON has no infinity.
+# OpenAI's value for a very unlikely token; here for one of probability 0, since JSON has no infinity.
 _MIN_LOGPROB = -9999.0
 
 

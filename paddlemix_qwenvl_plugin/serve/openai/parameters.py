@@ -29,8 +29,8 @@ class StreamOptions(Schema):
 class SamplingParameters(Schema):
     """Sampling parameters and stop conditions.
 
-    Sampling is greedy unless temperature, top_p or top_k is set, as everywhere in this package: greedy boxes are the
-    most accurate, and the same question gets the same answer. If one of these parameters is set, temperature and top_p
+    Without temperature, top_p and top_k, sampling is greedy, as everywhere in this package: greedy boxes are the most
+    accurate, and the same question gets the same answer. If one of these parameters is set, temperature and top_p
     default to 1, as in OpenAI's API. A top_k of 0 or -1 counts as not set.
     """
 
@@ -126,6 +126,7 @@ class SamplingParameters(Schema):
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
             "repetition_penalty": self.repetition_penalty,
+            # OpenAI's seeds may be negative, those of GenerationOptions may not.
             "seed": None if self.seed is None else self.seed % 2**64,
         }
         set_parameters = {name: value for name, value in parameters.items() if value is not None}

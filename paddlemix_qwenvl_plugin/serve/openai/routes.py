@@ -27,7 +27,9 @@ _ERRORS: dict[Union[int, str], dict[str, Any]] = {
 
 def _streamable(model: type[Any], chunks: str) -> dict[Union[int, str], dict[str, Any]]:
     """Describe the responses of a route that sends one object or, with `stream`, server-sent events of `chunks`."""
-    description = f"One object; with `stream`, events whose data are {chunks}, then `[DONE]`."
+    description = (
+        f"One object; with `stream`, events whose data are {chunks}, then `[DONE]` or an error object."
+    )
     event = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
     events = {"text/event-stream": {"itemSchema": event}}
     return {200: {"model": model, "description": description, "content": events}, **_ERRORS}
@@ -66,7 +68,7 @@ def router(service: Service) -> APIRouter:
     @routes.get("/v1/models/{model}", responses=_ERRORS)
     async def get_model(model: str) -> ModelEntry:
         """Get a served model by its name."""
-        models.choose_adapter(service, model)
+        models.choose_adapter(service, model)  # raises the 404 of an unknown model
         return models.model_entry(model)
 
     @routes.post("/tokenize", responses=_ERRORS)

@@ -26,7 +26,7 @@ class Schema(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown(cls, values: Any) -> Any:
-        """Refuse the first unknown or unsupported parameter; pydantic would report up to a million unknown ones."""
+        """Refuse the first unknown or unsupported parameter; pydantic would report all, possibly many thousands."""
         if not isinstance(values, dict):
             return values
         for name, value in values.items():

@@ -9,7 +9,7 @@ class StopStrings:
     """Incremental filter that passes text up to the first complete stop string.
 
     The stop string that ends first counts; of those that end at the same character, the longest. So the result does not
-    depend on the chunks in which text is added. Text that may be the beginning of a stop string is held back.
+    depend on how the text is divided among the calls. Text that may be the beginning of a stop string is held back.
 
     Attributes:
         found: whether a stop string was found.

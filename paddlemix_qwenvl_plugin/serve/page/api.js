@@ -6,9 +6,8 @@ import { load, store } from './store.js';
 const STORED_KEY = 'qwenvl-api-key';
 
 /**
- * Failed request. The page shows the text with the key `error.KIND` (see words_en.js) and `detail`, the server's
- * message, if any.
- * `seconds` is the time after which the server allows a retry, or null.
+ * Failed request. The page shows a text by its `kind` (`error.…` in words_en.js) and `detail`, the server's message, if
+ * any. `seconds` is the time after which the server allows a retry, or null.
  */
 export class ServerError extends Error {
   constructor(kind, { detail = '', seconds = null } = {}) {

@@ -5,8 +5,8 @@ import { LONG_SIDE } from './image_file.js';
 import { notice } from './notice.js';
 
 /**
- * Set up the camera button. `attach` is called with a list of one image file from the dialog; composer.js attaches the
- * camera app's.
+ * Set up the camera button. `attach` is called with a list of one image file from the dialog; a file from the camera
+ * app is attached by composer.js.
  */
 export function startCamera(attach) {
   const button = byId('camera');

@@ -4,8 +4,8 @@ import { parseAnswer } from './answer_text.js';
 
 /**
  * A turn is { question: { text, images }, answer }. An answer is { text, state, error, finish, usage, seconds }:
- * `state` is "running", "done", "stopped" or "failed", `error` a ServerError or null, `finish` the finish reason,
- * `usage` the server's token counts, `seconds` the duration.
+ * `state` is "running", "done", "stopped" or "failed", `error` a ServerError or null, `finish` the finish reason and
+ * `usage` the server's token counts (null until they arrive), `seconds` the duration (null while running).
  */
 export class Conversation {
   turns = [];
@@ -23,7 +23,7 @@ export class Conversation {
     turn.answer = { text: '', state: 'running', error: null, finish: null, usage: null, seconds: null };
   }
 
-  /** All images up to a turn, oldest first. The boxes of its answer refer to the last one. */
+  /** Images of a turn and of all earlier ones, oldest first. The boxes of the turn's answer refer to the last image. */
   imagesUpTo(turn) {
     return this.turns.slice(0, this.turns.indexOf(turn) + 1).flatMap(({ question }) => question.images);
   }

@@ -73,7 +73,7 @@ export class TextView {
     }
   }
 
-  /** Make a mark a button for its first box. */
+  /** Turn a mark into a button that leads to its first box. */
   #makeButton(mark, box) {
     const { node } = mark;
     const follow = () => this.callbacks.follow(box.number);

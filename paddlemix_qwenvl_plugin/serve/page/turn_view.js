@@ -10,7 +10,7 @@ export class TurnView {
   /**
    * @param {object} turn see conversation.js
    * @param {number} number of the turn, from 1
-   * @param {object[]} images all images of the conversation up to this turn
+   * @param {object[]} images images of this turn and of all earlier ones
    * @param {object} callbacks
    * @param {() => void} callbacks.edit, callbacks.retry, callbacks.copy, callbacks.key: actions of the buttons; `key`
    *   lets the user enter an API key
