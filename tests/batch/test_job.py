@@ -37,7 +37,7 @@ def cheap(tiny_exported):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Folder with images in in/, where the tests write their inputs."""
+    """Folder with images in in/; an input file in in/ can give their names without a folder."""
     (tmp_path / "in").mkdir()
     shutil.copyfile(STREET, tmp_path / "in" / "street.png")
     Image.new("RGB", (40, 20), "red").save(tmp_path / "in" / "red.png")
@@ -275,6 +275,7 @@ def test_another_jobs_partial_file_is_refused(
 
 
 def test_the_output_of_another_process_is_kept(cheap, folder):
+    """As if the other process had completed the job after the command's check for an existing output."""
     source = write_rows(folder / "in.jsonl", [{"id": 0, "prompt": "?"}])
     target = write_rows(folder / "out.jsonl", [{"id": 0, "text": "from the other process"}])
     content = target.read_bytes()

@@ -12,13 +12,15 @@ from paddlemix_qwenvl_plugin.batch.journal import Journal
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 JOB = {"qwenvl_batch": 1, "input": "abc", "options": {"seed": None}, "weights": ["x", "y"]}
-# Output lines by the keys that id_key returns for the ids of their rows: the ids as JSON.
-LINES = {json.dumps(key): f'{{"id": "{key}", "text": "回答{key}"}}\n'.encode() for key in "abcdef"}
+# `id_key` of a row (its id as JSON) -> the row's output line.
+LINES = {
+    json.dumps(row_id): f'{{"id": "{row_id}", "text": "回答{row_id}"}}\n'.encode() for row_id in "abcdef"
+}
 
 
 @pytest.fixture
 def path(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.fsync", lambda number: None)  # thousands of calls would be slow
+    monkeypatch.setattr("os.fsync", lambda number: None)  # hundreds of calls would be slow
     return tmp_path / "out.jsonl.partial"
 
 

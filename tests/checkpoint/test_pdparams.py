@@ -217,7 +217,7 @@ def test_every_truncated_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_huge_memo_index_takes_no_memory(tmp_path: Path) -> None:
-    """The opcode LONG_BINPUT with a huge index: an unpickler with an array as its memo would allocate gigabytes."""
+    """The opcode LONG_BINPUT with a huge index: an unpickler with an array as its memo would allocate 16 GiB."""
     path = tmp_path / "a.pdparams"
     path.write_bytes(b"\x80\x02}r" + struct.pack("<I", 2**31 - 1) + b".")
     code = (
