@@ -24,7 +24,7 @@ INSTALL = r": pip install 'paddlemix-qwenvl-plugin\[gpu-engine\]'$"
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Limit the search for NVRTC to a site-packages folder, which is returned, `toolkit` and `usr`; none exists yet."""
+    """Limit the search for NVRTC to three folders that do not exist yet: site-packages (returned), toolkit and usr."""
     monkeypatch.setattr(nvrtc, "_sites", lambda: [tmp_path / "site"])
     monkeypatch.setattr(nvrtc, "_toolkits", lambda: [tmp_path / "toolkit"])
     monkeypatch.setattr(nvrtc, "_NAMES", ())

@@ -14,7 +14,7 @@
 #define QVL_COMPUTE_BFLOAT16
 #include "cuda/kernels/hopper.cuh"
 
-#define __shared__
+#define __shared__  // `extern char raw[]`, defined below, is the shared memory of these kernels
 #include "cuda/kernels/linear_decode_hopper.cu"
 #include "cuda/kernels/linear_decode_hopper_groups.cu"
 #include "cuda/kernels/upload_matrix.cu"
@@ -321,7 +321,7 @@ struct HostAdapted {
   uint16_t* low;
 };
 
-// y = epilogue(x W^T + bias); if `adapted` is not NULL, `epilogue` is float and y += B (A x). dtype, stored:
+// y = epilogue(x W^T + bias); if `adapted` is not NULL, `epilogue` is kFloat and y += B (A x). dtype, stored:
 // W [out, in] in the layout of files (qwenvl.h). x: bfloat16 [n, x_stride]. y: float32 or bfloat16, depending
 // on the epilogue. Returns NULL or an error message.
 EXPORT const char* host_linear(int dtype, int out, int in, const void* stored, const float* bias,
@@ -335,7 +335,7 @@ EXPORT const char* host_linear(int dtype, int out, int in, const void* stored, c
     const Storage storage = storage_of(dtype);
     const MatrixBytes bytes = matrix_bytes(storage, out, in);
     std::vector<char> values(bytes.values + 64), scales(bytes.scales + 64);
-    const int unit = storage == Storage::kHalf ? 8 : 128;
+    const int unit = storage == Storage::kHalf ? 8 : 128;  // rows are padded to a multiple of this
     const Matrix matrix{storage, out, in, (in + unit - 1) / unit * unit, values.data(), scales.data(), bias};
     upload_matrix(gpu, nullptr, dtype, stored, out, matrix, 0, 1);
     linear_decode(gpu, nullptr, matrix, x, x_stride, n, static_cast<Epilogue>(epilogue), y,
