@@ -102,6 +102,7 @@ def convert_to_version_2(prefix: Path) -> None:
     records = []
     for name in sorted(tensors):
         kind, shape, _, raw = tensors[name]
+        # The record of an integer type has the number of bytes as its only dimension.
         records.append((types[kind], (len(raw),) if kind.startswith("int") else shape, raw))
     write_version_2(params_path(prefix), records)
     path = manifest_path(prefix)

@@ -107,6 +107,7 @@ def test_boxes_are_in_pixels_of_the_rows_last_image(tiny_exported, folder, monke
     assert [(box["kind"], box["ref"], box["points"]) for (box,) in boxes] == [
         ("box", "a", [[0, 0], [500, 1000]])
     ] * 3
+    # street.png has 960 x 640 pixels, red.png 40 x 20.
     assert [box["pixels"] for (box,) in boxes] == [[[0, 0], [480, 640]], [[0, 0], [20, 20]], None]
 
 
@@ -171,7 +172,7 @@ def test_resumption_from_a_truncated_partial_file(cheap, folder, monkeypatch):
 
     The file is truncated near the ends of lines; test_journal.py truncates at every byte.
     """
-    monkeypatch.setattr("os.fsync", lambda number: None)
+    monkeypatch.setattr("os.fsync", lambda number: None)  # for speed
     source = write_rows(folder / "in" / "in.jsonl", mixed_rows())
     target, partial = folder / "out.jsonl", folder / "out.jsonl.partial"
     saved = []

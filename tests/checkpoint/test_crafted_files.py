@@ -132,7 +132,7 @@ def refused(call, path, limit=MAX_SECONDS):
 def memory_is_bounded():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MAX_MIB << 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MAX_MIB << 10  # KiB
 
 
 def test_a_valid_pickle_is_read(tmp_path):

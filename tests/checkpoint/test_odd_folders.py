@@ -29,7 +29,7 @@ def read(folder, dtype="float32"):
 
 
 def with_config(folder, **changes):
-    """Change the given keys of config.json, and in `visual` the given keys."""
+    """Change keys of config.json; the keys in `visual` are changed in the section of this name."""
     path = folder / "config.json"
     data = json.loads(path.read_text())
     data["visual"].update(changes.pop("visual", {}))

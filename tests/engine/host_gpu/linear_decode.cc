@@ -343,7 +343,7 @@ EXPORT const char* host_linear(int dtype, int out, int in, const void* stored, c
     if (adapted == nullptr) return nullptr;
 
     const int rank = adapted->rank;
-    std::vector<LowRankEntry> entries;
+    std::vector<LowRankEntry> entries;  // by adapter: its table, of this product only
     for (int64_t i = 0; i < adapted->adapters; ++i)
       entries.push_back({adapted->a + i * rank * in, adapted->b + i * out * rank, rank, 1});
     std::vector<uint64_t> addresses;
