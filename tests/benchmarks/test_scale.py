@@ -312,7 +312,7 @@ def test_surge_starts_replicas_after_the_delays() -> None:
     surge = 30
     Users(service, lambda now: 5.0 if now < surge else 60.0, Conversations(turns=1.0))
     env.run(90)
-    n_replicas = {now: n for now, _, n in service.history}
+    n_replicas = {now: n for now, _, n in service.history}  # an entry per second
     first_upscale = min(now for now, n in n_replicas.items() if n > 2)
     assert first_upscale >= surge + rule.upscale_delay + rule.provision + H200_BF16.start
     assert 4 < n_replicas[89.0] <= 16

@@ -171,7 +171,7 @@ def test_code_in_a_file_does_not_run(
         (np.zeros(2, dtype="f4,f4"), "an array in it holds no numbers"),
     ],
 )
-def test_other_calls_are_refused(tmp_path: Path, value: Any, message: str) -> None:
+def test_other_calls_and_arrays_are_refused(tmp_path: Path, value: Any, message: str) -> None:
     path = tmp_path / "a.pdparams"
     if isinstance(value, Evil) and os in value.call[1]:
         # A module cannot be pickled, but a call that imports it can.

@@ -143,7 +143,7 @@ def test_nvrtc_finds_its_builtins(kernels: Path, site: Path, monkeypatch: pytest
     fake_nvrtc(library, 13, 0, 90, builtins="libnvrtc-builtins.so.13.0")
     headers(site / "nvidia" / "cu13" / "include")
     target = gpu.kernels()
-    assert target.compiler[2] == str(library)
+    assert target.compiler[2] == str(library)  # after Python and its script
     assert all((build.built(target) / name).is_file() for name in target.files)
 
 

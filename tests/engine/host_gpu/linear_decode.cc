@@ -1,6 +1,6 @@
-// linear_decode_hopper.cu, linear_decode_hopper_groups.cu, low_rank.cu, upload_matrix.cu and the code that
-// launches their kernels, as a library for the host. Blocks run one after another, on a "GPU" of three
-// multiprocessors.
+// The kernels of linear_decode_hopper.cu, linear_decode_hopper_groups.cu, low_rank.cu and upload_matrix.cu on
+// the host; tests/engine/test_hopper_products.py links them with the code that launches them. Blocks run one
+// after another, on a "GPU" of three multiprocessors.
 #include <barrier>
 #include <chrono>
 #include <condition_variable>
@@ -42,6 +42,7 @@ namespace {
 
 constexpr int kMultiprocessors_ = 3;
 
+// A tensor map: sizes and box in values, the innermost first; strides in bytes, without the innermost.
 struct HostMap {
   const char* base;
   std::vector<int64_t> sizes, strides;
@@ -57,6 +58,7 @@ struct Copy {
   uint32 barrier;
 };
 
+// pending: arrivals that the phase still needs; bytes: of expected copies, not yet copied.
 struct Barrier {
   int arrivals = 0, pending = 0, bytes = 0;
   uint32 phase = 0;
