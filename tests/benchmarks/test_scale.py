@@ -213,7 +213,7 @@ def test_costs_per_image_agree_with_the_tables_of_scaling_md_and_benchmarks_md()
             milliseconds = seconds * 64 * 1000
             row = f"| 64 requests at once, an image and 64 tokens each | {dtype} | {milliseconds:.0f} |"
             assert row in benchmarks
-    # The sources of the figure for two CPUs.
+    # The measured parts of the figure for two CPUs: image and prompt.
     assert "| an image | 16.9 s | | 10.9 | |" in benchmarks
     assert "| a prompt of 300 tokens, and a token | 11.9 s | | 9.7 | |" in benchmarks
 

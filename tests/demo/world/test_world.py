@@ -109,7 +109,7 @@ def test_counts() -> None:
 
 
 def test_existence() -> None:
-    """The answers are true, and both, yes and no, occur."""
+    """The answers are true, and both yes and no occur."""
     rng = random.Random(2)
     answers = set()
     for scene in SCENES:
