@@ -1,4 +1,4 @@
-"""LoRA adapters as PEFT saves them, with random values, for tests of adapters at run time."""
+"""LoRA adapters with random values, in PEFT's format."""
 
 from __future__ import annotations
 

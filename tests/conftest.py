@@ -1,4 +1,4 @@
-"""Model folders and exports shared by tests, created once per session."""
+"""Fixtures of all tests: model folders and their exports, created once per session, and the engine settings."""
 
 from __future__ import annotations
 

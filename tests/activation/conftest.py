@@ -30,7 +30,7 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def active_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Interpreter with the activation in its site-packages, as installed by pip."""
+    """Interpreter with the activation in its site-packages, where pip installs it from a wheel."""
     folder = tmp_path_factory.mktemp("active")
     site_packages = make_environment(folder)
     for path in (REPO / "activation").glob("*qwenvl_activate.*"):
@@ -52,7 +52,7 @@ def fakes(tmp_path: Path) -> Path:
 def run(active_python: Path, fakes: Path) -> Run:
     """Function that runs code in the active interpreter with the fake packages.
 
-    Its argument `hook`, as "module:function", becomes the hook of the fake module AUTO.
+    Its argument `hook`, as "module:function", becomes the hook of the fake module AUTO; `flags` are the interpreter's.
     """
 
     def run(code: str, hook: Optional[str] = None, *flags: str, **environment: str) -> object:

@@ -1,4 +1,8 @@
-"""The import finder and the calls of hooks, with fake upstream packages."""
+"""The import finder and the calls of hooks, with fake upstream packages.
+
+FAKES["hooks.py"] in activation_helpers.py defines the hooks good, bad and exits. The state of a hook is "armed" until
+it is called, then "fired" or "failed: ERROR".
+"""
 
 from __future__ import annotations
 
@@ -178,7 +182,7 @@ def test_debug_output_and_state_of_the_hooks(run: Run) -> None:
 
 @pytest.mark.parametrize(("value", "logs"), [("", False), ("0", False), ("yes", True)])
 def test_one_rule_for_all_debug_output(run: Run, value: str, logs: bool) -> None:
-    """The activation, which cannot import the plugin, and the plugin read QWENVL_PLUGIN_DEBUG alike."""
+    """The activation, which must not import the plugin at start, has a copy of the plugin's rule."""
     printed = run(IMPORT, "hooks:bad", QWENVL_PLUGIN_DEBUG=value).stderr
     for line in (
         "qwenvl: armed for ",

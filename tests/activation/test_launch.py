@@ -9,7 +9,8 @@ import pytest
 from activation_helpers import AUTO, REPO, clean_environment
 
 # Sets a hook on a fake module, and prints what a script can see of its start. `neighbour` is in the script's folder
-# and, for -m, in the working directory; the printed sys.path[0] tells which of these was used.
+# and, for -m, in the working directory; the printed sys.path[0] tells which of these was used. A script's __package__
+# is None or empty.
 SCRIPT = f"""
 import os, sys
 import neighbour

@@ -8,7 +8,7 @@ from activation_helpers import Run
 
 
 def in_model(code: str) -> str:
-    """Code that runs `code` in paddlenlp.experimental.models; PaddleNLP's models import operators unconditionally."""
+    """Code that runs `code` in the fake module paddlenlp.experimental.models, which gets the stand-in."""
     return f"import paddlenlp.experimental.models as m\nm.run({code!r})\n"
 
 

@@ -51,7 +51,7 @@ def product_of_dims(data: bytes) -> int:
 
 
 def parse(data: bytes) -> dict[str, tuple[str, tuple[int, ...], int, bytes]]:
-    """Parse a file by the description of the format: name -> (storage type, shape, offset of the values, values)."""
+    """Parse a file of contract version 3: name -> (storage type, shape, offset of the values, values)."""
     found, offset = {}, 0
     while offset < len(data):
         zero, level, version, length = struct.unpack_from("<IQIi", data, offset)
@@ -102,6 +102,7 @@ def convert_to_version_2(prefix: Path) -> None:
     records = []
     for name in sorted(tensors):
         kind, shape, _, raw = tensors[name]
+        # The record of an integer type has the number of bytes as its only dimension.
         records.append((types[kind], (len(raw),) if kind.startswith("int") else shape, raw))
     write_version_2(params_path(prefix), records)
     path = manifest_path(prefix)

@@ -59,6 +59,7 @@ def test_opening_a_small_stage_detects_every_flipped_bit(prefix: Path) -> None:
     """Even a bit outside of the samples: a file of up to 64 MiB is read completely."""
     path, size = params_path(prefix), params_path(prefix).stat().st_size
     starts = [(size - SAMPLE) * i // 63 for i in range(64)]
+    # A byte between each two samples that do not touch.
     outside = [
         start + SAMPLE + 3 for start, following in zip(starts, starts[1:]) if following > start + SAMPLE + 3
     ]

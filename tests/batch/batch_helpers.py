@@ -54,12 +54,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in path.read_bytes().splitlines()]
     for row in rows:
         if row.get("response"):
-            assert row["response"]["body"].pop("created") > 1_700_000_000
+            assert row["response"]["body"].pop("created") > 1_700_000_000  # seconds since 1970
     return rows
 
 
 def run_job(source: Path, target: Path, model: QwenVL, window: int = 4, **options: Any) -> None:
-    """Run a batch job with at most `window` concurrent rows; `options` are generation options."""
+    """Run a batch job with at most `window` concurrent rows, of at most 4 new tokens unless `options` differ."""
     defaults = GenerationOptions(**{"max_new_tokens": 4, **options})
     run(Source(source, defaults), target, model, window)
 

@@ -103,6 +103,7 @@ def test_progress_in_a_log(batch, monkeypatch):
 
 
 def test_allow_http(batch, tmp_path, monkeypatch):
+    # A public address, whose connections FakeNetwork directs to this machine: local ones are refused.
     FakeNetwork(monkeypatch, {"images.example": [["93.184.215.14"]]})
     (tmp_path / "web").mkdir()
     shutil.copyfile(STREET, tmp_path / "web" / "street.png")

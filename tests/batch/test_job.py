@@ -37,7 +37,7 @@ def cheap(tiny_exported):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Folder with images in in/, where the tests write their inputs."""
+    """Folder with images in in/; an input file in in/ can give their names without a folder."""
     (tmp_path / "in").mkdir()
     shutil.copyfile(STREET, tmp_path / "in" / "street.png")
     Image.new("RGB", (40, 20), "red").save(tmp_path / "in" / "red.png")
@@ -107,6 +107,7 @@ def test_boxes_are_in_pixels_of_the_rows_last_image(tiny_exported, folder, monke
     assert [(box["kind"], box["ref"], box["points"]) for (box,) in boxes] == [
         ("box", "a", [[0, 0], [500, 1000]])
     ] * 3
+    # street.png has 960 x 640 pixels, red.png 40 x 20.
     assert [box["pixels"] for (box,) in boxes] == [[[0, 0], [480, 640]], [[0, 0], [20, 20]], None]
 
 
@@ -171,7 +172,7 @@ def test_resumption_from_a_truncated_partial_file(cheap, folder, monkeypatch):
 
     The file is truncated near the ends of lines; test_journal.py truncates at every byte.
     """
-    monkeypatch.setattr("os.fsync", lambda number: None)
+    monkeypatch.setattr("os.fsync", lambda number: None)  # for speed
     source = write_rows(folder / "in" / "in.jsonl", mixed_rows())
     target, partial = folder / "out.jsonl", folder / "out.jsonl.partial"
     saved = []
@@ -275,6 +276,7 @@ def test_another_jobs_partial_file_is_refused(
 
 
 def test_the_output_of_another_process_is_kept(cheap, folder):
+    """As if the other process had completed the job after the command's check for an existing output."""
     source = write_rows(folder / "in.jsonl", [{"id": 0, "prompt": "?"}])
     target = write_rows(folder / "out.jsonl", [{"id": 0, "text": "from the other process"}])
     content = target.read_bytes()

@@ -12,13 +12,15 @@ from paddlemix_qwenvl_plugin.batch.journal import Journal
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 JOB = {"qwenvl_batch": 1, "input": "abc", "options": {"seed": None}, "weights": ["x", "y"]}
-# Output lines by the keys that id_key returns for the ids of their rows: the ids as JSON.
-LINES = {json.dumps(key): f'{{"id": "{key}", "text": "回答{key}"}}\n'.encode() for key in "abcdef"}
+# `id_key` of a row (its id as JSON) -> the row's output line.
+LINES = {
+    json.dumps(row_id): f'{{"id": "{row_id}", "text": "回答{row_id}"}}\n'.encode() for row_id in "abcdef"
+}
 
 
 @pytest.fixture
 def path(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.fsync", lambda number: None)  # thousands of calls would be slow
+    monkeypatch.setattr("os.fsync", lambda number: None)  # hundreds of calls would be slow
     return tmp_path / "out.jsonl.partial"
 
 
@@ -54,14 +56,17 @@ def test_truncation_at_every_byte(path):
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(tail=st.binary(max_size=40), n_lines=st.integers(0, 5))
-def test_an_invalid_line_is_removed_with_all_lines_after_it(path, tail, n_lines):
-    """As after a power failure, when only some blocks of the last write are on disk."""
+@given(tail=st.binary(max_size=40), last=st.integers(0, 5))
+def test_an_invalid_line_is_removed_with_all_lines_after_it(path, tail, last):
+    """As after a power failure, when only some blocks of the last write are on disk.
+
+    `last`: index of the last valid line.
+    """
     path.unlink(missing_ok=True)
-    valid = write_journal(path, list(LINES)[: n_lines + 1])
+    valid = write_journal(path, list(LINES)[: last + 1])
     path.write_bytes(valid + b"\0" + tail + b"\n" + LINES[list(LINES)[-1]])
     with Journal(path, JOB, LINES) as journal:
-        assert len(journal) == n_lines + 1
+        assert len(journal) == last + 1
     assert path.read_bytes() == valid
 
 

@@ -1,4 +1,4 @@
-"""Rows of a batch file in the plain format and in OpenAI's: parsing, errors, output lines."""
+"""Rows of a batch file, plain ({"id": .., "prompt": ..}) and in OpenAI's format: parsing, errors, output lines."""
 
 from __future__ import annotations
 

@@ -213,7 +213,7 @@ def test_costs_per_image_agree_with_the_tables_of_scaling_md_and_benchmarks_md()
             milliseconds = seconds * 64 * 1000
             row = f"| 64 requests at once, an image and 64 tokens each | {dtype} | {milliseconds:.0f} |"
             assert row in benchmarks
-    # The sources of the figure for two CPUs.
+    # The measured parts of the figure for two CPUs: image and prompt.
     assert "| an image | 16.9 s | | 10.9 | |" in benchmarks
     assert "| a prompt of 300 tokens, and a token | 11.9 s | | 9.7 | |" in benchmarks
 
@@ -312,7 +312,7 @@ def test_surge_starts_replicas_after_the_delays() -> None:
     surge = 30
     Users(service, lambda now: 5.0 if now < surge else 60.0, Conversations(turns=1.0))
     env.run(90)
-    n_replicas = {now: n for now, _, n in service.history}
+    n_replicas = {now: n for now, _, n in service.history}  # an entry per second
     first_upscale = min(now for now, n in n_replicas.items() if n > 2)
     assert first_upscale >= surge + rule.upscale_delay + rule.provision + H200_BF16.start
     assert 4 < n_replicas[89.0] <= 16

@@ -33,7 +33,7 @@ def command(exported: Path, *arguments: str) -> list[str]:
 
 
 def environment(folder: Path, **variables: str) -> dict[str, str]:
-    """Environment of a terminal, without image previews unless `variables` differ; the home folder is `folder`/home."""
+    """Environment of a terminal without image previews, changed by `variables`; the home folder is `folder`/home."""
     inherited = {
         key: value for key, value in os.environ.items() if key in ("PATH", "LANG", "OMP_NUM_THREADS")
     }
@@ -72,7 +72,7 @@ class Terminal:
             dimensions=(40, 200),
         )
         self.raw = ""
-        self.child.delaybeforesend = None
+        self.child.delaybeforesend = None  # by default pexpect waits 50 ms before it sends
         self.greeting = self.until_prompt()
 
     def until_prompt(self) -> str:

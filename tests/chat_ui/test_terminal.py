@@ -78,7 +78,7 @@ def test_conversation(
     # The image was encoded for the first question only. On a busy machine even the lookup for a later question can take
     # long, so the shortest of the later times counts.
     first, *later = (turn["answer"]["timings"]["encode_images"] for turn in saved["turns"])
-    assert min(later) < 0.001 < 0.005 < first
+    assert min(later) < 0.001 < 0.005 < first  # seconds
 
     assert "cleared" in terminal.type("/clear")
     assert terminal.type("/save again.md").strip() == "/save: there is no answer yet to save"

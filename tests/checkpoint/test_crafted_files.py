@@ -132,7 +132,7 @@ def refused(call, path, limit=MAX_SECONDS):
 def memory_is_bounded():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MAX_MIB << 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MAX_MIB << 10  # KiB
 
 
 def test_a_valid_pickle_is_read(tmp_path):
@@ -175,7 +175,7 @@ def test_pickles_of_pytorch(tmp_path, monkeypatch, case):
         (b"K\x03K\x14\x86", nested(60), "no valid shape"),
         (b"FloatStorage", b"ComplexFloatStorage", "ComplexFloatStorage, which no weight is"),
         (b"FloatStorage", b"TypedStorage", "TypedStorage, which no weight is"),
-        # The first word of the reference to a storage.
+        # The first word of the reference to a storage, and the next opcode.
         (b"storageq", b"starageq", "refers to something that is not a storage|truncated"),
     ],
 )
@@ -214,7 +214,7 @@ def test_a_zip_bomb(tmp_path):
 def test_a_duplicate_member(tmp_path):
     members = [
         ("a/data.pkl", pickle_of(BY_TORCH / "float32.bin")),
-        ("a/data/0", bytes(240)),
+        ("a/data/0", bytes(240)),  # the first storage, 60 float32 values
         ("a/data/0", bytes(240)),
     ]
     message = refused(torch_file.read_header, archive(tmp_path / "a.bin", members))

@@ -14,6 +14,7 @@ from paddlemix_qwenvl_plugin.checkpoint.dtypes import cast, to_float32
 
 def samples():
     random = np.random.default_rng(3)
+    # Beside others: two ties of bfloat16, the maximum of float16, and two numbers below its normal range.
     special = [0.0, -0.0, 1.0, 1 + 2**-8, 1 + 3 * 2**-8, 65504.0, 1e-8, -3e-5, np.pi]
     return np.concatenate([random.standard_normal(2000), special]).astype(np.float32)
 

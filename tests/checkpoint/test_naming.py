@@ -1,4 +1,4 @@
-"""Every naming scheme, layout and file format of upstream gives the same canonical tensors."""
+"""Naming schemes, layouts ([in, out] or [out, in]) and file formats: all give the same canonical tensors."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def read(folder, dtype="float32"):
 
 
 def with_config(folder, **changes):
-    """Change keys of config.json; `visual` replaces only its given keys."""
+    """Change keys of config.json; the keys in `visual` are changed in the section of this name."""
     path = folder / "config.json"
     data = json.loads(path.read_text())
     data["visual"].update(changes.pop("visual", {}))
@@ -265,7 +265,7 @@ def test_boolean_masks_in_older_checkpoints_are_ignored(model, folder_of):
 
 
 def test_detection_of_a_chat_model(model, folder_of):
-    """Base and chat model have the same sizes: only generation_config.json differs."""
+    """Base and chat model have the same sizes: only generation_config.json tells which of the two it is."""
     folder = folder_of(model.weights)
     assert not is_chat_model(folder)
     (folder / "generation_config.json").write_text('{"chat_format": "chatml"}')

@@ -171,7 +171,7 @@ def test_code_in_a_file_does_not_run(
         (np.zeros(2, dtype="f4,f4"), "an array in it holds no numbers"),
     ],
 )
-def test_other_calls_are_refused(tmp_path: Path, value: Any, message: str) -> None:
+def test_other_calls_and_arrays_are_refused(tmp_path: Path, value: Any, message: str) -> None:
     path = tmp_path / "a.pdparams"
     if isinstance(value, Evil) and os in value.call[1]:
         # A module cannot be pickled, but a call that imports it can.
@@ -217,7 +217,7 @@ def test_every_truncated_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_huge_memo_index_takes_no_memory(tmp_path: Path) -> None:
-    """The opcode LONG_BINPUT with a huge index: an unpickler with an array as its memo would allocate gigabytes."""
+    """The opcode LONG_BINPUT with a huge index: an unpickler with an array as its memo would allocate 16 GiB."""
     path = tmp_path / "a.pdparams"
     path.write_bytes(b"\x80\x02}r" + struct.pack("<I", 2**31 - 1) + b".")
     code = (

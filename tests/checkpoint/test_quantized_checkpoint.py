@@ -27,7 +27,8 @@ VARIANTS = [
     Variant(group=128, sym=True),
     Variant(bits=8, group=128, sym=True, act_order=True),
     *(Variant(bits=bits, form="gptq_v2", act_order=bits == 4) for bits in (4, 8)),
-    # GPTQModel subtracts 1 from the zero points by a subtraction of int32 words, with borrows; others, from each one.
+    # GPTQModel subtracts 1 from all zero points of an int32 word at once, so that a zero borrows from its neighbour;
+    # other tools subtract it from each zero point alone.
     *(Variant(bits=bits, quantizer="gptqmodel:1.4.0") for bits in (4, 8)),
     *(Variant("awq", group=group) for group in (32, 64, 128, 256, -1)),
     Variant("awq", group=128, sym=True),

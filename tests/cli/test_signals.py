@@ -100,7 +100,7 @@ def run_with_signal_in_a_call(
 ) -> subprocess.CompletedProcess[str]:
     """Run `make-tiny` with its work replaced by `call`, and send it a signal after 0.5 s.
 
-    SIGTERM and SIGHUP end the process within another 0.5 s, even if the call into C does not return.
+    After another 0.5 s SIGTERM and SIGHUP end the process even if `call` is in C and has not returned.
     """
     code = f"""
 import hashlib, os, signal, sys, threading, time

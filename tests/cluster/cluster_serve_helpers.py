@@ -75,7 +75,7 @@ class Command:
 
 @contextlib.contextmanager
 def local_cluster(n_nodes: int, cpus: float) -> Iterator[Any]:
-    """Run a ray.cluster_utils.Cluster of nodes on this machine during the `with` block."""
+    """Run a ray.cluster_utils.Cluster on this machine, of nodes with `cpus` CPUs each, during the `with` block."""
     from ray.cluster_utils import Cluster
 
     node_arguments = {"num_cpus": cpus, "object_store_memory": 100 * 2**20}

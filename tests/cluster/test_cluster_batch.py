@@ -1,4 +1,4 @@
-"""`qwenvl batch --ray` on three local nodes, with random kills of actors, nodes and drivers (the command's process)."""
+"""`qwenvl batch --ray` on three local nodes, with kills of actors, nodes and drivers (processes of the command)."""
 
 from __future__ import annotations
 
@@ -76,6 +76,7 @@ def test_input_and_output_in_a_bucket(tmp_path, stages, bucket, cluster):
     s3.put([str(path) for path in tmp_path.iterdir()], f"{bucket}/in/")
     alone = BatchProcess(stages, tmp_path / "alone", source, tmp_path / "alone.jsonl", *options)
     assert alone.finish()[0] == 1  # the exit code if rows failed
+    # Error messages name the image files.
     expected = (tmp_path / "alone.jsonl").read_text().replace(str(tmp_path), f"{bucket}/in")
     (tmp_path / "alone.jsonl").write_text(expected)
 

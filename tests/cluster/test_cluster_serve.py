@@ -251,11 +251,11 @@ def test_limits_hold_over_all_fronts(service: Service) -> None:
     body = {"model": MODEL_NAME, "messages": [{"role": "user", "content": LONG}], "max_tokens": 1500}
     body["min_tokens"] = 1500
 
-    def received() -> dict[str, float]:
+    def ended() -> dict[str, float]:
         """Number of ended chat requests of each front; the tests' requests for metrics are not counted."""
         return service.clients[0].metrics("qwenvl_requests_total", path="/v1/chat/completions")
 
-    received_before = received()
+    ended_before = ended()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     n_slots = N_ENGINES * MAX_RUNNING
 
@@ -272,7 +272,7 @@ def test_limits_hold_over_all_fronts(service: Service) -> None:
                 ]
                 while sum(task.done() for task in tasks) < n_refused:
                     await asyncio.sleep(0.05)
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(0.5)  # time for further refusals, which would be errors
                 refusals = [task.result() for task in tasks if task.done()]
                 assert len(refusals) == n_refused
                 assert {refusal.status_code for refusal in refusals} == {429}
@@ -294,8 +294,8 @@ def test_limits_hold_over_all_fronts(service: Service) -> None:
     # The clients have disconnected: all slots are free again, and the engines are idle.
     wait_until(lambda: service.clients[0].metrics("qwenvl_slots_running") == {"": 0})
     wait_until(lambda: not any(service.clients[0].metrics("qwenvl_engine_running").values()))
-    # At least two fronts have each received more than ten of the requests.
-    wait_until(lambda: sum(n > received_before.get(front, 0) + 10 for front, n in received().items()) >= 2)
+    # At least two fronts have each had more than ten of the requests.
+    wait_until(lambda: sum(n > ended_before.get(front, 0) + 10 for front, n in ended().items()) >= 2)
 
 
 def test_a_stream_survives_its_replica(service: Service) -> None:

@@ -404,7 +404,7 @@ def test_metrics_of_all_processes() -> None:
 
 
 def test_enough_fronts_for_all_slots() -> None:
-    """The fronts, 1340 tokens/s per CPU, send what the GPUs generate, 2890 tokens/s each (docs/scaling.md)."""
+    """At 1340 tokens/s per CPU the fronts can send what the GPUs generate, 2890 tokens/s each (docs/scaling.md)."""
     gpu = serve_settings(device="gpu", max_running=64, min_replicas=16)
     assert max_fronts(gpu) * front_cpus(gpu) * 1340 >= 16 * 2890
     assert max_fronts(gpu) * front_requests(gpu) >= 16 * 64

@@ -57,7 +57,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory, all_correct_run: Run) -> Path:
-    """Right answers and a wrong one, which has long words, a box around the whole image, a quadrilateral and HTML."""
+    """Page with right answers and a wrong one: long words, a box around the whole image, a quadrilateral and HTML."""
     wrong_answer = (
         f"{'x' * 300} <ref>{'一' * 200}</ref><box>(0,0),(1000,1000)</box>"
         "<quad>(500,100),(900,500),(500,900),(100,500)</quad><script>alert(1)</script>"
@@ -123,7 +123,7 @@ def test_positions_of_boxes(browser: Browser, page: Path, all_correct_run: Run, 
                 neighbourhood = pixels[round(y) - 2 : round(y) + 3, round(x) - 2 : round(x) + 3]
                 assert np.abs(neighbourhood - colour).max(axis=2).min() <= 8, (result.question.name, number)
             n_checked += 1
-    assert n_checked == 8
+    assert n_checked == 8  # boxes of all answers
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -152,7 +152,7 @@ def test_text_is_readable(browser: Browser, page: Path, width: int, color_scheme
     contrasts = browser.js(CONTRASTS)
     assert len(contrasts) > 60
     for ratio, text, background in contrasts:
-        assert ratio >= 4.5, (ratio, text)
+        assert ratio >= 4.5, (ratio, text)  # the minimum of WCAG's level AA
         # A number is on the colour of its box. The background of other text is dark in dark mode, light in light mode.
         if not text.isdigit():
             assert background < 0.1 if color_scheme == "dark" else background > 0.7, text

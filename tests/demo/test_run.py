@@ -92,7 +92,8 @@ def test_only_files_of_the_demo_are_replaced(
         (folder / name).write_text("old")
     (folder / "index.html").write_text("<html><title>qwenvl demo: 8 of 8 right")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(score_module, "_MAX_NEW_TOKENS", 4)  # a random model generates no stop token
+    # For speed: a random model generates no stop token.
+    monkeypatch.setattr(score_module, "_MAX_NEW_TOKENS", 4)
     monkeypatch.setattr(run_module, "MODEL", random_model)
     monkeypatch.setattr(sys, "argv", ["qwenvl", "demo"])
     with pytest.raises(SystemExit) as exit_info:

@@ -110,7 +110,7 @@ def test_imports_run_in_one_direction() -> None:
 
 def test_no_import_cycles() -> None:
     graph = import_graph()
-    # Remove the parts whose imports have been removed; in a cycle there are none.
+    # Remove parts that import no remaining part; each part of a cycle imports one.
     while leaves := [part for part, others in graph.items() if not others & set(graph)]:
         for part in leaves:
             del graph[part]

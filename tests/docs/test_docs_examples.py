@@ -1,7 +1,7 @@
 """Run Python examples and cheap shell commands of the documents on the tiny model.
 
-They run as printed, except that tests replace the path of the real model, limit the new tokens of a chat, and omit
-commands that need a checkout of upstream.
+They run as printed, except that tests run this checkout's `qwenvl`, replace the path of the real model, limit the new
+tokens of a chat, and omit commands that need a checkout of upstream.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""No tracked text of the project, except in EXEMPT files, contains a word that docs/glossary.md discourages."""
+"""No file under version control has a word that docs/glossary.md discourages.
+
+The test reads the files with a suffix in SUFFIXES that are not EXEMPT, and skips the text that matches ALLOWED.
+"""
 
 from __future__ import annotations
 

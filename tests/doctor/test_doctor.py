@@ -303,7 +303,7 @@ def test_a_checkout_counts_as_installed(environment: Environment) -> None:
 
 
 def activate(environment: Environment, hook: str) -> None:
-    """Activate the plugin as its .pth file does, with hooks for HOOKED_MODULE and for a module that never exists.
+    """Activate the plugin as its .pth file does: its stand-ins, and hooks for HOOKED_MODULE and for a missing module.
 
     `hook`: "hooks:good", or "hooks:bad" for a hook that fails.
     """

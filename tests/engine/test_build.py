@@ -30,16 +30,16 @@ CSRC = sources.source_folder()
 
 
 @pytest.fixture
-def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Install the fake compiler, which creates files of one line; return the file in which it records its calls."""
-    calls = tmp_path / "calls"
+    record = tmp_path / "calls"
     script = tmp_path / "cxx"
-    script.write_text(COMPILER.format(version="one", calls=calls))
+    script.write_text(COMPILER.format(version="one", calls=record))
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
     monkeypatch.setenv("QWENVL_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("QWENVL_NO_BUILD", raising=False)
-    return calls
+    return record
 
 
 def change_compiler(old: str, new: str) -> None:
@@ -49,21 +49,21 @@ def change_compiler(old: str, new: str) -> None:
     script.write_text(text.replace(old, new))
 
 
-def n_calls(compiler: Path) -> int:
-    return len(compiler.read_text().splitlines())
+def n_calls(calls: Path) -> int:
+    return len(calls.read_text().splitlines())
 
 
 def n_units() -> int:
     return len(sources.library_units(CSRC, sources.isas_here(CSRC)))
 
 
-def test_the_library_is_built_once(compiler: Path) -> None:
+def test_the_library_is_built_once(calls: Path) -> None:
     first = build.library()
     assert first.name == "libqwenvl.so"
-    lines = compiler.read_text().splitlines()
+    lines = calls.read_text().splitlines()
     assert len(lines) == n_units() + 1
     assert build.library() == first
-    assert compiler.read_text().splitlines() == lines
+    assert calls.read_text().splitlines() == lines
     # All sources in core/ and cpu/; the kernels are compiled once per ISA that this machine uses.
     compiled = [Path(match[1]) for line in lines if (match := re.search(r"-c (\S+)", line))]
     assert set(compiled) == {path for folder in ("core", "cpu") for path in (CSRC / folder).rglob("*.cc")}
@@ -96,11 +96,11 @@ def test_isas_of_a_processor(best: str, isas: list[str], monkeypatch: pytest.Mon
     assert optimised["kernels_generic.o"] == (best == "generic")
 
 
-def test_the_operators_are_linked_to_the_library(compiler: Path) -> None:
+def test_the_operators_are_linked_to_the_library(calls: Path) -> None:
     engine = build.library()
-    before = n_calls(compiler)
+    before = n_calls(calls)
     operators = build.operators_library()
-    *compilations, link = compiler.read_text().splitlines()[before:]
+    *compilations, link = calls.read_text().splitlines()[before:]
     assert {Path(re.search(r"-c (\S+)", line)[1]) for line in compilations} == set(
         (CSRC / "paddle").glob("*.cc")
     )
@@ -108,7 +108,7 @@ def test_the_operators_are_linked_to_the_library(compiler: Path) -> None:
     assert operators.parent != engine.parent
 
 
-def test_the_library_needs_no_paddle(compiler: Path) -> None:
+def test_the_library_needs_no_paddle(calls: Path) -> None:
     code = f"import sys; sys.modules['paddle'] = None; {BUILD}"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -117,8 +117,8 @@ def test_the_library_needs_no_paddle(compiler: Path) -> None:
 @pytest.mark.parametrize(
     "changed", ["a.h", "a.cc", "a.c", "a.cu", "a.cuh", "a.txt", "flags", "compiler", "isa"]
 )
-def test_each_input_of_the_cache_key_changes_the_library(
-    changed: str, compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_sources_flags_compiler_and_isas_are_part_of_the_cache_key(
+    changed: str, calls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     csrc = Path(shutil.copytree(CSRC, tmp_path / "csrc"))
     monkeypatch.setattr(build, "source_folder", lambda: csrc)
@@ -135,7 +135,7 @@ def test_each_input_of_the_cache_key_changes_the_library(
 
 
 def test_the_operators_are_built_for_each_paddle_version(
-    compiler: Path, monkeypatch: pytest.MonkeyPatch
+    calls: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import paddle
 
@@ -146,7 +146,7 @@ def test_the_operators_are_built_for_each_paddle_version(
 
 
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "changed", "without its digest"])
-def test_a_damaged_library_is_built_again(damage: str, compiler: Path) -> None:
+def test_a_damaged_library_is_built_again(damage: str, calls: Path) -> None:
     library = build.library()
     content = library.read_bytes()
     if damage == "without its digest":
@@ -155,29 +155,30 @@ def test_a_damaged_library_is_built_again(damage: str, compiler: Path) -> None:
         damaged = {"truncated": content[:2], "emptied": b"", "changed": b"M" + content[1:]}
         library.write_bytes(damaged[damage])
     assert build.library_state()[0] == "not built"
-    before = n_calls(compiler)
+    before = n_calls(calls)
     assert build.library() == library
-    assert (library.read_bytes(), n_calls(compiler)) == (content, before + n_units() + 1)
+    assert (library.read_bytes(), n_calls(calls)) == (content, before + n_units() + 1)
 
 
-def test_two_processes_build_once(compiler: Path) -> None:
+def test_two_processes_build_once(calls: Path) -> None:
     processes = [
         subprocess.Popen([sys.executable, "-c", BUILD], stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]
     outputs = [process.communicate(timeout=120)[0].splitlines()[-1] for process in processes]
     assert outputs[0] == outputs[1]
-    assert n_calls(compiler) == n_units() + 1
+    assert n_calls(calls) == n_units() + 1
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
-def test_a_build_after_an_interrupted_build(signal_number: signal.Signals, compiler: Path) -> None:
+def test_a_build_after_an_interrupted_build(signal_number: signal.Signals, calls: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", BUILD], stderr=subprocess.DEVNULL)
-    wait_for_content(compiler)
+    wait_for_content(calls)
     process.send_signal(signal_number)
     process.wait()
-    compiler.unlink(missing_ok=True)
+    calls.unlink(missing_ok=True)
     library = build.library()
-    assert n_calls(compiler) >= n_units() + 1
+    # At least: compilers of the interrupted process may still record their calls.
+    assert n_calls(calls) >= n_units() + 1
     assert not list(library.parent.glob("scratch-*"))
 
 
@@ -192,7 +193,7 @@ def test_a_build_after_an_interrupted_build(signal_number: signal.Signals, compi
     ],
 )
 def test_a_signal_ends_the_compilers(
-    signal_number: signal.Signals, pauses: list[float], compiler: Path, tmp_path: Path
+    signal_number: signal.Signals, pauses: list[float], calls: Path, tmp_path: Path
 ) -> None:
     """One signal or three end the compilers and their child processes, which would run for a minute."""
     children = tmp_path / "children"
@@ -230,16 +231,16 @@ def is_running(pid: int) -> bool:
     return state != "Z"  # a zombie has ended
 
 
-def test_building_is_forbidden_by_a_variable(compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_building_is_forbidden_by_a_variable(calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QWENVL_NO_BUILD", "1")
     with pytest.raises(QwenVLError, match=r"QWENVL_NO_BUILD is set: run qwenvl build-engine"):
         build.library()
-    assert not compiler.exists()
+    assert not calls.exists()
     library = build.library(allowed=True)
     assert build.library() == library
 
 
-def test_a_failed_build_leaves_no_library(compiler: Path) -> None:
+def test_a_failed_build_leaves_no_library(calls: Path) -> None:
     change_compiler("sleep 0.05", 'echo "kernels.cc:1: error: no" >&2; exit 1')
     with pytest.raises(QwenVLError, match=r"here: kernels.cc:1: error: no; see (\S+build\.log)$") as error:
         build.library()
@@ -248,13 +249,13 @@ def test_a_failed_build_leaves_no_library(compiler: Path) -> None:
     assert not list(log.parent.glob("*.so"))
 
     # A failed build is not repeated, except on explicit request.
-    compiler.unlink(missing_ok=True)
+    calls.unlink(missing_ok=True)
     with pytest.raises(QwenVLError, match=r"see \S+build\.log \(qwenvl build-engine tries again\)"):
         build.library()
-    assert not compiler.exists()
+    assert not calls.exists()
     with pytest.raises(QwenVLError, match=r"see \S+build\.log$"):
         build.library(allowed=True)
-    assert compiler.exists()
+    assert calls.exists()
 
 
 @pytest.mark.parametrize(
@@ -271,7 +272,7 @@ def test_a_failed_build_leaves_no_library(compiler: Path) -> None:
         ),
     ],
 )
-def test_a_build_is_retried_after_a_temporary_failure(failure: str, cause: str, compiler: Path) -> None:
+def test_a_build_is_retried_after_a_temporary_failure(failure: str, cause: str, calls: Path) -> None:
     change_compiler("sleep 0.05", failure)
     with pytest.raises(QwenVLError, match=cause):
         build.library()
@@ -279,18 +280,18 @@ def test_a_build_is_retried_after_a_temporary_failure(failure: str, cause: str, 
     assert build.library().is_file()
 
 
-def test_a_compiler_with_arguments(compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_with_arguments(calls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launcher = tmp_path / "a launcher"
     launcher.write_text('#!/bin/sh\nexec "$@"\n')
     launcher.chmod(0o755)
     monkeypatch.setenv("CXX", f"'{launcher}' {os.environ['CXX']} -g1")
     assert build.library().is_file()
-    assert all(line.startswith("-g1 ") for line in compiler.read_text().splitlines())
+    assert all(line.startswith("-g1 ") for line in calls.read_text().splitlines())
 
 
 @needs_compiler
 def test_symbols_of_a_static_cxx_library_are_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some compilers link libstdc++ into the library. Paddle uses another one and must not find this copy's symbols."""
+    """Some compilers link a copy of libstdc++ into the library; Paddle has another copy and must not find this one."""
     monkeypatch.setenv("CXX", "c++ -static-libstdc++")
     source = tmp_path / "source.cc"
     source.write_text(
@@ -308,11 +309,11 @@ def test_symbols_of_a_static_cxx_library_are_hidden(tmp_path: Path, monkeypatch:
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "True False\n"
 
 
-def test_a_shipped_library_is_used(compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shipped_library_is_used(calls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shipped = tmp_path / "libqwenvl.so"
     shipped.write_text("")
     monkeypatch.setattr(build, "SHIPPED", shipped)
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert build.library() == shipped
     assert build.library_state() == ("shipped", shipped)
-    assert not compiler.exists()
+    assert not calls.exists()

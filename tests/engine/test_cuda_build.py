@@ -24,7 +24,7 @@ INSTALL = r": pip install 'paddlemix-qwenvl-plugin\[gpu-engine\]'$"
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Limit the search for NVRTC to a site-packages folder, which is returned, `toolkit` and `usr`; none exists yet."""
+    """Limit the search for NVRTC to three folders that do not exist yet: site-packages (returned), toolkit and usr."""
     monkeypatch.setattr(nvrtc, "_sites", lambda: [tmp_path / "site"])
     monkeypatch.setattr(nvrtc, "_toolkits", lambda: [tmp_path / "toolkit"])
     monkeypatch.setattr(nvrtc, "_NAMES", ())
@@ -143,7 +143,7 @@ def test_nvrtc_finds_its_builtins(kernels: Path, site: Path, monkeypatch: pytest
     fake_nvrtc(library, 13, 0, 90, builtins="libnvrtc-builtins.so.13.0")
     headers(site / "nvidia" / "cu13" / "include")
     target = gpu.kernels()
-    assert target.compiler[2] == str(library)
+    assert target.compiler[2] == str(library)  # after Python and its script
     assert all((build.built(target) / name).is_file() for name in target.files)
 
 

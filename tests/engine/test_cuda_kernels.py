@@ -47,7 +47,7 @@ def _tested_unit(unit: sources.Unit) -> Optional[sources.Unit]:
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_compiles(source: Path, compiled: Path) -> None:
-    """Cubins of ASSEMBLED are ELF files with the architecture in their flags; one or more of a source have kernels."""
+    """Cubins of ASSEMBLED are ELF files with the architecture in their flags; at least one of a source has kernels."""
     cubins = {code: (compiled / f"{source.stem}.{code}.cubin").read_bytes() for code in ASSEMBLED}
     for code, cubin in cubins.items():
         assert cubin[:4] == b"\x7fELF"

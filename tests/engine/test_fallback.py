@@ -49,6 +49,7 @@ def test_predict(tiny_exported: Path, tmp_path: Path) -> None:
     stages = ("--first_model_path", tiny_exported / "vision" / "vision")
     stages += ("--second_model_path", tiny_exported / "text" / "qwen")
     arguments = ("predict", *stages, "--prompt", "What is it?", "--max_new_tokens", 4)
+    # The engine is in the cache of the tests: the fixture tiny_exported has built it.
     with_engine = run_command(tmp_path, *arguments, QWENVL_CACHE_DIR=os.environ.get("QWENVL_CACHE_DIR", ""))
     without_engine = run_command(tmp_path, *arguments)
     assert with_engine.returncode == without_engine.returncode == 0, without_engine.stderr[-2000:]

@@ -229,5 +229,6 @@ def test_low_rank_adapters(library: ctypes.CDLL, kind: str, out: int, width: int
         bound = np.abs(exact_a) @ np.abs(exact_x[i]) * 2.0**-18 + np.abs(exact) * 2.0**-8
         found = to_float32(low[i]).astype(np.float64)
         assert (np.abs(found - exact) <= bound).all(), i
+        # The same of B (A x), and of its addition to the product.
         bound = np.abs(exact_b) @ np.abs(found) * 2.0**-18 + np.abs(alone[i]) * 2.0**-22
         assert (np.abs(y[i] - alone[i] - exact_b @ found) <= bound).all(), i

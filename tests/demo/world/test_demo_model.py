@@ -131,7 +131,7 @@ def test_training_rows_are_chat_prompts() -> None:
         tokenizer.im_end_id,
     ]
     assert row.ids[: len(expected)].tolist() == expected
-    assert set(row.ids[len(expected) :].tolist()) == {tokenizer.eod_id}
+    assert set(row.ids[len(expected) :].tolist()) == {tokenizer.eod_id}  # padding
     # row.at: positions whose next token is learned.
     learned = [int(row.ids[position + 1]) for position in row.at if position >= 0]
     answers = [[*tokenizer.encode(turn.answer), tokenizer.im_end_id] for turn in turns]

@@ -42,7 +42,8 @@ def test_boxes_surround_the_pixels(side: int) -> None:
             ys, xs = np.nonzero(changed)
             drawn = [value * 1000 / side for value in (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)]
             # Distances of the drawn pixels from the four sides of the bounds, positive towards the inside: at most two
-            # pixels, for text more. A digit 1 has space around it, and rotated letters do not fill the corners.
+            # pixels. Inside, 45 thousandths more for text: a digit 1 has space around it, and rotated letters do not
+            # fill the corners.
             distances = np.subtract(drawn, thing.bounds) * [1, 1, -1, -1]
             assert distances.min() >= -2 * 1000 / side, thing
             assert distances.max() <= 2 * 1000 / side + (45 if thing.text else 0), thing
@@ -108,7 +109,7 @@ def test_counts() -> None:
 
 
 def test_existence() -> None:
-    """The answers are true, and both, yes and no, occur."""
+    """The answers are true, and both yes and no occur."""
     rng = random.Random(2)
     answers = set()
     for scene in SCENES:

@@ -1,6 +1,6 @@
-// linear_decode_hopper.cu, linear_decode_hopper_groups.cu, low_rank.cu, upload_matrix.cu and the code that
-// launches their kernels, as a library for the host. Blocks run one after another, on a "GPU" of three
-// multiprocessors.
+// The kernels of linear_decode_hopper.cu, linear_decode_hopper_groups.cu, low_rank.cu and upload_matrix.cu on
+// the host; tests/engine/test_hopper_products.py links them with the code that launches them. Blocks run one
+// after another, on a "GPU" of three multiprocessors.
 #include <barrier>
 #include <chrono>
 #include <condition_variable>
@@ -14,7 +14,7 @@
 #define QVL_COMPUTE_BFLOAT16
 #include "cuda/kernels/hopper.cuh"
 
-#define __shared__
+#define __shared__  // `extern char raw[]`, defined below, is the shared memory of these kernels
 #include "cuda/kernels/linear_decode_hopper.cu"
 #include "cuda/kernels/linear_decode_hopper_groups.cu"
 #include "cuda/kernels/upload_matrix.cu"
@@ -42,6 +42,7 @@ namespace {
 
 constexpr int kMultiprocessors_ = 3;
 
+// A tensor map: sizes and box in values, the innermost first; strides in bytes, without the innermost.
 struct HostMap {
   const char* base;
   std::vector<int64_t> sizes, strides;
@@ -57,6 +58,7 @@ struct Copy {
   uint32 barrier;
 };
 
+// pending: arrivals that the phase still needs; bytes: of expected copies, not yet copied.
 struct Barrier {
   int arrivals = 0, pending = 0, bytes = 0;
   uint32 phase = 0;
@@ -321,7 +323,7 @@ struct HostAdapted {
   uint16_t* low;
 };
 
-// y = epilogue(x W^T + bias); if `adapted` is not NULL, `epilogue` is float and y += B (A x). dtype, stored:
+// y = epilogue(x W^T + bias); if `adapted` is not NULL, `epilogue` is kFloat and y += B (A x). dtype, stored:
 // W [out, in] in the layout of files (qwenvl.h). x: bfloat16 [n, x_stride]. y: float32 or bfloat16, depending
 // on the epilogue. Returns NULL or an error message.
 EXPORT const char* host_linear(int dtype, int out, int in, const void* stored, const float* bias,
@@ -335,7 +337,7 @@ EXPORT const char* host_linear(int dtype, int out, int in, const void* stored, c
     const Storage storage = storage_of(dtype);
     const MatrixBytes bytes = matrix_bytes(storage, out, in);
     std::vector<char> values(bytes.values + 64), scales(bytes.scales + 64);
-    const int unit = storage == Storage::kHalf ? 8 : 128;
+    const int unit = storage == Storage::kHalf ? 8 : 128;  // rows are padded to a multiple of this
     const Matrix matrix{storage, out, in, (in + unit - 1) / unit * unit, values.data(), scales.data(), bias};
     upload_matrix(gpu, nullptr, dtype, stored, out, matrix, 0, 1);
     linear_decode(gpu, nullptr, matrix, x, x_stride, n, static_cast<Epilogue>(epilogue), y,
@@ -343,7 +345,7 @@ EXPORT const char* host_linear(int dtype, int out, int in, const void* stored, c
     if (adapted == nullptr) return nullptr;
 
     const int rank = adapted->rank;
-    std::vector<LowRankEntry> entries;
+    std::vector<LowRankEntry> entries;  // by adapter: its table, of this product only
     for (int64_t i = 0; i < adapted->adapters; ++i)
       entries.push_back({adapted->a + i * rank * in, adapted->b + i * out * rank, rank, 1});
     std::vector<uint64_t> addresses;

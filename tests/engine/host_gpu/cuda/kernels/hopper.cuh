@@ -34,8 +34,8 @@ inline void copy_box(uint32 to, const TensorMap& map, int x0, int x1, int x2, ui
   copy_later(to, map, {x0, x1, x2}, barrier);
 }
 
-// Named barriers (the barriers above are mbarriers): 0 and 1 are the kernel's; from kOfGroups on, one for
-// each of 4 warpgroups; from kOfWarps on, one for each of 17 warps (544 threads).
+// Named barriers (the barriers above are mbarriers). 0 and 1 are the kernel's, the others of this emulation:
+// from kOfGroups on one for each of 4 warpgroups, from kOfWarps on one for each of 17 warps (544 threads).
 constexpr int kOfGroups = 2, kOfWarps = 6, kMeetings = kOfWarps + 17;
 void meet(int barrier, int threads);
 template <int threads>
@@ -88,7 +88,7 @@ inline void fence_registers(float (&)[n]) {}
 
 // A thread's part of d [64, N] = a [64, 16] * b [N, 16]^T, plus d if `add`. With g = lane / 4 and
 // t = lane % 4, the part has the rows g and g + 8 of the warp's 16 rows, and the columns 8 * j + 2 * t and
-// 8 * j + 2 * t + 1. a(upper, k): value k of row g, or with `upper` of row g + 8.
+// 8 * j + 2 * t + 1 for all j < N / 8. a(upper, k): value k of row g, or with `upper` of row g + 8.
 template <int N, class A>
 inline void add_products(float* d, A&& a, uint64 b, int add) {
   const int t = threadIdx.x % 4;
