@@ -46,7 +46,7 @@ WTE = "transformer.llm.wte.weight"
 LM_HEAD = "lm_head.weight"
 C_ATTN = "transformer.llm.h.0.attn.c_attn.weight"
 _GPTQ = Variant(act_order=True)
-ROW = {"id": "a", "prompt": "What is it?"}  # of a batch
+ROW = {"id": "a", "prompt": "What is it?"}  # of an input of `batch`
 
 
 class Bench:
@@ -97,7 +97,7 @@ class Bench:
         save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, f"model/{name}")
 
     def quantized(self, *flags: str, variant: Variant = _GPTQ, **changes: Any) -> list[str]:
-        """`export-language` of a GPTQ or AWQ model in model/, with changes to its quantization_config."""
+        """`export-language` of a quantized model in model/, with changes to its quantization_config."""
         tensors, _ = quantized_tensors(variant)
         config = {**CONFIG, "quantization_config": {**variant.config, **changes}}
         write_tensors(Path("model"), tensors, config)
@@ -299,6 +299,7 @@ cases(
         "two sizes are wrong": config(num_hidden_layers=0, vocab_size=-1),
         "heads and channels do not make `hidden_size`": config(num_attention_heads=3),
         "the image size is not a multiple of the patch size": config(visual_={"patch_size": 15}),
+        # 129 patches a side; 128 are allowed.
         "an image of very many patches": config(visual_={"image_size": 14 * 129, "patch_size": 14}),
         "`mlp_ratio` is infinite": config(visual_={"mlp_ratio": float("inf")}),
     }
@@ -834,7 +835,7 @@ def driver(driver: Optional[CudaDriver], *arguments: str) -> Case:
 
         bench.monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: False)
         bench.monkeypatch.setattr("paddlemix_qwenvl_plugin.engine.gpu.cuda_driver", lambda: driver)
-        bench.monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+        bench.monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # which a message shows
         return bench.predict(*arguments)
 
     return prepare
@@ -960,7 +961,7 @@ def _(bench: Bench) -> list[str]:
 @case("Paddle is there and cannot be imported")
 def _(bench: Bench) -> list[str]:
     def fail(name: str) -> None:
-        print("Compile with WITH_GPU", file=sys.stderr)
+        print("Compile with WITH_GPU", file=sys.stderr)  # as Paddle's own hints, which qwenvl hides
         raise ImportError("libcublas.so.11: cannot open shared object file\nSee the FAQ")
 
     bench.monkeypatch.setattr(paddle_version, "import_module", fail)
@@ -1519,7 +1520,7 @@ def _(bench: Bench) -> list[str]:
     bench.monkeypatch.setattr(expect, "_SEARCH_SECONDS", 0.5)
     write_json = 'import sys; open(sys.argv[1], "w").write(\'{"a": "\' + "a" * 40 + \'!"}\')'
     steps = [{"name": "only", "run": ["${python}", "-c", write_json, "${run_dir}/a.json"]}]
-    # On a text of 40 letters and a "!", this expression backtracks for years.
+    # On a text of 40 letters and a "!", this expression backtracks for hours: each letter doubles the time.
     return bench.recipe(steps=steps, expect=[{"file": "${run_dir}/a.json", "key": "a", "matches": "(a+)+$"}])
 
 
