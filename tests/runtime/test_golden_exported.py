@@ -79,7 +79,7 @@ def test_step_program_logits(golden, name, extension, monkeypatch):
 
 @pytest.mark.parametrize("mask_axes", [2, 4])
 def test_stock_contract(opened, extension, mask_axes):
-    """The stock predictor's inputs, in its order, give the golden tokens, and the five other stock outputs.
+    """The stock predictor's inputs, in its order, give its five outputs and, as the sixth, the golden tokens.
 
     With an attention mask of 2 axes, as the program declares it, or of 4, as the stock scripts feed it.
     """

@@ -149,13 +149,13 @@ def test_after_an_interrupted_step(opened, monkeypatch):
         return picked
 
     monkeypatch.setattr(executor, "start", interrupted)
-    n_tokens = []
+    lengths = []  # number of tokens at each interruption
     while not stream.done:
         try:
             vl._loop.step()
         except KeyboardInterrupt:
-            n_tokens.append(len(stream._generation.tokens))
-    assert len(n_tokens) > 2
+            lengths.append(len(stream._generation.tokens))
+    assert len(lengths) > 2
     assert stream._generation.tokens == expected
 
 
