@@ -111,7 +111,7 @@ def shards(specs: dict[str, TensorSpec]) -> Iterator[dict[str, TensorSpec]]:
 def values(pattern: NDArray[np.float32], name: str, spec: TensorSpec, dtype: str) -> NDArray[np.generic]:
     """Values of a tensor: variance 1 for wte.weight and vectors, else 0.25 / n_in, to keep activations small.
 
-    n_in: inputs of a linear layer's weight, the last dimension of another tensor.
+    n_in: the number of inputs of a linear layer, the last dimension of any other tensor.
     """
     shape = spec.shape[::-1] if spec.linear else spec.shape
     n_in = spec.shape[0] if spec.linear else shape[-1]

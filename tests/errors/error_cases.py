@@ -1313,7 +1313,7 @@ def vqa_predictions(*predictions: Any) -> list[str]:
 
 
 def vqa_stages(bench: Bench, *flags: str, **changes: Any) -> list[str]:
-    """`eval vqa` of one row, with changed keys, by the exported stages."""
+    """`eval vqa` of QUESTION with changed keys, answered by the exported stages."""
     bench.exported()
     stages = ["--first_model_path", "vision/vision", "--second_model_path", "text/qwen"]
     return vqa(*stages, *flags, rows=[{**QUESTION, **changes}])

@@ -1,4 +1,4 @@
-"""Memory of `qwenvl quantize`: at most three copies of one layer, the Hessian of the widest matrix, and its inputs."""
+"""Memory of `qwenvl quantize`: at most three copies of one layer and of its widest inputs, and work on a Hessian."""
 
 from __future__ import annotations
 

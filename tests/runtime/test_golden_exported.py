@@ -44,7 +44,8 @@ def test_predictor_tokens(opened):
 def test_step_program_logits(golden, name, extension, monkeypatch):
     """The step program of the portable graph computes the logits of the goldens.
 
-    A chunk of the prompt, then its last seven tokens and the completion one by one. tests/csrc has the engine's test.
+    In chunks: the prompt without its last seven tokens, then these and the completion one by one. The engine's test is
+    tests/csrc/test_golden_engine.py.
     """
     monkeypatch.setenv("QWENVL_ENGINE", "portable")
     model = golden(name)

@@ -20,6 +20,7 @@ from paddlemix_qwenvl_plugin.runtime.loop import Loop
 
 pytestmark = needs_compiler
 
+# (dtype, quant_type) of an export.
 STORAGE = [
     ("float32", None),
     ("bfloat16", None),
@@ -116,7 +117,7 @@ def test_after_a_preemption(opened, monkeypatch, dtype, quant_type):
     n_blocks = context // 32
     executor = EngineExecutor(*vl._stages, n_blocks=n_blocks)
     monkeypatch.setattr(vl, "_loop", Loop(executor))
-    # Leave 8 blocks for the requests, so that they preempt each other.
+    # Leave 8 blocks for the requests.
     held = [vl._loop._scheduler.pool.allocate() for _ in range(n_blocks - 8)]
     preempted = []  # number of generated tokens at each preemption
     preempt = vl._loop._scheduler._preempt
