@@ -316,7 +316,7 @@ def test_limit_on_tokens(model, rows, tmp_path, monkeypatch):
 
 
 def test_command(model, rows, tmp_path, monkeypatch, capsys):
-    """The command prints the report's figures; without --data, the first line names the source of the rows."""
+    """The command prints figures of the report; without --data, the first line names the source of the rows."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("paddlemix_qwenvl_plugin.quantization.rows.N_DRAWN", 8)
     arguments = ["quantize", str(model), "q4", "--bits", "4"]

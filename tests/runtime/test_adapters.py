@@ -27,7 +27,7 @@ PROMPT = "Where is the red circle? " * 6
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Adapters "one" and "two", the demo model's vision stage, language stages "plain", "int4", "merged" (with "one")."""
+    """Adapters "one" and "two" of the demo model, and its stages; "merged" is the language stage with "one" merged."""
     folder = tmp_path_factory.mktemp("adapters")
     config = load_config(MODEL)
     for seed, (name, dtype) in enumerate({"one": "float32", "two": "bfloat16"}.items()):
