@@ -336,7 +336,7 @@ def _(bench: Bench) -> list[str]:
 @case("model.safetensors has a damaged header")
 def _(bench: Bench) -> list[str]:
     with (bench.model() / "model.safetensors").open("r+b") as file:
-        file.seek(8)
+        file.seek(8)  # after the length of the header
         file.write(b"[")
     return bench.export()
 
@@ -461,6 +461,7 @@ def pdparams(content: bytes) -> Case:
 cases(
     {
         "model_state.pdparams is not a pickle": pdparams(b"\x00" * 1000),
+        # A string of 255 bytes, of which four are there.
         "model_state.pdparams is a damaged pickle": pdparams(b"\x80\x02}q\x00X\xff\x00\x00\x00name"),
         "model_state.pdparams holds a list": pdparams(pickle.dumps([1, 2], 2)),
         "model_state.pdparams holds a number": pdparams(pickle.dumps({"epoch": 3}, 2)),
@@ -471,7 +472,7 @@ cases(
 @case("pytorch_model.bin is cut off")
 def _(bench: Bench) -> list[str]:
     bench.weights()
-    Path("model/pytorch_model.bin").write_bytes(b"PK\x03\x04")
+    Path("model/pytorch_model.bin").write_bytes(b"PK\x03\x04")  # the beginning of a ZIP archive
     return bench.export()
 
 
@@ -1018,6 +1019,7 @@ def _(bench: Bench) -> list[str]:
 
 
 def predict_image(content: Callable[[], bytes | Image.Image], name: str = "dog.png") -> Case:
+    """`predict` with an image, whose content is created when the case runs."""
     return lambda bench: bench.predict_image(content(), name)
 
 
@@ -1666,7 +1668,7 @@ def _(bench: Bench) -> list[str]:
 @case("logits that are not finite")
 def _(bench: Bench) -> list[str]:
     arguments = bench.predict()
-    corrupt(Path("text/qwen"), "ln_f.weight", 3e38, n=256)
+    corrupt(Path("text/qwen"), "ln_f.weight", 3e38, n=256)  # the whole vector
     return arguments
 
 
