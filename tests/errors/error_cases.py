@@ -45,7 +45,8 @@ STREET = Path(__file__).resolve().parents[2] / "recipes" / "images" / "street.pn
 WTE = "transformer.llm.wte.weight"
 LM_HEAD = "lm_head.weight"
 C_ATTN = "transformer.llm.h.0.attn.c_attn.weight"
-_GPTQ = Variant(act_order=True)
+
+_GPTQ = Variant(act_order=True)  # 4 bits, groups of 32
 ROW = {"id": "a", "prompt": "What is it?"}  # of an input of `batch`
 
 
