@@ -62,7 +62,10 @@ def write_model(folder: Path, sizes: dict[str, Any], dtype: str) -> Path:
 
 
 def write_gptq(folder: Path, sizes: dict[str, Any], group: int = 128) -> Path:
-    """Write a 4-bit GPTQ folder with act-order and random integers; each layer of the language model is a shard."""
+    """Write a 4-bit GPTQ folder with random integers and random groups (act-order).
+
+    Each layer of the language model is a shard.
+    """
     folder.mkdir(exist_ok=True)
     quantization = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": True}
     (folder / "config.json").write_text(json.dumps({**sizes, "quantization_config": quantization}))
