@@ -1,4 +1,4 @@
-"""Loading images from every source, the limits and errors, and the preprocessing for the vision tower."""
+"""Loading images from every source, the limits and errors, and the preprocessing for the vision stage."""
 
 from __future__ import annotations
 
