@@ -1,4 +1,4 @@
-"""Memory of `qwenvl quantize`: at most three copies of one layer and of its widest inputs, and work on a Hessian."""
+"""Memory of `qwenvl quantize`: at most three copies of a layer and of its widest inputs, and work on their Hessian."""
 
 from __future__ import annotations
 
