@@ -46,5 +46,6 @@ class FakeNetwork:
         self.connected_addresses.append(host)
         if host in self.refusing_addresses:
             raise ConnectionRefusedError(f"{host} does not answer")
+        # The code under test may connect only to public addresses, and to a test's own server if that is allowed.
         assert ip_address(host).is_global or host == "127.0.0.1"
         return self._connect(("127.0.0.1", port), *args, **kwargs)

@@ -1,4 +1,7 @@
-"""Model folders in several forms: three naming schemes, two layouts, two file formats, each whole or in shards."""
+"""Model folders in several forms: three naming schemes, two layouts, two file formats, each whole or in shards.
+
+Also weights split into tensor-parallel ranks.
+"""
 
 from __future__ import annotations
 

@@ -62,7 +62,10 @@ def write_model(folder: Path, sizes: dict[str, Any], dtype: str) -> Path:
 
 
 def write_gptq(folder: Path, sizes: dict[str, Any], group: int = 128) -> Path:
-    """Write a 4-bit GPTQ folder with act-order and random integers; each layer of the language model is a shard."""
+    """Write a 4-bit GPTQ folder with random integers and random groups (act-order).
+
+    Each layer of the language model is a shard.
+    """
     folder.mkdir(exist_ok=True)
     quantization = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": True}
     (folder / "config.json").write_text(json.dumps({**sizes, "quantization_config": quantization}))
@@ -111,7 +114,7 @@ def shards(specs: dict[str, TensorSpec]) -> Iterator[dict[str, TensorSpec]]:
 def values(pattern: NDArray[np.float32], name: str, spec: TensorSpec, dtype: str) -> NDArray[np.generic]:
     """Values of a tensor: variance 1 for wte.weight and vectors, else 0.25 / n_in, to keep activations small.
 
-    n_in: inputs of a linear layer's weight, the last dimension of another tensor.
+    n_in: the number of inputs of a linear layer, the last dimension of any other tensor.
     """
     shape = spec.shape[::-1] if spec.linear else spec.shape
     n_in = spec.shape[0] if spec.linear else shape[-1]

@@ -49,6 +49,7 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 def save_tensors(folder: Path, values: dict[str, np.ndarray]) -> None:
+    """Write the tensors of an adapter, as safetensors beside PEFT's config, as .pdparams beside PaddleNLP's."""
     if (folder / "adapter_config.json").exists():
         save_file(values, str(folder / "adapter_model.safetensors"))
     else:

@@ -1,4 +1,4 @@
-"""Model folders with quantized weights, packed bit by bit from the definitions of the formats."""
+"""Model folders with quantized weights, packed bit by bit from the definitions of the formats or written by tools."""
 
 from __future__ import annotations
 
@@ -50,8 +50,9 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 class Variant(NamedTuple):
     """How a folder is quantized.
 
-    With a `group` of -1, all weights of a row are one group. `form` is the config's checkpoint_format, `quantizer` the
-    entry in its `meta`: name and version of the tool that quantized.
+    With a `group` of -1, all weights of a row are one group; with `act_order` (GPTQ's desc_act), the inputs of a group
+    are not consecutive. `form` is the config's checkpoint_format, `quantizer` the entry in its `meta`: name and version
+    of the tool that quantized.
     """
 
     method: str = "gptq"

@@ -45,8 +45,9 @@ STREET = Path(__file__).resolve().parents[2] / "recipes" / "images" / "street.pn
 WTE = "transformer.llm.wte.weight"
 LM_HEAD = "lm_head.weight"
 C_ATTN = "transformer.llm.h.0.attn.c_attn.weight"
-_GPTQ = Variant(act_order=True)
-ROW = {"id": "a", "prompt": "What is it?"}  # of a batch
+
+_GPTQ = Variant(act_order=True)  # 4 bits, groups of 32
+ROW = {"id": "a", "prompt": "What is it?"}  # of an input of `batch`
 
 
 class Bench:
@@ -97,7 +98,7 @@ class Bench:
         save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, f"model/{name}")
 
     def quantized(self, *flags: str, variant: Variant = _GPTQ, **changes: Any) -> list[str]:
-        """`export-language` of a GPTQ or AWQ model in model/, with changes to its quantization_config."""
+        """`export-language` of a quantized model in model/, with changes to its quantization_config."""
         tensors, _ = quantized_tensors(variant)
         config = {**CONFIG, "quantization_config": {**variant.config, **changes}}
         write_tensors(Path("model"), tensors, config)
@@ -299,6 +300,7 @@ cases(
         "two sizes are wrong": config(num_hidden_layers=0, vocab_size=-1),
         "heads and channels do not make `hidden_size`": config(num_attention_heads=3),
         "the image size is not a multiple of the patch size": config(visual_={"patch_size": 15}),
+        # 129 patches a side; 128 are allowed.
         "an image of very many patches": config(visual_={"image_size": 14 * 129, "patch_size": 14}),
         "`mlp_ratio` is infinite": config(visual_={"mlp_ratio": float("inf")}),
     }
@@ -335,7 +337,7 @@ def _(bench: Bench) -> list[str]:
 @case("model.safetensors has a damaged header")
 def _(bench: Bench) -> list[str]:
     with (bench.model() / "model.safetensors").open("r+b") as file:
-        file.seek(8)
+        file.seek(8)  # after the length of the header
         file.write(b"[")
     return bench.export()
 
@@ -460,6 +462,7 @@ def pdparams(content: bytes) -> Case:
 cases(
     {
         "model_state.pdparams is not a pickle": pdparams(b"\x00" * 1000),
+        # A string of 255 bytes, of which four are there.
         "model_state.pdparams is a damaged pickle": pdparams(b"\x80\x02}q\x00X\xff\x00\x00\x00name"),
         "model_state.pdparams holds a list": pdparams(pickle.dumps([1, 2], 2)),
         "model_state.pdparams holds a number": pdparams(pickle.dumps({"epoch": 3}, 2)),
@@ -470,7 +473,7 @@ cases(
 @case("pytorch_model.bin is cut off")
 def _(bench: Bench) -> list[str]:
     bench.weights()
-    Path("model/pytorch_model.bin").write_bytes(b"PK\x03\x04")
+    Path("model/pytorch_model.bin").write_bytes(b"PK\x03\x04")  # the beginning of a ZIP archive
     return bench.export()
 
 
@@ -834,7 +837,7 @@ def driver(driver: Optional[CudaDriver], *arguments: str) -> Case:
 
         bench.monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: False)
         bench.monkeypatch.setattr("paddlemix_qwenvl_plugin.engine.gpu.cuda_driver", lambda: driver)
-        bench.monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+        bench.monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # which a message shows
         return bench.predict(*arguments)
 
     return prepare
@@ -960,7 +963,7 @@ def _(bench: Bench) -> list[str]:
 @case("Paddle is there and cannot be imported")
 def _(bench: Bench) -> list[str]:
     def fail(name: str) -> None:
-        print("Compile with WITH_GPU", file=sys.stderr)
+        print("Compile with WITH_GPU", file=sys.stderr)  # as Paddle's own hints, which qwenvl hides
         raise ImportError("libcublas.so.11: cannot open shared object file\nSee the FAQ")
 
     bench.monkeypatch.setattr(paddle_version, "import_module", fail)
@@ -1017,6 +1020,7 @@ def _(bench: Bench) -> list[str]:
 
 
 def predict_image(content: Callable[[], bytes | Image.Image], name: str = "dog.png") -> Case:
+    """`predict` with an image, whose content is created when the case runs."""
     return lambda bench: bench.predict_image(content(), name)
 
 
@@ -1312,7 +1316,7 @@ def vqa_predictions(*predictions: Any) -> list[str]:
 
 
 def vqa_stages(bench: Bench, *flags: str, **changes: Any) -> list[str]:
-    """`eval vqa` of one row, with changed keys, by the exported stages."""
+    """`eval vqa` of QUESTION with changed keys, answered by the exported stages."""
     bench.exported()
     stages = ["--first_model_path", "vision/vision", "--second_model_path", "text/qwen"]
     return vqa(*stages, *flags, rows=[{**QUESTION, **changes}])
@@ -1519,7 +1523,7 @@ def _(bench: Bench) -> list[str]:
     bench.monkeypatch.setattr(expect, "_SEARCH_SECONDS", 0.5)
     write_json = 'import sys; open(sys.argv[1], "w").write(\'{"a": "\' + "a" * 40 + \'!"}\')'
     steps = [{"name": "only", "run": ["${python}", "-c", write_json, "${run_dir}/a.json"]}]
-    # On a text of 40 letters and a "!", this expression backtracks for years.
+    # On a text of 40 letters and a "!", this expression backtracks for hours: each letter doubles the time.
     return bench.recipe(steps=steps, expect=[{"file": "${run_dir}/a.json", "key": "a", "matches": "(a+)+$"}])
 
 
@@ -1665,7 +1669,7 @@ def _(bench: Bench) -> list[str]:
 @case("logits that are not finite")
 def _(bench: Bench) -> list[str]:
     arguments = bench.predict()
-    corrupt(Path("text/qwen"), "ln_f.weight", 3e38, n=256)
+    corrupt(Path("text/qwen"), "ln_f.weight", 3e38, n=256)  # the whole vector
     return arguments
 
 

@@ -9,7 +9,7 @@ from error_table import table_rows
 
 @dataclass(frozen=True)
 class Row:
-    """A row: a description of the input, the message after `qwenvl: `, in which `…` matches any text, the exit code."""
+    """A row: a description of the input, the message after `qwenvl: ` (`…` in it matches any text), the exit code."""
 
     description: str
     message: str

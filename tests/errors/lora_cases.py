@@ -1,4 +1,4 @@
-"""Cases of docs/errors.md for `--lora`: adapters in PEFT's or PaddleNLP's format that cannot be merged."""
+"""Cases of docs/errors.md for `--lora`, mostly adapters in PEFT's or PaddleNLP's format that cannot be merged."""
 
 from __future__ import annotations
 
@@ -75,12 +75,12 @@ cases(
         "an adapter of rank 0": peft(r=0),
         "an adapter of another kind (PEFT's IA3)": peft(peft_type="IA3"),
         "a DoRA adapter": peft(use_dora=True),
-        "an adapter that begins with PiSSA": peft(init_lora_weights="pissa"),
+        "an adapter initialised by PiSSA": peft(init_lora_weights="pissa"),
         "an adapter with a regular expression for ranks": peft(rank_pattern={"(a+)+": 4}),
         "an adapter with a rank of 0 for a module": peft(rank_pattern={"attn.c_attn": 0}),
         "an adapter whose alpha is beyond float32": peft(lora_alpha=1e300),
         "an adapter folder without weights": peft(shapes=None),
-        "a PaddleNLP adapter split over ranks": paddlenlp(tensor_parallel_degree=2),
+        "a PaddleNLP adapter split over tensor-parallel ranks": paddlenlp(tensor_parallel_degree=2),
         "a PaddleNLP adapter of MoRA": paddlenlp(use_mora=True),
         "an adapter for a layer that is not there": peft(
             {key.replace("h.0", "h.2"): shape for key, shape in C_ATTN_UPDATE.items()}

@@ -90,7 +90,8 @@ def no_image(bench: Bench) -> list[str]:
 @case("calibration rows that are too long together")
 def long_rows(bench: Bench) -> list[str]:
     arguments = quantize(*({**ROW, "id": f"a{i}", "prompt": "x1" * 6000} for i in range(9)))(bench)
-    # Each row fits into this context, but the first eight, fewer than which are refused, have more than 65,536 tokens.
+    # Each row fits into this context, but the first eight, the smallest number that is accepted, have more than 65,536
+    # tokens together.
     bench.config(max_position_embeddings=32768)
     return arguments
 

@@ -1,6 +1,6 @@
-"""Each row of docs/errors.md with an exit code is a test: its input gives the error line and the code, and no file.
+"""Each row of docs/errors.md with an exit code is a test: its input gives the error line and the code, and no new file.
 
-With the exit code 0 it gives an answer and no error line.
+With the exit code 0, the input gives an answer and no error line.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def existing_files() -> set[Path]:
 
 def test_every_row_has_a_case() -> None:
     assert sorted(row.description for row in ROWS) == sorted(CASES)
-    assert len(ROWS) >= 55
+    assert len(ROWS) >= 55  # the tables were found
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.description.replace("`", ""))
@@ -152,7 +152,7 @@ def test_a_long_line_is_shortened_in_the_middle(bench: Bench, capfd: pytest.Capt
     outcome = run_in_process(["convert", f"begin{'x' * 100_000}end", "new"], bench, capfd)
     assert outcome.stderr.startswith("qwenvl: begin")
     assert "xend: " in outcome.stderr
-    assert 1000 < len(outcome.stderr) < 2100
+    assert 1000 < len(outcome.stderr) < 2100  # the message has about 2000 characters
 
 
 def test_a_reader_that_closes_the_pipe() -> None:

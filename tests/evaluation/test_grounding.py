@@ -29,6 +29,7 @@ def row(**changes: Any) -> GroundingRow:
     ],
 )
 def test_score_is_the_overlap_of_the_first_box(answer: str, expected: float) -> None:
+    # The score divides by 999: 500 is not exactly the middle.
     assert overlap(row(), answer) == pytest.approx(expected, abs=0.003)
 
 

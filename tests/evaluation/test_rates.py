@@ -10,7 +10,7 @@ from paddlemix_qwenvl_plugin.evaluation.rates import Rate
 
 
 @pytest.mark.parametrize(("hits", "n"), [(10, 10), (0, 7), (81, 100), (1, 3)])
-def test_wilson_interval_contains_the_rates_that_the_normal_test_accepts(hits: int, n: int) -> None:
+def test_wilson_interval_is_that_of_the_rates_which_the_normal_test_accepts(hits: int, n: int) -> None:
     """The limits p of the interval satisfy |hits / n - p| = 1.96 sqrt(p (1 - p) / n); found by bisection."""
 
     def is_rejected(p: float) -> bool:

@@ -159,6 +159,7 @@ def test_find_and_crop(run: Run, folder: Path) -> None:
     question = QUESTIONS_BY_NAME["locate"]
     answer = run("find_and_crop").splitlines()[0]
     assert has_right_box("locate.png", question.turn.question, question.turn.answer, answer)
+    # The cell 4 is the middle of the 3 x 3 grid.
     (heart,) = [thing for thing in things("locate.png", "heart") if thing.cell == 4]
     with Image.open(folder / "out" / "find_and_crop" / "crop-1.png") as crop:
         size = [(high - low) * PIXELS_PER_UNIT for low, high in zip(heart.bounds[:2], heart.bounds[2:])]

@@ -1,7 +1,7 @@
 """Atomic exports: one that fails or is killed while it writes its files changes no file of an earlier one.
 
-No export replaces files that are not from an export. A kill in the short time in which the complete files are moved
-into place is not tested: it can leave a stage without a manifest.
+No export replaces files of a checkpoint, its model's or another's. A kill in the short time in which the complete files
+are moved into place is not tested: it can leave a stage without a manifest.
 """
 
 from __future__ import annotations

@@ -137,4 +137,4 @@ for tokens in (first, second):
     assert len(tokens) == 2 and all(0 <= token < 151936 for token in tokens)
 assert first != second, first
 """
-    rise_of_peak(code)
+    rise_of_peak(code)  # as a process of its own; its memory is not compared

@@ -65,7 +65,7 @@ def test_stock_input_names_and_order(golden, extension):
     predictor = Stage(f"{model.language}{extension}", "language", "cpu").open()._predictor
     layers = model.config["num_hidden_layers"]
     assert predictor.get_input_names() == STOCK_NAMES + [f"cache_kvs_{i}" for i in range(layers)]
-    assert len(predictor.get_output_names()) == 6
+    assert len(predictor.get_output_names()) == 6  # the stock predictor's five, and the completions
 
 
 def test_declared_contract(golden):
@@ -103,7 +103,7 @@ def test_manifest(golden):
     assert language.weights.bytes == (model.language.with_name("qwen.pdiparams")).stat().st_size
 
 
-def test_different_weights_have_different_fingerprints(golden):
+def test_different_models_have_different_fingerprints(golden):
     assert Checkpoint(golden("a").folder).fingerprint() != Checkpoint(golden("b").folder).fingerprint()
 
 

@@ -1,4 +1,4 @@
-"""Exports of GPTQ and AWQ checkpoints: storage types, and logits of the engine, compared with float32.
+"""Exports of GPTQ and AWQ checkpoints: storage types, and logits of the engine, compared with float32 and the tools'.
 
 Also completions, refused exports, progress, and an export by PaddleNLP's scripts.
 """
@@ -150,7 +150,7 @@ def test_logits_equal_those_of_the_weights_in_float32(exported, monkeypatch, one
 
 def test_storage_types_of_the_export(exported):
     variant, prefix, _ = exported
-    group = variant.group if variant.group in (32, 64) else 128
+    group = variant.group if variant.group in (32, 64) else 128  # the engine's largest group
     order = "_order" if variant.act_order else ""
     manifest = verify(prefix)
     assert manifest.quant_type == f"{variant.method}_int{variant.bits}_g{group}{order}"

@@ -4,9 +4,9 @@ A job is a line of JSON: {"arguments": arguments of `qwenvl`, "folder": its work
 has the result of the child process: "exit_code" (the negative number of a signal if one ended it), "stderr", "seconds",
 "peak_mib" (memory) and "stdout". Modules that are slow to import are imported once, before the first fork.
 
-With a third key, "models", the child reads the listed model folders instead of running `qwenvl`. One child for many
-folders reads ten times as many per second as one child per folder. It prints a line of JSON for each folder, {"error":
-message or "", "seconds": …}; "stdout" in the reply has these lines. Without "models", "stdout" is empty.
+With a third key, "models", the child reads the listed model folders instead of running `qwenvl`: one child for many
+folders reads ten times as many per second as one child per folder. The child prints a line of JSON for each folder,
+{"error": message or "", "seconds": …}; "stdout" in the reply has these lines. Without "models", "stdout" is empty.
 """
 
 from __future__ import annotations

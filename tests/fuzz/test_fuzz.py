@@ -81,9 +81,9 @@ class Runner:
     def suspects(self, target: Target, inputs: list[bytes]) -> list[bytes]:
         """Read several inputs, parts of a model or an adapter, in one process; return those that may have a problem.
 
-        If the process took too much memory, these are all inputs. Otherwise they are those that were slow or had a
-        wrong message, and the first one without a line of output, which ended the process. Slow is a quarter of the
-        limit, because `qwenvl` does more than read an input.
+        If the process took too much memory, these are all inputs. Otherwise they are those that took more than a
+        quarter of MAX_SECONDS (`qwenvl` does more than read an input) or had a wrong message, and the first one without
+        a line of output, which ended the process.
         """
         shutil.rmtree(self._work, ignore_errors=True)
         folders = [self._work / str(i) for i in range(len(inputs))]

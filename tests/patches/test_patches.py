@@ -1,4 +1,4 @@
-"""The command `qwenvl patches` on fake checkouts: apply, revert, check and list."""
+"""The command `qwenvl patches` on fake checkouts: apply, revert, check and list. The form of the shipped patches."""
 
 from __future__ import annotations
 

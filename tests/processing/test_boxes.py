@@ -20,7 +20,7 @@ ref_text = st.text(min_size=1).map(lambda text: text.replace("<", "").strip()).f
 box_part = st.fixed_dictionaries(
     {"box": st.lists(corner_box, min_size=1, max_size=3)}, optional={"ref": ref_text}
 )
-tags = [
+fragments = [
     "<ref>",
     "</ref>",
     "<box>",
@@ -50,7 +50,7 @@ def test_parsing_a_rendered_prompt_returns_its_boxes(parts: list[dict]) -> None:
     assert parse.text == "".join(part.get("ref", "") + " and " for part in parts)
 
 
-@given(st.text() | st.lists(st.sampled_from(tags) | st.text(max_size=3), max_size=20).map("".join))
+@given(st.text() | st.lists(st.sampled_from(fragments) | st.text(max_size=3), max_size=20).map("".join))
 def test_any_text_is_accepted(text: str) -> None:
     parse = parse_boxes(text)
     for box in parse.boxes:
@@ -58,7 +58,7 @@ def test_any_text_is_accepted(text: str) -> None:
         assert len(box.points) == (2 if box.kind == "box" else 4)
     if "<box>" in text and not parse.boxes:
         assert parse.problems
-    if not any(tag in text for tag in tags if tag.startswith("<")):
+    if not any(tag in text for tag in fragments if tag.startswith("<")):
         assert parse.text == text
 
 

@@ -1,4 +1,4 @@
-"""Loading images from every source, the limits and errors, and the preprocessing for the vision tower."""
+"""Loading images from every source, the limits and errors, and the preprocessing for the vision stage."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_an_image_of_one_colour(size: tuple[int, int], image_size: int) -> None:
 @pytest.mark.parametrize(
     "kind", ["path", "str", "bytes", "pil", "data", "data-percent", "file", "file-localhost"]
 )
-def test_every_type_of_source(tmp_path: Path, kind: str) -> None:
+def test_every_type_of_local_source(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "图 a#b?c.png"
     path.write_bytes(encoded())
     data = base64.b64encode(encoded()).decode()

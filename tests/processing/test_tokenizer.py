@@ -19,6 +19,7 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 N_TINY = 456  # tokens of the tiny vocabulary, without special tokens
 
+# Special tokens as text, and parts of them.
 LOOK_ALIKES = [*IMAGE_TAGS, "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|extra_204|>", "<", "|>", "img"]
 any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 tagged_text = st.lists(st.sampled_from(LOOK_ALIKES) | any_text, max_size=8).map("".join)

@@ -236,7 +236,7 @@ def test_report(quantized, model, rows, tmp_path):
         assert error == pytest.approx(expected, rel=2e-3), key
         assert error < nearest
 
-    # For each row, (states, tokens) of the original and of the quantized model.
+    # For each held-out row, (states, tokens) of the original and of the quantized model.
     outputs = [(original(row), changed(row)) for row in held_out]
     for layer in range(2):
         before = np.concatenate([states[layer] for (states, _), _ in outputs])
@@ -268,11 +268,11 @@ def test_resume(quantized, model, rows, tmp_path, monkeypatch, method):
     target, calls = tmp_path / "q4", []
     original = getattr(GptqFolder, method)
 
-    def interrupted(self, index, *arguments):
-        calls.append(index)
-        if method == "finish" or index == 1:
+    def interrupted(self, first, *arguments):
+        calls.append(first)
+        if method == "finish" or first == 1:
             raise KeyboardInterrupt
-        return original(self, index, *arguments)
+        return original(self, first, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(GptqFolder, method, interrupted)
@@ -316,7 +316,7 @@ def test_limit_on_tokens(model, rows, tmp_path, monkeypatch):
 
 
 def test_command(model, rows, tmp_path, monkeypatch, capsys):
-    """The command prints the report's figures; without --data, the first line names the source of the rows."""
+    """The command prints figures of the report; without --data, the first line names the source of the rows."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("paddlemix_qwenvl_plugin.quantization.rows.N_DRAWN", 8)
     arguments = ["quantize", str(model), "q4", "--bits", "4"]

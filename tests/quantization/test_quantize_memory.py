@@ -1,4 +1,4 @@
-"""Memory of `qwenvl quantize`: at most three copies of one layer, the Hessian of the widest matrix, and its inputs."""
+"""Memory of `qwenvl quantize`: at most three copies of a layer and of its widest inputs, and work on their Hessian."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_memory(tmp_path):
     layer = 4 * (4 * HIDDEN**2 + 3 * HIDDEN * MLP)  # weights of a layer in float32
     # While X^T X is damped and factored: at most two matrices [MLP, MLP] of float32 and three of float64 at a time.
     hessian = MLP**2 * (2 * 4 + 3 * 8)
-    # Three copies of the float32 inputs of 2048 tokens (_TOKENS_AT_ONCE in layers.py) and some more.
+    # Three copies of the float32 inputs of seven rows of at most 300 tokens; the eighth row is held out.
     inputs = 3 * 4 * 2100 * MLP
     paddle_memory = 6e7  # bytes, an allowance for what Paddle itself allocates
     assert hessian < rise  # the measurement includes the factorization

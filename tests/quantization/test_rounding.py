@@ -1,4 +1,4 @@
-"""GPTQ's rounding, compared with a plain float64 implementation, brute force, and rounding to nearest."""
+"""GPTQ, coordinate descent, grids and packing, compared with plain implementations and rounding to nearest."""
 
 from __future__ import annotations
 

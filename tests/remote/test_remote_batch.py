@@ -143,7 +143,7 @@ def test_results_equal_those_of_exported_stages(server: FakeServer, batch: Any, 
     )
     code, out, err = batch("--max_new_tokens", "6", "--batch_size", "3")
     assert (code, out) == (1, "out.jsonl: wrote 7 rows\n")
-    assert "2 of 7 rows failed" in err
+    assert "2 of 7 rows failed" in err  # the row 4, and "seven" with `tools`
     rows = read_results()
     Path("out.jsonl").unlink()
     run(Source(Path("in.jsonl"), GenerationOptions(max_new_tokens=6)), Path("out.jsonl"), vl, 3)

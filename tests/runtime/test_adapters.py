@@ -27,7 +27,7 @@ PROMPT = "Where is the red circle? " * 6
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Adapters "one" and "two" of the demo model, its vision stage, language stages "plain", "merged" and "int4"."""
+    """Adapters "one" and "two" of the demo model, and its stages; "merged" is the language stage with "one" merged."""
     folder = tmp_path_factory.mktemp("adapters")
     config = load_config(MODEL)
     for seed, (name, dtype) in enumerate({"one": "float32", "two": "bfloat16"}.items()):
@@ -154,7 +154,7 @@ def test_the_storage_type_of_an_opened_adapter(tmp_path, dtype):
     write_adapter(tmp_path / "a", config, 0, dtype=dtype)
     [adapter] = open_adapters({"a": tmp_path / "a"}, config).values()
     updates = list(low_rank(adapter))
-    assert len(updates) == 5 * config.num_hidden_layers
+    assert len(updates) == 5 * config.num_hidden_layers  # five matrices a layer
     for update in updates:
         assert update.dtype == dtype
         saved = load_file(tmp_path / "a" / "adapter_model.safetensors")

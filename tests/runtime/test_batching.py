@@ -1,4 +1,4 @@
-"""Rows of a batch do not affect each other."""
+"""Rows of a batch do not affect each other; stop tokens, the order of images, and a full context."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def test_equals_separate_calls(vl):
     )
 
 
-def test_every_type_of_image_source_gives_the_same_completion(vl):
+def test_bytes_a_data_url_and_a_pil_image_give_the_same_completion(vl):
     data = STREET.read_bytes()
     url = "data:image/png;base64," + base64.b64encode(data).decode()
     image = Image.open(io.BytesIO(data))

@@ -44,7 +44,8 @@ def test_predictor_tokens(opened):
 def test_step_program_logits(golden, name, extension, monkeypatch):
     """The step program of the portable graph computes the logits of the goldens.
 
-    A chunk of the prompt, then its last seven tokens and the completion one by one. tests/csrc has the engine's test.
+    In chunks: the prompt without its last seven tokens, then these and the completion one by one. The engine's test is
+    tests/csrc/test_golden_engine.py.
     """
     monkeypatch.setenv("QWENVL_ENGINE", "portable")
     model = golden(name)
@@ -79,7 +80,7 @@ def test_step_program_logits(golden, name, extension, monkeypatch):
 
 @pytest.mark.parametrize("mask_axes", [2, 4])
 def test_stock_contract(opened, extension, mask_axes):
-    """The stock predictor's inputs, in its order, give the golden tokens, and the five other stock outputs.
+    """The stock predictor's inputs, in its order, give its five outputs and, as the sixth, the golden tokens.
 
     With an attention mask of 2 axes, as the program declares it, or of 4, as the stock scripts feed it.
     """

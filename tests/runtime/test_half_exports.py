@@ -1,4 +1,4 @@
-"""Half-precision exports on a CPU: their `.cpu` programs, PIR and legacy, and the engine, compared with the goldens."""
+"""Half-precision exports on a CPU, compared with goldens: on the engine, and by their `.cpu` programs in float32."""
 
 from __future__ import annotations
 

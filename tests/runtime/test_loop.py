@@ -145,7 +145,8 @@ def random_request(rng: random.Random, context: int) -> Generation:
     prompt += [rng.randrange(2) for _ in range(rng.randrange(1, 4))]
     room = context - len(prompt)
     options = GenerationOptions(max_new_tokens=rng.randrange(1, min(room, 24) + 1))
-    # The last argument is the rotary class: only requests of the same class share blocks.
+    # The last argument is the rotary class, which stands for a rotary base: only requests of the same class share
+    # blocks.
     return Generation(prompt, images, [STOP], options, generated, rng.randrange(2))
 
 

@@ -1,4 +1,4 @@
-"""Token files of the stock program, parsed by the description of the format."""
+"""Files of generated tokens for upstream's reader, one per step, parsed by the description of their format."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from paddlemix_qwenvl_plugin.runtime.loop import Loop
 
 pytestmark = needs_compiler
 
+# (dtype, quant_type) of an export.
 STORAGE = [
     ("float32", None),
     ("bfloat16", None),
@@ -116,7 +117,7 @@ def test_after_a_preemption(opened, monkeypatch, dtype, quant_type):
     n_blocks = context // 32
     executor = EngineExecutor(*vl._stages, n_blocks=n_blocks)
     monkeypatch.setattr(vl, "_loop", Loop(executor))
-    # Leave 8 blocks for the requests, so that they preempt each other.
+    # Leave 8 blocks for the requests.
     held = [vl._loop._scheduler.pool.allocate() for _ in range(n_blocks - 8)]
     preempted = []  # number of generated tokens at each preemption
     preempt = vl._loop._scheduler._preempt
@@ -149,13 +150,13 @@ def test_after_an_interrupted_step(opened, monkeypatch):
         return picked
 
     monkeypatch.setattr(executor, "start", interrupted)
-    n_tokens = []
+    lengths = []  # number of tokens at each interruption
     while not stream.done:
         try:
             vl._loop.step()
         except KeyboardInterrupt:
-            n_tokens.append(len(stream._generation.tokens))
-    assert len(n_tokens) > 2
+            lengths.append(len(stream._generation.tokens))
+    assert len(lengths) > 2
     assert stream._generation.tokens == expected
 
 

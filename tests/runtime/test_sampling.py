@@ -1,4 +1,4 @@
-"""The samplers of the host and of the graph, compared with brute force and with each other."""
+"""The samplers of the host and of the portable graph, compared with brute force and with each other."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_seeds():
     ("min_new", "penalties"),  # repetition, frequency and presence penalty
     [(0, (1.0, 0.0, 0.0)), (9, (1.0, 0.0, 0.0)), (5, (1.7, 0.0, 0.0)), (0, (1.2, 0.6, 0.9))],
 )
-def test_stock_graph_and_predictor_agree(tiny_exported, engine, min_new, penalties):
+def test_stock_program_and_predictor_agree(tiny_exported, engine, min_new, penalties):
     """The stock program and QwenVL generate the same tokens.
 
     With penalties, a minimum number of new tokens, stop tokens and prompts of unequal lengths.

@@ -172,9 +172,10 @@ def from_history(vl, history, query, n_tokens):
 
 
 def test_chat_computes_only_new_tokens(vl, recording):
-    """A turn encodes no image again. On the engine, it computes only tokens after the blocks of the previous turn.
+    """A turn encodes no image of an earlier turn again.
 
-    These are the full blocks of tokens that its prompt has in common with the prompt and answer of that turn.
+    On the engine, it computes only the tokens after the full blocks that its prompt has in common with the prompt and
+    the answer of the previous turn.
     """
     chat = vl.chat()
     first = chat.ask(IMAGE_QUERY, max_new_tokens=4).finish()

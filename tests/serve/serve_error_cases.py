@@ -55,7 +55,7 @@ class Engine:
         submit_error: exception of `submit`, if any.
         error: exception of a stream after its tokens, if any.
         hangs: whether a stream without an error waits after its tokens until it is cancelled.
-        finish_reason: finish reason of a stream without an error.
+        finish_reason: finish reason of a stream that neither fails nor hangs.
     """
 
     def __init__(self) -> None:

@@ -90,7 +90,7 @@ def main() -> None:
             folder.mkdir()
             model.peft_config["default"].save_pretrained(folder)
             torch.save(peft.get_peft_model_state_dict(model), folder / "adapter_model.bin")
-        (folder / "README.md").unlink(missing_ok=True)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card
         merged = {name: value.numpy() for name, value in model.merge_and_unload().state_dict().items()}
         base = weights()
         samples = {}

@@ -15,7 +15,7 @@ from serve_page_server import PageServer
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
+    for item in items:  # of the whole test run, not only of this folder
         if Path(__file__).parent in item.path.parents:
             item.add_marker(needs_chromium)
 

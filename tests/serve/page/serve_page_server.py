@@ -1,4 +1,4 @@
-"""Mock server for the chat page: serves its files with the real server's restrictions, and scripted answers."""
+"""Mock server for the chat page: serves the page's files with a content security policy, and scripted answers."""
 
 from __future__ import annotations
 

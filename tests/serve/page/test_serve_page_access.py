@@ -97,7 +97,7 @@ def test_axe_finds_nothing_serious(
     assert findings(page) == []
 
 
-# Long words without spaces, and boxes that touch or lie at the edges of the image.
+# Long words without spaces, and boxes at the edges of the image.
 LONG_ANSWER = (
     "x" * 300 + " <ref>" + "一" * 200 + "</ref><box>(0,0),(1000,1000)</box><box>(990,990),(1000,1000)</box>"
 )
