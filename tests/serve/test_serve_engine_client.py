@@ -141,7 +141,7 @@ def test_missing_or_damaged_model(stages, tmp_path):
 
 
 def test_process_that_exits_at_its_start(stages):
-    """Python itself does not start, so that the process sends no error message; a missing library has this effect."""
+    """Python itself does not start, as if a library were missing, and the process sends no error message."""
     broken = dataclasses.replace(model_settings(stages), environment={"PYTHONHOME": "/nothing"})
     with pytest.raises(QwenVLError, match="ended with exit code 1"):
         asyncio.run(ProcessEngineClient(broken).start())

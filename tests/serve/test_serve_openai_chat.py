@@ -262,7 +262,7 @@ def test_any_model_output(server, monkeypatch, text):
 
 def test_output_that_is_not_utf8(server, monkeypatch):
     tokenizer = server.service.tokenizer
-    invalid_utf8 = [0xE7, 0x8B, 0x61, 0xE7]  # the token id of a byte is its value
+    invalid_utf8 = [0xE7, 0x8B, 0x61, 0xE7]  # in the demo vocabulary, the token id of a byte is its value
     script_completion(server.engine.vl, monkeypatch, [*invalid_utf8, tokenizer.im_end_id])
     expected = tokenizer.decode(invalid_utf8)
     assert chat(server, question("?")).choices[0].message.content == expected

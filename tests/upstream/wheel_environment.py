@@ -83,7 +83,7 @@ class WheelEnvironment:
 
 
 def make(version: str, folder: Path) -> WheelEnvironment:
-    """Create the environment of a wheel in `folder`; its path.pth lists cached packages and this checkout."""
+    """Create the environment of a wheel in `folder`; its path.pth lists the folders of all packages."""
     dependencies = _dependencies()
     wheel = cached(
         f"paddlenlp-{version}",
