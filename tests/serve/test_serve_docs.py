@@ -1,4 +1,4 @@
-"""docs/serving.md lists all settings, metrics and parameters; its examples and README.md's give the printed output."""
+"""docs/serving.md has all settings, metrics and parameters; its examples and README.md's curl command print as shown."""
 
 from __future__ import annotations
 
