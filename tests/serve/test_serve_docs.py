@@ -1,4 +1,4 @@
-"""docs/serving.md has all settings, metrics and parameters; its examples and README.md's curl command print as shown."""
+"""docs/serving.md has all settings, metrics and parameters; its examples and README.md's curl command work."""
 
 from __future__ import annotations
 

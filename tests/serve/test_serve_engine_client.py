@@ -148,7 +148,7 @@ def test_process_that_exits_at_its_start(stages):
 
 
 def test_process_ignores_sigint_and_stop_does_not_wait_for_a_reply(stages, monkeypatch):
-    """Ctrl-C is sent to all processes of a terminal: the front decides when the engine process ends.
+    """SIGINT does not end the engine process: at Ctrl-C the front decides when it ends.
 
     `stop` kills a process that does not react, as during a long step; here it is suspended.
     """
