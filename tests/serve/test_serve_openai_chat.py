@@ -316,7 +316,7 @@ def test_concurrent_answers_equal_those_without_a_server(server, local_model):
 
 
 def test_unsupported_parameters_with_a_neutral_value(server):
-    """Unsupported parameters are accepted if they have no effect, like `user`, or have their default value."""
+    """Ignored parameters, like `user`, are accepted, and unsupported ones with a value that has no effect."""
     neutral = {
         "user": "me",
         "metadata": {"a": "b"},
