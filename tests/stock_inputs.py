@@ -29,7 +29,7 @@ def stock_feed(
     Args:
         lengths: length of each prompt in tokens; default: the width of `input_ids`.
         penalties: repetition, frequency and presence penalty.
-        mask_axes: 4 for a causal attention mask, as the stock scripts feed it; 2 for the declared shape.
+        mask_axes: 4 for a causal attention mask, as the stock scripts feed it; 2 as the program declares it.
         max_len: number of positions in the caches.
     """
     rows, width = input_ids.shape

@@ -66,7 +66,7 @@ def _pickled(weights: dict[str, np.ndarray], dtype: str, *view: Any) -> tuple[by
 
 
 def write_bin(path: Path, weights: dict[str, np.ndarray], dtype: str) -> None:
-    """Write the form of PyTorch 1.6 and newer."""
+    """Write weights in the format of PyTorch 1.6 and newer, a zip archive."""
     table, storages = _pickled(weights, dtype)
     with zipfile.ZipFile(path, "w") as file:
         file.writestr(f"{path.stem}/data.pkl", table)
@@ -77,7 +77,7 @@ def write_bin(path: Path, weights: dict[str, np.ndarray], dtype: str) -> None:
 
 
 def write_legacy(path: Path, weights: dict[str, np.ndarray], dtype: str) -> None:
-    """Write the form before PyTorch 1.6."""
+    """Write weights in the format before PyTorch 1.6: pickles, then the storages."""
     table, storages = _pickled(weights, dtype, None)
     system_info = {
         "protocol_version": 1001,

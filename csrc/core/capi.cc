@@ -24,6 +24,7 @@ void require_pointer(const void* pointer, const char* name) {
 
 void check_packing(qvl_dtype dtype, int64_t out, int64_t in, const void* values, const void* packed,
                    uint64_t bytes) {
+  // QVL_INT32 is the type of column orders, which are not packed.
   const uint64_t needed = dtype == QVL_INT32 ? 0 : packed_bytes(dtype, out, in);
   QVL_REQUIRE(needed != 0, QVL_INVALID, "a [%lld, %lld] matrix of dtype %d cannot be stored",
               static_cast<long long>(out), static_cast<long long>(in), dtype);

@@ -1,5 +1,5 @@
-// Handles of the C interface, except qvl_adapter (core/backend.h), and the functions with which core/capi.cc
-// and core/generate.cc run steps and create adapters and pools.
+// Handles of the C interface, except qvl_adapter (core/backend.h); the functions with which core/capi.cc and
+// core/generate.cc run steps and create adapters and pools; generate().
 #pragma once
 
 #include <memory>

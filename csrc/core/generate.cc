@@ -269,7 +269,7 @@ class Generation {
     sample_call.n = batch.n_sequences;
     sample_call.sampling = sampling_.data();
     sample_call.counts = step_counts_.data();
-    sample_call.tokens = ids;
+    sample_call.tokens = ids;  // replaces the ids of this step: start_ahead() uses the sampled tokens as ids
     step(engine_, *pool_, batch, nullptr, sample_call, call_.stream);
     backend_.copy_async(pending.tokens.data(), ids, active_.size() * sizeof(int32_t), call_.stream);
     pending.done_event->record(call_.stream);

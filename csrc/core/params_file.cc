@@ -2,7 +2,8 @@
 //   file:     records, one for each tensor
 //   record:   uint32 0, uint64 0, uint32 0, int32 length of the message, message, data
 //   message:  Paddle's TensorDesc in Protobuf's encoding, with the field as its last part:
-//             0x08, code of the data type; for each dimension 0x10, length; 0x7A, length of the field, field
+//             tag 0x08, code of the data type; for each dimension tag 0x10, length; tag 0x7A, length of the
+//             field, field
 //   field:    "qvl1", uint8 qvl_dtype, uint8 n_dims, uint16 length of the name, n_dims x int64, name,
 //             padding with zeros
 // All numbers are little-endian; those of the message outside the field are varints. The padding aligns the

@@ -29,7 +29,7 @@ void rotary_frequencies(const qvl_config& config, int prompt_len, float* frequen
 
 void rotary_row(const qvl_config& config, const float* frequencies, int position, float* cos, float* sin) {
   for (int i = 0; i < config.head_dim / 2; ++i) {
-    // The official code rounds the angle to float32 before it takes the cosine.
+    // Qwen's code rounds the angle to float32 before it takes the cosine.
     const float angle = static_cast<float>(position) * frequencies[i];
     cos[i] = static_cast<float>(std::cos(static_cast<double>(angle)));
     sin[i] = static_cast<float>(std::sin(static_cast<double>(angle)));

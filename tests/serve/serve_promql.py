@@ -34,7 +34,7 @@ def series(query: str) -> list[Series]:
     """The metrics of a query.
 
     Raises:
-        ValueError: the query is not well-formed.
+        ValueError: the query is not in this subset of PromQL.
     """
     parser = _Parser(query)
     parser.expression()

@@ -209,7 +209,7 @@ def test_retry_after_grows_with_the_queue(monkeypatch: pytest.MonkeyPatch) -> No
 
     async def retry_after(n_waiting: int) -> int:
         queue = SlotQueue(2, n_waiting, LONG)
-        for _ in range(100):  # requests of ten seconds, from which the queue estimates their duration
+        for _ in range(100):  # requests of ten seconds, so that the queue estimates this duration
             async with queue.slots(1, None):
                 now[0] += 10
         error = await refusal_of_full_queue(queue, 2 + n_waiting)

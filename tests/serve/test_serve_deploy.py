@@ -60,7 +60,7 @@ def test_wheel_does_not_contain_deploy() -> None:
 
 
 def unit() -> list[tuple[str, str, str]]:
-    """(section, key, value) of each line of the unit."""
+    """(section, key, value) of each setting of the unit."""
     settings, section = [], ""
     for line in UNIT.read_text("utf-8").splitlines():
         if line.startswith("["):
@@ -79,7 +79,7 @@ def values(key: str) -> list[str]:
 def test_systemd_accepts_the_units(tmp_path: Path) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("no systemd-analyze: apt-get install systemd")
-    program = values("ExecStart")[0].split()[0]
+    program = values("ExecStart")[0].split()[0]  # replaced, since systemd-analyze requires that it exists
     copies = [tmp_path / path.name for path in (UNIT, UNIT.with_suffix(".socket"))]
     for copy in copies:
         copy.write_text(UNIT.with_name(copy.name).read_text("utf-8").replace(program, "/bin/true"), "utf-8")

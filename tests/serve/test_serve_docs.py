@@ -1,4 +1,7 @@
-"""docs/serving.md lists all settings, metrics and parameters; its examples and README.md's give the printed output."""
+"""docs/serving.md lists all settings, metrics and parameters, and its examples print what it shows.
+
+README.md's curl command is tested, too.
+"""
 
 from __future__ import annotations
 

@@ -141,14 +141,14 @@ def test_missing_or_damaged_model(stages, tmp_path):
 
 
 def test_process_that_exits_at_its_start(stages):
-    """Python itself does not start, so that the process sends no error message; a missing library has this effect."""
+    """Python itself does not start, as if a library were missing, and the process sends no error message."""
     broken = dataclasses.replace(model_settings(stages), environment={"PYTHONHOME": "/nothing"})
     with pytest.raises(QwenVLError, match="ended with exit code 1"):
         asyncio.run(ProcessEngineClient(broken).start())
 
 
 def test_process_ignores_sigint_and_stop_does_not_wait_for_a_reply(stages, monkeypatch):
-    """Ctrl-C is sent to all processes of a terminal: the front decides when the engine process ends.
+    """SIGINT does not end the engine process: at Ctrl-C the front decides when it ends.
 
     `stop` kills a process that does not react, as during a long step; here it is suspended.
     """

@@ -39,7 +39,7 @@ class Clock:
 
 
 class TimedLoop:
-    """Test double of the loop: each call of `step` takes the next of the given durations, 0 without requests."""
+    """Test double of the loop: each call of `step` takes the next of `seconds`; 0: it finds no requests."""
 
     def __init__(self, clock: Clock, seconds: list[float]) -> None:
         self._clock, self._seconds = clock, iter(seconds)

@@ -28,7 +28,10 @@ def vl(local_model: QwenVL) -> QwenVL:
 
 
 class LogitsRecorder(EngineExecutor):
-    """Executor that records logits: `logits` maps a generation to one float32 [vocab_size] per generated token."""
+    """Executor that records logits: `logits` maps a generation to one float32 [vocab_size] per generated token.
+
+    For a CPU only: there, a step has been computed when the base class's `start` returns, even with `ahead`.
+    """
 
     def __init__(self, vl: QwenVL, n_blocks: Optional[int] = None, ahead: bool = False) -> None:
         super().__init__(*vl._stages, n_blocks=n_blocks, ahead=ahead)

@@ -430,7 +430,7 @@ asyncio.run(main())
 
 
 def test_workers_exit_when_the_front_is_killed() -> None:
-    """One worker waits for input and reads its end; the other is suspended and cannot read."""
+    """One of the two workers is suspended, and cannot read the end of its input."""
     with subprocess.Popen(
         [sys.executable, "-c", FRONT], cwd=REPO, stdout=subprocess.PIPE, text=True
     ) as front:

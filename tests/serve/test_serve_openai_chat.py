@@ -262,7 +262,7 @@ def test_any_model_output(server, monkeypatch, text):
 
 def test_output_that_is_not_utf8(server, monkeypatch):
     tokenizer = server.service.tokenizer
-    invalid_utf8 = [0xE7, 0x8B, 0x61, 0xE7]  # the token id of a byte is its value
+    invalid_utf8 = [0xE7, 0x8B, 0x61, 0xE7]  # in the demo vocabulary, the token id of a byte is its value
     script_completion(server.engine.vl, monkeypatch, [*invalid_utf8, tokenizer.im_end_id])
     expected = tokenizer.decode(invalid_utf8)
     assert chat(server, question("?")).choices[0].message.content == expected
@@ -316,7 +316,7 @@ def test_concurrent_answers_equal_those_without_a_server(server, local_model):
 
 
 def test_unsupported_parameters_with_a_neutral_value(server):
-    """Unsupported parameters are accepted if they have no effect, like `user`, or have their default value."""
+    """Ignored parameters, like `user`, are accepted, and unsupported ones with a value that has no effect."""
     neutral = {
         "user": "me",
         "metadata": {"a": "b"},

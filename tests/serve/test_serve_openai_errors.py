@@ -298,7 +298,7 @@ def test_invalid_tokenize_request(server, changes, param, code, message):
         (b"\xff\xfe", JSON_TYPE, 400, "invalid_json"),
         (b"[" * 100_000, JSON_TYPE, 400, "invalid_json"),
         (b'{"model": ' + b"9" * 5000 + b"}", JSON_TYPE, 400, "invalid_json"),
-        # Not an object.
+        # Empty, or not an object.
         (b"", JSON_TYPE, 400, "missing_required_parameter"),
         (b"[]", JSON_TYPE, 400, "invalid_type"),
         (b"3", JSON_TYPE, 400, "invalid_type"),
@@ -336,7 +336,8 @@ def test_lone_surrogate_in_a_message_is_valid(server):
 def test_number_of_validation_errors_is_limited():
     """Pydantic reports one error per invalid value; a body of some megabytes must not cause gigabytes of errors.
 
-    The invalid values are items of a list, unknown parameters, or keys of `metadata`, which may have 16.
+    The bodies have thousands of invalid items or unknown parameters, or too many keys of `metadata` (16 are allowed) or
+    tokens of a prompt (65,536 are allowed).
     """
     unknown_parameters = dict.fromkeys(map(str, range(10_000)), 1)
     valid_body = {"model": NAME, "messages": question("?")}

@@ -48,7 +48,7 @@ class Anything:
 
 
 class StandIn(ModuleType):
-    """Module in which every public name is a class."""
+    """Module in which every name is a class, except names that begin with `__`."""
 
     __path__: Sequence[str] = ()
 

@@ -1,4 +1,4 @@
-"""Model folders of golden model a, as PaddleNLP reads them."""
+"""Model folders of golden model a (tests/golden/README.md), as PaddleNLP reads them."""
 
 from __future__ import annotations
 

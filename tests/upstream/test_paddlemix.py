@@ -192,7 +192,7 @@ def test_upstream_runs_other_scripts_and_other_models(golden, tmp_path):
     ]
     assert (tmp_path / "vision" / "vision.pdiparams").is_file()
     assert not (tmp_path / "vision" / "vision.manifest.json").exists()
-    # A model without a vision tower.
+    # A model without an image encoder.
     other = tmp_path / "language-model"
     other.mkdir()
     config = {**golden("a").config}

@@ -1,4 +1,7 @@
-"""PaddleNLP's wheels, each in a separate environment, used by drive_*.py as PaddleNLP's scripts use them."""
+"""PaddleNLP's wheels, each in a separate environment, used by drive_*.py as PaddleNLP's scripts use them.
+
+pins.yaml lists the wheels and their generations.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,9 @@ from wheel_environment import WheelEnvironment, cached
 from paddlemix_qwenvl_plugin.upstream import pins
 
 HERE = Path(__file__).parent
-# dtype of the export for each naming scheme. float16 as in the deployment guide; rounding to bfloat16 would change
-# tokens.
-DTYPES = dict(zip(SCHEMES, ("float16", "float32", "float16")))
+# Naming scheme -> dtype of the export: float16 as in PaddleMIX's deployment guide, and float32. Not bfloat16, whose
+# rounding would change tokens.
+DTYPES = {"paddlemix": "float16", "static": "float32", "huggingface": "float16"}
 MODEL_CLASS = "paddlenlp.experimental.transformers.qwen.modeling.QWenForQWenVLInferenceModel"
 
 
@@ -57,7 +60,7 @@ def test_exported_graph_gives_golden_tokens(exported: Path, stock: StockModels, 
 def test_dynamic_predictor(
     wheel: Callable[[str], WheelEnvironment], stock: StockModels, tmp_path: Path
 ) -> None:
-    """Only of 3.0.0b4: the wheel of generation 1 has no predictor; test_paddlenlp.py runs that of a checkout."""
+    """Only of 3.0.0b4, which contains the predictor's functions; test_paddlenlp.py runs the predictor of a checkout."""
     texts = ["a b c", "the"]
     completed = wheel("3.0.0b4").run(
         HERE / "drive_predict_2.py", stock.folders["static"], 12, *texts, cwd=tmp_path

@@ -83,7 +83,7 @@ class WheelEnvironment:
 
 
 def make(version: str, folder: Path) -> WheelEnvironment:
-    """Create the environment of a wheel in `folder`; its path.pth lists cached packages and this checkout."""
+    """Create the environment of a wheel in `folder`; its path.pth lists the folders of all packages."""
     dependencies = _dependencies()
     wheel = cached(
         f"paddlenlp-{version}",
@@ -104,7 +104,7 @@ def make(version: str, folder: Path) -> WheelEnvironment:
 
 
 def cached(name: str, build: Callable[[Path], None]) -> Path:
-    """Return a folder of the cache; if it is missing, `build` fills a temporary folder, which is then renamed."""
+    """Return a folder of the cache; if it is missing, `build` creates it under a temporary name."""
     configured = os.environ.get("QWENVL_TEST_ENVS")
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     root = Path(configured) if configured else user_cache / "paddlemix-qwenvl-plugin" / "test-envs"

@@ -1,4 +1,4 @@
-"""Script that saves an encoder with another input shape and runs it, which needs upstream's model."""
+"""Script that saves an encoder and also runs it, for which upstream's model is needed."""
 
 from __future__ import annotations
 
