@@ -31,11 +31,11 @@ struct GroupWeights {
   __device__ static int step_bytes(int rows) { return rows / kTileRows * kTileBytes; }
   __device__ static int scale_bytes(int rows) { return rows / kTileRows * kTileScales; }
 
-  // Scales and zero points of the group that begins at value k of a step.
-  __device__ static uint2 load_words(const Step& step, int tile, int k) {
+  // Address of the scales of the group that begins at value k of a step; its zero points are 4 bytes further.
+  __device__ static uint32 scales_at(const Step& step, int tile, int k) {
     constexpr int kValues = kSpan<bits>;
     const int at = (k / kValues * 8 + step.lane / 4) * (kValues / group) + k % kValues / group;
-    return load_shared8(step.scales + tile * kTileScales + 8 * at);
+    return step.scales + tile * kTileScales + 8 * at;
   }
 
   // Convert the quarter that begins at value k of a step to the left operands of two products; w: the lane's
@@ -67,17 +67,17 @@ struct GroupWeights {
     constexpr int kConverted = group < 64 ? group : 64;  // values converted at a time
     constexpr int kLoaded = bits == 4 ? 64 : 32;         // of a row, in one load of 16 bytes per lane
     float parts[kBuffers][N / 2];
-    uint2 words[kBuffers] = {};
+    uint32 scales[kBuffers] = {};
     uint4 w = make_uint4(0, 0, 0, 0);
     const auto fold = [&](int i) {
-      fold_group(sums[i / kTileGroups], parts[i % kBuffers], low_float16_to_float(words[i % kBuffers].x),
-                 high_float16_to_float(words[i % kBuffers].x));
+      fold_group(sums[i / kTileGroups], parts[i % kBuffers], low_float16_to_float(scales[i % kBuffers]),
+                 high_float16_to_float(scales[i % kBuffers]));
     };
 #pragma unroll
     for (int i = 0; i < kSubtiles * kTileGroups; ++i) {
       const int tile = i / kTileGroups * 4 + step.tile, begin = i % kTileGroups * group;
       const bool valid = kTileRows * tile < step.rows;
-      const uint2 group_words = valid ? load_words(step, tile, begin) : make_uint2(0, 0);
+      const uint32 zeros = valid ? load_shared4(scales_at(step, tile, begin) + 4) : 0;
 #pragma unroll
       for (int k = begin; k < begin + group; k += kConverted) {
         uint32 a[kConverted / 16][4] = {};
@@ -87,7 +87,7 @@ struct GroupWeights {
             if (quarter % kLoaded == 0)
               w = load_shared16(step.weights + tile * kTileBytes + 512 * (quarter / kLoaded) +
                                 16 * step.lane);
-            convert(a + (quarter - k) / 16, w, quarter, group_words.y);
+            convert(a + (quarter - k) / 16, w, quarter, zeros);
           }
         }
         wgmma_fence();
@@ -98,7 +98,7 @@ struct GroupWeights {
         }
       }
       wgmma_commit();
-      words[i % kBuffers] = group_words;
+      scales[i % kBuffers] = valid ? load_shared4(scales_at(step, tile, begin)) : 0;
       if (i + 1 < kBuffers) continue;
       wgmma_wait<kBuffers - 1>();
       fold(i + 1 - kBuffers);
