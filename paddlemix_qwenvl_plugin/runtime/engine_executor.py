@@ -1,4 +1,4 @@
-"""Executor on the engine: one call computes a packed batch of prompts, chunks of prompts and decode steps."""
+"""Executor on the engine: one call computes a batch of prompts, chunks of prompts and decode steps."""
 
 from __future__ import annotations
 
