@@ -171,14 +171,14 @@ def _export(
     stage: _Stage,
 ) -> Manifest:
     check_dtype(dtype)
-    # (suffix, compute dtype, programs); CPU programs compute in float32: Paddle has no half-precision kernels for CPUs.
+    # (suffix, compute type, programs); CPU programs compute in float32: Paddle has no half-precision kernels for CPUs.
     targets = [("", dtype, stage.portable)] if quant_type is None else []
     if quant_type is None and dtype != "float32":
         targets.append((".cpu", "float32", stage.portable))
     if engine_available(engine, operators=True):
         targets.append((".fused", dtype, stage.engine))
     weights = stage_weights(checkpoint.config, stage.name, dtype, quant_type)
-    # (file name, form, compute dtype, program)
+    # (file name, form, compute type, program)
     program_files = [
         (prefix.name + program.suffix + target + extension, form, compute_dtype, program)
         for target, compute_dtype, programs in targets

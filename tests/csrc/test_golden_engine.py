@@ -1,4 +1,4 @@
-"""The engine, compared with upstream's figures (tests/golden); storage types and compute dtypes with float32."""
+"""The engine, compared with upstream's figures (tests/golden); storage types and compute types with float32."""
 
 from __future__ import annotations
 
