@@ -1,4 +1,4 @@
-// qvl_generate: one step computes all prompts as a packed batch, then decode steps compute one token per
+// qvl_generate: one step computes all prompts as one batch, then decode steps compute one token per
 // request until all requests have finished.
 //
 // On an asynchronous device step n + 1 is enqueued before the host has read the tokens of step n, unless a

@@ -1,4 +1,4 @@
-// Division of a packed batch into passes over the layers, by the same rules on every device, and the check of
+// Division of a batch into passes over the layers, by the same rules on every device, and the check of
 // token ids in host memory.
 #pragma once
 

@@ -12,7 +12,7 @@ enum Mask {
   kDecode    // as kCausal, but each query is computed separately, in the summation order of a decode step
 };
 
-// Work item: queries [first, first + n) of a packed batch, all of the same sequence or image.
+// Work item: queries [first, first + n) of a batch, all of the same sequence or image.
 struct Queries {
   int64_t first;
   int n;

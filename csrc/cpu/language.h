@@ -1,4 +1,4 @@
-// The language model on the CPU: packed tokens -> logits, with keys and values written to the pool.
+// The language model on the CPU: tokens -> logits, with keys and values written to the pool.
 #pragma once
 
 #include <vector>

@@ -153,7 +153,7 @@ def _validated(model: type[Model], data: dict[str, Any], path: Path) -> Model:
 def _refuse_variants(path: Path, data: dict[str, Any], keys: tuple[str, ...]) -> None:
     for key in keys:
         if data.get(key):
-            raise QwenVLError(f"{path}: {key} is set; only plain LoRA can be merged, not its variants")
+            raise QwenVLError(f"{path}: {key} is set; only plain LoRA is supported, not its variants")
 
 
 def _literal_names(pattern: Optional[dict[str, Value]], path: Path, key: str) -> dict[str, Value]:

@@ -155,8 +155,8 @@ class Checkpoint:
     def _refuse_quantized(self, names: Iterable[str]) -> None:
         if self.quantized is not None and not self._entries.keys() >= set(names):
             raise UsageError(
-                f"{self.folder}: its weights are quantized ({self.quantized.quant_type}); only export-language reads "
-                "them"
+                f"{self.folder}: its weights are quantized ({self.quantized.quant_type}); only export-language "
+                "and convert read them"
             )
 
     def _allow_position_table(self) -> None:

@@ -8,7 +8,7 @@ import typer
 
 
 def verify(
-    prefix: Path = typer.Argument(..., help="Prefix of an exported stage, as given to --save_path."),
+    prefix: Path = typer.Argument(..., help="Prefix of an exported stage, without the file suffixes."),
 ) -> None:
     """Compare every file of an exported stage with its manifest, and check that all weights are finite."""
     from paddlemix_qwenvl_plugin.artifact.verify import verify as verify_stage

@@ -9,9 +9,9 @@ from PIL import Image
 
 from paddlemix_qwenvl_plugin.demo.world.draw import draw
 from paddlemix_qwenvl_plugin.demo.world.sample import Sample, Turn
-from paddlemix_qwenvl_plugin.evaluation.overlap import IOU, Corners, iou
+from paddlemix_qwenvl_plugin.evaluation.overlap import IOU, bounds, iou
 from paddlemix_qwenvl_plugin.evaluation.rates import Rate
-from paddlemix_qwenvl_plugin.processing.boxes import Box, BoxParse, parse_boxes
+from paddlemix_qwenvl_plugin.processing.boxes import BoxParse, parse_boxes
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 from paddlemix_qwenvl_plugin.runtime.request import Request
@@ -64,7 +64,8 @@ def mark(sample: Sample, answer: str) -> Mark:
     turn = sample.turns[0]
     expected, actual = _parsed(turn, turn.answer), _parsed(turn, answer)
     boxes_right = sum(
-        a.ref == b.ref and iou(_corners(a), _corners(b)) >= IOU for a, b in zip(expected.boxes, actual.boxes)
+        a.ref == b.ref and iou(bounds(a.points), bounds(b.points)) >= IOU
+        for a, b in zip(expected.boxes, actual.boxes)
     )
     words_right = expected.text == actual.text
     return Mark(turn.task, words_right, boxes_right, len(expected.boxes), reading=bool(turn.text))
@@ -96,10 +97,6 @@ def score(marks: Sequence[Mark]) -> dict[str, Rate]:
 def _parsed(turn: Turn, answer: str) -> BoxParse:
     # A base-model prompt may end with an open tag that the completion continues.
     return parse_boxes(_OPEN_BOX + answer if turn.question.endswith(_OPEN_BOX) else answer)
-
-
-def _corners(box: Box) -> Corners:
-    return (*box.points[0], *box.points[-1])
 
 
 def _words(marks: Sequence[Mark]) -> Rate:

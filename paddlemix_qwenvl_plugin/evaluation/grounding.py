@@ -7,7 +7,7 @@ from typing import Optional
 from pydantic import AliasChoices, Field, FiniteFloat, PositiveInt, model_validator
 
 from paddlemix_qwenvl_plugin.evaluation.ask import Question
-from paddlemix_qwenvl_plugin.evaluation.overlap import Corners, iou
+from paddlemix_qwenvl_plugin.evaluation.overlap import bounds, iou
 from paddlemix_qwenvl_plugin.evaluation.rows import Id, Row
 from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
@@ -60,12 +60,10 @@ class GroundingRow(Row):
 
 
 def overlap(row: GroundingRow, answer: str) -> float:
-    """Intersection over union of the answer's first box with the reference; 0 without a box."""
+    """Intersection over union of the reference with the bounds of the answer's first box or quad; 0 without one."""
     # The prompt ends with the tag of the answer's first box. If the answer repeats the tag, the extra tag is harmless.
     boxes = parse_boxes(f"<box>{answer}").boxes
     if not boxes:
         return 0.0
-    (left, top), (right, bottom) = boxes[0].points[0], boxes[0].points[-1]
     x_scale, y_scale = row.width / _SCALE, row.height / _SCALE
-    corners: Corners = (left * x_scale, top * y_scale, right * x_scale, bottom * y_scale)
-    return iou(corners, row.bbox)
+    return iou(bounds((x * x_scale, y * y_scale) for x, y in boxes[0].points), row.bbox)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 Corners = tuple[float, float, float, float]
 """Left, top, right, bottom, in any unit."""
 
 IOU = 0.5
 """Minimum intersection over union of a correct box."""
+
+
+def bounds(points: Iterable[tuple[float, float]]) -> Corners:
+    """The smallest box around the points, which are the corners of a box or a quad."""
+    xs, ys = zip(*points)
+    return min(xs), min(ys), max(xs), max(ys)
 
 
 def iou(a: Corners, b: Corners) -> float:

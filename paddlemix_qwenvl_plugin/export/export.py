@@ -171,14 +171,14 @@ def _export(
     stage: _Stage,
 ) -> Manifest:
     check_dtype(dtype)
-    # (suffix, compute dtype, programs); CPU programs compute in float32: Paddle has no half-precision kernels for CPUs.
+    # (suffix, compute type, programs); CPU programs compute in float32: Paddle has no half-precision kernels for CPUs.
     targets = [("", dtype, stage.portable)] if quant_type is None else []
     if quant_type is None and dtype != "float32":
         targets.append((".cpu", "float32", stage.portable))
     if engine_available(engine, operators=True):
         targets.append((".fused", dtype, stage.engine))
     weights = stage_weights(checkpoint.config, stage.name, dtype, quant_type)
-    # (file name, form, compute dtype, program)
+    # (file name, form, compute type, program)
     program_files = [
         (prefix.name + program.suffix + target + extension, form, compute_dtype, program)
         for target, compute_dtype, programs in targets
@@ -238,17 +238,20 @@ def _export(
 
 
 def _check_names(model: Path, prefix: Path, names: list[str], companions: tuple[str, ...]) -> None:
-    """Refuse a prefix whose export would overwrite a model: this model's files, or another model's companion files.
+    """Refuse a prefix whose export would overwrite a file that no export wrote.
 
     Raises:
-        UsageError: the export would overwrite such a file; files of an earlier export with this prefix may be
-            overwritten.
+        UsageError: the export would overwrite such a file; files of an earlier export with this prefix, and companion
+            files beside an export, may be overwritten.
     """
     in_model_folder = model.resolve() == prefix.parent.resolve()
     exported_before = manifest_path(prefix).is_file()
     for name in names:
-        if name in COMPANIONS or (in_model_folder and not exported_before and (model / name).exists()):
+        exists = not exported_before and prefix.with_name(name).exists()
+        if name in COMPANIONS or (in_model_folder and exists):
             raise UsageError(f"{prefix}: an export would overwrite the model's {name}; name another prefix")
+        if exists:
+            raise UsageError(f"{prefix.with_name(name)}: exists, and no export wrote it; name another prefix")
     if any(prefix.parent.glob(manifest_path(Path("*")).name)):  # an earlier export wrote the companion files
         return
     for name in companions:

@@ -25,7 +25,7 @@ _UNREAD = ("attention_mask", "position_ids", "tgt_ids", "tgt_generation_mask", "
 class EngineStage(nn.Layer):
     """Parameters of a stage, and the operator attributes that describe them.
 
-    `compute_dtype`, an argument of all stages, is ignored: the engine chooses its compute dtype.
+    `compute_dtype`, an argument of all stages, is ignored: the engine chooses its compute type.
 
     Args:
         weights: weights of the stage by name; quantized weights and int32 vectors become uint8 parameters.

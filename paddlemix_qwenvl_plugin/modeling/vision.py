@@ -97,7 +97,7 @@ class Resampler(nn.Layer):
 class VisionModel(nn.Layer):
     """Vision stage: images [N, 3, image_size, image_size] float32 -> features [N, n_queries, hidden] float32.
 
-    `dtype`: compute dtype of the activations.
+    `dtype`: compute type of the activations.
     """
 
     def __init__(self, config: ModelConfig, dtype: str) -> None:

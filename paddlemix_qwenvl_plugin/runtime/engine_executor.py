@@ -1,4 +1,4 @@
-"""Executor on the engine: one call computes a packed batch of prompts, chunks of prompts and decode steps."""
+"""Executor on the engine: one call computes a batch of prompts, chunks of prompts and decode steps."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class EngineExecutor:
         self._ahead = gpu is not None if ahead is None else ahead
         config = language.manifest.config
         self._vocab_size = config.vocab_size
-        # Dtype of the KV cache; on a GPU, the compute dtype that the engine chooses.
+        # Dtype of the KV cache; on a GPU, the compute type that the engine chooses.
         dtype = "float32" if language.manifest.dtype == "float32" else "bfloat16"
         step_tokens = _STEP_TOKENS
         if gpu is not None:

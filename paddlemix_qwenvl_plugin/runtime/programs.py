@@ -64,7 +64,7 @@ class Stage:
 
     @property
     def compute_dtype(self) -> str:
-        """Compute dtype of the portable programs on this device."""
+        """Compute type of the portable programs on this device."""
         return "float32" if self.gpu is None else self.manifest.dtype
 
     @functools.cached_property

@@ -35,7 +35,7 @@ def bound_socket(host: str, port: int, reuse_port: bool) -> Listener:
     loading its model must not listen. A socket passed by systemd takes precedence over the address.
 
     Raises:
-        UsageError: the address does not exist, systemd passed several sockets, or the system has no SO_REUSEPORT.
+        UsageError: the address does not exist, systemd passed no socket or several, or the system has no SO_REUSEPORT.
         QwenVLError: the port is in use or not permitted, or the address is not this machine's.
     """
     inherited = _from_systemd()

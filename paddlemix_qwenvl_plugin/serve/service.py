@@ -18,7 +18,12 @@ from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 
 
 class LoadedImage(NamedTuple):
-    """Decoded image: pixels as uint8 [image_size, image_size, 3], and the original (width, height) in pixels."""
+    """Decoded image.
+
+    Attributes:
+        pixels: uint8 [image_size, image_size, 3].
+        size: (width, height) in pixels before resizing, of the upright image (EXIF orientation applied).
+    """
 
     pixels: NDArray[np.uint8]
     size: tuple[int, int]

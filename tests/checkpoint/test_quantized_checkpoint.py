@@ -309,6 +309,7 @@ def test_values_of_quantized_weights_are_not_read_as_floats(tmp_path):
     write_quantized(tmp_path, Variant())
     checkpoint = Checkpoint(tmp_path)
     with pytest.raises(
-        UsageError, match=r"its weights are quantized \(gptq_int4_g32\); only export-language"
+        UsageError,
+        match=r"its weights are quantized \(gptq_int4_g32\); only export-language and convert read them",
     ):
         next(checkpoint.tensors(checkpoint.language, "float32"))

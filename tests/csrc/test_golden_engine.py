@@ -1,4 +1,4 @@
-"""The engine, compared with upstream's figures (tests/golden); storage types and compute dtypes with float32."""
+"""The engine, compared with upstream's figures (tests/golden); storage types and compute types with float32."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_logits(model_and_best_engine, block_tokens):
 
 @BOTH_MODELS
 def test_a_mixed_batch_gives_the_same_as_its_entries_alone(model_and_best_engine):
-    """Two prompts, the last chunk of one, and the last tokens of two, of different lengths, in one packed batch."""
+    """Two prompts, the last chunk of one, and the last tokens of two, of different lengths, in one batch."""
     _, engine = model_and_best_engine
     random = np.random.default_rng(2)
     prompts = [random.integers(0, 500, n).tolist() for n in (70, 5, 33, 200, 1)]

@@ -29,6 +29,12 @@ def test_a_question_that_ends_in_a_box_tag() -> None:
     assert mark(box, "(0,0),(100,40)</box>").boxes_right == 0
 
 
+def test_a_quad_counts_as_its_bounds() -> None:
+    star = sample("box", "<ref>x</ref><box>(0,0),(100,100)</box>")
+    assert mark(star, "<ref>x</ref><quad>(0,0),(100,0),(100,100),(0,100)</quad>").boxes_right == 1
+    assert mark(star, "<ref>x</ref><quad>(0,0),(40,0),(40,100),(0,100)</quad>").boxes_right == 0
+
+
 def test_rates_by_task() -> None:
     samples = [
         sample("reading", "It says CAT.", text="CAT"),

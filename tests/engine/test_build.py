@@ -80,7 +80,7 @@ def test_the_library_is_built_once(calls: Path) -> None:
         ("generic", ["generic"]),
         ("avx2", ["generic", "avx2"]),
         ("avx512", ["generic", "avx512"]),
-        # With the compute dtype float32, the kernels of avx512 run.
+        # With the compute type float32, the kernels of avx512 run.
         ("avx512_bf16", ["generic", "avx512", "avx512_bf16"]),
     ],
 )

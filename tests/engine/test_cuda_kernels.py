@@ -12,7 +12,7 @@ from paddlemix_qwenvl_plugin.engine import build, nvrtc, sources
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
-# Compiled to machine code: one compute dtype per architecture, and both for 9.0, which has separate kernels.
+# Compiled to machine code: one compute type per architecture, and both for 9.0, which has separate kernels.
 ASSEMBLED = ("sm_70.f16", "sm_75.f16", "sm_80.bf16", "sm_90a.f16", "sm_90a.bf16", "sm_120.bf16")
 # Compiled only to PTX, since assembly takes most of the time. Apart from constants of linear_decode_wide.cu for 10.0,
 # the architectures of ASSEMBLED have all preprocessor branches of these.

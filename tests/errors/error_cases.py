@@ -97,10 +97,10 @@ class Bench:
         """Write tensors to a weight file of model/."""
         save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, f"model/{name}")
 
-    def quantized(self, *flags: str, variant: Variant = _GPTQ, **changes: Any) -> list[str]:
+    def quantized(self, *flags: str, **changes: Any) -> list[str]:
         """`export-language` of a quantized model in model/, with changes to its quantization_config."""
-        tensors, _ = quantized_tensors(variant)
-        config = {**CONFIG, "quantization_config": {**variant.config, **changes}}
+        tensors, _ = quantized_tensors(_GPTQ)
+        config = {**CONFIG, "quantization_config": {**_GPTQ.config, **changes}}
         write_tensors(Path("model"), tensors, config)
         return ["export-language", "--model_name_or_path", "model", "--output_path", "out", *flags]
 
@@ -1683,6 +1683,13 @@ def _(bench: Bench) -> list[str]:
 @case("`export-vision --save_path model/config`")
 def _(bench: Bench) -> list[str]:
     return ["export-vision", "--model_name_or_path", str(bench.model()), "--save_path", "model/config"]
+
+
+@case("`export-vision --save_path out/dog` beside a file `out/dog.json`")
+def _(bench: Bench) -> list[str]:
+    Path("out").mkdir()
+    Path("out/dog.json").write_text("{}")
+    return ["export-vision", "--model_name_or_path", str(bench.model()), "--save_path", "out/dog"]
 
 
 @case("`export-language --model_prefix config`")

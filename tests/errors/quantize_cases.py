@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +99,6 @@ def long_rows(bench: Bench) -> list[str]:
 def full_disk(bench: Bench) -> list[str]:
     arguments = quantize()(bench)
     bench.max_file_bytes = 10_000
-    bench.stdout = os.devnull
     return arguments
 
 

@@ -24,6 +24,8 @@ def row(**changes: Any) -> GroundingRow:
         ("(0,0),(500,500)</box><ref>a cat</ref><box>(900,900),(999,999)</box>", 1.0),  # two boxes
         ("<ref>the dog</ref><box>(0,0),(500,500)</box>", 1.0),
         ("(500,500),(999,999)</box>", 0.0),
+        ("<quad>(0,0),(500,0),(500,500),(0,500)</quad>", 1.0),
+        ("<quad>(250,500),(0,250),(250,0),(500,250)</quad>", 1.0),  # the bounds of a diamond
         ("the dog", 0.0),
         ("", 0.0),
     ],

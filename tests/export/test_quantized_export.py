@@ -243,5 +243,8 @@ def test_paddlenlps_scripts_export_a_quantized_folder(tmp_path):
     model = QWenForQWenVLInferenceModel.from_pretrained(str(tmp_path / "model"), SimpleNamespace(), "float16")
     model.to_static(str(tmp_path / "text" / "qwen"), {})
     assert read_manifest(tmp_path / "text" / "qwen").quant_type == "awq_int4_g32"
-    with pytest.raises(UsageError, match=r"its weights are quantized \(awq_int4_g32\); only export-language"):
+    with pytest.raises(
+        UsageError,
+        match=r"its weights are quantized \(awq_int4_g32\); only export-language and convert read them",
+    ):
         model.generate(input_ids=np.array([[1, 2]]))

@@ -1,4 +1,4 @@
-// Parameters of convert.cu, for host and device.
+// Parameters of convert.cu, for host and device. H: the compute type, bfloat16 or float16.
 #pragma once
 
 namespace qvl::cuda {

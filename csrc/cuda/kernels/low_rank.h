@@ -1,4 +1,4 @@
-// Parameters of the kernels in low_rank.cu, for host and device.
+// Parameters of the kernels in low_rank.cu, for host and device. H: the compute type, bfloat16 or float16.
 #pragma once
 
 #include "cuda/kernels/linear_prompt.h"

@@ -101,7 +101,9 @@ def _check(settings: ServeSettings) -> None:
     check_model(settings)
     max_replicas(settings)
     if settings.port == 0:
-        raise UsageError("--port 0: on a Ray cluster every machine listens on the same port; name one")
+        raise UsageError(
+            "--port 0: on a Ray cluster the head node and all machines with a replica listen on the same port; name one"
+        )
     read_api_keys(settings)
     check_exposure(settings, settings.host)
 
