@@ -238,20 +238,17 @@ def _export(
 
 
 def _check_names(model: Path, prefix: Path, names: list[str], companions: tuple[str, ...]) -> None:
-    """Refuse a prefix whose export would overwrite a file that no export wrote.
+    """Refuse a prefix whose export would overwrite a model: this model's files, or another model's companion files.
 
     Raises:
-        UsageError: the export would overwrite such a file; files of an earlier export with this prefix, and companion
-            files beside an export, may be overwritten.
+        UsageError: the export would overwrite such a file; files of an earlier export with this prefix may be
+            overwritten.
     """
     in_model_folder = model.resolve() == prefix.parent.resolve()
     exported_before = manifest_path(prefix).is_file()
     for name in names:
-        exists = not exported_before and prefix.with_name(name).exists()
-        if name in COMPANIONS or (in_model_folder and exists):
+        if name in COMPANIONS or (in_model_folder and not exported_before and (model / name).exists()):
             raise UsageError(f"{prefix}: an export would overwrite the model's {name}; name another prefix")
-        if exists:
-            raise UsageError(f"{prefix.with_name(name)}: exists, and no export wrote it; name another prefix")
     if any(prefix.parent.glob(manifest_path(Path("*")).name)):  # an earlier export wrote the companion files
         return
     for name in companions:

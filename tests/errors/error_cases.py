@@ -1685,13 +1685,6 @@ def _(bench: Bench) -> list[str]:
     return ["export-vision", "--model_name_or_path", str(bench.model()), "--save_path", "model/config"]
 
 
-@case("`export-vision --save_path out/dog` beside a file `out/dog.json`")
-def _(bench: Bench) -> list[str]:
-    Path("out").mkdir()
-    Path("out/dog.json").write_text("{}")
-    return ["export-vision", "--model_name_or_path", str(bench.model()), "--save_path", "out/dog"]
-
-
 @case("`export-language --model_prefix config`")
 def _(bench: Bench) -> list[str]:
     model = ["--model_name_or_path", str(bench.model())]

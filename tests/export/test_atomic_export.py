@@ -124,23 +124,6 @@ def test_a_prefix_that_names_a_file_of_the_model_through_a_link_is_refused(
     assert (other / "notes.json").read_text() == "mine"
 
 
-def test_a_prefix_with_files_that_no_export_wrote_is_refused(other: Path, tmp_path: Path) -> None:
-    (tmp_path / "new").mkdir()
-    mine = tmp_path / "new" / "notes.json"
-    mine.write_text("mine")
-    with pytest.raises(
-        UsageError, match=r"new/notes\.json: exists, and no export wrote it; name another prefix"
-    ):
-        export_vision(other, tmp_path / "new" / "notes", engine="portable")
-    with pytest.raises(
-        UsageError, match=r"new/notes\.json: exists, and no export wrote it; name another prefix"
-    ):
-        export_language(other, tmp_path / "new", "notes", engine="portable")
-    assert file_contents(tmp_path / "new") == {"notes.json": b"mine"}
-    mine.rename(tmp_path / "new" / "other.json")  # of another prefix
-    export_vision(other, tmp_path / "new" / "notes", engine="portable")
-
-
 def test_exporting_into_the_model_folder_twice(other: Path) -> None:
     for _ in range(2):
         export_language(other, other, "qwen", engine="portable")
