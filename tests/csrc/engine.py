@@ -328,6 +328,8 @@ class Library:
             self.dll.qvlt_pool_blocks.restype = i64
             self.dll.qvlt_cpu_quota.argtypes = [c_char_p, c_char_p]
             self.dll.qvlt_cpu_quota.restype = c_double
+            self.dll.qvlt_memory_limit.argtypes = [c_char_p, c_char_p, *([POINTER(c_uint64)] * 2)]
+            self.dll.qvlt_memory_limit.restype = None
         for name, arguments in signatures.items():
             getattr(self.dll, name).argtypes = [*arguments, POINTER(Error)]
             getattr(self.dll, name).restype = c_int32
