@@ -56,11 +56,13 @@ def check_gpu_engine() -> Check:
         "library": None,
         "kernels": None,
     }
-    if driver is None or not driver.gpus:
-        seen = "no NVIDIA driver" if driver is None else f"driver for CUDA {driver.cuda}, which shows no GPU"
-        return Check("gpu_engine", "ok", f"engine on GPUs: {seen}", data=data)
+    if driver is None:
+        return Check("gpu_engine", "ok", "engine on GPUs: no NVIDIA driver", data=data)
+    version = f"driver for {f'CUDA {driver.cuda}' if driver.cuda else 'an unknown version of CUDA'}"
+    if not driver.gpus:
+        return Check("gpu_engine", "ok", f"engine on GPUs: {version}, which shows no GPU", data=data)
     names = ", ".join(f"{device.name} (sm_{device.architecture})" for device in driver.gpus)
-    summary = f"engine on GPUs: {names}, driver for CUDA {driver.cuda}"
+    summary = f"engine on GPUs: {names}, {version}"
     try:
         gpu.usable(0)
         data["nvrtc"] = str(gpu.compiler())

@@ -105,6 +105,11 @@ def test_gpus(environment: Environment, cache: Path, tmp_path: Path) -> None:
     check = run_check(n_gpus=0)
     assert (check["status"], check["data"]["driver"]) == ("ok", "12.8")
     assert check["message"] == "engine on GPUs: driver for CUDA 12.8, which shows no GPU"
+    environment.variables["FAKE_CUDA"] = "0"
+    check = run_check(n_gpus=0)
+    assert check["data"]["driver"] is None
+    assert check["message"] == "engine on GPUs: driver for an unknown version of CUDA, which shows no GPU"
+    environment.variables["FAKE_CUDA"] = "12080"
     check = run_check()
     assert check["data"]["gpus"] == [{"name": "First", "architecture": 996}]
     wheel = environment.packages / "nvidia" / "cuda_nvrtc"
