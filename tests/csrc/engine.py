@@ -334,6 +334,11 @@ class Library:
             getattr(self.dll, name).argtypes = [*arguments, POINTER(Error)]
             getattr(self.dll, name).restype = c_int32
 
+    def has_isa(self, isa: int) -> bool:
+        """Whether this processor has an ISA; needs libqwenvl_testing.so."""
+        x = np.zeros(1, np.float32)
+        return bool(self.dll.qvlt_gelu(isa, 1, pointer(x)) == OK)  # any kernel reports a missing ISA
+
     def call(self, name: str, *arguments: Any) -> None:
         """Call a function that returns a status; this method adds the last argument, the error struct."""
         error = Error()
