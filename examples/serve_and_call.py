@@ -40,16 +40,21 @@ def main() -> None:
     flags.add_argument("--question", default="Draw a box around the blue heart in the centre.")
     arguments = flags.parse_args()
 
-    model_flags = ["--demo"]
+    server_flags = ["--port", "0", "--device", arguments.device, "--log_level", "warning"]
     if arguments.model:
-        model_flags = ["--first_model_path", arguments.model[0], "--second_model_path", arguments.model[1]]
+        server_flags += ["--first_model_path", arguments.model[0], "--second_model_path", arguments.model[1]]
+    else:
+        server_flags += ["--demo"]
     data = base64.b64encode(arguments.image.read_bytes()).decode()
     image = {"type": "image_url", "image_url": {"url": f"data:;base64,{data}"}}
     text = {"type": "text", "text": arguments.question}
-    request = {"model": "qwen-vl-chat", "messages": [{"role": "user", "content": [image, text]}]}
-    with server("--port", "0", "--device", arguments.device, "--log_level", "warning", *model_flags) as url:
-        response = httpx.post(f"{url}/v1/chat/completions", json=request, timeout=600, trust_env=False)
-    message = response.raise_for_status().json()["choices"][0]["message"]
+    with server(*server_flags) as url, httpx.Client(base_url=url, timeout=600, trust_env=False) as client:
+        model = client.get("/v1/models").json()["data"][0]["id"]
+        request = {"model": model, "messages": [{"role": "user", "content": [image, text]}]}
+        response = client.post("/v1/chat/completions", json=request)
+    if response.is_error:
+        sys.exit(f"error: {response.json()['error']['message']}")
+    message = response.json()["choices"][0]["message"]
     print(message["content"])
     for box in message["boxes"]:
         print(box["ref"], box["pixels"])

@@ -6,13 +6,14 @@ import subprocess
 from pathlib import Path
 
 # Up to two GPUs, "First" with the handle 0 and "Second" with the handle 7. The attributes 75 and 76 are the major and
-# minor compute capability: FAKE_MAJOR.6 and, of the second GPU, (FAKE_MAJOR + 1).6. 100 is CUDA_ERROR_NO_DEVICE.
+# minor compute capability: FAKE_MAJOR.6 and, of the second GPU, (FAKE_MAJOR + 1).6. 100 is CUDA_ERROR_NO_DEVICE, 3
+# CUDA_ERROR_NOT_INITIALIZED.
 DRIVER = """
 #include <stdlib.h>
 #include <string.h>
 static int number(const char* name) { return atoi(getenv(name)); }
 static int major() { return getenv("FAKE_MAJOR") ? number("FAKE_MAJOR") : 8; }
-int cuDriverGetVersion(int* version) { *version = number("FAKE_CUDA"); return 0; }
+int cuDriverGetVersion(int* version) { *version = number("FAKE_CUDA"); return *version ? 0 : 3; }
 int cuInit(unsigned flags) { return number("FAKE_GPUS") ? 0 : 100; }
 int cuDeviceGetCount(int* n) { *n = number("FAKE_GPUS"); return 0; }
 int cuDeviceGet(int* device, int i) { *device = 7 * i; return 0; }
@@ -57,10 +58,15 @@ int nvrtcGetCUBIN(void* program, char* to) { memcpy(to, text, strlen(text)); ret
 def fake_driver(folder: Path) -> Path:
     """Build libcuda.so.1 in `folder`.
 
-    It reads the environment variables FAKE_CUDA (CUDA's version, as 12090 for 12.9), FAKE_GPUS (the number of GPUs) and
-    FAKE_MAJOR (the first GPU's major compute capability; default 8).
+    It reads the environment variables FAKE_CUDA (CUDA's version, as 12090 for 12.9; 0: the query fails), FAKE_GPUS (the
+    number of GPUs) and FAKE_MAJOR (the first GPU's major compute capability; default 8).
     """
     return _library(folder / "libcuda.so.1", DRIVER)
+
+
+def empty_driver(folder: Path) -> Path:
+    """Build a libcuda.so.1 without functions in `folder`."""
+    return _library(folder / "libcuda.so.1", "")
 
 
 def fake_nvrtc(path: Path, major: int, minor: int, *architectures: int, builtins: str | None = None) -> Path:

@@ -52,8 +52,9 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         if not isinstance(value, np.ndarray):
             return NotImplemented
-        strides = tuple(stride // value.itemsize for stride in value.strides)
-        return self._rebuild, (memoryview(value.ravel()), 0, value.shape, strides, False, OrderedDict())
+        values = value.copy(order="C")  # `value` may be a view, for example a transposed array
+        strides = tuple(stride // values.itemsize for stride in values.strides)
+        return self._rebuild, (memoryview(values.ravel()), 0, values.shape, strides, False, OrderedDict())
 
 
 def _pickled(weights: dict[str, np.ndarray], dtype: str, *view: Any) -> tuple[bytes, list[memoryview]]:

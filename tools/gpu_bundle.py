@@ -27,16 +27,16 @@ def gpu_bundle(folder: Path, architecture: int) -> None:
     """Build or update the bundle in `folder` for GPUs of compute capability architecture / 10.
 
     Raises:
-        QwenVLError: `folder` cannot be created, or there is no NVRTC for the architecture.
-        OSError: there is no C++ compiler.
+        QwenVLError: `folder` cannot be created, or there is no C++ compiler, or no NVRTC for the architecture.
         build.BuildFailed: a build failed.
     """
     make_folder(folder)
     csrc = sources.source_folder()
+    engine = build.library_target(sources.library_units(csrc, sources.isas_here(csrc)))
+    build.require_compiler(engine)
     # newest=99: on a machine without a GPU, no driver limits the version of NVRTC.
     kernels = build.kernel_target(nvrtc.find((architecture,), newest=99), (architecture,))
     outdated = [unit for unit in kernels.units if not _is_up_to_date(unit, folder, csrc)]
-    engine = build.library_target(sources.library_units(csrc, sources.isas_here(csrc)))
     gpu_library = build.cuda_target()
     # The test library is the GPU library with the functions that launch kernels for tests/cuda.
     flags = gpu_library.units[0].flags

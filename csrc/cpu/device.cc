@@ -7,6 +7,7 @@
 #include <string>
 
 #include "core/backend.h"
+#include "cpu/control_groups.h"
 #include "cpu/dispatch.h"
 #include "cpu/thread_pool.h"
 
@@ -25,38 +26,6 @@ std::string entry(const char* path, const std::string& name) {
   return "";
 }
 
-// Number at the beginning of a file; `fallback` if the file does not exist or begins with "max".
-uint64_t number_in(const std::string& path, uint64_t fallback) {
-  std::ifstream file(path);
-  uint64_t value = 0;
-  return file >> value ? value : fallback;
-}
-
-// Reduce total and free memory to what the limits of this process's control group and its parents (cgroup 1
-// or 2) allow.
-void limit_memory(qvl_device_info* info) {
-  std::ifstream file("/proc/self/cgroup");
-  for (std::string line; std::getline(file, line);) {
-    // A line is ID:CONTROLLERS:PATH; with cgroup 2 the ID is 0 and there are no controllers.
-    const bool version_2 = line.compare(0, 3, "0::") == 0;
-    if (!version_2 && line.find(":memory:") == std::string::npos) continue;
-    const std::string root = version_2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory";
-    std::string group = line.substr(line.rfind(':') + 1);
-    while (true) {
-      const std::string folder = root + group;
-      const uint64_t limit =
-          number_in(folder + (version_2 ? "/memory.max" : "/memory.limit_in_bytes"), UINT64_MAX);
-      const uint64_t used = number_in(folder + (version_2 ? "/memory.current" : "/memory.usage_in_bytes"), 0);
-      info->memory_bytes = std::min(info->memory_bytes, limit);
-      info->free_bytes = std::min(info->free_bytes, limit > used ? limit - used : 0);
-      // Continue with the parent group.
-      const size_t slash = group.rfind('/');
-      if (group.empty() || slash == std::string::npos) break;
-      group.erase(slash);
-    }
-  }
-}
-
 }  // namespace
 
 void describe_cpu(qvl_device_info* info) {
@@ -66,7 +35,9 @@ void describe_cpu(qvl_device_info* info) {
       static_cast<uint64_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
   const std::string available = entry("/proc/meminfo", "MemAvailable");
   info->free_bytes = available.empty() ? info->memory_bytes : std::stoull(available) * 1024;  // from KiB
-  limit_memory(info);
+  const cpu::MemoryLimit limit = cpu::memory_limit("/proc/self/cgroup", "/sys/fs/cgroup");
+  info->memory_bytes = std::min(info->memory_bytes, limit.total);
+  info->free_bytes = std::min(info->free_bytes, limit.free);
   info->threads = cpu::thread_count(0);
   snprintf(info->isa, sizeof info->isa, "%s", cpu::isa_name(cpu::kernels_for(QVL_ISA_BEST).isa));
 }

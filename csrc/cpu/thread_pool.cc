@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "cpu/control_groups.h"
 
 #if defined(__linux__)
 #include <sched.h>

@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <memory>
-#include <string>
 #include <type_traits>
 
 namespace qvl::cpu {
@@ -55,9 +54,5 @@ class ThreadPool {
 // Number of threads: `requested` if positive, else OMP_NUM_THREADS if it is 1 to 1024, else the CPUs
 // available to this process within its affinity mask and the quota of its control group.
 int thread_count(int requested);
-
-// Smallest quota, in CPUs, of the control groups listed in `cgroup_file` (/proc/self/cgroup) and of their
-// parents, of cgroup version 1 or 2; 0 without a limit. `root`: mount point of the groups (/sys/fs/cgroup).
-double cpu_quota(const std::string& cgroup_file, const std::string& root);
 
 }  // namespace qvl::cpu

@@ -9,6 +9,7 @@
 #include "core/pack.h"
 #include "core/rotary.h"
 #include "cpu/attention.h"
+#include "cpu/control_groups.h"
 #include "cpu/dispatch.h"
 #include "cpu/kv_pool.h"
 #include "cpu/linear.h"
@@ -103,6 +104,12 @@ EXPORT float qvlt_query_scale(const qvl_config* config, int position) {
 
 EXPORT double qvlt_cpu_quota(const char* cgroup_file, const char* root) {
   return cpu_quota(cgroup_file, root);
+}
+
+EXPORT void qvlt_memory_limit(const char* cgroup_file, const char* root, uint64_t* total, uint64_t* free) {
+  const MemoryLimit limit = memory_limit(cgroup_file, root);
+  *total = limit.total;
+  *free = limit.free;
 }
 
 // Write all blocks of a pool from `data`, copy block `from` to block `to`, and read all blocks into `out`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
-from paddlemix_qwenvl_plugin.doctor.report import Check
+from paddlemix_qwenvl_plugin.doctor.report import Check, Status
 from paddlemix_qwenvl_plugin.engine import build, gpu, nvrtc, sources
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 from paddlemix_qwenvl_plugin.util.machine import cuda_driver
@@ -46,7 +46,7 @@ def check_engine() -> Check:
 
 
 def check_gpu_engine() -> Check:
-    """Check the driver, the GPUs, NVRTC, the library and the kernels. Builds nothing."""
+    """Check the driver, each GPU, NVRTC, the library and the kernels. Builds nothing."""
     driver = cuda_driver()
     data: dict[str, Any] = {
         "driver": None if driver is None else driver.cuda,
@@ -56,13 +56,18 @@ def check_gpu_engine() -> Check:
         "library": None,
         "kernels": None,
     }
-    if driver is None or not driver.gpus:
-        seen = "no NVIDIA driver" if driver is None else f"driver for CUDA {driver.cuda}, which shows no GPU"
-        return Check("gpu_engine", "ok", f"engine on GPUs: {seen}", data=data)
+    if driver is None:
+        return Check("gpu_engine", "ok", "engine on GPUs: no NVIDIA driver", data=data)
+    version = f"driver for {f'CUDA {driver.cuda}' if driver.cuda else 'an unknown version of CUDA'}"
+    if not driver.gpus:
+        return Check("gpu_engine", "ok", f"engine on GPUs: {version}, which shows no GPU", data=data)
     names = ", ".join(f"{device.name} (sm_{device.architecture})" for device in driver.gpus)
-    summary = f"engine on GPUs: {names}, driver for CUDA {driver.cuda}"
+    unusable = {i: error for i in range(len(driver.gpus)) if (error := _gpu_error(i))}
+    # A driver that is too old is the same error for each GPU.
+    summary = "; ".join((f"engine on GPUs: {names}, {version}", *dict.fromkeys(unusable.values())))
+    if len(unusable) == len(driver.gpus):
+        return Check("gpu_engine", "note", summary, data=data)
     try:
-        gpu.usable(0)
         data["nvrtc"] = str(gpu.compiler())
         library_state, library = build.library_state(for_gpus=True)
         kernels_state, kernels = build.target_state(gpu.kernels())
@@ -73,11 +78,21 @@ def check_gpu_engine() -> Check:
     # The worse of the two states; a shipped library counts as built.
     state = next((worst for worst in ("failed", "not built") if worst in states), "built")
     data.update(state=state, library=str(library), kernels=str(kernels))
-    summary += f", {data['nvrtc']}"
+    summary += f"{';' if unusable else ','} {data['nvrtc']}"
     if state == "built":
-        return Check("gpu_engine", "ok", f"{summary}, built in {kernels}", data=data)
+        status: Status = "note" if unusable else "ok"
+        return Check("gpu_engine", status, f"{summary}, built in {kernels}", data=data)
     fix = f"{program()} build-engine --device gpu"
     if state == "failed":
         failed = (library.parent if library_state == "failed" else kernels) / "failed"
         return Check("gpu_engine", "problem", f"{summary}; {failed.read_text('utf-8')}", fix, data)
     return Check("gpu_engine", "note", f"{summary}; not built yet; the first use builds it", fix, data)
+
+
+def _gpu_error(index: int) -> Optional[str]:
+    """The reason why the engine cannot use a GPU; None if it can."""
+    try:
+        gpu.usable(index)
+    except QwenVLError as error:
+        return str(error)
+    return None

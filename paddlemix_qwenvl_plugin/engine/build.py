@@ -146,6 +146,15 @@ class Target(NamedTuple):
         return [self.name] if self.link is not None else [unit.name for unit in self.units]
 
 
+def require_compiler(target: Target) -> None:
+    """Raise QwenVLError if the compiler of a target is not installed."""
+    command = target.compiler[0]
+    if shutil.which(command) is None:
+        raise QwenVLError(
+            f"{target.title} needs a C++17 compiler, and {command} was not found: apt-get install g++"
+        )
+
+
 def build(target: Target, folder: Path, log: IO[str]) -> None:
     """Create `target.files` in an empty folder; commands and their output go to `log`.
 
@@ -249,7 +258,7 @@ def built(target: Target, allowed: bool = False) -> Path:
     """Build a target unless the cache has it, and return its folder. Arguments and errors as for `library`."""
     if os.name == "nt":
         raise QwenVLError("the engine does not support Windows")
-    folder, command = _folder(target), target.compiler[0]
+    folder = _folder(target)
     failed = folder / "failed"
     if _is_complete(target, folder):
         return folder
@@ -259,10 +268,7 @@ def built(target: Target, allowed: bool = False) -> Path:
         )
     if not allowed and failed.is_file():  # do not repeat a failing build at the start of every process
         raise QwenVLError(f"{failed.read_text('utf-8')} ({program()} {target.subcommand} tries again)")
-    if shutil.which(command) is None:
-        raise QwenVLError(
-            f"{target.title} needs a C++17 compiler, and {command} was not found: apt-get install g++"
-        )
+    require_compiler(target)
     from filelock import FileLock
 
     try:

@@ -104,8 +104,8 @@ def _driver() -> CudaDriver:
             "--device gpu: no NVIDIA driver found (libcuda.so.1); install it or use --device cpu"
         )
     if driver.version < 1000 * _MIN_CUDA:
+        known = f"knows CUDA {driver.cuda} only" if driver.cuda else "does not report its CUDA version"
         raise UsageError(
-            f"--device gpu: the NVIDIA driver knows CUDA {driver.cuda} only; "
-            f"install one for CUDA {_MIN_CUDA} or newer"
+            f"--device gpu: the NVIDIA driver {known}; install one for CUDA {_MIN_CUDA} or newer"
         )
     return driver

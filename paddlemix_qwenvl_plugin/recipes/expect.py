@@ -70,8 +70,7 @@ def _look_up(value: Any, key: str) -> Any:
 def _passes(check: str, wanted: Any, actual: Any) -> bool:
     is_number = isinstance(actual, (int, float)) and not isinstance(actual, bool)
     if check == "equals":
-        # True == 1 in Python, but not in JSON.
-        return bool(actual == wanted) and isinstance(actual, bool) == isinstance(wanted, bool)
+        return _equal(wanted, actual)
     if check == "approx":
         # False for NaN, infinity, and integers so large that the subtraction would raise OverflowError.
         is_finite = is_number and abs(actual) <= sys.float_info.max
@@ -85,8 +84,17 @@ def _passes(check: str, wanted: Any, actual: Any) -> bool:
     if check == "contains":
         if isinstance(actual, str):
             return isinstance(wanted, str) and wanted in actual
-        return isinstance(actual, (list, dict)) and wanted in actual
+        return isinstance(actual, (list, dict)) and any(_equal(wanted, item) for item in actual)
     return isinstance(actual, (str, list, dict)) and len(actual) > 0
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two values of JSON are equal: True == 1 in Python, but not in JSON."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(value, b[key]) for key, value in a.items())
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)
 
 
 def _search(expression: str, text: str) -> bool:

@@ -185,7 +185,8 @@ def _create_predictor(program: Path, params: Path, gpu: Optional[int]) -> Any:
         config.disable_gpu()
         config.set_cpu_math_library_num_threads(cpu_threads())
         # Paddle 3.3 enables oneDNN by default, which fails on these graphs (zero-dimension reorders).
-        getattr(config, "disable_onednn", config.disable_mkldnn)()
+        name = "disable_onednn" if hasattr(config, "disable_onednn") else "disable_mkldnn"
+        getattr(config, name)()
     else:
         config.enable_use_gpu(100, gpu)  # initial size of the GPU memory pool: 100 MB
     try:

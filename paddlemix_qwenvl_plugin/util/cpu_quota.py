@@ -1,4 +1,4 @@
-"""CPU quotas of control groups, which limit containers. The engine has the same rules, in csrc/cpu/cpu_quota.cc."""
+"""CPU quotas of control groups, which limit containers. The engine has the same rules (csrc/cpu/control_groups.cc)."""
 
 from __future__ import annotations
 

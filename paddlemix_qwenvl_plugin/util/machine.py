@@ -36,15 +36,15 @@ class Gpu(NamedTuple):
 
 
 class CudaDriver(NamedTuple):
-    """NVIDIA's driver: the CUDA version that it supports (12090 is 12.9), and the GPUs visible to this process."""
+    """NVIDIA's driver: the CUDA version that it supports, 12090 for 12.9 or 0 if unknown, and its visible GPUs."""
 
     version: int
     gpus: list[Gpu]
 
     @property
-    def cuda(self) -> str:
-        """The CUDA version in the form "12.9"."""
-        return f"{self.version // 1000}.{self.version % 1000 // 10}"
+    def cuda(self) -> Optional[str]:
+        """The CUDA version in the form "12.9"; None if unknown."""
+        return f"{self.version // 1000}.{self.version % 1000 // 10}" if self.version else None
 
 
 def cuda_driver() -> Optional[CudaDriver]:
@@ -53,11 +53,24 @@ def cuda_driver() -> Optional[CudaDriver]:
         cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
         return None
+    try:
+        return CudaDriver(_cuda_version(cuda), _cuda_gpus(cuda))
+    except AttributeError:  # the library lacks one of the functions
+        return CudaDriver(0, [])
+
+
+def _cuda_version(cuda: ctypes.CDLL) -> int:
+    """Version of CUDA that a driver supports; 0 if it does not tell."""
+    version = ctypes.c_int()
+    return 0 if cuda.cuDriverGetVersion(ctypes.byref(version)) else version.value
+
+
+def _cuda_gpus(cuda: ctypes.CDLL) -> list[Gpu]:
+    """GPUs of a driver; none if it cannot be initialised."""
     number = ctypes.c_int()
-    cuda.cuDriverGetVersion(ctypes.byref(number))
-    driver = CudaDriver(number.value, [])
     if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(number)):
-        return driver
+        return []
+    found = []
     for ordinal in range(number.value):
         device, name = ctypes.c_int(), ctypes.create_string_buffer(128)
         cuda.cuDeviceGet(ctypes.byref(device), ordinal)
@@ -67,8 +80,8 @@ def cuda_driver() -> Optional[CudaDriver]:
             cuda.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
             capability.append(number.value)
         architecture = 10 * capability[0] + capability[1]
-        driver.gpus.append(Gpu(name.value.decode(errors="replace"), architecture))
-    return driver
+        found.append(Gpu(name.value.decode(errors="replace"), architecture))
+    return found
 
 
 def gpus() -> list[str]:

@@ -55,6 +55,18 @@ def test_the_tensors_of_the_shards(golden, tmp_path, dtype, write):
         np.testing.assert_array_equal(read[name], value, err_msg=name)
 
 
+@pytest.mark.parametrize("write", [write_bin, write_legacy])
+def test_arrays_that_are_views(tmp_path, write):
+    """The files of torch_files.py hold the values of an array, whatever its memory layout."""
+    base = np.arange(12, dtype=np.float32).reshape(3, 4)
+    views = {"transposed": base.T, "part": base[1:, ::2], "scalar": base[1, 1, None].reshape(())}
+    path = tmp_path / "a.bin"
+    write(path, views, "float32")
+    header = torch_file.read_header(path)
+    for name, view in views.items():
+        np.testing.assert_array_equal(torch_file.read_tensor(path, header[name]), view, err_msg=name)
+
+
 def test_the_error_names_a_truncated_shard(golden, tmp_path):
     model = golden("b")
     write_folder(tmp_path, model.folder / "config.json", model.weights, "float32")

@@ -50,8 +50,6 @@ def run_with_signal(
             text=True,
             timeout=120,
             check=False,
-            # In background jobs SIGINT is ignored, and child processes inherit this; tests/conftest.py also undoes it.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
         )
     finally:
         os.close(reader)

@@ -328,9 +328,16 @@ class Library:
             self.dll.qvlt_pool_blocks.restype = i64
             self.dll.qvlt_cpu_quota.argtypes = [c_char_p, c_char_p]
             self.dll.qvlt_cpu_quota.restype = c_double
+            self.dll.qvlt_memory_limit.argtypes = [c_char_p, c_char_p, *([POINTER(c_uint64)] * 2)]
+            self.dll.qvlt_memory_limit.restype = None
         for name, arguments in signatures.items():
             getattr(self.dll, name).argtypes = [*arguments, POINTER(Error)]
             getattr(self.dll, name).restype = c_int32
+
+    def has_isa(self, isa: int) -> bool:
+        """Whether this processor has an ISA; needs libqwenvl_testing.so."""
+        x = np.zeros(1, np.float32)
+        return bool(self.dll.qvlt_gelu(isa, 1, pointer(x)) == OK)  # any kernel reports a missing ISA
 
     def call(self, name: str, *arguments: Any) -> None:
         """Call a function that returns a status; this method adds the last argument, the error struct."""

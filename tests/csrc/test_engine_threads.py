@@ -1,7 +1,8 @@
-"""The engine's threads after fork(), and the CPU quota of a container, which limits their number, in C++ and Python."""
+"""The engine's threads after fork(), and a container's limits: its CPU quota, in C++ and Python, and its memory."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
@@ -32,6 +33,18 @@ def test_an_engine_continues_in_a_child_after_fork(library, golden_model):
             assert engine.generate([prompt], 8) == expected
 
 
+def write_groups(folder, cgroups, files):
+    """Write stand-ins for /proc/self/cgroup and for files under /sys/fs/cgroup; return both paths."""
+    root = folder / "cgroup"
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    self_cgroup = folder / "self"
+    self_cgroup.write_text(cgroups)
+    return self_cgroup, root
+
+
 # cgroups: content of /proc/self/cgroup; files: content of files under /sys/fs/cgroup; cpus: expected quota
 # in CPUs; 0: no quota.
 @pytest.mark.parametrize(
@@ -54,17 +67,51 @@ def test_an_engine_continues_in_a_child_after_fork(library, golden_model):
     ],
 )
 def test_cpu_quota(library, tmp_path, cgroups, files, cpus):
-    root = tmp_path / "cgroup"
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    self_cgroup = tmp_path / "self"
-    self_cgroup.write_text(cgroups)
+    self_cgroup, root = write_groups(tmp_path, cgroups, files)
     assert library.dll.qvlt_cpu_quota(str(self_cgroup).encode(), str(root).encode()) == cpus
     assert (cpu_quota(self_cgroup, root) or 0) == cpus
 
 
+NO_LIMIT = 2**64 - 1
+
+
+def memory_limit(library, self_cgroup, root):
+    """The smallest limit, and the least memory left within a limit."""
+    total, free = ctypes.c_uint64(), ctypes.c_uint64()
+    library.dll.qvlt_memory_limit(str(self_cgroup).encode(), str(root).encode(), total, free)
+    return total.value, free.value
+
+
+@pytest.mark.parametrize(
+    ("cgroups", "files", "limit"),
+    [
+        ("0::/\n", {"memory.max": "900\n", "memory.current": "300\n"}, (900, 600)),
+        ("0::/\n", {"memory.max": "max\n", "memory.current": "300\n"}, (NO_LIMIT, NO_LIMIT - 300)),
+        (
+            "0::/a/b\n",
+            {
+                "a/b/memory.max": "900",
+                "a/b/memory.current": "100",
+                "a/memory.max": "1000",
+                "a/memory.current": "700",
+            },
+            (900, 300),
+        ),
+        ("0::/not/there\n", {"memory.max": "900", "memory.current": "1000"}, (900, 0)),
+        (
+            "5:memory:/x\n4:cpu,cpuacct:/x\n",
+            {"memory/x/memory.limit_in_bytes": "900\n", "memory/x/memory.usage_in_bytes": "300\n"},
+            (900, 600),
+        ),
+        ("5:hugetlb,memory:/x\n", {"hugetlb,memory/x/memory.limit_in_bytes": "900\n"}, (900, 900)),
+        ("", {}, (NO_LIMIT, NO_LIMIT)),
+    ],
+)
+def test_memory_limit(library, tmp_path, cgroups, files, limit):
+    assert memory_limit(library, *write_groups(tmp_path, cgroups, files)) == limit
+
+
 def test_no_cgroups(library, tmp_path):
-    missing = str(tmp_path / "missing").encode()
-    assert library.dll.qvlt_cpu_quota(missing, missing) == 0
+    missing = tmp_path / "missing"
+    assert library.dll.qvlt_cpu_quota(str(missing).encode(), str(missing).encode()) == 0
+    assert memory_limit(library, missing, missing) == (NO_LIMIT, NO_LIMIT)

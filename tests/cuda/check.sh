@@ -42,6 +42,8 @@ pytest_part prompts 60 tests/cuda/test_prompt_linear.py tests/cuda/test_prompt_a
 pytest_part goldens 60 tests/csrc/test_golden_gpu.py
 pytest_part same_answer 90 tests/csrc/test_same_answer.py
 pytest_part steps 90 tests/csrc/test_engine_step.py tests/csrc/test_engine_generate.py
+pytest_part engine_adapters 90 tests/csrc/test_engine_adapters.py
+pytest_part refusals 60 tests/csrc/test_engine_errors.py::test_orders_that_a_gpu_refuses
 if python3 -c 'import pydantic' 2>/dev/null; then
     pytest_part sampling 60 tests/csrc/test_engine_sampling.py
 else # the tests compare with the package's sampler, whose options need pydantic

@@ -93,7 +93,7 @@ def test_no_paddle(environment: Environment) -> None:
         ("raise SystemExit(3)", "SystemExit: 3"),
         (
             "import os, sys; print('the reason', file=sys.stderr, flush=True); os.abort()",
-            "killed by SIGABRT: the reason",
+            "the process was killed by SIGABRT: the reason",
         ),
         ("import os; os._exit(7)", "the process ended with exit code 7"),
     ],
@@ -104,9 +104,7 @@ def test_paddle_does_not_import(environment: Environment, text: str, cause: str)
     environment.module("paddlenlp/__init__.py", "import paddle\n")
     checks = environment.checks()
     assert [name for name, check in checks.items() if check["status"] == "problem"] == ["paddle"]
-    assert f"paddlepaddle 3.3.1: import paddle fails: {cause}" in checks["paddle"]["message"].replace(
-        "the process was ", ""
-    )
+    assert f"paddlepaddle 3.3.1: import paddle fails: {cause}" in checks["paddle"]["message"]
     assert checks["paddle"]["data"]["cause"] in checks["paddle"]["message"]
     assert checks["paddle"]["fix"] == INSTALL_CPU.replace("install", "install --force-reinstall")
     # The failing import of PaddleNLP has the same cause and is no separate problem.

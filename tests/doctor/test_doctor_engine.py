@@ -88,6 +88,37 @@ def test_instruction_set(environment: Environment, cache: Path) -> None:
 
 
 @needs_compiler
+def test_gpus_that_are_too_old(environment: Environment, cache: Path, tmp_path: Path) -> None:
+    """A GPU that is too old is reported, and does not hide another GPU."""
+    environment.variables.update(
+        LD_LIBRARY_PATH=str(fake_driver(tmp_path).parent), FAKE_CUDA="12080", FAKE_GPUS="2", FAKE_MAJOR="6"
+    )
+    wheel = environment.packages / "nvidia" / "cuda_nvrtc"
+    fake_nvrtc(wheel / "lib" / "libnvrtc.so.12", 12, 7, 76)
+    headers(wheel / "include")
+    check = environment.checks()["gpu_engine"]
+    too_old = "--device gpu:0: First has compute capability 6.6; the engine needs 7.0"
+    assert (check["status"], check["data"]["state"]) == ("note", "not built")
+    assert f"CUDA 12.8; {too_old}; NVRTC 12.7; not built yet" in check["message"]
+    environment.program("c++", COMPILER)
+    build(environment, "from paddlemix_qwenvl_plugin.engine.gpu import build_for; build_for(1)")
+    check = environment.checks()["gpu_engine"]
+    assert (check["status"], check["data"]["state"], check["fix"]) == ("note", "built", None)
+    assert f"{too_old}; NVRTC 12.7, built in " in check["message"]
+    environment.variables["FAKE_MAJOR"] = "5"
+    check = environment.checks()["gpu_engine"]
+    assert check["status"] == "note"
+    assert check["message"].endswith(
+        "--device gpu:0: First has compute capability 5.6; the engine needs 7.0; "
+        "--device gpu:1: Second has compute capability 6.6; the engine needs 7.0"
+    )
+    environment.variables["FAKE_CUDA"] = (
+        "11080"  # the cause, which both GPUs have in common, is reported once
+    )
+    assert environment.checks()["gpu_engine"]["message"].count("the NVIDIA driver knows CUDA 11.8 only") == 1
+
+
+@needs_compiler
 def test_gpus(environment: Environment, cache: Path, tmp_path: Path) -> None:
     """The check for GPUs with a fake driver: no GPU, no usable NVRTC, not built, built, damaged, failed.
 
@@ -105,6 +136,11 @@ def test_gpus(environment: Environment, cache: Path, tmp_path: Path) -> None:
     check = run_check(n_gpus=0)
     assert (check["status"], check["data"]["driver"]) == ("ok", "12.8")
     assert check["message"] == "engine on GPUs: driver for CUDA 12.8, which shows no GPU"
+    environment.variables["FAKE_CUDA"] = "0"
+    check = run_check(n_gpus=0)
+    assert check["data"]["driver"] is None
+    assert check["message"] == "engine on GPUs: driver for an unknown version of CUDA, which shows no GPU"
+    environment.variables["FAKE_CUDA"] = "12080"
     check = run_check()
     assert check["data"]["gpus"] == [{"name": "First", "architecture": 996}]
     wheel = environment.packages / "nvidia" / "cuda_nvrtc"

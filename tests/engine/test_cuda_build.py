@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from engines import needs_compiler
-from fake_cuda import fake_driver, fake_nvrtc, headers
+from fake_cuda import empty_driver, fake_driver, fake_nvrtc, headers
 
 from paddlemix_qwenvl_plugin.engine import build, gpu, nvrtc, select, sources
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
@@ -68,6 +68,12 @@ def test_the_gpus_of_the_driver(tmp_path: Path) -> None:
     environment["FAKE_GPUS"] = "0"
     printed = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
     assert printed.strip() == repr(CudaDriver(12040, []))
+    environment.update(FAKE_CUDA="0", FAKE_GPUS="1")
+    printed = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+    assert printed.strip() == repr(CudaDriver(0, [first]))
+    empty_driver(tmp_path)
+    printed = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+    assert printed.strip() == repr(CudaDriver(0, []))
 
 
 def test_kernels_are_built_once(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,6 +227,11 @@ def test_gpus_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
         gpu.usable(0)
     install_gpus(monkeypatch, 90, version=11080)
     with pytest.raises(UsageError, match=r"knows CUDA 11\.8 only; install one for CUDA 12 or newer$"):
+        gpu.usable(0)
+    install_gpus(monkeypatch, 90, version=0)
+    with pytest.raises(
+        UsageError, match=r"does not report its CUDA version; install one for CUDA 12 or newer$"
+    ):
         gpu.usable(0)
     install_gpus(monkeypatch)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

@@ -874,6 +874,7 @@ cases(
     {
         "`--device gpu` without a driver": driver(None, "--device", "gpu"),
         "`--device gpu` with a driver that is too old": driver(CudaDriver(11080, []), "--device", "gpu"),
+        "`--device gpu` with a driver of unknown version": driver(CudaDriver(0, []), "--device", "gpu"),
         "`--device gpu:1` with one GPU": driver(
             CudaDriver(12090, [Gpu("NVIDIA H200", 90)]), "--device", "gpu:1"
         ),

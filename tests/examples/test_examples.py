@@ -63,7 +63,14 @@ def run(folder: Path) -> Run:
 
 def run_script(name: str, folder: Path, *arguments: str) -> str:
     """Run a script in a folder and return its stdout."""
-    completed = subprocess.run(
+    completed = run_process(name, folder, *arguments)
+    assert completed.returncode == 0, completed.stderr
+    return completed.stdout
+
+
+def run_process(name: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a script in a folder and return the ended process."""
+    return subprocess.run(
         [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments],
         cwd=folder,
         env=environment(),
@@ -72,8 +79,6 @@ def run_script(name: str, folder: Path, *arguments: str) -> str:
         check=False,
         timeout=300,
     )
-    assert completed.returncode == 0, completed.stderr
-    return completed.stdout
 
 
 def documented_output(name: str) -> str:
@@ -236,6 +241,23 @@ def test_serve_and_call(run: Run) -> None:
         [float(number) for number in re.findall(r"[\d.]*\d", text)] for text in (answer, box)
     )
     assert pixels == pytest.approx([value * PIXELS_PER_UNIT for value in thousandths])
+
+
+def test_serve_and_call_asks_the_server_for_the_name_of_the_model(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
+    monkeypatch.setenv("QWENVL_SERVE_SERVED_MODEL_NAME", "other")
+    assert "<box>" in run_script("serve_and_call", folder)
+
+
+def test_serve_and_call_prints_the_error_of_the_server(folder: Path) -> None:
+    """As with a base model, which answers no chat requests."""
+    pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
+    completed = run_process("serve_and_call", folder, "--image", str(EXAMPLES / "README.md"))
+    assert completed.returncode == 1
+    assert "check that it is a whole PNG, JPEG or WebP image" in completed.stderr
+    assert "Traceback" not in completed.stderr
 
 
 def test_batch(run: Run) -> None:

@@ -22,14 +22,16 @@ export class ServerError extends Error {
 const STATUS_KINDS = { 401: 'key', 429: 'busy', 502: 'unready', 503: 'unready', 504: 'unready' };
 const STREAM_KINDS = { invalid_request_error: 'refused', rate_limit_error: 'busy' };
 
-function kindOf(status) {
+function kindOf(status, code) {
+  // A proxy sends 504, too, for a server that does not respond.
+  if (status === 504 && code === 'timeout') return 'failed';
   return STATUS_KINDS[status] ?? (status < 500 ? 'refused' : 'failed');
 }
 
 async function errorOf(response) {
   const body = await response.json().catch(() => null); // a proxy's error page is not JSON
   const seconds = Number.parseInt(response.headers.get('Retry-After'), 10);
-  return new ServerError(kindOf(response.status), {
+  return new ServerError(kindOf(response.status, body?.error?.code), {
     detail: body?.error?.message ?? '',
     seconds: Number.isNaN(seconds) ? null : seconds,
   });

@@ -57,6 +57,7 @@ class Refusal:
     status: int
     message: str = "no"
     headers: Mapping[str, str] = field(default_factory=dict)
+    code: Optional[str] = None
 
 
 @dataclass
@@ -192,7 +193,7 @@ class Handler(BaseHTTPRequestHandler):
         return False
 
     def _refuse(self, refusal: Refusal) -> None:
-        error = {"message": refusal.message, "type": "error", "param": None, "code": None}
+        error = {"message": refusal.message, "type": "error", "param": None, "code": refusal.code}
         self._json(refusal.status, {"error": error}, refusal.headers)
 
     def _json(self, status: int, value: Any, headers: Mapping[str, str] = {}) -> None:

@@ -91,13 +91,18 @@ def test_stop(page: Page, server: PageServer, method: str) -> None:
         (Refusal(429, "full"), ["The server is busy.", "full"]),
         (Refusal(503, "dead", {"Retry-After": "1"}), ["The server is not ready. Try again in 1 second.", "dead"]),
         (Refusal(503, "restarting"), ["The server is not ready. Try again in a moment.", "restarting"]),
+        (Refusal(504, "no upstream"), ["The server is not ready. Try again in a moment.", "no upstream"]),
+        (Refusal(504, "too slow", code="timeout"), ["The server could not finish this answer.", "too slow"]),
         (Refusal(400, "messages: too long"), ["The server refused this request.", "messages: too long"]),
         (Refusal(403, "wrong host"), ["The server refused this request.", "wrong host"]),
         (Refusal(500, "oops"), ["The server could not finish this answer.", "oops"]),
         (["Half ", StreamError("it died")], ["The server could not finish this answer.", "it died"]),
         (["Half ", ConnectionLoss()], ["The connection was lost before the answer was complete."]),
     ],
-    ids=["busy-seconds", "busy", "unready-seconds", "unready", "refused", "forbidden", "failed", "stream", "cut"],
+    ids=[
+        "busy-seconds", "busy", "unready-seconds", "unready", "proxy-timeout", "timeout", "refused", "forbidden",
+        "failed", "stream", "cut",
+    ],
 )  # fmt: skip
 def test_error_with_explanation_and_retry(
     page: Page, server: PageServer, answer: ScriptedAnswer, error: list[str]
