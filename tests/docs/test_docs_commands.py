@@ -117,10 +117,12 @@ def test_inline_commands_exist(document: Path) -> None:
 
 
 def check_files(command: Command, parse: Parse) -> None:
-    """Arguments that begin with one of the folders listed here name existing files of the repository."""
+    """Arguments that begin with one of the folders listed here name existing files, and tests in them."""
     for argument in command.arguments:
         if argument.startswith(("tests/", "csrc", "recipes/", "benchmarks/", "deploy/", "examples")):
-            assert (REPO / argument).exists(), argument
+            path, _, test = argument.partition("::")
+            assert (REPO / path).exists(), path
+            assert not test or f"def {test}(" in (REPO / path).read_text(encoding="utf-8"), argument
 
 
 def check_pip(command: Command, parse: Parse) -> None:
