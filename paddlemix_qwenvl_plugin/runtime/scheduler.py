@@ -119,6 +119,7 @@ class Scheduler:
         prompts += (waiting for waiting in self.waiting if waiting not in self._preempted)
         if prompts and budget > 0:
             unused = self._plan_prompts(prompts, budget - budget // 2, planned)
+            self._full = self._full or not self._oldest_has_room()
             prompts.sort(key=lambda prompt: prompt.n_pending - planned.get(prompt, 0))
             self._plan_prompts(prompts, budget // 2 + unused, planned)
         return [Chunk(generation, n, n == generation.n_pending) for generation, n in planned.items()]
@@ -202,6 +203,14 @@ class Scheduler:
             if image.features is None and image.slots[1] > n_cached:
                 return image
         return None
+
+    def _oldest_has_room(self) -> bool:
+        """Whether the oldest request that waits only for admission has room; True if there is none."""
+        for generation in self.waiting:
+            cached = self._cached_blocks(generation)
+            if generation not in self._preempted and not self._missing_image(generation, cached):
+                return self._has_room(generation, cached)
+        return True
 
     def _has_room(self, generation: Generation, cached: Sequence[int]) -> bool:
         """Whether a waiting request fits and leaves the running requests the blocks for their next tokens.

@@ -18,7 +18,7 @@ from paddlemix_qwenvl_plugin.runtime.executor import NO_TOKEN, Picked
 from paddlemix_qwenvl_plugin.runtime.generation import Generation, ImageInput
 from paddlemix_qwenvl_plugin.runtime.loop import Loop
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
-from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits
+from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits, Scheduler
 
 STOP = 5
 
@@ -219,6 +219,23 @@ def test_a_long_prompt_does_not_stall_a_decoding_request():
         loop.step()
         assert len(first.tokens) == n
     assert executor.computed[first] == 2 + 9  # the prompt, and all generated tokens but the last
+
+
+def test_a_short_prompt_does_not_overtake_one_that_waits_for_blocks():
+    """Not even while a running prompt uses up the budget of the oldest prompts: the long one could wait forever."""
+    scheduler = Scheduler(Limits(max_running=4, step_tokens=8, n_blocks=20, block_tokens=8))
+    running, long, short = (
+        Generation([i] * n, [], [], GenerationOptions(max_new_tokens=1)) for i, n in enumerate((96, 80, 8))
+    )
+    for generation in (running, long, short):
+        scheduler.add(generation)
+    while running.n_computed < len(running.prompt):
+        for chunk in scheduler.schedule():
+            scheduler.done(chunk)
+        assert scheduler.running == [running]
+    scheduler.remove(running)
+    scheduler.schedule()
+    assert scheduler.running == [long, short]
 
 
 def test_recomputed_tokens_count_as_prompt_tokens(monkeypatch):
