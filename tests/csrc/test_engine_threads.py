@@ -1,4 +1,7 @@
-"""The engine's threads after fork(), and the CPU quota of a container, which limits their number, in C++ and Python."""
+"""The engine's threads after fork(); the CPU quota of a container, which limits their number.
+
+Of the function that reads the quota, both versions are tested: the engine's in C++ and the package's in Python.
+"""
 
 from __future__ import annotations
 
