@@ -1,4 +1,7 @@
-"""Fixtures for the library of kernel launchers, with PyTorch tensors as memory."""
+"""Fixtures to call launchers, C functions that start one kernel each, with PyTorch tensors as memory.
+
+The launchers are those of csrc/testing/cuda_decode.cc.
+"""
 
 from __future__ import annotations
 
