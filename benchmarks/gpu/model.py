@@ -139,7 +139,8 @@ COPY, READ, RATE = "copy, GB/s", "read, GB/s", "products, TFLOP/s"  # limits of 
 def image_sets(n: int, sizes: Sizes) -> list[Any]:
     """Four sets of n random images, float32 [n, 3, size, size].
 
-    `time_vision` (ours.py, peers.py) uses the sets in turn, so that a set has left the GPU's cache when it is used again.
+    `time_vision` (ours.py, peers.py) uses the sets in turn, so that a set is no longer in the GPU's cache when it is
+    used again.
     """
     return [torch.randn(n, 3, sizes.image, sizes.image, device=DEVICE) for _ in range(4)]
 

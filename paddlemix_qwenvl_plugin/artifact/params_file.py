@@ -108,8 +108,8 @@ def write_params(
 
 
 def n_not_finite(values: NDArray[np.generic], dtype: str) -> int:
-    """Count the values that are infinite or not a number, in the storage type of `dtype`."""
-    # NumPy has no bfloat16. An exponent of all ones is infinity or NaN.
+    """Count the values that are infinite or not a number; bfloat16 values are given as their bits, in uint16."""
+    # In bfloat16, an exponent of all ones is infinity or NaN.
     finite = (values & 0x7F80) != 0x7F80 if dtype == "bfloat16" else np.isfinite(values)  # type: ignore[operator]
     return int(finite.size - finite.sum())
 

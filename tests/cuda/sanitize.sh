@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run tests of most kernels under compute-sanitizer, with memcheck, racecheck and initcheck, several processes at a time.
+# Run tests of most kernels under compute-sanitizer, with memcheck, racecheck and initcheck, in parallel.
 #
 #   QWENVL_TEST_LIBRARY=DIR/libqwenvl.so QWENVL_CUDA_KERNELS=DIR tests/cuda/sanitize.sh LOGS [SECONDS [TOOL...]]
 #
