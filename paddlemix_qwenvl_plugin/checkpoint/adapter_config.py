@@ -16,14 +16,17 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 # Keys of LoRA variants that compute something other than W + scaling * B A with the base model's W.
 _PEFT_VARIANTS = (
-    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "layer_replication", "target_parameters"),
-    *(
-        "trainable_token_indices",
-        "alora_invocation_tokens",
-        "arrow_config",
-        "kasa_config",
-        "monteclora_config",
-    ),
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
 )
 _PADDLENLP_VARIANTS = ("pissa", "loraga", "use_mora", "lora_use_mixer", "enable_lora_list", "do_qat")
 # Initialisations that leave the base weights unchanged. The others (PiSSA, OLoRA, LoftQ, …) change the base weights,
