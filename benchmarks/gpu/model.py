@@ -17,7 +17,7 @@ POOL_HEAD = 128  # head_dim of the resampler
 
 
 class Sizes(NamedTuple):
-    """Sizes of the model; `mlp` is the width of w1 and w2."""
+    """Sizes of the model; `mlp` is the number of outputs of w1, and of w2."""
 
     hidden: int = 4096
     layers: int = 32

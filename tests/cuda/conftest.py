@@ -1,7 +1,4 @@
-"""Fixtures to call launchers, C functions that start one kernel each, with PyTorch tensors as memory.
-
-The launchers are those of csrc/testing/cuda_decode.cc.
-"""
+"""Fixtures to call launchers: C functions of csrc/testing/cuda_decode.cc that start kernels, on PyTorch tensors."""
 
 from __future__ import annotations
 
