@@ -85,7 +85,7 @@ def write_params(
                 offsets[name] = file.tell()
                 n_values = int(np.prod(record.shape, dtype=np.int64))
                 file.seek(n_values * _STORAGE[record.dtype].itemsize, os.SEEK_CUR)
-            file.truncate()
+            file.truncate()  # extends the file to the end of the last values, which are written below
             for name, values in stream:
                 record = records[name]
                 if values.shape != record.shape or values.dtype != _STORAGE[record.dtype]:
