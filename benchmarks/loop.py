@@ -107,7 +107,7 @@ def engine_seconds(model: QwenVL, n_new: int) -> float:
 
 
 def loop_seconds(model: QwenVL, n_new: int) -> float:
-    """Time of the same completion through the loop, with its text streamed, in seconds."""
+    """Time of the completion that `engine_seconds` times, but through the loop, with its text streamed, in seconds."""
     options = GenerationOptions(max_new_tokens=n_new)
     model._loop = Loop(model._loop._executor)  # without the prefix cache of the last round
     stream = model.start(Prompt(PROMPT, []), [], [], options, None)

@@ -27,7 +27,8 @@ from scale_times import COSTS, FRONT_TOKEN, MEASURED_IMAGE, PROFILES, Times
 CONVERSATIONS = Conversations(think=1.0)
 # Requests per second per replica, in the scenarios `replicas` and `fronts`.
 RATE = 30
-# The scenario `replicas`: replicas per cell. A cell is a service with its own coordinator.
+# The scenario `replicas`: replicas per cell. A cell is a service with its own coordinator, the process that admits the
+# requests of all fronts (cluster/serve/coordinator.py).
 CELL = 8
 # A row of a batch job: tokens of a prompt with one image, and of its caption; rows that an engine decodes concurrently.
 PROMPT_TOKENS = CONVERSATIONS.first

@@ -61,8 +61,9 @@ class Service:
 
     Attributes:
         max_running: maximum number of requests per replica.
-        front, front_token: station of the fronts' CPUs, and its seconds per token.
-        admission, admission_call: station of the coordinator, and its seconds per request.
+        front, front_token: station of the fronts' CPUs (None: they take no time), and its seconds per token.
+        admission, admission_call: station of the coordinator, the process that admits requests (None: none is
+            simulated), and its seconds per request.
         live: the replicas to which requests are routed, including a failed replica until its failure is detected.
         starting: number of replicas that are starting.
         queue: requests for which no replica has a slot.

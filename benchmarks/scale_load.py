@@ -19,9 +19,9 @@ class Conversations:
     Attributes:
         first: tokens of the first prompt, image slots included.
         question: tokens of a follow-up question.
-        tokens: mean number of tokens of a completion, exponentially distributed.
-        turns: mean number of questions per conversation, geometrically distributed.
-        think: mean think time, from a completion to the next question, in seconds; exponentially distributed.
+        tokens: mean number of tokens of a completion; the distribution is exponential.
+        turns: mean number of questions per conversation; the distribution is geometric.
+        think: mean think time, from a completion to the next question, in seconds; the distribution is exponential.
     """
 
     first: int = 284

@@ -47,8 +47,8 @@ class ByPrefix(TwoChoices):
 
     When a replica is added, conversations move only to it; when one is removed, only its conversations move. A replica
     is overloaded if it is full, or if its ongoing requests are at least `overload` times the requests in the system per
-    replica, plus four. Then two random replicas are compared, as by TwoChoices. The service itself has another rule
-    (cluster/serve/routing.py): more than four requests above the shortest queue.
+    replica, plus four. Then two random replicas are compared, as by TwoChoices. In a real cluster
+    (cluster/serve/routing.py) a replica is overloaded if its queue has over four requests more than the shortest queue.
     """
 
     def __init__(self, seed: int = 0, overload: float = 1.5) -> None:

@@ -1,8 +1,8 @@
-"""Models with random 8-bit weights for serve.py and ray_serve.py: exported stages, and a GGUF file for llama.cpp.
+"""Models with random weights for serve.py and ray_serve.py: exported stages, and a GGUF file for llama.cpp.
 
-The vocabulary is synthetic. Only word tokens, each a space and six digits, have random logits; the logits of all
-other tokens, stop tokens included, are 0 and thus never the largest. So every token of a completion is a word, which a
-server can send in a separate event.
+The language model's matrices have 8 bits. The vocabulary is synthetic. Only word tokens, each a space and six digits,
+have random logits; the logits of all other tokens, stop tokens included, are 0 and thus never the largest. So every
+token of a completion is a word, which a server can send in a separate event.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Export Qwen-VL as static Paddle graphs and answer questions about images with them.
+"""Export Qwen-VL as static Paddle graphs, and answer questions about images with an exported model.
 
 Importing this package loads neither Paddle nor PaddleNLP: the names below are resolved on first use.
 """

@@ -1,4 +1,4 @@
-"""Time that Python and Paddle add to the engine's on a GPU, in the 7B geometry with random weights in bfloat16.
+"""Time that Python and Paddle add to the engine's time on a GPU, in the 7B geometry with random weights in bfloat16.
 
 Run: python benchmarks/gpu/flow.py FOLDER
 Needs the plugin, a CPU build of Paddle, PyTorch for CUDA, 24 GB of GPU memory, and 19 GB for FOLDER, which must not
@@ -6,10 +6,10 @@ exist: it is created, and deleted at the end. Choose one in memory, if possible.
 needs no GPU build, because the engine computes on the GPU.
 
 Measures the time to a complete caption of 64 tokens for one image through several interfaces: the C interface, with its
-tensors in GPU memory, as in ours.py; `QwenVL`, by the loop of `generate` and by `encode_images` and `generate_ids`; the
-exported programs in Paddle Inference. The C interface, `QwenVL` and Paddle Inference have a process each. Figures are
-medians after warm-up, with a new image and a new prompt each time. A line warns if its interface generates other tokens
-than the C interface.
+tensors in GPU memory, as in ours.py; the loop that `QwenVL.generate` runs; `QwenVL.encode_images`, then `generate_ids`;
+the exported programs in Paddle Inference. The C interface, `QwenVL` and Paddle Inference have a process each. Figures
+are medians after warm-up, with a new image and a new prompt each time. A line warns if its interface generates other
+tokens than the C interface.
 """
 
 from __future__ import annotations

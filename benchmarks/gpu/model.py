@@ -17,7 +17,7 @@ POOL_HEAD = 128  # head_dim of the resampler
 
 
 class Sizes(NamedTuple):
-    """Sizes of the model; `mlp` is the width of w1 and w2."""
+    """Sizes of the model; `mlp` is the number of outputs of w1, and of w2."""
 
     hidden: int = 4096
     layers: int = 32
@@ -139,7 +139,8 @@ COPY, READ, RATE = "copy, GB/s", "read, GB/s", "products, TFLOP/s"  # limits of 
 def image_sets(n: int, sizes: Sizes) -> list[Any]:
     """Four sets of n random images, float32 [n, 3, size, size].
 
-    time_vision uses the sets in turn, so that a set is no longer in the GPU's cache when it is used again.
+    `time_vision` (ours.py, peers.py) uses the sets in turn, so that a set is no longer in the GPU's cache when it is
+    used again.
     """
     return [torch.randn(n, 3, sizes.image, sizes.image, device=DEVICE) for _ in range(4)]
 

@@ -7,8 +7,8 @@ the previous step from GPU memory, so the host does not wait between steps. With
 are omitted, since the vision stage is not quantized. Environment variables: QWENVL_LIBRARY is the path of libqwenvl.so,
 with libqwenvl_cuda.so in the same folder; QWENVL_CUDA_KERNELS is the folder of the kernels.
 
-With --open FOLDER, it only times the opening of the bfloat16 model, whose parameter files (19 GB) it puts into FOLDER
-meanwhile.
+With --open FOLDER, the script only times the opening of the bfloat16 model. It writes the model's parameter files
+(19 GB) to FOLDER and removes them at the end.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def digest_of_samples(path: Path) -> str:
 
 
 class MergedAdapter(BaseModel):
-    """A LoRA adapter merged into the weights: name of its folder, factor (`weight`), and a digest of its tensors."""
+    """A LoRA adapter merged into the weights: name of its folder, factor (`weight`), and `Adapter.fingerprint`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -69,9 +69,10 @@ class MergedAdapter(BaseModel):
 class Manifest(BaseModel):
     """The manifest of an exported stage.
 
-    `model` is the checkpoint's fingerprint, the same in both stages of a model. `quant_type` is the quantization of the
-    matrices that are not stored as `dtype`. `lora`: the adapters merged at export. `weights_samples` is the
-    `digest_of_samples` of the parameter file; exports of contract version 2 lack it.
+    `contract`, `plugin` and `paddle` are the versions that wrote the export. `model` is the checkpoint's fingerprint,
+    the same in both stages of a model. `quant_type` is the quantization of the matrices that are not stored as `dtype`.
+    `lora`: the adapters merged at export. `weights` is the digest of the parameter file, and `weights_samples` its
+    `digest_of_samples`, which exports of contract version 2 lack. `programs`: file name -> digest.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

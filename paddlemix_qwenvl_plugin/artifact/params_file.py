@@ -85,7 +85,7 @@ def write_params(
                 offsets[name] = file.tell()
                 n_values = int(np.prod(record.shape, dtype=np.int64))
                 file.seek(n_values * _STORAGE[record.dtype].itemsize, os.SEEK_CUR)
-            file.truncate()
+            file.truncate()  # extends the file to the end of the last values, which are written below
             for name, values in stream:
                 record = records[name]
                 if values.shape != record.shape or values.dtype != _STORAGE[record.dtype]:
@@ -108,8 +108,8 @@ def write_params(
 
 
 def n_not_finite(values: NDArray[np.generic], dtype: str) -> int:
-    """Count the values that are infinite or not a number, in the storage type of `dtype`."""
-    # NumPy has no bfloat16. An exponent of all ones is infinity or NaN.
+    """Count the values that are infinite or not a number; bfloat16 values are given as their bits, in uint16."""
+    # In bfloat16, an exponent of all ones is infinity or NaN.
     finite = (values & 0x7F80) != 0x7F80 if dtype == "bfloat16" else np.isfinite(values)  # type: ignore[operator]
     return int(finite.size - finite.sum())
 

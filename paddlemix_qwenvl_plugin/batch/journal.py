@@ -110,7 +110,7 @@ class Journal:
 
 
 def difference(expected: Mapping[str, Any], found: bytes, kind: str = "partial file") -> str:
-    """Describe how `found`, the content of a file that should identify the job, differs from its identity `expected`.
+    """Describe how the identity of a job in a file, `found`, differs from that of the current job, `expected`.
 
     `kind`: the expected kind of file, for the message.
     """

@@ -1,4 +1,4 @@
-"""Interpreter of the lines typed in `qwenvl chat`: commands and questions."""
+"""Interpreter of the input lines of `qwenvl chat`: commands and questions."""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ def line_reader(warn: Callable[[str], None]) -> Callable[[], str]:
     """Create a function that reads a line. It raises EOFError at Ctrl-D and KeyboardInterrupt at Ctrl-C.
 
     Args:
-        warn: called with a message if the history file cannot be written; the history is then kept in memory only.
+        warn: called with a message if the history file cannot be created (the history is then kept in memory only), or
+            if a line cannot be written to it.
     """
     session: PromptSession[str] = PromptSession(history=_history(warn), enable_suspend=True)
     return lambda: session.prompt("> ")

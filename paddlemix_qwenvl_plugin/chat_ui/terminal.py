@@ -28,7 +28,8 @@ _PIXELS = (512, 256)
 # Maximum characters of a chunk in kitty's protocol.
 _KITTY_CHUNK = 4096
 
-# Terminals that support previews: values of TERM_PROGRAM for iTerm2's protocol, and of TERM for kitty's.
+# Values of TERM_PROGRAM of terminals with iTerm2's protocol, and of TERM with kitty's. `preview` reads other variables,
+# too.
 _ITERM_PROGRAMS = ("iTerm.app", "WezTerm", "mintty")
 _KITTY_TERMS = ("xterm-kitty", "xterm-ghostty")
 

@@ -53,7 +53,7 @@ def box_line(number: int, box: Box, image_size: Optional[tuple[int, int]]) -> st
 
 
 class PlainView:
-    """View for a pipe: prints answers as `qwenvl predict` does, tags included, as they are generated."""
+    """View for a pipe: prints the text of answers, tags included, while it is generated."""
 
     def text(self, text: str) -> None:
         """Print the output of a command, such as the help."""

@@ -77,7 +77,8 @@ class Adapter:
 
     Raises:
         UsageError: the folder is missing or not an adapter.
-        QwenVLError: an unsupported kind of adapter, or a tensor that does not fit the model; the message names it.
+        QwenVLError: an unsupported kind of adapter, a damaged file, or a tensor that does not fit the model; the
+            message names it.
     """
 
     def __init__(self, folder: Path, specs: Mapping[str, TensorSpec]) -> None:

@@ -16,18 +16,21 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 # Keys of LoRA variants that compute something other than W + scaling * B A with the base model's W.
 _PEFT_VARIANTS = (
-    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "layer_replication", "target_parameters"),
-    *(
-        "trainable_token_indices",
-        "alora_invocation_tokens",
-        "arrow_config",
-        "kasa_config",
-        "monteclora_config",
-    ),
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
 )
 _PADDLENLP_VARIANTS = ("pissa", "loraga", "use_mora", "lora_use_mixer", "enable_lora_list", "do_qat")
-# Initialisations that leave the base weights unchanged. The others (PiSSA, OLoRA, LoftQ, …) replace the base weights
-# by a residual, which an adapter does not store.
+# Initialisations that leave the base weights unchanged. The others (PiSSA, OLoRA, LoftQ, …) change the base weights,
+# and an adapter does not store them.
 _INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 Value = TypeVar("Value", int, float)
@@ -37,9 +40,10 @@ Value = TypeVar("Value", int, float)
 class LoraConfig:
     """Rank and scaling of an adapter's low-rank updates.
 
-    `rank_pattern` and `alpha_pattern`: `^` and the full name of a module, or the last components of its name -> value
-    that overrides `rank` or `alpha`. `modules_to_save`: modules that the adapter replaces completely. `base`: name of
-    the model that the adapter was trained on.
+    `rank_pattern` and `alpha_pattern`: values that override `rank` or `alpha` for some modules. A key is the last
+    components of a module's name, such as `mlp.w1`, or `^` and its full name. `rslora`: the scaling is alpha /
+    sqrt(rank). `modules_to_save`: modules that the adapter replaces completely. `base`: name of the model that the
+    adapter was trained on.
     """
 
     path: Path
@@ -61,11 +65,13 @@ class LoraConfig:
         return _value_for(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
 
 
-class _Strict(BaseModel):
+class _FiniteNumbers(BaseModel):
+    """Settings without infinite numbers or NaN; other keys of the file are ignored."""
+
     model_config = ConfigDict(allow_inf_nan=False)
 
 
-class _Peft(_Strict):
+class _Peft(_FiniteNumbers):
     peft_type: str = "LORA"
     r: int = Field(ge=1, le=1 << 16)
     lora_alpha: float
@@ -77,7 +83,7 @@ class _Peft(_Strict):
     base_model_name_or_path: Optional[str] = None
 
 
-class _PaddleNLP(_Strict):
+class _PaddleNLP(_FiniteNumbers):
     r: int = Field(ge=1, le=1 << 16)
     lora_alpha: float
     rslora: bool = False

@@ -1,4 +1,7 @@
-"""Invalid arguments of the C interface: functions return a status code and a message that names the argument."""
+"""Errors of the C interface: status codes, and messages that name what is wrong.
+
+Also ids under a span, the size of a pool, and device memory.
+"""
 
 from __future__ import annotations
 

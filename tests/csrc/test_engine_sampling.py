@@ -41,7 +41,7 @@ def test_the_same_tokens_as_the_python_sampler(engine, options):
     python_sampler = RowSampler(python_options, stop_tokens, vocab)
     counts = np.zeros(vocab, np.int32)
     forbidden = np.array(stop_tokens, np.int32)
-    # Without temperature, top_p and top_k, the Python sampler is greedy.
+    # Options without temperature, top_p and top_k are greedy, as is the engine with temperature 0.
     parameters = options if options.keys() & {"top_p", "top_k"} else {"temperature": 0.0, **options}
     for step in range(60):
         logits = (random.standard_normal(vocab) * 3).astype(np.float32)

@@ -77,7 +77,7 @@ def test_logprobs(pool, engine, n):
 
 
 def test_a_row_of_nan_does_not_change_another(pool, engine):
-    """A prompt with NaN features gets token -1 and logprobs NaN; the other sequence the same as beside a valid one."""
+    """A prompt with NaN features gets token -1 and logprobs NaN; the other sequence gets what it gets without them."""
     entries, settings = prepare_entries(pool)[:2], [engine.sampling()] * 2
     expected = pool.step(entries, settings, n_logprobs=2)
     features = np.full([3, engine.config.hidden], np.nan, np.float32)

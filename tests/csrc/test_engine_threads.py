@@ -1,4 +1,7 @@
-"""The engine's threads after fork(), and a container's limits: its CPU quota, in C++ and Python, and its memory."""
+"""The engine's threads after fork(); a container's limits: its CPU quota, which limits their number, and its memory.
+
+The CPU quota is read by a function of the engine and by one of the package: both are tested.
+"""
 
 from __future__ import annotations
 

@@ -62,9 +62,9 @@ def test_golden(library, golden_model, name, compute):
 @pytest.mark.parametrize("pool_dtype", ["float32", "bfloat16", "float16", "int8"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_storage_types(library, golden_model, dtype, pool_dtype):
-    """Weights and block pools in a storage type, compared with the same weights as float32 and a float32 pool.
+    """Each storage type of weights with each of block pools, compared with the same weights and a pool in float32.
 
-    Both compute in float16.
+    Both engines compute in float16.
     """
     model = golden_model("a")
     packed = store(library, model.weights, DTYPES[dtype])
@@ -84,6 +84,7 @@ def test_storage_types(library, golden_model, dtype, pool_dtype):
             prefill = pool.forward([(prompt, 0, length, table)], model.spans(features))
             decode = pool.forward([([7], length, length, table)])
             results.append((features, prefill, decode))
-    bound = 0.1 if pool_dtype in ("int8", "bfloat16") else 0.02  # these pools round keys and values
+    # Pools of these types round keys and values, which are computed in float16.
+    bound = 0.1 if pool_dtype in ("int8", "bfloat16") else 0.02
     for values, expected in zip(results[1], results[0]):
         assert relative_error(values, expected) < bound

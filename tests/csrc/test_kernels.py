@@ -178,7 +178,10 @@ def test_linear_of_a_row_does_not_depend_on_the_others(library, isa):
 
 
 def test_every_float16(library, isa):
-    """All finite values as weights, also subnormal values: their products with unit vectors are the weights."""
+    """All finite values as weights, also subnormal values: their products with unit vectors are the weights.
+
+    The blocked product may round them to bfloat16.
+    """
     values = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     weights = np.ascontiguousarray(values[np.isfinite(values)]).reshape(2048, 31)
     unit_vectors, products = np.eye(31, dtype=np.float32), np.empty([31, 2048], np.float32)

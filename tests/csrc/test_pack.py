@@ -49,7 +49,7 @@ def test_layout(library, dtype, shape):
 
 
 def random_groups(dtype, rows, columns):
-    """Random integers, scales and zero points; the zero points are drawn from a few, the extremes included."""
+    """Random integers, scales and zero points; the zero points are drawn from a few values, 0 and 256 included."""
     groups_shape = rows, -(-columns // GROUPS[dtype])
     random = np.random.default_rng(17)
     integers = random.integers(0, 16 if dtype in UINT4 else 256, [rows, columns], np.uint8)

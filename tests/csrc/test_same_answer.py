@@ -21,7 +21,8 @@ from engine import (
     store,
 )
 
-HIDDEN, LAYERS, MLP, VOCAB = 72, 2, 130, 67  # 3 heads of 24: no size is a multiple of 16, an AVX-512 vector
+# 3 heads of 24 values. Except LAYERS, no size is a multiple of 16, the float32 values of an AVX-512 vector.
+HIDDEN, LAYERS, MLP, VOCAB = 72, 2, 130, 67
 PROMPT, NEW = 61, 5  # tokens of the prompt, and generated tokens
 IMAGE_START, IMAGE_TOKENS = 20, 27
 IMAGE_END = IMAGE_START + IMAGE_TOKENS
@@ -64,7 +65,7 @@ def stored(request, library):
 
 
 class Case:
-    """The sequence under test, a prompt with an image and generated tokens, and its logits when it runs alone."""
+    """The sequence under test (a prompt with an image, then generated tokens), and its logits when it runs alone."""
 
     def __init__(self, library, isa, stored):
         random = np.random.default_rng(4)
@@ -84,7 +85,7 @@ class Case:
         return self.tokens[start:end], start, prompt_len, table or self.table
 
     def spans(self, start, end, offset=0):
-        """The spans of the entry of tokens from start to end, whose first token is token `offset` of the batch."""
+        """The spans of `entry(start, end)`, if the entry's first token is token `offset` of the batch."""
         first, last = max(start, IMAGE_START), min(end, IMAGE_END)
         if first >= last:
             return []
@@ -102,10 +103,10 @@ class Case:
         return self.logits_alone[pool_dtype]
 
     def other_entries(self, pool, n, first_block):
-        """Entries of n other sequences, each with a block from first_block on.
+        """Entries of n other sequences, each with one block, the first with block first_block.
 
-        They are first chunks of prompts, single tokens of prompts, and decode steps; a first pass computes their
-        earlier tokens.
+        They are first chunks of prompts, single tokens of prompts, and decode steps. This method also computes the
+        tokens before them.
         """
         entries, earlier_entries = [], []
         for i in range(n):
@@ -231,7 +232,11 @@ def test_generated_tokens_of_an_earlier_turn(case):
 
 
 def test_long_contexts(library, isa):
-    """Decode steps over two chunks of up to 256 keys, on 1 to 16 threads: 16 are more than 3 heads x 2 chunks."""
+    """Decode steps over 509 to 511 keys, on 1 to 16 threads.
+
+    The engine divides the keys into chunks of at most 256, and the work into 3 heads x 2 chunks for each token; 16
+    threads are more than a step of one token has work for.
+    """
     stored = store(library, random_weights(np.random.default_rng(3)), BFLOAT16)
     tokens = np.random.default_rng(5).integers(0, VOCAB, 512).tolist()
     rows = []

@@ -10,8 +10,8 @@ from test_kernels import rounded_activations, rounded_to_pool
 RANDOM = np.random.default_rng(6)
 MATVEC_BF16, MATVEC_INT4, ATTENTION = range(3)
 N_VERSIONS = {MATVEC_BF16: 6, MATVEC_INT4: 6, ATTENTION: 6}
-# From this version on, MATVEC_INT4 rounds activations to int8, as the production kernel does. Versions are numbered
-# from 0, so its name is v3.
+# From this index on (v3 is the first, as indices begin at 0), the versions of MATVEC_INT4 round activations to int8, as
+# the production kernel does.
 FIRST_INT8_VERSION = 2
 # Rows, columns: less than, equal to and more than the sizes of SIMD vectors, the rows that a kernel computes at once,
 # groups of 128 and blocks of up to 512.

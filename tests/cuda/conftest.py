@@ -1,4 +1,4 @@
-"""Fixtures for the library of kernel launchers, with PyTorch tensors as memory."""
+"""Fixtures to call launchers: C functions of csrc/testing/cuda_decode.cc that start kernels, on PyTorch tensors."""
 
 from __future__ import annotations
 

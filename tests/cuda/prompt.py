@@ -29,7 +29,7 @@ PORTABLE, CHOSEN = -1, -2  # in place of a tile: the portable kernel, and the ti
 
 
 def tiles() -> list[int]:
-    """Indices of the tile variants of linear_prompt."""
+    """Indices of the variants of linear_prompt on Hopper, which differ in the sizes of tiles and clusters."""
     return list(range(DLL.qvlt_gpu_linear_prompt_tiles()))
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Run tests of most kernels under compute-sanitizer, with memcheck, racecheck and initcheck, several processes at a time.
+# Run tests of most kernels under compute-sanitizer, with memcheck, racecheck and initcheck, in parallel.
 #
 #   QWENVL_TEST_LIBRARY=DIR/libqwenvl.so QWENVL_CUDA_KERNELS=DIR tests/cuda/sanitize.sh LOGS [SECONDS [TOOL...]]
 #
-# LOGS is a folder for the output of each process. A process has a timeout of SECONDS (default: 240); one runs on each
-# CPU core. Prints a line for each process; exits with 1 unless all are clean. TOOL: memcheck, racecheck, initcheck.
+# LOGS is a folder for the output of each process. A process has a timeout of SECONDS (default: 240). At most one runs
+# per CPU core. Prints a line for each process; exits with 1 unless all are clean. TOOL: memcheck, racecheck, initcheck.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 [ $# -ge 1 ] || { sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2; }

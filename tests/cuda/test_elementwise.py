@@ -1,4 +1,7 @@
-"""RMS norm and rotation with the write to the KV cache, compared with float64; gathering and embedding, bit for bit."""
+"""Elementwise kernels. Compared with float64: RMS norm; rotation of q and k, with the write of k and v to the KV cache.
+
+Gathering and embedding are compared bit for bit.
+"""
 
 from __future__ import annotations
 

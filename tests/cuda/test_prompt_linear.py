@@ -143,7 +143,8 @@ def packed(kind: str, integers: torch.Tensor, scales: torch.Tensor) -> tuple[tor
     tiles, units = out // 16, columns // 128
     hopper = torch.cuda.get_device_capability() == (9, 0)
     if hopper:
-        # In each 32 columns, a lane has pairs of columns with a distance of 8. Units of 128 columns come before tiles.
+        # In each 32 columns, a lane (thread of a warp) has pairs of columns that are 8 apart. The order of the results
+        # below is [unit][tile] instead of [tile][unit]; a unit is 128 columns.
         integers = integers.reshape(out, -1, 4, 4, 2).transpose(2, 3).reshape(out, columns)
     if kind == "int8":
         parts = integers.reshape(tiles, 2, 8, units, 4, 4, 8)[..., [0, 2, 1, 3, 4, 6, 5, 7]]

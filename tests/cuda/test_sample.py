@@ -31,7 +31,8 @@ PICK = np.dtype(
 class Setting:
     """Sampling parameters of a row.
 
-    `fraction` is the random number of the draw in [0, 1), `counts` the number of generated tokens by id, or None.
+    `fraction` is the random number of the draw in [0, 1). `counts`: how often each token id was generated, int32
+    [vocab], or None.
     """
 
     temperature: float = 0.0

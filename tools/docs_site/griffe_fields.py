@@ -45,7 +45,10 @@ def _annotated(annotation: Any) -> list[Any]:
 
 
 def _plain_type(annotation: Any, attr: griffe.Attribute) -> Any:
-    """Resolve an alias of the same module, such as `Texts = Annotated[list[str], …]`, to the type `list[str]`."""
+    """Resolve an alias of the same module, such as `Texts = Annotated[list[str], …]`, to the type `list[str]`.
+
+    Another annotation is returned unchanged.
+    """
     alias = attr.module.members.get(str(annotation))
     value = alias.value if isinstance(alias, griffe.Attribute) else None
     arguments = _annotated(value)

@@ -183,7 +183,7 @@ def _with_english_anchors(chinese: str, english: str) -> str:
 
 
 def _header(path: Path) -> str:
-    """Return the Markdown of a C header, with a heading for each section; the first part states the conventions."""
+    """Return the Markdown of a C header: a heading for each section, and "Conventions" for the text before them."""
     parts = _SECTION.split(path.read_text("utf-8"))
     sections = zip(["conventions", *parts[1::2]], parts[::2])
     return "\n\n".join(f"## {title.capitalize()}\n\n```c\n{code.strip()}\n```" for title, code in sections)

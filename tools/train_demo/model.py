@@ -222,11 +222,11 @@ class QwenVL(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
 
     def _initialise(self, layers: int, vision_layers: int) -> None:
-        """Initialise matrices with variance 1 / inputs, and those named c_proj or out_proj with 1 / (2 * layers) of it.
+        """Initialise matrices with variance 1 / inputs, and those named c_proj or out_proj with 1 / (2 * depth) of it.
 
-        `layers` is the number of vision blocks for those in the blocks, else that of decoder layers. All c_proj and
-        out_proj are the last matrices of residual branches, except for the resampler's out_proj. The embedding of
-        tokens and the position tables have their own initial values.
+        The depth is `vision_layers` for the matrices of vision blocks, else `layers`. All c_proj and out_proj are the
+        last matrices of residual branches, except for the resampler's out_proj. The embedding of tokens and the
+        position tables have their own initial values.
         """
         for name, tensor in self.named_parameters():
             if tensor.dim() == 1:
