@@ -94,12 +94,12 @@ class ModelConfig(BaseModel):
 
     @property
     def max_ntk_doublings(self) -> int:
-        """Number of thresholds of `ntk_doublings`, an upper bound of its value; 0 without dynamic NTK."""
+        """Number of thresholds of `ntk_doublings`; no prompt exceeds the last one. 0 without dynamic NTK."""
         ratio = max(2, self.max_position_embeddings / self.seq_length)
         return max(1, math.ceil(math.log2(ratio)) + 1) if self.use_dynamic_ntk else 0
 
     def ntk_doublings(self, n_tokens: int) -> int:
-        """Number of the thresholds seq_length x 1, 2, 4, … that a prompt exceeds; it determines the rotary base."""
+        """Number of the thresholds seq_length x 1, 2, 4, … below a prompt's length; determines the rotary base."""
         return sum(n_tokens > self.seq_length * 2**k for k in range(self.max_ntk_doublings))
 
     @model_validator(mode="after")
@@ -176,7 +176,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_config(data: Any, origin: str) -> ModelConfig:
-    """Validate the content of a config file; `origin` names the file in error messages."""
+    """Validate the content of a config file; raise QwenVLError, which names the file `origin`, if it is invalid."""
     if not isinstance(data, dict):
         raise QwenVLError(f"{origin}: must be a JSON object")
     if "visual" not in data:

@@ -44,7 +44,7 @@ def convert(
 ) -> None:
     """Convert the model of `source` to the new folder `target`, which is created atomically.
 
-    The source's `other_files`, such as the tokenizer's, are copied.
+    The source's `other_files`, such as the tokenizer's, are copied, config.json without the keys of tensor parallelism.
 
     Args:
         source: a model folder in any supported form.
@@ -71,8 +71,8 @@ def convert(
 
 
 def other_files(folder: Path) -> list[Path]:
-    """List the files of a model folder that are copied to a new one: all but weights, programs and training state."""
-    # An export's programs and manifest, PREFIX.json, PREFIX.fused.json, ..., are beside its PREFIX.pdiparams.
+    """List the files of a model folder that are copied to a new one: no weights, exported stages or training state."""
+    # An exported stage is recognized by its PREFIX.pdiparams: its programs and manifest are PREFIX.*.json beside it.
     exports = tuple(f"{path.stem}." for path in folder.glob("*.pdiparams"))
     return [
         path

@@ -21,6 +21,10 @@ Lora = Union[PathLike, tuple[PathLike, float]]
 class Merge:
     """Adapters, each with a weight (a factor), merged into the tensors of a model, one tensor at a time.
 
+    Args:
+        lora: the folder of an adapter, or adapters.
+        specs: the tensors of the model.
+
     If an adapter replaces a tensor W by T, W becomes W + weight * (T - W). Then weight * scaling * B A of each adapter
     is added.
 
@@ -44,7 +48,7 @@ class Merge:
                 replaced[name] = adapter
 
     def apply(self, name: str, values: NDArray[np.float32], transposed: bool) -> None:
-        """Merge the adapters into a tensor in place; `transposed`: the values are [out, in]."""
+        """Merge the adapters into a tensor in place; a linear weight is [in, out], or [out, in] if `transposed`."""
         for adapter, weight in self.adapters:
             if name in adapter.replacements:
                 target = adapter.replacement(name)

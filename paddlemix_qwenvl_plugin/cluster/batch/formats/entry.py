@@ -53,7 +53,7 @@ class Format(Protocol):
 def plain_row(
     row_id: RowId, values: Mapping[str, Any], prompt: Optional[str], defaults: Mapping[str, Any]
 ) -> Row:
-    """Build a row from fields of the plain form; other fields are ignored.
+    """Build a row from fields of the plain form, or one with an error; other fields are ignored.
 
     Args:
         row_id: id of the row.
