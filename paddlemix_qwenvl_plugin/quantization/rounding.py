@@ -109,7 +109,7 @@ def gptq(weight: Floats, hessian: Hessian, bits: int, group: int) -> Quantized:
 
 
 def descend(matrix: Quantized, weight: Floats, hessian: Floats, bits: int) -> None:
-    """Improve every scale and integer of `matrix` once, in place; the error never grows."""
+    """Improve every scale and integer of `matrix` once, in place; the squared error never grows."""
     top, group = 2**bits - 1, matrix.group
     error = weight - matrix.values()
     for g in range(matrix.scales.shape[1]):
