@@ -21,12 +21,12 @@ Lora = Union[PathLike, tuple[PathLike, float]]
 class Merge:
     """Adapters, each with a weight (a factor), merged into the tensors of a model, one tensor at a time.
 
-    Args:
-        lora: the folder of an adapter, or adapters.
-        specs: the tensors of the model.
-
     If an adapter replaces a tensor W by T, W becomes W + weight * (T - W). Then weight * scaling * B A of each adapter
     is added.
+
+    Args:
+        lora: the folder of an adapter, or a list of adapters.
+        specs: the tensors of the model.
 
     Raises:
         UsageError: two adapters replace the same tensor.

@@ -109,7 +109,7 @@ class Shards:
         return self._file_of[name]
 
     def unlisted(self) -> list[str]:
-        """Names of shards in the folder that the index does not name."""
+        """Names of shards of this format in the folder that are not read."""
         folder, names = self.files[0].parent, {path.name for path in self.files}
         shards = (path.name for path in sorted(folder.glob(f"*.{self.kind}")) if _SHARD.search(path.name))
         return [name for name in shards if name not in names]

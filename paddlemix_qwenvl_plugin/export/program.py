@@ -1,6 +1,6 @@
 """Build and save inference programs, PIR (`.json`) and legacy (`.pdmodel`), without weights.
 
-A program is built in static mode, a portable one from the modules that are also run in dynamic mode. Paddle saves it
+Programs are built in static mode, portable ones from the modules that also run in dynamic mode. Paddle saves a program
 with one-dimensional placeholder parameters; parameter N has length N. The order in which Paddle writes the placeholders
 is the order of the real parameter file, which params_file.py writes. All programs of a stage share one parameter file.
 """

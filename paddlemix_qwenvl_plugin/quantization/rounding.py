@@ -126,7 +126,7 @@ def descend(matrix: Quantized, weight: Floats, hessian: Floats, bits: int) -> No
         best_scale = to_half(best_scale)
         decrease = scale - best_scale
         better = curvature * decrease**2 + 2 * slope * decrease < 0  # also after rounding to float16
-        # Change of the error, weight - values. It is added to `error`; multiplied by the Hessian, to the gradient.
+        # Change of `error`; its product with the Hessian is the change of the gradient.
         change = np.where(better, decrease, 0)[:, None] * steps
         scale = matrix.scales[:, g] = np.where(better, best_scale, scale)
         gradient += change @ group_hessian

@@ -61,6 +61,7 @@ def plain_row(
         prompt: prompt for a row without one.
         defaults: values of the generation options that the row does not set.
     """
+    # In the rows below, False: not in OpenAI's format.
     plain_values = {key: values[key] for key in PLAIN_KEYS if values.get(key) is not None}
     if prompt is not None:
         plain_values.setdefault("prompt", prompt)
