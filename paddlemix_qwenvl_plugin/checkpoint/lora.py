@@ -53,6 +53,7 @@ class Merge:
             if name in adapter.replacements:
                 target = adapter.replacement(name)
                 target = target.T if transposed else target
+                # With the weight 1, exactly T: the formula would round.
                 values[...] = target if weight == 1 else values + np.float32(weight) * (target - values)
         for adapter, weight in self.adapters:
             if name in adapter.updates:

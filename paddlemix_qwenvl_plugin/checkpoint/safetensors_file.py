@@ -87,7 +87,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raise QwenVLError(
                 f"{path}: truncated, {size} bytes of at least {entry.offset + entry.n_bytes}; copy the file again"
             )
-    # The format requires tensors without gaps or overlaps up to the end of the file.
+    # The format requires tensors without gaps or overlaps up to the end of the file. Of tensors at the same offset, all
+    # but the last must be empty.
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].n_bytes)):
         if entry.offset != end:

@@ -59,7 +59,7 @@ class HandleEngineClient:
         """
         if request.options.seed is None:  # a retry must sample the same tokens
             request = replace(request, options=replace(request.options, seed=random.getrandbits(63)))
-        stream = ReceivedTokens(lambda: cancel())
+        stream = ReceivedTokens(lambda: cancel())  # `cancel` needs the task, which needs the stream
         task = asyncio.ensure_future(self._run(request, stream))
 
         def cancel() -> None:
