@@ -1,4 +1,4 @@
-"""The model's `config.json`, validated: the source of all sizes in the code.
+"""The model's `config.json`, validated: its sizes and options.
 
 The upper bounds, 4 times Qwen-VL's values or more, only reject damaged files.
 """
@@ -19,7 +19,7 @@ MAX_JSON_BYTES = 16 << 20
 
 
 class VisionConfig(BaseModel):
-    """Sizes of the vision tower and the resampler (`visual` in config.json)."""
+    """Sizes of the vision tower and the resampler, and the id of `<img>` (`visual` in config.json)."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
@@ -61,7 +61,7 @@ class VisionConfig(BaseModel):
 
 
 class ModelConfig(BaseModel):
-    """Sizes of the model. Keys of config.json that only upstream uses are ignored."""
+    """Sizes and options of the model. Keys of config.json that only upstream uses are ignored."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
@@ -78,7 +78,7 @@ class ModelConfig(BaseModel):
     rotary_pct: float = 1.0
     use_dynamic_ntk: bool = True
     use_logn_attn: bool = True
-    # Storage of lm_head, not a size: excluded from fingerprints and manifests.
+    # Whether the checkpoint stores wte and lm_head as one tensor. Excluded from fingerprints and manifests.
     tie_word_embeddings: bool = Field(default=False, exclude=True)
     visual: VisionConfig
 
@@ -94,12 +94,12 @@ class ModelConfig(BaseModel):
 
     @property
     def max_ntk_doublings(self) -> int:
-        """Number of thresholds of `ntk_doublings`, an upper bound of its value; 0 without dynamic NTK."""
+        """Number of thresholds of `ntk_doublings`, the last one >= max_position_embeddings; 0 without dynamic NTK."""
         ratio = max(2, self.max_position_embeddings / self.seq_length)
         return max(1, math.ceil(math.log2(ratio)) + 1) if self.use_dynamic_ntk else 0
 
     def ntk_doublings(self, n_tokens: int) -> int:
-        """Number of the thresholds seq_length x 1, 2, 4, … that a prompt exceeds; it determines the rotary base."""
+        """Number of the thresholds seq_length x 1, 2, 4, … below a prompt's length; determines the rotary base."""
         return sum(n_tokens > self.seq_length * 2**k for k in range(self.max_ntk_doublings))
 
     @model_validator(mode="after")
@@ -176,7 +176,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_config(data: Any, origin: str) -> ModelConfig:
-    """Validate the content of a config file; `origin` names the file in error messages."""
+    """Validate the content of a config file; raise QwenVLError, which names the file `origin`, if it is invalid."""
     if not isinstance(data, dict):
         raise QwenVLError(f"{origin}: must be a JSON object")
     if "visual" not in data:

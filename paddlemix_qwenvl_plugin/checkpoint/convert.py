@@ -44,13 +44,13 @@ def convert(
 ) -> None:
     """Convert the model of `source` to the new folder `target`, which is created atomically.
 
-    The source's `other_files`, such as the tokenizer's, are copied.
+    The source's `other_files`, such as the tokenizer's, are copied, config.json without the keys of tensor parallelism.
 
     Args:
         source: a model folder in any supported form.
         target: must not exist yet.
-        dtype: float32, float16 or bfloat16; None keeps each tensor's storage type (float32 for float64).
-            Quantized layers are copied unchanged.
+        dtype: float32, float16 or bfloat16; None keeps each tensor's storage type (float32 for float64). Tensors of
+            quantized layers, except the bias of c_attn, are copied unchanged.
         to: naming scheme and layout, a key of SCHEMES.
         max_shard_bytes: maximum size of a shard; a larger tensor gets a separate shard.
 
@@ -71,8 +71,8 @@ def convert(
 
 
 def other_files(folder: Path) -> list[Path]:
-    """List the files of a model folder that are copied to a new one: all but weights, programs and training state."""
-    # An export's programs and manifest, PREFIX.json, PREFIX.fused.json, ..., are beside its PREFIX.pdiparams.
+    """List the files of a model folder that are copied to a new one: no weights, exported stages or training state."""
+    # An exported stage is recognized by its PREFIX.pdiparams: its programs and manifest are PREFIX.*.json beside it.
     exports = tuple(f"{path.stem}." for path in folder.glob("*.pdiparams"))
     return [
         path
@@ -86,7 +86,7 @@ def other_files(folder: Path) -> list[Path]:
 def _tensors(checkpoint: Checkpoint, dtype: Optional[str]) -> dict[str, Stored]:
     """Shape and dtype of every tensor of the new folder, by canonical name.
 
-    The tensors of quantized layers, whose dtypes are kept, come first; then the others of the language model, then
+    The tensors in `quantized.stored`, whose dtypes are kept, come first; then the others of the language model, then
     those of the vision stage, both in the order of the forward pass.
     """
     quantized = checkpoint.quantized

@@ -38,7 +38,7 @@ def cast(array: NDArray[np.generic], source: str, target: str, name: str) -> NDA
         name: the tensor's name, for the error message.
 
     Raises:
-        QwenVLError: a finite value does not fit into float16, and no value of the array is infinite.
+        QwenVLError: a value does not fit into float16, although all values are finite in float32.
     """
     if source == target:
         return array

@@ -5,14 +5,15 @@ For a linear layer with `in` inputs and `out` outputs:
 | tensor | dtype, shape | content |
 | --- | --- | --- |
 | `qweight` | int32 [in * bits / 32, out] | for each output, consecutive inputs in a word; the first in the low bits |
-| `qzeros` | int32 [groups, out * bits / 32] | zero points of consecutive outputs; in format "gptq", minus one |
+| `qzeros` | int32 [groups, out * bits / 32] | zero points of consecutive outputs; in format "gptq" minus one |
 | `scales` | float16 [groups, out] | |
 | `g_idx` | int32 [in] | group of each input; absent: input // group size |
 
-Zero points range from 0 to 2^bits - 1. In format "gptq", a zero point of 0 is stored as -1 modulo 2^bits, that is, as
-2^bits - 1. This module reads it as 0, like AutoGPTQ's CUDA kernels for 4 bits; other readers return 2^bits, which no
-quantizer produces. When it writes, GPTQModel subtracts one from every zero point of an int32 word by a single
-subtraction, in which a zero point of 0 borrows from the next zero point.
+The format, "gptq" or "gptq_v2", is `checkpoint_format` of the quantizer's configuration. Zero points range from 0 to
+2^bits - 1. In format "gptq", a zero point of 0 is stored as -1 modulo 2^bits, that is, as 2^bits - 1. This module
+reads it as 0, like AutoGPTQ's CUDA kernels for 4 bits; other readers return 2^bits, which no quantizer produces. When
+it writes, GPTQModel subtracts one from every zero point of an int32 word by a single subtraction, in which a zero point
+of 0 borrows from the next zero point.
 """
 
 from __future__ import annotations

@@ -24,6 +24,10 @@ class Merge:
     If an adapter replaces a tensor W by T, W becomes W + weight * (T - W). Then weight * scaling * B A of each adapter
     is added.
 
+    Args:
+        lora: the folder of an adapter, or a list of adapters.
+        specs: the tensors of the model.
+
     Raises:
         UsageError: two adapters replace the same tensor.
         UsageError, QwenVLError: as for Adapter.
@@ -44,11 +48,12 @@ class Merge:
                 replaced[name] = adapter
 
     def apply(self, name: str, values: NDArray[np.float32], transposed: bool) -> None:
-        """Merge the adapters into a tensor in place; `transposed`: the values are [out, in]."""
+        """Merge the adapters into a tensor in place; a linear weight is [in, out], or [out, in] if `transposed`."""
         for adapter, weight in self.adapters:
             if name in adapter.replacements:
                 target = adapter.replacement(name)
                 target = target.T if transposed else target
+                # With the weight 1, exactly T: the formula would round.
                 values[...] = target if weight == 1 else values + np.float32(weight) * (target - values)
         for adapter, weight in self.adapters:
             if name in adapter.updates:

@@ -192,7 +192,10 @@ def _name_and_array(items: Any) -> Any:
 
 
 def _eval_data(expression: Any, variables: Any) -> Any:
-    """Stand-in for `eval` that accepts only `eval("data", {"data": array})`, with which Paddle pickles an array."""
+    """Stand-in for `eval` that accepts only the expression "data", and returns its value.
+
+    Paddle pickles an array as `eval("data", {"data": array})`.
+    """
     if not isinstance(expression, str) or expression != "data":
         shown = repr(expression[:100]) if isinstance(expression, str) else "an object that is not text"
         raise RefusedError(f"its pickle evaluates {shown}")
@@ -214,6 +217,7 @@ def _require_array(value: Any, where: str) -> _Array:
     """Return the array of a table entry, `array` or `(name, array)`; `where` begins the error message."""
     if isinstance(value, tuple) and len(value) == 2:
         value = value[1]
+    # An array without dtype: the pickle reconstructs it without setting its state.
     if not isinstance(value, _Array) or not hasattr(value, "dtype"):
         raise QwenVLError(f"{where} is not a tensor")
     return value

@@ -7,7 +7,8 @@
 | quant_config.json | AutoAWQ | `w_bit`, `q_group_size`, `version` |
 
 `quantization_config` has the method, `quant_method`, and the keys of the method's other file, with AWQ's sizes as
-`bits` and `group_size`. `is_marlin_format` of AutoGPTQ is read to refuse such weights.
+`bits` and `group_size`. Each other file implies its method, unless it has `quant_method`, too. `is_marlin_format` of
+AutoGPTQ is read to refuse such weights.
 """
 
 from __future__ import annotations

@@ -32,8 +32,9 @@ class QuantizedLinears:
     Args:
         folder: the model folder, for messages.
         specs: the language model's tensors.
-        canonical: canonical name -> stored name of all tensors. The constructor removes the tensors of the quantized
-            layers from it, and the zero biases that quantizers store for layers without bias.
+        canonical: canonical name -> stored name of all tensors. The constructor removes those that it reads: qweight,
+            qzeros, scales and g_idx of the quantized layers, and the zero biases that quantizers store for layers
+            without bias. The biases in `specs`, those of c_attn, stay.
 
     Raises:
         QwenVLError: a tensor is missing, has a wrong shape, dtype or values, or is not quantized; or a tensor outside
@@ -69,11 +70,11 @@ class QuantizedLinears:
 
     @property
     def stored(self) -> dict[str, Stored]:
-        """Shape and dtype of the tensors of all quantized layers by canonical name, such as h.0.mlp.w1.qweight."""
+        """Shape and dtype of the removed tensors by canonical name, such as h.0.mlp.w1.qweight."""
         return {name: self._shards.tensors[stored_name] for name, stored_name in self._stored_names().items()}
 
     def read_stored(self, name: str) -> NDArray[np.generic]:
-        """Read a stored tensor of a quantized layer unchanged; `name` is a key of `stored`."""
+        """Read one of the tensors in `stored` unchanged, by its canonical name."""
         [(_, values)] = self._shards.read({self._stored_names()[name]})
         return values
 
@@ -103,7 +104,7 @@ class QuantizedLinears:
         }
 
     def _match(self, name: str, specs: Mapping[str, TensorSpec], canonical: dict[str, str]) -> dict[str, str]:
-        """Remove the tensors of a linear layer from `canonical`; return suffix -> stored name."""
+        """Remove a linear layer's tensors, except a bias in `specs`, from `canonical`; return suffix -> stored name."""
         layer = name[: -len(".weight")]
         if name in canonical:
             raise QwenVLError(

@@ -46,7 +46,7 @@ _MAX_DIMS = 8
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Location and type of a tensor in a safetensors file; `dtype` is a name such as float32, bfloat16 or int32."""
+    """Location (in bytes) and type of a tensor in a safetensors file; `dtype` is a name such as bfloat16 or int32."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -87,7 +87,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raise QwenVLError(
                 f"{path}: truncated, {size} bytes of at least {entry.offset + entry.n_bytes}; copy the file again"
             )
-    # The format requires tensors without gaps or overlaps up to the end of the file.
+    # The format requires tensors without gaps or overlaps up to the end of the file. Of tensors at the same offset, all
+    # but the last must be empty.
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].n_bytes)):
         if entry.offset != end:
@@ -102,7 +103,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_tensor(path: Path, entry: StoredTensor) -> NDArray[np.generic]:
-    """Read one tensor of a safetensors file in its storage type (bfloat16 as uint16 bits)."""
+    """Read one tensor of a safetensors file in its storage type (bfloat16 and float8 as bits, in unsigned integers)."""
     count = int(np.prod(entry.shape, dtype=np.int64))
     values = np.fromfile(path, dtype=entry.numpy_dtype, count=count, offset=entry.offset)
     return values.reshape(entry.shape)

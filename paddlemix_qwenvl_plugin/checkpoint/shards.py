@@ -73,7 +73,7 @@ class Shards:
             UsageError: the folder has no weight file with a known name.
             QwenVLError: the index does not fit the files, or a file is missing or damaged.
         """
-        # In reverse order, an index (….safetensors.index.json) precedes a file without shards (….safetensors).
+        # In reverse order, the index NAME.safetensors.index.json precedes the weight file NAME.safetensors.
         matches = [_AUTOGPTQ.fullmatch(path.name) for path in sorted(folder.iterdir(), reverse=True)]
         candidates = [*weight_files, *((match[0], match[1]) for match in matches if match)]
         for name, kind in candidates:
@@ -109,7 +109,7 @@ class Shards:
         return self._file_of[name]
 
     def unlisted(self) -> list[str]:
-        """Names of shards in the folder that the index does not name."""
+        """Names of shards of this format in the folder that are not read."""
         folder, names = self.files[0].parent, {path.name for path in self.files}
         shards = (path.name for path in sorted(folder.glob(f"*.{self.kind}")) if _SHARD.search(path.name))
         return [name for name in shards if name not in names]

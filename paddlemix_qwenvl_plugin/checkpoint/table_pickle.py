@@ -22,7 +22,7 @@ MAX_DIMS = 8
 _MAX_OPCODES = 300_000
 # A longer string becomes a Span. Names are shorter; the values of norms and biases are mostly longer.
 _MAX_STRING_BYTES = 1024
-# Opcodes executed as in Python's unpickler. TableUnpickler replaces a few more; all others are refused.
+# Opcodes executed as in Python's unpickler. TableUnpickler implements a few others itself; the rest is refused.
 _OPCODES = (
     *("PROTO", "FRAME", "MARK", "STOP", "NONE", "NEWTRUE", "NEWFALSE", "POP", "POP_MARK"),
     *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINSTRING", "SHORT_BINUNICODE"),
@@ -153,7 +153,7 @@ class TableUnpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
 
 
 class _CountedDispatch(dict[int, Callable[[Any], None]]):
-    """The dispatch table of the opcodes, which counts each lookup, that is each executed opcode."""
+    """The dispatch table of the allowed opcodes; refuses other opcodes, and more than _MAX_OPCODES lookups."""
 
     n_left = _MAX_OPCODES
 

@@ -78,8 +78,8 @@ class Ranks:
                 )
         degree = read_json(folder / "config.json").get("tensor_parallel_degree")
         numbers = [int(match[1]) for match in matches.values()]
-        # The highest rank present is taken as the last one, unless config.json has a degree from 2 to 99, since rank
-        # numbers have two digits.
+        # Rank numbers have two digits. Without a degree from 2 to 99 in config.json, the highest rank present is taken
+        # as the last one.
         n_ranks = degree if type(degree) is int and 1 < degree < 100 else numbers[-1] + 1
         if numbers != list(range(n_ranks)):
             raise QwenVLError(
@@ -89,7 +89,11 @@ class Ranks:
         return cls([Shards([path], match[3]) for path, match in matches.items()])
 
     def read(self, names: set[str]) -> Iterator[tuple[str, NDArray[np.generic]]]:
-        """Yield the named tensors in storage type, joined from the ranks one tensor at a time."""
+        """Yield the named tensors in storage type, joined from the ranks one tensor at a time.
+
+        Raises:
+            QwenVLError: a vector of which each rank has the complete tensor differs between the ranks.
+        """
         for name in self.tensors:
             if name in names:
                 split = _split(name)

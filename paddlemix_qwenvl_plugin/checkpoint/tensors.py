@@ -43,8 +43,8 @@ def vision_specs(config: ModelConfig) -> dict[str, TensorSpec]:
     width, out, mlp = vision.width, vision.output_dim, vision.mlp_width
     specs = {
         "visual.conv1.weight": TensorSpec((width, 3, vision.patch_size, vision.patch_size)),
-        # One row per patch of a 16 x 16 grid, as in every published checkpoint. Another square grid is possible
-        # (Checkpoint), and the image's patch grid may differ.
+        # One row per patch of a 16 x 16 grid, as in every published checkpoint. Checkpoint replaces this shape if a
+        # checkpoint has another square grid. The export resizes the grid to that of the image's patches.
         "visual.positional_embedding": TensorSpec((256, width)),
     }
     specs.update(_norm("visual.ln_pre", width))

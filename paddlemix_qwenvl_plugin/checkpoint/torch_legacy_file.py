@@ -31,8 +31,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """List the tensors of a legacy file.
 
     Raises:
-        QwenVLError: another version or byte order, or other content than tensors that fit their storages.
-        RefusedError, or one of DAMAGED: see table_pickle.
+        QwenVLError: another version or byte order, or values that are no tensors or do not fit their storages.
+        RefusedError, or an exception in table_pickle.DAMAGED: a pickle with other content than tensors, or damaged.
     """
     table, locations = _read(path, path.stat().st_mtime_ns)
     tensors = check_table(path, table)

@@ -51,8 +51,8 @@ class Storage(NamedTuple):
 class StoredTensor:
     """A tensor as a view of a storage.
 
-    `kind` is a key of _KINDS once `check_table` has accepted the tensor. `start` and `strides` count values of the
-    storage.
+    `kind` is a key of _KINDS once `check_table` has accepted the tensor. `start` and `strides` count values, not bytes,
+    also in an UntypedStorage.
     """
 
     shape: tuple[int, ...]

@@ -34,8 +34,8 @@ def batch_on_ray(
 
     if "-" in (source, target):
         raise UsageError("--ray: standard input and output (-) are not supported; name a file or folder")
-    portable = _portable(open_model)
-    actors = _actors(ray_actors, ray_cpus, ray_gpus, str(portable.keywords["device"]))
+    opener = _with_absolute_paths(open_model)
+    actors = _actors(ray_actors, ray_cpus, ray_gpus, str(opener.keywords["device"]))
     job = Job(
         source=absolute(source),
         target=absolute(target),
@@ -45,7 +45,7 @@ def batch_on_ray(
         options=options,
         window=batch_size,
     )
-    result = run(job, portable, actors, address)
+    result = run(job, opener, actors, address)
     if result.ran:
         print(f"{job.name}: wrote {result.n_rows} rows in {result.n_parts} parts")
     else:
@@ -55,7 +55,7 @@ def batch_on_ray(
         raise QwenVLError(f"{result.n_failed} of {result.n_rows} rows failed; see their errors in {errors}")
 
 
-def _portable(open_model: Callable[[], Any]) -> functools.partial[Any]:
+def _with_absolute_paths(open_model: Callable[[], Any]) -> functools.partial[Any]:
     """Make `open_model` independent of the working directory, for the processes of other machines.
 
     Raises:

@@ -74,9 +74,9 @@ Verify = Annotated[
 def with_flags(function: Callable[..., Any], **factories: Callable[..., Any]) -> Callable[..., Any]:
     """Evaluate a command's string annotations, and expand its factories into flags.
 
-    A factory is a function that makes an object from flags, such as `open_model`, which makes a model. The parameter of
-    the command that `factories` names is not a flag: the flags of the factory take its place, and the parameter
-    receives the factory bound to their values, for the command to call.
+    A factory is a function that makes an object from flags, such as `open_model`, which makes a model. `factories` maps
+    a parameter of the command to its factory, whose flags take the parameter's place on the command line. The command
+    gets, as that parameter, the factory bound to the values of the flags, and calls it without arguments.
 
     The annotations are evaluated because on Python 3.9 typer does not find the options in strings (see `_flags`).
     """

@@ -107,7 +107,7 @@ def predict(
 
 
 def _check_targets(output: Optional[Path], draw: Optional[Path], sources: Sequence[str]) -> None:
-    """Refuse to overwrite input images and files that `predict` did not write, and one file for both targets."""
+    """Refuse a target that is an input image or an existing file of another program, and one file for both targets."""
     from paddlemix_qwenvl_plugin.processing.drawing import is_drawn
 
     for target, may_replace in ((output, _is_answer), (draw, is_drawn)):
@@ -126,7 +126,7 @@ def _is_same_file(target: Path, source: str) -> bool:
     path = local_path(source)
     try:
         return path is not None and target.samefile(path)
-    except (OSError, ValueError):  # missing or invalid: reported when the file is opened
+    except (OSError, ValueError):  # no such target yet, or a missing or invalid image, reported when opened
         return False
 
 

@@ -30,7 +30,7 @@ def connect(address: str = DEFAULT, **options: Any) -> Iterator[None]:
 
     Raises:
         UsageError: Ray is not installed, or the address is not valid.
-        QwenVLError: the cluster does not answer.
+        QwenVLError: the cluster does not answer, or a new one does not start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else Ray's C++ code logs to stderr

@@ -88,7 +88,7 @@ def _run(out: Path, say: Callable[[str], None], model: Path) -> Run:
 
 
 def _prepare_folder(out: Path) -> None:
-    """Create the output folder, or reuse that of an earlier demo."""
+    """Create the output folder; refuse one with files in _NAMES that no demo wrote."""
     make_folder(out)
     marker, page = out / _MARKER, out / PAGE
     # Earlier versions wrote no marker file; the page is the last file that they wrote.

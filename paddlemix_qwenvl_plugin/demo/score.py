@@ -75,8 +75,8 @@ def score(marks: Sequence[Mark]) -> dict[str, Rate]:
     """Compute rates over all answers, then per task.
 
     "words": answers with exactly the expected text, without the task "box"; "boxes": correct boxes (see `mark`);
-    "reading": as "words", for the answers with `Mark.reading`. Then the rate of "words" per task except "box" and, for
-    tasks with boxes, that of "boxes" under a name that ends in " (boxes)".
+    "reading": as "words", for answers with `Mark.reading`. Then for each task NAME "task: NAME", the rate of "words"
+    (not for "box"), and "task: NAME (boxes)", that of "boxes" (only if boxes are expected).
     """
     # A box-only answer has no text to score.
     with_text = [scored for scored in marks if scored.task != "box"]

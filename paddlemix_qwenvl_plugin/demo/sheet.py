@@ -26,7 +26,7 @@ _Lines = list[tuple[str, str]]
 
 
 def contact_sheet(results: Sequence[Result]) -> Image.Image:
-    """Draw the contact sheet, RGB: rows of up to COLUMNS images of SIDE pixels with boxes, question and answer."""
+    """Draw the contact sheet, RGB: rows of up to COLUMNS images of SIDE pixels with boxes, and text below them."""
     rows = [[(column, result, _text(result)) for column, result in row] for row in _rows(results)]
     heights = [SIDE + 2 * GAP + _LINE_HEIGHT * max(len(lines) for _, _, lines in row) for row in rows]
     sheet = Image.new("RGB", (GAP + COLUMNS * (SIDE + GAP), GAP + sum(heights)), _PAPER)

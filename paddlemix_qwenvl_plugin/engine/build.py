@@ -123,10 +123,11 @@ class Target(NamedTuple):
     """A library to build from units; with `link` None, the units' output files themselves.
 
     Attributes:
+        name: file name of the library; with `link` None, a label of the progress.
         folders: folders of csrc/ whose files are part of the cache key (see `_folder` for its other parts).
         compiler: beginning of every command that compiles or links.
         identity: texts that identify the compiler and, for the operators, the installed Paddle.
-        link: further arguments of the linker.
+        link: further arguments of the linker, or None.
         title: name of the target in error messages.
         subcommand: the subcommand of `qwenvl` that builds the target.
     """

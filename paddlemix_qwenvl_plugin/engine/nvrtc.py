@@ -31,7 +31,7 @@ class Nvrtc(NamedTuple):
 
 
 def find(architectures: Collection[int], newest: int) -> Nvrtc:
-    """Find the first NVRTC with headers that compiles for all given architectures, of a major version up to `newest`.
+    """Find the first NVRTC that has headers, compiles for all given architectures, and is no newer than `newest`.
 
     Args:
         architectures: compute capabilities times ten.

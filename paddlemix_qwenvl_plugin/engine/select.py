@@ -20,7 +20,7 @@ def engine_choice(setting: Optional[str] = None) -> str:
 
 
 def engine_available(choice: str, operators: bool = False, gpu: Optional[int] = None) -> bool:
-    """Whether to use the engine, which is built now if necessary; a fallback of "auto" prints a notice.
+    """Whether to use the engine, which is built now if necessary; with "auto", a fallback prints a notice.
 
     Args:
         choice: the result of `engine_choice`.
@@ -28,8 +28,8 @@ def engine_available(choice: str, operators: bool = False, gpu: Optional[int] = 
         gpu: index of the GPU; None: the CPU.
 
     Raises:
-        QwenVLError: the engine cannot be built, and no fallback exists: the setting is "fused", or this Paddle cannot
-            use the GPU.
+        UsageError, QwenVLError: the engine cannot use the GPU or cannot be built, and no fallback exists: the setting
+            is "fused", or this Paddle cannot use the GPU.
     """
     if choice == "portable":
         return False

@@ -22,7 +22,7 @@ class Row(BaseModel):
     """Row of a data set; extra keys are allowed.
 
     Attributes:
-        image: path, relative to the working directory, or a `data:` or `file://` URL.
+        image: path, absolute or relative to the working directory, or a `data:` or `file://` URL.
     """
 
     model_config = ConfigDict(frozen=True)

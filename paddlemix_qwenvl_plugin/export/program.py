@@ -1,6 +1,6 @@
 """Build and save inference programs, PIR (`.json`) and legacy (`.pdmodel`), without weights.
 
-A program is built in static mode, a portable one from the modules that are also run in dynamic mode. Paddle saves it
+Programs are built in static mode, portable ones from the modules that also run in dynamic mode. Paddle saves a program
 with one-dimensional placeholder parameters; parameter N has length N. The order in which Paddle writes the placeholders
 is the order of the real parameter file, which params_file.py writes. All programs of a stage share one parameter file.
 """
@@ -53,6 +53,7 @@ def save_program(
     Returns:
         Name -> record of all parameters, in the order of the parameter file.
     """
+    # A half compute dtype is that of the parameters as well: the stand-in replaces both.
     stand_in = form == "pir" and compute_dtype != "float32"
     dtypes = (_STAND_IN, _STAND_IN) if stand_in else (dtype, compute_dtype)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as scratch, _static_mode(form):

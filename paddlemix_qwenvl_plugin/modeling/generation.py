@@ -56,8 +56,8 @@ class StockGeneration(nn.Layer):
     ) -> tuple[paddle.Tensor, ...]:
         """Generate until `stop_nums` rows have stopped. Shapes and dtypes: artifact/contract.py.
 
-        The masks, `pre_ids`, `tgt_ids` and the caches are part of the contract, but are not read. The lengths determine
-        the masks; the others of these inputs are workspace of the stock graph with arbitrary values.
+        Some inputs are part of the contract, but are not read: the masks, which follow from the lengths, and `pre_ids`,
+        `tgt_ids` and the caches, workspace of the stock graph with arbitrary values.
 
         Returns:
             next_tokens int64 [B, 1], step_idx int64 [B, 1], stop_flags int32 [B, 1], seq_len_decoder int32 [B, 1],

@@ -90,8 +90,7 @@ class LanguageModel(nn.Layer):
     """Language model: token ids and image features -> logits.
 
     `forward` takes the embeddings of a chunk of each row: a complete prompt, the next chunk of a prompt, or the last
-    generated token.
-    `dtype` is the type of the activations and the KV cache.
+    generated token. `dtype` is the type of the activations and the KV cache.
     """
 
     def __init__(self, config: ModelConfig, dtype: str) -> None:

@@ -71,6 +71,7 @@ def vision_parameters(checkpoint: Checkpoint, dtype: str) -> Parameters:
         if name not in TABLES:
             # `out_in` applies to linear weights, not to `proj`, which all naming schemes store as [in, out].
             yield name, np.ascontiguousarray(values.T) if name == "visual.proj" else values
+        # TABLES: resized table -> table of the checkpoint. `pos_embed` itself has been yielded above, unresized.
         for table, source in TABLES.items():
             if source == name:
                 yield table, _resize(values, grid, dtype, name)

@@ -1,4 +1,4 @@
-"""Build prompts in the forms that Qwen-VL was trained on: plain (base model) and ChatML (chat model).
+"""Build prompts in the forms that Qwen-VL was trained on: base form, and chat form (ChatML).
 
 A `str` query is a rendered prompt: the paths between `<img>` and `</img>` become image sources. Text from untrusted
 clients must be passed as parts, in which `<img>`, `</img>` and `<imgpad>` are rejected.

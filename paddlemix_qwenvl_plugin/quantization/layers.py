@@ -15,8 +15,8 @@ from paddlemix_qwenvl_plugin.quantization.packing import gptq_tensors
 from paddlemix_qwenvl_plugin.quantization.rounding import Hessian, quantize, relative_error
 from paddlemix_qwenvl_plugin.quantization.states import States
 
-# Minimum number of tokens, except in the last product, of each product that is added to X^T X. Large products are
-# faster, and the sum is updated less often.
+# X^T X is a sum of products of at least this many tokens each (the last may have fewer). Large products are faster, and
+# the sum is updated less often.
 _TOKENS_AT_ONCE = 2048
 
 

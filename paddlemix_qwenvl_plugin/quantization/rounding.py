@@ -109,7 +109,7 @@ def gptq(weight: Floats, hessian: Hessian, bits: int, group: int) -> Quantized:
 
 
 def descend(matrix: Quantized, weight: Floats, hessian: Floats, bits: int) -> None:
-    """Improve every scale and integer of `matrix` once, in place; the error never grows."""
+    """Improve every scale and integer of `matrix` once, in place; the squared error never grows."""
     top, group = 2**bits - 1, matrix.group
     error = weight - matrix.values()
     for g in range(matrix.scales.shape[1]):
@@ -126,7 +126,7 @@ def descend(matrix: Quantized, weight: Floats, hessian: Floats, bits: int) -> No
         best_scale = to_half(best_scale)
         decrease = scale - best_scale
         better = curvature * decrease**2 + 2 * slope * decrease < 0  # also after rounding to float16
-        # Change of the error, weight - values. It is added to `error`; multiplied by the Hessian, to the gradient.
+        # Change of `error`; its product with the Hessian is the change of the gradient.
         change = np.where(better, decrease, 0)[:, None] * steps
         scale = matrix.scales[:, g] = np.where(better, best_scale, scale)
         gradient += change @ group_hessian

@@ -53,7 +53,7 @@ class CalibrationRow:
 
     @property
     def judged(self) -> list[int]:
-        """Positions of the compared predictions: those that predict the answer; without one, all outside of images."""
+        """Positions of compared predictions: those that predict the answer; without an answer, all outside images."""
         if len(self.input_ids) > self.n_prompt:
             return list(range(self.n_prompt - 1, len(self.input_ids) - 1))
         # The end tag `</img>` predicts the first token of the text after the image.

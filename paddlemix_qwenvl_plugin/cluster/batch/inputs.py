@@ -86,7 +86,7 @@ def find(source: str, name: str) -> Input:
                 if file_name.lower().endswith(_SUFFIXES[other_kind]):
                     kind = other_kind
             return Input(folder, {file_name: int(file_system.size(path) or 0)}, kind)
-    # Files outside hidden folders that are not hidden themselves.
+    # No hidden files, and none in hidden folders.
     sizes = {file: size for file, size in listed(source, recursive=True).items() if "/." not in f"/{file}"}
     sizes_by_kind = {
         kind: {file: size for file, size in sizes.items() if file.lower().endswith(suffixes)}

@@ -87,6 +87,8 @@ def run(job: Job, open_model: Callable[[], Model[Any]], actors: Actors, address:
     if not _is_ours(present):
         raise UsageError(f"{job.name}: exists, and this command did not write it; name another folder")
     manifest = _manifest(job, MANIFEST in present)
+    # Weights and picture label are the manifest's until `describe_model`: a complete job is recognized without opening
+    # the model.
     expected = {
         **identity(
             files.digest(), job.options, manifest.get("weights", []), manifest.get("picture_label", "")

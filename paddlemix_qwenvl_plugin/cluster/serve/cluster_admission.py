@@ -55,7 +55,11 @@ class ClusterAdmission:
 
     @contextlib.asynccontextmanager
     async def slots(self, n: int, key: Optional[str]) -> AsyncIterator[None]:
-        """Acquire n slots of the cluster's queue for the block; see Admission.slots."""
+        """Acquire n slots of the cluster's queue for the block; `key`: short hash of the request's API key, or None.
+
+        Raises:
+            ApiError: the queue refuses the request or does not answer.
+        """
         lease = f"{self._member.name}-{next(self._numbers)}"
         begin = time.monotonic()
         try:

@@ -37,10 +37,12 @@ class _Cluster(Collector):
 def render(
     processes: Mapping[str, tuple[str, list[Metric]]], totals: Totals, accept: str
 ) -> tuple[bytes, str]:
-    """Render the metrics of all processes; see Metrics.render.
+    """Render the metrics of all processes as (response body, content type).
 
     Args:
         processes: kind (front or engine) and metrics of each process by its name.
+        totals: the cluster's slots and queue.
+        accept: the request's Accept header, which selects the format.
     """
     encode, content_type = choose_encoder(accept)
     return encode(_Cluster(processes, totals)), content_type

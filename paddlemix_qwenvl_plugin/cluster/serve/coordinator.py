@@ -111,7 +111,13 @@ class Coordinator:
     async def acquire(
         self, front: str, lease_id: str, n: int, key: Optional[str]
     ) -> Optional[dict[str, Any]]:
-        """Wait for n slots; see Admission.slots. Return None when they are granted, else an ApiError's arguments."""
+        """Wait for n slots. Return None when they are granted, or the arguments of an ApiError if they are refused.
+
+        Args:
+            front: name of the front.
+            lease_id: id of the request's lease, the same in a retry of the call.
+            key: short hash of the request's API key, or None.
+        """
         if self._settled > time.monotonic():
             await asyncio.sleep(self._settled - time.monotonic())
         lease = self._leases.get(lease_id)

@@ -35,7 +35,7 @@ class Engine:
     """Ray Serve replica that runs an engine process, restarts it after an exit, and streams completions."""
 
     async def __init__(self, settings: ServeSettings) -> None:  # type: ignore[misc]  # Ray Serve awaits it
-        """Start the engine process and wait until it is ready; raises as EngineClient.start."""
+        """Start the engine process and wait until it is ready; raise QwenVLError if it ends before."""
         start_logging(settings.log_level)
         self._client = ProcessEngineClient(model_settings(settings, LOGGER.info))
         self._last_healthy = time.monotonic()

@@ -1,4 +1,4 @@
-"""Engine client of a front: runs requests on engine replicas and retries on another replica after a failure."""
+"""Engine client of a front: runs requests on engine replicas, and again if a replica fails."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class HandleEngineClient:
     """EngineClient over the Ray Serve handle of the engine replicas.
 
     Completions are bit-identical on all replicas with the same instruction set or kind of GPU. If a replica fails, the
-    request is recomputed, on another replica if one is available; tokens already sent are not sent again, so that the
-    client sees only a pause.
+    request is recomputed; tokens already sent are not sent again, so that the client sees only a pause. Each attempt
+    prefers another replica, but PrefixRouter avoids long queues, so that the failed one may be chosen again.
 
     Attributes:
         image_end: id of the token after an image's slots; -1 until the front sets it.
@@ -59,7 +59,7 @@ class HandleEngineClient:
         """
         if request.options.seed is None:  # a retry must sample the same tokens
             request = replace(request, options=replace(request.options, seed=random.getrandbits(63)))
-        stream = ReceivedTokens(lambda: cancel())
+        stream = ReceivedTokens(lambda: cancel())  # `cancel` needs the task, which needs the stream
         task = asyncio.ensure_future(self._run(request, stream))
 
         def cancel() -> None:

@@ -1,4 +1,4 @@
-"""Prefix-aware routing: requests with the same prefix go to one replica, whose cache then has it, unless overloaded."""
+"""Prefix-aware routing: requests with the same prefix go to one replica, which caches it, unless it is overloaded."""
 
 from __future__ import annotations
 

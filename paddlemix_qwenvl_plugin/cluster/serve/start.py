@@ -109,7 +109,7 @@ def _check(settings: ServeSettings) -> None:
 
 
 def _deploy(settings: ServeSettings) -> None:
-    """Deploy or update the application and wait until it runs."""
+    """Deploy or update the application and wait until it runs; raise QwenVLError if it does not start."""
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.config import HTTPOptions
@@ -177,7 +177,7 @@ def _watch() -> None:
                 ray.get(coordinator.set_owner.remote(command_id))
             time.sleep(_POLL_SECONDS)
             owner = ray.get(coordinator.owner.remote())
-        except ray.exceptions.ActorUnavailableError:  # Ray restarts it
+        except ray.exceptions.ActorUnavailableError:  # Ray restarts the coordinator
             time.sleep(_POLL_SECONDS)
         except ray.exceptions.RayError as error:
             raise QwenVLError(f"the cluster no longer answers: {first_line(error)}") from error

@@ -84,7 +84,7 @@ def kind(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
 
 
 def exists(rng: random.Random, scene: Scene, language: str) -> Turn:
-    """Ask whether a shape exists; if the scene has shapes, at least half of the answers are yes."""
+    """Ask whether a shape exists; if the scene has shapes, the answer is yes with a probability of at least 0.5."""
     real = rng.choice(scene.shapes) if scene.shapes and rng.random() < 0.5 else None
     kind_name = real.kind if real else rng.choice(list(SHAPES))
     colour_name = real.colour if real else rng.choice(list(COLOURS))
@@ -159,7 +159,7 @@ def larger(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
 
 
 def side(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
-    """Ask for the relation of two shapes in different rows or columns: "Is the red circle above the star?"."""
+    """Ask whether a shape is on a side of another, in another column or row: "Is the red circle above the star?"."""
     shapes = _two_shapes(rng, scene)
     if shapes is None:
         return None

@@ -77,7 +77,7 @@ class Scene:
     things: tuple[Thing, ...]
     background: tuple[Colour, Colour]
     noise: int
-    """Noise amplitude, in colour levels of 255."""
+    """Largest change of an 8-bit colour value by the noise."""
     seed: int
     """Seed of the noise."""
 

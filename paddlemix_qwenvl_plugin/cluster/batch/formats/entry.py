@@ -53,7 +53,7 @@ class Format(Protocol):
 def plain_row(
     row_id: RowId, values: Mapping[str, Any], prompt: Optional[str], defaults: Mapping[str, Any]
 ) -> Row:
-    """Build a row from fields of the plain form; other fields are ignored.
+    """Build a row from fields of the plain form, or one with an error; other fields are ignored.
 
     Args:
         row_id: id of the row.
@@ -61,6 +61,7 @@ def plain_row(
         prompt: prompt for a row without one.
         defaults: values of the generation options that the row does not set.
     """
+    # In the rows below, False: not in OpenAI's format.
     plain_values = {key: values[key] for key in PLAIN_KEYS if values.get(key) is not None}
     if prompt is not None:
         plain_values.setdefault("prompt", prompt)
