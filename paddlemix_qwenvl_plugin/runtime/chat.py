@@ -46,16 +46,16 @@ class Chat:
     def ask(self, query: Query, **options: Any) -> AnswerStream:
         """Ask the next question and return a stream of the answer's segments.
 
-        The next turn can be asked when the stream has ended.
-
-        A stream that is closed after its first token adds a turn with the text so far.
+        The turn is added to the history when the stream ends; ask the next question after that. A stream that is closed
+        after its first token adds a turn with the text so far, one that is closed before or fails adds none.
 
         Args:
             query: text, or a list of parts (processing/prompts.py).
             options: see GenerationOptions.
 
         Raises:
-            UsageError, QwenVLError: an invalid part, image or option; the message names it.
+            UsageError, QwenVLError: an invalid part, image or option, or an unknown adapter, which the message names;
+                or a prompt that fills the context.
         """
         start = time.perf_counter()
         generation_options = GenerationOptions.of(options)

@@ -74,7 +74,7 @@ class EngineExecutor:
             adapters: adapters by the names with which requests choose them.
 
         Raises:
-            QwenVLError: the GPU has too little memory.
+            QwenVLError: there is too little memory, or the engine does not support the model or an adapter.
         """
         self._vision_stage = vision
         self._gpu = gpu = language.gpu

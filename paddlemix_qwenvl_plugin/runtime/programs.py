@@ -92,6 +92,10 @@ class Stage:
 
         Of the main program (no suffix), the version with the engine's operator is preferred if the stage has it and the
         engine is available. `.step` programs exist only as portable graphs.
+
+        Raises:
+            UsageError, QwenVLError: the program is missing, not the exported one, or cannot be loaded; or the engine is
+                required and unavailable.
         """
         require_paddle()
         paddle_gpu = self.gpu
