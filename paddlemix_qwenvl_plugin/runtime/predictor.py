@@ -234,8 +234,8 @@ class QwenVL:
             features: float32 [N, n_queries, hidden_size], of the batch's images in order of appearance, row by row.
             lengths: length of each row; None: T for all rows.
             eos_token_ids: stop tokens, kept as the last token of a row; None: the tokenizer's end-of-text token, or
-                none if the model folder has no tokenizer. Without stop tokens, a row ends at max_new_tokens or at the end
-                of the context.
+                none if the model folder has no tokenizer. Without stop tokens, a row ends at max_new_tokens or at the
+                end of the context.
             adapter: name of an adapter, for all rows.
             options: see GenerationOptions.
 

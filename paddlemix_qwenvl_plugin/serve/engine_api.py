@@ -16,7 +16,7 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 
 class EngineUnavailable(QwenVLError):
-    """The engine process is not ready, or ended while computing the request."""
+    """The engine process is not ready, or it ended before the request did."""
 
 
 # eq=False, comparison by identity: Ray compares requests that wait for a replica, and == of arrays has no truth value.

@@ -70,7 +70,7 @@ class EngineProcess:
     def run(self) -> None:
         """Open the model named by the first message and serve requests until the front exits.
 
-        If the model cannot be opened or the device is lost, send the error to the front and exit with its exit code.
+        If the model cannot be opened or the device is lost, send the error to the front and exit with the error's code.
         """
         messages = _read(self._connection)
         settings = next(messages)[0]

@@ -31,7 +31,7 @@ class Delta:
         boxes: boxes whose tags are in `text`.
         tokens: tokens whose text begins in `text`, if log probabilities were requested; without stop tokens and without
             tokens whose text belongs to a stop string only. Unless a stop string was found, the last delta also has the
-            last tokens without text.
+            tokens at the end that have no text.
     """
 
     text: str = ""
