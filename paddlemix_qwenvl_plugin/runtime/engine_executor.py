@@ -202,8 +202,9 @@ class EngineExecutor:
     def _put(
         self, i: int, state: _RequestState, n_past: int, n_new: int, picks: bool, generated: bool
     ) -> None:
-        """Write entry `i` of the batch: `n_past` always, the other fields only if one differs from the last written.
+        """Write entry `i` of the batch, a range of a request's tokens.
 
+        `n_past` is always written, the other fields only if one of them differs from what the entry contains.
         `generated`: compute the entry's tokens as decode steps, as tokens after the prompt always are (qwenvl.h).
         """
         if i == self._capacity:

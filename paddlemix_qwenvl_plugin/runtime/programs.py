@@ -53,7 +53,7 @@ class Stage:
         if not self.prefix.name:
             raise UsageError(f"{path}: must be the prefix of an exported {stage} stage, folder and file name")
         self._forms = _FORMS if self.prefix == Path(path) else (Path(path).suffix,)
-        self.gpu = gpu_index(device)
+        self.gpu = gpu_index(device)  # None: the CPU
         self.manifest: Manifest = read_manifest(self.prefix, stage)
         self.params = params_path(self.prefix)
         check_weights(self.params, self.manifest)
