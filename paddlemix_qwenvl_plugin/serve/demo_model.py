@@ -1,6 +1,6 @@
 """Exported demo model in the user's cache folder, for `qwenvl serve --demo`.
 
-`demo_stages` runs this module in a child process, to keep Paddle, which the export imports, out of the front:
+`demo_stages` runs this module in a child process, to keep Paddle, which the export imports, out of its caller:
 `python -m paddlemix_qwenvl_plugin.serve.demo_model FOLDER`. That process also starts another one, which compiles the
 engine during the export: on a new machine, export and compilation take most of the startup time.
 """

@@ -90,6 +90,9 @@ class TokenStream(Protocol):
 class EngineClient(Protocol):
     """The front's client of the engine process. Call from the event loop's thread only.
 
+    On a Ray cluster (cluster/serve/engine_handle.py), Ray Serve starts, restarts and ends the processes: `start` does
+    nothing, `stop` ends only the requests, and `restarts` and `stats` stay at their initial values.
+
     Attributes:
         ready: whether the process accepts requests.
         restarts: number of restarts so far, including one in progress.

@@ -1,8 +1,10 @@
 """The engine process: `python -m paddlemix_qwenvl_plugin.serve.engine_process FD`, started by the front.
 
-It opens the model and runs its loop. It reads requests from the socket FD and sends one message with all results
-after each step (messages.py). It ends when the socket is closed, at SIGTERM, when the front dies, and after an error
-that concerns all requests: the model cannot be opened, or the device is lost.
+On a Ray cluster an engine replica (cluster/serve/engine.py) starts it instead, and is what this file calls the front.
+
+The process opens the model and runs its loop. It reads requests from the socket FD and sends one message with all
+results after each step (messages.py). It ends when the socket is closed, at SIGTERM, when the front dies, and after an
+error that concerns all requests: the model cannot be opened, or the device is lost.
 """
 
 from __future__ import annotations
