@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class Chat:
     """A conversation about images in the ChatML form; created by `QwenVL.chat`.
 
-    On the engine, the prefix cache keeps the full blocks of earlier turns until other requests need the memory; a turn
-    computes only the tokens after them, unless the prompt has become so long that it lacks the oldest turns or has
-    another rotary base (dynamic NTK).
+    On the engine, the prefix cache keeps the full blocks of earlier turns until other requests need the memory. A turn
+    computes only the tokens after these blocks. It computes all tokens if the prompt has become so long that it lacks
+    the oldest turns or has another rotary base (dynamic NTK).
 
     Attributes:
         system: the system message.
