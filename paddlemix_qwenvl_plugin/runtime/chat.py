@@ -19,8 +19,8 @@ class Chat:
     """A conversation about images in the ChatML form; created by `QwenVL.chat`.
 
     On the engine, the prefix cache keeps the full blocks of earlier turns until other requests need the memory. A turn
-    computes only the tokens after these blocks. It computes all tokens if the prompt has become so long that it lacks
-    the oldest turns or has another rotary base (dynamic NTK).
+    computes only the tokens after these blocks, but more if the prompt has become so long that it lacks the oldest
+    turns or has another rotary base (dynamic NTK).
 
     Attributes:
         system: the system message.

@@ -97,8 +97,8 @@ class QwenVL:
         Raises:
             UsageError: a path or the device does not exist, `gpu_memory` is out of range, or an adapter cannot be used
                 at run time.
-            QwenVLError: files are damaged, the stages and `config.json` come from different models, or the engine that
-                the GPU needs cannot be built.
+            QwenVLError: files are damaged, the stages and `config.json` come from different models, or the engine is
+                required on the GPU and cannot be built.
         """
         check_share(gpu_memory)
         if verify:

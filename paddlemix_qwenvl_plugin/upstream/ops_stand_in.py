@@ -1,7 +1,7 @@
 """Stand-ins for missing operators: for the module paddlenlp_ops, and for single functions.
 
 Modules of paddlenlp.experimental import CUDA operators by name that they do not need to run Qwen-VL. If paddlenlp_ops
-is not installed, they get its stand-in, which has every operator; each raises an error when it is called.
+is not installed, they get a stand-in, in which every operator exists and raises an error when it is called.
 """
 
 from __future__ import annotations
