@@ -114,7 +114,7 @@ class EngineExecutor:
             sampling_size=ctypes.sizeof(c.Sampling),
             batch=ctypes.pointer(self._batch),
         )
-        # One number for all steps with top tokens: each number would need its own CUDA graph.
+        # Every step with top tokens computes this number of them: each number would need its own CUDA graph.
         self._n_top = min(MAX_LOGPROBS, config.vocab_size)
         # The last element was written by the latest step; a step that is started ahead reads its input tokens from it.
         self._outputs = [
