@@ -32,7 +32,7 @@ def start(settings: ServeSettings, signals: Sequence[int], say: Callable[[str], 
 
     Raises:
         UsageError: invalid settings or two that conflict, or a missing file.
-        QwenVLError: the model cannot be opened, or the port cannot be bound.
+        QwenVLError: the model cannot be opened, the engine cannot be started, or the port cannot be bound.
     """
     check_model(settings)
     listener = bound_socket(settings.host, settings.port, settings.reuse_port)
