@@ -44,9 +44,12 @@ class Work:
     def open(cls, target: Path, settings: dict[str, Any]) -> Iterator[Work]:
         """Create the work folder next to `target`, or reopen the one of an interrupted run with the same settings.
 
+        At the end of the block, a work folder without saved progress is removed.
+
         Raises:
             UsageError: `target` exists; or the work folder exists and was not written by this class, belongs to a
                 running process, or is of a run with other settings.
+            OSError: a file in the work folder cannot be written.
         """
         if target.exists():
             raise UsageError(f"{target}: exists already; name a new folder")
@@ -70,7 +73,7 @@ class Work:
                     try:
                         yield work
                     finally:
-                        if not work.embedded:  # nothing to resume
+                        if not work.embedded:
                             shutil.rmtree(folder, ignore_errors=True)
             except Timeout as error:
                 raise UsageError(f"{folder}: another process is writing it; wait for it") from error

@@ -1,4 +1,4 @@
-"""Commands of a recipe's steps, with references filled in, for a process or a shell."""
+"""Commands of a recipe's steps, with the references `${name}` filled in, for a process or a shell."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def argv(step: Step, references: Mapping[str, str]) -> list[str]:
 
 
 def shell_lines(recipe: Recipe, folder: Path, first: int = 0) -> list[str]:
-    """Shell lines that set the environment and run each step from `first` on once."""
+    """Shell lines that set the environment and run each step from index `first` on, once."""
     references = values(recipe, folder)
     lines = [f"export {key}={shlex.quote(value)}" for key, value in env(recipe, references).items()]
     for step in recipe.steps[first:]:

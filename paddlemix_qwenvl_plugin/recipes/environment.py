@@ -53,7 +53,7 @@ def describe() -> dict[str, Any]:
 
 
 def version(distribution: str) -> Optional[str]:
-    """Version of a distribution, None if it is not installed. Imports nothing."""
+    """Version of a distribution, read without importing it; None if it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

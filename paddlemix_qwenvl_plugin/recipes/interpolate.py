@@ -26,5 +26,5 @@ def check(text: str, known: Iterable[str]) -> None:
 
 
 def fill(text: str, values: Mapping[str, str]) -> str:
-    """Replace each `${name}` in `values`; keep other references."""
+    """Replace each `${name}` whose name is in `values`; keep other references."""
     return _REFERENCE.sub(lambda match: values.get(match[1], match[0]), text)

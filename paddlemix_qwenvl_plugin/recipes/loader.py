@@ -53,7 +53,8 @@ def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     expectations.
 
     Raises:
-        UsageError: the file cannot be read or is not YAML, or the recipe or an override violates the schema.
+        UsageError: the file cannot be read or is not plain YAML, an override is not `key=value` or names no part of the
+            recipe, or the recipe or an overridden value violates the schema.
     """
     data = plain_yaml.read_file(path, "a recipe")
     recipe = _validate(data, str(path))

@@ -17,7 +17,7 @@ _TICK_SECONDS = 0.2  # between calls of `tick`
 _GRACE_SECONDS = 5.0  # from SIGTERM to SIGKILL
 
 LOG_MIB = 100
-"""Size of the log, in MiB, at which the command is stopped; output of earlier commands counts."""
+"""Size of the log, in MiB, above which the command is stopped; output of earlier commands counts."""
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def find_resumable(recipe: Recipe, output: Path, first: int) -> Path:
     """Find the recipe's newest run folder, to resume at step `first`; it must have the same resolved recipe.
 
     Raises:
-        QwenVLError: no earlier run exists, or the newest was run from another recipe or is damaged.
+        QwenVLError: no earlier run exists, or the newest was run from another recipe, is damaged or cannot be read.
     """
     name_pattern = re.compile(rf"\d{{8}}-\d{{6}}-{re.escape(recipe.name)}")
     folders = sorted(p for p in output.absolute().glob("*") if name_pattern.fullmatch(p.name) and p.is_dir())
@@ -72,7 +72,7 @@ def earlier_results(folder: Path, recipe: Recipe, first: int) -> dict[str, Any]:
     """Read results.json of the run to resume at step `first`.
 
     Raises:
-        QwenVLError: a step before `first` did not succeed, or the file is damaged.
+        QwenVLError: a step before `first` did not succeed, or the file is damaged or cannot be read.
     """
     path = folder / "results.json"
     try:

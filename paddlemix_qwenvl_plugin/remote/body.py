@@ -84,8 +84,8 @@ def assistant(answer: str) -> dict[str, Any]:
 def parameters(options: GenerationOptions) -> dict[str, Any]:
     """Convert options to request parameters, under OpenAI's names where they exist; omit defaults.
 
-    max_tokens and the temperature are always sent, the latter because by default OpenAI samples, and this package does
-    not.
+    max_tokens and the temperature are always sent, since the defaults of servers differ: OpenAI samples by default, and
+    this package does not.
     """
     sent: dict[str, Any] = {"max_tokens": options.max_new_tokens}
     if options.min_new_tokens:

@@ -28,7 +28,8 @@ class BusyError(QwenVLError):
     """The server cannot accept the request now.
 
     Attributes:
-        retry_after: seconds of the response's Retry-After; None without this header, or if it is no number, as a date.
+        retry_after: seconds of the response's Retry-After; None without this header, or if it is not a number of
+            seconds but, for example, a date.
     """
 
     def __init__(self, message: str, retry_after: Optional[float]) -> None:
@@ -66,7 +67,7 @@ def error_of_event(url: str, error: Any) -> QwenVLError:
 
 
 def error_of_connection(url: str, error: Exception) -> QwenVLError:
-    """Convert a transport error, without a complete response, to an exception."""
+    """Convert an error of httpx to an exception: an invalid URL, no connection, or no complete response."""
     reason = str(error) or type(error).__name__
     if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
         return QwenVLError(f"{url}: cannot be reached ({reason}); is the server running there?")

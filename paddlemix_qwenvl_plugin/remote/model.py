@@ -90,7 +90,8 @@ class ServerModel:
         """Answer a request without streaming; retry while the server is busy.
 
         Raises:
-            UsageError, QwenVLError: an invalid part, image or history, which the message names; or as `name`.
+            UsageError, QwenVLError: an invalid part, image or history, which the message names; or as `name`. Errors of
+                the request are raised by the stream.
         """
         start = time.perf_counter()
         reader = self.reader(lambda source: from_folder(source, folder))
@@ -177,7 +178,7 @@ class ServerChat:
 
 
 async def _streamed(server: Server, request: dict[str, Any], deliver: Callable[[str], None]) -> End:
-    """Deliver the text of a stream's events."""
+    """Send a request with "stream": true; pass the text of each event to `deliver`, and return the End."""
     finish_reason: Optional[str] = None
     usage: dict[str, int] = {}
     n_texts = 0

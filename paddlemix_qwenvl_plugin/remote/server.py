@@ -26,9 +26,9 @@ _TIMEOUT = httpx.Timeout(30, read=1200)
 # In seconds, shorter than servers' keep-alive timeout: a request must not race with the closing of its connection.
 _LIMITS = httpx.Limits(max_connections=None, keepalive_expiry=2)
 
-# Maximum total wait while a server is busy; the first wait without Retry-After, doubled after each; the longest wait,
-# also with Retry-After.
+# Retries while a server is busy: maximum of all waits together.
 _MAX_RETRY_SECONDS = 600.0
+# The first wait without Retry-After, doubled for each further wait; the maximum of each wait, also with Retry-After.
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 
 
@@ -62,7 +62,8 @@ class Server:
         Raises:
             RefusedError, RequestError: this request failed; others may succeed.
             BusyError: the server is busy, and the waits between retries would exceed ten minutes in total.
-            QwenVLError: the server cannot be reached, the API key is wrong, or the response is invalid.
+            QwenVLError: the server cannot be reached, the connection breaks, the API key is wrong, or the response is
+                invalid.
         """
         waited, pause = 0.0, _FIRST_PAUSE
         while True:
@@ -113,9 +114,9 @@ class Server:
 
 
 async def _data(response: httpx.Response) -> AsyncIterator[bytes]:
-    """Yield the data of server-sent events, one line each.
+    """Yield the data of server-sent events; the data of an event is one line.
 
-    Not `aiter_lines`, which also splits at characters that JSON strings may contain, such as U+2028.
+    httpx's `aiter_lines` would also split at characters that JSON strings may contain, such as U+2028.
     """
     incomplete_line = b""
     async for chunk in response.aiter_bytes():

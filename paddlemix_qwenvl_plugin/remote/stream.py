@@ -23,7 +23,7 @@ class End(NamedTuple):
 
 
 Work = Callable[[Callable[[str], None]], Coroutine[Any, Any, End]]
-"""Coroutine function that sends the request and passes each received text to its argument."""
+"""Coroutine function that sends the request, passes each received text to its argument, and returns the End."""
 
 
 class ServerStream(Iterator[Segment]):
@@ -69,7 +69,7 @@ class ServerStream(Iterator[Segment]):
         return self
 
     def stop(self) -> None:
-        """End the iteration; safe in signal handlers and other threads."""
+        """End the iteration and cancel the request; safe in signal handlers and other threads."""
         self._stopping = True
         self._received.put(None)
 

@@ -20,7 +20,7 @@ class Answer:
         problems: malformed boxes, boxes whose coordinates were corrected, unpaired tags, empty refs; one line each.
         token_ids: every generated token, the stop token included; empty for a remote server's answer.
         finish_reason: "stop" (a stop token), "length" (max_new_tokens, or the context is full) or "cancelled" (the
-            stream was closed, or has not ended yet).
+            stream was closed or stopped, or has not ended yet).
         timings: seconds of "prepare", "load" (of the stages, at the first request), "encode_images", "prefill" and
             "decode", and the decoding rate "tokens_per_second"; of a remote server's answer "prepare" and "server".
     """

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class Chat:
     """A conversation about images in the ChatML form; created by `QwenVL.chat`.
 
-    On the engine, the prefix cache keeps the full blocks of earlier turns until other requests need the memory; a turn
-    computes only the tokens after them, unless the prompt has become so long that it lacks the oldest turns or has
-    another rotary base (dynamic NTK).
+    On the engine, the prefix cache keeps the full blocks of earlier turns until other requests need the memory. A turn
+    computes only the tokens after these blocks, but more if the prompt has become so long that it lacks the oldest
+    turns or has another rotary base (dynamic NTK).
 
     Attributes:
         system: the system message.
@@ -46,16 +46,16 @@ class Chat:
     def ask(self, query: Query, **options: Any) -> AnswerStream:
         """Ask the next question and return a stream of the answer's segments.
 
-        The next turn can be asked when the stream has ended.
-
-        A stream that is closed after its first token adds a turn with the text so far.
+        The turn is added to the history when the stream ends; ask the next question after that. A stream that is closed
+        after its first token adds a turn with the text so far, one that is closed before or fails adds none.
 
         Args:
             query: text, or a list of parts (processing/prompts.py).
             options: see GenerationOptions.
 
         Raises:
-            UsageError, QwenVLError: an invalid part, image or option; the message names it.
+            UsageError, QwenVLError: an invalid part, image or option, or an unknown adapter, which the message names;
+                or a prompt that fills the context.
         """
         start = time.perf_counter()
         generation_options = GenerationOptions.of(options)

@@ -74,7 +74,7 @@ class EngineExecutor:
             adapters: adapters by the names with which requests choose them.
 
         Raises:
-            QwenVLError: the GPU has too little memory.
+            QwenVLError: there is too little memory, or the engine does not support the model or an adapter.
         """
         self._vision_stage = vision
         self._gpu = gpu = language.gpu
@@ -114,7 +114,7 @@ class EngineExecutor:
             sampling_size=ctypes.sizeof(c.Sampling),
             batch=ctypes.pointer(self._batch),
         )
-        # One number for all steps with top tokens: each number would need its own CUDA graph.
+        # Every step with top tokens computes this number of them: each number would need its own CUDA graph.
         self._n_top = min(MAX_LOGPROBS, config.vocab_size)
         # The last element was written by the latest step; a step that is started ahead reads its input tokens from it.
         self._outputs = [
@@ -202,8 +202,9 @@ class EngineExecutor:
     def _put(
         self, i: int, state: _RequestState, n_past: int, n_new: int, picks: bool, generated: bool
     ) -> None:
-        """Write entry `i` of the batch: `n_past` always, the other fields only if one differs from the last written.
+        """Write entry `i` of the batch, a range of a request's tokens.
 
+        `n_past` is always written, the other fields only if one of them differs from what the entry contains.
         `generated`: compute the entry's tokens as decode steps, as tokens after the prompt always are (qwenvl.h).
         """
         if i == self._capacity:

@@ -41,7 +41,11 @@ class Executor(Protocol):
         """Load the language stage and, with `vision`, the vision stage now rather than at their first use."""
 
     def encode_image(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Encode an image: float32 [3, image_size, image_size] -> float32 [n_queries, hidden_size]."""
+        """Encode an image: float32 [3, image_size, image_size] -> float32 [n_queries, hidden_size].
+
+        Raises:
+            QwenVLError: the computation failed.
+        """
 
     def start(self, chunks: Sequence[Chunk]) -> Callable[[], Picked]:
         """Start a step: compute the chunks, and pick a token for each chunk with `picks`.

@@ -46,8 +46,8 @@ class Loop:
 
     The loop has no thread. A thread that waits for tokens runs steps, which advance all requests; if several threads
     wait, one runs a step and the others wait for its end. If the executor can compute ahead, a decode step of the same
-    requests (`Scheduler.schedule_ahead`) is started before the tokens of the current step are read; for requests that
-    end with the current step, its results are discarded.
+    requests (`Scheduler.schedule_ahead`) is started before the tokens of the current step are read; if a request ends
+    with the current step, its results of the next one are discarded.
     """
 
     def __init__(self, executor: Executor) -> None:

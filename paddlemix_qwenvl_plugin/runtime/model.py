@@ -31,7 +31,7 @@ class Stream(Iterator[Segment], Protocol):
 
     @property
     def n_prompt_tokens(self) -> int:
-        """Number of tokens of the prompt."""
+        """Number of tokens of the prompt; with a remote server, 0 before the end."""
 
     @property
     def n_new_tokens(self) -> int:

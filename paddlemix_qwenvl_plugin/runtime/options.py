@@ -17,8 +17,8 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError
 class GenerationOptions:
     """Sampling parameters and length limits of a generation.
 
-    Greedy unless `temperature`, `top_p` or `top_k` is given (and with temperature 0, top-p 0 or top-k 1). The order of
-    operations on the logits is upstream's: stop tokens are forbidden until there are `min_new_tokens` tokens; then
+    Greedy if none of `temperature`, `top_p` and `top_k` is given, or with temperature 0, top-p 0 or top-k 1. The order
+    of operations on the logits is upstream's: stop tokens are forbidden until there are `min_new_tokens` tokens; then
     penalties, temperature, top-k and top-p. Penalties count generated tokens only. Every row of a batch has a separate
     random generator seeded with `seed`, so that for a given seed, a row generates the same tokens alone and in a batch.
 

@@ -60,6 +60,7 @@ class PortableExecutor:
         ids = np.array([generation.ids(past, past + chunk.n)], np.int64)
         features, positions = self._images(generation, past)
         valid = np.arange(past + 1)[None] > 0  # the first entry of the cache is never valid, see _empty_cache
+        # seq_len, past_len and prompt_len of the contract.
         lengths = (np.array([[length]], np.int64) for length in (chunk.n, past, len(generation.prompt)))
         logits, *cache = self._program([ids, features, positions, *lengths, valid, *cache])
         self._running[generation] = sampler, cache

@@ -97,7 +97,8 @@ class QwenVL:
         Raises:
             UsageError: a path or the device does not exist, `gpu_memory` is out of range, or an adapter cannot be used
                 at run time.
-            QwenVLError: files are damaged, or the stages and `config.json` come from different models.
+            QwenVLError: files are damaged, the stages and `config.json` come from different models, or the engine is
+                required on the GPU and cannot be built.
         """
         check_share(gpu_memory)
         if verify:
@@ -169,8 +170,8 @@ class QwenVL:
         """Load the tokenizer, the language stage and, with `vision`, the vision stage now, not at their first use.
 
         Raises:
-            UsageError, QwenVLError: a file is missing or damaged, the GPU has too little memory, or adapters lack the
-                engine.
+            UsageError, QwenVLError: a file is missing or damaged, there is too little memory, or the engine is
+                unavailable although the setting, the weights or the adapters require it.
         """
         _ = self.tokenizer
         self._loop.load(vision)
@@ -205,6 +206,7 @@ class QwenVL:
 
         Raises:
             UsageError: another shape.
+            QwenVLError: as for `load`, or the computation failed.
         """
         size = self.config.visual.image_size
         array = np.ascontiguousarray(pixels, np.float32)
@@ -232,7 +234,8 @@ class QwenVL:
             features: float32 [N, n_queries, hidden_size], of the batch's images in order of appearance, row by row.
             lengths: length of each row; None: T for all rows.
             eos_token_ids: stop tokens, kept as the last token of a row; None: the tokenizer's end-of-text token, or
-                none if the model folder has no tokenizer; empty: only max_new_tokens ends a row.
+                none if the model folder has no tokenizer. Without stop tokens, a row ends at max_new_tokens or at the
+                end of the context.
             adapter: name of an adapter, for all rows.
             options: see GenerationOptions.
 
@@ -326,7 +329,8 @@ class QwenVL:
             options: see GenerationOptions.
 
         Raises:
-            UsageError, QwenVLError: an invalid part, image or option; the message names it.
+            UsageError, QwenVLError: an invalid part, image, history or option, or an unknown adapter, which the
+                message names; or a prompt that fills the context.
         """
         return self.ask(Request(parts, GenerationOptions.of(options), chat, history, system, adapter))
 
@@ -381,7 +385,7 @@ class QwenVL:
         on_end: Callable[[Answer], None] = lambda answer: None,
         adapter: Optional[str] = None,
     ) -> AnswerStream:
-        """Create the stream for a tokenised prompt and loaded images.
+        """Create the stream for a tokenised prompt and loaded images. Errors as for `generation`.
 
         Args:
             prompt: the tokenised prompt.
@@ -433,8 +437,8 @@ class QwenVL:
             generated, n_logprobs, adapter: see Generation.
 
         Raises:
-            UsageError: an invalid id, a wrong number of images, a prompt that fills the context, `n_logprobs` out of
-                range, or an unknown adapter.
+            UsageError: no or an invalid id, a wrong number of images, a prompt that fills the context, `n_logprobs` out
+                of range, or an unknown adapter.
             QwenVLError: malformed image tags or slots in `input_ids`.
         """
         if adapter is not None and adapter not in self._adapters:

@@ -53,7 +53,7 @@ class Stage:
         if not self.prefix.name:
             raise UsageError(f"{path}: must be the prefix of an exported {stage} stage, folder and file name")
         self._forms = _FORMS if self.prefix == Path(path) else (Path(path).suffix,)
-        self.gpu = gpu_index(device)
+        self.gpu = gpu_index(device)  # None: the CPU
         self.manifest: Manifest = read_manifest(self.prefix, stage)
         self.params = params_path(self.prefix)
         check_weights(self.params, self.manifest)
@@ -92,6 +92,10 @@ class Stage:
 
         Of the main program (no suffix), the version with the engine's operator is preferred if the stage has it and the
         engine is available. `.step` programs exist only as portable graphs.
+
+        Raises:
+            UsageError, QwenVLError: the program is missing, not the exported one, or cannot be loaded; or the engine is
+                required and unavailable.
         """
         require_paddle()
         paddle_gpu = self.gpu

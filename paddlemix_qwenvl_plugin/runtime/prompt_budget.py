@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-# Prompt time per step: 0.25 s, or 3 times the step's decode time if that is longer. On a slow machine, streams continue
-# at a quarter of their rate while prompts are computed, and the last of many prompts still has a short time to first
-# token. A budget below 64 tokens would hardly shorten the step, since prefill reads all weights.
+# Prompt time per step: 0.25 s, or 3 times the step's decode time if that is longer. In the second case, streams
+# continue at a quarter of their rate, and prompts get three quarters of the time, so that the last of many prompts does
+# not wait long for its first token. A budget below 64 tokens would hardly shorten the step, since prefill reads all
+# weights.
 _PROMPT_SECONDS = 0.25
 _PROMPT_TO_DECODE = 3.0
 _MIN_TOKENS = 64

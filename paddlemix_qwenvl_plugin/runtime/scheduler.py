@@ -50,7 +50,8 @@ class Scheduler:
 
     Every decoding request has one token in every step. The remaining budget goes to chunks of prompts: one half to the
     oldest prompts, one half to the prompts with the fewest pending tokens, so that short prompts do not wait for long
-    ones. When blocks run out, the request admitted last is preempted.
+    ones. When blocks run out, the request admitted last is preempted; its tokens, the generated ones too, then count as
+    a prompt.
 
     Attributes:
         prompt_budget: maximum number of prompt tokens in a step with decoding requests, 1 to limits.step_tokens.

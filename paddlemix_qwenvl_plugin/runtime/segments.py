@@ -51,7 +51,7 @@ class SegmentBuilder:
         return self.add_text(self._decoder.decode(self._tokenizer.token_bytes(token)))
 
     def add_text(self, text: str) -> Iterator[Segment]:
-        """Add text and yield the segments that it completes: for callers that decode the tokens."""
+        """Add text and yield the segments that it completes; for callers that have text instead of tokens."""
         self._buffer += text
         return self._complete(final=False)
 

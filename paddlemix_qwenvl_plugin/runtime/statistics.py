@@ -1,4 +1,4 @@
-"""Statistics of the loop since its creation."""
+"""Statistics of the loop: current values, and counters since its creation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LoopStatistics:
-    """Gauges and counters of a loop.
+    """Gauges (current values) and counters of a loop.
 
     Attributes:
         running, waiting: current number of requests.

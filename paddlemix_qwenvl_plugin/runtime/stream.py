@@ -132,6 +132,7 @@ class AnswerStream(Iterator[Segment]):
                 "encode_images": generation.encode_seconds,
                 "prefill": generation.prefill_seconds,
                 "decode": generation.decode_seconds,
+                # The first token is the prefill's.
                 "tokens_per_second": max(0, len(generation.tokens) - 1)
                 / max(generation.decode_seconds, 1e-9),
             },

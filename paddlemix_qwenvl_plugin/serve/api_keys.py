@@ -62,7 +62,7 @@ class ApiKeys:
 
 
 def read_api_keys(settings: ServeSettings) -> Optional[ApiKeys]:
-    """Read the configured API keys; None if requests need no key."""
+    """Read the configured API keys; None if requests need no key. Raises as `ApiKeys.of_file`."""
     return None if settings.api_key_file is None else ApiKeys.of_file(settings.api_key_file)
 
 

@@ -10,7 +10,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 HEADER_SECONDS = 15.0
 """Timeout from the connection, or from the previous response, to the complete headers of the next request."""
 
-_LAST_HEAD_SECONDS = 2.0
+_SHUTDOWN_HEADER_SECONDS = 2.0
 """At shutdown, timeout for the headers of a connection's first request. If they arrive, the request gets a response."""
 
 
@@ -72,7 +72,7 @@ class Connection(H11Protocol):
     def shutdown(self) -> None:
         """Close after the current response; a connection that has not sent a request yet gets a short timeout."""
         if self.cycle is None:
-            self._header_timer.start(_LAST_HEAD_SECONDS)
+            self._header_timer.start(_SHUTDOWN_HEADER_SECONDS)
         else:
             super().shutdown()
 

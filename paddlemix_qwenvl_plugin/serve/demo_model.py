@@ -1,6 +1,6 @@
 """Exported demo model in the user's cache folder, for `qwenvl serve --demo`.
 
-`demo_stages` runs this module in a child process, to keep Paddle, which the export imports, out of the front:
+`demo_stages` runs this module in a child process, to keep Paddle, which the export imports, out of its caller:
 `python -m paddlemix_qwenvl_plugin.serve.demo_model FOLDER`. That process also starts another one, which compiles the
 engine during the export: on a new machine, export and compilation take most of the startup time.
 """
@@ -42,7 +42,7 @@ def demo_stages(say: Callable[[str], None]) -> DemoStages:
         say: called with a progress line before the export.
 
     Raises:
-        QwenVLError: the export failed; its stderr has the reason.
+        UsageError, QwenVLError: the cache folder cannot be created; or the export failed, whose stderr has the reason.
     """
     folder = cache_folder().with_name("demo-model") / _key()
     stages = DemoStages(folder / "vision" / "vision", folder / "text" / "qwen")
@@ -69,13 +69,15 @@ def _export(target: Path) -> None:
     from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
 
     with new_folder(target) as folder:
-        # The engine reads only an export's weights; it needs no Paddle programs that call the engine.
+        # "portable": without the engine programs (`.fused.*`), through which Paddle would call the engine. The server
+        # needs none: its engine process reads only the weights of an export.
         export_vision(MODEL, folder / "vision" / "vision", engine="portable")
         export_language(MODEL, folder / "text", "qwen", engine="portable")
 
 
 def _compile_engine() -> None:
-    # Errors are ignored: the engine process compiles again and reports them. Ctrl-C reaches the exporting process too.
+    # Errors are ignored: the engine process gets them again from `library`, and reports them. Ctrl-C reaches the
+    # exporting process too.
     with contextlib.suppress(QwenVLError, OSError, KeyboardInterrupt):
         library()
 

@@ -16,7 +16,7 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 
 class EngineUnavailable(QwenVLError):
-    """The engine process is not ready, or ended while computing the request."""
+    """The engine process is not ready, or it ended before the request did."""
 
 
 # eq=False, comparison by identity: Ray compares requests that wait for a replica, and == of arrays has no truth value.
@@ -89,6 +89,9 @@ class TokenStream(Protocol):
 
 class EngineClient(Protocol):
     """The front's client of the engine process. Call from the event loop's thread only.
+
+    On a Ray cluster (cluster/serve/engine_handle.py), Ray Serve starts, restarts and ends the processes: `start` does
+    nothing, `stop` ends only the requests, and `restarts` and `stats` stay at their initial values.
 
     Attributes:
         ready: whether the process accepts requests.

@@ -1,4 +1,4 @@
-"""Engine process as a child of the front: start, messages, shutdown."""
+"""Engine process as a child of the front, or of an engine replica on a Ray cluster: start, messages, shutdown."""
 
 from __future__ import annotations
 

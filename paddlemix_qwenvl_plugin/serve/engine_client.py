@@ -1,4 +1,7 @@
-"""Engine client of the front: supervises the engine process and routes its tokens to requests."""
+"""Engine client of the front, or of an engine replica on a Ray cluster.
+
+It supervises the engine process and routes its tokens to requests.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
 """The engine process: `python -m paddlemix_qwenvl_plugin.serve.engine_process FD`, started by the front.
 
-It opens the model and runs its loop. It reads requests from the socket FD and sends one message with all results
-after each step (messages.py). It ends when the socket is closed, at SIGTERM, when the front dies, and after an error
-that concerns all requests: the model cannot be opened, or the device is lost.
+On a Ray cluster an engine replica (cluster/serve/engine.py) starts it instead, and is what this file calls the front.
+
+The process opens the model and runs its loop. It reads requests from the socket FD and sends one message with all
+results after each step (messages.py). It ends when the socket is closed, at SIGTERM, when the front dies, and after an
+error that concerns all requests: the model cannot be opened, or the device is lost.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ class EngineProcess:
     def run(self) -> None:
         """Open the model named by the first message and serve requests until the front exits.
 
-        If the model cannot be opened or the device is lost, send the error to the front and exit with its exit code.
+        If the model cannot be opened or the device is lost, send the error to the front and exit with the error's code.
         """
         messages = _read(self._connection)
         settings = next(messages)[0]

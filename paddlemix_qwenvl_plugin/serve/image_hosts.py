@@ -1,4 +1,4 @@
-"""Image downloads from allow-listed hosts at public addresses; error messages reveal nothing about other addresses."""
+"""Image downloads from allow-listed hosts at public addresses; error messages reveal nothing about internal ones."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class ImageHosts:
         try:
             return await self._download(url, host)
         except TooLargeError as error:
-            # Safe to show: only public addresses send a body, so the message reveals nothing about other addresses.
+            # Safe to show: a body is read only from a public address, so this reveals nothing about internal ones.
             message = f"{param}: {line_of(error)}; send a smaller one"
             raise ApiError(400, message, param=param, code="image_too_large") from error
         except QwenVLError as error:

@@ -6,8 +6,8 @@ the front's libraries.
 
 A frame is a kind (1 byte), the length of its payload (uint32, big-endian) and the payload. Requests are encoded images
 (BYTES) and data: URLs in ASCII (DATA_URL). The worker first sends READY. It then answers each request with an IMAGE,
-whose payload is the width and height before resizing, of the upright image (uint32 each), and the resized pixels, or
-with an error message in UTF-8 (TOO_LARGE or INVALID).
+whose payload is the width and height before resizing, of the upright image (uint32 each), and the resized pixels (uint8
+RGB), or with an error message in UTF-8 (TOO_LARGE or INVALID).
 """
 
 from __future__ import annotations

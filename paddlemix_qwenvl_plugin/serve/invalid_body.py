@@ -107,7 +107,10 @@ def _describe(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
 
 
 def _message(error: Mapping[str, Any]) -> str:
-    """Convert pydantic's message, such as "Input should be less than 2", to "must be less than 2, got 3"."""
+    """Convert pydantic's message, such as "Input should be less than 2", to "must be less than 2, got 3".
+
+    "after validation", which pydantic adds to numbers of items, is left out.
+    """
     message = re.sub(r"^\w+ should ", "must ", str(error["msg"])).replace(" after validation", "")
     value = error["input"]
     if isinstance(value, (int, float)) and len(str(value)) < _MAX_NUMBER_CHARACTERS:

@@ -30,8 +30,8 @@ def start_logging(level: str) -> None:
     """Send the records of all loggers of this process, uvicorn's included, to stderr as JSON.
 
     Args:
-        level: minimum level of the server's records: debug, info, warning or error. Other minimum levels: asyncio's
-            is error, uvicorn's `level` but at least warning, that of all other loggers warning.
+        level: minimum level of the server's records: debug, info, warning or error. That of other loggers is warning,
+            except asyncio's, which is error, and uvicorn's, which is error if `level` is.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())

@@ -1,7 +1,9 @@
-"""Messages between the HTTP front and the engine process: a JSON header followed by bytes.
+"""Messages between the engine process and its parent: a JSON header followed by bytes.
 
-Wire format of a message: the lengths of header and bytes (uint32, little-endian), the header in UTF-8, the bytes. Both
-processes have the same version and trust each other; no received data is executed.
+The parent is the HTTP front, or an engine replica on a Ray cluster. Both processes have the same version and trust each
+other; no received data is executed.
+
+Wire format of a message: the lengths of header and bytes (uint32, little-endian), the header in UTF-8, the bytes.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ class Unpacker:
 
 
 def pack_request(number: int, request: EngineRequest) -> bytes:
-    """Encode a request under the front's request number, with its images as bytes."""
+    """Encode a request, with its images as bytes; the parent chooses `number`, which the replies repeat."""
     header = {
         "kind": "submit",
         "number": number,

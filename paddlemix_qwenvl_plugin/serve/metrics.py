@@ -16,8 +16,8 @@ from paddlemix_qwenvl_plugin.serve.engine_api import EngineClient
 if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.serve.service import Admission
 
-# Bounds of the histograms' buckets, in seconds. Times between tokens: from a GPU to a large model on a small CPU. Times
-# of requests (also queue time and time to first token): from a short to a long completion.
+# Bounds of the histograms' buckets, in seconds. Times between tokens: from those of a GPU to those of a large model on
+# a small CPU. Times of requests (also queue time and time to first token): from those of a short to a long completion.
 _TOKEN_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5)
 _REQUEST_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 

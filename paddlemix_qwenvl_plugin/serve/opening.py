@@ -82,7 +82,7 @@ def model_settings(settings: ServeSettings, say: Callable[[str], None]) -> Model
     """Settings of the engine process. With `settings.demo`, the demo model is exported unless it was exported before.
 
     Raises:
-        UsageError: an adapter is not NAME=FOLDER, or two have the same name.
+        UsageError: an adapter is not NAME=FOLDER, two have the same name, or the cache folder cannot be created.
         QwenVLError: the demo model cannot be exported.
     """
     adapters = split_adapters(settings.adapter)

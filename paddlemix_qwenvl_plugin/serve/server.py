@@ -95,6 +95,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, service: Service, app: FastAPI, listener: Listener) -> None:
         settings = service.settings
+        # A subclass, since uvicorn creates the protocol objects and does not pass the setting.
         protocol = type("Connection", (Connection,), {"send_timeout": settings.send_timeout})
         super().__init__(
             uvicorn.Config(

@@ -31,8 +31,8 @@ def start(settings: ServeSettings, signals: Sequence[int], say: Callable[[str], 
         The second signal, if one arrived before the server had ended; else None.
 
     Raises:
-        UsageError: conflicting settings, or a missing file.
-        QwenVLError: the model cannot be opened, or the port cannot be bound.
+        UsageError: invalid settings or two that conflict, or a missing file.
+        QwenVLError: the model cannot be opened, the engine cannot be started, or the port cannot be bound.
     """
     check_model(settings)
     listener = bound_socket(settings.host, settings.port, settings.reuse_port)

@@ -1,4 +1,4 @@
-"""Buffer in the front for the received tokens of a request."""
+"""Buffer for the received tokens of a request, in the front and in the engine replicas of a cluster."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ReceivedTokens:
     """
 
     def __init__(self, cancel: Callable[[], None]) -> None:
-        """Create an empty buffer; `cancel` sends the cancellation to the engine process."""
+        """Create an empty buffer; `cancel` cancels the request in the engine process."""
         self.n_cached = 0
         self._send_cancellation = cancel
         self._tokens: list[Token] = []

@@ -89,7 +89,7 @@ class QWenForQWenVLInferenceModel:
         """Export to OUTPUT_PATH.* like `qwenvl export-language`.
 
         Raises:
-            UsageError: the config requests a prefix cache or an 8-bit cache.
+            UsageError, QwenVLError: the config requests a prefix cache or an 8-bit cache; or see export_language.
         """
         if config.get("export_precache"):
             raise UsageError("--export_precache: not supported, export without it")
@@ -112,6 +112,7 @@ class QWenForQWenVLInferenceModel:
 
         Raises:
             UsageError: the inputs have prefix caches, or the config requests quantization.
+            QwenVLError: the weights cannot be loaded.
         """
         if inputs.pop("pre_caches", None):
             raise UsageError("--export_precache: not supported, run without it")

@@ -32,7 +32,7 @@ def is_qwen_vl(name_or_path: str) -> bool:
         return False
     if not isinstance(config, dict) or "visual" not in config:
         return False
-    return _CLASS in (config.get("architectures") or [_CLASS])
+    return _CLASS in (config.get("architectures") or [_CLASS])  # a config without this key is accepted
 
 
 def model_folder(name_or_path: str) -> Path:

@@ -1,7 +1,7 @@
-"""Stand-ins for missing operators: for the module paddlenlp_ops if it is not installed, and for single functions.
+"""Stand-ins for missing operators: for the module paddlenlp_ops, and for single functions.
 
-PaddleNLP imports CUDA operators by name in modules that do not need them to run Qwen-VL. The module's stand-in has
-every operator, and each raises an error when it is called. A real paddlenlp_ops always takes precedence.
+Modules of paddlenlp.experimental import CUDA operators by name that they do not need to run Qwen-VL. If paddlenlp_ops
+is not installed, they get a stand-in, in which every operator exists and raises an error when it is called.
 """
 
 from __future__ import annotations

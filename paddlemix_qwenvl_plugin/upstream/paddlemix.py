@@ -44,7 +44,7 @@ def hook_auto_modeling(module: ModuleType) -> None:
 
 
 def hook_qwen_vl_processing(module: ModuleType) -> None:
-    """Hook of paddlemix.processors.qwen_vl_processing: adapt the stock Predictor, which creates a processor."""
+    """Hook of paddlemix.processors.qwen_vl_processing: adapt the stock Predictor when it creates its processor."""
     processor = module.QwenVLProcessor
     upstream = vars(processor)["__init__"]
 

@@ -1,4 +1,4 @@
-"""Errors for users. Each has a message of one line: the subject, what is wrong, what to do."""
+"""Errors for users. Each has a message of one line: the subject, what is wrong and, if not obvious, what to do."""
 
 from __future__ import annotations
 

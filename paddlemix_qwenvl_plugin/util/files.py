@@ -31,7 +31,7 @@ def write_beside(target: Path, write: Callable[[Path], Any]) -> None:
 
 
 def write_text(target: Path, text: str) -> None:
-    """Write a UTF-8 text file atomically."""
+    """Write a UTF-8 text file atomically. Raises as `write_beside`."""
     write_beside(target, lambda partial: partial.write_text(text, "utf-8"))
 
 

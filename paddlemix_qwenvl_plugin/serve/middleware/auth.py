@@ -28,7 +28,10 @@ class Auth:
         is_bearer = scheme.lower() == "bearer"
         key_hash = self._keys.short_hash(key.strip().encode("latin-1")) if is_bearer else None
         if key_hash is None:
-            message = "Incorrect API key" if key else "No API key: send the header Authorization: Bearer KEY"
+            has_key = is_bearer and bool(key.strip())
+            message = (
+                "Incorrect API key" if has_key else "No API key: send the header Authorization: Bearer KEY"
+            )
             error = ApiError(
                 401,
                 message,

@@ -79,8 +79,8 @@ class Completion:
         Images are loaded only once the slots are held, so that a request that the queue refuses loads none.
 
         Raises:
-            ApiError, QwenVLError: the queue is full, an image cannot be loaded, the engine failed, or the request
-                timed out. A partial completion is never reported as complete.
+            ApiError, QwenVLError: the slots are refused (Admission.slots), an image cannot be loaded, the engine
+                failed, or the request timed out. A partial completion is never reported as complete.
         """
         async with self._service.admission.slots(self.n_choices, self._info.key):
             timer = asyncio.get_running_loop().call_later(self._deadline.seconds, self._time_out)

@@ -29,9 +29,9 @@ class Delta:
     Attributes:
         text: new text. A `<box>…</box>` is in one delta; it is incomplete only if the completion ends within it.
         boxes: boxes whose tags are in `text`.
-        tokens: tokens whose text begins in `text`, if log probabilities were requested; without stop tokens and without
-            tokens whose text belongs to a stop string only. Unless a stop string was found, the last delta also has the
-            last tokens without text.
+        tokens: if log probabilities were requested, the tokens whose text begins in `text`: no stop tokens, and no
+            tokens whose whole text belongs to a stop string. Unless a stop string was found, the last delta also has
+            the tokens at the end that have no text.
     """
 
     text: str = ""

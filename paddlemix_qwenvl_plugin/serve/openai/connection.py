@@ -47,7 +47,7 @@ class EventStream(StreamingResponse):
 
     def __init__(self, events: AsyncGenerator[str, None]) -> None:
         """Create the response; `events` yields the data of each event."""
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx must not buffer the events
         super().__init__(events, headers=headers, media_type="text/event-stream")
         self._events = events
 

@@ -19,7 +19,7 @@ class _QueueItem(Generic[T]):
 
 
 async def merge(generators: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
-    """Yield the items of all generators in order of arrival; a generator waits until its previous item is in the queue.
+    """Yield the items of all generators in order of arrival, through a queue of one item; a full queue pauses them.
 
     Items must not be None. All generators are closed when one of them fails or the merged generator is closed.
 

@@ -20,7 +20,7 @@ import { TurnView } from './turn_view.js';
 let conversation = new Conversation();
 let views = new Map(); // from turns to their TurnView
 let running = null; // AbortController of the running answer
-let editing = null; // { turn, draft } while a question is edited; draft: content of the composer before that
+let editing = null; // { turn, draft } while a question is edited; draft: the composer's content before the edit
 
 const status = new ServerStatus(openKeyDialog);
 const composer = new Composer({ send, stop });
@@ -79,7 +79,7 @@ async function run(turn) {
   announceEnd(result);
 }
 
-/** Store the error in the answer, query the server's state again, and ask for an API key if it is missing or wrong. */
+/** Store the error in the answer, query the server's state and model again, and ask for a missing or wrong API key. */
 function fail(result, error) {
   result.error = error instanceof ServerError ? error : new ServerError('failed', { detail: String(error) });
   status.forgetModel();

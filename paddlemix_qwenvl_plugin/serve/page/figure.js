@@ -10,8 +10,8 @@ export class BoxFigure {
    * @param {object} image see readImage of image_file.js
    * @param {number} number of the image in the conversation, from 1
    * @param {object} callbacks
-   * @param {(numbers: number[]) => void} callbacks.hover, callbacks.focus: called with the number of the box under the
-   *   pointer or with the focus, in a list, or with []
+   * @param {(numbers: number[]) => void} callbacks.hover, callbacks.focus: called with [number] of the box that is under
+   *   the pointer or has the focus, or with []
    * @param {(number: number) => void} callbacks.follow: move the focus to the words of a box
    */
   constructor(image, number, callbacks) {

@@ -3,7 +3,7 @@
 import { boundsOf, colourOf, cornersOf } from './boxes.js';
 import { saveFile } from './save.js';
 
-// A smaller image is enlarged by an integer factor, since the labels would cover it.
+// In pixels. A smaller image is enlarged by an integer factor, since the labels would cover it.
 const MIN_LONG_SIDE = 768;
 
 /** Save the image with the outlines, numbers and words of the boxes. */
