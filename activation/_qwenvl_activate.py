@@ -71,8 +71,8 @@ def _write(line: str) -> None:
 def _fire(name: str, module: "ModuleType") -> bool:
     """Call the hook of a module; return whether it succeeded.
 
-    A hook's failure causes a warning, except right after an earlier failure of the hook, and no exception: a hook must
-    not break the user's import.
+    A failing hook raises no exception, because it must not break the user's import. It causes a warning, unless its
+    previous call failed as well.
     """
     try:
         from importlib import import_module
