@@ -58,7 +58,7 @@ def init() -> None:
 
 
 def debug(line: str) -> None:
-    """Write a line to stderr if QWENVL_PLUGIN_DEBUG is on, by the rule of Switch in the plugin's util/env.py."""
+    """Write a line to stderr if QWENVL_PLUGIN_DEBUG is on: set, and neither empty nor 0."""
     if os.environ.get("QWENVL_PLUGIN_DEBUG", "0") not in ("", "0"):
         _write(line)
 
@@ -71,7 +71,8 @@ def _write(line: str) -> None:
 def _fire(name: str, module: "ModuleType") -> bool:
     """Call the hook of a module; return whether it succeeded.
 
-    A hook's first failure causes a warning, further failures do not; a hook must not break the user's import.
+    A failing hook raises no exception, because it must not break the user's import. It causes a warning, unless its
+    previous call failed as well.
     """
     try:
         from importlib import import_module
@@ -114,7 +115,7 @@ def _importer() -> str:
 
 
 class _Finder:
-    """Meta path finder for the modules of the table; it finds them through the other finders."""
+    """Meta path finder for the modules of _TABLE; it finds them through the other finders."""
 
     def __init__(self) -> None:
         # (module, thread) of running searches, against endless recursion: other finders may call all finders.

@@ -40,7 +40,8 @@ def main() -> None:
     chat = open_model(arguments).chat()
     attached: list[dict[str, Any]] = [{"image": arguments.image.read_bytes()}]
     for question in arguments.questions:
-        # The image belongs to the first turn; on the engine, later turns reuse its tokens from the prefix cache.
+        # The image belongs to the first turn. On the engine, later turns take the full blocks (32 tokens) of the
+        # conversation so far, image included, from the prefix cache.
         answer = chat.ask([*attached, {"text": question}], max_new_tokens=128).finish()
         attached = []
         print(f"> {question}\n{answer.text.strip()}")

@@ -10,7 +10,7 @@ prints
     weight_only_int8     2.97 MB  The circle is on the right and the star is in the centre, so yes.
     weight_only_int4     2.27 MB  The circle is on the right and the star is in the centre, so yes.
 
-Quantized weights need the engine, whose build needs a C++ compiler unless the wheel contains it.
+Quantized weights need the engine. A release wheel contains it; otherwise its first use needs a C++ compiler.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
  *   cpu avx512_bf16, 2 threads
  *   A large red circle.
  *
- * Sizes and token ids are those of the demo model (paddlemix_qwenvl_plugin/demo/model/config.json).
+ * Sizes and token ids are those of the demo model (paddlemix_qwenvl_plugin/demo/model).
  */
 #include <math.h>
 #include <stdio.h>
@@ -65,8 +65,8 @@ static qvl_engine* open_stage(const char* prefix, uint32_t stage) {
   return engine;
 }
 
-/* Draw a circle on white, in the red of the training images: float32 [3, SIDE, SIDE], normalised as in the
- * model's training. */
+/* Draw a circle with a radius of 18 pixels in the middle of a white image, in the red of the training images:
+ * float32 [3, SIDE, SIDE], normalised as in the model's training. */
 static void draw(float* pixels) {
   static const float mean[] = {0.48145466f, 0.4578275f, 0.40821073f};
   static const float deviation[] = {0.26862954f, 0.26130258f, 0.27577711f};

@@ -13,7 +13,7 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError
 NAME = "standard input"
 """Name of standard input in messages."""
 
-_MAX_TEXT = 1 << 20  # maximum bytes of the text of read_text, and of a line of `lines`
+_MAX_TEXT = 1 << 20  # maximum bytes of the input of read_text, and of a line of `lines`, line ends included
 _MAX_BYTES = 50 << 20  # default limit of read_bytes
 
 

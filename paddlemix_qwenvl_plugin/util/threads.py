@@ -24,7 +24,7 @@ _OMP_NUM_THREADS = _omp_num_threads()
 
 
 def limit(n_threads: int) -> None:
-    """Set the result of `cpu_threads` in this process, once, unless the user has set OMP_NUM_THREADS.
+    """Set the result of `cpu_threads` in this process, unless the user or an earlier call has set it.
 
     For actors of a cluster: their share of a machine is known only after this package is imported.
     """
@@ -35,7 +35,8 @@ def limit(n_threads: int) -> None:
 def cpu_threads() -> int:
     """Number of threads: OMP_NUM_THREADS as set by the user, else that of `limit`, else the CPUs of this process.
 
-    These are the CPUs of its affinity, or the CPU quota of its container, rounded up, if that is lower.
+    These are the CPUs of its affinity, or the CPU quota of its container, rounded up, if that is lower. They are also
+    used if the user's OMP_NUM_THREADS is not a positive integer; `limit` then has no effect.
     """
     if _OMP_NUM_THREADS.isdigit() and int(_OMP_NUM_THREADS) > 0:
         return int(_OMP_NUM_THREADS)

@@ -27,6 +27,7 @@ FAKES = {
     "paddlenlp/__init__.py": "",
     "paddlenlp/transformers/__init__.py": "",
     "paddlenlp/transformers/auto/__init__.py": "",
+    # LOADERS: the loaders that the module sees when it runs.
     "paddlenlp/transformers/auto/modeling.py": '''
 """Auto classes."""
 import sys
@@ -39,6 +40,7 @@ class Auto:
     "paddlenlp/transformers/auto/data.txt": "some data",
     "paddlenlp/utils/__init__.py": "",
     "paddlenlp/experimental/__init__.py": "",
+    # Runs a test's code as code of paddlenlp.experimental, whose modules get the stand-in for paddlenlp_ops.
     "paddlenlp/experimental/models.py": "def run(code): exec(code, globals())\n",
     "paddlemix/__init__.py": "",
     "paddlemix/auto/__init__.py": "",

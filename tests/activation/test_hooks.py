@@ -182,7 +182,7 @@ def test_debug_output_and_state_of_the_hooks(run: Run) -> None:
 
 @pytest.mark.parametrize(("value", "logs"), [("", False), ("0", False), ("yes", True)])
 def test_one_rule_for_all_debug_output(run: Run, value: str, logs: bool) -> None:
-    """The activation, which must not import the plugin at start, has a copy of the plugin's rule."""
+    """Empty and 0 are off, other values on. The activation has its own copy: it must not import the plugin at start."""
     printed = run(IMPORT, "hooks:bad", QWENVL_PLUGIN_DEBUG=value).stderr
     for line in (
         "qwenvl: armed for ",

@@ -51,7 +51,10 @@ def product_of_dims(data: bytes) -> int:
 
 
 def parse(data: bytes) -> dict[str, tuple[str, tuple[int, ...], int, bytes]]:
-    """Parse a file of contract version 3: name -> (storage type, shape, offset of the values, values)."""
+    """Parse a file of contract version 3: name -> (storage type, shape, offset of the values, values).
+
+    The docstring of artifact/params_file.py defines the format.
+    """
     found, offset = {}, 0
     while offset < len(data):
         zero, level, version, length = struct.unpack_from("<IQIi", data, offset)

@@ -75,7 +75,8 @@ def test_killed_ten_times(folder, tiny_exported):
     sizes = [0]  # of the partial file after each kill
     for _ in range(N_KILLS):
         process = start(folder, tiny_exported, "out.jsonl")
-        # Kill the process when it has written up to 1/20 of the output, and up to 30 ms later: at any point of a step.
+        # Kill the process after it has written a random part of the output, at most 1/20, and a random time of at most
+        # 30 ms: at any point of a step.
         min_size = sizes[-1] + random.randrange(output_size // 20)
         while size(partial) <= min_size and process.poll() is None:
             time.sleep(0.001)

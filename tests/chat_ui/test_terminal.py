@@ -118,7 +118,7 @@ def test_ctrl_c(open_terminal: Open, tmp_path: Path) -> None:
         terminal.start(question)
         terminal.child.expect("Ctrl-C stops")
         terminal.child.expect_exact(SHOW_CURSOR)  # with the first token
-        terminal.child.expect(r"(?s).{100}")
+        terminal.child.expect(r"(?s).{100}")  # a part of the answer
         terminal.child.sendintr()
         terminal.child.sendintr()  # a second Ctrl-C must not end the program
         # The terminal may echo a Ctrl-C as ^C.

@@ -158,7 +158,7 @@ def test_pickles_of_pytorch(tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
     refused(torch_file.read_header, replace_pickle(BY_TORCH / "float32.bin", Path("a.bin"), PICKLES[case][0]))
     legacy = (BY_TORCH / "float32-before-1.6.bin").read_bytes()
-    # The crafted pickle goes before the table, which is the pickle after the dict with the key "little_endian".
+    # Insert the crafted pickle where the reader expects the table: after the dict with the key "little_endian".
     system_info = legacy.index(b"}", legacy.index(b"little_endian"))
     start = legacy.index(b"\x80\x02", system_info)
     Path("b.bin").write_bytes(legacy[:start] + PICKLES[case][0] + legacy[start:])

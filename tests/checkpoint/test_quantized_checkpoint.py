@@ -50,7 +50,7 @@ def dequantized(matrix, group):
 
 
 def engine_group(variant):
-    """Group size in the engine's layout: multiples of 128 and -1, a group of all inputs, become groups of 128."""
+    """Group size in the engine's layout: groups of n * 128 inputs, or of all inputs (-1), are split into 128."""
     return variant.group if variant.group in (32, 64) else 128
 
 

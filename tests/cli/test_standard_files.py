@@ -1,4 +1,4 @@
-"""Standard input and output as `-`, output on a terminal, the default prompt form, version, help and completion."""
+"""Standard input and output as `-`, output on a terminal, the default prompt form, version, help, shell completion."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class LocalCluster:
         self._cluster.remove_node(rng.choice(nodes), allow_graceful=False)
 
     def actors(self) -> list[int]:
-        """List the process ids of the jobs' actors: child processes of the raylets, with Ray Data's class name."""
+        """List the process ids of the jobs' actors: children of Ray's node processes (raylets), class MapWorker."""
         raylets = {
             process.process.pid
             for node in self._cluster.list_all_nodes()
