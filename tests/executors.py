@@ -16,7 +16,7 @@ from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits
 
 
 class Recording:
-    """Executor that forwards all calls; it calls `before_step` before each step.
+    """Executor that forwards calls to another, except `check_device`; it calls `before_step` before each step.
 
     Attributes:
         done: what was computed, in order: "encode" for an image, the number of tokens for a step.

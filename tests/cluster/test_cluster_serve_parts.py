@@ -50,7 +50,7 @@ async def run_pending_tasks() -> None:
 class TestCoordinator:
     """Coordinator: acquire(front, lease id, number of slots, API key) returns None, or the error of a refusal.
 
-    A lease is the slots of one request; the lease id identifies it.
+    A lease is the slots of one request.
     """
 
     def test_limits_count_the_slots_of_all_replicas(self) -> None:

@@ -850,7 +850,7 @@ def _(bench: Bench) -> list[str]:
 
 
 def nvrtc_version(major: int, minor: int, architecture: int, *include_folders: Path) -> Case:
-    """`predict --device gpu` with this version of NVRTC, which supports one GPU architecture, and these headers."""
+    """`predict --device gpu` for a B200 with an NVRTC of this version, for one architecture, and folders of headers."""
 
     def prepare(bench: Bench) -> list[str]:
         from paddlemix_qwenvl_plugin.engine import nvrtc

@@ -1,6 +1,6 @@
-"""Exports of GPTQ and AWQ checkpoints: storage types, and logits of the engine, compared with float32 and the tools'.
+"""Exports of GPTQ and AWQ checkpoints: storage types; the engine's logits equal those in float32 and of the tools.
 
-Also completions, refused exports, progress, and an export by PaddleNLP's scripts.
+Also adapters, completions, refused exports, progress, and an export by PaddleNLP's scripts.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Float32Config(c.Config):
 def engine_logits(prefix, tokens, monkeypatch, one_by_one, adapter=None):
     """The engine's logits after each token, float32 [tokens, vocabulary].
 
-    If `one_by_one`, the first step computes a prompt of one token, and each later one is a decode step; otherwise one
-    step computes a prompt of each length. `adapter` is the folder of an adapter.
+    If `one_by_one`, the first step computes a prompt of one token, and each later one is a decode step. Otherwise one
+    step computes several prompts: the first token, the first two, and so on. `adapter` is the folder of an adapter.
     """
     monkeypatch.setattr(c, "Config", Float32Config)
     config = read_manifest(prefix).config
