@@ -286,8 +286,8 @@ def test_broken_combinations(environment: Environment, row: pins.Broken) -> None
     problem = problems[f"combination.{row.name}"]
     assert problem["fix"] == row.fix
     assert row.symptom in problem["message"]
-    # The check "paddle", whose import fails here, names no fix of its own, since the combination has one. With
-    # paddle-too-old it does, because it reports the version first.
+    # The check "paddle", which finds that the import fails, leaves the fix to the combination. With paddle-too-old it
+    # has a fix of its own, since it finds the version first.
     if row.name != "paddle-too-old":
         assert problems["paddle"]["fix"] is None
 

@@ -95,7 +95,7 @@ def things(image: str, kind: str) -> list[Thing]:
 
 
 def has_right_box(image: str, question: str, expected: str, answer: str) -> bool:
-    """Whether an answer has the expected words and its first box an IoU with the only expected one of at least 0.5."""
+    """Whether an answer has the expected words, and its first box the expected <ref> and an IoU of at least 0.5."""
     score = mark(Sample((SCENES[image],), (Turn("box", "en", question, expected),), "chat"), answer)
     return score.boxes_right == score.boxes == 1 and score.words_right
 
