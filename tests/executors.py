@@ -59,6 +59,7 @@ class Scripted:
         self, vl: QwenVL, script: Callable[[list[int]], Iterable[int]], limits: Optional[Limits] = None
     ) -> None:
         context = vl.config.max_position_embeddings
+        # By default, the KV cache has room for four requests of the full context.
         self.limits = limits or Limits(
             max_running=256, step_tokens=512, n_blocks=4 * context // 32, block_tokens=32
         )
