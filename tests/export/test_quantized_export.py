@@ -116,7 +116,7 @@ def run(engine, pool, sequences, tokens, logits, adapter):
 
 @paddle.no_grad()
 def float_logits(folder, tokens, lora=()):
-    """The logits after each token, as `engine_logits`, but by Paddle's dynamic mode in float32, with merged adapters."""
+    """The logits after each token, as `engine_logits`, but by Paddle's dynamic mode in float32; `lora` is merged."""
     model = load_language(Checkpoint(folder, lora))
     embedded = model.embed_tokens(paddle.to_tensor(tokens[None]))
     positions = paddle.arange(len(tokens)).unsqueeze(0)
