@@ -82,7 +82,7 @@ def engine_logits(prefix, tokens, monkeypatch, one_by_one, adapter=None):
 
 
 def run(engine, pool, sequences, tokens, logits, adapter):
-    """Run a step of sequences (n_past, n_new, prompt_len, index of the only block), with an adapter or None."""
+    """Run a step of sequences (n_past, n_new, prompt_len, index of the only block) and write its logits to `logits`."""
     n = len(sequences)
     rows, blocks = (c.SequenceRow * n)(), np.array([block for *_, block in sequences], np.int32)
     for i, (row, (n_past, n_new, prompt_len, _)) in enumerate(zip(rows, sequences)):
