@@ -132,7 +132,11 @@ class Product:
         y: Optional[np.ndarray] = None,
         adapted: Optional[Adapted] = None,
     ) -> np.ndarray:
-        """Compute y = x W^T + bias with an epilogue. x: bfloat16 bits [n, stride], `width` columns of them used."""
+        """Compute y = x W^T + bias with an epilogue.
+
+        x: bfloat16 bits [n, stride], of which `width` columns are used. y: initial values, for the epilogue "add"; NaN by
+        default.
+        """
         n = len(x)
         if y is None:
             y = np.full((n, self.out // 2 if epilogue == "silu_times" else self.out), np.nan, np.float32)
