@@ -134,8 +134,8 @@ class Product:
     ) -> np.ndarray:
         """Compute y = x W^T + bias with an epilogue.
 
-        x: bfloat16 bits [n, stride], of which `width` columns are used. y: initial values, for the epilogue "add"; NaN by
-        default.
+        x: bfloat16 bits [n, stride], of which `width` columns are used. y: values before the product, to which the
+        epilogue "add" adds; default: NaN.
         """
         n = len(x)
         if y is None:
