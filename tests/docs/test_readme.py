@@ -1,4 +1,4 @@
-"""README.md and README_zh.md have the same structure, CI runs two of the README's commands; links and files exist."""
+"""README.md and README_zh.md have the same structure; CI runs two of their commands; links and named files exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`qwenvl eval` with the tiny random model, the demo model, stubs, and answers from files; its prompts and answers."""
+"""`qwenvl eval` with the tiny random model, the demo model, stubs, and answers from files; prompts and completions."""
 
 from __future__ import annotations
 
