@@ -1563,7 +1563,7 @@ cases(
     }
 )
 
-# Picture labels
+# Picture labels, malicious inputs, exported files, the engine
 
 
 def tokenizer_config(text: str) -> Case:
@@ -1575,9 +1575,6 @@ def tokenizer_config(text: str) -> Case:
         return command
 
     return prepare
-
-
-# Malicious inputs
 
 
 class Call:
@@ -1607,9 +1604,6 @@ def overlap(entries: dict[str, Any]) -> None:
     """Give a tensor the offsets of another tensor of the same size."""
     first, second = (f"transformer.llm.h.{i}.ln_1.weight" for i in range(2))
     entries[second]["data_offsets"] = entries[first]["data_offsets"]
-
-
-# Exported files and the engine
 
 
 def verify(bench: Bench, prefix: str = "text/qwen") -> list[str]:
@@ -1731,6 +1725,9 @@ cases(
         ),
     }
 )
+
+
+# serve
 
 
 def serve(*flags: str) -> Case:
