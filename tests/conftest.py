@@ -19,7 +19,7 @@ from paddlemix_qwenvl_plugin.tiny.make import make_tiny
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# Under nohup SIGHUP is ignored, and in a shell's background jobs SIGINT; the commands that tests start would inherit
+# Under nohup SIGHUP is ignored, and in a script's background jobs SIGINT; the commands that tests start would inherit
 # that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
