@@ -19,14 +19,15 @@ from paddlemix_qwenvl_plugin.tiny.make import make_tiny
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# Under nohup and in background jobs these signals are ignored, and the commands that tests start would inherit that.
+# Under nohup SIGHUP is ignored, and in a script's background jobs SIGINT; the commands that tests start would inherit
+# that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def _remove_log_handlers() -> Iterator[None]:
-    """Remove the log handlers that a test has installed: pytest closes their stream, the captured stderr."""
+    """Remove the root logger's stream handlers that a test has installed: pytest closes their stream, its stderr."""
     root = logging.getLogger()
     before = list(root.handlers)
     yield
@@ -43,7 +44,10 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 class Golden:
-    """A golden model: folder (PaddleMIX names, float32), exports, and `figures`: token ids and upstream's outputs."""
+    """A golden model: `folder` (PaddleMIX names, float32), the prefixes of its exported stages, and `figures`.
+
+    `figures` are token ids and upstream's outputs for them.
+    """
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name

@@ -24,7 +24,7 @@ def cells_of(line: str) -> list[str]:
 
 
 def table_rows() -> Iterator[list[str]]:
-    """Yield the cells of each line of the document, in order; a line outside tables has none."""
+    """Yield the cells of each line of the document, in order; a line with fewer than two | has none."""
     return map(cells_of, DOCUMENT.read_text("utf-8").splitlines())
 
 

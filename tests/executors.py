@@ -16,7 +16,7 @@ from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits
 
 
 class Recording:
-    """Executor that forwards all calls; it calls `before_step` before each step.
+    """Executor that forwards calls to another, except `check_device`; it calls `before_step` before each step.
 
     Attributes:
         done: what was computed, in order: "encode" for an image, the number of tokens for a step.
@@ -59,6 +59,7 @@ class Scripted:
         self, vl: QwenVL, script: Callable[[list[int]], Iterable[int]], limits: Optional[Limits] = None
     ) -> None:
         context = vl.config.max_position_embeddings
+        # By default, the KV cache has room for four requests of the full context.
         self.limits = limits or Limits(
             max_running=256, step_tokens=512, n_blocks=4 * context // 32, block_tokens=32
         )

@@ -1,4 +1,4 @@
-"""Model folders in several forms: three naming schemes, two layouts, two file formats, each whole or in shards.
+"""Model folders: three naming schemes, two layouts of linear weights, two file formats, one file or several shards.
 
 Also weights split into tensor-parallel ranks.
 """

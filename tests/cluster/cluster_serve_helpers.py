@@ -106,9 +106,9 @@ class Client:
         return httpx.post(f"{self.url}/v1/chat/completions", json=body, headers=self.headers, timeout=TIMEOUT)
 
     def metrics(self, name: str, **labels: str) -> dict[str, float]:
-        """Map each front and engine to its value of a metric with these labels, summed over all other labels.
+        """Sum a metric's values that have these labels, separately for each front and engine.
 
-        The key is the label `front` or `engine` of the metric, or "" if it has neither.
+        The keys are the values of the label `front` or `engine`; "" for metrics with neither label.
         """
         values: dict[str, float] = {}
         for family in text_string_to_metric_families(self.get("/metrics").text):
@@ -131,7 +131,7 @@ def data_url(path: Path) -> str:
 
 
 def engine_pids() -> dict[str, int]:
-    """Map the replica ids of engines to process ids of the replicas, each of which holds its log file open."""
+    """Map the replica ids of engines to process ids: a replica holds its log file open, whose name contains its id."""
     pids = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""`qwenvl batch --ray` on three local nodes, with kills of actors, nodes and drivers (processes of the command)."""
+"""`qwenvl batch --ray` on three local nodes, with kills of actors, nodes and the command itself (the driver)."""
 
 from __future__ import annotations
 
@@ -132,8 +132,8 @@ def test_killed_ten_times(tmp_path, stages, cluster):
     while remaining_kills:
         time.sleep(rng.random() * 0.2)
         if job.process.poll() is not None:
-            # The job has failed, and is resumed. All nodes have the same IP address: older versions of Ray may attach
-            # the driver to the killed node.
+            # The job has failed: only after the kill of a node, since all nodes have the same IP address, and older
+            # versions of Ray may attach the driver to the killed one. The next run resumes the job.
             assert killed[-1] == "node", (job.finish(), killed)
             # No other error of `qwenvl` is printed.
             assert "qwenvl: " not in job.finish()[2].replace("qwenvl: the job failed on the cluster (", "")

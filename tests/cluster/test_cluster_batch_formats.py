@@ -140,7 +140,8 @@ def test_webdataset(tmp_path, n_rows, prompt):
     write_tar(tmp_path / "data" / "0.tar", files)
     write_tar(tmp_path / "data" / "1.tar", [("y.jpg", red), ("y.txt", b"why?")])
     rows = rows_in_parts(tmp_path / "data", n_rows, prompt)
-    # The prompt of the sample that has neither a .json nor a .txt.
+    # In a WebDataset, the job's prompt replaces that of a .txt, but not that of a .json. The sample without both has
+    # only the job's.
     job_prompt = {} if prompt is None else {"prompt": prompt}
     expected = [
         plain_row("x/0", images=[data_url(red)], prompt=prompt or "zero?"),

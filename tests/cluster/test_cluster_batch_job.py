@@ -87,7 +87,7 @@ def png(colour: str) -> bytes:
 
 
 def jsonl_input() -> bytes:
-    """Build an input with blank lines and three failing rows: 7, 8 and 9, the last without an id."""
+    """Build an input with blank lines and three failing rows: 7, 8 and 9 (from 0), the last without an id."""
     rows: list[Any] = [{"id": n, "prompt": f"{n}?"} for n in range(N_ROWS)]
     rows[4] = {"id": 4, "image": "a/red.png"}
     rows[7] = {"id": 7, "image": "a/none.png"}
@@ -125,7 +125,7 @@ also_in_a_bucket = pytest.mark.parametrize("folder", ["path", "memory", "s3"], i
 @also_in_a_bucket
 def test_the_parts_equal_the_output_of_one_machine(folder, tmp_path, model, pool):
     result = pool.run(f"{folder}/in.jsonl", f"{folder}/out")
-    n_parts = N_ROWS // 3  # 3 rows per part: 30 rows for 3 actors with 4 parts each, rounded up
+    n_parts = N_ROWS // 3  # 3 rows per part: 30 rows / (3 actors * 4 parts per actor), rounded up
     assert result == Result(N_ROWS, n_parts, n_failed=3, ran=True)
     (tmp_path / "alone").mkdir()
     (tmp_path / "alone" / "in.jsonl").write_bytes(jsonl_input())
@@ -209,7 +209,7 @@ def test_a_changed_input_is_noticed(folder, pool, monkeypatch):
 
 
 def test_the_notice_while_the_model_is_not_described(monkeypatch, capsys):
-    """It does not claim that a node is missing: the model may be slow to open."""
+    """The notice does not claim that a node is missing: the model may be slow to open."""
     result = SimpleNamespace(remote=lambda: "result")
     ray = SimpleNamespace(
         remote=lambda **_: lambda _describe: result,

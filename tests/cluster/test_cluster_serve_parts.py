@@ -50,7 +50,7 @@ async def run_pending_tasks() -> None:
 class TestCoordinator:
     """Coordinator: acquire(front, lease id, number of slots, API key) returns None, or the error of a refusal.
 
-    A lease is the slots of one request; the lease id identifies it.
+    A lease is the slots of one request.
     """
 
     def test_limits_count_the_slots_of_all_replicas(self) -> None:
@@ -117,7 +117,7 @@ class TestCoordinator:
         asyncio.run(asyncio.wait_for(scenario(), 20))
 
     def test_slots_of_unreported_leases_are_freed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Only after a grace period (here 0.2 s), because a grant may still be on its way to the front."""
+        """They are freed only after a grace period (here 0.2 s): a grant may still be on its way to the front."""
         monkeypatch.setattr(coordinator, "_UNCLAIMED_SECONDS", 0.2)
 
         async def scenario() -> None:

@@ -67,7 +67,7 @@ class Page(HTMLParser):
             self.elements[index][2].append(data)
 
     def texts(self, tag: str, css_class: str = "") -> list[str]:
-        """Texts of the elements with this tag and CSS class."""
+        """Texts of the elements with this tag and CSS class; non-breaking spaces are returned as spaces."""
         return [
             "".join(text).replace("\xa0", " ")
             for element_tag, attributes, text in self.elements

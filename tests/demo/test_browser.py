@@ -22,7 +22,7 @@ WIDTHS = (1280, 360)
 # JavaScript expression that opens all <details>.
 OPEN_DETAILS = "document.querySelectorAll('details').forEach(d => d.open = true)"
 
-# JavaScript that returns [WCAG contrast ratio, text, luminance of the background] of all texts that are not in an SVG
+# JavaScript that returns [WCAG contrast ratio, text, luminance of the background] for each text that is not in an SVG
 # image. A text's background is that of the nearest element around it whose background is not transparent.
 CONTRASTS = """
 const luminance = colour => {

@@ -1,4 +1,4 @@
-"""The demo's bundled images and questions: drawn by the tool, one question of each kind, true to the images."""
+"""The demo's bundled images: drawn by tools/draw_demo_images.py, and true to their scenes; a question of each kind."""
 
 from __future__ import annotations
 

@@ -65,7 +65,10 @@ DEMO_FILES = {
 
 
 def test_files_that_no_demo_wrote_are_not_replaced(tmp_path: Path, random_model: Path) -> None:
-    """The folder has neither the marker file of a demo nor, as after a demo of an older version, the page of one."""
+    """No demo wrote a folder that has neither the marker file `.qwenvl-demo` nor a demo's page.
+
+    Older versions wrote no marker file: their folders are recognized by the page.
+    """
     for name in ("index.html", "sheet.png", "answers.json", "images", "vision", "text"):
         folder = tmp_path / name.partition(".")[0]
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""Strict models of the configuration files of Prometheus and Grafana in deploy/compose, with the keys in use."""
+"""Pydantic models of the Prometheus and Grafana files in deploy/compose; only the keys that the files use are valid."""
 
 from __future__ import annotations
 

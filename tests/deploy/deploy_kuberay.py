@@ -1,4 +1,4 @@
-"""Strict models of KubeRay's resources, with the keys that deploy/ uses.
+"""Pydantic models of KubeRay's resources; only the keys that deploy/ uses are valid.
 
 Source of the keys: ray-operator/apis/ray/v1/*_types.go of KubeRay 1.6; no package on PyPI has them. Source of the
 value ranges: the controller's validation.go. Pod templates are validated against the Kubernetes schema.

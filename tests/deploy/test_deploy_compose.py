@@ -91,8 +91,8 @@ def test_settings_stop_grace_period_and_port_of_the_server() -> None:
     for name in service["environment"]:
         assert name[len(ENVIRONMENT_PREFIX) :].lower() in ServeSettings.model_fields
     # After shutdown_timeout, serve/server.py waits at most _STEP_TIMEOUT_SECONDS for each of four: the engine process,
-    # the handlers, the engine process again, and the image processes; for aborted handlers, _CLEANUP_SECONDS. The time
-    # for TCP handshakes is part of shutdown_timeout; here it is a margin.
+    # the handlers, the engine process again, and the image processes; and _CLEANUP_SECONDS for aborted handlers.
+    # _HANDSHAKE_SECONDS, a part of shutdown_timeout, is added as a margin.
     other_timeouts = 4 * server._STEP_TIMEOUT_SECONDS + server._CLEANUP_SECONDS + server._HANDSHAKE_SECONDS
     grace_period = int(service["stop_grace_period"].rstrip("s"))
     assert grace_period > ServeSettings().shutdown_timeout + other_timeouts

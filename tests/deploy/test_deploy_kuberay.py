@@ -168,6 +168,7 @@ def test_the_ray_image() -> None:
     assert [user for name, user in instructions if name == "USER"][-1] == "qwenvl"
     build_arguments = dict(assignment.split("=", 1) for name, assignment in instructions if name == "ARG")
     assert [image for name, image in instructions if name == "FROM"] == ["$BASE"]
+    # A comment of the other Dockerfile builds the base image under this name.
     assert f"-t {build_arguments['BASE']} ." in (DEPLOY / "docker" / "Dockerfile").read_text("utf-8")
     for path in RESOURCE_FILES:
         assert cluster_spec(resource(path))["rayVersion"] == build_arguments["RAY"], path
@@ -180,7 +181,7 @@ def test_the_ray_image() -> None:
 
 
 def test_the_job_is_a_command_of_the_project() -> None:
-    """The entrypoint of batch.yaml has existing flags, and begins the command in the comment of cluster.yaml."""
+    """The entrypoint of batch.yaml has existing flags; the command in the comment of cluster.yaml begins with it."""
     import typer.main
 
     from paddlemix_qwenvl_plugin.cli.main import app

@@ -113,7 +113,7 @@ def test_the_grace_period_of_the_pod_is_longer_than_a_shutdown() -> None:
     variables = {variable["name"]: variable["value"] for variable in container()["env"]}
     shutdown_timeout = float(variables["QWENVL_SERVE_SHUTDOWN_TIMEOUT"])
     # After shutdown_timeout, serve/server.py waits at most _STEP_TIMEOUT_SECONDS for each of four: the engine process,
-    # the handlers, the engine process again, and the image processes; for aborted handlers, _CLEANUP_SECONDS.
+    # the handlers, the engine process again, and the image processes; and _CLEANUP_SECONDS for aborted handlers.
     other_timeouts = 4 * server._STEP_TIMEOUT_SECONDS + server._CLEANUP_SECONDS
     grace_period = resource("deployment")["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     assert grace_period > int(seconds) + shutdown_timeout + other_timeouts

@@ -28,8 +28,8 @@ def typed_lines(session: str) -> str:
 def commands(script: str) -> Iterator[Command]:
     """Yield the commands of a script.
 
-    The script may have pipes, lists, redirections, here documents and assignments, but no control flow. An assignment
-    without a program is a command with an empty program.
+    The script may have pipes, lists (`a && b; c`), redirections, here documents and assignments, but no control flow.
+    An assignment without a program is a command with an empty program.
     """
     script = _HEREDOC.sub("", script).replace("\\\n", " ")
     for line in script.splitlines():

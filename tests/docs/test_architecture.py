@@ -75,7 +75,7 @@ def reachable(graph: dict[str, set[str]], part: str) -> set[str]:
 
 
 def figure(graph: dict[str, set[str]]) -> str:
-    """Draw an acyclic import graph in Mermaid, leftmost group first, without imports implied by a longer path."""
+    """Draw an acyclic import graph in Mermaid, in the order of the import rule, without imports that others imply."""
     lines = ["graph TD"]
     for part in sorted(graph, key=lambda part: (-RANK[part], part)):
         indirect = set().union(*(reachable(graph, other) for other in graph[part]))

@@ -139,7 +139,7 @@ def check_python(command: Command, parse: Parse) -> None:
         module, *arguments = arguments
         if module in ("venv", "pytest", "pip"):
             return CHECKS[module](Command(command.variables, module, arguments), parse)
-        if module in UNCHECKED:  # it runs the module after another `-m`
+        if module in UNCHECKED:  # torch.distributed.run, which runs the module after a second `-m`
             module = arguments[arguments.index("-m") + 1]
             arguments = arguments[arguments.index(module) + 1 :]
         script = REPO / f"{module.replace('.', '/')}.py"
@@ -264,7 +264,7 @@ def test_unchecked_programs_occur() -> None:
 
 
 def test_environment_variables_exist() -> None:
-    """A variable QWENVL_… is one of the package or of the server, or occurs in tests or benchmarks."""
+    """Each assigned variable QWENVL_… is one of the package or of the server, or occurs in tests or benchmarks."""
     sources = "".join(
         path.read_text("utf-8")
         for folder in ("tests", "benchmarks")

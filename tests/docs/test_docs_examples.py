@@ -194,6 +194,7 @@ def test_recipes_patches_and_the_tiny_model(run: Run, tmp_path: Path) -> None:
 
 
 def test_python_api_documents_all_names_and_fields() -> None:
+    """All public names, and the fields of generation options and answers."""
     text = (REPO / "docs" / "python-api.md").read_text("utf-8")
     for name in set(plugin.__all__) - {"__version__"}:
         assert f"`{name}" in text, name

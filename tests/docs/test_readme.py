@@ -1,4 +1,4 @@
-"""README.md and README_zh.md have the same structure, CI runs two of the README's commands; links and files exist."""
+"""README.md and README_zh.md have the same structure; CI runs two of their commands; links and named files exist."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_same_shape_section_by_section() -> None:
 
 @pytest.mark.parametrize(("heading", "command"), [("Run it", RUN_COMMAND), ("Test it", TEST_COMMAND)])
 def test_ci_runs_the_commands_of_the_readme(heading: str, command: str) -> None:
-    """.ci/run reads its commands from the README, with the shell function `command_under`."""
+    """.ci/run reads these two commands from the README, with the shell function `command_under`."""
     script = (REPO / ".ci" / "run").read_text("utf-8")
     function = re.search(r"^command_under\(\) \{\n.*?^\}$", script, re.MULTILINE | re.DOTALL)
     assert function is not None

@@ -20,7 +20,7 @@ DOCUMENTED = {
     for name, data in re.findall(r"^\| `(.+?)` \|.*\|(.*)\|$", _SECTION, re.MULTILINE)
 }
 
-# Module `paddle`, formatted by Environment.paddle.
+# Module `paddle`, formatted by Environment.paddle. It prints a line, which must not get into the doctor's output.
 PADDLE = """
 import types
 print("noise on stdout", flush=True)

@@ -100,6 +100,7 @@ def test_no_paddle(environment: Environment) -> None:
 )
 def test_paddle_does_not_import(environment: Environment, text: str, cause: str) -> None:
     environment.add_healthy_packages()
+    # The printed JSON must not be taken for the child process's answer.
     environment.module("paddle", f"print('{{}}', flush=True)\n{text}\n")
     environment.module("paddlenlp/__init__.py", "import paddle\n")
     checks = environment.checks()
@@ -283,8 +284,8 @@ def test_broken_combinations(environment: Environment, row: pins.Broken) -> None
     problem = problems[f"combination.{row.name}"]
     assert problem["fix"] == row.fix
     assert row.symptom in problem["message"]
-    # The check of Paddle's import suggests no fix of its own, since the combination has one; paddle-too-old is an
-    # exception, because that check also compares the version.
+    # The check "paddle", which finds that the import fails, leaves the fix to the combination. With paddle-too-old it
+    # has a fix of its own, since it finds the version first.
     if row.name != "paddle-too-old":
         assert problems["paddle"]["fix"] is None
 

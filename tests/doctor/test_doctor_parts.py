@@ -165,7 +165,7 @@ def test_git_is_missing(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_fix_for_a_failing_import_is_to_apply_the_patches(
     checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a test patch for the fake checkout; once it is applied, there is no fix."""
+    """A patch of this test replaces the shipped ones; once it is applied, the doctor has no fix."""
     head = git(checkout, "rev-parse", "HEAD")
     file = checkout / "paddlemix" / "__init__.py"
     file.write_text("fixed = True\n")

@@ -248,7 +248,7 @@ def test_a_failed_build_leaves_no_library(calls: Path) -> None:
     assert "kernels.cc:1: error: no" in log.read_text()
     assert not list(log.parent.glob("*.so"))
 
-    # A failed build is not repeated, except on explicit request.
+    # After a compiler's error, the build is repeated only on explicit request.
     calls.unlink(missing_ok=True)
     with pytest.raises(QwenVLError, match=r"see \S+build\.log \(qwenvl build-engine tries again\)"):
         build.library()

@@ -161,7 +161,7 @@ def test_given_kernels_need_no_nvrtc(kernels: Path, site: Path, monkeypatch: pyt
 
 
 def test_where_nvrtc_is_found(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first NVRTC that fits GPU and driver is used, of the wheels of CUDA 13 and 12, PyTorch and a toolkit."""
+    """Of the NVRTCs in wheels, PyTorch and a toolkit, in this order, the first that fits GPU and driver is used."""
     with pytest.raises(QwenVLError, match=rf"^no NVRTC .*{INSTALL}"):
         nvrtc.find([90], 13)
     headers(site / "nvidia" / "cuda_runtime" / "include")

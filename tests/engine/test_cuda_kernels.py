@@ -1,4 +1,4 @@
-"""NVRTC compiles every GPU kernel for every architecture; no GPU is needed."""
+"""NVRTC compiles every GPU kernel for each of ARCHITECTURES; no GPU is needed."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ SOURCES = sorted((sources.source_folder() / "cuda" / "kernels").glob("*.cu"))
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
+        # newest=99: no driver limits NVRTC's version.
         target = build.kernel_target(nvrtc.find(ARCHITECTURES, newest=99), ARCHITECTURES)
     except QwenVLError as error:
         pytest.skip(str(error))
@@ -47,7 +48,7 @@ def _tested_unit(unit: sources.Unit) -> Optional[sources.Unit]:
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_compiles(source: Path, compiled: Path) -> None:
-    """Cubins of ASSEMBLED are ELF files with the architecture in their flags; at least one of a source has kernels."""
+    """Cubins of ASSEMBLED are ELF files with the architecture in their flags; one or more of a source have kernels."""
     cubins = {code: (compiled / f"{source.stem}.{code}.cubin").read_bytes() for code in ASSEMBLED}
     for code, cubin in cubins.items():
         assert cubin[:4] == b"\x7fELF"

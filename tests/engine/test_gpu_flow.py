@@ -47,7 +47,7 @@ def library() -> Path:
 
 @pytest.fixture(scope="module")
 def stages(tiny_exported: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Prefixes of exported stages; the language stage is bfloat16, so its KV cache is bfloat16 on CPU and stub."""
+    """Prefixes of exported stages; only a bfloat16 language stage has a KV cache of the same type on CPU and stub."""
     folder = tmp_path_factory.mktemp("text")
     export_language(tiny_exported / "model", folder, "qwen", "bfloat16")
     return tiny_exported / "vision" / "vision", folder / "qwen"

@@ -1,4 +1,4 @@
-"""Kernels for products of decode steps, on Hopper and with adapters, run on the host and compared with float64.
+"""Hopper's kernels for products of decode steps, and those for adapters, run on the host and compared with float64.
 
 A row has the same bits in any batch. On the host, copies overtake each other and products are computed as late as
 possible, so that a kernel that reuses shared memory too early gives wrong results.
@@ -132,7 +132,11 @@ class Product:
         y: Optional[np.ndarray] = None,
         adapted: Optional[Adapted] = None,
     ) -> np.ndarray:
-        """Compute y = x W^T + bias with an epilogue. x: bfloat16 bits [n, stride], `width` columns of them used."""
+        """Compute y = x W^T + bias with an epilogue.
+
+        x: bfloat16 bits [n, stride], of which `width` columns are used. y: values before the product, to which the
+        epilogue "add" adds; default: NaN.
+        """
         n = len(x)
         if y is None:
             y = np.full((n, self.out // 2 if epilogue == "silu_times" else self.out), np.nan, np.float32)

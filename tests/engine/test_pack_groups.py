@@ -31,7 +31,7 @@ def test_sizes() -> None:
     assert packed_bytes("int32", 300) == 1200
 
 
-def test_out_of_range() -> None:
+def test_invalid_integers_and_zero_points() -> None:
     integers, ones = np.full((2, 32), 16, np.uint8), np.ones((2, 1), np.float16)
     with pytest.raises(QwenVLError, match=f"^{NAME}: integers: one of them is 16; 4 bits hold 0 to 15$"):
         pack_groups("uint4_g32", integers, ones, ones, NAME)

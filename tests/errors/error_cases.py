@@ -850,7 +850,7 @@ def _(bench: Bench) -> list[str]:
 
 
 def nvrtc_version(major: int, minor: int, architecture: int, *include_folders: Path) -> Case:
-    """`predict --device gpu` with this version of NVRTC, which supports one GPU architecture, and these headers."""
+    """`predict --device gpu` for a B200 with an NVRTC of this version, for one architecture, and folders of headers."""
 
     def prepare(bench: Bench) -> list[str]:
         from paddlemix_qwenvl_plugin.engine import nvrtc
@@ -1564,7 +1564,7 @@ cases(
     }
 )
 
-# Picture labels
+# Picture labels, malicious inputs, exported files, the engine
 
 
 def tokenizer_config(text: str) -> Case:
@@ -1576,9 +1576,6 @@ def tokenizer_config(text: str) -> Case:
         return command
 
     return prepare
-
-
-# Malicious inputs
 
 
 class Call:
@@ -1608,9 +1605,6 @@ def overlap(entries: dict[str, Any]) -> None:
     """Give a tensor the offsets of another tensor of the same size."""
     first, second = (f"transformer.llm.h.{i}.ln_1.weight" for i in range(2))
     entries[second]["data_offsets"] = entries[first]["data_offsets"]
-
-
-# Exported files and the engine
 
 
 def verify(bench: Bench, prefix: str = "text/qwen") -> list[str]:
@@ -1652,7 +1646,8 @@ def _(bench: Bench) -> list[str]:
     arguments = bench.predict()
     path = Path("text/qwen.pdiparams")
     data = bytearray(path.read_bytes())
-    # Between the second and the third of the 64 samples whose digest is in the manifest.
+    # Between the second and the third of the 64 samples whose digest is in the manifest: only the digest of the whole
+    # file differs.
     data[len(data) // 63 * 2 - 20_000] ^= 1
     path.write_bytes(data)
     return arguments
@@ -1731,6 +1726,9 @@ cases(
         ),
     }
 )
+
+
+# serve
 
 
 def serve(*flags: str) -> Case:

@@ -9,7 +9,11 @@ from error_table import table_rows
 
 @dataclass(frozen=True)
 class Row:
-    """A row: a description of the input, the message after `qwenvl: ` (`…` in it matches any text), the exit code."""
+    """A row: a description of the input, the message after `qwenvl: `, the exit code.
+
+    `…` in a message matches any text that is not empty. With the exit code 0 there is no error line, and `message` is
+    not compared.
+    """
 
     description: str
     message: str

@@ -86,7 +86,7 @@ def run_in_subprocess(arguments: list[str], bench: Bench) -> Outcome:
 
 
 def existing_files() -> set[Path]:
-    """All files below the working directory, except records of recipes and build logs."""
+    """All files below the working directory, except those of recipes in runs/ and of engine builds in cache/."""
     return {
         path for path in Path().rglob("*") if not path.is_dir() and path.parts[0] not in ("runs", "cache")
     }

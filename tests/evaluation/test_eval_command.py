@@ -1,4 +1,4 @@
-"""`qwenvl eval` with the tiny random model, the demo model, stubs, and answers from files; its prompts and answers."""
+"""`qwenvl eval` with the tiny random model, the demo model, stubs, and answers from files; prompts and completions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CAPTIONS = [
     {"image_id": 1, "captions": ["A red circle and a blue star.", "There is a circle."]},
     {"image_id": 2, "captions": ["Two small hearts below a large cross."]},
 ]
-# Completions. The prompt of a grounding row ends in <box>, and its coordinate 999 is the edge of the image.
+# Completions. The prompt of a grounding row ends in <box>; the coordinate 999 of an answer is the edge of the image.
 CORRECT_ANSWERS = {
     "grounding": ["(78,78),(468,468)</box>", "(500,250),(999,500)</box>"],
     "vqa": ["Red.", " two"],

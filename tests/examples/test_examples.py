@@ -90,7 +90,7 @@ def documented_output(name: str) -> str:
 
 
 def without_numbers(text: str) -> list[str]:
-    """Split a text into lines without numbers and spacing, because times, sizes and boxes differ between machines."""
+    """Split a text into lines, with # for numbers and with single spaces: numbers and columns differ by machine."""
     return [" ".join(re.sub(r"[\d.]*\d", "#", line).split()) for line in text.splitlines()]
 
 
@@ -100,7 +100,7 @@ def things(image: str, kind: str) -> list[Thing]:
 
 
 def has_right_box(image: str, question: str, expected: str, answer: str) -> bool:
-    """Whether an answer has the expected words and exactly one box, whose IoU with the expected is at least 0.5."""
+    """Whether an answer has the expected words, and its first box the expected <ref> and an IoU of at least 0.5."""
     score = mark(Sample((SCENES[image],), (Turn("box", "en", question, expected),), "chat"), answer)
     return score.boxes_right == score.boxes == 1 and score.words_right
 

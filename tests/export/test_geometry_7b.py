@@ -116,8 +116,9 @@ def test_quantized_export_memory(tmp_path):
     shutil.rmtree(tmp_path)
     # More than the limit below: the process cannot have had all weights in memory.
     assert stored > 3.2e8
-    # The largest matrix, of 12288 x 4096 values, has 3 bytes for each value, 1.5e8 in all: as int32 words, as integers,
-    # as sorted integers, and packed for the engine. The rest is room for Paddle's working memory.
+    # The largest matrix, of 12288 x 4096 values, is in memory four times: as int32 words, as integers, as sorted
+    # integers, and packed for the engine. Together these take 3 bytes for each value, 1.5e8 in all. The rest of the
+    # limit is room for Paddle's working memory.
     assert rise <= 3e8
 
 

@@ -1,6 +1,6 @@
-"""Exports of GPTQ and AWQ checkpoints: storage types, and logits of the engine, compared with float32 and the tools'.
+"""Exports of GPTQ and AWQ checkpoints: storage types; the engine's logits equal those in float32 and of the tools.
 
-Also completions, refused exports, progress, and an export by PaddleNLP's scripts.
+Also adapters, completions, refused exports, progress, and an export by PaddleNLP's scripts.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Float32Config(c.Config):
 def engine_logits(prefix, tokens, monkeypatch, one_by_one, adapter=None):
     """The engine's logits after each token, float32 [tokens, vocabulary].
 
-    If `one_by_one`, the first step computes a prompt of one token, and each later one is a decode step; otherwise one
-    step computes a prompt of each length. `adapter` is the folder of an adapter.
+    If `one_by_one`, the first step computes a prompt of one token, and each later one is a decode step. Otherwise one
+    step computes several prompts: the first token, the first two, and so on. `adapter` is the folder of an adapter.
     """
     monkeypatch.setattr(c, "Config", Float32Config)
     config = read_manifest(prefix).config
@@ -82,7 +82,7 @@ def engine_logits(prefix, tokens, monkeypatch, one_by_one, adapter=None):
 
 
 def run(engine, pool, sequences, tokens, logits, adapter):
-    """Run a step of sequences (n_past, n_new, prompt_len, index of the only block), with an adapter or None."""
+    """Run a step of sequences (n_past, n_new, prompt_len, index of the only block) and write its logits to `logits`."""
     n = len(sequences)
     rows, blocks = (c.SequenceRow * n)(), np.array([block for *_, block in sequences], np.int32)
     for i, (row, (n_past, n_new, prompt_len, _)) in enumerate(zip(rows, sequences)):
@@ -116,7 +116,7 @@ def run(engine, pool, sequences, tokens, logits, adapter):
 
 @paddle.no_grad()
 def float_logits(folder, tokens, lora=()):
-    """The logits after each token, as from `engine_logits`, but from dynamic mode in float32, with merged adapters."""
+    """The logits after each token, as `engine_logits`, but by Paddle's dynamic mode in float32; `lora` is merged."""
     model = load_language(Checkpoint(folder, lora))
     embedded = model.embed_tokens(paddle.to_tensor(tokens[None]))
     positions = paddle.arange(len(tokens)).unsqueeze(0)

@@ -127,7 +127,8 @@ class Target:
 
     Attributes:
         seeds: the valid inputs.
-        lay_out: writes an input into an empty folder, with all files it needs, and returns the arguments of `qwenvl`.
+        lay_out: writes an input into an empty folder (a part of a model or an adapter: also into a missing one), with
+            all files it needs, and returns the arguments of `qwenvl`.
         words: tokens of the format for the fuzzer to insert.
         is_json: whether the input is JSON.
     """

@@ -132,7 +132,7 @@ def test_training_rows_are_chat_prompts() -> None:
     ]
     assert row.ids[: len(expected)].tolist() == expected
     assert set(row.ids[len(expected) :].tolist()) == {tokenizer.eod_id}  # padding
-    # row.at: positions whose next token is learned.
+    # row.at: positions whose next token is learned; -1 is padding.
     learned = [int(row.ids[position + 1]) for position in row.at if position >= 0]
     answers = [[*tokenizer.encode(turn.answer), tokenizer.im_end_id] for turn in turns]
     assert learned == [token for answer in answers for token in answer]

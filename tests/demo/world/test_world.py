@@ -59,6 +59,7 @@ def test_things_do_not_overlap_and_are_in_reading_order() -> None:
             column, row = a.cell % 3, a.cell // 3
             x, y = a.centre
             assert 1000 * row / 3 < y < 1000 * (row + 1) / 3
+            # A text may be anywhere in its row.
             assert a.text or 1000 * column / 3 < x < 1000 * (column + 1) / 3
             for b in scene.things[:i]:
                 a_left, a_top, a_right, a_bottom = a.bounds

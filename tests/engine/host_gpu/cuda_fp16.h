@@ -1,4 +1,5 @@
-// The parts of cuda_fp16.h that the kernels of linear_decode.cc use when they compute in bfloat16.
+// The parts of cuda_fp16.h that the kernels in the linear_decode.cc of this folder use. They compute in
+// bfloat16, and only convert float16 values of files (upload_matrix.cu).
 #pragma once
 
 #include <cstring>

@@ -337,7 +337,7 @@ EXPORT const char* host_linear(int dtype, int out, int in, const void* stored, c
     const Storage storage = storage_of(dtype);
     const MatrixBytes bytes = matrix_bytes(storage, out, in);
     std::vector<char> values(bytes.values + 64), scales(bytes.scales + 64);
-    const int unit = storage == Storage::kHalf ? 8 : 128;  // rows are padded to a multiple of this
+    const int unit = storage == Storage::kHalf ? 8 : 128;  // values; a row is padded to a multiple of them
     const Matrix matrix{storage, out, in, (in + unit - 1) / unit * unit, values.data(), scales.data(), bias};
     upload_matrix(gpu, nullptr, dtype, stored, out, matrix, 0, 1);
     linear_decode(gpu, nullptr, matrix, x, x_stride, n, static_cast<Epilogue>(epilogue), y,

@@ -1,6 +1,6 @@
 // Hopper's instructions on the host, in place of csrc/cuda/kernels/hopper.cuh. The order of their effects is
-// one that the hardware allows but rarely has: one thread of the host executes all copies in random order,
-// and a thread's part of a product is computed only when this thread waits for it.
+// one that the hardware allows but rarely has: the copy engine, a thread of its own, executes the copies in
+// random order, and each thread of a kernel computes its part of a product only in wgmma_wait.
 #pragma once
 
 #include <functional>
@@ -34,8 +34,8 @@ inline void copy_box(uint32 to, const TensorMap& map, int x0, int x1, int x2, ui
   copy_later(to, map, {x0, x1, x2}, barrier);
 }
 
-// Named barriers (the barriers above are mbarriers). 0 and 1 are the kernel's, the others of this emulation:
-// from kOfGroups on one for each of 4 warpgroups, from kOfWarps on one for each of 17 warps (544 threads).
+// Named barriers (the barriers above are mbarriers). The kernel uses 0 and 1, this emulation the others: from
+// kOfGroups on one for each of 4 warpgroups, from kOfWarps on one for each of 17 warps (544 threads).
 constexpr int kOfGroups = 2, kOfWarps = 6, kMeetings = kOfWarps + 17;
 void meet(int barrier, int threads);
 template <int threads>
