@@ -284,7 +284,7 @@ def name_of(node: ast.expr) -> str:
 
 
 def is_unhashable(node: ast.ClassDef) -> bool:
-    """Whether a class defines __eq__ without __hash__, itself or by a dataclass decorator without arguments."""
+    """Whether a class has __eq__ but no __hash__, from its own methods or a dataclass decorator without keywords."""
     methods = {statement.name for statement in node.body if isinstance(statement, ast.FunctionDef)}
     if "__hash__" in methods:
         return False
@@ -370,6 +370,10 @@ def patched_utils(paddlemix: Path) -> types.ModuleType:
 def test_folder_of_the_token_files(
     patched_utils: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None
 ) -> None:
+    """Only files in the folder QWENVL_REAL_TIME_SAVE_DIR are read and deleted, by default in the working directory.
+
+    `value` None: the variable is not set.
+    """
     monkeypatch.chdir(tmp_path)
     if value is None:
         monkeypatch.delenv("QWENVL_REAL_TIME_SAVE_DIR", raising=False)

@@ -1,4 +1,7 @@
-"""GPTQ, coordinate descent, grids and packing, compared with plain implementations and rounding to nearest."""
+"""GPTQ, coordinate descent, grids and packing, compared with plain implementations and rounding to nearest.
+
+The grid of a group is its scale and zero point, which determine the values that its weights can have.
+"""
 
 from __future__ import annotations
 
@@ -181,7 +184,7 @@ def test_grids():
     np.testing.assert_array_equal(values[3], 0)
     span = columns.max(1) - columns.min(1)
     assert (np.abs(values - columns).max(1)[:3] <= 0.3 * span[:3]).all()
-    # A clipped range is not worse than the full range, with errors of up to half a step.
+    # The squared error is not larger than its bound for the full range, whose errors are up to half a step.
     full_range_scale = span[0] / 15
     assert ((values[0] - columns[0]) ** 2).sum() <= 32 * full_range_scale**2 / 4
 

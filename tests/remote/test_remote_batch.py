@@ -228,7 +228,7 @@ def test_a_job_is_resumed_with_another_server(server: FakeServer, batch: Any) ->
     assert code == 1
     assert err.splitlines()[-1].startswith(f"qwenvl: {server.url}: key withdrawn; give its API key")
     with fake_server() as second_server:
-        flags = ["--url", second_server.url, "--batch_size", "1"]
+        flags = ["--url", second_server.url, "--batch_size", "1"]  # this --url replaces the one of `batch`
         assert batch(*flags)[:2] == (0, "out.jsonl: wrote 4 rows\n")
         assert [last_text(body) for body in second_server.bodies] == ["2?", "3?"]
     assert [row["text"] for row in read_results()] == [f"You said {n}?." for n in range(4)]

@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = load_config(MODEL)
     for seed, (name, dtype) in enumerate({"one": "float32", "two": "bfloat16"}.items()):
         write_adapter(folder / name, config, seed, dtype=dtype)
-    # Portable exports suffice: the engine reads only their weights.
+    # Portable exports suffice: the engine reads only their weights. There is no portable graph with int4 weights.
     export_vision(MODEL, folder / "vision", engine="portable")
     export_language(MODEL, folder, "plain", engine="portable")
     export_language(MODEL, folder, "merged", engine="portable", lora=folder / "one")

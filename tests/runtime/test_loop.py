@@ -222,7 +222,10 @@ def test_a_long_prompt_does_not_stall_a_decoding_request():
 
 
 def test_recomputed_tokens_count_as_prompt_tokens(monkeypatch):
-    """Steps that recompute a preempted request are no decode steps, of which the budget learns the time per row."""
+    """Steps that recompute a preempted request do not count as decode steps, although they recompute generated tokens.
+
+    From decode steps, the budget of prompt tokens learns the time of a row.
+    """
     limits = Limits(max_running=4, step_tokens=16, n_blocks=64, block_tokens=8, prefix_cache=False)
     loop, _ = open_loop(limits)
     counts = []  # (prompt tokens, decoding requests) of each step
