@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from paddlemix_qwenvl_plugin.upstream import pins
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
-# Versions of installed packages, which no broken combination contains.
+# Versions of packages that have no broken combination.
 WORKING = {
     "paddlepaddle": "3.3.1",
     "paddlenlp": "3.0.0b0",

@@ -161,6 +161,6 @@ def test_the_storage_type_of_an_opened_adapter(tmp_path, dtype):
         module = f"base_model.model.transformer.{update.name[: -len('.weight')]}"
         for factor, found in (("A", update.a), ("B", update.b)):
             expected = saved[f"{module}.lora_{factor}.weight"]
-            if dtype == "bfloat16":
+            if dtype == "bfloat16":  # as uint16: the upper halves of float32 numbers
                 found = (found.astype(np.uint32) << 16).view(np.float32)
             np.testing.assert_array_equal(found, expected)

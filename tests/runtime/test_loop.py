@@ -87,7 +87,7 @@ class FakeExecutor:
         for chunk in chunks:
             generation = chunk.generation
             if chunk.ahead:
-                # The previous step has picked a token that `generation` does not contain yet.
+                # The previous step, whose chunks have the same order, has picked a token that `generation` lacks.
                 n_past = generation.n_total
                 tokens = [*generation.tokens, self.picked[len(picked)]]
             else:
