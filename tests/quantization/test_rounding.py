@@ -28,9 +28,9 @@ def error(weight, values, gram):
     return float(np.vdot(difference @ gram.astype(np.float64), difference))
 
 
-def column_by_column(weight, hessian, order, scales, zeros, top):
+def column_by_column(weight, damped_gram, order, scales, zeros, top):
     """Optimal Brain Surgeon in float64: round each column, then eliminate it from the explicit inverse Hessian."""
-    remaining, inverse = weight.astype(np.float64), np.linalg.inv(hessian.astype(np.float64))
+    remaining, inverse = weight.astype(np.float64), np.linalg.inv(damped_gram.astype(np.float64))
     group = weight.shape[1] // scales.shape[1]
     integers = np.zeros_like(remaining)
     for j in order:
@@ -51,7 +51,7 @@ def test_gptq_equals_the_plain_algorithm(bits):
     hessian = Hessian(inputs.T @ inputs, "w")
     found = gptq(weight, hessian, bits, 32)
     expected = column_by_column(weight, hessian.matrix, hessian.order, found.scales, found.zeros, 2**bits - 1)
-    # A value halfway between two integers may be rounded to either.
+    # In float32, a value near the middle between two integers may be rounded to the other one.
     assert np.mean(found.integers != expected) < 0.01
     assert np.abs(found.integers - expected).max() <= 1
 
