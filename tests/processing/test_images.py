@@ -201,7 +201,7 @@ def test_transparency_is_composed_with_white(mode: str) -> None:
 
 
 def test_transparent_colours_are_composed_with_white(recwarn: pytest.WarningsRecorder) -> None:
-    """Alpha values of a palette, of which Pillow warns; one transparent colour of a palette, of RGB, of grey.
+    """Alpha values of a palette, about which Pillow warns; one transparent colour of a palette, of RGB, of grey.
 
     The warning is hidden.
     """

@@ -192,9 +192,9 @@ def test_chat_drops_the_oldest_turns_and_their_images(tiny: QwenTokenizer) -> No
         assert "Picture 4: <img>4.jpg" in tiny.decode(prompt.input_ids)
         return prompt.images
 
-    # Numbers of tokens. empty: the prompt with an empty query; empty_system: a system message without text; query: what
-    # follows the system message in the first; system: the default system message; turn: a turn of the history, all of
-    # the same length. Turns are kept if they and the system message are shorter than the window, without the query.
+    # Numbers of tokens. `empty`: a prompt with an empty query; `empty_system`: a system message without text; `query`:
+    # the part of `empty` after its system message; `system`: this system message; `turn`: each turn of the history.
+    # Turns are kept if they and the system message are shorter than the window; the query does not count.
     empty = len(chat_prompt(tiny, "", []).input_ids)
     empty_system = len([tiny.im_start_id, *tiny.encode("system"), *tiny.encode("\n"), tiny.im_end_id])
     query = len(chat_prompt(tiny, "", [], system="").input_ids) - empty_system

@@ -283,7 +283,7 @@ def test_a_server_of_another_kind(server: FakeServer, batch: Any, models: Any, m
 
 
 def test_a_closed_stream_cancels_its_request(server: FakeServer) -> None:
-    """A job that ends with an error closes the streams of its running requests."""
+    """A job that ends with an error closes the streams of its running requests in this way."""
     started, continue_answer = threading.Semaphore(0), threading.Event()
 
     def answer(body: dict[str, Any]) -> str:
