@@ -392,6 +392,7 @@ def test_metrics() -> None:
     assert value("request_duration_seconds_count", path=PATH) == 2
     assert value("errors_total", kind="rate_limit_exceeded") == 1
     assert value("errors_total", kind="not_found") == 2
+    # The first request and the slot of this test; the second request was refused.
     assert value("queue_duration_seconds_count") == 2
     assert value("time_to_first_token_seconds_sum") == pytest.approx(0.3)
     # Four tokens in 0.2 s are one observation: the mean time of a token.

@@ -65,7 +65,7 @@ def event_loop() -> Iterator[EventLoop]:
 
 @pytest.fixture(scope="module")
 def shared_loader(event_loop: EventLoop) -> Iterator[WorkerImageLoader]:
-    """Loader with the default settings except a longer timeout, for tests that do not change its state."""
+    """Loader with the default settings except a longer timeout, for tests that change nothing of it but its cache."""
     loader = WorkerImageLoader(ServeSettings(image_timeout=60), SIZE)
     event_loop.run(loader.start())
     yield loader
