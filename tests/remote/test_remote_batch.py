@@ -132,8 +132,8 @@ def test_results_equal_those_of_exported_stages(server: FakeServer, batch: Any, 
         return Reply(completed.text, completed.finish_reason, usage)
 
     server.answer = answer
-    # Reject chat requests with the default system prompt, as a server with a base model rejects all chat requests: for
-    # rows without `chat`, the client then uses the base form. Row 3 ("Both?") has `chat` and is accepted.
+    # A server with a base model rejects chat requests; the client then uses the base form for rows without `chat`. This
+    # server rejects chats with the default system prompt, except row 3 ("Both?"), which has `chat`.
     server.refuse = lambda path, body: (
         (400, {"message": "no chat model", "param": "model"}, {})
         if path == "/v1/chat/completions"

@@ -33,7 +33,7 @@ class Process(ServerProcess):
     """`qwenvl serve` with a CountingEngine.
 
     `engine` is the ENGINE_JSON of serve_fake_server.py: the arguments of the CountingEngine, and optionally the error
-    of its start. `prefix` is a command that starts the server's command, which follows it.
+    of its start. `prefix` is put before the server's command, and runs it.
     """
 
     def __init__(
