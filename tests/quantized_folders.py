@@ -173,7 +173,10 @@ def write_quantized(folder: Path, variant: Variant) -> dict[str, np.ndarray]:
 
 
 def copy_tool_folder(name: str, folder: Path) -> dict[str, np.ndarray]:
-    """Copy a language model that a tool wrote, and add a random image encoder; return the tool's recorded outputs."""
+    """Copy a language model that a tool wrote, and add a random image encoder; return the recorded results.
+
+    golden/quantized/make.py describes the results, which it computed with the tool's layers or weights.
+    """
     shutil.copytree(BY_TOOLS / name, folder)
     config = json.loads((folder / "config.json").read_text())
     vision = {

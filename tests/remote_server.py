@@ -28,7 +28,8 @@ class FakeServer(ThreadingHTTPServer):
     """Scripted server.
 
     Attributes:
-        answer: maps a request body to a Reply, or to a text, sent with finish reason "stop" and the tokens of `usage`.
+        answer: maps a request body to a Reply, or to a text; a text has the finish reason "stop" and the token usage
+            of `usage`.
         refuse: maps path and body to (status, error, headers) of an error response, or to None to accept the request.
         requests: (path, body) of each accepted POST request.
         disconnected: semaphore, released once for each client that disconnects during a stream.

@@ -155,7 +155,7 @@ def test_nothing_is_applied_if_a_patch_does_not_apply(tree: FakeCheckout) -> Non
 def test_files_are_restored_if_git_fails(
     tree: FakeCheckout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A git whose `apply` writes a file and then fails, as on a full disk.
+    # A git whose `apply` writes a file and then fails, as on a full disk; `apply --check` works.
     real_git, fake_git = shutil.which("git"), tmp_path / "bin" / "git"
     fake_git.parent.mkdir()
     fake_git.write_text(
@@ -234,7 +234,7 @@ def test_shipped_dir(tmp_path: Path) -> None:
 
 
 def test_context_lines_of_the_shipped_patches() -> None:
-    """The patches contain little of upstream's code: no consecutive context lines, and none in a hunk's header."""
+    """The patches contain little of upstream's code: no consecutive context lines, and no code after a hunk's `@@`."""
     paths = list(patches.shipped_dir().rglob("*.patch"))
     assert {path.parent.parent.name for path in paths} == {
         upstream.name for upstream in pins.load().upstreams

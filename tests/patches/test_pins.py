@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from paddlemix_qwenvl_plugin.upstream import pins
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
-# Versions of packages with which PaddleNLP and PaddleMIX can be imported.
+# Versions of packages that have no broken combination.
 WORKING = {
     "paddlepaddle": "3.3.1",
     "paddlenlp": "3.0.0b0",
@@ -54,7 +54,7 @@ def broken_combinations(versions: dict[str, str]) -> list[str]:
     ],
 )
 def test_broken_combinations(changes: dict[str, str], names: list[str]) -> None:
-    """`changes` replaces versions in WORKING; the version "" removes a package."""
+    """`changes` replaces versions in WORKING, `_` in a name stands for `-`; the version "" removes a package."""
     versions = {**WORKING, **{name.replace("_", "-"): version for name, version in changes.items()}}
     assert broken_combinations({name: version for name, version in versions.items() if version}) == names
 
@@ -75,7 +75,7 @@ def test_the_documented_sets_of_packages_are_not_broken() -> None:
         versions = {"pip": "23"}
         for requirement in map(Requirement, requirements):
             by_operator = {specifier.operator: specifier.version for specifier in requirement.specifier}
-            # "0" is a version below any upper bound, as in "<75".
+            # "0" is a version below any upper bound, as in "<75"; "1" stands for an unspecified version.
             default = "0" if "<" in by_operator else "1"
             versions[requirement.name] = by_operator.get("==", default)
         assert broken_combinations(versions) == []

@@ -22,7 +22,7 @@ from paddlemix_qwenvl_plugin.upstream.patches import State
 
 
 def checkout(name: str, folder: Path) -> Path:
-    """Clone an upstream into `folder`, at the pinned commit."""
+    """Clone an upstream into `folder`, at the pinned commit; skip the test if the variable is not set."""
     variable = f"QWENVL_{name.upper()}_DIR"
     [upstream] = [upstream for upstream in pins.load().upstreams if upstream.name == name]
     if not os.environ.get(variable):
@@ -54,6 +54,7 @@ def test_apply_and_revert(name: str, tmp_path: Path) -> None:
     root = checkout(name, tmp_path)
     files = [file for patch, _ in patches.check(root).states for file in patch.files]
     before = {file: (root / file).read_bytes() for file in files}
+    # `apply` and `revert` return the states before the change.
     assert {state for _, state in patches.apply(root).states} == {State.APPLICABLE}
     assert {state for _, state in patches.check(root).states} == {State.APPLIED}
     for file in files:
@@ -105,7 +106,10 @@ def run_init(
 
 
 def interpreter(minor: int) -> str:
-    """Return the path of the Python 3.`minor` binary: the command on PATH may be a wrapper script."""
+    """Return the path of the Python 3.`minor` binary; skip the test without one.
+
+    The command on PATH may be a wrapper script, which needs variables that run_init does not pass.
+    """
     command = shutil.which(f"python3.{minor}")
     if command is not None:
         code = "import sys; print(sys.executable)"
@@ -158,7 +162,7 @@ def test_import_with_damaged_metadata(paddlenlp: Path, tmp_path: Path) -> None:
 
 
 def test_import_activates_this_plugin(paddlenlp: Path, tmp_path: Path) -> None:
-    """The entry point of pyproject.toml activates it; with -S, Python does not read its .pth file."""
+    """The entry point in pyproject.toml activates this plugin; with -S, Python does not read the plugin's .pth file."""
     repo = Path(__file__).resolve().parents[2]
     pyproject = (repo / "pyproject.toml").read_text(encoding="utf-8")
     declaration = re.search(
@@ -280,7 +284,7 @@ def name_of(node: ast.expr) -> str:
 
 
 def is_unhashable(node: ast.ClassDef) -> bool:
-    """Whether a class defines __eq__ without __hash__, itself or by a dataclass decorator without arguments."""
+    """Whether a class has __eq__ but no __hash__, from its own methods or a dataclass decorator without keywords."""
     methods = {statement.name for statement in node.body if isinstance(statement, ast.FunctionDef)}
     if "__hash__" in methods:
         return False
@@ -292,7 +296,7 @@ def is_unhashable(node: ast.ClassDef) -> bool:
 
 
 def unhashable_defaults(roots: list[Path]) -> set[str]:
-    """List CLASS.FIELD of dataclass fields whose default is a list, dict or set, or an instance of an unhashable class.
+    """Return CLASS.FIELD of dataclass fields whose default is a list, dict, set or instance of an unhashable class.
 
     Python 3.11 and newer reject such defaults. Classes are compared by unqualified name: the result may have false
     positives.
@@ -366,6 +370,10 @@ def patched_utils(paddlemix: Path) -> types.ModuleType:
 def test_folder_of_the_token_files(
     patched_utils: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None
 ) -> None:
+    """Only files in the folder QWENVL_REAL_TIME_SAVE_DIR are read and deleted, by default in the working directory.
+
+    `value` None: the variable is not set.
+    """
     monkeypatch.chdir(tmp_path)
     if value is None:
         monkeypatch.delenv("QWENVL_REAL_TIME_SAVE_DIR", raising=False)

@@ -1,4 +1,4 @@
-"""Fixtures: tokenizers with the tiny and the real vocabulary, and golden values of PaddleMIX."""
+"""Fixtures: tokenizers with the vocabulary of the tests and with Qwen-VL's, and golden values of PaddleMIX."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def tiny_vocab_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tiny_vocab_file: Path) -> QwenTokenizer:
-    """Tokenizer with the tiny vocabulary."""
+    """Tokenizer with the tiny vocabulary: the 256 bytes and 200 merges."""
     return QwenTokenizer(tiny_vocab_file)
 
 

@@ -79,7 +79,7 @@ def test_labels_are_readable_on_any_background() -> None:
         image = Image.new("RGB", (300, 200), background)
         drawn = np.asarray(draw_boxes(image, [Box("box", ((300, 300), (900, 900)), "dog")]))
         colour = np.array(ImageColor.getrgb(drawing.COLOURS[0]))
-        # The box begins at row 60: above it is the label with a filled background.
+        # The box begins at row 60; above it, only the background of the label has its colour.
         label = (drawn == colour).all(axis=2)[:59]
         assert label.sum() > 150
     # 4.5 is the contrast that WCAG requires for small text, here white letters (luminance 1).

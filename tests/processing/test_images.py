@@ -53,7 +53,8 @@ def png_header(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("name", ["wide.png", "tall.png", "alpha.png", "gray.png", "palette.png"])
 def test_golden_images(golden_folder: Path, name: str) -> None:
     golden = json.loads((golden_folder / "images.json").read_text())[name]
-    # PaddleMIX ignores transparency, and load_image composes an image with white: Pillow opens alpha.png.
+    # PaddleMIX ignores transparency, but load_image composes a transparent image with white. Therefore alpha.png is
+    # opened with Pillow.
     path = golden_folder / name
     tensor = preprocess(Image.open(path) if name == "alpha.png" else load_image(path))
     assert list(tensor.shape) == golden["shape"]
@@ -159,7 +160,7 @@ def test_16_bits_are_scaled(kind: str) -> None:
     values = np.array([[0, 255, 256, 257], [1000, 32768, 65279, 65535]], dtype=np.uint16)
     buffer = io.BytesIO()
     image = Image.fromarray(values)
-    if kind == "PPM":  # Pillow would write 8 bits
+    if kind == "PPM":  # independently of Pillow's writer
         buffer.write(b"P5 4 2 65535\n" + values.astype(">u2").tobytes())
     elif kind != "array":
         image.save(buffer, kind)
@@ -200,7 +201,10 @@ def test_transparency_is_composed_with_white(mode: str) -> None:
 
 
 def test_transparent_colours_are_composed_with_white(recwarn: pytest.WarningsRecorder) -> None:
-    """Alpha values of a palette (Pillow's warning is hidden); one transparent colour of a palette, of RGB, of grey."""
+    """Alpha values of a palette, about which Pillow warns; one transparent colour of a palette, of RGB, of grey.
+
+    The warning is hidden.
+    """
     palette = Image.new("P", (3, 1))
     palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     palette.putdata([0, 1, 2])
@@ -420,7 +424,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")  # with allow_private, the environment's proxy would be used
     monkeypatch.setattr(Handler, "sent_bytes", 0)
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http_server:
         http_server.daemon_threads = True
@@ -496,5 +500,6 @@ def test_malformed_url(url: str) -> None:
 
 
 def test_refused_connection(server: str) -> None:
+    # The fixture `server` is only needed for NO_PROXY; no program listens on port 1.
     with pytest.raises(QwenVLError, match=r"127\.0\.0\.1:1/a.png cannot be downloaded"):
         load_image("http://user:secret@127.0.0.1:1/a.png", allow_http=True, limits=LOCAL)

@@ -50,6 +50,7 @@ def test_an_image_is_labelled_as_in_the_official_prompts(real: QwenTokenizer) ->
 
 
 def test_the_tokenizers_picture_label_is_used(tiny_vocab_file: Path) -> None:
+    # The label is no format string: only {} is replaced.
     tokenizer = QwenTokenizer(tiny_vocab_file, picture_label="Bild {0} {}")
     query, history = [{"image": "b"}], [([{"image": "a"}], "!")]
     assert tokenizer.decode(base_prompt(tokenizer, query).input_ids) == "Bild {0} 1<img>b</img>\n"
@@ -69,7 +70,7 @@ def test_control_tokens_are_text_in_a_base_prompt(tiny: QwenTokenizer) -> None:
 
 
 def answers_in(ids: list[int], tokenizer: QwenTokenizer) -> list[tuple[int, int]]:
-    """Spans of earlier answers in the tokens: after <|im_start|>, "assistant" and a line end, including <|im_end|>."""
+    """Spans of earlier answers: from after <|im_start|>, "assistant" and a line end, to <|im_end|> inclusive."""
     opening = [tokenizer.im_start_id, *tokenizer.encode("assistant"), *tokenizer.encode("\n")]
     found = []
     for index in range(len(ids)):
@@ -191,8 +192,9 @@ def test_chat_drops_the_oldest_turns_and_their_images(tiny: QwenTokenizer) -> No
         assert "Picture 4: <img>4.jpg" in tiny.decode(prompt.input_ids)
         return prompt.images
 
-    # The number of tokens of the system prompt, and of a turn of the history: all turns have the same length. Turns are
-    # kept if they and the system prompt are shorter than the window; the query does not count.
+    # Numbers of tokens. `empty`: a prompt with an empty query; `empty_system`: a system message without text; `query`:
+    # the part of `empty` after its system message; `system`: this system message; `turn`: each turn of the history.
+    # Turns are kept if they and the system message are shorter than the window; the query does not count.
     empty = len(chat_prompt(tiny, "", []).input_ids)
     empty_system = len([tiny.im_start_id, *tiny.encode("system"), *tiny.encode("\n"), tiny.im_end_id])
     query = len(chat_prompt(tiny, "", [], system="").input_ids) - empty_system

@@ -161,9 +161,11 @@ def test_folder(quantized, model):
 
 @dataclass
 class Forward:
-    """Forward pass of image encoder and language model in dynamic mode.
+    """Forward pass of image encoder and language model in Paddle's dynamic mode.
 
     Attributes:
+        folder: the model's folder.
+        images: folder of the images that the rows name.
         grams: X^T X of each matrix's inputs X, summed over all rows so far; keys "LAYER MATRIX", as in "0 mlp.w1".
     """
 
@@ -203,7 +205,7 @@ class Forward:
 
 
 def test_report(quantized, model, rows, tmp_path):
-    """The figures of the report equal those of the original and the quantized model in dynamic mode."""
+    """The figures of the report equal those computed here with the original and the quantized model."""
     report = json.loads((quantized / "quantization_report.json").read_text())
     found = tensors_of(quantized)
     dequantized = shutil.copytree(model, tmp_path / "dequantized")
@@ -218,6 +220,7 @@ def test_report(quantized, model, rows, tmp_path):
     save_file(weights, dequantized / "model.safetensors")
     original, changed = Forward(model, rows.parent), Forward(dequantized, rows.parent)
     config = original.checkpoint.config
+    # False: not a chat model.
     loaded = CalibrationRows(rows, QwenTokenizer.of_model(model, config), config, False).rows
     held_out = [loaded[7], loaded[15]]  # every eighth row
     calibration = [row for row in loaded if row not in held_out]

@@ -1,4 +1,4 @@
-"""Memory of `qwenvl quantize`: at most three copies of a layer and of its widest inputs, and work on their Hessian."""
+"""Peak memory of `qwenvl quantize`: three copies of a layer and its widest inputs, and the work on their Hessian."""
 
 from __future__ import annotations
 

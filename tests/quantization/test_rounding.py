@@ -1,4 +1,7 @@
-"""GPTQ, coordinate descent, grids and packing, compared with plain implementations and rounding to nearest."""
+"""GPTQ, coordinate descent, grids and packing, compared with plain implementations and rounding to nearest.
+
+The grid of a group is its scale and zero point, which determine the values that its weights can have.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +28,9 @@ def error(weight, values, gram):
     return float(np.vdot(difference @ gram.astype(np.float64), difference))
 
 
-def column_by_column(weight, hessian, order, scales, zeros, top):
+def column_by_column(weight, damped_gram, order, scales, zeros, top):
     """Optimal Brain Surgeon in float64: round each column, then eliminate it from the explicit inverse Hessian."""
-    remaining, inverse = weight.astype(np.float64), np.linalg.inv(hessian.astype(np.float64))
+    remaining, inverse = weight.astype(np.float64), np.linalg.inv(damped_gram.astype(np.float64))
     group = weight.shape[1] // scales.shape[1]
     integers = np.zeros_like(remaining)
     for j in order:
@@ -48,7 +51,7 @@ def test_gptq_equals_the_plain_algorithm(bits):
     hessian = Hessian(inputs.T @ inputs, "w")
     found = gptq(weight, hessian, bits, 32)
     expected = column_by_column(weight, hessian.matrix, hessian.order, found.scales, found.zeros, 2**bits - 1)
-    # A value halfway between two integers may be rounded to either.
+    # In float32, a value near the middle between two integers may be rounded to the other one.
     assert np.mean(found.integers != expected) < 0.01
     assert np.abs(found.integers - expected).max() <= 1
 
@@ -181,7 +184,7 @@ def test_grids():
     np.testing.assert_array_equal(values[3], 0)
     span = columns.max(1) - columns.min(1)
     assert (np.abs(values - columns).max(1)[:3] <= 0.3 * span[:3]).all()
-    # A clipped range is not worse than the full range, with errors of up to half a step.
+    # The squared error is not larger than its bound for the full range, whose errors are up to half a step.
     full_range_scale = span[0] / 15
     assert ((values[0] - columns[0]) ** 2).sum() <= 32 * full_range_scale**2 / 4
 

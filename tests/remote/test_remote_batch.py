@@ -132,8 +132,8 @@ def test_results_equal_those_of_exported_stages(server: FakeServer, batch: Any, 
         return Reply(completed.text, completed.finish_reason, usage)
 
     server.answer = answer
-    # Reject chat requests with the default system prompt, as a server with a base model rejects all chat requests: for
-    # rows without `chat`, the client then uses the base form. Row 3 ("Both?") has `chat` and is accepted.
+    # A server with a base model rejects chat requests; the client then uses the base form for rows without `chat`. This
+    # server rejects chats with the default system prompt, except row 3 ("Both?"), which has `chat`.
     server.refuse = lambda path, body: (
         (400, {"message": "no chat model", "param": "model"}, {})
         if path == "/v1/chat/completions"
@@ -228,7 +228,7 @@ def test_a_job_is_resumed_with_another_server(server: FakeServer, batch: Any) ->
     assert code == 1
     assert err.splitlines()[-1].startswith(f"qwenvl: {server.url}: key withdrawn; give its API key")
     with fake_server() as second_server:
-        flags = ["--url", second_server.url, "--batch_size", "1"]
+        flags = ["--url", second_server.url, "--batch_size", "1"]  # this --url replaces the one of `batch`
         assert batch(*flags)[:2] == (0, "out.jsonl: wrote 4 rows\n")
         assert [last_text(body) for body in second_server.bodies] == ["2?", "3?"]
     assert [row["text"] for row in read_results()] == [f"You said {n}?." for n in range(4)]
@@ -283,7 +283,7 @@ def test_a_server_of_another_kind(server: FakeServer, batch: Any, models: Any, m
 
 
 def test_a_closed_stream_cancels_its_request(server: FakeServer) -> None:
-    """A job that ends with an error closes the streams of its running requests."""
+    """A job that ends with an error closes the streams of its running requests in this way."""
     started, continue_answer = threading.Semaphore(0), threading.Event()
 
     def answer(body: dict[str, Any]) -> str:

@@ -145,7 +145,7 @@ def test_stop_while_waiting_for_a_segment(server: FakeServer, model: ServerModel
 
 @pytest.mark.parametrize("begun", [False, True], ids=["before the first segment", "after the first segment"])
 def test_close(server: FakeServer, model: ServerModel, begun: bool) -> None:
-    """The conversation keeps a turn that is closed after its first segment."""
+    """The conversation keeps a turn that is closed after its first segment, but not one that is closed before it."""
     server.resume.clear()
     chat = model.chat()
     stream = chat.ask("Hello").submit()

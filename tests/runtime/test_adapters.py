@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = load_config(MODEL)
     for seed, (name, dtype) in enumerate({"one": "float32", "two": "bfloat16"}.items()):
         write_adapter(folder / name, config, seed, dtype=dtype)
-    # Portable exports suffice: the engine reads only their weights.
+    # Portable exports suffice: the engine reads only their weights. There is no portable graph with int4 weights.
     export_vision(MODEL, folder / "vision", engine="portable")
     export_language(MODEL, folder, "plain", engine="portable")
     export_language(MODEL, folder, "merged", engine="portable", lora=folder / "one")
@@ -161,6 +161,6 @@ def test_the_storage_type_of_an_opened_adapter(tmp_path, dtype):
         module = f"base_model.model.transformer.{update.name[: -len('.weight')]}"
         for factor, found in (("A", update.a), ("B", update.b)):
             expected = saved[f"{module}.lora_{factor}.weight"]
-            if dtype == "bfloat16":
+            if dtype == "bfloat16":  # as uint16: the upper halves of float32 numbers
                 found = (found.astype(np.uint32) << 16).view(np.float32)
             np.testing.assert_array_equal(found, expected)

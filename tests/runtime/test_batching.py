@@ -53,7 +53,7 @@ def test_a_row_of_a_batch_generates_the_same_tokens_alone(vl, rows, options, pad
     features = np.random.default_rng(seed).standard_normal(shape).astype("float32")
     prompts = [prompt_with_images(vl, n_images, text_ids) for n_images, text_ids in rows]
     lengths = [len(prompt) for prompt in prompts]
-    width = max(lengths) + padding % 3  # `padding` is also the id of the padding tokens
+    width = max(lengths) + padding % 3  # the longest prompt has 0 to 2 padding tokens, with the id `padding`
     ids = np.array([prompt + [padding] * (width - len(prompt)) for prompt in prompts])
     arguments = {"max_new_tokens": 6, "eos_token_ids": [7, 77], **options}
 

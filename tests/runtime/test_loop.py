@@ -87,7 +87,7 @@ class FakeExecutor:
         for chunk in chunks:
             generation = chunk.generation
             if chunk.ahead:
-                # The previous step has picked a token that `generation` does not contain yet.
+                # The previous step, whose chunks have the same order, has picked a token that `generation` lacks.
                 n_past = generation.n_total
                 tokens = [*generation.tokens, self.picked[len(picked)]]
             else:
@@ -239,7 +239,10 @@ def test_a_short_prompt_does_not_overtake_one_that_waits_for_blocks():
 
 
 def test_recomputed_tokens_count_as_prompt_tokens(monkeypatch):
-    """Steps that recompute a preempted request are no decode steps, of which the budget learns the time per row."""
+    """Steps that recompute a preempted request do not count as decode steps, although they recompute generated tokens.
+
+    From decode steps, the budget of prompt tokens learns the time of a row.
+    """
     limits = Limits(max_running=4, step_tokens=16, n_blocks=64, block_tokens=8, prefix_cache=False)
     loop, _ = open_loop(limits)
     counts = []  # (prompt tokens, decoding requests) of each step

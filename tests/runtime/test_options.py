@@ -25,7 +25,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda n: n >= 0, "at least 0"),
 }
 INTEGER_OPTIONS = ("max_new_tokens", "min_new_tokens", "top_k", "seed")
-OPTIONAL = ("temperature", "top_p", "top_k", "seed")
+OPTIONAL = ("temperature", "top_p", "top_k", "seed")  # may be None
 # Values on both sides of the bounds.
 INTEGERS = [-101, -100, -1, 0, 1, 2, 100, 101, 10**20]
 REALS = [-100.5, -1e-9, 1e-9, 0.5, 1.5, 100.5, math.nan, math.inf, -math.inf]

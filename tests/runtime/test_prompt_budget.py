@@ -20,7 +20,8 @@ def settled_budget(seconds_per_prompt_token: float, decode: float, rows: int) ->
 
 
 @pytest.mark.parametrize(
-    ("per_token", "decode", "rows", "prompt_seconds"),  # times in seconds; the last one is expected
+    # per_token, decode: times in seconds; prompt_seconds: the expected time of the prompt tokens in the budget.
+    ("per_token", "decode", "rows", "prompt_seconds"),
     [
         pytest.param(0.001, 0.01, 4, 0.25, id="fast decoding: 0.25 s"),
         pytest.param(0.001, 0.15, 4, 0.45, id="slow decoding: three times its time"),
@@ -50,7 +51,7 @@ def test_a_step_of_prompts_only() -> None:
     # fifths of 0.125 s, 0.1 s.
     budget.learn(0, 1, 0.125)
     budget.learn(400, 0, 1.0)
-    assert budget.tokens == 120  # the prompt tokens of 0.3 s, three times the decode step
+    assert budget.tokens == 120  # 400 tokens/s for three times the estimated 0.1 s
 
 
 def test_a_step_shorter_than_the_decode_step_before() -> None:

@@ -1,4 +1,4 @@
-"""Files of generated tokens for upstream's reader, one per step, parsed by the description of their format."""
+"""Files of generated tokens for upstream's reader, one per step; the test reads their bytes itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same tokens in any batch, on the engine, with each storage type of exports but GPTQ and AWQ; a soak test."""
+"""The same tokens in any batch, on the engine, with each storage type of an export without GPTQ or AWQ; a soak test."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ STORAGE = [
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Optional[str]], QwenVL]:
-    """Function that opens the demo model with the given storage types."""
+    """Function that opens the demo model, exported with a dtype and a quant_type; each combination only once."""
     models: dict[Any, QwenVL] = {}
 
     def get(dtype: str, quant_type: Optional[str]) -> QwenVL:
@@ -117,7 +117,7 @@ def test_after_a_preemption(opened, monkeypatch, dtype, quant_type):
     n_blocks = context // 32
     executor = EngineExecutor(*vl._stages, n_blocks=n_blocks)
     monkeypatch.setattr(vl, "_loop", Loop(executor))
-    # Leave 8 blocks for the requests.
+    # A KV cache has at least the blocks of a full context; all but 8 are taken away from the requests.
     held = [vl._loop._scheduler.pool.allocate() for _ in range(n_blocks - 8)]
     preempted = []  # number of generated tokens at each preemption
     preempt = vl._loop._scheduler._preempt

@@ -17,7 +17,7 @@ LOGITS = np.array([1.0, 3.0, -1.0, 2.5, 2.9, 0.0, -4.0], np.float32)
 
 
 def expected_distribution(temperature, top_p=1.0, top_k=7):
-    """Probabilities by definition, token by token."""
+    """Probabilities for LOGITS by definition, token by token; a top_k of 7 keeps all tokens."""
     weights = [np.exp(float(logit) / temperature) for logit in LOGITS]
     ranked = sorted(range(len(LOGITS)), key=lambda token: -LOGITS[token])[:top_k]
     total = sum(weights[token] for token in ranked)

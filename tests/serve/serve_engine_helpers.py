@@ -69,7 +69,7 @@ def is_running(pid: int) -> bool:
 
 @dataclass
 class RequestCase:
-    """Request of the front; `expected_ids` is what QwenVL generates for it."""
+    """Request of the front to the engine process; `expected_ids` returns the tokens that QwenVL generates for it."""
 
     request: EngineRequest
 

@@ -81,7 +81,7 @@ def _png(width: int, height: int) -> bytes:
     image = io.BytesIO()
     Image.new("RGB", (8, 8)).save(image, "PNG")
     data = bytearray(image.getvalue())
-    # The IHDR chunk: its type at 12, width and height at 16, checksum at 29.
+    # Bytes of the file: the type of the IHDR chunk from 12 on, width and height from 16, the chunk's checksum from 29.
     data[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
     return bytes(data)

@@ -27,7 +27,7 @@ class Reply:
     """Response of the server, streamed or not: texts and finish reasons of all choices, or an error object.
 
     Attributes:
-        complete: whether an answer arrived to its end, a stream with the usage and `[DONE]`; false for an error.
+        complete: whether the whole answer arrived, in a stream with the usage and `[DONE]`; false for an error.
     """
 
     status: int
@@ -49,8 +49,7 @@ class Tally:
     Attributes:
         answered: number of requests with the expected answer.
         errors: number of allowed errors, by status and code.
-        disconnected: number of requests whose client disconnected early on purpose, at the end of a short response at
-            the latest.
+        disconnected: number of requests whose client disconnected on purpose, early or at the end of a short response.
         invalid: number of invalid requests, by name.
         failures: descriptions of unexpected responses.
     """

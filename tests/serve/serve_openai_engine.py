@@ -36,7 +36,7 @@ def logprob_of(token: int) -> float:
 
 
 def top_logprobs_of(token: int, n: int) -> tuple[tuple[int, float], ...]:
-    """The n most likely (token, log probability) that this engine reports for a generated token; it is the first."""
+    """The n (token, log probability) that this engine reports for a generated token, which is the first of them."""
     return tuple((token + i, logprob_of(token + i)) for i in range(n))
 
 

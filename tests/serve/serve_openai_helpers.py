@@ -55,8 +55,8 @@ def image_part(path: Path) -> dict[str, Any]:
 def demo_question(name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """A question of the demo in two forms: content of a message of OpenAI's API, and query parts for QwenVL.
 
-    The query parts have images as bytes, not as paths: a path would be part of the prompt, in which the server, like
-    QwenVL for bytes, names images image-1, image-2 …
+    The query parts have images as bytes, which QwenVL names image-1, image-2 … in the prompt, as the server does. Paths
+    would themselves be in the prompt.
     """
     (question,) = [question for question in QUESTIONS if question.name == name]
     text = question.turn.question

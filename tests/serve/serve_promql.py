@@ -1,4 +1,4 @@
-"""Parser of the subset of PromQL that the dashboard uses."""
+"""Parser of the subset of PromQL, Prometheus' query language, that the dashboard in deploy/grafana uses."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Question:
 
 
 def questions(local_model: QwenVL, n: int, seed: int = 1) -> list[Question]:
-    """N questions with their answers; the same for the same seed."""
+    """Make `n` questions with their answers; the same for the same seed."""
     requests = _random_requests(random.Random(seed))
     return [_with_answer(local_model, *next(requests)) for _ in range(n)]
 

@@ -1,4 +1,4 @@
-"""SlotQueue, compared with a simple model of a queue."""
+"""SlotQueue, which grants the server's slots to requests, compared with a simple model of a queue."""
 
 from __future__ import annotations
 

@@ -219,7 +219,7 @@ def test_size_limit_of_a_body(size: int, status: int, chunked: bool) -> None:
                 return await client.post(PATH, content=body, headers=headers)
 
         if size > 2 * MIB:
-            # The server does not read the body to its end: the client receives the response or a connection reset.
+            # The server reads only twice the limit: the client receives the response or a connection reset.
             with contextlib.suppress(httpx.WriteError, httpx.ReadError, httpx.RemoteProtocolError):
                 assert asyncio.run(post()).status_code == 413
             return
@@ -284,7 +284,7 @@ def test_body_timeout() -> None:
 
 
 def test_no_warning_of_writes_after_a_disconnect(log: io.StringIO) -> None:
-    """Asyncio warns when a program writes five more times after a failed write; the log must not contain this."""
+    """Asyncio warns when a program writes five more times after a failed write; the log must not have this warning."""
 
     async def write() -> None:
         local, peer = socket.socketpair()
@@ -392,6 +392,7 @@ def test_metrics() -> None:
     assert value("request_duration_seconds_count", path=PATH) == 2
     assert value("errors_total", kind="rate_limit_exceeded") == 1
     assert value("errors_total", kind="not_found") == 2
+    # The first request and the slot of this test; the second request was refused.
     assert value("queue_duration_seconds_count") == 2
     assert value("time_to_first_token_seconds_sum") == pytest.approx(0.3)
     # Four tokens in 0.2 s are one observation: the mean time of a token.

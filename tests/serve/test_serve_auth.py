@@ -87,7 +87,7 @@ def test_other_authorization_is_refused_with_an_openai_error(
     assert "key-of" not in response.text
 
 
-def test_paths_that_need_no_key(key_file: Path, tmp_path: Path) -> None:
+def test_which_paths_need_a_key(key_file: Path, tmp_path: Path) -> None:
     page = tmp_path / "page"
     (page / "parts").mkdir(parents=True)
     (page / "index.html").write_text("<p>page</p>")

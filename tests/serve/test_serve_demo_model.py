@@ -22,10 +22,10 @@ print(stages.vision, stages.language, *lines, sep="|")
 
 
 def test_demo_model_is_exported_once_for_several_servers(tmp_path: Path) -> None:
-    """Two servers start at the same time: one exports, the other waits. A third one finds the exported model.
+    """Two processes start at the same time, as two servers may: one exports, the other waits.
 
-    The engine is compiled during the export. Here the compilation fails, which does not stop the export: the engine
-    process would report it.
+    A third one finds the exported model. The engine is compiled during the export. Here the compilation fails, which
+    does not stop the export: the engine process of a server would report it.
     """
     compiler = tmp_path / "failing-c++"
     compiler.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/compiled\nexit 1\n')
@@ -50,4 +50,4 @@ def test_demo_model_is_exported_once_for_several_servers(tmp_path: Path) -> None
     assert folder in vision.parents
     assert folder in language.parents
     assert QwenVL.from_exported(vision, language).config.hidden_size > 0
-    assert "kernels.cc" in (tmp_path / "compiled").read_text()
+    assert "kernels.cc" in (tmp_path / "compiled").read_text()  # the compilation was tried

@@ -60,7 +60,7 @@ def test_wheel_does_not_contain_deploy() -> None:
 
 
 def unit() -> list[tuple[str, str, str]]:
-    """(section, key, value) of each setting of the unit."""
+    """(section, key, value) of each setting of the service's unit."""
     settings, section = [], ""
     for line in UNIT.read_text("utf-8").splitlines():
         if line.startswith("["):
@@ -222,7 +222,7 @@ def device_case_statement() -> str:
 
 @pytest.mark.parametrize(("device", "extras"), [("cpu", ["serve"]), ("gpu", ["serve", "gpu-engine"])])
 def test_build_argument_device(device: str, extras: list[str], configure: Configure) -> None:
-    """DEVICE selects extras that exist; the container serves the exported stages of the volume on this device."""
+    """DEVICE selects extras that exist; the container serves the exported stages of the first volume on this device."""
     device_case = device_case_statement()
     selected = subprocess.run(
         ["sh", "-c", f'{device_case}; echo "$extras"'],

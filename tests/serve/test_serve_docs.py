@@ -44,6 +44,7 @@ def metric_rows() -> list[str]:
     """Expected table rows of all metrics: name, type, labels, documentation."""
     service = fake_service()
     fake_app(service)
+    # A metric with labels has samples, from which the labels are read, only after its first use.
     service.metrics.request("/", 200, 1.0)
     service.metrics.error("code")
     rows = []
@@ -126,7 +127,7 @@ def code_blocks(text: str, language: str) -> list[str]:
 
 
 def curl_response(command: str, url: str) -> dict[str, Any]:
-    """Response to a curl command at this server, without the fields that vary."""
+    """Response of the server at `url` to a curl command, without the fields that vary."""
     assert "http://localhost:8000" in command
     completed = subprocess.run(
         ["bash", "-c", command.replace("http://localhost:8000", url)],

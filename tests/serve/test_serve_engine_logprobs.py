@@ -30,7 +30,8 @@ def vl(local_model: QwenVL) -> QwenVL:
 class LogitsRecorder(EngineExecutor):
     """Executor that records logits: `logits` maps a generation to one float32 [vocab_size] per generated token.
 
-    For a CPU only: there, a step has been computed when the base class's `start` returns, even with `ahead`.
+    For a CPU only: there, a step has been computed when the base class's `start` returns, even with `ahead`, with which
+    a step starts before the tokens of the previous one are read.
     """
 
     def __init__(self, vl: QwenVL, n_blocks: Optional[int] = None, ahead: bool = False) -> None:

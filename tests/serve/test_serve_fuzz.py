@@ -107,7 +107,7 @@ def _objects_with_url(value: Any) -> list[dict[str, Any]]:
 
 
 def _check(case: Any, response: Any) -> None:
-    """Raise AssertionError unless the response is an answer, or an error in OpenAI's format."""
+    """Raise AssertionError unless the response is an answer, or an error below status 500 in OpenAI's format."""
     details = f"{case.method} {case.formatted_path} {case.body!r:.2000}: {response.status_code} {response.text:.500}"
     assert response.status_code < 500, details
     if response.status_code >= 400:

@@ -24,7 +24,7 @@ from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 STREET = Path(__file__).resolve().parents[2] / "recipes" / "images" / "street.png"
 PUBLIC, UNREACHABLE = "93.184.215.14", "93.184.215.15"
 PARAM = "messages[0].content[0].image_url.url"
-# Host -> addresses of each DNS lookup.
+# Host -> addresses of each DNS lookup; further lookups repeat the last one.
 DNS = {
     "images.example": [[PUBLIC]],
     "a.cdn.example": [[PUBLIC]],

@@ -65,7 +65,7 @@ def event_loop() -> Iterator[EventLoop]:
 
 @pytest.fixture(scope="module")
 def shared_loader(event_loop: EventLoop) -> Iterator[WorkerImageLoader]:
-    """Loader with the default settings except a longer timeout, for tests that do not change its state."""
+    """Loader with the default settings except a longer timeout, for tests that change nothing of it but its cache."""
     loader = WorkerImageLoader(ServeSettings(image_timeout=60), SIZE)
     event_loop.run(loader.start())
     yield loader
@@ -408,7 +408,7 @@ def test_cache_evicts_the_least_recently_used_image(
     for url in [*urls[:2], urls[0], urls[2]]:
         event_loop.run(loader.load(url, PARAM))
     assert (len(loader._cache), loader._cached_bytes) == (2, 2 * SIZE * SIZE * 3)
-    # The loop had one hit. urls[0] is still in the cache: a second hit; urls[1] was evicted: no further hit.
+    # There was one hit so far. urls[0] is still in the cache: a second hit; urls[1] was evicted: no further hit.
     for url, hits in ((urls[0], 2), (urls[1], 2)):
         event_loop.run(loader.load(url, PARAM))
         assert loader.n_cache_hits == hits

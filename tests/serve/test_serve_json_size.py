@@ -1,6 +1,6 @@
 """Two limits of a JSON body: its number of bytes outside of strings, and its number of quotation marks.
 
-Parsing a body beyond these limits would block the event loop.
+Parsing a body beyond these limits would block the event loop for too long.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def known_questions(local_model: QwenVL) -> list[Question]:
 @pytest.fixture(scope="module")
 def long_question(known_questions: list[Question]) -> Question:
     """Question with an answer of 1500 tokens, without the expected text."""
-    question = known_questions[0]
+    question = known_questions[0]  # a chat: which question is the first depends on the seed
     body = {name: question.body[name] for name in ("model", "messages")}
     return Question(question.path, {**body, "min_tokens": 1500, "max_tokens": 1500})
 

@@ -33,7 +33,7 @@ class Process(ServerProcess):
     """`qwenvl serve` with a CountingEngine.
 
     `engine` is the ENGINE_JSON of serve_fake_server.py: the arguments of the CountingEngine, and optionally the error
-    of its start. `prefix` is a command that starts the server's command, which follows it.
+    of its start. `prefix` is put before the server's command, and runs it.
     """
 
     def __init__(
@@ -107,6 +107,7 @@ def is_refused(url: str) -> bool:
 def test_sigterm_finishes_running_requests(start: Callable[..., Process]) -> None:
     process = start("--port", 0, engine={"pause": 0.02})
     url = process.wait_until_ready()
+    # The connection of idle_client is open when the signal arrives.
     with httpx.Client(base_url=url, timeout=TIMEOUT) as idle_client:
         assert idle_client.get("/health/ready").status_code == 200
         stream = StreamClient(url, 100)

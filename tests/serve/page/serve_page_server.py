@@ -17,7 +17,7 @@ import paddlemix_qwenvl_plugin
 from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
 
 PAGE = Path(paddlemix_qwenvl_plugin.__file__).parent / "serve" / "page"
-# As strict as the policy of serve/middleware/headers.py, whose default-src includes styles, scripts and connections.
+# As strict as the policy of serve/middleware/headers.py, whose default-src covers styles, scripts and connections.
 POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; style-src 'self'; script-src 'self'; connect-src 'self'; "
     "object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

@@ -166,11 +166,11 @@ def test_use_without_a_mouse(page: Page, server: PageServer, tmp_path: Path) -> 
         if page.js("return document.activeElement === document.body"):
             continue  # after the last control, the focus leaves the page once
         reached.append(page.js(focused))
-        outline, border = page.js(
+        outline, entry_outline = page.js(
             "const e = document.activeElement, s = e => getComputedStyle(e).outlineStyle;"
             "return [s(e), s(e.closest('.entry') ?? e)]"
         )
-        assert "solid" in (outline, border), reached
+        assert "solid" in (outline, entry_outline), reached
     assert len(reached) == n_controls
     assert reached[-1] == "question"
     page.js("document.querySelector('.has-boxes').focus()")

@@ -12,7 +12,8 @@ from PIL import Image
 from serve_page_driver import Page, image_file, sent_images
 from serve_page_server import PageServer
 
-# Script that dispatches an event as a browser does. Arguments: the type of the event; [name, base64 data] of each file.
+# Script that dispatches an event with files as a browser does, and returns whether the page has handled it. Arguments:
+# the type of the event; [name, base64 data] of each file.
 DISPATCH_FILES = """
 const transfer = new DataTransfer();
 for (const [name, data] of arguments[1]) {
@@ -118,7 +119,7 @@ def test_large_image_is_reduced_and_rotated_upright(page: Page, server: PageServ
     assert dict(image.getexif()) == {}
     pixels = np.asarray(image, np.int16)
     assert np.abs(pixels[200:600].mean((0, 1)) - (200, 30, 30)).max() < 6
-    # The noise, 0 to 39, adds 20 on average.
+    # The noise, 0 to 39, adds about 20 on average.
     assert np.abs(pixels[800:1200].mean((0, 1)) - (50, 50, 220)).max() < 6
 
 

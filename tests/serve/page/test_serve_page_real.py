@@ -59,6 +59,7 @@ def test_answer_stop_and_retry_after_the_engine_is_killed(
 ) -> None:
     process = serve_demo()
     url = process.wait_until_ready()
+    # What Page reads of a PageServer, the mock server of the other tests.
     server: Any = SimpleNamespace(url=f"{url}/", ready_status=200, key=None)
     page = Page(page_browser, server, tmp_path)
     page.open()
