@@ -293,7 +293,7 @@ def test_invalid_tokenize_request(server, changes, param, code, message):
 @pytest.mark.parametrize(
     ("content", "content_type", "status", "code"),
     [
-        # Not JSON: incomplete, not UTF-8, nested too deeply, a number with too many digits.
+        # JSON that cannot be parsed: incomplete, not UTF-8, nested too deeply, a number with too many digits.
         (b"{", JSON_TYPE, 400, "invalid_json"),
         (b"\xff\xfe", JSON_TYPE, 400, "invalid_json"),
         (b"[" * 100_000, JSON_TYPE, 400, "invalid_json"),
