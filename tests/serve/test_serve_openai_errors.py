@@ -365,7 +365,7 @@ def test_number_of_validation_errors_is_limited():
         assert errors.value.error_count() <= 10
 
 
-def test_errors_do_not_repeat_client_text(server):
+def test_schema_errors_quote_no_text_values(server):
     for invalid in ({"temperature": "my secret"}, {"messages": "my secret"}, {"stop": ["my secret" * 100]}):
         body = {"model": NAME, "messages": question("?"), **invalid}
         response = server.http.post("/v1/chat/completions", json=body)
