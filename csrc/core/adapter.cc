@@ -17,7 +17,7 @@ std::unordered_map<std::string, std::pair<int64_t, WeightSpec>> adapter_targets(
   config.stages = QVL_STAGE_LANGUAGE;
   std::unordered_map<std::string, std::pair<int64_t, WeightSpec>> result;
   int64_t n = 0;
-  // weight_specs lists the matrices in the order of LayerTarget, lm_head last.
+  // Without the vision stage weight_specs lists the matrices in the order of LayerTarget, lm_head last.
   for (const WeightSpec& spec : weight_specs(config)) {
     if (spec.product) result.emplace(spec.name, std::make_pair(n++, spec));
   }

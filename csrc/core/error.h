@@ -36,7 +36,8 @@ struct Error : std::exception {
     if (!(condition)) ::qvl::fail(status, __VA_ARGS__); \
   } while (0)
 
-// Run `body`, catch all exceptions and return the status; the message goes to *error, unless that is NULL.
+// Run `body`, catch all exceptions and return the status. Unless `error` is NULL, *error gets the message,
+// which is empty on success.
 template <typename Body>
 qvl_status guarded(qvl_error* error, Body&& body) noexcept {
   qvl_error line{};

@@ -12,7 +12,7 @@
 namespace qvl {
 namespace {
 
-// Value with the largest magnitude, with its sign.
+// Value with the largest magnitude, with its sign. Fails if a value is not finite.
 float largest_magnitude(const float* values, int64_t n) {
   float largest = 0;
   for (int64_t i = 0; i < n; ++i) {

@@ -39,7 +39,8 @@ inline constexpr uint32_t kFirstSize<qvl_device_info> = 200;
 // limit it is taken for uninitialised.
 constexpr uint32_t kMaxStructSize = 4096;
 
-// Check a struct's size or an array's stride, `size`, which the caller has set in `field` of `where`.
+// Check the size of a struct or the stride of an array, which the caller has set. `where` and `field`: names
+// of the struct or array and of its size, for messages.
 template <typename T>
 void check_size(const char* where, const char* field, uint32_t size) {
   QVL_REQUIRE(size >= kFirstSize<T> && size <= kMaxStructSize, QVL_INVALID,

@@ -9,7 +9,8 @@
 namespace qvl::cuda {
 namespace {
 
-// As in kernels/attention_decode.cu.
+// As in kernels/attention_decode.cu: keys per chunk, threads per block, head_dim of the fast kernels, maximum
+// head_dim.
 constexpr int kChunk = 128, kThreads = 128, kFastDim = 128, kMaxDim = 256;
 constexpr int kMaxRows = 256;  // of a call
 
@@ -97,6 +98,7 @@ void attention_step(const Gpu& gpu, CUstream stream, const void* qkv, const RowM
                     const Angles& angles, const KvLayer& cache, int n, int max_keys, void* q, void* scratch,
                     void* y) {
   AttentionDecode p = params(gpu, metadata, cache, n, max_keys, scratch, y);
+  // Allowed by the conditions of ops.h: row i is of sequence i, and its earlier keys are complete.
   p.tables = nullptr;
   p.early = 1;
   if (is_fast(gpu, cache) && is_small(gpu, cache, n, max_keys)) {

@@ -155,21 +155,21 @@ class CudaBackend final : public Backend {
     const CUstream stream = compute_stream(requested);
     const int64_t image_values = int64_t{3} * config_.image_size * config_.image_size;
     const int64_t feature_values = int64_t{config_.n_queries} * config_.hidden;
-    const bool images_on_gpu = is_device_visible(images), features_on_gpu = is_device_visible(features);
+    const bool images_visible = is_device_visible(images), features_visible = is_device_visible(features);
     for (int64_t i = 0; i < n; i += kImageBatch) {
       const auto count = std::min<int64_t>(kImageBatch, n - i);
       const auto image_bytes = static_cast<uint64_t>(count * image_values) * 4;
       const auto feature_bytes = static_cast<uint64_t>(count * feature_values) * 4;
       const float* from = images + i * image_values;
       float* to = features + i * feature_values;
-      if (!images_on_gpu) {
+      if (!images_visible) {
         cuda::copy(stream, reserved(images_in_, image_bytes), from, image_bytes);
         from = images_in_.get<float>();
       }
-      images_->encode(stream, count, from, features_on_gpu ? to : reserved(features_out_, feature_bytes));
-      if (!features_on_gpu) cuda::copy(stream, to, features_out_.get(), feature_bytes);
+      images_->encode(stream, count, from, features_visible ? to : reserved(features_out_, feature_bytes));
+      if (!features_visible) cuda::copy(stream, to, features_out_.get(), feature_bytes);
     }
-    if (!features_on_gpu) check(driver().cuStreamSynchronize(stream), "computing on the GPU");
+    if (!features_visible) check(driver().cuStreamSynchronize(stream), "computing on the GPU");
   }
 
   void forward(KvPool& pool, const qvl_batch& batch, float* logits, qvl_stream requested) override {

@@ -293,7 +293,7 @@ def test_invalid_tokenize_request(server, changes, param, code, message):
 @pytest.mark.parametrize(
     ("content", "content_type", "status", "code"),
     [
-        # Not JSON: incomplete, not UTF-8, nested too deeply, a number with too many digits.
+        # JSON that cannot be parsed: incomplete, not UTF-8, nested too deeply, a number with too many digits.
         (b"{", JSON_TYPE, 400, "invalid_json"),
         (b"\xff\xfe", JSON_TYPE, 400, "invalid_json"),
         (b"[" * 100_000, JSON_TYPE, 400, "invalid_json"),
@@ -365,7 +365,7 @@ def test_number_of_validation_errors_is_limited():
         assert errors.value.error_count() <= 10
 
 
-def test_errors_do_not_repeat_client_text(server):
+def test_schema_errors_quote_no_text_values(server):
     for invalid in ({"temperature": "my secret"}, {"messages": "my secret"}, {"stop": ["my secret" * 100]}):
         body = {"model": NAME, "messages": question("?"), **invalid}
         response = server.http.post("/v1/chat/completions", json=body)

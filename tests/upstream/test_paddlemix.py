@@ -241,7 +241,7 @@ def test_predictor_of_two_layers(two_layers, tmp_path):
 
 @needs_compiler
 def test_a_missing_gpu(two_layers, tmp_path):
-    """The script's default, a GPU, has the CPU as fallback; a GPU in QWENVL_DEVICE has no fallback."""
+    """The script's default, a GPU, has the CPU as fallback; a value of QWENVL_DEVICE has none, be it gpu or invalid."""
     fake_driver(tmp_path)
     driver = {"LD_LIBRARY_PATH": str(tmp_path), "FAKE_CUDA": "12090", "FAKE_GPUS": "0"}
     command = predictor_command(FAKE, two_layers, [ONE_IMAGE], tmp_path / "out.json")

@@ -137,7 +137,7 @@ def _dependencies() -> Path:
 
 
 def _pip(python: Path, *arguments: object) -> None:
-    """Run `pip install`; skip the test if no package index is reachable."""
+    """Run `pip install`; skip the test if no package index is reachable, fail it on another error."""
     # --no-compile: most of the modules are never imported.
     command = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--retries", "2", *arguments]
     completed = subprocess.run(

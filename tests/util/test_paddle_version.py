@@ -1,4 +1,4 @@
-"""Messages for a missing, old or broken Paddle; no output of a working Paddle."""
+"""Messages for a missing, old or broken Paddle; a working Paddle prints nothing on stderr."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Control characters are escaped: in text except line breaks and tabs, in JSON all."""
+"""Control characters are escaped: in text all but line feeds and tabs, in JSON all."""
 
 from __future__ import annotations
 

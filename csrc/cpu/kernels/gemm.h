@@ -143,8 +143,9 @@ constexpr int block_rows(int panels) {
 
 // Prefetches a range of memory during a product: some cache lines of 64 bytes with each register block of
 // block_rows() rows, none with the smaller blocks of the remaining rows. `blocks` is an estimate of the
-// number of these register blocks, for a tile of 64 rows not above it: with many panels the range is complete
-// after about half of the product. With the last tile of a matrix, of fewer rows, it may remain incomplete.
+// number of register blocks of block_rows() rows. For a tile of 64 rows it is at most their number, so that
+// the range is complete before the product ends, with many panels after about half of it. With the last tile
+// of a matrix, of fewer rows, the range may remain incomplete.
 class Prefetcher {
  public:
   Prefetcher(const PrefetchRange& range, int64_t blocks)

@@ -1,6 +1,6 @@
-// The table of kernels (table.h) for one ISA. This file is compiled once per line of isas.txt: QVL_KERNELS is
-// the name of the function that returns the table, QVL_KERNELS_ISA the ISA. dispatch.cc selects a table at
-// run time.
+// The table of kernels (table.h) for one ISA. This file is compiled once for each ISA of the build, with the
+// flags of isas.txt: QVL_KERNELS is the name of the function that returns the table, QVL_KERNELS_ISA the ISA.
+// dispatch.cc selects a table at run time.
 #include "cpu/kernels/attention.h"
 #include "cpu/kernels/elementwise.h"
 #include "cpu/kernels/gemm.h"

@@ -15,8 +15,8 @@
 //
 // A register block has R = RowCount rows and N activations, up to kXAtOnce, so that each loaded vector is
 // used several times. Column blocks are narrow enough to keep their activations in the L1 cache; with one
-// activation a block is an entire row. The order of summation does not depend on the blocking: the result of
-// an activation has the same bits in every batch.
+// activation a column block is an entire row. The order of summation does not depend on the blocking: the
+// result of an activation has the same bits in every batch.
 //
 // Cost: reads W once and computes 2 * rows * k * n_x operations; the files of the storage types contain the
 // formulas. linear.cc contains the outer loop, which reuses cached parts of W for more than kMaxRows

@@ -35,7 +35,8 @@ constexpr int kVector = sizeof(SignedBytes);  // bytes, and thus values, in a ve
 constexpr int kBlock = 8 * kVector;           // values in a block
 
 // Layout of a block: Floats scales, Ints initial sums [kBlock / Group], bytes [kBlock]. Group: number of
-// weights that share a scale, kBlock for int8. A row's last block is padded with zeros.
+// weights that share a scale; kBlock for int8, with one scale per row. A row's last block is padded with
+// zeros.
 template <int Group>
 struct QuantizedX {
   static constexpr int kGroups = kBlock / Group;

@@ -38,7 +38,8 @@ class Predictor:
         rows, width, dtype = features.shape[0], ids.shape[1], "float16"
         starts = paddle.where(ids == self.visual["image_start_id"])
         ends = paddle.where(ids == self.visual["image_start_id"] + 1)
-        # `where` returns columns in older versions of Paddle, for which upstream is written, and in the plugin's proxy.
+        # `where` returns columns in older versions of Paddle, for which upstream is written. The plugin replaces
+        # `paddle` in this module by a proxy whose `where` returns columns with every version.
         img_pos = paddle.concat([starts[0], starts[1], ends[1]], axis=1)
         mask = paddle.zeros([rows, 1, MAX_LEN, MAX_LEN], dtype)
         mask[:, 0, :width, :width] = paddle.tril(paddle.ones([width, width], dtype))
