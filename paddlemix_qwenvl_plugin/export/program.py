@@ -53,7 +53,7 @@ def save_program(
     Returns:
         Name -> record of all parameters, in the order of the parameter file.
     """
-    # A half compute dtype is that of the parameters as well: the stand-in replaces both.
+    # A half compute type is that of the parameters as well: the stand-in replaces both.
     stand_in = form == "pir" and compute_dtype != "float32"
     dtypes = (_STAND_IN, _STAND_IN) if stand_in else (dtype, compute_dtype)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as scratch, _static_mode(form):
