@@ -1,9 +1,10 @@
 // Attention of decode steps: one query over the keys of its sequence, in the blocks of the paged cache.
 //
 // Layout. A block of threads processes a chunk of 128 keys of one head and one row, a warp 32 of them. The
-// warp requests the copies of all its keys and values to shared memory together, each lane into its own part,
-// as in linear_decode.cu. Three blocks fit a multiprocessor of an H200 (int8: four). A lane processes 16
-// bytes of a key: 16 lanes share a key of 16-bit values, 8 lanes a key of 8-bit values:
+// warp requests the copies of all its keys and values to shared memory at once; unless the copy engine loads
+// them (see below), each lane copies the bytes that it reads. Three blocks fit a multiprocessor of an H200
+// (int8: four). A lane processes 16 bytes of a key: 16 lanes share a key of 16-bit values, 8 lanes a key of
+// 8-bit values:
 //
 //   sequence   | chunk 0: keys 0-127 | chunk 1: 128-255 | .. |       grid [heads][chunks][rows]
 //                block                 block

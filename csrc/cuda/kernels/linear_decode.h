@@ -78,8 +78,7 @@ constexpr int kHopperColumn = 64 + 4;  // floats from a column of sums in shared
 
 // For tiles of n rows of x (columns) and `parts` subtiles of 64 rows of W: number of columns and number of
 // subtiles whose sums are in shared memory at a time, and bytes of these sums. A large number needs fewer
-// barriers, a small one leaves memory for twice as many stages; the faster ones were found by measurement,
-// for H, INT8 and the types with groups.
+// barriers, a small one leaves memory for twice as many stages; the faster ones were found by measurement.
 QVL_BOTH_SIDES constexpr int hopper_columns(int n, bool quantized, bool has_groups) {
   const int most = quantized && !(n == 32 && has_groups) ? 16 : 32;
   return n < most ? n : most;
