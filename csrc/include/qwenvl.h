@@ -108,7 +108,8 @@ enum {
 };
 
 /* Compute type: on a CPU the type in which the matrix products and the attention of prompts and images
- * multiply; on a GPU that of all matrix products, and of the activations. */
+ * multiply unless weights are float32 (see qvl_tensor); on a GPU that of all matrix products, and of the
+ * activations. */
 typedef int32_t qvl_compute;
 enum {
   QVL_COMPUTE_BEST = 0,     /* CPU: bfloat16 with QVL_ISA_AVX512_BF16, else float32. GPU: float16 if it

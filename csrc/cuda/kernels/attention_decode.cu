@@ -14,7 +14,8 @@
 //
 // Partial results (maximum, sum of exp2, weighted sum of values) of warps, then of chunks, are merged in a
 // fixed order. Chunks begin at multiples of 128 tokens, so that a row's result depends only on its query,
-// keys and values. Adjacent blocks have adjacent heads, whose keys are contiguous in a block of the cache.
+// keys and values. Adjacent blocks of threads have adjacent heads, whose keys are contiguous in a block of
+// the cache.
 //
 // On sm_90a the copy engine loads a warp's keys in one copy, and its values in another, if all are older than
 // the newest key and contiguous in the cache. On an H200 this took 7 % less time than copies of 16 bytes at
@@ -31,11 +32,11 @@
 // value. They neither rotate nor store, and read nothing before the preceding kernels have ended.
 //
 // Cost. Bytes: each key and value once, 512 per head and token in bfloat16 at head_dim 128; 4 * head_dim *
-// heads * tokens in total; time = bytes / bandwidth. 300 tokens of one sequence with 32 heads are 4.9 MB, 1.1
-// us on an H200, 2000 tokens of 32 sequences 1.05 GB, 245 us. One multiplication per value of 2 bytes, 0.5
-// per byte: no tensor cores are needed. Bound by the duration of a block, a sequence of dependent memory
-// accesses (positions, blocks, keys) and arithmetic: the copies to its 64 KB of shared memory (int8: 32 KB)
-// are in flight for only a part of that time.
+// heads * tokens in total; time at least bytes / bandwidth. 300 tokens of one sequence with 32 heads are 4.9
+// MB, 1.1 us on an H200, 2000 tokens of 32 sequences 1.05 GB, 245 us. One multiplication per value of 2
+// bytes, 0.5 per byte: no tensor cores are needed. Bound by the duration of a block, a sequence of dependent
+// memory accesses (positions, blocks, keys) and arithmetic: the copies to its 64 KB of shared memory (int8:
+// 32 KB) are in flight for only a part of that time.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_decode.py::test_attention_is_that_of_float64; the fused step
 // has the same bits as separate rotation and attention: test_a_step_is_rotation_and_attention.

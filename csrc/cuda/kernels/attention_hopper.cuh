@@ -8,11 +8,12 @@
 //
 //   shared:  queries [D / 64][128][64]  |  keys [2][D / 64][128][64]  |  values [2][..]  |  offsets, barriers
 //
-//   warpgroups 0, 1:   scores(0) softmax(0) | scores(1)  p v(0) | scores(2)  p v(1) | ..   tensor cores
-//                                           |        softmax(1) |        softmax(2) | ..   at the same time
+//   warpgroups 0, 1
+//     tensor cores:    scores(0)             | scores(1)  p v(0)      | scores(2)  p v(1)      | ..
+//     other units:                softmax(0) |            softmax(1)  |            softmax(2)  | ..
 //   warpgroup 2:       loads tiles 0, 1, 2 ..
 //
-// p v(i): the product of the weights p of tile i, the result of its softmax, and its values.
+// p v(i): the product of the weights p, the result of softmax(i), and the values of tile i.
 //
 // As in attention.cuh, the bits of a query's result do not depend on the other queries.
 //

@@ -43,7 +43,7 @@ __device__ inline void barrier_expect(uint32 barrier, int bytes) {
 }
 
 // Wait for the end of the current phase if it has this parity; otherwise the phase with this parity has
-// already ended, and the function returns at once, at a new barrier for parity 1.
+// already ended, and the function returns at once. At a new barrier it returns at once for parity 1.
 __device__ inline void barrier_wait(uint32 barrier, uint32 parity) {
   asm volatile(
       "{\n"

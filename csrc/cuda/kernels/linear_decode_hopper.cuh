@@ -15,7 +15,7 @@
 //
 // An item is 1 to 4 steps of a slice, copied together into a stage. Items alternate between the slices and
 // are prefetched into all stages. All warps request the items that fill the stages for the first time, warp
-// 16 the later ones. The bits of a row of y depend neither on `rows`, N nor the number of steps of an item.
+// 16 the later ones. The bits of a row of y depend on none of `rows`, N and the number of steps of an item.
 // Blocks are persistent, one per multiprocessor. Where registers and shared memory allow, the kernels between
 // this product and the next become resident while this one runs. The next product becomes resident on a
 // multiprocessor when no block of this one is left there, and prefetches its first stages. With 8 stages, two

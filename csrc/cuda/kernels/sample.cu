@@ -10,8 +10,8 @@
 //                  several blocks per row
 //   sample_keep    rows that draw: the ids of the bins that sample_draw needs -> kept_keys [n][2048]
 //   sample_draw    rows that draw: top-k, top-p, the draw, a block per row    -> tokens [n]
-//   sample_top     log probabilities of the most likely tokens, if requested, -> top_tokens [n][n_top]
-//                  a block per row
+//   sample_top     most likely tokens and their log probabilities, if         -> top_tokens [n][n_top]
+//                  requested, a block per row
 //
 // A draw needs the most likely ids in order, and sums in that order, but not all 151,936 ids. The key of an
 // id is its distance, (largest logit - logit) / temperature, in steps of 2^-35, followed by the id; ids at a
