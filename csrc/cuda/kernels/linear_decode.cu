@@ -1,8 +1,8 @@
 // y = x W^T for 1 to 256 rows of x: the products of decode steps and lm_head. Hopper uses
 // linear_decode_hopper.cu and linear_decode_hopper_groups.cu instead. For more than 8 rows of x
 // linear_decode_wide.cu replaces this kernel, unless the GPU is older than sm_80, the type has zero points,
-// or blocks of that kernel do not fit shared memory or would be too few. Each block of this kernel then has
-// up to 8 of the rows.
+// or blocks of that kernel do not fit shared memory or would be too few. In these cases each block of this
+// kernel has up to 8 of the rows.
 //
 // Layout. One block per multiprocessor, 16 warps. A tile is 16 rows of W, the rows of mma.m16n8k16, whose 8
 // columns are rows of x. k is divided into 16 slices of whole units of 128 values, one slice per warp; a warp

@@ -178,7 +178,7 @@ __device__ inline void linear_decode(const LinearHopper& p) {
   // all four schedulers of the multiprocessor busy with conversions.
   const int warp_tile = Weights::kInRegisters ? (warp + 2 * group) % 4 : warp % 4;
   RingPosition position;
-  int first_item = 0;  // first item of the tile
+  int first_item = 0;  // first item of the tile, counted over all tiles of this block
   for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x, first_item += p.items) {
     const bool last = tile + static_cast<int>(gridDim.x) >= p.tiles;
     float sums[kSubtiles][N / 2] = {};
