@@ -17,8 +17,8 @@ namespace qvl::cuda {
 struct PassShape {
   int n_prompt = 0, n_decode = 0;
   int tiles = 0;            // query tiles of the prompts
-  int max_blocks = 0;       // length of a row of inputs.blocks, at least that of the longest block table
-  int max_keys = 0;         // maximum number of keys of a decode row
+  int max_blocks = 0;       // length of a row of inputs.blocks: blocks for the keys of every sequence
+  int max_keys = 0;         // at least the number of keys of every decode row
   bool is_step = false;     // a decode step with one row per sequence, for attention_step
   bool is_adapted = false;  // at least one row has an adapter
 

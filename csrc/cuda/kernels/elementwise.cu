@@ -6,7 +6,7 @@
 //   rms_norm           a block per row: x float32 [width] -> H [width]. rms_norm_held keeps the row in
 //                      registers, float4 v of thread t at 4 * (v * threads + t); sums as in row_sum.cuh
 //   embed              `parts` blocks per row: wte H [vocab][width] or features float32 -> x float32 [width]
-//   gather_columns     grid [256 columns][row]: y[j] = x[order[j]], x H [in] -> H [in]
+//   gather_columns     grid [columns / 256][rows]: y[j] = x[order[j]], x H [in] -> H [in]
 //   rotate_and_store   16 or 32 lanes per head of a token; a lane has dimensions d and d + head_dim / 2:
 //
 //                      qkv H [n][3][heads][head_dim] -> q H [n][heads][head_dim], rotated and scaled, and

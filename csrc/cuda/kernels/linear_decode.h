@@ -95,7 +95,7 @@ QVL_BOTH_SIDES constexpr int hopper_sum_bytes(int n, int parts, bool quantized, 
 struct LinearHopper {
   // The boxes that one copy loads for an item (`steps` steps of k), contiguous dimension first:
   //   w        H [64, rows, steps]; quantized: lines of 512 bytes
-  //   scales   lines with the scales and zero points of 16 rows in a step
+  //   scales   lines with the scales and any zero points of 16 rows in a step
   //   x        H [64, N, steps], with quantized w [64, N, 2 * steps]; N: rows of x per tile
   // If `in` is not a multiple of 64 (not whole_boxes), boxes of H are [64, rows] and [64, N].
   TensorMap w, scales, x;
