@@ -115,7 +115,7 @@ enum {
   QVL_COMPUTE_BEST = 0,     /* CPU: bfloat16 with QVL_ISA_AVX512_BF16, else float32. GPU: float16 if it
                                lacks bfloat16 instructions or if wte.weight (without a language stage
                                visual.positional_embedding) is float16, else bfloat16 */
-  QVL_COMPUTE_FLOAT32 = 1,  /* CPU only: uses no instructions of QVL_ISA_AVX512_BF16; decode steps multiply
+  QVL_COMPUTE_FLOAT32 = 1,  /* CPU only: QVL_ISA_AVX512 replaces QVL_ISA_AVX512_BF16; decode steps multiply
                                QVL_UINT* weights with float32 activations, which is slow */
   QVL_COMPUTE_BFLOAT16 = 2, /* QVL_UNSUPPORTED on a CPU with another ISA than QVL_ISA_AVX512_BF16, and on a
                                GPU below compute capability 8.0 */
