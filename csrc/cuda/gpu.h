@@ -10,7 +10,7 @@
 
 namespace qvl::cuda {
 
-// Compute type of the kernels, in which it has the name H.
+// Compute type of the kernels, whose code calls it H.
 enum class Half { kBfloat16, kFloat16 };
 
 // Scope guard that makes a context current for the calling thread.
@@ -45,9 +45,9 @@ class Gpu {
   Half half() const { return half_; }
 
   // Launch the kernel `name`, which takes `params` by value as its only parameter. early: programmatic
-  // dependent launch on sm_90 and newer, that is, the kernel may start while its predecessor runs. It must
-  // then execute griddepcontrol.wait (wait_for_predecessors() in kernels/common.cuh) before it reads memory
-  // that a preceding kernel, which may still run, writes, or writes memory that such a kernel reads.
+  // dependent launch on sm_90 and newer: the kernel may start while its predecessors run. Before it reads
+  // memory that a kernel still running writes, or writes memory that such a kernel reads, it must execute
+  // griddepcontrol.wait (wait_for_predecessors() in kernels/common.cuh).
   template <typename Params>
   void launch(CUstream stream, const char* name, Dim grid, int threads, int shared_bytes,
               const Params& params, bool early = false) const {

@@ -11,12 +11,12 @@ namespace qvl::cuda {
 namespace {
 
 constexpr float kEpsilon = 1e-6f;  // of all LayerNorms of the vision stage
-constexpr int kImageBatch = 8;     // batch size; larger batches do not increase the utilisation of the GPU
+constexpr int kImageBatch = 8;     // images per batch; more do not increase the utilisation of the GPU
 
 const std::string kPool = "visual.attn_pool.";
 
-// Rows first to first + n - 1 of a matrix of H, which has a bias.
-Matrix slice(const Matrix& matrix, int first, int n) {
+// Rows first to first + n - 1 of a matrix that is stored in H and has a bias.
+Matrix rows_of(const Matrix& matrix, int first, int n) {
   Matrix part = matrix;
   part.out = n;
   part.values = static_cast<char*>(matrix.values) + to_size(first) * to_size(matrix.stride) * 2;
@@ -56,8 +56,8 @@ ImageEncoder::ImageEncoder(const Gpu& gpu, CUstream stream, const qvl_config& co
   ln_kv_ = weights.norm(kPool + "ln_kv");
   key_positions_ = weights.floats(kPool + "key_pos_embed");
   const Matrix in_proj = weights.half_matrix(kPool + "attn.in_proj_weight", kPool + "attn.in_proj_bias");
-  key_ = slice(in_proj, hidden, hidden);
-  value_ = slice(in_proj, 2 * hidden, hidden);
+  key_ = rows_of(in_proj, hidden, hidden);
+  value_ = rows_of(in_proj, 2 * hidden, hidden);
   out_proj_ = weights.linear(kPool + "attn.out_proj");
   ln_post_ = weights.norm("visual.ln_post");
   proj_ = weights.matrix("visual.proj");
@@ -87,7 +87,7 @@ ImageEncoder::ImageEncoder(const Gpu& gpu, CUstream stream, const qvl_config& co
   const Norm ln_q = weights.norm(kPool + "ln_q");
   layer_norm(gpu, stream, weights.floats(kPool + "query"), ln_q.weight, ln_q.bias, kEpsilon, n, hidden,
              weights.floats(kPool + "pos_embed"), n, normed_.get(), nullptr);
-  product(stream, slice(in_proj, 0, hidden), normed_.get(), hidden, n, Epilogue::kHalf, queries_.get());
+  product(stream, rows_of(in_proj, 0, hidden), normed_.get(), hidden, n, Epilogue::kHalf, queries_.get());
 }
 
 void ImageEncoder::product(CUstream stream, const Matrix& matrix, const void* x, int64_t x_stride, int64_t n,

@@ -42,9 +42,9 @@ class ImageEncoder {
   DeviceMemory queries_;  // the projected queries, H [n_queries, hidden], the same for every image
 
   // Scratch memory: activations of a batch. x_: the residual stream of the tower, finally the patch features,
-  // then float32 activations of the resampler; normed_: also the output of the tower's attention; qkv_: also
-  // the output of the resampler's attention; wide_: patches, inputs of c_proj, or inputs of the product with
-  // value_; scratch_: of linear_prompt.
+  // then float32 activations of the resampler; normed_: inputs of products, in H; qkv_: queries, keys and
+  // values of the tower, and the output of the resampler's attention; wide_: inputs of conv1_, c_proj and
+  // value_; keys_, values_: of the resampler; scratch_: of linear_prompt.
   DeviceMemory x_, normed_, qkv_, wide_, keys_, values_, scratch_;
 };
 

@@ -17,8 +17,8 @@ namespace qvl::cuda {
 struct PassShape {
   int n_prompt = 0, n_decode = 0;
   int tiles = 0;            // query tiles of the prompts
-  int max_blocks = 0;       // length of a row of inputs.blocks, at least that of the longest block table
-  int max_keys = 0;         // maximum number of keys of a decode row
+  int max_blocks = 0;       // length of a row of inputs.blocks: blocks for the keys of every sequence
+  int max_keys = 0;         // at least the number of keys of every decode row
   bool is_step = false;     // a decode step with one row per sequence, for attention_step
   bool is_adapted = false;  // at least one row has an adapter
 
@@ -66,7 +66,8 @@ class Language {
   // Run one pass: describe its rows, then layers() and lm_head().
   void pass(CUstream stream, const CudaKvPool& pool, const qvl_batch& batch, std::vector<Part>& parts,
             float* logits, StepInput& input);
-  // Set the addresses of image features of the part's rows; copy features from pageable memory to the GPU.
+  // Set the addresses of image features of the part's rows; copy features that are in pageable memory to the
+  // GPU.
   void set_features(CUstream stream, const qvl_batch& batch, const Part& part, const InputArrays& host);
   void attention(CUstream stream, const RowMetadata& metadata, const InputArrays& inputs,
                  const PassShape& shape, const KvLayer& kv);

@@ -31,7 +31,7 @@ int divide_up(int a, int b) {
   return (a + b - 1) / b;
 }
 
-// Numbers of groups, the tiles that a cluster computes at a time, along rows of W and along tokens.
+// Numbers of groups along rows of W and along tokens; group: the tiles that a cluster computes at a time.
 struct GroupGrid {
   int m, n;
 };
@@ -39,10 +39,10 @@ GroupGrid group_grid(const TileVariant& tile, int out, int n) {
   return {divide_up(out, 64 * tile.parts * tile.cluster_m), divide_up(n, tile.tokens * tile.cluster_n)};
 }
 
-// Estimated time of a product in cycles: rounds of tiles, each with steps of 64 values and an epilogue. The
-// constants were measured on an H200: wgmma at 8 / 9 of its peak rate (in a step 2.25 cycles per token and 64
-// rows of W instead of 2), 47 bytes per cycle into a multiprocessor, with and without multicast, and 2500
-// cycles plus 12 per token of the tile for the start and the epilogue of a round.
+// Estimated time of a product in cycles. In a round each block computes a tile, in steps of 64 values of k,
+// and its epilogue. The constants were measured on an H200: wgmma at 8 / 9 of its peak rate (in a step 2.25
+// cycles per token and 64 rows of W instead of 2), 47 bytes per cycle into a multiprocessor, with and without
+// multicast, and 2500 cycles plus 12 per token of the tile for the start and the epilogue of a round.
 double cycles(const Gpu& gpu, const TileVariant& tile, int out, int in, int n) {
   const GroupGrid groups = group_grid(tile, out, n);
   const int cluster = tile.cluster_m * tile.cluster_n, resident = gpu.multiprocessors() / cluster;

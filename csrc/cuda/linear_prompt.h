@@ -1,5 +1,6 @@
-// linear_prompt with a selectable variant of the kernel, for tests and timings. A variant is a size of tiles
-// and clusters (kernels/linear_prompt_tiles.h); the results of all variants are bit-identical.
+// Choice of the variant of linear_prompt's kernel, and, for tests, linear_prompt with a given variant. A
+// variant is a size of tiles and clusters (kernels/linear_prompt_tiles.h); the results of all variants are
+// bit-identical.
 #pragma once
 
 #include "cuda/ops.h"

@@ -7,9 +7,9 @@
 // float32.
 //
 // A row's result does not depend on the other rows or their number, bit for bit: see "Reproducibility" in
-// qwenvl.h. Functions named *_decode process tokens of decode steps, 1 to 256 rows, and linear_decode also
-// computes lm_head; those named *_prompt process tokens of prompts, and linear_prompt also rows of images, 1
-// to thousands of rows. A row may be rounded differently by the two kinds of functions.
+// qwenvl.h. Functions named *_decode process 1 to 256 rows: tokens of decode steps, and in linear_decode also
+// the rows of lm_head. Those named *_prompt process 1 to thousands of rows: tokens of prompts, and in
+// linear_prompt also rows of images. A row may be rounded differently by the two kinds of functions.
 #pragma once
 
 #include <cstdint>

@@ -6,7 +6,7 @@
 namespace qvl::cuda {
 
 // Whether a row can be kept in the registers of its threads: its width is a multiple of 4 (float4), and at
-// most 2 float4 for each of 1024 threads.
+// most 2 float4 (kRowVectors of row_sum.cuh) for each of 1024 threads.
 inline bool fits_registers(int width) {
   return width % 4 == 0 && width <= 4 * 2 * 1024;
 }

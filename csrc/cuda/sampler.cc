@@ -7,7 +7,7 @@
 namespace qvl::cuda {
 namespace {
 
-const int32_t* counts_of(const SampleCall& call, int i) {
+int32_t* counts_of(const SampleCall& call, int i) {
   return call.counts != nullptr ? call.counts[i] : nullptr;
 }
 
@@ -24,6 +24,7 @@ SampleKind sample_kind(const SampleCall& call) {
     kind.changes |= s.n_forbidden > 0 || counts_of(call, i) != nullptr;
     forbidden += s.n_forbidden;
   }
+  // Round up, so that batches with different numbers of forbidden ids share a captured graph.
   kind.forbidden = forbidden > 0 ? 16 : 0;
   while (kind.forbidden < forbidden) kind.forbidden *= 2;
   return kind;
@@ -50,7 +51,7 @@ void Sampler::write_picks(const SampleCall& call, int rows, const InputArrays& h
     std::copy_n(s.forbidden, s.n_forbidden, host.forbidden + forbidden);
     forbidden += s.n_forbidden;
     pick.fraction = random_fraction(s.seed, s.counter);
-    pick.counts = const_cast<int32_t*>(counts_of(call, i));
+    pick.counts = counts_of(call, i);
   }
 }
 

@@ -15,7 +15,9 @@ struct SampleKind {
   bool changes = false;   // at least one row has token counts (for penalties) or forbidden ids
   bool logprobs = false;  // log-probabilities of the sampled or of the most likely tokens are requested
   int n_top = 0;          // number of most likely tokens to return per row
-  int forbidden = 0;      // forbidden ids of all rows, rounded up to 0, 16, 32, 64 ..: fewer graphs
+  // Number of forbidden ids of all rows, rounded up to 0, 16, 32, 64 .., so that batches with similar numbers
+  // share a captured graph.
+  int forbidden = 0;
 };
 
 SampleKind sample_kind(const SampleCall& call);

@@ -20,7 +20,7 @@ int row_bucket(int n) {
 }
 
 // Maximum number of keys of a row in the graph for `keys` keys: `keys` rounded up to a power of two, at least
-// kMinKeys, or max_keys if that is less.
+// kMinKeys and at most max_keys.
 int key_bucket(int keys, int max_keys) {
   int bucket = kMinKeys;
   while (bucket < keys) bucket *= 2;

@@ -1,5 +1,5 @@
-// Inputs of a pass over the layers and of sampling, written on the host and copied to the GPU in one
-// transfer.
+// Inputs of a pass over the layers, of sampling, or (in StepGraphs) of both, written on the host and copied
+// to the GPU in one transfer.
 #pragma once
 
 #include <array>

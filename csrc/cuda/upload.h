@@ -15,8 +15,8 @@ class Uploader {
   Uploader(CUcontext context, CUstream stream);
   ~Uploader();
 
-  // Copy in the order of the stream. `from` may change once this function returns, although the copy to the
-  // GPU may end later.
+  // Copy in the order of the constructor's stream. `from` may change once this function returns, although the
+  // copy to the GPU may end later.
   void copy(void* to, const void* from, uint64_t bytes);
 
  private:

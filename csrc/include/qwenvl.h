@@ -107,14 +107,15 @@ enum {
   QVL_ISA_AVX512_BF16 = 4 /* QVL_ISA_AVX512 with BF16 and VBMI */
 };
 
-/* Compute type: on a CPU the type in which the matrix products of prompts and images multiply; on a GPU that
- * of all matrix products, and of the activations. */
+/* Compute type: on a CPU the type in which the matrix products and the attention of prompts and images
+ * multiply unless weights are float32 (see qvl_tensor); on a GPU that of all matrix products, and of the
+ * activations. */
 typedef int32_t qvl_compute;
 enum {
   QVL_COMPUTE_BEST = 0,     /* CPU: bfloat16 with QVL_ISA_AVX512_BF16, else float32. GPU: float16 if it
                                lacks bfloat16 instructions or if wte.weight (without a language stage
                                visual.positional_embedding) is float16, else bfloat16 */
-  QVL_COMPUTE_FLOAT32 = 1,  /* CPU only: uses no instructions of QVL_ISA_AVX512_BF16; decode steps multiply
+  QVL_COMPUTE_FLOAT32 = 1,  /* CPU only: QVL_ISA_AVX512 replaces QVL_ISA_AVX512_BF16; decode steps multiply
                                QVL_UINT* weights with float32 activations, which is slow */
   QVL_COMPUTE_BFLOAT16 = 2, /* QVL_UNSUPPORTED on a CPU with another ISA than QVL_ISA_AVX512_BF16, and on a
                                GPU below compute capability 8.0 */
@@ -249,8 +250,8 @@ typedef struct qvl_tensor {
  *
  * QVL_UINT4_G*, QVL_UINT8_G*: uint8 [out, padded / 2] with nibbles in the order of QVL_INT4_G*, or uint8
  * [out, padded]; float16 [out, padded / group] scales; float16 [out, padded / group] zero points,
- * integers from 0 to 256. value = scale * (integer - zero). Padding: the integers are 0, and the scales and
- * zero points of groups without values.
+ * integers from 0 to 256. value = scale * (integer - zero). Padding: integers, and scales and zero points of
+ * groups without values, are 0.
  */
 QVL_API uint64_t qvl_packed_bytes(qvl_dtype dtype, int64_t out, int64_t in);
 

@@ -5,7 +5,7 @@
 
 namespace qvl::reference {
 
-// y [n_x][rows] (+)= x [n_x][k] W^T + bias; W float32 [rows][k], bias may be NULL.
+// y [n_x][rows] = x [n_x][k] W^T + bias, or with `add` y += that; W [rows][k], bias may be NULL.
 void linear(int64_t n_x, int64_t rows, int64_t k, const float* x, const float* weights, const float* bias,
             bool add, float* y);
 

@@ -1,4 +1,4 @@
-"""Build csrc for the tests, into build/ of the checkout, which later sessions reuse."""
+"""Build csrc for the tests, into build/ of the checkout, which later test runs reuse."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 def build(folder: Path, *options: str, target: str = "all") -> Path:
-    """Configure and build csrc into a folder and return the folder; skip the test if build tools are missing.
+    """Configure and build csrc into a folder and return the folder.
 
-    Only kernels for the ISAs of this processor are compiled: all of them would take minutes.
+    Skip the test if build tools are missing, fail it if the build fails. Only the generic kernels and those for the
+    ISAs of this processor are compiled: all of them would take minutes.
     """
     if not shutil.which("cmake") or not (shutil.which("c++") or os.environ.get("CXX")):
         pytest.skip("the engine needs cmake and a C++17 compiler: apt-get install cmake g++")

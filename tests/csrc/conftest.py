@@ -29,7 +29,7 @@ def library() -> Library:
     scope="session", params=["best"] if DEVICE_LIBRARY else [name for name in ISAS if name != "best"]
 )
 def isa(request: pytest.FixtureRequest, library: Library) -> int:
-    """Number of an ISA: each but `best`, and a skip for those that this processor lacks; on a GPU only `best`."""
+    """Number of each ISA but `best`, with a skip for those that this processor lacks; on a GPU only of `best`."""
     isa = ISAS[request.param]
     if DEVICE_LIBRARY:
         return isa

@@ -647,7 +647,7 @@ def make_spans(spans: Sequence[tuple[int, np.ndarray]]) -> Any:
 
 
 class LowRank(NamedTuple):
-    """Low-rank update of a matrix: A [rank, in], B [out, rank] as float32 or float16, or as uint16 bits of bfloat16."""
+    """Update scale * B A of a matrix: A [rank, in], B [out, rank] as float32, float16, or uint16 bits of bfloat16."""
 
     a: np.ndarray
     b: np.ndarray

@@ -2,11 +2,12 @@
 // mma.sync from sm_80 on, plain loops on older GPUs. attention_prompt.cu and attention_dense.cu define the
 // sources.
 //
-// Layout. A block has 4 warps of 16 queries. Scores stay in registers: 16 x 64 per warp from q k^T, with a
-// running maximum and sum per query, then p v. Two buffers of keys and values, filled by cp.async where the
-// source allows it. D is kPaddedDim:
+// Layout. A block has 4 warps of 16 queries. The scores q k^T of a tile of keys stay in registers, 16 x 64
+// per warp, with a running maximum and sum per query; they become the weights p, which multiply the values v.
+// Two buffers of keys and values, filled by cp.async where the source allows it. D is kPaddedDim, head_dim
+// with padding:
 //
-//               tile of 64 keys (32 for head_dim over 128); m, m': old and new maximum, s: scores, p: weights
+//               tile of 64 keys (32 for head_dim over 128); m, m': old and new maximum, s: scores
 //   warp 0  16 queries | scores [16][64] in registers |      online softmax: m' = max(m, s),
 //   warp 1  16         |                              |      sums *= exp2(m - m'), sums += p v
 //   ..
@@ -212,7 +213,7 @@ __device__ inline void attend(const Job& job, const Source& source) {
 
 #else
 
-// Version for GPUs before sm_80: a warp iterates over the keys, query by query, its lanes over the
+// Version for GPUs before sm_80: a warp processes one query at a time, key by key; its lanes share the
 // dimensions.
 template <int kPaddedDim, typename Source>
 __device__ inline void attend(const Job& job, const Source& source) {

@@ -1,9 +1,10 @@
 // Attention of decode steps: one query over the keys of its sequence, in the blocks of the paged cache.
 //
 // Layout. A block of threads processes a chunk of 128 keys of one head and one row, a warp 32 of them. The
-// warp requests the copies of all its keys and values to shared memory together, each lane into its own part,
-// as in linear_decode.cu. Three blocks fit a multiprocessor of an H200 (int8: four). A lane processes 16
-// bytes of a key: 16 lanes share a key of 16-bit values, 8 lanes a key of 8-bit values:
+// warp requests the copies of all its keys and values to shared memory at once; unless the copy engine loads
+// them (see below), each lane copies the bytes that it reads. Three blocks fit a multiprocessor of an H200
+// (int8: four). A lane processes 16 bytes of a key: 16 lanes share a key of 16-bit values, 8 lanes a key of
+// 8-bit values:
 //
 //   sequence   | chunk 0: keys 0-127 | chunk 1: 128-255 | .. |       grid [heads][chunks][rows]
 //                block                 block
@@ -13,7 +14,8 @@
 //
 // Partial results (maximum, sum of exp2, weighted sum of values) of warps, then of chunks, are merged in a
 // fixed order. Chunks begin at multiples of 128 tokens, so that a row's result depends only on its query,
-// keys and values. Adjacent blocks have adjacent heads, whose keys are contiguous in a block of the cache.
+// keys and values. Adjacent blocks of threads have adjacent heads, whose keys are contiguous in a block of
+// the cache.
 //
 // On sm_90a the copy engine loads a warp's keys in one copy, and its values in another, if all are older than
 // the newest key and contiguous in the cache. On an H200 this took 7 % less time than copies of 16 bytes at
@@ -30,11 +32,11 @@
 // value. They neither rotate nor store, and read nothing before the preceding kernels have ended.
 //
 // Cost. Bytes: each key and value once, 512 per head and token in bfloat16 at head_dim 128; 4 * head_dim *
-// heads * tokens in total; time = bytes / bandwidth. 300 tokens of one sequence with 32 heads are 4.9 MB, 1.1
-// us on an H200, 2000 tokens of 32 sequences 1.05 GB, 245 us. One multiplication per value of 2 bytes, 0.5
-// per byte: no tensor cores are needed. Bound by the duration of a block, a sequence of dependent memory
-// accesses (positions, blocks, keys) and arithmetic: the copies to its 64 KB of shared memory (int8: 32 KB)
-// are in flight for only a part of that time.
+// heads * tokens in total; time at least bytes / bandwidth. 300 tokens of one sequence with 32 heads are 4.9
+// MB, 1.1 us on an H200, 2000 tokens of 32 sequences 1.05 GB, 245 us. One multiplication per value of 2
+// bytes, 0.5 per byte: no tensor cores are needed. Bound by the duration of a block, a sequence of dependent
+// memory accesses (positions, blocks, keys) and arithmetic: the copies to its 64 KB of shared memory (int8:
+// 32 KB) are in flight for only a part of that time.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_decode.py::test_attention_is_that_of_float64; the fused step
 // has the same bits as separate rotation and attention: test_a_step_is_rotation_and_attention.

@@ -4,8 +4,8 @@
 namespace qvl::cuda {
 
 struct AttentionDecode {
-  const void* q;            // H [n][heads][head_dim]; NULL: the kernel rotates qkv and stores keys, values
-  const void* qkv;          // H [n][3][heads][head_dim], not yet rotated, keys and values not yet stored
+  const void* q;            // H [n][heads][head_dim], rotated and scaled; NULL: qkv is given
+  const void* qkv;          // H [n][3][heads][head_dim], to be rotated and stored; NULL: q is given
   const int* positions;     // [n]
   const int* angle_tables;  // [n]: index of the row's table in cos and sin
   const int* tables;        // [n]: index of the row's sequence in `blocks`; NULL: row i has sequence i
@@ -26,6 +26,7 @@ struct AttentionDecode {
   // [n][heads]: number of finished blocks (of threads), zero before and after the kernel. NULL: the kernel
   // attention_decode_combine merges the chunks.
   unsigned* counters;
+  // Results of the chunks; scores are multiplied by log2(e).
   float* sums;   // [n][heads][chunks][head_dim]: sums of exp2(score - maximum) * value
   float* parts;  // [n][heads][chunks][2]: maximum of the scores, sum of exp2(score - maximum)
   void* y;       // H [n][heads][head_dim]

@@ -8,9 +8,12 @@
 //
 //   shared:  queries [D / 64][128][64]  |  keys [2][D / 64][128][64]  |  values [2][..]  |  offsets, barriers
 //
-//   warpgroups 0, 1:   scores(0) softmax | scores(1)  p v(0)  softmax(1) | scores(2)  p v(1)  softmax(2) | ..
-//                                          \_ products on the tensor cores; softmax overlaps p v _/
-//   warpgroup 2:       copies tile 0, 1, 2 ..
+//   warpgroups 0, 1
+//     tensor cores:    scores(0)             | scores(1)  p v(0)      | scores(2)  p v(1)      | ..
+//     other units:                softmax(0) |            softmax(1)  |            softmax(2)  | ..
+//   warpgroup 2:       loads tiles 0, 1, 2 ..
+//
+// p v(i): the product of the weights p, the result of softmax(i), and the values of tile i.
 //
 // As in attention.cuh, the bits of a query's result do not depend on the other queries.
 //
@@ -28,6 +31,7 @@
 
 namespace qvl::cuda {
 
+// Layout of queries, keys or values in shared memory, for wgmma_descriptor(); at(): as in PaddedRows.
 template <int kPaddedDim>
 struct SwizzledRows {
   static constexpr int kDims = (kPaddedDim + 15) / 16 * 16, kKeys = kHopperKeys;
@@ -71,7 +75,7 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
   }
   __syncthreads();
 
-  // Registers per thread: 128 * 72 + 256 * 216 = 64,512 of the 65,536 of a multiprocessor.
+  // Registers: 128 threads with 72 each and 256 with 216 each have 64,512 of the 65,536 of a multiprocessor.
   if (warp >= 8) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(72));
     if (source.use_tensor_map()) {

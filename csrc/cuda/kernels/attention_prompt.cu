@@ -27,7 +27,7 @@ namespace qvl::cuda {
 struct PagedKeys {
   const PagedAttention& p;
   const int* table;  // block table of the sequence
-  int head, n;
+  int head, n;       // n: number of keys
   // In shared memory, for key i of a tile of keys: offsets[i * step] is the offset in bytes of the key in the
   // cache, -1 beyond the last key; for int8, offsets[first_scale + i * step] is that of the key's scale.
   int64* offsets;

@@ -34,7 +34,8 @@ template <int kPaddedDim>
 constexpr int kHopperShared =
     5 * kHopperKeys * ((kPaddedDim + 63) / 64 * 128) + kHopperKeys * 16 + 128 + 1024;
 
-// Types of cached keys and values. kHalfKeys: the compute type, whichever it is; the others differ from it.
+// Types of cached keys and values. kHalfKeys: the compute type; kBfloat16Keys and kFloat16Keys stand only for
+// the 16-bit type that is not the compute type.
 constexpr int kHalfKeys = 0, kBfloat16Keys = 1, kFloat16Keys = 2, kFloatKeys = 3, kInt8Keys = 4;
 
 // Parameters of attention_prompt.cu, see attention_prompt() and KvLayer in ops.h.

@@ -54,14 +54,16 @@ __device__ inline float2 to_float2(H2 value) {
 }
 #endif
 
-// Wait for the writes of the preceding kernels, in a kernel launched early (Gpu::launch). No-op before sm_90.
+// In a kernel launched early (Gpu::launch), wait until the preceding kernels have ended and their writes are
+// visible. No-op before sm_90.
 __device__ inline void wait_for_predecessors() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// Allow the next kernel in the stream to start, if it is launched early.
+// Allow the next kernel in the stream, if it is launched early, to start once every block of this kernel has
+// called this function or ended.
 __device__ inline void start_successors() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");

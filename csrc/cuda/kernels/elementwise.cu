@@ -6,20 +6,20 @@
 //   rms_norm           a block per row: x float32 [width] -> H [width]. rms_norm_held keeps the row in
 //                      registers, float4 v of thread t at 4 * (v * threads + t); sums as in row_sum.cuh
 //   embed              `parts` blocks per row: wte H [vocab][width] or features float32 -> x float32 [width]
-//   gather_columns     blocks (columns, rows): y[j] = x[order[j]], x H [in] -> H [in]
+//   gather_columns     grid [columns / 256][rows]: y[j] = x[order[j]], x H [in] -> H [in]
 //   rotate_and_store   16 or 32 lanes per head of a token; a lane has dimensions d and d + head_dim / 2:
 //
 //                      qkv H [n][3][heads][head_dim] -> q H [n][heads][head_dim], rotated and scaled, and
 //                      the cache [2][heads][block_tokens][head_dim], for int8 with scales
 //
 // Cost. At the 7B geometry a row has 16 KB of float32 or 24 KB of queries, keys and values, negligible
-// compared with the weights of the products. For few rows a kernel takes a launch and one memory latency, in
-// embed and rotate_and_store two (they load ids, or positions, and then from addresses that depend on them),
-// 1 to 2 us, provided that independent loads of a thread are in flight together. rms_norm_held therefore
-// reads the weights before the predecessors end and keeps the row in registers between its two uses, and the
-// sum over a block takes one barrier. For prompts of thousands of rows the kernels are bound by bytes read
-// and written, 24 KB per row for norms and 48 KB for the rotation, at the bandwidth of the L2 cache, which
-// contains the output of the preceding product.
+// compared with the weights of the products. For few rows a kernel takes 1 to 2 us: a launch and one memory
+// latency, in embed and rotate_and_store two, since they load from addresses that depend on ids or positions.
+// This requires that independent loads of a thread are in flight together. rms_norm_held therefore reads the
+// weights before the predecessors end and keeps the row in registers between its two uses, and the sum over a
+// block takes one barrier. For prompts of thousands of rows the kernels are bound by bytes read and written,
+// 24 KB per row for norms and 48 KB for the rotation, at the bandwidth of the L2 cache, which contains the
+// output of the preceding product.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_elementwise.py.
 #include "cuda/kernels/elementwise.h"

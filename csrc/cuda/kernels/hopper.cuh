@@ -2,7 +2,7 @@
 // copy engine (TMA), warpgroup matrix products (wgmma).
 //
 // Layout of a wgmma operand in shared memory, as the copy engine writes it with the 128-byte swizzle: rows of
-// 64 values of H, 128 bytes; the 16-byte part p of row r is at part p ^ r % 8. Groups of 8 rows are aligned
+// 64 values of H, 128 bytes; the 16-byte part p of row r is at part p ^ (r % 8). Groups of 8 rows are aligned
 // to 1024 bytes:
 //
 //   row 0   | p0 p1 p2 p3 p4 p5 p6 p7 |
@@ -11,8 +11,8 @@
 //
 // Cost of wgmma.m64nNk16: N / 2 cycles of a multiprocessor (64 x 8 x 16 products in 4 cycles).
 //
-// Reference: through the kernels, tests/cuda; without a GPU, products of decode steps with the emulations of
-// these functions in tests/engine/host_gpu, tests/engine/test_hopper_products.py.
+// Reference: tested through the kernels, tests/cuda; without a GPU, through the products of decode steps, for
+// which tests/engine/host_gpu emulates these functions: tests/engine/test_hopper_products.py.
 #pragma once
 
 #include "cuda/kernels/common.cuh"
@@ -43,7 +43,7 @@ __device__ inline void barrier_expect(uint32 barrier, int bytes) {
 }
 
 // Wait for the end of the current phase if it has this parity; otherwise the phase with this parity has
-// already ended, and the function returns at once.
+// already ended, and the function returns at once. At a new barrier it returns at once for parity 1.
 __device__ inline void barrier_wait(uint32 barrier, uint32 parity) {
   asm volatile(
       "{\n"
@@ -261,7 +261,7 @@ __device__ inline void fence_registers(float (&sums)[n]) {
     }                                                                                                        \
   };
 
-// d [64, N] (+)= a [64, 16] b [N, 16]^T, both in shared memory.
+// d [64, N] (+)= a [64, 16] b [N, 16]^T, a and b in shared memory. (+)=: add to d; replace d if `add` is 0.
 template <int N>
 struct Product;
 QVL_PRODUCT(8, QVL_L4, "4", "5", "6", QVL_F4(0))

@@ -1,8 +1,8 @@
 // y = x W^T for 1 to 256 rows of x: the products of decode steps and lm_head. Hopper uses
-// linear_decode_hopper.cu and linear_decode_hopper_groups.cu instead. For more than 8 rows of x,
-// linear_decode_wide.cu replaces this kernel, except before sm_80, for types with zero points, and if blocks
-// of that kernel do not fit shared memory or would be too few; each block of this kernel then has up to 8 of
-// the rows.
+// linear_decode_hopper.cu and linear_decode_hopper_groups.cu instead. For more than 8 rows of x
+// linear_decode_wide.cu replaces this kernel, unless the GPU is older than sm_80, the type has zero points,
+// or blocks of that kernel do not fit shared memory or would be too few. In these cases each block of this
+// kernel has up to 8 of the rows.
 //
 // Layout. One block per multiprocessor, 16 warps. A tile is 16 rows of W, the rows of mma.m16n8k16, whose 8
 // columns are rows of x. k is divided into 16 slices of whole units of 128 values, one slice per warp; a warp
@@ -14,6 +14,7 @@
 //
 //   shared memory:  ring [kDepth][16 warps][1 KB] | scales | x [columns][units] | offsets | sums [2][16]
 //                   offsets: with 4 bits, the initial sums of groups (linear_decode.cuh)
+//                   sums: two buffers, used alternately, with the sums of 16 warps each
 //
 // A step is 1 KB of weights, 32 bytes per lane. A lane prefetches its bytes into its own part of a slot of
 // the ring, and later reads them as its fragments: loads in flight need neither a barrier nor registers. A
@@ -300,7 +301,7 @@ __device__ void linear_decode(const LinearDecode& p) {
   const int units = (p.in + kUnit - 1) / kUnit;
   const int from = units * warp / kSlices * kStepsOfUnit, to = units * (warp + 1) / kSlices * kStepsOfUnit;
   const int tiles = (p.out + kTileRows - 1) / kTileRows;
-  const int first_tile = blockIdx.x, next_tile = gridDim.x;
+  const int first_tile = blockIdx.x, tile_stride = gridDim.x;
 
   const int64 tile_bytes = p.tile_bytes, second_offset = Weights::second_offset(p);
   const int64 tile_scales = static_cast<int64>(units) * kStepsOfUnit * 8 * Weights::kScaleBytes;
@@ -315,9 +316,9 @@ __device__ void linear_decode(const LinearDecode& p) {
     at.scales += 8 * Weights::kScaleBytes;
     if (++at.step == to) {
       at.step = from;
-      at.tile += next_tile;
-      at.from += next_tile * tile_bytes - static_cast<int64>(to - from) * Weights::kStepStride;
-      at.scales += next_tile * tile_scales - static_cast<int64>(to - from) * 8 * Weights::kScaleBytes;
+      at.tile += tile_stride;
+      at.from += tile_stride * tile_bytes - static_cast<int64>(to - from) * Weights::kStepStride;
+      at.scales += tile_stride * tile_scales - static_cast<int64>(to - from) * 8 * Weights::kScaleBytes;
       return at.tile >= tiles;
     }
     return false;
@@ -379,8 +380,8 @@ __device__ void linear_decode(const LinearDecode& p) {
   const int tile_sums = columns * kSumsPitch, pitch = p.tiles_at_once * tile_sums;
   int other_half = kSlices * pitch;  // offset between the halves of the sums' double buffer
   const int rows = p.epilogue == kSiluTimes ? kTileRows / 2 : kTileRows;
-  for (int next = first_tile; next < tiles; next += p.tiles_at_once * next_tile) {
-    const int n_tiles = min(p.tiles_at_once, (tiles - next + next_tile - 1) / next_tile);
+  for (int next = first_tile; next < tiles; next += p.tiles_at_once * tile_stride) {
+    const int n_tiles = min(p.tiles_at_once, (tiles - next + tile_stride - 1) / tile_stride);
     for (int j = 0; j < n_tiles; ++j) {
       float part[4] = {};
       for (int step = from; step < to; ++step) {
@@ -402,7 +403,7 @@ __device__ void linear_decode(const LinearDecode& p) {
     __syncthreads();
     for (int i = threadIdx.x; i < n_tiles * columns * rows; i += kThreads) {
       const int local_row = i % rows, j = i / rows / columns, column = i / rows % columns;
-      write_sums<Weights>(p, sums + j * tile_sums + column * kSumsPitch, pitch, next + j * next_tile,
+      write_sums<Weights>(p, sums + j * tile_sums + column * kSumsPitch, pitch, next + j * tile_stride,
                           local_row, first + column);
     }
     sums += other_half;

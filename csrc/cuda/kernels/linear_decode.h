@@ -64,8 +64,8 @@ struct LinearDecode {
   int out, in, stride;
   int n, columns;  // rows of x in total and per block
   int epilogue;    // Epilogue
-  // Only linear_decode.cu: tiles that a block sums between two barriers; then, in shared memory, the byte
-  // offsets of the areas after the ring, and their pitches.
+  // Only linear_decode.cu: tiles that a block sums between two barriers; pitches and byte offsets of the
+  // areas after the ring in shared memory.
   int tiles_at_once;
   int x_pitch;        // bytes from a row of x to the next
   int offsets_pitch;  // floats from a group's offsets, one per column, to the next group's
@@ -78,8 +78,7 @@ constexpr int kHopperColumn = 64 + 4;  // floats from a column of sums in shared
 
 // For tiles of n rows of x (columns) and `parts` subtiles of 64 rows of W: number of columns and number of
 // subtiles whose sums are in shared memory at a time, and bytes of these sums. A large number needs fewer
-// barriers, a small one leaves memory for twice as many stages; the faster ones were found by measurement,
-// for H, INT8 and the types with groups.
+// barriers, a small one leaves memory for twice as many stages; the faster ones were found by measurement.
 QVL_BOTH_SIDES constexpr int hopper_columns(int n, bool quantized, bool has_groups) {
   const int most = quantized && !(n == 32 && has_groups) ? 16 : 32;
   return n < most ? n : most;
@@ -94,10 +93,11 @@ QVL_BOTH_SIDES constexpr int hopper_sum_bytes(int n, int parts, bool quantized, 
 
 // Parameters of linear_decode_hopper.cuh.
 struct LinearHopper {
-  // A box is the part of a tensor that one copy loads for an item (`steps` steps of k); dimensions here begin
-  // with the contiguous one. w: H [64, rows, steps], or lines of 512 bytes of quantized values; scales: lines
-  // with those of 16 rows; x, N rows per tile: H [64, N, steps], with quantized w [64, N, 2 * steps]. If `in`
-  // is not a multiple of 64 (not whole_boxes), boxes of H are [64, rows] and [64, N].
+  // The boxes that one copy loads for an item (`steps` steps of k), contiguous dimension first:
+  //   w        H [64, rows, steps]; quantized: lines of 512 bytes
+  //   scales   lines with the scales and any zero points of 16 rows in a step
+  //   x        H [64, N, steps], with quantized w [64, N, 2 * steps]; N: rows of x per tile
+  // If `in` is not a multiple of 64 (not whole_boxes), boxes of H are [64, rows] and [64, N].
   TensorMap w, scales, x;
   bool whole_boxes;
   bool late_successors;     // start the next kernel only when x is complete

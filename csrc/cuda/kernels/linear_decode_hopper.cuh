@@ -15,7 +15,7 @@
 //
 // An item is 1 to 4 steps of a slice, copied together into a stage. Items alternate between the slices and
 // are prefetched into all stages. All warps request the items that fill the stages for the first time, warp
-// 16 the later ones. The bits of a row of y depend neither on `rows`, N nor the number of steps of an item.
+// 16 the later ones. The bits of a row of y depend on none of `rows`, N and the number of steps of an item.
 // Blocks are persistent, one per multiprocessor. Where registers and shared memory allow, the kernels between
 // this product and the next become resident while this one runs. The next product becomes resident on a
 // multiprocessor when no block of this one is left there, and prefetches its first stages. With 8 stages, two
@@ -178,7 +178,7 @@ __device__ inline void linear_decode(const LinearHopper& p) {
   // all four schedulers of the multiprocessor busy with conversions.
   const int warp_tile = Weights::kInRegisters ? (warp + 2 * group) % 4 : warp % 4;
   RingPosition position;
-  int first_item = 0;  // first item of the tile
+  int first_item = 0;  // first item of the tile, counted over all tiles of this block
   for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x, first_item += p.items) {
     const bool last = tile + static_cast<int>(gridDim.x) >= p.tiles;
     float sums[kSubtiles][N / 2] = {};

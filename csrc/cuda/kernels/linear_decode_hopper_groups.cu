@@ -3,8 +3,8 @@
 // Layout: see linear_decode_hopper.cuh, and quantized.cuh for the weights.
 //
 //   16 bytes of a lane        row g                   row g + 8
-//   UINT4, half a unit     | quarter 0 | quarter 1 | quarter 0 | quarter 1 |     4 bytes each: values of two
-//   UINT8, a quarter       | product 0 | product 1 | product 0 | product 1 |     products, or of one
+//   UINT4, half a unit     | quarter 0 | quarter 1 | quarter 0 | quarter 1 |     4 bytes: for two products
+//   UINT8, a quarter       | product 0 | product 1 | product 0 | product 1 |     4 bytes: for one product
 //
 // The products of a group have a separate accumulator, which is then scaled and added: y += scale * sum. With
 // 4 bits a zero point costs no additional instruction: it is part of the subtraction that converts an integer

@@ -7,7 +7,7 @@
 // has one, and k advances in units of 128 values, one per stage of a ring in shared memory:
 //
 //   stage:  x [columns][128 values + 64 bytes]  |  weights [warp][unit]  |  scales [warp]      2 to 6 stages
-//              read by all warps                   copied and read back by the same lane
+//              read by all warps                   weights: read by the lane that copied them
 //
 //              unit 0   unit 1   ..                         columns of x
 //   tile 0   | warp 0 | warp 0 |     x   [unit][column]  =  | 8 | 8 | .. |  mma.m16n8k16, kColumnTiles of 8

@@ -1,5 +1,5 @@
 // Dequantization of matrices to H [out, stride] for products of prompts: y = scale * (integer - zero point),
-// rounded.
+// rounded to H.
 //
 // Layout. A thread converts a run of 8 values of a row, in the layouts of quantized.cuh:
 //

@@ -42,7 +42,7 @@ struct LinearTensors {
   Result result;
   int steps;    // ceil(in / 64)
   int written;  // whether the preceding kernel writes w, which must then not be read before it ends
-  // Numbers of groups, the tiles that a cluster computes at a time, along rows of W and along tokens.
+  // Numbers of groups along rows of W and along tokens; group: the tiles that a cluster computes at a time.
   int m_groups, n_groups;
 };
 

@@ -20,8 +20,8 @@
 // cycles), against 128 * (64 * kGroups + kTokens) bytes at 47 bytes per cycle, with and without multicast:
 // multicast only reduces the load of the L2 cache. Larger tiles copy fewer bytes per product, but with fewer
 // tiles than multiprocessors some of these are idle. linear_prompt.cc chooses the variant by an estimate
-// (cycles()), mainly max(2.25 * kGroups * kTokens, bytes / 47) per step, times the number of rounds; 2.25 in
-// place of 2, since wgmma reaches 8 / 9 of its peak rate.
+// (cycles()), mainly max(2.25 * kGroups * kTokens, bytes / 47) per step, times the number of rounds, in each
+// of which a block computes a tile; 2.25 in place of 2, since wgmma reaches 8 / 9 of its peak rate.
 //
 // Reference: float64 in PyTorch, and the same bits for every tile, tests/cuda/test_prompt_linear.py.
 #include "cuda/kernels/hopper.cuh"

@@ -9,7 +9,8 @@
 //
 // Cost of an mma: 2 x 16 x 8 x 16 operations.
 //
-// Reference: through the kernels, tests/cuda/test_prompt_linear.py and test_prompt_attention.py (`portable`).
+// Reference: tested through the kernels for any GPU, tests/cuda/test_prompt_linear.py (tile PORTABLE) and
+// test_prompt_attention.py (`portable` True).
 #pragma once
 
 #include "cuda/kernels/common.cuh"

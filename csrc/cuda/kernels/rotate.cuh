@@ -40,8 +40,8 @@ struct Int8Head {
   float scale, inverse;
 
   __device__ explicit Int8Head(float maximum) {
-    // Treat magnitudes up to 1e-35 as zero: 127 / maximum would overflow below 3.7e-37. Infinity has no
-    // usable scale either.
+    // Treat the values of a head as zeros if the largest magnitude is infinite, or at most 1e-35: below
+    // 3.7e-37, 127 / maximum would overflow.
     const bool usable = maximum > 1e-35f && maximum < __int_as_float(0x7F800000);
     inverse = usable ? 127.f / maximum : 0.f;
     scale = usable ? maximum / 127.f : 0.f;

@@ -10,18 +10,20 @@
 //                  several blocks per row
 //   sample_keep    rows that draw: the ids of the bins that sample_draw needs -> kept_keys [n][2048]
 //   sample_draw    rows that draw: top-k, top-p, the draw, a block per row    -> tokens [n]
-//   sample_top     log probabilities of the most likely tokens, if requested, -> top_tokens [n][n_top]
-//                  a block per row
+//   sample_top     most likely tokens and their log probabilities, if         -> top_tokens [n][n_top]
+//                  requested, a block per row
 //
 // A draw needs the most likely ids in order, and sums in that order, but not all 151,936 ids. The key of an
 // id is its distance, (largest logit - logit) / temperature, in steps of 2^-35, followed by the id; ids at a
 // distance of 32 or more have weight 0. Weights exp(-distance) are stored as integers, in a small unit, so
 // that sums do not depend on the order of additions, and atomic additions give the same bits for any
-// distribution of the row over blocks. The point where a running sum (of ids for top-k, of weights for top-p
-// and the draw) crosses a value is found by the bin of the key's first 11 bits (sample_bins), then by sorting
-// the ids of that bin, and all ids before it if later sums need them. If there are at most 2048 of these,
-// sample_keep gathers them, and sample_draw does not read the row. Otherwise, in flat rows, sample_draw fills
-// bins of the next 11 bits, and reads the row a few times.
+// distribution of the row over blocks.
+//
+// Top-k, top-p and the draw each search for the id at which a running sum, for top-k the number of ids, else
+// their weight, exceeds a value. The bins of sample_bins, by the first 11 bits of the key, show the bin of
+// that id. Its ids, and all ids before it if another search follows, are then sorted. If they are at most
+// 2048, sample_keep gathers them, and sample_draw does not read the row. Otherwise, in flat rows, sample_draw
+// fills bins of the next 11 bits, and reads the row a few times.
 //
 // Cost. Greedy, one row of 151,936: 608 KB from the L2 cache, where the preceding product left them, by 38
 // blocks with 64 bytes in flight per thread, then 38 ChunkPeaks: little more than two launches. 256 rows

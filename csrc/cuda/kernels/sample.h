@@ -50,7 +50,7 @@ struct SampleParams {
   const float* logits;
   const Pick* picks;
   const int* forbidden;
-  int vocab, chunks;
+  int vocab, chunks;           // chunks of kScanChunk logits per row
   int bin_vectors;             // float4 per thread of sample_bins and sample_keep
   bool any_draw, any_changed;  // at least one row: is not greedy; has token counts or forbidden ids
   bool want_log_sum;           // log-probabilities are requested

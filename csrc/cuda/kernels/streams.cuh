@@ -2,9 +2,9 @@
 // tensor-core products (mma). Before sm_80 plain loads replace the copies, and sums over warp shuffles
 // replace the products.
 //
-// Layout: a ring buffer of slots in shared memory. A lane that reads bytes that it has copied needs no
-// barrier between the copy and the use; lanes that read bytes that others have copied need one after
-// wait_for_copies. With slots 0 and 1 requested before the loop, a step is:
+// Layout: a ring buffer of slots in shared memory. After wait_for_copies a lane may read the bytes that it
+// has copied itself; to read those of other lanes it also needs a barrier. With slots 0 and 1 requested
+// before the loop, a step is:
 //
 //   slot 0        slot 1        slot 2            wait_for_copies<1>() .. read slot 0
 //   | lane 0..31 | lane 0..31 | lane 0..31 |      .. copy_async16(slot 2) .. commit_copies()
@@ -23,8 +23,7 @@ __device__ inline uint32 shared_address(const void* p) {
   return static_cast<uint32>(__cvta_generic_to_shared(p));
 }
 
-// Copy 16 bytes to shared memory asynchronously; if not `valid`, write zeros. After wait_for_copies the same
-// thread may read them without a barrier.
+// Copy 16 bytes to shared memory asynchronously; if not `valid`, write zeros.
 __device__ inline void copy_async16(void* to, const void* from, bool valid) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),

@@ -4,8 +4,8 @@
  *                         completions, steps, blocks, events) and from a file (images, completions)
  *   driver threads        several engines at the same time, and several threads on each engine
  *   driver fuzz N SEED    N calls, most of them with a corrupted argument
- *   driver limits         an engine with more threads, and a pool with more blocks, than 1 GiB of addresses
- *                         has room for
+ *   driver limits         an engine with more threads, and a pool with more blocks, than 1 GiB of address
+ *                         space has room for
  *   driver soak N         N requests; fails if the process grows by 256 KiB or more after the first tenth
  *
  * Prints one line and returns 0, or prints the failed check and returns 1. Returns 2 for other arguments.

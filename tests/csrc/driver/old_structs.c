@@ -1,5 +1,5 @@
 /* A program with the structs of version 0.1 of the header. Some of them lack later fields, and no readable
- * memory follows them. The program must run with every later version of the library.
+ * memory follows any of them. The program must run with every later version of the library.
  *
  *   old_structs FILE < NUMBERS
  *
