@@ -69,6 +69,8 @@ void step(qvl_engine& engine, qvl_kv_pool& pool, const qvl_batch& batch, float* 
 
 std::unique_ptr<qvl_adapter> make_adapter(qvl_engine& engine, const qvl_adapter_matrix* matrices, int64_t n) {
   const std::vector<AdapterMatrix> checked = checked_adapter(engine.config, matrices, n);
+  // On a GPU a larger adapter replaces the scratch memory of the adapters.
+  const std::lock_guard<std::mutex> lock(engine.compute_lock);
   return std::unique_ptr<qvl_adapter>(new qvl_adapter{&engine, engine.backend->make_adapter(checked)});
 }
 

@@ -16,7 +16,7 @@ struct qvl_engine {
   std::shared_ptr<const qvl::Tensors> tensors;  // keeps mapped weights, which the back end reads, in memory
   std::unique_ptr<qvl::Backend> backend;
   qvl_dtype cache_dtype;    // type of the pool that qvl_generate creates
-  std::mutex compute_lock;  // held by a call that computes
+  std::mutex compute_lock;  // held by a call that computes or creates an adapter
 };
 
 struct qvl_kv_pool {

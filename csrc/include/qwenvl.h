@@ -10,8 +10,8 @@
  * C++ exceptions. After a failure the outputs are unspecified; engine and pool stay usable.
  *
  * Threads. There is no global state: a process may have any number of engines. Every function may be called
- * from any thread. A lock serialises the calls that compute on the same engine; different engines run
- * concurrently. Freeing a handle while another call uses it is undefined behaviour.
+ * from any thread. A lock serialises the calls that compute on the same engine or create an adapter for it;
+ * different engines run concurrently. Freeing a handle while another call uses it is undefined behaviour.
  *
  * Memory. "Device memory" below means memory of the engine's device; for QVL_DEVICE_CPU that is any memory.
  * "Host memory" is ordinary memory of the CPU. Structs and arrays of lengths, positions and parameters are in
