@@ -50,7 +50,7 @@ class GenerationOptions:
     repetition_penalty: Annotated[
         float,
         Field(
-            gt=0,
+            ge=0.01,
             le=100,
             description="Divides positive logits of tokens generated so far, multiplies negative ones.",
         ),
@@ -111,8 +111,6 @@ def allowed(field: FieldInfo) -> str:
     }
     if "le" not in limits:
         return f"at least {limits['ge']}" if "ge" in limits else f"over {limits['gt']}"
-    if "gt" in limits:
-        return f"over {limits['gt']}, up to {limits['le']}"
     return f"{limits['ge']} to {limits['le']}"
 
 

@@ -19,7 +19,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "temperature": (lambda x: 0 <= x <= 100, "0 to 100"),
     "top_p": (lambda x: 0 <= x <= 1, "0 to 1"),
     "top_k": (lambda n: n >= 1, "at least 1"),
-    "repetition_penalty": (lambda x: 0 < x <= 100, "over 0, up to 100"),
+    "repetition_penalty": (lambda x: 0.01 <= x <= 100, "0.01 to 100"),
     "frequency_penalty": (lambda x: -100 <= x <= 100, "-100 to 100"),
     "presence_penalty": (lambda x: -100 <= x <= 100, "-100 to 100"),
     "seed": (lambda n: n >= 0, "at least 0"),
@@ -28,7 +28,7 @@ INTEGER_OPTIONS = ("max_new_tokens", "min_new_tokens", "top_k", "seed")
 OPTIONAL = ("temperature", "top_p", "top_k", "seed")  # may be None
 # Values on both sides of the bounds.
 INTEGERS = [-101, -100, -1, 0, 1, 2, 100, 101, 10**20]
-REALS = [-100.5, -1e-9, 1e-9, 0.5, 1.5, 100.5, math.nan, math.inf, -math.inf]
+REALS = [-100.5, -1e-9, 1e-9, 0.01, 0.5, 1.5, 100.5, math.nan, math.inf, -math.inf]
 
 
 @pytest.mark.parametrize("name", RANGES)
