@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator
+import signal
+from collections.abc import AsyncIterator, Iterator
 from types import SimpleNamespace
 from typing import Any, Optional
 
@@ -430,6 +431,38 @@ def test_unsupported_versions_of_ray_are_refused(
     monkeypatch.setattr(start, "version", {"ray": ray, "protobuf": protobuf}.__getitem__)
     with contextlib.nullcontext() if message is None else pytest.raises(UsageError, match=re.escape(message)):
         check_version()
+
+
+@pytest.mark.parametrize("step", ["connect", "check_version", "disconnect", "_remove"])
+def test_a_signal_outside_the_deployment_ends_the_command(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """In `_remove` it is the second one, after one in `_deploy`. The caller turns the number into the exit code."""
+    steps: list[str] = []
+
+    def run(name: str) -> None:
+        steps.append(name)
+        if name == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    @contextlib.contextmanager
+    def connect(_: str) -> Iterator[None]:
+        run("connect")
+        try:
+            yield
+        finally:
+            run("disconnect")
+
+    monkeypatch.setattr(start, "_check", lambda settings: None)
+    monkeypatch.setattr(start, "connect", connect)
+    monkeypatch.setattr(start, "check_version", lambda: run("check_version"))
+    monkeypatch.setattr(start, "_deploy", lambda settings: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(start, "_remove", lambda settings: run("_remove"))
+    settings = serve_settings(first_model_path="vision", second_model_path="text")
+    number = start.start_on("", settings, [signal.SIGINT, signal.SIGTERM], lambda line: None)
+    assert number == signal.SIGTERM
+    assert steps == {
+        "connect": ["connect"],
+        "check_version": ["connect", "check_version", "disconnect"],
+    }.get(step, ["connect", "check_version", "_remove", "disconnect"])
 
 
 def test_error_if_the_controller_dies_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
