@@ -372,6 +372,15 @@ class TestRouter:
         router = Router(dict.fromkeys("abc", 0))
         assert {router.ranking("p", attempt)[0] for attempt in range(3)} == set("abc")
 
+    @pytest.mark.parametrize("names", ["ab", "abc"])
+    def test_the_retries_reach_another_replica_than_a_failed_one_without_load(self, names: str) -> None:
+        for failed in names:
+            router = Router({name: 0 if name == failed else 9 for name in names})
+            # The first three of four attempts: the pause before the last is long.
+            first_replicas = [router.ranking("p", attempt)[0] for attempt in range(3)]
+            assert first_replicas[0] == failed
+            assert set(first_replicas) != {failed}
+
 
 def test_metrics_of_all_processes() -> None:
     def request_counter(n: int) -> list[Metric]:
