@@ -21,13 +21,20 @@ import tempfile
 from pathlib import Path
 
 from paddlemix_qwenvl_plugin.engine import build, sources
-from paddlemix_qwenvl_plugin.util.errors import make_folder
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, make_folder
 
 REPO = Path(__file__).resolve().parents[1]
 
 
 def release_wheel(output: Path) -> Path:
-    """Build the wheel in `output`, and return its path."""
+    """Build the wheel in `output`, and return its path.
+
+    Raises:
+        QwenVLError: `output` cannot be created, or there is no C++ compiler.
+        build.BuildFailed: a build failed.
+        subprocess.CalledProcessError: pip, wheel or auditwheel failed.
+    """
+    build.require_compiler(build.library_target([]))
     make_folder(output)
     with tempfile.TemporaryDirectory(prefix="qwenvl-release-") as scratch:
         folder = Path(scratch)
@@ -85,4 +92,7 @@ def _only(folder: Path, pattern: str) -> Path:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Build the wheel of a release.")
     parser.add_argument("output", type=Path, help="output folder")
-    print(release_wheel(parser.parse_args().output))
+    try:
+        print(release_wheel(parser.parse_args().output))
+    except (QwenVLError, build.BuildFailed) as error:
+        sys.exit(f"error: {error}")

@@ -96,7 +96,7 @@ struct CudaEntryPoints {
 
 // Load libqwenvl_cuda.so on the first call, from the folder of libqwenvl.so. If it cannot be loaded from
 // there, use one that the process has already loaded or that is on the loader's search path. Throws
-// QVL_UNSUPPORTED if there is none, or if its version is not qvl_version().
+// QVL_UNSUPPORTED if there is none, if the loader refuses it, or if its version is not qvl_version().
 const CudaEntryPoints& cuda_back_end();
 
 }  // namespace qvl

@@ -1,5 +1,6 @@
 // Loading of the CUDA back end's library.
 #include <dlfcn.h>
+#include <unistd.h>
 
 #include <cstring>
 #include <string>
@@ -12,19 +13,26 @@ namespace {
 
 constexpr char kLibrary[] = "libqwenvl_cuda.so";
 
+[[noreturn]] void fail_to_load(const char* reason) {
+  fail(QVL_UNSUPPORTED, "no GPU back end: %s; run qwenvl build-engine --device gpu", reason);
+}
+
 const CudaEntryPoints* load() {
   Dl_info info{};
   dladdr(reinterpret_cast<void*>(&load), &info);
   const std::string here = info.dli_fname != nullptr ? info.dli_fname : "";
   const std::string path = here.substr(0, here.rfind('/') + 1) + kLibrary;
   void* library = dlopen(path.c_str(), RTLD_NOW);
-  // Given only a name, dlopen() finds a library that the process has already loaded, or searches the loader's
-  // path.
-  if (library == nullptr) library = dlopen(kLibrary, RTLD_NOW);
-  QVL_REQUIRE(library != nullptr, QVL_UNSUPPORTED,
-              "no GPU back end: %s not found; run qwenvl build-engine --device gpu", kLibrary);
+  if (library == nullptr) {
+    const std::string error = dlerror();
+    // Given only a name, dlopen() finds a library that the process has already loaded, or searches the
+    // loader's path.
+    library = dlopen(kLibrary, RTLD_NOW);
+    if (library == nullptr) fail_to_load(access(path.c_str(), F_OK) == 0 ? error.c_str() : dlerror());
+  }
   const auto* found = static_cast<const CudaEntryPoints*>(dlsym(library, "qvl_cuda_back_end"));
-  QVL_REQUIRE(found != nullptr && std::strcmp(found->version, qvl_version()) == 0, QVL_UNSUPPORTED,
+  if (found == nullptr) fail_to_load(dlerror());
+  QVL_REQUIRE(std::strcmp(found->version, qvl_version()) == 0, QVL_UNSUPPORTED,
               "%s and the engine have different versions; run qwenvl build-engine --device gpu", kLibrary);
   return found;
 }

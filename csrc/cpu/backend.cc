@@ -32,7 +32,9 @@ const cpu::Kernels& kernels(const qvl_config& config) {
       return bfloat16 ? cpu::kernels_for(QVL_ISA_AVX512) : selected;
     case QVL_COMPUTE_BFLOAT16:
       QVL_REQUIRE(bfloat16, QVL_UNSUPPORTED,
-                  "config: compute: this processor has no bfloat16 instructions; choose another type");
+                  "config: compute: bfloat16 products need the ISA avx512_bf16, and this engine uses %s; "
+                  "choose another type",
+                  cpu::isa_name(selected.isa));
       return selected;
     case QVL_COMPUTE_FLOAT16:
       fail(QVL_UNSUPPORTED, "config: compute: a CPU does not compute in float16; choose another type");

@@ -365,11 +365,14 @@ def _run_all(
 
 @contextlib.contextmanager
 def _deferred_signals() -> Iterator[None]:
-    """Defer SIGINT and SIGTERM to the end of the block, so that every started process is recorded."""
+    """Defer SIGINT, SIGTERM and SIGHUP to the end of the block, so that every started process is recorded."""
     received: list[int] = []
     handlers = {}
     if threading.current_thread() is threading.main_thread():  # the only thread that runs Python's handlers
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        handlers = {number: signal.getsignal(number) for number in numbers}
+        # A started process inherits that a signal is ignored (nohup), but no handler.
+        handlers = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
     for number in handlers:
         signal.signal(number, lambda signal_number, frame: received.append(signal_number))
     try:

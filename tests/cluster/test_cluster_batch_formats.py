@@ -182,8 +182,19 @@ def test_a_folder_of_images(tmp_path):
 def test_equal_ids_are_refused(tmp_path):
     (tmp_path / "in.jsonl").write_text('{"id": 1, "prompt": "a"}\n\n{"id": "1", "prompt": "a"}\n{"id": 1}\n')
     files = find(str(tmp_path / "in.jsonl"), "in.jsonl")
-    with pytest.raises(UsageError, match=r"in.jsonl: row 1 and in.jsonl: row 4 have the same id 1"):
+    with pytest.raises(UsageError, match=r"in.jsonl: line 1 and in.jsonl: line 4 have the same id 1"):
         [*index(files, files.format(None, OPTIONS))]
+
+
+def test_equal_ids_of_parquet_are_refused(tmp_path):
+    pytest.importorskip("pyarrow")
+    from pyarrow import Table
+    from pyarrow.parquet import write_table
+
+    write_table(Table.from_pylist([{"id": "a"}, {"id": "b"}, {"id": "a"}]), tmp_path / "in.parquet")
+    files = find(str(tmp_path / "in.parquet"), "in.parquet")
+    with pytest.raises(UsageError, match=r"in.parquet: row 1 and in.parquet: row 3 have the same id 'a'"):
+        [*index(files, files.format("?", OPTIONS))]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator
+import signal
+from collections.abc import AsyncIterator, Iterator
 from types import SimpleNamespace
 from typing import Any, Optional
 
@@ -371,6 +372,15 @@ class TestRouter:
         router = Router(dict.fromkeys("abc", 0))
         assert {router.ranking("p", attempt)[0] for attempt in range(3)} == set("abc")
 
+    @pytest.mark.parametrize("names", ["ab", "abc"])
+    def test_the_retries_reach_another_replica_than_a_failed_one_without_load(self, names: str) -> None:
+        for failed in names:
+            router = Router({name: 0 if name == failed else 9 for name in names})
+            # The first three of four attempts: the pause before the last is long.
+            first_replicas = [router.ranking("p", attempt)[0] for attempt in range(3)]
+            assert first_replicas[0] == failed
+            assert set(first_replicas) != {failed}
+
 
 def test_metrics_of_all_processes() -> None:
     def request_counter(n: int) -> list[Metric]:
@@ -430,6 +440,38 @@ def test_unsupported_versions_of_ray_are_refused(
     monkeypatch.setattr(start, "version", {"ray": ray, "protobuf": protobuf}.__getitem__)
     with contextlib.nullcontext() if message is None else pytest.raises(UsageError, match=re.escape(message)):
         check_version()
+
+
+@pytest.mark.parametrize("step", ["connect", "check_version", "disconnect", "_remove"])
+def test_a_signal_outside_the_deployment_ends_the_command(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """In `_remove` it is the second one, after one in `_deploy`. The caller turns the number into the exit code."""
+    steps: list[str] = []
+
+    def run(name: str) -> None:
+        steps.append(name)
+        if name == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    @contextlib.contextmanager
+    def connect(_: str) -> Iterator[None]:
+        run("connect")
+        try:
+            yield
+        finally:
+            run("disconnect")
+
+    monkeypatch.setattr(start, "_check", lambda settings: None)
+    monkeypatch.setattr(start, "connect", connect)
+    monkeypatch.setattr(start, "check_version", lambda: run("check_version"))
+    monkeypatch.setattr(start, "_deploy", lambda settings: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(start, "_remove", lambda settings: run("_remove"))
+    settings = serve_settings(first_model_path="vision", second_model_path="text")
+    number = start.start_on("", settings, [signal.SIGINT, signal.SIGTERM], lambda line: None)
+    assert number == signal.SIGTERM
+    assert steps == {
+        "connect": ["connect"],
+        "check_version": ["connect", "check_version", "disconnect"],
+    }.get(step, ["connect", "check_version", "_remove", "disconnect"])
 
 
 def test_error_if_the_controller_dies_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:

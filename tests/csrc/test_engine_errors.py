@@ -6,27 +6,36 @@ Also ids under a span, the size of a pool, and device memory.
 from __future__ import annotations
 
 import ctypes
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 from engine import (
     BAD_WEIGHT,
     BFLOAT16,
+    COMPUTE_BFLOAT16,
     DEVICE_LIBRARY,
     FLOAT32,
     INT4_G64,
     INT8,
     INT32,
     INVALID,
+    ISAS,
     LANGUAGE,
     UNSUPPORTED,
     VISION,
+    DeviceInfo,
     Engine,
     EngineError,
+    Library,
     make_config,
     pointer,
     store,
 )
+
+from paddlemix_qwenvl_plugin.engine.build import compiler
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +102,43 @@ def test_config(creation_error, changes, message):
 def test_missing_cuda(creation_error):
     status, line = creation_error(device=1)
     assert status == UNSUPPORTED
-    assert line.startswith("no GPU back end: libqwenvl_cuda.so not found")
+    assert line.startswith("no GPU back end: libqwenvl_cuda.so: cannot open shared object file")
+
+
+@pytest.mark.skipif(bool(DEVICE_LIBRARY), reason="the GPU back end is installed")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("text", "no GPU back end: {path}: file too short"),
+        ("the engine", "no GPU back end: {path}: undefined symbol: qvl_cuda_back_end"),
+        ("another version", "libqwenvl_cuda.so and the engine have different versions"),
+    ],
+)
+def test_wrong_cuda_library(library, tmp_path, content, message):
+    """The message has the reason if the file exists, but cannot be used."""
+    engine, path = Path(shutil.copy(library.path, tmp_path)), tmp_path / "libqwenvl_cuda.so"
+    if content == "text":
+        path.write_text("text")
+    elif content == "the engine":
+        shutil.copy(library.path, path)
+    else:
+        (tmp_path / "old.cc").write_text('extern "C" const char* const qvl_cuda_back_end[] = {"0.0"};')
+        subprocess.run([*compiler(), "-shared", "-fPIC", tmp_path / "old.cc", "-o", path], check=True)
+    with pytest.raises(EngineError) as error:
+        Library(engine).call("qvl_get_device_info", 1, 0, DeviceInfo(size=ctypes.sizeof(DeviceInfo)))
+    expected = message.format(path=path)
+    assert str(error.value) == f"{expected}; run qwenvl build-engine --device gpu"
+    assert error.value.status == UNSUPPORTED
+
+
+@pytest.mark.skipif(bool(DEVICE_LIBRARY), reason="a GPU has no ISA")
+def test_bfloat16_products_of_another_isa(creation_error):
+    status, line = creation_error(isa=ISAS["generic"], compute=COMPUTE_BFLOAT16)
+    assert status == UNSUPPORTED
+    assert line == (
+        "config: compute: bfloat16 products need the ISA avx512_bf16, and this engine uses generic; "
+        "choose another type"
+    )
 
 
 def changed(stored, name, data=None, dtype=None, shape=None):

@@ -273,7 +273,7 @@ def test_the_device(library):
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0 < info.free_bytes <= info.memory_bytes <= total
     assert (library.dll.qvl_device_count(0), library.dll.qvl_device_count(1)) == (1, 0)
-    no_gpu = "no GPU back end: libqwenvl_cuda.so not found"
+    no_gpu = "no GPU back end: libqwenvl_cuda.so: cannot open shared object file"
     for device, index, line in ((0, 1, "device 0, index 1"), (1, 0, no_gpu), (7, 0, "device 7, index 0")):
         with pytest.raises(EngineError, match=line):
             library.call("qvl_get_device_info", device, index, info)

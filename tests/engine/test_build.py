@@ -169,6 +169,29 @@ def test_two_processes_build_once(calls: Path) -> None:
     assert n_calls(calls) == n_units() + 1
 
 
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_waits_until_a_started_process_is_recorded(signal_number: signal.Signals) -> None:
+    steps: list[str] = []
+    previous_handler = signal.signal(signal_number, lambda *_: steps.append("signal"))
+    try:
+        with build._deferred_signals():
+            signal.raise_signal(signal_number)
+            steps.append("recorded")
+    finally:
+        signal.signal(signal_number, previous_handler)
+    assert steps == ["recorded", "signal"]
+
+
+def test_compilers_ignore_the_signals_that_are_ignored() -> None:
+    """With `nohup`, also the compilers ignore SIGHUP: they inherit this, but no handler."""
+    previous_handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with build._deferred_signals():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous_handler)
+
+
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
 def test_a_build_after_an_interrupted_build(signal_number: signal.Signals, calls: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", BUILD], stderr=subprocess.DEVNULL)

@@ -18,6 +18,9 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 HOST = "http://127.0.0.1:8000"
 
+NO_KEY = "No API key: send the header Authorization: Bearer KEY"
+INCORRECT_KEY = "Incorrect API key"
+
 
 def send(
     method: str,
@@ -54,32 +57,28 @@ def test_every_key_of_the_file_is_accepted(key: str, key_file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "authorization",
+    ("authorization", "message"),
     [
-        None,
-        "",
-        "Bearer",
-        "Bearer ",
-        "Bearer key-of-an",
-        "Bearer key-of-anna",
-        "Bearer KEY-OF-ANN",
-        "Bearer # of Ann",
-        "Basic key-of-ann",
-        "key-of-ann",
-        "Bearer key-of-ann key-of-bob",
-        "Bearer kéy",
+        *((value, NO_KEY) for value in (None, "", "Bearer", "Bearer ", "Basic key-of-ann", "key-of-ann")),
+        ("Bearer key-of-an", INCORRECT_KEY),
+        ("Bearer key-of-anna", INCORRECT_KEY),
+        ("Bearer KEY-OF-ANN", INCORRECT_KEY),
+        ("Bearer # of Ann", INCORRECT_KEY),
+        ("Bearer key-of-ann key-of-bob", INCORRECT_KEY),
+        ("Bearer kéy", INCORRECT_KEY),
     ],
 )
 @pytest.mark.parametrize(("method", "path"), [("POST", PATH), ("GET", "/metrics"), ("GET", "/openapi.json")])
 def test_other_authorization_is_refused_with_an_openai_error(
-    authorization: Optional[str], method: str, path: str, key_file: Path
+    authorization: Optional[str], message: str, method: str, path: str, key_file: Path
 ) -> None:
     headers = None if authorization is None else {"Authorization": authorization.encode("latin-1")}
     response = send(method, path, headers, api_key_file=key_file)  # type: ignore[arg-type]
     assert response.status_code == 401
     assert response.headers["WWW-Authenticate"] == "Bearer"
     error = response.json()["error"]
-    assert (error["type"], error["code"], error["param"]) == (
+    assert (error["message"], error["type"], error["code"], error["param"]) == (
+        message,
         "authentication_error",
         "invalid_api_key",
         None,

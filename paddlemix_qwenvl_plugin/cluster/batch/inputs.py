@@ -113,12 +113,10 @@ def index(files: Input, format: Format) -> Iterator[tuple[str, Entry]]:
         for name, entries in zip(names, pool.map(lambda name: [*format.index(files.folder, name)], names)):
             for entry in entries:
                 if entry.row_id is not None:
-                    first = seen.setdefault(id_key(entry.row_id), (name, entry.number))
-                    if first != (name, entry.number):
-                        where = f"{_location(*first)} and {_location(name, entry.number)}"
+                    place = (name, entry.number)
+                    first = seen.setdefault(id_key(entry.row_id), place)
+                    if first != place:
+                        unit = "line" if files.kind == "jsonl" else "row"  # what the number counts: see Entry
+                        where = " and ".join(f"{file}: {unit} {number}" for file, number in (first, place))
                         raise UsageError(f"{where} have the same id {entry.row_id!r}")
                 yield name, entry
-
-
-def _location(name: str, number: int) -> str:
-    return f"{name}: row {number}"

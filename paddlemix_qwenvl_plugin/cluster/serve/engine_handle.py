@@ -26,8 +26,8 @@ class HandleEngineClient:
     """EngineClient over the Ray Serve handle of the engine replicas.
 
     Completions are bit-identical on all replicas with the same instruction set or kind of GPU. If a replica fails, the
-    request is recomputed; tokens already sent are not sent again, so that the client sees only a pause. Each attempt
-    prefers another replica, but PrefixRouter avoids long queues, so that the failed one may be chosen again.
+    request is recomputed, in one of the first two retries on another replica if one has a free slot (PrefixRouter);
+    tokens already sent are not sent again, so that the client sees only a pause.
 
     Attributes:
         image_end: id of the token after an image's slots; -1 until the front sets it.

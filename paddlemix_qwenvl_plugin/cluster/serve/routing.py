@@ -17,8 +17,8 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # untyped for mypy
     All fronts compute the same ranking without shared state. Adding or removing a replica moves only the prefixes that
     rank this replica first. A request goes to the first replica of its ranking that is not overloaded.
 
-    The call's keyword arguments are `prefix`, a digest, and `attempt`, the number of earlier attempts: each retry
-    starts one rank later.
+    The call's keyword arguments are `prefix`, a digest, and `attempt`, the number of earlier attempts. Each retry
+    starts one rank later, whatever the load: a failed replica may have the shortest queue.
     """
 
     async def choose_replicas(
@@ -32,9 +32,10 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # untyped for mypy
             return []
         first_rank = attempt % len(ranking)
         ranking = ranking[first_rank:] + ranking[:first_rank]
-        max_queued = min(map(self._queued, ranking)) + _SLACK
-        # A stable sort: overloaded replicas last.
-        ranking.sort(key=lambda replica: self._queued(replica) > max_queued)
+        if attempt == 0:
+            max_queued = min(map(self._queued, ranking)) + _SLACK
+            # A stable sort: overloaded replicas last.
+            ranking.sort(key=lambda replica: self._queued(replica) > max_queued)
         return [[replica] for replica in ranking]
 
     def _queued(self, replica: RunningReplica) -> int:

@@ -62,7 +62,8 @@ def start_on(
         print_line: prints a line for the user.
 
     Returns:
-        The second signal, if one arrived before the application was removed; else None.
+        The signal that interrupted the command: one before the application was deployed, or one after the signal that
+        ends the server; else None.
 
     Raises:
         UsageError: wrong settings or a wrong address, or Ray is not installed, too old, or incompatible with the
@@ -70,29 +71,16 @@ def start_on(
         QwenVLError: no cluster answers, the application does not start or is removed, or the cluster ends.
     """
     _check(settings)
-    with _raise_on_signals(signals), connect(address):
-        check_version()
+    with _raise_on_signals(signals):
         try:
-            engines = f"{settings.min_replicas} engine replica{'s' * (settings.min_replicas > 1)}"
-            print_line(
-                f"Starting {engines} and {settings.min_fronts} fronts, which need {needs(settings)} of the cluster"
-            )
-            _deploy(settings)
-            n_not_ready = _wait_for_proxies()
-            if n_not_ready:
-                machines = f"{n_not_ready} machine{'s' * (n_not_ready > 1)}"
-                print_line(
-                    f"No server on port {settings.port} of {machines} after {_PROXY_SECONDS:g} s; "
-                    "check that the port is free there. `serve status` lists the proxies of all machines."
-                )
-            print_line(f"Serving on {engines} at http://{settings.host}:{settings.port}")
-            _watch()
-            print_line("Another command has updated the application; this one ends.")
-        except _Signal:
-            try:
-                _remove(settings)
-            except _Signal as second:
-                return second.number
+            with connect(address):
+                check_version()
+                try:
+                    _serve(settings, print_line)
+                except _Signal:
+                    _remove(settings)
+        except _Signal as last:
+            return last.number
     return None
 
 
@@ -106,6 +94,25 @@ def _check(settings: ServeSettings) -> None:
         )
     read_api_keys(settings)
     check_exposure(settings, settings.host)
+
+
+def _serve(settings: ServeSettings, print_line: Callable[[str], None]) -> None:
+    """Deploy the application, and wait until another command updates it."""
+    engines = f"{settings.min_replicas} engine replica{'s' * (settings.min_replicas > 1)}"
+    print_line(
+        f"Starting {engines} and {settings.min_fronts} fronts, which need {needs(settings)} of the cluster"
+    )
+    _deploy(settings)
+    n_not_ready = _wait_for_proxies()
+    if n_not_ready:
+        machines = f"{n_not_ready} machine{'s' * (n_not_ready > 1)}"
+        print_line(
+            f"No server on port {settings.port} of {machines} after {_PROXY_SECONDS:g} s; "
+            "check that the port is free there. `serve status` lists the proxies of all machines."
+        )
+    print_line(f"Serving on {engines} at http://{settings.host}:{settings.port}")
+    _watch()
+    print_line("Another command has updated the application; this one ends.")
 
 
 def _deploy(settings: ServeSettings) -> None:

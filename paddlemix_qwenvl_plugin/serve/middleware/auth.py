@@ -25,8 +25,8 @@ class Auth:
             await self._app(scope, receive, send)
             return
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        is_bearer = scheme.lower() == "bearer"
-        key_hash = self._keys.short_hash(key.strip().encode("latin-1")) if is_bearer else None
+        key = key.strip() if scheme.lower() == "bearer" else ""  # other schemes carry no API key
+        key_hash = self._keys.short_hash(key.encode("latin-1")) if key else None
         if key_hash is None:
             has_key = is_bearer and bool(key.strip())
             message = (
