@@ -111,6 +111,8 @@ def allowed(field: FieldInfo) -> str:
     }
     if "le" not in limits:
         return f"at least {limits['ge']}" if "ge" in limits else f"over {limits['gt']}"
+    if "gt" in limits:
+        return f"over {limits['gt']}, up to {limits['le']}"
     return f"{limits['ge']} to {limits['le']}"
 
 

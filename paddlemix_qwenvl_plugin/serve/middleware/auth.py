@@ -28,10 +28,7 @@ class Auth:
         key = key.strip() if scheme.lower() == "bearer" else ""  # other schemes carry no API key
         key_hash = self._keys.short_hash(key.encode("latin-1")) if key else None
         if key_hash is None:
-            has_key = is_bearer and bool(key.strip())
-            message = (
-                "Incorrect API key" if has_key else "No API key: send the header Authorization: Bearer KEY"
-            )
+            message = "Incorrect API key" if key else "No API key: send the header Authorization: Bearer KEY"
             error = ApiError(
                 401,
                 message,
