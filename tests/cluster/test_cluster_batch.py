@@ -111,7 +111,7 @@ def test_input_and_output_in_a_bucket(tmp_path, stages, bucket, cluster):
 
 @pytest.mark.kills
 def test_killed_ten_times(tmp_path, stages, cluster):
-    source, target = write_input(tmp_path, N_ROWS), tmp_path / "out"
+    source, targets = write_input(tmp_path, N_ROWS), [tmp_path / "out-0"]
     alone = BatchProcess(
         stages, tmp_path / "alone", source, tmp_path / "alone.jsonl", *OPTIONS, "--batch_size", 32
     )
@@ -119,10 +119,15 @@ def test_killed_ten_times(tmp_path, stages, cluster):
     ray_flags = ("--ray", cluster.address, "--ray_actors", "1:40", "--ray_cpus", 0.75)
 
     def run() -> BatchProcess:
-        return BatchProcess(stages, tmp_path / "job", source, target, *OPTIONS, *ray_flags)
+        return BatchProcess(stages, tmp_path / "job", source, targets[-1], *OPTIONS, *ray_flags)
 
     def n_parts() -> int:
-        return len([*target.glob("part-*.jsonl")])
+        return len([*targets[-1].glob("part-*.jsonl")])
+
+    def is_complete(code: int, out: str, err: str) -> bool:
+        line = f"{N_ROWS // 50} of {N_ROWS} rows failed; see their errors in {targets[-1]}/errors.jsonl"
+        written = f"{targets[-1]}: wrote {N_ROWS} rows in {n_parts()} parts"
+        return (code, err.splitlines()[-1:]) == (1, [f"qwenvl: {line}"]) and written in out.splitlines()
 
     rng = random.Random(0)
     remaining_kills = rng.sample(KILLS, len(KILLS))
@@ -132,11 +137,17 @@ def test_killed_ten_times(tmp_path, stages, cluster):
     while remaining_kills:
         time.sleep(rng.random() * 0.2)
         if job.process.poll() is not None:
-            # The job has failed: only after the kill of a node, since all nodes have the same IP address, and older
-            # versions of Ray may attach the driver to the killed one. The next run resumes the job.
-            assert killed[-1] == "node", (job.finish(), killed)
-            # No other error of `qwenvl` is printed.
-            assert "qwenvl: " not in job.finish()[2].replace("qwenvl: the job failed on the cluster (", "")
+            ended = job.finish()
+            if is_complete(*ended):
+                # The machine is too busy for ten kills in time: continue with another job.
+                targets.append(tmp_path / f"out-{len(targets)}")
+                parts_before_next_kill = 1
+            else:
+                # The job has failed: only after the kill of a node, since all nodes have the same IP address, and older
+                # versions of Ray may attach the driver to the killed one. The next run resumes the job.
+                assert killed[-1] == "node", (ended, killed)
+                # No other error of `qwenvl` is printed.
+                assert "qwenvl: " not in ended[2].replace("qwenvl: the job failed on the cluster (", "")
             job = run()
         actors = cluster.actors()
         if n_parts() < parts_before_next_kill or not actors:
@@ -154,15 +165,12 @@ def test_killed_ten_times(tmp_path, stages, cluster):
         killed.append(kind)
         parts_before_next_kill = n_parts() + rng.randrange(1, 3)
         print(f"{time.monotonic():.0f} s, {n_parts()} parts: killed {kind}", flush=True)
-    code, out, err = job.finish()
-    assert (code, err.splitlines()[-1]) == (
-        1,
-        f"qwenvl: {N_ROWS // 50} of {N_ROWS} rows failed; see their errors in {target}/errors.jsonl",
-    )
-    assert f"{target}: wrote {N_ROWS} rows in {n_parts()} parts" in out.splitlines()
+    ended = job.finish()
+    assert is_complete(*ended), ended
     assert alone.finish()[0] == 1
     expected = read_results(tmp_path / "alone.jsonl")
-    assert read_parts(target) == expected
     assert len({str(row.get("custom_id", row.get("id"))) for row in expected}) == N_ROWS
-    assert read_results(target / "errors.jsonl") == [row for row in expected if row.get("error")]
-    assert not [*target.glob(".*")]
+    for target in targets:
+        assert read_parts(target) == expected
+        assert read_results(target / "errors.jsonl") == [row for row in expected if row.get("error")]
+        assert not [*target.glob(".*")]
