@@ -20,7 +20,7 @@ from scale_load import Conversations, Users
 from scale_replica import Request
 from scale_router import ByPrefix, Router, TwoChoices
 from scale_station import Station
-from scale_times import COSTS, FRONT_TOKEN, MEASURED_IMAGE, PROFILES, Times
+from scale_times import COSTS, FRONT_TOKEN, IMAGE_SECONDS, PROFILES, Times
 
 # The conversations of docs/scaling.md. The think time is shorter than the default of 5 s, so that a run reaches its
 # steady state soon.
@@ -287,7 +287,7 @@ def batch(times: Times) -> list[Line]:
 def costs(times: Times, price: float = 1.0) -> list[Line]:
     """Machine hours and price of a million images with captions of 64 tokens."""
     table("machine", "seconds per image", "machine hours per million", f"at {price:g} per hour")
-    for name, seconds in MEASURED_IMAGE.items():
+    for name, seconds in IMAGE_SECONDS.items():
         hours = seconds * 1e6 / 3600
         row(name, f"{seconds:.3g}", f"{hours:,.1f}", f"{hours * price:,.1f}")
     return []

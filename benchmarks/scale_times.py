@@ -13,7 +13,8 @@ class Times:
     Attributes:
         image: encoding of an image.
         chunk, token: fixed time of all prompt chunks of a step, and time per prompt token.
-        decode: measured (rows, seconds) of decode steps, in ascending order of rows; a row is a decoding request.
+        decode: (rows, seconds) of decode steps, measured or computed, in ascending order of rows; a row is a decoding
+            request.
         start: from the start of a process until its engine accepts requests, with cached files.
         cached_tokens: capacity of the KV cache in tokens.
     """
@@ -28,14 +29,14 @@ class Times:
     def decode_step(self, rows: int) -> float:
         """Return the duration of a decode step with this number of rows.
 
-        Interpolated linearly between the measurements, and extrapolated from the last two. A single measurement holds
-        for all numbers of rows.
+        Interpolated linearly between the pairs of `decode`, and extrapolated from the last two. A single pair holds for
+        all numbers of rows.
         """
         if rows == 0:
             return 0.0
         if len(self.decode) == 1:
             return self.decode[0][1]
-        # Index of the measurement that ends the interval: the first with more rows, at least 1 and at most the last.
+        # Index of the pair that ends the interval: the first with more rows, at least 1 and at most the last.
         end = min(max(bisect_right(self.decode, (rows, float("inf"))), 1), len(self.decode) - 1)
         (rows_0, seconds_0), (rows_1, seconds_1) = self.decode[end - 1], self.decode[end]
         return seconds_0 + (seconds_1 - seconds_0) * (rows - rows_0) / (rows_1 - rows_0)
@@ -77,12 +78,14 @@ CPU2_INT8 = Times(
 )
 PROFILES = {"h200-bf16": H200_BF16, "h200-int4": H200_INT4, "cpu2-int8": CPU2_INT8}
 
-# Section "The server": CPU seconds of the front per streamed token, geometry `slice`, mean of 16 and 64 clients.
+# Section "The server": CPU seconds of the front per streamed token, mean of 16 and 64 clients, with four layers of
+# the 7B geometry (rows "slice").
 FRONT_TOKEN = 375e-6
 
 # Seconds per image with a caption of 64 tokens, at full utilisation. On H200: the row "64 requests at once, an image
-# and 64 tokens each", divided by 64. On two CPUs: image, prompt, and a 64th of the 64 decode steps of 64 rows.
-MEASURED_IMAGE = {
+# and 64 tokens each", divided by 64. On two CPUs, computed: image, prompt, and one decode step of 64 rows, since
+# 64 such steps generate the 64 tokens of 64 captions.
+IMAGE_SECONDS = {
     "NVIDIA H200, bfloat16": 1.419 / 64,
     "NVIDIA H200, int8": 1.439 / 64,
     "NVIDIA H200, int4": 1.400 / 64,

@@ -5,7 +5,8 @@ The model has all layers: 32 of the language model, 48 of the vision tower.
 Run: python benchmarks/seven_b.py --quant_type weight_only_int4 --folder FOLDER
 or, only for the export of a GPTQ checkpoint: python benchmarks/seven_b.py --gptq --folder FOLDER
 Needs the plugin, a C++ compiler, 36 GB of free disk (19 GB for the bfloat16 checkpoint that it creates) and 24 GiB
-of memory. Takes about 6 minutes. FOLDER is created, and deleted at the end.
+of memory. With weight_only_int8 it takes about 10 minutes on two CPUs (computed from the times in docs/benchmarks.md).
+FOLDER is created, and deleted at the end.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fake resolver and connections: names resolve to given addresses; all connections are to servers on this machine."""
+"""Fake resolver of given names, and fake connections, all of which are to servers on this machine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class FakeNetwork:
 
     def _getaddrinfo(self, host: str, *args: Any, **kwargs: Any) -> list[Any]:
         if host not in self._names:
-            return self._lookup(host, *args, **kwargs)  # numeric addresses in any spelling
+            # Numeric addresses in any spelling, and names that do not exist.
+            return self._lookup(host, *args, **kwargs)
         self.resolved_names.append(host)
         answers = self._names[host]
         addresses = answers.pop(0) if len(answers) > 1 else answers[0]
@@ -46,6 +47,6 @@ class FakeNetwork:
         self.connected_addresses.append(host)
         if host in self.refusing_addresses:
             raise ConnectionRefusedError(f"{host} does not answer")
-        # The code under test may connect only to public addresses, and to a test's own server if that is allowed.
-        assert ip_address(host).is_global or host == "127.0.0.1"
+        # Fail at once on a connection to an address that is not public.
+        assert ip_address(host).is_global
         return self._connect(("127.0.0.1", port), *args, **kwargs)

@@ -47,7 +47,8 @@ class CpuBackend final : public Backend {
  public:
   CpuBackend(const qvl_config& config, const WeightTable& table)
       : config_(config),
-        context_(kernels(config), cpu::thread_count(config.n_threads), config.compute == QVL_COMPUTE_FLOAT32),
+        context_(kernels(config), cpu::thread_count(config.n_threads),
+                 /*exact=*/config.compute == QVL_COMPUTE_FLOAT32),
         sample_scratch_(static_cast<size_t>(context_.pool.size())) {
     cpu::Weights weights(table);
     if (has_language(config_)) language_.emplace(config_, weights);
@@ -92,6 +93,8 @@ class CpuBackend final : public Backend {
 
   void sample(const float* logits, const SampleCall& call, qvl_stream) override {
     const auto counts_of = [&](int64_t i) { return call.counts != nullptr ? call.counts[i] : nullptr; };
+    // If any row needs scratch memory, allocate that of all threads now: an allocation must not throw in a
+    // thread of the pool.
     for (int32_t i = 0; i < call.n; ++i) {
       if (!cpu::needs_scratch(call.sampling[i], counts_of(i))) continue;
       for (cpu::Buffer& buffer : sample_scratch_) buffer.get<char>(cpu::sample_scratch_bytes(config_.vocab));

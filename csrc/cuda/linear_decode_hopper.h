@@ -5,7 +5,7 @@
 
 namespace qvl::cuda {
 
-// linear_decode of ops.h on GPUs with tensor maps.
+// linear_decode of ops.h on Hopper, where has_tensor_maps() of tensor_map.h is true.
 void linear_decode_hopper(const Gpu&, CUstream, const Matrix&, const void* x, int64_t x_stride, int n,
                           Epilogue, void* y, bool low_rank_next);
 

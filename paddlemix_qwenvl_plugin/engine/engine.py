@@ -76,7 +76,7 @@ class Engine:
         """Create an engine on the CPU or a GPU.
 
         Args:
-            gpu: index of the GPU, after a call of gpu.load; None: the CPU.
+            gpu: index of the GPU, for which `load` of engine/gpu.py must have been called; None: the CPU.
 
         Raises:
             QwenVLError: a weight is missing or does not have the shape that the config requires, or the device does not

@@ -33,6 +33,6 @@ def gptq_tensors(matrix: Quantized, bits: int) -> dict[str, NDArray[np.generic]]
 def _pack(integers: NDArray[np.float32], bits: int) -> NDArray[np.int32]:
     """Pack a matrix [n, m] along its first axis into words [n * bits / 32, m]."""
     per_word = 32 // bits
-    groups = integers.astype(np.uint32).reshape(-1, per_word, integers.shape[1])
+    words = integers.astype(np.uint32).reshape(-1, per_word, integers.shape[1])
     shifts = np.arange(0, 32, bits, dtype=np.uint32)[None, :, None]
-    return np.ascontiguousarray(np.bitwise_or.reduce(groups << shifts, axis=1)).view(np.int32)
+    return np.ascontiguousarray(np.bitwise_or.reduce(words << shifts, axis=1)).view(np.int32)

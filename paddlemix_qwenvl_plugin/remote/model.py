@@ -57,7 +57,8 @@ class ServerModel:
         """Name of the first model on the server.
 
         Raises:
-            QwenVLError: the server cannot be reached, or its response is invalid; the message names its URL.
+            QwenVLError: the server cannot be reached, its response is invalid, or it reports an error, for example that
+                it is busy or that the API key is wrong.
         """
         return self._names[0]
 

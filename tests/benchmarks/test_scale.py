@@ -20,7 +20,7 @@ from scale_load import Conversations, Users, arrivals, geometric  # noqa: E402
 from scale_replica import Request  # noqa: E402
 from scale_router import ByPrefix, Router, TwoChoices  # noqa: E402
 from scale_station import Station  # noqa: E402
-from scale_times import H200_BF16, MEASURED_IMAGE, Times  # noqa: E402
+from scale_times import H200_BF16, IMAGE_SECONDS, Times  # noqa: E402
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
 # Service times of a millisecond per decode step; images and prompts take no time.
@@ -206,7 +206,7 @@ def test_simulated_times_agree_with_the_table_of_benchmarks_md() -> None:
 def test_costs_per_image_agree_with_the_tables_of_scaling_md_and_benchmarks_md() -> None:
     scaling = BENCHMARKS.with_name("scaling.md").read_text("utf-8")
     benchmarks = BENCHMARKS.read_text("utf-8")
-    for name, seconds in MEASURED_IMAGE.items():
+    for name, seconds in IMAGE_SECONDS.items():
         assert f"| {name} | {seconds:.3g} | {seconds * 1e6 / 3600:,.1f} |" in scaling
         if name.startswith("NVIDIA"):
             dtype = name.split()[-1].replace("bfloat16", "bf16")

@@ -65,7 +65,7 @@ DEMO_FILES = {
 
 
 def test_files_that_no_demo_wrote_are_not_replaced(tmp_path: Path, random_model: Path) -> None:
-    """No demo wrote a folder that has neither the marker file `.qwenvl-demo` nor a demo's page.
+    """Files are replaced only in a demo's folder: one with the marker file `.qwenvl-demo` or a demo's page.
 
     Older versions wrote no marker file: their folders are recognized by the page.
     """

@@ -67,15 +67,15 @@ struct PaddedRows {
   __device__ static int at(int row, int d) { return row * (kPaddedDim + 8) + d; }
 };
 
-// Attention of a job's queries. kPaddedDim: a multiple of 16, at least head_dim. From sm_80 on `source`
-// provides keys and values by two functions, which 128 threads call together; before sm_80, by value(part,
-// key, d), which returns one value:
+// Attention of a job's queries. kPaddedDim: a multiple of 16, at least head_dim. `source` provides the keys
+// (part 0) and values (part 1). Before sm_80, value(part, key, d) returns one value of a key or value vector.
+// From sm_80 on there are two functions, which 128 threads call together:
 //
 //   locate(first, n, thread)              looks up the addresses of n keys from `first` on, up to the last
 //                                         key of the job; may write to shared memory
-//   load<Rows>(to, part, first, thread)   after locate and a barrier: writes the keys (part 0) or values
-//                                         (part 1) first to first + Rows::kKeys - 1 to the offsets Rows::at,
-//                                         and zeros beyond the last key; may use copy_async
+//   load<Rows>(to, part, first, thread)   after locate and a barrier: writes keys or values `first` to
+//                                         first + Rows::kKeys - 1 to the offsets Rows::at, and zeros beyond
+//                                         the last key and beyond head_dim; may use copy_async
 template <int kPaddedDim, typename Source>
 __device__ inline void attend(const Job& job, const Source& source) {
   using Rows = PaddedRows<kPaddedDim>;

@@ -31,7 +31,8 @@
 
 namespace qvl::cuda {
 
-// Layout of queries, keys or values in shared memory, for wgmma_descriptor(); at(): as in PaddedRows.
+// Layout of queries, keys or values in shared memory, for wgmma_descriptor(). at(): offset of values d to
+// d + 7 of a row; d is a multiple of 8.
 template <int kPaddedDim>
 struct SwizzledRows {
   static constexpr int kDims = (kPaddedDim + 15) / 16 * 16, kKeys = kHopperKeys;
@@ -41,11 +42,12 @@ struct SwizzledRows {
 };
 
 // Attention of a job's queries. kPaddedDim: a multiple of 8, at least head_dim, for which hopper.cuh has
-// ProductRegisters. `source`: as for attend(), with three more functions. use_tensor_map(): whether the copy
-// engine can load keys and values. If so, copy<columns>(to, part, tile, barrier) requests the keys or values
-// of a tile, in columns of kHopperKeys rows, and column_bytes(tile) is the number of bytes that it copies per
-// column. It may omit rows beyond the last key or write anything there: their scores are masked, and their
-// values are set to zero here.
+// ProductRegisters. `source` has locate() and load() as for attend() (attention.cuh), called by the 128
+// threads of the third warpgroup, and three more functions. use_tensor_map(): whether the copy engine can
+// load keys and values. If so, copy<columns>(to, part, tile, barrier) requests the keys or values of a tile,
+// in columns of kHopperKeys rows, and column_bytes(tile) is the number of bytes that it copies per column. It
+// may omit rows beyond the last key or write anything there: their scores are masked, and their values are
+// set to zero here.
 template <int kPaddedDim, typename Source>
 __device__ inline void attend_hopper(const Job& job, const Source& source) {
   using Rows = SwizzledRows<kPaddedDim>;
@@ -63,8 +65,8 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, thread = threadIdx.x % 128;
   const int tiles = (job.n_keys + kKeys - 1) / kKeys;
 
-  // Arrivals: at `full` of the lane that requests copies, or of the 128 threads that load; at `empty` of the
-  // 8 warps that compute.
+  // What arrives: at `full` the lane that requests copies, or the 128 threads that load; at `empty` one lane
+  // of each of the 8 warps that compute.
   if (threadIdx.x == 0) {
     for (int i = 0; i < 4; ++i) {
       barrier_init(barriers + 8 * i, source.use_tensor_map() ? 1 : 128);

@@ -2,12 +2,15 @@
 // tensor-core products (mma). Before sm_80 plain loads replace the copies, and sums over warp shuffles
 // replace the products.
 //
-// Layout: a ring buffer of slots in shared memory. After wait_for_copies a lane may read the bytes that it
-// has copied itself; to read those of other lanes it also needs a barrier. With slots 0 and 1 requested
-// before the loop, a step is:
+// Use of the copies: linear_decode.cu and linear_decode_wide.cu keep a ring of slots in shared memory. A step
+// of their loops reads one slot, while the copies to the next slots are in flight. With three slots, of which
+// 0 and 1 are requested before the loop, the first step is:
 //
 //   slot 0        slot 1        slot 2            wait_for_copies<1>() .. read slot 0
 //   | lane 0..31 | lane 0..31 | lane 0..31 |      .. copy_async16(slot 2) .. commit_copies()
+//
+// After wait_for_copies a lane may read the bytes that it has copied itself; to read those of other lanes it
+// also needs a barrier.
 //
 // Cost of copy_async16: 16 bytes per lane and instruction, 512 per warp; the L2 cache fetches 128 bytes at a
 // time.

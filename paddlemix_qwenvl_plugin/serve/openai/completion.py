@@ -121,11 +121,13 @@ class Completion:
             images=[image.pixels for image in images],
             stop_token_ids=spec.stop_token_ids,
             options=spec.options.within(service.config.max_position_embeddings - len(prompt.token_ids)),
-            generated=prompt.generated,
+            generated=prompt.generated,  # ranges of earlier answers in the prompt
             n_logprobs=spec.n_logprobs,
             adapter=spec.adapter,
         )
         size = images[-1].size if images else None
+        # The other choices are submitted after the first choice's first token, so that they find the prompt
+        # in the prefix cache.
         first_run: Optional[ChoiceRun] = None
         for number in range(spec.n):
             seeded = replace(request, options=_with_choice_seed(request.options, number))

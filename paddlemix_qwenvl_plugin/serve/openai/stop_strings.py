@@ -16,7 +16,7 @@ class StopStrings:
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
-        """Set the stop strings, which must not be empty."""
+        """Set the stop strings, none of which may be ""; without any, all text passes."""
         self._strings = strings
         self._held = ""
         self.found = False

@@ -1,4 +1,4 @@
-"""The base model of the adapters in this folder, small and with random weights; used by the tests and the makers."""
+"""The base model of the adapters in this folder, small and with random weights; used by the tests and make_*.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""WebDataset tar files: consecutive members of a folder whose file names are equal up to the first dot form a row."""
+"""WebDataset tar files: consecutive members whose paths are equal up to the file name's first dot form a row."""
 
 from __future__ import annotations
 

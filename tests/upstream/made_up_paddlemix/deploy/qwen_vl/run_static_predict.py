@@ -1,4 +1,4 @@
-"""Fake of PaddleMIX's script of this name: its Predictor, with the same calls of Paddle Inference."""
+"""Fake of PaddleMIX's script of this name: its Predictor, with the same inputs of both programs, except MAX_LEN."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from utils import load_real_time_tokens
 
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 
-MAX_LEN = 600
+MAX_LEN = 600  # 1024 upstream
 
 
 class Predictor:
@@ -47,6 +47,15 @@ class Predictor:
         def column(value, column_dtype):
             return paddle.full([rows, 1], value, column_dtype)
 
+        # In the order of stock_inputs() in artifact/contract.py, a line of names per line of code:
+        #   input_ids, image_features, img_pos, attention_mask, position_ids
+        #   penalty_score, frequency_score, presence_score
+        #   min_length, max_length
+        #   temperature, top_p, eos_token_id
+        #   seq_len_encoder, seq_len_decoder, step_idx, stop_flags
+        #   tgt_ids (any value), tgt_pos, tgt_generation_mask
+        #   pre_ids (any value), stop_nums
+        #   a cache per layer
         feed = [ids, features, img_pos, mask, paddle.tile(paddle.arange(width), [rows, 1])]
         feed += [column(1.0, "float32"), column(0.0, "float32"), column(0.0, "float32")]
         feed += [column(1, "int64"), column(MAX_LEN - width, "int64")]
