@@ -329,6 +329,10 @@ def test_output_folder(tmp_path: Path) -> None:
     completed = qwenvl(tmp_path, "run", path, "--output", "fake.yaml")
     assert (completed.returncode, completed.stderr.count("\n")) == (2, 1)
     assert completed.stderr.startswith("qwenvl: --output fake.yaml: cannot make ")
+    (tmp_path / "runs").symlink_to("nowhere")
+    completed = qwenvl(tmp_path, "run", path)
+    message = f"--output runs: {tmp_path / 'runs'} is a file or a broken link; name a folder"
+    assert (completed.returncode, completed.stderr) == (2, f"qwenvl: {message}\n")
 
 
 def test_missing_asset_and_wrong_digest(tmp_path: Path) -> None:
