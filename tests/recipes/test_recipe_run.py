@@ -367,7 +367,7 @@ def test_missing_asset_and_wrong_digest(tmp_path: Path) -> None:
         ({"paddle": "<1"}, "requires paddle <1; "),
         ({"packages": ["pydantic<1"]}, "requires pydantic<1; installed is 2."),
         ({"packages": ["no-such-distribution-here>=1"]}, "it is not installed (pip install "),
-        ({"memory_gib": 1e6}, "requires memory_gib 1e+06; this machine has "),
+        ({"memory_gib": 1e6}, "requires memory_gib 1e+06; this process may use "),
         ({"disk_gib": 1e9}, "requires disk_gib 1e+09; "),
     ],
 )
