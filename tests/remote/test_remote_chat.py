@@ -275,6 +275,8 @@ def test_an_error_in_the_middle_of_a_stream(server: FakeServer, model: ServerMod
         (["--url", "localhost:8000"], 2, "--url localhost:8000: must be of the form http://host:8000"),
         (["--url", "http://"], 2, "--url http://: must be of the form"),
         (["--url", "http://[::1"], 2, "must be of the form"),
+        (["--url", "http://[::1]x"], 2, "--url http://[::1]x: must be of the form"),
+        (["--url", "http://xn--a"], 2, "--url http://xn--a: must be of the form"),
         (
             ["--url", "http://me:secret@host/"],
             2,
