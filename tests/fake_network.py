@@ -12,6 +12,8 @@ import pytest
 class FakeNetwork:
     """Patches the resolver and connections. `names` maps a name to its successive resolutions; the last one repeats.
 
+    A resolution without addresses fails as for a name that does not exist.
+
     Attributes:
         resolved_names: the names that were resolved, in order.
         connected_addresses: the addresses to which a connection was opened or tried, in order.
@@ -35,6 +37,8 @@ class FakeNetwork:
         self.resolved_names.append(host)
         answers = self._names[host]
         addresses = answers.pop(0) if len(answers) > 1 else answers[0]
+        if not addresses:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         return [
             (socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, 0))
             for ip in addresses

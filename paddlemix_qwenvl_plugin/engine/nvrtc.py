@@ -61,17 +61,22 @@ def find(architectures: Collection[int], newest: int) -> Nvrtc:
 
 
 def _libraries() -> Iterator[str]:
-    """Yield candidates: paths, then names that the dynamic loader resolves."""
+    """Yield candidates: paths, the newer version of a kind of installation first; then names for the dynamic loader."""
     patterns = ("nvidia/*/lib/libnvrtc.so.*", "paddle/libs/libnvrtc*.so*", "torch/lib/libnvrtc*.so*")
     for folder in _sites():
         for pattern in patterns:
-            for path in sorted(folder.glob(pattern), reverse=True):
+            for path in sorted(folder.glob(pattern), key=_version_and_path, reverse=True):
                 # Skip NVRTC's other libraries, which match the patterns as well.
                 if not any(word in path.name for word in ("builtins", ".alt.")):
                     yield str(path)
     for toolkit in _toolkits():
         yield from map(str, sorted(toolkit.glob("lib64/libnvrtc.so.1?"), reverse=True))
     yield from _NAMES
+
+
+def _version_and_path(path: Path) -> tuple[str, Path]:
+    # The path alone would order nvidia/cuda_nvrtc, of CUDA 12, before nvidia/cu13.
+    return path.name.partition(".so")[2], path
 
 
 def _opened(library: str) -> Optional[Nvrtc]:

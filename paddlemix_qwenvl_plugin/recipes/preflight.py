@@ -46,7 +46,7 @@ def _unmet_requirements(requires: Requires, output: Path) -> list[str]:
             unmet.append(f"requires {line}; installed is {installed}")
     memory = memory_gib()
     if requires.memory_gib and memory is not None and memory < requires.memory_gib:
-        unmet.append(f"requires memory_gib {requires.memory_gib:g}; this machine has {memory:.1f}")
+        unmet.append(f"requires memory_gib {requires.memory_gib:g}; this process may use {memory:.1f}")
     if requires.disk_gib:
         existing = next(
             folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists()

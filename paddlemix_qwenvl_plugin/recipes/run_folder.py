@@ -33,9 +33,11 @@ def new(recipe: Recipe, output: Path) -> Path:
         folder = dated(recipe, output)
         try:
             folder.mkdir(parents=True)
-        except FileExistsError:
+        except FileExistsError as error:
             if not folder.is_dir():
-                raise UsageError(f"--output {output}: it is a file, give a folder") from None
+                raise UsageError(
+                    f"--output {output}: {error.filename} is a file or a broken link; name a folder"
+                ) from None
             time.sleep(0.1)  # another run has this second's name; retry with the next second
         except OSError as error:
             raise UsageError(f"--output {output}: cannot make {folder} ({error.strerror})") from error

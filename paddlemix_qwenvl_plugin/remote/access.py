@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Optional
 from urllib.parse import urlsplit
 
+import httpx
+
 from paddlemix_qwenvl_plugin.util import env
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 from paddlemix_qwenvl_plugin.util.sources import without_password
@@ -21,7 +23,8 @@ def check_url(url: str) -> str:
     try:
         parts = urlsplit(url)
         host, scheme, _ = parts.hostname, parts.scheme.lower(), parts.port
-    except ValueError:  # an invalid IPv6 address or port
+        _ = httpx.URL(url).host  # stricter than urlsplit: refuses http://[::1]x and invalid host names
+    except (ValueError, httpx.InvalidURL):  # such as an invalid IPv6 address or port
         host, scheme = None, ""
     if scheme not in ("http", "https") or not host or parts.query or parts.fragment:
         raise UsageError(f"--url {without_password(url)}: must be of the form http://host:8000")

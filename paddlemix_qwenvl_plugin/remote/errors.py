@@ -50,8 +50,12 @@ def error_of_response(url: str, response: httpx.Response) -> QwenVLError:
         seconds = _retry_after(response)
         when = "later" if seconds is None else f"in {seconds:g} seconds"
         return BusyError(f"{url}: {message} (status {status}); try again {when}", seconds)
-    if status in (401, 403):
+    code = error.get("code")
+    if status == 401 or (status == 403 and not code):
         return QwenVLError(f"{url}: {message}; give its API key with --api_key_file or {env.API_KEY.name}")
+    # With other codes, such as host_not_allowed and model_not_found, the message says what is wrong.
+    if code and code != "not_found":
+        return QwenVLError(f"{url}: {message} (status {status})")
     return QwenVLError(
         f"{url}: {message} (status {status}); is it the address of an OpenAI-compatible server?"
     )

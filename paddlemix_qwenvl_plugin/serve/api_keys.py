@@ -66,18 +66,20 @@ def read_api_keys(settings: ServeSettings) -> Optional[ApiKeys]:
     return None if settings.api_key_file is None else ApiKeys.of_file(settings.api_key_file)
 
 
-def check_exposure(settings: ServeSettings, address: str) -> None:
+def check_exposure(settings: ServeSettings, address: str, inherited: bool = False) -> None:
     """Refuse a non-loopback address without API keys, unless `no_auth` is set.
 
     Args:
         address: IP address or host name on which the server listens.
+        inherited: whether systemd passed the socket, so that `host` does not apply.
 
     Raises:
         UsageError: the address is reachable from other machines and no API keys are configured.
     """
     if settings.api_key_file is None and not settings.no_auth and not is_loopback(address):
+        source = f"systemd's socket at {address}" if inherited else f"--host {settings.host}"
         raise UsageError(
-            f"--host {settings.host}: other machines could use the server without a key;"
+            f"{source}: other machines could use the server without a key;"
             " give --api_key_file, or --no_auth to let them"
         )
 

@@ -37,7 +37,7 @@ def start(settings: ServeSettings, signals: Sequence[int], say: Callable[[str], 
     check_model(settings)
     listener = bound_socket(settings.host, settings.port, settings.reuse_port)
     with listener.socket:
-        check_exposure(settings, listener.socket.getsockname()[0])
+        check_exposure(settings, listener.socket.getsockname()[0], listener.inherited)
         start_logging(settings.log_level)
         # Imported here, so that errors of settings and port are reported before the slow imports.
         from paddlemix_qwenvl_plugin.serve.opening import open_service

@@ -161,7 +161,10 @@ def test_given_kernels_need_no_nvrtc(kernels: Path, site: Path, monkeypatch: pyt
 
 
 def test_where_nvrtc_is_found(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the NVRTCs in wheels, PyTorch and a toolkit, in this order, the first that fits GPU and driver is used."""
+    """Of the NVRTCs in wheels, PyTorch and a toolkit, in this order, the first that fits GPU and driver is used.
+
+    Of several wheels it is the newest that fits.
+    """
     with pytest.raises(QwenVLError, match=rf"^no NVRTC .*{INSTALL}"):
         nvrtc.find([90], 13)
     headers(site / "nvidia" / "cuda_runtime" / "include")
@@ -184,9 +187,11 @@ def test_where_nvrtc_is_found(site: Path, tmp_path: Path, monkeypatch: pytest.Mo
     (include / "cccl").mkdir()
     assert find(120) == (newer, (include, include / "cccl"))
     assert find(70)[0] == wheel
+    assert find(90)[0] == newer  # both fit
+    assert find(90, newest=12)[0] == wheel
 
     with pytest.raises(
-        QwenVLError, match=rf"libnvrtc.so.12 is NVRTC 12.9, which cannot compile for sm_130{INSTALL}"
+        QwenVLError, match=rf"libnvrtc.so.13 is NVRTC 13.0, which cannot compile for sm_130{INSTALL}"
     ):
         find(130)
     for library in (torch, wheel, toolkit):

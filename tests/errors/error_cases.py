@@ -1513,6 +1513,12 @@ cases(
 )
 
 
+@case("`--output` is a broken link")
+def _(bench: Bench) -> list[str]:
+    Path("runs").symlink_to("nowhere")
+    return bench.recipe("--output", "runs")
+
+
 @case("a step writes without end")
 def _(bench: Bench) -> list[str]:
     bench.monkeypatch.setattr(process, "LOG_MIB", 1)

@@ -26,6 +26,7 @@ from paddlemix_qwenvl_plugin.demo.score import mark
 from paddlemix_qwenvl_plugin.demo.world.captions import caption_text
 from paddlemix_qwenvl_plugin.demo.world.sample import Sample, Turn
 from paddlemix_qwenvl_plugin.demo.world.scene import Scene, Thing
+from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
 from paddlemix_qwenvl_plugin.serve.demo_model import demo_stages
 
 REPO = Path(__file__).resolve().parents[2]
@@ -100,9 +101,11 @@ def things(image: str, kind: str) -> list[Thing]:
 
 
 def has_right_box(image: str, question: str, expected: str, answer: str) -> bool:
-    """Whether an answer has the expected words, and its first box the expected <ref> and an IoU of at least 0.5."""
+    """Whether an answer has the expected words and one box, with the expected <ref> and an IoU of at least 0.5."""
     score = mark(Sample((SCENES[image],), (Turn("box", "en", question, expected),), "chat"), answer)
-    return score.boxes_right == score.boxes == 1 and score.words_right
+    # `mark` ignores boxes after the expected ones.
+    one_box = score.boxes == len(parse_boxes(answer).boxes) == 1
+    return one_box and score.boxes_right == 1 and score.words_right
 
 
 def text_with_box(ref: str, thing: Thing) -> str:

@@ -318,7 +318,7 @@ def test_limit_on_tokens(model, rows, tmp_path, monkeypatch):
     assert f"{report.skipped_rows} more rows are beyond the limit on tokens" in next(iter(report.lines()))
 
 
-def test_command(model, rows, tmp_path, monkeypatch, capsys):
+def test_command(model, tmp_path, monkeypatch, capsys):
     """The command prints figures of the report; without --data, the first line names the source of the rows."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("paddlemix_qwenvl_plugin.quantization.rows.N_DRAWN", 8)

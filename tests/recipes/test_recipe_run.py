@@ -329,6 +329,10 @@ def test_output_folder(tmp_path: Path) -> None:
     completed = qwenvl(tmp_path, "run", path, "--output", "fake.yaml")
     assert (completed.returncode, completed.stderr.count("\n")) == (2, 1)
     assert completed.stderr.startswith("qwenvl: --output fake.yaml: cannot make ")
+    (tmp_path / "runs").symlink_to("nowhere")
+    completed = qwenvl(tmp_path, "run", path)
+    message = f"--output runs: {tmp_path / 'runs'} is a file or a broken link; name a folder"
+    assert (completed.returncode, completed.stderr) == (2, f"qwenvl: {message}\n")
 
 
 def test_missing_asset_and_wrong_digest(tmp_path: Path) -> None:
@@ -363,7 +367,7 @@ def test_missing_asset_and_wrong_digest(tmp_path: Path) -> None:
         ({"paddle": "<1"}, "requires paddle <1; "),
         ({"packages": ["pydantic<1"]}, "requires pydantic<1; installed is 2."),
         ({"packages": ["no-such-distribution-here>=1"]}, "it is not installed (pip install "),
-        ({"memory_gib": 1e6}, "requires memory_gib 1e+06; this machine has "),
+        ({"memory_gib": 1e6}, "requires memory_gib 1e+06; this process may use "),
         ({"disk_gib": 1e9}, "requires disk_gib 1e+09; "),
     ],
 )

@@ -214,6 +214,22 @@ def test_an_error_leaves_the_conversation_unchanged(server: FakeServer, model: S
             "no such model .status 404.; is it the address",
         ),
         (
+            (404, {"message": "No such path", "code": "not_found"}, {}),
+            QwenVLError,
+            "No such path .status 404.; is it the address",
+        ),
+        (
+            (404, {"message": "no model x", "code": "model_not_found"}, {}),
+            QwenVLError,
+            r"^http://\S+: no model x \(status 404\)$",
+        ),
+        (
+            (403, {"message": "wrong host", "code": "host_not_allowed"}, {}),
+            QwenVLError,
+            r"^http://\S+: wrong host \(status 403\)$",
+        ),
+        ((403, None, {}), QwenVLError, "Forbidden; give its API key with --api_key_file or QWENVL_API_KEY"),
+        (
             (401, {"message": "no key"}, {}),
             QwenVLError,
             "no key; give its API key with --api_key_file or QWENVL_API_KEY",
@@ -259,6 +275,8 @@ def test_an_error_in_the_middle_of_a_stream(server: FakeServer, model: ServerMod
         (["--url", "localhost:8000"], 2, "--url localhost:8000: must be of the form http://host:8000"),
         (["--url", "http://"], 2, "--url http://: must be of the form"),
         (["--url", "http://[::1"], 2, "must be of the form"),
+        (["--url", "http://[::1]x"], 2, "--url http://[::1]x: must be of the form"),
+        (["--url", "http://xn--a"], 2, "--url http://xn--a: must be of the form"),
         (
             ["--url", "http://me:secret@host/"],
             2,

@@ -470,6 +470,9 @@ CASES: dict[str, Case] = {
     "longer than `running_timeout`, in a stream": with_settings(
         with_engine(chat(stream=True), hangs=True), running_timeout=0.2
     ),
+    "longer than `running_timeout`, while images are loaded": with_settings(
+        chat_with_image(data_url(png())), running_timeout=1e-4
+    ),
     "the server cancels a request": cancelled,
     "an image process that does not start": no_image_process,
     "after SIGTERM": after_sigterm,

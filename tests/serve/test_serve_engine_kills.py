@@ -68,7 +68,7 @@ def test_killed_ten_times_under_load(stages, local_model):
     assert not any(map(is_running, pids))
 
 
-def test_failed_restart_is_repeated(stages, tmp_path, monkeypatch):
+def test_failed_restart_is_repeated(stages, monkeypatch):
     """Restarts are tried until one succeeds; meanwhile requests are refused with the error of the last restart."""
     monkeypatch.setattr(engine_client, "_FIRST_PAUSE_SECONDS", 0.01)
     moved = stages[1].parent.with_name("moved")

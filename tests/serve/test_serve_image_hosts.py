@@ -32,6 +32,7 @@ DNS = {
     "inside.example": [["10.1.2.3"]],
     "rebinding.example": [[PUBLIC], ["127.0.0.1"]],
     "dead.example": [[UNREACHABLE]],
+    "nowhere.example": [[]],
 }
 ALLOWED_HOSTS = [
     *("images.example", "*.cdn.example", "inside.example", "rebinding.example", "dead.example"),

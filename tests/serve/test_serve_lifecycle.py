@@ -20,11 +20,12 @@ from serve_process import ServerProcess, wait_until
 from serve_service_helpers import PATH, CountingEngine, fake_service, served
 
 from paddlemix_qwenvl_plugin.serve import connection
-from paddlemix_qwenvl_plugin.serve.listening import accept_queued, bound_socket
+from paddlemix_qwenvl_plugin.serve import start as start_module
+from paddlemix_qwenvl_plugin.serve.listening import Listener, accept_queued, bound_socket
 from paddlemix_qwenvl_plugin.serve.reuse_port import direct_to_newer_server, distribute_to_all_servers
 from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 from paddlemix_qwenvl_plugin.serve.start import start as run_start
-from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 TIMEOUT = 120.0  # seconds; longer than any operation takes on a busy machine
 
@@ -225,6 +226,14 @@ def test_port_in_use() -> None:
 def test_invalid_host(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(QwenVLError, match=f"^{re.escape(message)}"):
         run_start(ServeSettings(demo=True, port=0, **settings), (), print)
+
+
+def test_exposed_socket_of_systemd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message names the socket, not the flag --host, which does not apply."""
+    listener = Listener(socket.create_server(("0.0.0.0", 0)), inherited=True)
+    monkeypatch.setattr(start_module, "bound_socket", lambda *args: listener)
+    with pytest.raises(UsageError, match=r"^systemd's socket at 0\.0\.0\.0: other machines could use"):
+        run_start(ServeSettings(demo=True), (), print)
 
 
 def with_systemd_socket(listener: socket.socket) -> dict[str, Any]:

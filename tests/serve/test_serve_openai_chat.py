@@ -139,7 +139,7 @@ def test_min_tokens_prevents_stop_tokens(server, local_model):
     assert completion.usage.completion_tokens == n
 
 
-def test_choices_have_different_seeds(server, local_model):
+def test_choices_have_different_seeds(server):
     parameters = {"n": 4, "seed": -5, "max_tokens": 20, **SAMPLED}
     completion = chat(server, question("Hello"), **parameters)
     texts = [choice.message.content for choice in completion.choices]
@@ -154,7 +154,7 @@ def test_choices_have_different_seeds(server, local_model):
     assert reasons == {choice.index: choice.finish_reason for choice in completion.choices}
 
 
-def test_choices_share_a_prompt(server, local_model):
+def test_choices_share_a_prompt(server):
     """The other choices are submitted after the first token of the first, so that they find its prompt in the cache.
 
     The usage counts the prompt once, and the image is loaded once.

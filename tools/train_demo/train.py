@@ -81,7 +81,8 @@ def main() -> None:
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 loss = model.loss(*batch)
             (loss_weight * loss).backward()
-            losses.append(loss.detach())
+            if rank == 0:  # which reports the losses
+                losses.append(loss.detach())
         if ranks > 1:
             _average_gradients(model, ranks)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

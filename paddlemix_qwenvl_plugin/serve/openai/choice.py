@@ -44,11 +44,11 @@ class Deadline:
         if self.passed:
             raise self.error()
 
-    def error(self) -> ApiError:
+    def error(self, advice: str = "; request fewer tokens") -> ApiError:
         """Create the timeout error."""
         return ApiError(
             504,
-            f"The completion timed out after {self.seconds:g} seconds; request fewer tokens.",
+            f"The completion timed out after {self.seconds:g} seconds{advice}.",
             "server_error",
             code="timeout",
             # A retry would take as long: clients must not retry automatically.

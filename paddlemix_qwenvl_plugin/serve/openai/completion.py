@@ -115,7 +115,9 @@ class Completion:
             # No time has been used before: a prompt with images is the only prompt of its request.
             images = await asyncio.wait_for(loading, self._deadline.seconds)
         except asyncio.TimeoutError:
-            raise self._deadline.error() from None
+            raise self._deadline.error(
+                ", before its images were loaded; send fewer or smaller images"
+            ) from None
         request = EngineRequest(
             prompt=prompt.token_ids,
             images=[image.pixels for image in images],
