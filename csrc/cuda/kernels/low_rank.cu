@@ -185,6 +185,8 @@ extern "C" __global__ void __launch_bounds__(kLowRankDownThreads, kDownBlocks)
       }
     }
   }
+  // The preceding low_rank_down uses the same scratch memory: wait, even without a step to compute.
+  if (!p.x_is_complete) wait_for_predecessors();
   __syncthreads();
 
   // Each thread has elements of A x, if their runs are of this block: row i of the block, row first + j of A.
