@@ -27,7 +27,7 @@ class QuantizedLinears:
 
     Attributes:
         quant_type: the export's name for this storage, such as "gptq_int4_g128"; ends with "_order" if `read` has to
-            sort the columns of at least one weight by group.
+            sort the inputs of at least one weight by group.
 
     Args:
         folder: the model folder, for messages.

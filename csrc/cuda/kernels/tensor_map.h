@@ -1,4 +1,5 @@
-// Descriptor of a tensor for the copy engine of sm_90 and newer. Plain types only.
+// Descriptor of a tensor for the copy engine of sm_90 and newer. Built-in types only: NVRTC, which also
+// compiles this header, has no standard library.
 #pragma once
 
 namespace qvl::cuda {

@@ -55,7 +55,10 @@ class Input:
         return kinds[self.kind](prompt, defaults)
 
     def digest(self) -> str:
-        """Compute a digest: of the content of a single JSONL file, otherwise of the files' names and sizes."""
+        """Compute a digest: of the content of a single JSONL file, otherwise of the files' names and sizes.
+
+        Reading many files, or images, would take too long; a change that keeps all sizes is not noticed.
+        """
         if self.kind != "jsonl" or len(self.sizes) > 1:
             return hashlib.sha256(dump([*self.sizes.items()])).hexdigest()
         digest = hashlib.sha256()
