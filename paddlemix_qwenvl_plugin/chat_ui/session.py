@@ -99,7 +99,7 @@ class Session:
         return self._chat.ask([*images, {"text": question}], **asdict(self._options))
 
     def record(self, question: str, stream: Stream, segments: list[Segment]) -> Turn | None:
-        """Append the turn of `ask` and return it.
+        """Append the turn of `ask` and return it; if the answer has no token, append nothing and return None.
 
         If the answer was stopped before its first token, the question is discarded, the attached images remain for the
         next question, and the result is None.

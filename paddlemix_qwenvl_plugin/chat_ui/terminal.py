@@ -117,12 +117,12 @@ def on_ctrl_c(action: Callable[[], object]) -> Iterator[None]:
 
 
 def raise_keyboard_interrupt() -> None:
-    """Raise KeyboardInterrupt."""
+    """Raise KeyboardInterrupt: an action for `on_ctrl_c`, the same as Python's default."""
     raise KeyboardInterrupt
 
 
 def do_nothing() -> None:
-    """Do nothing."""
+    """Ignore Ctrl-C: an action for `on_ctrl_c`."""
 
 
 def preview(image: Image.Image, environment: Mapping[str, str]) -> str:

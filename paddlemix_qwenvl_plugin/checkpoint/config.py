@@ -162,7 +162,7 @@ def read_json(path: Path, unique: bool = False) -> Any:
 
 
 def parse_json(text: bytes, unique: bool) -> Any:
-    """Parse UTF-8 JSON; raise ValueError or RecursionError if it is invalid. `unique`: see read_json."""
+    """Parse UTF-8 JSON, without duplicate keys if `unique`; raise ValueError or RecursionError if it is invalid."""
     return json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates if unique else None)
 
 

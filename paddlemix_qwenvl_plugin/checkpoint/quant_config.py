@@ -28,7 +28,7 @@ _SIDE_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """Storage of the quantized weights.
+    """How a checkpoint stores its quantized weights: method, bits, group size, act-order, form of zero points.
 
     Attributes:
         method: gptq or awq.

@@ -70,7 +70,7 @@ class QuantizedLinears:
 
     @property
     def stored(self) -> dict[str, Stored]:
-        """Shape and dtype of the removed tensors by canonical name, such as h.0.mlp.w1.qweight."""
+        """Shape and dtype of the tensors that store the weights, by canonical name, such as h.0.mlp.w1.qweight."""
         return {name: self._shards.tensors[stored_name] for name, stored_name in self._stored_names().items()}
 
     def read_stored(self, name: str) -> NDArray[np.generic]:

@@ -126,7 +126,7 @@ def check(where: str, tensor: StoredTensor, n_bytes: int) -> None:
 
 
 def check_table(path: Any, table: Any) -> dict[str, StoredTensor]:
-    """Return the table if it is a dict of tensors of the types in _KINDS; otherwise raise QwenVLError."""
+    """Return the table if it is a dict of tensors of types that weights have; otherwise raise QwenVLError."""
     if not isinstance(table, dict) or not table:
         raise QwenVLError(f"{path}: holds no table of tensors")
     for name, tensor in table.items():

@@ -72,7 +72,7 @@ Verify = Annotated[
 
 
 def with_flags(function: Callable[..., Any], **factories: Callable[..., Any]) -> Callable[..., Any]:
-    """Evaluate a command's string annotations, and expand its factories into flags.
+    """Give a command the flags of the functions that make its arguments; evaluate its string annotations.
 
     A factory is a function that makes an object from flags, such as `open_model`, which makes a model. `factories` maps
     a parameter of the command to its factory, whose flags take the parameter's place on the command line. The command

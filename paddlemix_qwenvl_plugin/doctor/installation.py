@@ -44,7 +44,7 @@ def check_plugin() -> Check:
 
 
 def check_entry_points(answer: Answer, paddle_imports: bool) -> list[Check]:
-    """Check each of our entry points.
+    """Check that each entry point of this package is installed and can be loaded.
 
     Args:
         answer: result of questions.entry_points.

@@ -50,13 +50,13 @@ NO_LOGITS, GENERATED = 1, 2
 
 
 class Error(Structure):
-    """The struct qvl_error."""
+    """The struct qvl_error: a one-line error message."""
 
     _fields_ = [("message", c_char * 512)]
 
 
 class Config(Structure):
-    """The struct qvl_config."""
+    """The struct qvl_config: sizes of the model, and the device of an engine."""
 
     _fields_ = [
         ("size", c_uint32),
@@ -90,7 +90,7 @@ class Config(Structure):
 
 
 class Tensor(Structure):
-    """The struct qvl_tensor."""
+    """The struct qvl_tensor: name, data, storage type, device and shape of a weight."""
 
     _fields_ = [
         ("name", c_char_p),
@@ -104,7 +104,7 @@ class Tensor(Structure):
 
 
 class DeviceInfo(Structure):
-    """The struct qvl_device_info."""
+    """The struct qvl_device_info: name, memory and capabilities of a CPU or a GPU."""
 
     _fields_ = [
         ("size", c_uint32),
@@ -119,7 +119,7 @@ class DeviceInfo(Structure):
 
 
 class SequenceRow(Structure):
-    """The struct qvl_sequence."""
+    """The struct qvl_sequence: tokens of one sequence in a batch, with the blocks and the adapter of the sequence."""
 
     _fields_ = [
         ("n_new", c_int32),
@@ -134,7 +134,7 @@ class SequenceRow(Structure):
 
 
 class AdapterMatrix(Structure):
-    """The struct qvl_adapter_matrix."""
+    """The struct qvl_adapter_matrix: an adapter's low-rank update of one matrix."""
 
     _fields_ = [
         ("name", c_char_p),
@@ -149,13 +149,13 @@ class AdapterMatrix(Structure):
 
 
 class Span(Structure):
-    """The struct qvl_span."""
+    """The struct qvl_span: tokens of a batch that are vectors (image features) instead of ids."""
 
     _fields_ = [("start", c_int32), ("count", c_int32), ("features", c_void_p)]
 
 
 class Batch(Structure):
-    """The struct qvl_batch."""
+    """The struct qvl_batch: the sequences of a step, with their tokens and spans."""
 
     _fields_ = [
         ("size", c_uint32),
@@ -171,7 +171,7 @@ class Batch(Structure):
 
 
 class Sampling(Structure):
-    """The struct qvl_sampling."""
+    """The struct qvl_sampling: sampling parameters of one row of logits."""
 
     _fields_ = [
         ("size", c_uint32),
@@ -189,7 +189,7 @@ class Sampling(Structure):
 
 
 class StepArgs(Structure):
-    """The struct qvl_step_args."""
+    """The struct qvl_step_args: a batch, its sampling parameters, and the buffers for the results of the step."""
 
     _fields_ = [
         ("size", c_uint32),

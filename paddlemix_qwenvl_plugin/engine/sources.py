@@ -55,9 +55,9 @@ def all_isas(csrc: Path) -> list[Isa]:
 
 
 def isas_here(csrc: Path) -> list[Isa]:
-    """The ISAs of a build for this machine: generic, and the best one that this processor supports.
+    """The ISAs of a build for this machine: generic, the best that it supports and, with avx512_bf16, also avx512.
 
-    If that is avx512_bf16, also avx512: QVL_COMPUTE_FLOAT32 needs kernels without bfloat16 products.
+    QVL_COMPUTE_FLOAT32 needs kernels without bfloat16 products: those of avx512.
     """
     generic, *others = all_isas(csrc)
     supported = [isa for isa in others if isa.runs_here()]

@@ -56,7 +56,7 @@ class CaptionScores:
 
 
 def tokens(caption: str) -> str:
-    """Penn Treebank tokens of a caption in lower case, without _PUNCTUATION, joined by spaces.
+    """Penn Treebank tokens of a caption in lower case, without common punctuation marks, joined by spaces.
 
     Brackets become -lrb-, -rrb- and the like. COCO's evaluation runs Stanford's tokenizer in Java instead, which gives
     ordinary captions the same tokens (docs/eval.md).

@@ -69,11 +69,11 @@ def export_vision(
     engine: Optional[str] = None,
     lora: Union[PathLike, Sequence[Lora]] = (),
 ) -> Manifest:
-    """Export the vision stage, images -> features, to SAVE_PATH.json, .pdmodel, .pdiparams and .manifest.json.
+    """Export the vision stage, images -> features, to SAVE_PATH.*: programs, parameter file, manifest.
 
-    If the engine is available and `engine` allows it, the export also has `.fused.json` and `.fused.pdmodel` with the
-    same weights. A float16 or bfloat16 export also has `.cpu.json` and `.cpu.pdmodel`: the same weights, computed in
-    float32.
+    The files are SAVE_PATH.json, .pdmodel, .pdiparams and .manifest.json. If the engine is available and `engine`
+    allows it, the export also has `.fused.json` and `.fused.pdmodel` with the same weights. A float16 or bfloat16
+    export also has `.cpu.json` and `.cpu.pdmodel`: the same weights, computed in float32.
 
     Args:
         model: model folder.
@@ -112,10 +112,11 @@ def export_language(
     quant_type: Optional[str] = None,
     lora: Union[PathLike, Sequence[Lora]] = (),
 ) -> Manifest:
-    """Export the language stage to OUTPUT_PATH/MODEL_PREFIX.*: stock programs, and step programs for QwenVL.
+    """Export the language stage to OUTPUT_PATH/MODEL_PREFIX.*: programs, parameter file, manifest.
 
-    QwenVL runs the step programs where it does not use the engine. With quantized weights, only the engine program is
-    exported. The tokenizer and the config are copied to OUTPUT_PATH. Other arguments and errors: see export_vision.
+    The programs are stock programs, and step programs, which QwenVL runs where it does not use the engine. With
+    quantized weights, only the engine program is exported. The tokenizer and the config are copied to OUTPUT_PATH.
+    Other arguments and errors: see export_vision.
 
     Args:
         quant_type: weight_only_int8 or weight_only_int4, engine only; None: all weights in `dtype`, except

@@ -37,7 +37,7 @@ class Attention(nn.Layer):
     def mix(
         self, x: paddle.Tensor, position: Position, cache: tuple[paddle.Tensor, paddle.Tensor] | None
     ) -> tuple[paddle.Tensor, tuple[paddle.Tensor, paddle.Tensor]]:
-        """Compute the input of `c_proj`, and the cache with the chunk's keys and values appended."""
+        """Attention before its output projection `c_proj`, and the cache with the chunk's keys and values appended."""
         qkv = self.c_attn(x).reshape([0, 0, 3 * self.heads, self.head_dim])
         query, key, value = paddle.split(qkv, 3, axis=2)
         query = rotate(query.astype("float32"), position.cos, position.sin) * position.query_scale
@@ -113,7 +113,7 @@ class LanguageModel(nn.Layer):
         cache_valid: paddle.Tensor | None = None,
         caches: list[tuple[paddle.Tensor, paddle.Tensor]] | None = None,
     ) -> tuple[paddle.Tensor, list[tuple[paddle.Tensor, paddle.Tensor]]]:
-        """Run the layers.
+        """Run the layers on embeddings: logits of each row's last token, and the caches with the chunk appended.
 
         Args:
             embeddings: [B, S, hidden], from `embed` or `embed_tokens`; rows shorter than S are padded on the right.

@@ -1,4 +1,4 @@
-"""The Qwen-VL tokenizer: byte-level BPE, and image spans with the bytes of a path."""
+"""The Qwen-VL tokenizer: byte-level BPE, and image slots whose tokens are the bytes of the image's path."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class DecoderLayer:
             self._parameters[f"h.{name}"].set_value(np.ascontiguousarray(values))
 
     def inputs(self, stage: int, states: Floats, n_prompt: int) -> Floats:
-        """Compute the input [tokens, in] of the matrices in STAGES[stage].
+        """Compute the input [tokens, in] of the matrices STAGES[stage], one of four sets that each have the same input.
 
         Args:
             states: states before the layer for stages 0 and 1, after the layer's attention for stages 2 and 3.

@@ -37,7 +37,7 @@ def check_url(url: str) -> str:
 
 
 def read_key(file: Optional[Path]) -> Optional[str]:
-    """Read the API key: the first line of `file` that is neither empty nor a comment (`#`).
+    """Read the API key from `file`, its first line that is neither empty nor a comment (`#`), or from QWENVL_API_KEY.
 
     Without a file, the key is the value of QWENVL_API_KEY, or None if that is not set.
 

@@ -160,7 +160,7 @@ class Generation:
         return [*self.prompt[start:], *self.tokens[: end - n_prompt]]
 
     def entries(self, start: int, end: int) -> list[tuple[int, int, bool]]:
-        """Split the tokens [start, end) into ranges (start, end, generated).
+        """Split the tokens [start, end) into ranges (start, end, generated): whether the model generated the tokens.
 
         A range with `generated` is computed with the arithmetic of a decode step, the others with that of a prefill.
         """

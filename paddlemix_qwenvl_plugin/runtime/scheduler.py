@@ -46,7 +46,7 @@ class Chunk:
 
 
 class Scheduler:
-    """First-come, first-served scheduler with a token budget per step, chunked prefill and preemption.
+    """Scheduler with chunked prefill and preemption; the oldest and the shortest prompts share a step's tokens.
 
     Every decoding request has one token in every step. The remaining budget goes to chunks of prompts: one half to the
     oldest prompts, one half to the prompts with the fewest pending tokens, so that short prompts do not wait for long

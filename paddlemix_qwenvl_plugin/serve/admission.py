@@ -61,7 +61,10 @@ class SlotQueue:
     def set_limits(
         self, max_running: int, max_waiting: int, waiting_timeout: float, max_per_key: Optional[int]
     ) -> None:
-        """Change the limits; see __init__. Running and waiting requests stay."""
+        """Change the limits on slots, waiting requests and waiting time; running and waiting requests stay.
+
+        Arguments as for `__init__`.
+        """
         self._max_running = max_running
         self._max_waiting = max_waiting
         self._waiting_timeout = waiting_timeout

@@ -50,12 +50,15 @@ class ProcessEngineClient:
         return None if self._child is None else self._child.pid
 
     async def start(self) -> None:
-        """See EngineClient."""
+        """Start the engine process and wait until it is ready; then, until `stop`, restart it whenever it ends.
+
+        Errors as for `EngineClient.start`.
+        """
         await self._open()
         self._supervisor = asyncio.create_task(self._supervise())
 
     async def stop(self) -> None:
-        """See EngineClient."""
+        """End the engine process and its requests; the process has exited when this returns."""
         if self._supervisor is not None:
             self._supervisor.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -66,7 +69,7 @@ class ProcessEngineClient:
         self._fail_all("the server is ending")
 
     def submit(self, request: EngineRequest) -> ReceivedTokens:
-        """See EngineClient."""
+        """Submit a request to the engine process; raise EngineUnavailable if the process is not ready."""
         if not self.ready or self._child is None:
             raise EngineUnavailable(self._unavailable_reason)
         child, number = self._child, self._n_requests

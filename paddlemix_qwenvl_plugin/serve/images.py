@@ -56,7 +56,10 @@ class WorkerImageLoader:
         await asyncio.gather(*(process.start() for process in self._processes))
 
     async def load(self, url: str, param: str) -> LoadedImage:
-        """See ImageLoader."""
+        """Load a data: URL, or an http(s) URL of an allowed host; a worker process decodes it unless it is cached.
+
+        Arguments and errors as for `ImageLoader.load`.
+        """
         # Only the first characters are searched for the colon after the scheme: the text may have megabytes.
         scheme = url.partition(":")[0].lower() if ":" in url[:16] else ""
         if scheme == "data":
@@ -70,7 +73,7 @@ class WorkerImageLoader:
         )
 
     async def close(self) -> None:
-        """See ImageLoader."""
+        """Cancel the decoding of images and end the worker processes."""
         for task in list(self._decoding):
             task.cancel()
         await asyncio.gather(*self._decoding, return_exceptions=True)

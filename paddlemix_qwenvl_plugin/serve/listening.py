@@ -29,7 +29,7 @@ class Listener(NamedTuple):
 
 
 def bound_socket(host: str, port: int, reuse_port: bool) -> Listener:
-    """Bind a TCP socket; it listens immediately unless `reuse_port` is set.
+    """Take the socket that systemd passed, else bind a TCP socket, which listens unless `reuse_port` is set.
 
     With `reuse_port`, the kernel distributes connections over all servers that listen on the port, so one that is still
     loading its model must not listen. A socket passed by systemd takes precedence over the address.

@@ -46,11 +46,11 @@ class ReceivedTokens:
 
     @property
     def ended(self) -> Optional[Ended]:
-        """See TokenStream."""
+        """Finish reason and cached tokens of the request; None until all its tokens have been read."""
         return None if self._tokens else self._ended
 
     def cancel(self) -> None:
-        """See TokenStream."""
+        """Cancel the request; the stream ends after CANCEL_SECONDS even if the engine has not ended the request."""
         if self._cancel_timer is None and self._ended is None and self._error is None:
             self._send_cancellation()
             loop = asyncio.get_running_loop()

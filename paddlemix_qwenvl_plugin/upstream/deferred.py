@@ -40,7 +40,10 @@ class Deferred:
 
 
 def state(deferred: Deferred) -> dict[str, Any]:
-    """State of a deferred object. When the real object is made, the functions in the list `steps` are called on it."""
+    """Return the attributes of a deferred object itself, without making the real object.
+
+    When the real object is made, the functions in the list `steps` are called on it.
+    """
     fields: dict[str, Any] = object.__getattribute__(deferred, "__dict__")
     return fields
 

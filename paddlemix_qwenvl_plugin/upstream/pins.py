@@ -33,7 +33,7 @@ class Upstream(_Frozen):
 
 
 class PaddleNLPWheel(_Frozen):
-    """PaddleNLP wheel.
+    """Supported PaddleNLP wheel: its version, and its generation of the modules for export and prediction.
 
     Attributes:
         version: version of the distribution.
@@ -45,7 +45,7 @@ class PaddleNLPWheel(_Frozen):
 
 
 class GpuWheel(_Frozen):
-    """GPU wheel of Paddle.
+    """GPU wheel of Paddle: its version, and the GPU architectures for which it has machine code.
 
     Attributes:
         version: version of the distribution.

@@ -71,7 +71,7 @@ class Engine:
             stream.cancel()
 
     def check_health(self) -> None:
-        """Raise RuntimeError if the engine process has not been ready for _UNHEALTHY_SECONDS; called by Ray Serve."""
+        """Raise RuntimeError if the engine process has not been ready for a minute; called by Ray Serve."""
         now = time.monotonic()
         if self._client.ready:
             self._last_healthy = now

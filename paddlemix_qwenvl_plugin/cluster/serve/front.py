@@ -85,7 +85,7 @@ class Front:
         _App.front = self
 
     async def join(self) -> None:
-        """Join the cluster."""
+        """Configure the cluster's coordinator with this front's settings, and begin periodic reports to it."""
         name = serve.get_replica_context().replica_id.unique_id
         self._member = Member(name, "front", self._settings, self._state, self._apply_totals)
         self._admission.join(self._member)

@@ -1,4 +1,4 @@
-"""Routing key of a request: a digest of its adapter and its shared prefix."""
+"""Routing key of a request: a digest of its adapter and of the beginning of its prompt."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from paddlemix_qwenvl_plugin.serve.engine_api import EngineRequest
 
 
 def prefix_of(request: EngineRequest, image_end: int) -> str:
-    """Compute a digest of a request's adapter and of its shared prefix.
+    """Compute a digest of a request's adapter and of its prompt up to the last image of the first turn.
 
-    The shared prefix is the prompt before the first answer, up to and including the last image if it has one. All turns
-    of a conversation have the same digest, and so have requests whose adapter, prompt and images are the same up to the
-    last image of the first turn.
+    If the first turn has no image, all of the prompt before the first answer counts. All turns of a
+    conversation have the same digest, and so have requests whose adapter, prompt and images are the same up to the last
+    image of the first turn.
 
     Args:
         image_end: id of the token after an image's slots.
