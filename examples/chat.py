@@ -4,7 +4,7 @@
     python examples/chat.py --image recipes/images/street.png "Is there a dog?" "Where is it?" \
         --model out/vision/vision out/text/qwen
 
-The first command prints
+The first command, with the demo model, prints
 
     > How many hearts are there?
     There are four hearts.

@@ -86,7 +86,11 @@ class Graphs:
         self._graphs: list[Any] = []  # with their results: keeps the memory pool and the results alive
 
     def capture(self, run: Function) -> Function:
-        """Return a function that replays a graph of `run`, after two warm-up runs on another stream."""
+        """Return a function that replays a graph of `run`, after two warm-up runs on another stream.
+
+        The warm-up runs also fill the caches of fastest_kernel, which measures, and of token_indices: neither may
+        happen during the capture.
+        """
         warm_up_stream = torch.cuda.Stream()
         warm_up_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(warm_up_stream):
@@ -243,7 +247,8 @@ class Language:
 
         Args:
             ids: int64 [sequences * tokens].
-            past: number of cached tokens of each sequence.
+            past: number of cached tokens of each sequence; 0 if tokens > 1, since the causal mask begins at the first
+                key.
             tokens: number of new tokens of each sequence.
             first: index of the first sequence in the cache.
             features: image features at positions 1 to queries of each sequence, [sequences, queries, hidden].
@@ -431,17 +436,21 @@ def time_steps(column: str, language: Language, capture: Function) -> None:
     for batch, past in sorted(STEPS):
         length = CACHE_LENGTH if batch < REQUESTS else CACHE_LENGTH_REQUESTS
         if cache is None or cache.batch != batch:
-            del cache  # before the next is allocated
+            cache = None  # frees its memory before the next is allocated
             cache = Cache(language.sizes, batch, length)
-        ids = random_ids(batch, language.sizes).long()
+        report(column, step_row(batch, past), measure_step(language, capture, cache, past))
 
-        def step(cache: Cache = cache, ids: Any = ids, past: int = past) -> Any:
-            logits, tokens = language.run(cache, ids, past, tokens=1)
-            return logits, ids.copy_(tokens)
 
-        run = capture(step)
-        fill = functools.partial(ids.random_, 0, language.sizes.vocab)
-        report(column, step_row(batch, past), measure(run, fill, group=8))
+def measure_step(language: Language, capture: Function, cache: Cache, past: int) -> float:
+    """Measure a decode step of all sequences of the cache; no reference to the cache is kept."""
+    ids = random_ids(cache.batch, language.sizes).long()
+
+    def step() -> Any:
+        logits, tokens = language.run(cache, ids, past, tokens=1)
+        return logits, ids.copy_(tokens)
+
+    fill = functools.partial(ids.random_, 0, language.sizes.vocab)
+    return measure(capture(step), fill, group=8)
 
 
 def make_answer(vision: Vision, language: Language, capture: Function, n: int) -> Callable[[], Any]:

@@ -31,12 +31,13 @@ namespace {
 // gaps between a decode step's loops.
 constexpr int kSpins = 2000;
 
-// Single-threaded periods; all times are in nanoseconds. The loss of loops on several threads is the time
-// that they would have saved on one thread. When it exceeds kToleratedLoss, loops run single-threaded for
-// single_threaded_factor_ times the loss, at most for kMaxSingleThreaded, and the factor doubles, up to
-// kMaxFactor: if another process always occupies a processor, almost no time is lost. Gains compensate later
-// losses, but only up to kMaxGain, which is enough for a processor that is occupied occasionally. When the
-// gains reach kMaxGain, the factor is reset to kMinFactor.
+// Single-threaded periods; all times are in nanoseconds. The loss of a loop on several threads is its time
+// minus its estimated time on one thread; a negative loss is a gain. When the sum of the losses exceeds
+// kToleratedLoss, loops run single-threaded for single_threaded_factor_ times the sum, at most for
+// kMaxSingleThreaded, and the factor doubles, up to kMaxFactor: if another process always occupies a
+// processor, almost no time is lost. Gains compensate later losses, but only up to kMaxGain, which is enough
+// for a processor that is occupied occasionally. When the gains reach kMaxGain, the factor is reset to
+// kMinFactor.
 constexpr int64_t kToleratedLoss = 50000;
 constexpr int64_t kMaxGain = 2000000;
 constexpr int64_t kMinFactor = 32, kMaxFactor = 1 << 14;

@@ -41,9 +41,9 @@ void attention_dense_with(const Gpu& gpu, CUstream stream, bool portable, const 
   params.head_dim = a.head_dim;
   params.scale = a.scale;
   // Addresses and strides of a tensor map are multiples of 16 bytes, 8 values.
-  params.use_tensor_map =
-      hopper && has_tensor_maps(gpu) && a.kv_image > 0 && reinterpret_cast<uintptr_t>(a.k) % 16 == 0 &&
-      reinterpret_cast<uintptr_t>(a.v) % 16 == 0 && (a.kv_stride | a.kv_head | a.kv_image) % 8 == 0;
+  params.use_tensor_map = hopper && a.kv_image > 0 && reinterpret_cast<uintptr_t>(a.k) % 16 == 0 &&
+                          reinterpret_cast<uintptr_t>(a.v) % 16 == 0 &&
+                          (a.kv_stride | a.kv_head | a.kv_image) % 8 == 0;
   if (params.use_tensor_map) {
     for (int part = 0; part < 2; ++part) {  // 0: keys; 1: values
       params.keys[part] =

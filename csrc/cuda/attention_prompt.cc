@@ -63,9 +63,9 @@ void attention_prompt_with(const Gpu& gpu, CUstream stream, bool portable, const
   params.head_dim = kv.head_dim;
   // A copy loads all tokens of a block of the cache: a tile of keys must consist of whole blocks, and a block
   // of whole groups of 8 rows (hopper.cuh). Strides must be multiples of 16 bytes, 8 values.
-  params.use_tensor_map = hopper && has_tensor_maps(gpu) && params.type == kHalfKeys &&
-                          kv.head_dim % 8 == 0 && kv.block_tokens % 8 == 0 &&
-                          kHopperKeys % kv.block_tokens == 0 && kv.block_bytes % 16 == 0;
+  params.use_tensor_map = hopper && params.type == kHalfKeys && kv.head_dim % 8 == 0 &&
+                          kv.block_tokens % 8 == 0 && kHopperKeys % kv.block_tokens == 0 &&
+                          kv.block_bytes % 16 == 0;
   if (params.use_tensor_map) {
     const int64_t head_bytes = int64_t{2} * kv.block_tokens * kv.head_dim;
     constexpr int64_t kBlocks = INT32_MAX;  // any upper bound

@@ -1,4 +1,5 @@
-// Launches of kernels/linear_decode.cu, linear_decode_wide.cu and upload_matrix.cu.
+// Launches of kernels/upload_matrix.cu and, on GPUs other than Hopper, of kernels/linear_decode.cu and
+// linear_decode_wide.cu; linear_decode() calls linear_decode_hopper() on Hopper.
 #include <algorithm>
 #include <string>
 
@@ -51,11 +52,11 @@ int lay_out(int arch, const Matrix& matrix, int columns, int tiles_at_once, Line
   p.tiles_at_once = tiles_at_once;
   p.x_pitch = units * kUnit * 2 + 64;
   p.scales_at = depth * kWarps * kStepBytes;
-  p.x_at = p.scales_at + depth * kWarps * 8 * scale_bytes_of(storage);
+  p.x_at = p.scales_at + depth * kWarps * 8 * scale_bytes_of(storage);  // 8 pairs of rows
   p.offsets_at = p.x_at + columns * p.x_pitch;
   p.offsets_pitch = (columns + 1) / 2 * 2;
   p.sums_at = p.offsets_at + units * groups * p.offsets_pitch * 4;
-  return p.sums_at + 2 * kWarps * tiles_at_once * columns * kSumsPitch * 4;
+  return p.sums_at + 2 * kWarps * tiles_at_once * columns * kSumsPitch * 4;  // 2 buffers
 }
 
 // Launch kernels/linear_decode_wide.cu, for more than 8 rows of x; return false if no block fits the shared
@@ -160,7 +161,7 @@ void linear_decode(const Gpu& gpu, CUstream stream, const Matrix& matrix, const 
   QVL_REQUIRE(n >= 1 && n <= kMaxRows, QVL_INTERNAL, "linear_decode: %d rows", n);
   QVL_REQUIRE(x_stride % 8 == 0, QVL_INTERNAL, "linear_decode: rows of x %lld values apart",
               static_cast<long long>(x_stride));
-  if (has_tensor_maps(gpu))
+  if (has_tensor_maps(gpu))  // Hopper only: older and newer GPUs use the kernels below
     return linear_decode_hopper(gpu, stream, matrix, x, x_stride, n, epilogue, y, low_rank_next);
   LinearDecode p{};
   p.values = matrix.values;
@@ -176,6 +177,8 @@ void linear_decode(const Gpu& gpu, CUstream stream, const Matrix& matrix, const 
   p.n = n;
   p.epilogue = static_cast<int>(epilogue);
 
+  // The kernel, its columns and its sizes may depend on n, since all of them give the same bits
+  // (kernels/linear_decode.cuh).
   if (n > kMaxColumns && gpu.arch() >= 80 && !info(matrix.storage).zeros &&
       launch_wide(gpu, stream, matrix, p))
     return;

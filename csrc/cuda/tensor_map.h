@@ -9,7 +9,8 @@
 
 namespace qvl::cuda {
 
-// Whether this GPU runs kernels with tensor maps: Hopper only.
+// Whether the engine uses tensor maps on this GPU: true on Hopper (compute capability 9.0), whatever its
+// driver, and false on every other GPU. Newer GPUs have tensor maps too, but no kernel uses them there.
 bool has_tensor_maps(const Gpu&);
 
 // Encode a tensor map. Sizes and boxes are in values, the first dimension is contiguous; strides, of all

@@ -90,7 +90,7 @@ def write_params(
                 record = records[name]
                 if values.shape != record.shape or values.dtype != _STORAGE[record.dtype]:
                     raise AssertionError(f"{name}: {values.dtype} {values.shape}, program has {record}")
-                # uint8: quantized values, checked when they were packed, or the order of a matrix's columns.
+                # uint8: quantized values, checked when they were packed, or the order of a matrix's inputs.
                 n_bad = 0 if record.dtype == "uint8" else n_not_finite(values, record.dtype)
                 if n_bad:
                     raise QwenVLError(

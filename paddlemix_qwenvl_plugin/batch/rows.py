@@ -31,6 +31,8 @@ class Row(NamedTuple):
 def read_row(number: int, line: bytes, defaults: Mapping[str, Any]) -> Row:
     """Parse line `number` of the input; if it is invalid, the row's `parsed` is the error.
 
+    Also parses the calibration rows of `qwenvl quantize` (quantization/rows.py).
+
     Args:
         line: the line's bytes.
         defaults: values of the generation options that the row does not set.

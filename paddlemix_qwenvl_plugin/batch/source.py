@@ -1,4 +1,4 @@
-"""Input of a batch job: a JSONL file, indexed in one pass and then read by row."""
+"""Input of a batch job on one machine: a JSONL file, indexed in one pass and then read by row."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class Entry(NamedTuple):
         offset: offset of the line in the file, in bytes.
         checksum: hash of the line.
         id, openai: as in Row.
-        images: numbers of the row's images; images are numbered by their first occurrence in the input.
+        images: numbers of the row's images, by which the job orders its rows; images are numbered by their first
+            occurrence in the input. Two images with equal hashes share a number, which affects only the order.
     """
 
     number: int

@@ -34,7 +34,7 @@ class QuantConfig:
         method: gptq or awq.
         bits: 4 or 8.
         group_size: number of weights of a row that share a scale and a zero point; -1: all of the row.
-        act_order: whether columns may belong to groups in any order (`desc_act`); `g_idx` is then required, otherwise
+        act_order: whether inputs may belong to groups in any order (`desc_act`); `g_idx` is then required, otherwise
             optional.
         zeros_minus_one: whether zero points are stored minus one, as in AutoGPTQ's first format.
         zeros_borrow: if zeros_minus_one: whether the quantizer subtracted in whole int32 words, with borrows between

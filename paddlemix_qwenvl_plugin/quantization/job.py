@@ -28,7 +28,8 @@ DEFAULT_GROUP_SIZES = {4: 32, 8: 64}
 GROUP_SIZES = (32, 64, 128)  # of the engine's types with zero points
 
 MAX_TOKENS = 1 << 16
-"""Limit on the tokens of all rows. A file of hidden states then has at most 1 GiB for the 7B model; up to six exist."""
+"""Limit on the tokens of all rows. A file of hidden states then has at most 1 GiB for the 7B model; up to six exist:
+two, for the original and the quantized model, before a layer, in its middle and after it."""
 
 
 def quantize_model(
@@ -108,6 +109,8 @@ def _run(
     def states(name: str) -> States:
         return States(work.states(name), lengths, checkpoint.config.hidden_size)
 
+    # Only the states of the quantized model calibrate a layer. Those of the original are for the report: the errors
+    # of the states, and the number of changed tokens.
     def streams(layer: int) -> Streams:
         if layer == 0:  # both models have the same states before the first layer
             return Streams(states("original-0"), states("original-0"))

@@ -37,7 +37,7 @@ def count_changed(
 
     Args:
         held_out: indices of the held-out rows.
-        after: states after the last layer.
+        after: states after the last layer; ln_f and lm_head are not quantized, so both models have the same.
     """
     weights = dict(
         checkpoint.tensors(

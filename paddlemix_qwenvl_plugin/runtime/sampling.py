@@ -33,7 +33,7 @@ class RowSampler:
         self._seed = random.SystemRandom().getrandbits(64) if options.seed is None else options.seed
 
     def pick(self, logits: NDArray[np.float32]) -> int:
-        """Pick the next token from float32 logits [vocab_size] and count it."""
+        """Pick the next token from finite float32 logits [vocab_size] and count it."""
         token = self._choose(self._adjust(logits))
         self._counts[token] += 1
         self._n_tokens += 1

@@ -37,6 +37,8 @@ class _Program(ctypes.Structure):
 def direct_to_newer_server(listener: socket.socket) -> None:
     """Direct new connections to the server that began to listen after this one. Linux only; no effect elsewhere.
 
+    This server must be the oldest on the port: if it is the second, it directs the connections to itself.
+
     The attached BPF program returns socket index 1; sockets are numbered from 0 in listening order. If no socket has
     index 1, the kernel chooses by hash as before.
     """

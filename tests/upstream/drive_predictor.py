@@ -16,7 +16,10 @@ from run_static_predict import Predictor  # noqa: E402
 
 predictor = Predictor(
     argparse.Namespace(
-        first_model_path=vision, second_model_path=language, model_name_or_path=model, device="gpu"
+        first_model_path=vision,
+        second_model_path=language,
+        model_name_or_path=model,
+        device="gpu",  # the flag's default; without a GPU, the plugin's Predictor takes the CPU
     )
 )
 answers = []

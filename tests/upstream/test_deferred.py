@@ -29,8 +29,8 @@ class Model(paddle.nn.Layer):
 @pytest.fixture
 def model():
     Model.n_created = 0
-    yield DeferredModel(Model, "a folder", "float32")
-    undo_all()
+    yield DeferredModel(load=Model, name_or_path="a folder", dtype="float32")
+    undo_all()  # DeferredModel replaces paddle.jit.to_static and paddle.jit.save
 
 
 # Uses of a model, each with a check of the result. setattr and delattr return None, so that `or` continues.

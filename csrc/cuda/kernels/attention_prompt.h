@@ -1,4 +1,5 @@
-// Parameters of attention over many queries, shared by launchers and kernels. Plain types only.
+// Parameters of attention over many queries, shared by launchers and kernels. Built-in types only
+// (tensor_map.h).
 #pragma once
 
 #include "cuda/kernels/tensor_map.h"

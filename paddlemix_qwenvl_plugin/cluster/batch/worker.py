@@ -81,7 +81,7 @@ class Worker:
         numbers, ids = list[int](), list[str]()
 
         def rows() -> Iterator[tuple[int, Row]]:
-            for number, row in with_images(self._rows(part), work.folder, 2 * work.window):
+            for number, row in with_images(self._rows(part), work.folder, ahead=2 * work.window):
                 numbers.append(number)
                 ids.append(id_key(row.id))
                 yield number, row

@@ -25,7 +25,8 @@ class ReadyPrompt:
     Attributes:
         token_ids: token ids, image slots included.
         images: sources of the images, one for each `<img>`, in order.
-        generated: [start, end) ranges of `token_ids` that are earlier answers.
+        generated: [start, end) ranges of `token_ids` that are earlier answers, which the engine computes as decode
+            steps.
     """
 
     token_ids: list[int]
@@ -85,7 +86,7 @@ def token_ids(service: Service, ids: list[int], param: str) -> ReadyPrompt:
     return ReadyPrompt(ids)
 
 
-def max_prompt_tokens(service: Service) -> int:
+def _max_prompt_tokens(service: Service) -> int:
     """Maximum length of a prompt in tokens."""
     limit = service.config.max_position_embeddings - 1  # leaves room for one generated token
     return min(limit, service.settings.max_prompt_tokens or limit)
@@ -104,7 +105,7 @@ async def _ready(
     # A very long prompt is refused before its tokenization, by a lower bound on its number of tokens.
     tokenizer = service.tokenizer
     min_tokens = sum(map(len, texts)) // tokenizer.max_token_bytes + tokenizer.n_image_slots * len(images)
-    if min_tokens > max_prompt_tokens(service):
+    if min_tokens > _max_prompt_tokens(service):
         _refuse_length(service, f"at least {min_tokens}", param)
     try:
         prompt = await asyncio.to_thread(tokenize)
@@ -115,7 +116,7 @@ async def _ready(
 
 
 def _check_length(service: Service, n_tokens: int, param: str) -> None:
-    if n_tokens > max_prompt_tokens(service):
+    if n_tokens > _max_prompt_tokens(service):
         _refuse_length(service, str(n_tokens), param)
     if n_tokens == 0:
         raise ApiError(400, f"{param}: is empty", param=param, code="invalid_value")
@@ -124,7 +125,7 @@ def _check_length(service: Service, n_tokens: int, param: str) -> None:
 def _refuse_length(service: Service, n_tokens: str, param: str) -> NoReturn:
     raise ApiError(
         400,
-        f"This model's maximum context length is {max_prompt_tokens(service)} tokens in a prompt. However, your "
+        f"This model's maximum context length is {_max_prompt_tokens(service)} tokens in a prompt. However, your "
         f"{param} resulted in {n_tokens} tokens. Please reduce the length of the {param}.",
         param=param,
         code="context_length_exceeded",
