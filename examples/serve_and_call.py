@@ -39,25 +39,20 @@ def main() -> None:
     flags.add_argument("--image", type=Path, default=IMAGES / "locate.png")
     flags.add_argument("--question", default="Draw a box around the blue heart in the centre.")
     arguments = flags.parse_args()
-
-    server_flags = ["--port", "0", "--device", arguments.device, "--log_level", "warning"]
-    if arguments.model:
-        server_flags += ["--first_model_path", arguments.model[0], "--second_model_path", arguments.model[1]]
-    else:
-        server_flags += ["--demo"]
-    data = base64.b64encode(arguments.image.read_bytes()).decode()
-    image = {"type": "image_url", "image_url": {"url": f"data:;base64,{data}"}}
-    text = {"type": "text", "text": arguments.question}
-    with server(*server_flags) as url, httpx.Client(base_url=url, timeout=600, trust_env=False) as client:
-        model = client.get("/v1/models").json()["data"][0]["id"]
-        request = {"model": model, "messages": [{"role": "user", "content": [image, text]}]}
+    common = ["--port", "0", "--device", arguments.device, "--log_level", "warning"]
+    stages = arguments.model
+    model = ["--first_model_path", stages[0], "--second_model_path", stages[1]] if stages else ["--demo"]
+    image = {"url": f"data:;base64,{base64.b64encode(arguments.image.read_bytes()).decode()}"}
+    content = [{"type": "image_url", "image_url": image}, {"type": "text", "text": arguments.question}]
+    with server(*common, *model) as url, httpx.Client(base_url=url, timeout=600, trust_env=False) as client:
+        name = client.get("/v1/models").json()["data"][0]["id"]
+        request = {"model": name, "messages": [{"role": "user", "content": content}]}
         response = client.post("/v1/chat/completions", json=request)
     if response.is_error:
         sys.exit(f"error: {response.json()['error']['message']}")
     message = response.json()["choices"][0]["message"]
-    print(message["content"])
-    for box in message["boxes"]:
-        print(box["ref"], box["pixels"])
+    boxes = [f"{box['ref']} {box['pixels']}" for box in message["boxes"]]
+    print(message["content"], *boxes, sep="\n")
 
 
 if __name__ == "__main__":
