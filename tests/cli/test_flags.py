@@ -23,7 +23,7 @@ RANGES = {
     "temperature": "0 to 100",
     "top_p": "0 to 1",
     "top_k": "at least 1",
-    "repetition_penalty": "over 0, up to 100",
+    "repetition_penalty": "0.01 to 100",
     "frequency_penalty": "-100 to 100",
     "presence_penalty": "-100 to 100",
     "seed": "at least 0",
