@@ -21,7 +21,7 @@ class Stream(Iterator[Segment], Protocol):
         """Queue the request before its first segment is read."""
 
     def stop(self) -> None:
-        """End the iteration after the current token; safe in signal handlers and other threads."""
+        """End the iteration after the current token, and cancel the request; safe in signal handlers and threads."""
 
     def close(self) -> None:
         """Cancel the request."""

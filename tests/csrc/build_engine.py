@@ -1,4 +1,4 @@
-"""Build csrc for the tests, into build/ of the checkout, which later test runs reuse."""
+"""Build csrc for the tests of this folder, into build/ of the checkout, which later test runs reuse."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The same answer in any batch: the logits of a sequence are bit-identical alone and beside other sequences.
 
-This is tested for every storage type and instruction set, and with different numbers of threads.
+This is tested for every storage type and instruction set, and with different numbers of threads. The tests also run on
+a GPU (tests/cuda/README.md).
 """
 
 from __future__ import annotations

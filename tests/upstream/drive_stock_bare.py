@@ -5,7 +5,7 @@ drive_stock_bare.py TREE IMAGE ARGUMENT…
 TREE is a checkout of PaddleMIX at the pinned commit, IMAGE a file in place of the image that the script would download,
 and the ARGUMENTs are for the script. The script, PaddleMIX's processor and tokenizer, and PaddleNLP are unmodified.
 Stand-in modules that provide any name replace missing packages. PaddleMIX's packages are registered without running
-their __init__, which would import every model.
+their __init__, which would import every model. Run by hand (tests/cuda/README.md); no test runs it.
 """
 
 from __future__ import annotations
