@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch", reason="tests of GPU kernels need PyTorch")
 # Compute types by their numbers in the launchers' argument `half`, and their rounding errors.
 HALVES = {0: torch.bfloat16, 1: torch.float16}
 EPSILON = {0: 2.0**-8, 1: 2.0**-11}
+SUBNORMAL_ERROR = 2.0**-25  # half the spacing of subnormal float16 numbers; that of bfloat16 is smaller
 FLOAT32, BFLOAT16, INT8, INT4_G64, INT4_G128, FLOAT16 = range(6)  # qvl_dtype
 # qvl_dtype of the types with zero points -> (bits, group size).
 GROUPS = {6: (4, 32), 7: (4, 64), 8: (4, 128), 9: (8, 32), 10: (8, 64), 11: (8, 128)}
@@ -164,8 +165,7 @@ def test_a_product_is_that_of_float64(cuda_library, launch, half, storage, out, 
         if not as_float:
             # The kernels limit float16 results to the largest float16 number.
             reference = reference.clamp(-65504, 65504) if half else reference
-            # 2^-25: half the spacing of the smallest float16 numbers.
-            bound = bound + reference.abs() * EPSILON[half] + 2.0**-25
+            bound = bound + reference.abs() * EPSILON[half] + SUBNORMAL_ERROR
         error = (y[:n].double() - reference).abs()
         assert (error <= bound).all(), (epilogue, (error / bound).nan_to_num(math.inf).max().item())
         assert y[n].isnan().all(), epilogue
@@ -362,7 +362,7 @@ def test_attention_is_that_of_float64(cuda_library, launch, half, dtype, heads, 
     for i, (keys, values) in enumerate(cache.sequences):
         scores = torch.einsum("hd,htd->ht", q[i].double().view(heads, width), keys)
         reference = torch.einsum("ht,htd->hd", scores.softmax(dim=-1), values).flatten()
-        bound = reference.abs() * EPSILON[half] + values.abs().max() * 2.0**-18
+        bound = reference.abs() * EPSILON[half] + SUBNORMAL_ERROR + values.abs().max() * 2.0**-18
         error = (y[i].double() - reference).abs()
         assert (error <= bound).all(), (lengths[i], (error / bound).nan_to_num(math.inf).max().item())
     # A row has the same bits alone, with a larger max_keys, and in another batch.
