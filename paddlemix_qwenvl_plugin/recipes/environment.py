@@ -32,6 +32,7 @@ _SECRETS = ("QWENVL_API_KEY",)  # variables whose values are not recorded
 
 def describe() -> dict[str, Any]:
     """Describe the environment of a run, for environment.json."""
+    changes = _git("status", "--porcelain")
     return {
         "command": shlex.join(["qwenvl", *sys.argv[1:]]),
         "python": platform.python_version(),
@@ -48,7 +49,7 @@ def describe() -> dict[str, Any]:
             if name.startswith(_VARIABLES)
         },
         "git_commit": _git("rev-parse", "HEAD"),
-        "git_changes": bool(_git("status", "--porcelain")),
+        "git_changes": None if changes is None else bool(changes),
     }
 
 
@@ -74,4 +75,4 @@ def _git(*arguments: str) -> Optional[str]:
         )
     except (OSError, subprocess.SubprocessError):
         return None  # git is missing, fails (no commit yet) or times out
-    return done.stdout.strip() or None
+    return done.stdout.strip()

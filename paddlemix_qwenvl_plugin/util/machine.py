@@ -6,26 +6,25 @@ import ctypes
 import os
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple, Optional
 
+from paddlemix_qwenvl_plugin.util.control_groups import memory_limit
 from paddlemix_qwenvl_plugin.util.paddle_version import require_paddle
 
 GIB = 1024**3
 
 
 def memory_gib() -> Optional[float]:
-    """Total memory that this process may use, in GiB: the machine's, or the container's limit if it is lower.
+    """Total memory that this process may use, in GiB: the machine's, or the limit of its control groups if it is lower.
 
-    The limit is read for cgroup version 2 only. None where the platform does not report the machine's memory.
+    None where the platform does not report the machine's memory.
     """
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError):
         return None
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return min(total, int(text)) / GIB if text.isdigit() else total / GIB
+    limit = memory_limit()
+    return (total if limit is None else min(total, limit)) / GIB
 
 
 class Gpu(NamedTuple):

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 
-from paddlemix_qwenvl_plugin.util.cpu_quota import cpu_quota
+from paddlemix_qwenvl_plugin.util.control_groups import cpu_quota
 
 
 def _omp_num_threads() -> str:

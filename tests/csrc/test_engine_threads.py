@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from engine import FLOAT32, LANGUAGE, Engine, make_config, store
 
-from paddlemix_qwenvl_plugin.util.cpu_quota import cpu_quota
+from paddlemix_qwenvl_plugin.util import control_groups
 
 
 def test_an_engine_continues_in_a_child_after_fork(library, golden_model):
@@ -72,7 +72,7 @@ def write_groups(folder, cgroups, files):
 def test_cpu_quota(library, tmp_path, cgroups, files, cpus):
     self_cgroup, root = write_groups(tmp_path, cgroups, files)
     assert library.dll.qvlt_cpu_quota(str(self_cgroup).encode(), str(root).encode()) == cpus
-    assert (cpu_quota(self_cgroup, root) or 0) == cpus
+    assert (control_groups.cpu_quota(self_cgroup, root) or 0) == cpus
 
 
 NO_LIMIT = 2**64 - 1
@@ -111,10 +111,14 @@ def memory_limit(library, self_cgroup, root):
     ],
 )
 def test_memory_limit(library, tmp_path, cgroups, files, limit):
-    assert memory_limit(library, *write_groups(tmp_path, cgroups, files)) == limit
+    groups = write_groups(tmp_path, cgroups, files)
+    assert memory_limit(library, *groups) == limit
+    assert control_groups.memory_limit(*groups) == (None if limit[0] == NO_LIMIT else limit[0])
 
 
 def test_no_cgroups(library, tmp_path):
     missing = tmp_path / "missing"
     assert library.dll.qvlt_cpu_quota(str(missing).encode(), str(missing).encode()) == 0
     assert memory_limit(library, missing, missing) == (NO_LIMIT, NO_LIMIT)
+    assert control_groups.cpu_quota(missing, missing) is None
+    assert control_groups.memory_limit(missing, missing) is None

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from paddlemix_qwenvl_plugin.util import threads
-from paddlemix_qwenvl_plugin.util.cpu_quota import cpu_quota
+from paddlemix_qwenvl_plugin.util.control_groups import cpu_quota
 
 CODE = """\
 import {first}; import {second}
