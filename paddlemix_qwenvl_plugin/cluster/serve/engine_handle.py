@@ -30,6 +30,8 @@ class HandleEngineClient:
     tokens already sent are not sent again, so that the client sees only a pause.
 
     Attributes:
+        ready: whether an engine replica is ready; set by the front.
+        restarts, stats: unused, see EngineClient.
         image_end: id of the token after an image's slots; -1 until the front sets it.
     """
 
