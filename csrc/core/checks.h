@@ -6,7 +6,7 @@
 namespace qvl {
 
 // Check a batch, but not its token ids, which may be in device memory: a back end calls check_ids()
-// (core/passes.h) if they are in host memory. Returns the number of tokens.
+// (core/passes.h) if they are in ordinary host memory. Returns the number of tokens.
 int64_t check_batch(const qvl_config& config, const KvPool& pool, const qvl_batch& batch);
 
 // Check the image spans of n_tokens tokens. `where`: beginning of the error message.

@@ -31,7 +31,7 @@ class OriginCheck:
         """Set the allowed origins and hosts.
 
         Args:
-            allowed: origins of other pages that may use the server.
+            allowed: origins of other pages that may use the server; "*" allows all.
             loopback_only: whether the header Host must be a loopback name or address; false with --no_auth.
         """
         self._app = app
