@@ -1,4 +1,4 @@
-"""The part of run.py that measures PyTorch: a line of JSON for each row of its table and each execution mode.
+"""The part of run.py that measures PyTorch: prints a line of JSON for each row and execution mode.
 
 eager: PyTorch's operators, one after another.
 compiled: torch.compile for the operations between two attention calls, shared by all layers, and one CUDA graph per

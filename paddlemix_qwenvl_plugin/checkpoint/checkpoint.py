@@ -47,7 +47,9 @@ class Checkpoint:
         lora: the folder of an adapter to merge, or several adapters, each a folder or (folder, factor).
 
     Attributes:
+        language, vision: the specs of the stages' tensors by canonical name.
         quantized: the weights quantized by GPTQ or AWQ, which `tensors` does not read; None without such weights.
+        merge: the adapters to merge.
 
     Raises:
         UsageError: the folder, its config or its weights do not exist; an adapter for quantized or tied weights.
