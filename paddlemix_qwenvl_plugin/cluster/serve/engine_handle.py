@@ -67,8 +67,13 @@ class HandleEngineClient:
         def cancel() -> None:
             task.cancel()
 
+        def remove(task: asyncio.Task[None]) -> None:
+            del self._running[task]
+            if task.cancelled():  # possibly before a replica was called
+                stream.end(Ended("cancelled", stream.n_cached))
+
         self._running[task] = stream
-        task.add_done_callback(self._running.pop)
+        task.add_done_callback(remove)
         return stream
 
     async def _run(self, request: EngineRequest, stream: ReceivedTokens) -> None:
@@ -87,7 +92,6 @@ class HandleEngineClient:
                 raise EngineUnavailable("the engine replica has ended")
             except asyncio.CancelledError:
                 call.cancel()
-                stream.end(Ended("cancelled", stream.n_cached))
                 raise
             except (QwenVLError, RayError, RayServeException) as error:
                 request_error = _request_error(error)
