@@ -1,4 +1,4 @@
-"""Invalid requests and their expected responses."""
+"""Invalid requests, with the expected status and error code; sent alone (test_serve_soak.py) and under load."""
 
 from __future__ import annotations
 
