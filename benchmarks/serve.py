@@ -2,7 +2,8 @@
 
 Run: python benchmarks/serve.py --geometry slice --folder FOLDER
      [--llama_server LLAMA_SERVER --gguf_python PYTHON_WITH_GGUF]
-Needs the plugin with [serve] and a C++ compiler; FOLDER, which keeps the models, needs up to 7 GB for slice.
+Needs the plugin with [serve] and a C++ compiler; FOLDER, which keeps the models, needs up to 7 GB for `slice`, which is
+four layers of the 7B geometry with its whole vocabulary.
 
 Both servers have weights of 8 bits and two threads. They get the same prompts as token ids at /v1/completions, greedy
 and streamed, and generate the same numbers of tokens; all prompts differ, so no prefix cache has hits. A round runs

@@ -1,4 +1,4 @@
-"""Benchmark of the model in PyTorch on a GPU: `python peers.py` prints a line of JSON for each row and execution mode.
+"""The part of run.py that measures PyTorch: prints a line of JSON for each row and execution mode.
 
 eager: PyTorch's operators, one after another.
 compiled: torch.compile for the operations between two attention calls, shared by all layers, and one CUDA graph per
@@ -426,7 +426,7 @@ def time_prompts(column: str, vision: Vision, language: Language, capture: Funct
     features = vision.run(image_sets(1, vision.sizes)[0])
     for n, row in PROMPT_ROWS.items():
         ids = random_ids(n, language.sizes).long()
-        image_features = features if n == PROMPT else None
+        image_features = features if n == PROMPT else None  # the long prompt has no image
         run = capture(functools.partial(language.run, cache, ids, past=0, tokens=n, features=image_features))
         report(column, row, measure(run, lambda ids=ids: ids.random_(0, language.sizes.vocab)))
 

@@ -5,7 +5,8 @@
 
 namespace qvl {
 
-// Check a batch, but not its token ids. Returns the number of tokens.
+// Check a batch, but not its token ids, which may be in device memory: a back end calls check_ids()
+// (core/passes.h) if they are in ordinary host memory. Returns the number of tokens.
 int64_t check_batch(const qvl_config& config, const KvPool& pool, const qvl_batch& batch);
 
 // Check the image spans of n_tokens tokens. `where`: beginning of the error message.
@@ -19,6 +20,7 @@ void check_sampling(const qvl_config& config, const char* where, int32_t index, 
 // Check that block indices are within the pool.
 void check_blocks(const KvPool& pool, const char* name, int32_t n, const int32_t* blocks);
 
+// Check that the engine has a language stage, and the arguments of qvl_kv_pool_create().
 void check_pool_sizes(const qvl_config& config, int32_t n_blocks, int32_t block_tokens, qvl_dtype dtype);
 
 }  // namespace qvl

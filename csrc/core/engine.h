@@ -30,8 +30,8 @@ struct qvl_event {
 
 namespace qvl {
 
-// These functions check their arguments. forward(), sample() and step() then take the engine's lock and
-// compute. Structs must be in the layout of this library's qwenvl.h (core/structs.h converts them).
+// These functions check their arguments. All except make_pool() then take the engine's lock. Structs must be
+// in the layout of this library's qwenvl.h (core/structs.h converts them).
 void forward(qvl_engine& engine, qvl_kv_pool& pool, const qvl_batch& batch, float* logits, qvl_stream stream);
 void sample(qvl_engine& engine, const float* logits, const SampleCall& call, qvl_stream stream);
 void step(qvl_engine& engine, qvl_kv_pool& pool, const qvl_batch& batch, float* logits,

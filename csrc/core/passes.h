@@ -10,7 +10,8 @@
 
 namespace qvl {
 
-// Check n token ids in host memory, except those that a span covers. `where`: beginning of the error message.
+// Check n token ids in host memory, except those that a span covers; check_spans() must have accepted the
+// spans. `where`: beginning of the error message.
 inline void check_ids(const char* where, int32_t vocab, int64_t n, const int32_t* ids, int32_t n_spans,
                       const qvl_span* spans) {
   int64_t index = 0;

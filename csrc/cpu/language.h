@@ -48,7 +48,7 @@ class Language {
   // Activations of a pass: residual stream, normed input, q with k and v, output of attention, gate and up.
   Buffer x_, normed_, qkv_, mixed_, gate_, up_;
   std::vector<AdapterRows> adapter_rows_;  // rows with an adapter: of the pass, finally of lm_head
-  Buffer low_rank_;
+  Buffer low_rank_;                        // scratch memory of add_low_rank()
   // For each row of the pass: rotary cosines and sines, query scale, block and slot in the pool. Work items
   // of attention.
   std::vector<float> cos_, sin_, query_scale_;

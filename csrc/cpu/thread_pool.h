@@ -9,7 +9,7 @@ namespace qvl::cpu {
 
 class ThreadPool {
  public:
-  // n threads, including the calling one.
+  // n threads, including the calling one. Throws an Error with QVL_NO_MEMORY if a thread cannot be started.
   explicit ThreadPool(int n);
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
@@ -46,8 +46,8 @@ class ThreadPool {
   // Nanoseconds lost by using several threads instead of one since the last single-threaded period; negative:
   // gained.
   int64_t total_loss_ = 0;
-  int64_t
-      single_threaded_factor_;  // duration of the next single-threaded period, divided by the loss before it
+  // Duration of the next single-threaded period, divided by the loss before it.
+  int64_t single_threaded_factor_;
   int64_t single_threaded_until_ = 0;  // end of the period, nanoseconds of the steady clock; 0: none
 };
 

@@ -14,8 +14,9 @@
  * different engines run concurrently. Freeing a handle while another call uses it is undefined behaviour.
  *
  * Memory. "Device memory" below means memory of the engine's device; for QVL_DEVICE_CPU that is any memory.
- * "Host memory" is ordinary memory of the CPU. Structs and arrays of lengths, positions and parameters are in
- * host memory and are read before the call returns.
+ * "Host memory" is ordinary memory of the CPU. A GPU engine also accepts it in place of device memory: the
+ * call then copies its inputs and waits for its outputs. Structs and arrays of lengths, positions and
+ * parameters are in host memory and are read before the call returns.
  *
  * Streams. A NULL qvl_stream selects the engine's default stream. On the CPU every call is synchronous and
  * ignores the stream. On a GPU qvl_step, qvl_forward, qvl_encode_images, qvl_sample, qvl_copy_async and the
@@ -440,11 +441,12 @@ enum {
 };
 
 /* Reproducibility. Tokens at positions below prompt_len are computed as prompts; the others, and those of a
- * sequence with QVL_SEQUENCE_GENERATED, as decode steps, whose arithmetic differs. Apart from this, a token's
- * results depend only on the token, the preceding ones, prompt_len and the adapter, bit for bit. They do not
- * depend on other entries of the batch, on the division of a prompt into chunks, or on whether the preceding
- * keys and values were computed in this call or an earlier one. Several entries of a batch may belong to one
- * sequence, in order of position.
+ * sequence with QVL_SEQUENCE_GENERATED, as decode steps, whose arithmetic differs. With this flag, an earlier
+ * answer in the prompt of a conversation gets the same keys and values as when it was generated. Apart from
+ * this, a token's results depend only on the token, the preceding ones, prompt_len and the adapter, bit for
+ * bit. They do not depend on other entries of the batch, on the division of a prompt into chunks, or on
+ * whether the preceding keys and values were computed in this call or an earlier one. Several entries of a
+ * batch may belong to one sequence, in order of position.
  */
 
 /* Tokens [start, start + count) of the batch, counted over all sequences, are vectors instead of ids: the
@@ -568,7 +570,8 @@ enum { QVL_FINISH_END = 1, QVL_FINISH_LENGTH = 2 };
  * while a GPU may already compute the next step. Return 0 to continue; any other value makes qvl_generate
  * return QVL_STOPPED.
  *
- * n: number of requests with a token in this step; requests, tokens: their indices and tokens [n].
+ * user: the argument of qvl_generate. step: number of the step, from 0. n: number of requests with a token in
+ * this step; requests, tokens: their indices and tokens [n].
  */
 typedef int32_t (*qvl_on_step)(void* user, int32_t step, int32_t n, const int32_t* requests,
                                const int32_t* tokens);

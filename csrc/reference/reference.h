@@ -1,4 +1,5 @@
-// Reference implementations of the kernels for the tests: plain loops in double precision.
+// Reference implementations of the CPU kernels for the tests: plain loops in double precision, except for the
+// angles of rotary(), which are float32 as in the engine.
 #pragma once
 
 #include <cstdint>
@@ -22,12 +23,14 @@ void gelu(int64_t n, float* x);
 void silu_mul(int64_t n, const float* gate, float* x);
 
 // Rotate each row of x [n][head_dim] and multiply it by its scale. Pair i of a row, channels i and i +
-// head_dim / 2, is rotated by the angle position * frequencies[i]. positions and scale [n].
+// head_dim / 2, is rotated by the angle position * frequencies[i]. positions and scale [n], frequencies
+// [head_dim / 2].
 void rotary(int64_t n, int64_t head_dim, const int32_t* positions, const float* frequencies,
             const float* scale, float* x);
 
 // Attention: q [n][heads][head_dim], k and v [n_keys][heads][head_dim] -> out, with the shape of q. With
-// `causal` query i sees the first n_keys - n + i + 1 keys, else all. Scores are not scaled.
+// `causal` query i sees the first n_keys - n + i + 1 keys, else all. Scores are not scaled, since
+// q already is.
 void attention(int64_t heads, int64_t head_dim, int64_t n, int64_t n_keys, bool causal, const float* q,
                const float* k, const float* v, float* out);
 

@@ -33,7 +33,8 @@ def vision_inputs(config: ModelConfig, dtype: str, compute_dtype: str) -> list[I
 def stock_inputs(config: ModelConfig, dtype: str, compute_dtype: str) -> list[Input]:
     """Inputs of the language stage as PaddleMIX's stock predictor feeds it: 22 inputs, then a cache per layer.
 
-    attention_mask is declared with 2 axes, but the stock scripts feed it with 4; both are accepted.
+    attention_mask is declared with 2 axes, but the stock scripts feed it with 4; both are accepted. img_pos: see
+    LanguageModel.embed.
     """
     cache = (2, -1, config.num_attention_heads, -1, config.head_dim)
     return [

@@ -101,8 +101,7 @@ class Session:
     def record(self, question: str, stream: Stream, segments: list[Segment]) -> Turn | None:
         """Append the turn of `ask` and return it; if the answer has no token, append nothing and return None.
 
-        If the answer was stopped before its first token, the question is discarded, the attached images remain for the
-        next question, and the result is None.
+        Without a token, the attached images remain for the next question.
         """
         if not stream.n_new_tokens:
             return None

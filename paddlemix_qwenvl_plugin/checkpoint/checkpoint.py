@@ -47,7 +47,9 @@ class Checkpoint:
         lora: the folder of an adapter to merge, or several adapters, each a folder or (folder, factor).
 
     Attributes:
+        language, vision: the specs of the stages' tensors by canonical name.
         quantized: the weights quantized by GPTQ or AWQ, which `tensors` does not read; None without such weights.
+        merge: the adapters to merge.
 
     Raises:
         UsageError: the folder, its config or its weights do not exist; an adapter for quantized or tied weights.
@@ -189,6 +191,7 @@ class Checkpoint:
             )
             specs = {name: spec for name, spec in specs.items() if name not in self.quantized.names}
         elif quantization is not None and quantization.origin.name == "config.json":
+            # Another file that describes a quantization is ignored beside weights in floating point.
             raise QwenVLError(
                 f"{self.folder}: no tensor is quantized, though config.json has quantization_config; remove it there"
             )
@@ -275,7 +278,11 @@ _ROWS = {
 
 
 def open_weights(folder: Path) -> Union[Shards, Ranks]:
-    """Open the weight files of a folder; tensor-parallel ranks are read if it has none of WEIGHT_FILES."""
+    """Open the weight files of a folder: those of WEIGHT_FILES, else tensor-parallel ranks, else AutoGPTQ's.
+
+    Raises:
+        UsageError, QwenVLError: see Shards.open and Ranks.open.
+    """
     if any((folder / name).is_file() for name, _ in WEIGHT_FILES):
         return Shards.open(folder)
     return Ranks.open(folder) or Shards.open(folder)

@@ -102,7 +102,7 @@ def main() -> None:
     """
     _prepare_streams()
     try:
-        require_addresses("qwenvl", mib=200)
+        require_addresses("qwenvl", mib=200)  # under a lower `ulimit -v`, libraries would hang or abort
         with signals.ending():
             code = app(prog_name="qwenvl", standalone_mode=False) or 0
         if code == 130:  # some versions of typer turn KeyboardInterrupt into this code, others let it through

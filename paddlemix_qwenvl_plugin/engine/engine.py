@@ -116,7 +116,10 @@ class Engine:
         self._free = weakref.finalize(self, c.load().qvl_engine_free, self.handle)
 
     def encode_images(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Run the vision stage: float32 [N, 3, image_size, image_size] -> float32 [N, n_queries, hidden_size]."""
+        """Run the vision stage: float32 [N, 3, image_size, image_size] -> float32 [N, n_queries, hidden_size].
+
+        An engine on a GPU copies the arrays, and waits for the features.
+        """
         features = np.empty([len(pixels), self.config.visual.n_queries, self.config.hidden_size], np.float32)
         c.call("qvl_encode_images", self.handle, len(pixels), pixels.ctypes.data, features.ctypes.data, None)
         return features

@@ -1,7 +1,9 @@
-"""Language model: embedding with image features, decoder layers with a growing KV cache, last-token logits.
+"""The portable language model: embedding with image features, layers with a growing KV cache, last-token logits.
 
 The KV cache is append-only. The rows of a batch may have prompts of different lengths, padded on the right. The cache
 has entries for the padding, and a mask excludes them from attention.
+
+For calibration, quantization/layer.py computes the inputs of both `c_proj` with `Attention.mix` and `Layer.gate`.
 """
 
 from __future__ import annotations

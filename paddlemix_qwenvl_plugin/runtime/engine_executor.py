@@ -238,7 +238,10 @@ class EngineExecutor:
         n_logprobs: list[int | None],
         n_entries: int,
     ) -> StepOutput:
-        """Start a step and return its output buffers; if `tokens` is empty, it takes the previous step's picks."""
+        """Start a step and return its output buffers.
+
+        If `tokens` is empty, all chunks are `ahead`, and the step takes the previous step's picks.
+        """
         batch, args, n_rows = self._batch, self._args, len(counts)
         ids = (ctypes.c_int32 * len(tokens))(*tokens)
         batch.n_sequences = n_entries

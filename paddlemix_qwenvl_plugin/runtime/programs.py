@@ -138,7 +138,11 @@ class Program:
         self._before_run = before_run
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
-        """Run on NumPy arrays or Paddle tensors; the outputs are Paddle tensors that later runs do not overwrite."""
+        """Run on NumPy arrays or Paddle tensors; the outputs are Paddle tensors that later runs do not overwrite.
+
+        Raises:
+            QwenVLError: Paddle Inference, or the engine in it, failed.
+        """
         import paddle
 
         if self._before_run is not None:

@@ -169,7 +169,7 @@ def test_read_tensors(contract: int, quant_type: str, tiny_exported: Path, tmp_p
     assert {kind for kind, *_ in expected.values()} == {
         None: {"bfloat16"},
         "weight_only_int8": {"bfloat16", "int8"},
-        "weight_only_int4": {"bfloat16", "int8", "int4_g64"},
+        "weight_only_int4": {"bfloat16", "int8", "int4_g64"},  # int8: c_attn and lm_head
     }[quant_type]
     if contract == 2:
         convert_to_version_2(prefix)

@@ -41,7 +41,7 @@ def test_flags_of_the_generation_options(command: str) -> None:
     without_frames = re.sub("[│╭╮╰╯─]", " ", qwenvl(command, "--help").stdout)
     text = " ".join(without_frames.split())
     for field in fields(GenerationOptions):
-        # As in "--repetition_penalty FLOAT ... (over 0, up to 100). [default: 1.0]".
+        # As in "--repetition_penalty FLOAT ... (0.01 to 100). [default: 1.0]".
         [match] = re.finditer(rf"--{field.name} (?P<help>.*?\))\.( \[default: (?P<default>.*?)\])?", text)
         assert match["help"].endswith(f"({RANGES[field.name]})")
         assert match["default"] == (None if field.default is None else str(field.default))

@@ -26,7 +26,7 @@ part() {
     [ $code = 0 ] || lines=$((lines + 15))
     tail -n "$lines" "$logs/$name.log"
 }
-# Run a part of tests: name, timeout in seconds, test files.
+# Run a part of tests: name, timeout in seconds, test files. Without tests/conftest.py, which needs Paddle (--confcutdir).
 pytest_part() {
     local name=$1 seconds=$2
     shift 2

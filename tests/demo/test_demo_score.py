@@ -51,7 +51,7 @@ def test_rates_by_task() -> None:
     rates = score([mark(question, answer) for question, answer in zip(samples, answers)])
     assert rates["words"] == Rate(2, 3)
     assert rates["boxes"] == Rate(1, 1)
-    assert rates["reading"] == Rate(0, 1)
+    assert rates["reading"] == Rate(0, 1)  # only the image with text
     assert rates["task: reading"] == Rate(1, 2)
     assert rates["task: count"] == Rate(1, 1)
     assert "task: box" not in rates

@@ -1,4 +1,4 @@
-"""The tool that builds a release wheel: the installed wheel (building all ISAs takes minutes), and an error."""
+"""The release wheel that tools/release_wheel.py builds, installed. Building the engine for all ISAs takes minutes."""
 
 from __future__ import annotations
 

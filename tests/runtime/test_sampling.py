@@ -85,7 +85,7 @@ def test_seeds():
     [(0, (1.0, 0.0, 0.0)), (9, (1.0, 0.0, 0.0)), (5, (1.7, 0.0, 0.0)), (0, (1.2, 0.6, 0.9))],
 )
 def test_stock_program_and_predictor_agree(tiny_exported, engine, min_new, penalties):
-    """The stock program and QwenVL generate the same tokens.
+    """The stock program and QwenVL generate the same tokens, both on the engine or both on the portable graph.
 
     With penalties, a minimum number of new tokens, stop tokens and prompts of unequal lengths.
     """

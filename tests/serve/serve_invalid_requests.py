@@ -1,4 +1,4 @@
-"""Invalid requests and their expected responses."""
+"""Invalid requests, with the expected status and error code; sent alone (test_serve_soak.py) and under load."""
 
 from __future__ import annotations
 
@@ -69,6 +69,7 @@ def _chat(
 
 def _image(name: str, url: str, code: str) -> InvalidRequest:
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "?"}]
+    # With `stream` too, the response has the status of the error: images are loaded before the stream begins.
     return _chat(name, code, messages=[{"role": "user", "content": content}], stream=True)
 
 

@@ -1,4 +1,4 @@
-"""Export models as PaddleNLP 3.0.0b4's export_model.py does.
+"""Export models as export_model.py of PaddleNLP 3.0.0b4 (generation 2) does; run by test_paddlenlp_wheels.py.
 
 drive_export_2.py (DTYPE FOLDER OUTPUT)…
 """

@@ -6,7 +6,7 @@
 //   rms_norm           a block per row: x float32 [width] -> H [width]. rms_norm_held keeps the row in
 //                      registers, float4 v of thread t at 4 * (v * threads + t); sums as in row_sum.cuh
 //   embed              `parts` blocks per row: wte H [vocab][width] or features float32 -> x float32 [width]
-//   gather_columns     grid [columns / 256][rows]: y[j] = x[order[j]], x H [in] -> H [in]
+//   gather_columns     grid [columns / 256][rows]: y[j] = x[order[j]], x H [in] -> H [in], for act-order
 //   rotate_and_store   16 or 32 lanes per head of a token; a lane has dimensions d and d + head_dim / 2:
 //
 //                      qkv H [n][3][heads][head_dim] -> q H [n][heads][head_dim], rotated and scaled, and
@@ -91,6 +91,7 @@ extern "C" __global__ void __launch_bounds__(kEmbedThreads) embed(const __grid_c
   float* x = p.x + static_cast<int64>(row) * p.width;
   const uint64 features_address = p.features != nullptr ? p.features[row] : 0;
   const float* features = reinterpret_cast<const float*>(features_address);
+  // Ids in memory that the GPU can access have not been checked.
   const int id = min(max(p.ids[row], 0), p.vocab - 1);
   const H* from = static_cast<const H*>(p.wte) + static_cast<int64>(id) * p.width;
   if (p.width % kEmbedValues == 0 && features_address % 16 == 0) {

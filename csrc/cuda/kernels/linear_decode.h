@@ -1,5 +1,5 @@
-// Parameters of the products of decode steps, shared by host and device. H: the compute type, bfloat16 or
-// float16.
+// Parameters of upload_matrix.cu and of the products of decode steps, shared by host and device. H: the
+// compute type, bfloat16 or float16.
 #pragma once
 
 #include "cuda/kernels/linear_prompt.h"
@@ -52,7 +52,8 @@ QVL_BOTH_SIDES constexpr int wide_stages(int unit_bytes, int groups, int columns
   return fit < 2 ? 2 : fit > 6 ? 6 : fit;
 }
 
-// Parameters of linear_decode.cu and linear_decode_wide.cu.
+// Parameters of linear_decode.cu and linear_decode_wide.cu. Fields without a comment: see Matrix and
+// linear_decode() in ops.h.
 struct LinearDecode {
   const void* values;
   const void* scales;
@@ -101,7 +102,7 @@ struct LinearHopper {
   TensorMap w, scales, x;
   bool whole_boxes;
   bool late_successors;     // start the next kernel only when x is complete
-  const float* row_scales;  // int8
+  const float* row_scales;  // read only for int8
   Result result;
   int rows, tiles;         // rows of W per tile: a multiple of 8, if quantized of 16; number of tiles
   int total_steps, steps;  // steps of k in total and per item

@@ -1,4 +1,5 @@
-// Products of prompts on any GPU: tensor cores through mma.sync from sm_80 on, plain loops on older GPUs.
+// Products of prompts: tensor cores through mma.sync from sm_80 on, plain loops on older GPUs. On Hopper only
+// tests run this kernel; the engine uses linear_prompt_hopper.cu there.
 //
 // Layout. A block computes 128 tokens x 128 rows of W, with 8 warps of 64 x 32 each. Steps of 32 values of k
 // pass through three buffers in shared memory, filled by cp.async:

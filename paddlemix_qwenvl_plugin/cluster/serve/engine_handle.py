@@ -30,6 +30,8 @@ class HandleEngineClient:
     tokens already sent are not sent again, so that the client sees only a pause.
 
     Attributes:
+        ready: whether an engine replica is ready; set by the front.
+        restarts, stats: unused, see EngineClient.
         image_end: id of the token after an image's slots; -1 until the front sets it.
     """
 
@@ -65,8 +67,13 @@ class HandleEngineClient:
         def cancel() -> None:
             task.cancel()
 
+        def remove(task: asyncio.Task[None]) -> None:
+            del self._running[task]
+            if task.cancelled():  # possibly before a replica was called
+                stream.end(Ended("cancelled", stream.n_cached))
+
         self._running[task] = stream
-        task.add_done_callback(self._running.pop)
+        task.add_done_callback(remove)
         return stream
 
     async def _run(self, request: EngineRequest, stream: ReceivedTokens) -> None:
@@ -85,7 +92,6 @@ class HandleEngineClient:
                 raise EngineUnavailable("the engine replica has ended")
             except asyncio.CancelledError:
                 call.cancel()
-                stream.end(Ended("cancelled", stream.n_cached))
                 raise
             except (QwenVLError, RayError, RayServeException) as error:
                 request_error = _request_error(error)

@@ -31,8 +31,8 @@ class OriginCheck:
         """Set the allowed origins and hosts.
 
         Args:
-            allowed: origins of other pages that may use the server.
-            loopback_only: whether the header Host must be a loopback name or address.
+            allowed: origins of other pages that may use the server; "*" allows all.
+            loopback_only: whether the header Host must be a loopback name or address; false with --no_auth.
         """
         self._app = app
         self._allowed = frozenset(origin.rstrip("/").lower() for origin in allowed)

@@ -46,10 +46,10 @@ class RequestLog:
         client_id = Headers(scope=scope).get("x-request-id", "")
         if _VALID_ID.fullmatch(client_id):
             info.id = client_id
-        status, complete = _CLIENT_CLOSED_REQUEST, False
+        status, disconnected = _CLIENT_CLOSED_REQUEST, True  # until the response begins, and ends
 
         async def observe(message: Message) -> None:
-            nonlocal status, complete
+            nonlocal status, disconnected
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
@@ -57,7 +57,7 @@ class RequestLog:
                 if self._service.draining:  # the client must open a new connection, to a new server
                     headers["Connection"] = "close"
             else:
-                complete = not message.get("more_body", False)
+                disconnected = message.get("more_body", False)
             await send(message)
 
         try:
@@ -68,11 +68,12 @@ class RequestLog:
                 await respond(api_error(error), scope, receive, observe)
             else:  # uvicorn closes the connection, since the response is incomplete
                 info.error = info.error or "internal_error"
+                disconnected = False
         finally:
-            self._record(scope, info, status, complete)
+            self._record(scope, info, status, disconnected)
 
-    def _record(self, scope: Scope, info: RequestInfo, status: int, complete: bool) -> None:
-        """Count and log a request that has ended; `complete`: whether the whole response was sent."""
+    def _record(self, scope: Scope, info: RequestInfo, status: int, disconnected: bool) -> None:
+        """Count and log a request that has ended; `disconnected`: whether the client left before the end."""
         seconds = time.monotonic() - info.begin
         path = scope["path"]
         self._service.metrics.request(path if path in self._paths else "other", status, seconds)
@@ -91,7 +92,7 @@ class RequestLog:
             "completions": info.completions,
             "key": info.key,
             "error": info.error,
-            "client_disconnected": True if not complete else None,
+            "client_disconnected": disconnected or None,
         }
         level = logging.DEBUG if path in _POLLED_PATHS else logging.INFO
         log(level, "request", **{name: value for name, value in fields.items() if value is not None})

@@ -127,7 +127,7 @@ class Completion:
             n_logprobs=spec.n_logprobs,
             adapter=spec.adapter,
         )
-        size = images[-1].size if images else None
+        size = images[-1].size if images else None  # boxes refer to the last image
         # The other choices are submitted after the first choice's first token, so that they find the prompt
         # in the prefix cache.
         first_run: Optional[ChoiceRun] = None

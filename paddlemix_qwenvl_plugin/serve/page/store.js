@@ -12,7 +12,7 @@ function storageNamed(name) {
 }
 
 export function load(storage, name) {
-  return storageNamed(storage)?.getItem(name) ?? inPage.get(name) ?? null;
+  return inPage.get(name) ?? storageNamed(storage)?.getItem(name) ?? null;
 }
 
 export function store(storage, name, value) {
