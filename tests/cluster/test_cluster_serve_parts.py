@@ -34,6 +34,7 @@ from paddlemix_qwenvl_plugin.cluster.serve.start import check_version
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.serve.engine_api import Ended, EngineRequest, EngineUnavailable, Token
 from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
+from paddlemix_qwenvl_plugin.serve.token_stream import CANCEL_SECONDS
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 
@@ -293,6 +294,22 @@ class TestEngineHandle:
             assert replicas.last_call.cancelled
 
         asyncio.run(asyncio.wait_for(scenario(), 20))
+
+    @pytest.mark.parametrize("n_calls", [0, 1])
+    def test_cancel_before_a_call_or_between_two(self, monkeypatch: pytest.MonkeyPatch, n_calls: int) -> None:
+        monkeypatch.setattr(engine_handle, "_PAUSES", (60.0,))
+
+        async def scenario() -> None:
+            replicas = Replicas((0, RayActorError()))
+            stream = HandleEngineClient(replicas).submit(engine_request([1]))
+            while len(replicas.calls) < n_calls:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.05 * n_calls)  # until the pause after the failed call has begun
+            stream.cancel()
+            assert [tokens async for tokens in stream] == []
+            assert stream.ended == Ended("cancelled", 0)
+
+        asyncio.run(asyncio.wait_for(scenario(), CANCEL_SECONDS / 2))
 
 
 IMAGE_END = 99

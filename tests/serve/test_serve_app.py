@@ -19,10 +19,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from serve_service_helpers import PATH, CountingEngine, fake_app, fake_service, served
 from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
 
 from paddlemix_qwenvl_plugin.serve import json_log
 from paddlemix_qwenvl_plugin.serve.metrics import Metrics
 from paddlemix_qwenvl_plugin.serve.middleware.body import BodyLimit
+from paddlemix_qwenvl_plugin.serve.middleware.request_log import RequestLog
 from paddlemix_qwenvl_plugin.serve.service import Service
 
 HOST = "http://127.0.0.1:8000"
@@ -309,6 +311,25 @@ def test_client_disconnects_while_sending_its_body(log: io.StringIO) -> None:
             time.sleep(0.01)
     (record,) = (record for record in plugin_records(log) if record["event"] == "request")
     assert (record["status"], record["client_disconnected"]) == (499, True)
+
+
+def test_exception_within_a_response_is_no_disconnect_of_the_client(log: io.StringIO) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"data: 1", "more_body": True})
+        raise RuntimeError("broken")
+
+    async def receive() -> Message:
+        raise AssertionError
+
+    async def discard(message: Message) -> None:
+        pass
+
+    scope = {"type": "http", "method": "POST", "path": PATH, "headers": []}
+    asyncio.run(RequestLog(app, ready_service(), [PATH])(scope, receive, discard))
+    _, record = plugin_records(log)
+    assert (record["status"], record["error"]) == (200, "internal_error")
+    assert "client_disconnected" not in record
 
 
 @pytest.mark.parametrize(

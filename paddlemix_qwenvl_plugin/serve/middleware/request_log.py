@@ -46,7 +46,8 @@ class RequestLog:
         client_id = Headers(scope=scope).get("x-request-id", "")
         if _VALID_ID.fullmatch(client_id):
             info.id = client_id
-        status, disconnected = _CLIENT_CLOSED_REQUEST, True  # until the response begins, and ends
+        status = _CLIENT_CLOSED_REQUEST  # until the response begins
+        disconnected = True  # until the response ends
 
         async def observe(message: Message) -> None:
             nonlocal status, disconnected

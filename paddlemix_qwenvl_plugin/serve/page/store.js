@@ -18,7 +18,10 @@ export function load(storage, name) {
 export function store(storage, name, value) {
   inPage.set(name, value);
   try {
-    storageNamed(storage)?.setItem(name, value);
+    const stored = storageNamed(storage);
+    if (stored === null) return;
+    stored.setItem(name, value);
+    inPage.delete(name); // load() then also sees values of other tabs
   } catch {
     // The storage is full or read-only: the value remains in this page.
   }

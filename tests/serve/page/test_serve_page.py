@@ -169,6 +169,24 @@ def test_api_key_dialog(page: Page, server: PageServer) -> None:
     assert not page.find("#key-dialog").is_displayed()
 
 
+def test_full_storage_keeps_no_older_key(page: Page, server: PageServer) -> None:
+    server.answers += [["One."], ["Two."]]
+    page.open()
+    server.key = "first"
+    page.ask("Hi")
+    page.wait(lambda: page.find("#key-dialog").is_displayed())
+    page.find("#key").send_keys("first\n")
+    page.wait(lambda: page.answers() == ["One."])
+    page.wait_for_end()
+    server.key = "second"
+    page.js("Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError'); }")
+    page.ask("Hi again")
+    page.wait(lambda: page.find("#key-dialog").is_displayed())
+    page.find("#key").clear()
+    page.find("#key").send_keys("second\n")
+    page.wait(lambda: page.answers() == ["One.", "Two."])
+
+
 def test_retry_asks_the_last_question_again(page: Page, server: PageServer) -> None:
     server.answers += [["one"], ["two"], ["three"]]
     page.open()
