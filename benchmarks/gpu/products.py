@@ -30,7 +30,7 @@ COMPUTE = {
     "bfloat16": (0, torch.bfloat16),
     "float16": (1, torch.float16),
 }  # the launchers' numbers and PyTorch's types
-# Epilogues of a product: values of enum class Epilogue in csrc/cuda/ops.h.
+# The epilogues of the timed products: values of enum class Epilogue in csrc/cuda/ops.h.
 EPILOGUES = {"half": 0, "float": 1, "add": 2, "silu_times": 4}
 REPLAYS = 7  # timed, after two for warm-up
 

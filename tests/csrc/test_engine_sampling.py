@@ -1,4 +1,4 @@
-"""qvl_sample, compared with the Python sampler (runtime/sampling.py) and with NumPy."""
+"""qvl_sample, on the CPU or a GPU (conftest.py), compared with the Python sampler (runtime/sampling.py) and NumPy."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@
 // 32, one in each half of its lanes. AVX2 without VNNI multiplies signed bytes (kSignedProducts): 128 is
 // subtracted from the weights and from the zero points.
 //
+//   scales, zeros:  float16 [rows][padded k / group] each, k padded to 128
 //   prepared x:  [n_x] rows, each with its blocks (float32 scales [kLanes], int8 values [kBlock]) and then
 //                the float32 sums of x over the groups [groups padded with zeros to kLanes]
 //

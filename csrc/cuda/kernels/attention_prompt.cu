@@ -183,7 +183,7 @@ __device__ inline Work work_of(const PagedAttention& p, int tile, int head, int 
   job.y = static_cast<H*>(p.y) + start;
   job.head_dim = p.head_dim;
   job.causal = true;
-  job.scale = 1;
+  job.scale = 1;  // rotate_and_store() has scaled the queries
   return {job, p.blocks + static_cast<int64>(p.chunks[4 * chunk + 3]) * p.max_blocks};
 }
 
