@@ -46,7 +46,7 @@ class Matrix(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        return self.values.nbytes + (self.scales.nbytes if self.storage != "half" else 0)
+        return self.values.nbytes + self.scales.nbytes  # no scales for "half"
 
 
 class Products:
