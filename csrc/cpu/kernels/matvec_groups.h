@@ -311,7 +311,7 @@ struct RowsGroups {
                                    WeightPrefetcher& prefetcher, Floats (&totals)[RowCount][XCount]) {
     Ints dots[RowCount][XCount] = {};
 #pragma GCC unroll 8
-    for (int i = 0; i < Group || i == 0; i += kVector) {
+    for (int i = 0; i < Group; i += kVector) {
       UnsignedBytes v[RowCount];
 #pragma GCC unroll 8
       for (int r = 0; r < RowCount; ++r) {
