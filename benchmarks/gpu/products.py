@@ -196,6 +196,7 @@ def main() -> None:
     folder = os.environ.get("QWENVL_CUDA_KERNELS")
     if not folder:
         raise SystemExit("QWENVL_CUDA_KERNELS must name the folder of the kernels and libqwenvl_cuda_test.so")
+    # A graph cannot be captured on the default stream.
     with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
         for storage in arguments.types:
             time_storage(Products(folder, arguments.compute), storage, arguments.rows, Sizes())

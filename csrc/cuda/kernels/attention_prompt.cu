@@ -66,6 +66,7 @@ struct PagedKeys {
     }
   }
 
+  // For GPUs before sm_80, in place of locate() and load().
   __device__ H value(int part, int key, int d) const {
     const float factor = p.type == kInt8Keys ? scale(part, scale_offset(key)) : 1.f;
     return to_half(factor * load_float(p.base + key_offset(key) + part * part_bytes(), d));
