@@ -31,7 +31,7 @@ const char* error_message(Body&& body) {
 }  // namespace
 
 EXPORT int64_t qvlt_gpu_linear_prompt_tiles() {
-  return linear_prompt_tiles(prompt_gpu(1));
+  return linear_prompt_tiles(prompt_gpu(1));  // the same for float16
 }
 
 EXPORT const char* qvlt_gpu_linear_prompt_tile_name(int64_t tile) {
