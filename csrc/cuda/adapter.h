@@ -32,13 +32,13 @@ class CudaAdapter final : public Adapter {
               const std::vector<AdapterMatrix>& matrices);
   ~CudaAdapter() override;
 
-  // For prompts: A and B of a product; NULL if the adapter does not change it.
+  // For prompt rows: A and B of a product; NULL if the adapter does not change it.
   const LowRank* product(int index) const {
     const LowRank& found = products_[to_size(index)];
     return found.a.values != nullptr ? &found : nullptr;
   }
 
-  // For decode steps: address in device memory of the adapter's table, which has a LowRankEntry per product.
+  // For decode rows: address in device memory of the adapter's table, which has a LowRankEntry per product.
   uint64_t table() const { return address(table_.get()); }
   // Highest rank of LowRank::a of all products.
   int max_rank() const { return max_rank_; }
