@@ -15,7 +15,6 @@ class BatchJob:
 
     Attributes:
         parts: number of completed parts.
-        driver_busy: busy time of the driver, in seconds.
     """
 
     def __init__(
@@ -34,7 +33,6 @@ class BatchJob:
             in_advance: number of parts assigned to a worker besides its current one.
         """
         self.parts = 0
-        self.driver_busy = 0.0
         self._env, self._part_seconds, self._driver_seconds = env, part, driver
         self._driver = simpy.Resource(env)
         for _ in range(workers):
@@ -47,9 +45,7 @@ class BatchJob:
         """Wait for the driver, occupy it for one assignment, and put a part into a worker's queue."""
         with self._driver.request() as turn:
             yield turn
-            seconds = self._driver_seconds()
-            yield self._env.timeout(seconds)
-            self.driver_busy += seconds
+            yield self._env.timeout(self._driver_seconds())
         queue.put(None)
 
     def _work(self, queue: simpy.Store) -> Iterator[Any]:

@@ -12,6 +12,7 @@ from paddlemix_qwenvl_plugin.demo.world.draw import draw
 
 
 def main(folder: Path = IMAGES) -> None:
+    """Draw the images into `folder`; a test compares them with those in IMAGES."""
     folder.mkdir(exist_ok=True)
     for question in QUESTIONS:
         for scene, image in zip(question.sample.scenes, question.images):

@@ -30,7 +30,7 @@ COMPUTE = {
     "bfloat16": (0, torch.bfloat16),
     "float16": (1, torch.float16),
 }  # the launchers' numbers and PyTorch's types
-# Epilogues of a product: values of enum class Epilogue in csrc/cuda/ops.h.
+# The epilogues of the timed products: values of enum class Epilogue in csrc/cuda/ops.h.
 EPILOGUES = {"half": 0, "float": 1, "add": 2, "silu_times": 4}
 REPLAYS = 7  # timed, after two for warm-up
 
@@ -46,7 +46,7 @@ class Matrix(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        return self.values.nbytes + (self.scales.nbytes if self.storage != "half" else 0)
+        return self.values.nbytes + self.scales.nbytes  # no scales for "half"
 
 
 class Products:
@@ -196,6 +196,7 @@ def main() -> None:
     folder = os.environ.get("QWENVL_CUDA_KERNELS")
     if not folder:
         raise SystemExit("QWENVL_CUDA_KERNELS must name the folder of the kernels and libqwenvl_cuda_test.so")
+    # A graph cannot be captured on the default stream.
     with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
         for storage in arguments.types:
             time_storage(Products(folder, arguments.compute), storage, arguments.rows, Sizes())

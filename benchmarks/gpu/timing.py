@@ -1,4 +1,4 @@
-"""Timing of GPU work, and the lines of JSON with which a benchmark script reports to run.py."""
+"""Timing of GPU work, and the lines of JSON that the scripts print: run.py reads them from the scripts it starts."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ namespace {
 
 // Maximum number of keys per chunk in decode attention. Each chunk has a separate softmax, and the partial
 // results are merged in order. Several threads can thus share a long context, and the result does not depend
-// on their number.
+// on the number of threads.
 constexpr int kChunkKeys = kMaxKvTile;
 
 // Arguments and sizes that PromptAttention and DecodeAttention share.

@@ -16,7 +16,7 @@ enum LayerProduct { kAttnProduct, kAttnProjProduct, kGateUpProduct, kMlpProjProd
 // A and B of a product, with the scale multiplied into B. Their values are NULL if the adapter does not
 // change the product.
 struct LowRank {
-  Matrix a;       // [rank, in], both multiples of 8
+  Matrix a;       // [rank, in], both multiples of 8; for w1 and w2 the rows of both matrices A
   Matrix b;       // [out, rank]
   int parts = 1;  // number of interleaved matrices; row i of `b` belongs to matrix i % parts
 };
@@ -32,14 +32,15 @@ class CudaAdapter final : public Adapter {
               const std::vector<AdapterMatrix>& matrices);
   ~CudaAdapter() override;
 
-  // A and B of a product; NULL if the adapter does not change it.
+  // For prompt rows: A and B of a product; NULL if the adapter does not change it.
   const LowRank* product(int index) const {
     const LowRank& found = products_[to_size(index)];
     return found.a.values != nullptr ? &found : nullptr;
   }
 
-  // Address in device memory of the adapter's table, which has a LowRankEntry per product.
+  // For decode rows: address in device memory of the adapter's table, which has a LowRankEntry per product.
   uint64_t table() const { return address(table_.get()); }
+  // Highest rank of LowRank::a of all products.
   int max_rank() const { return max_rank_; }
 
  private:

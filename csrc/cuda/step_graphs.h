@@ -1,5 +1,6 @@
 // Decode steps as CUDA graphs: layers, lm_head and sampling for a fixed number of rows, captured on first use
-// and replayed in later steps.
+// and replayed in later steps. The numbers of rows (with padding rows) and of keys are rounded up, so that
+// similar steps share a graph.
 #pragma once
 
 #include <map>

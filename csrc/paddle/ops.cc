@@ -99,7 +99,7 @@ std::vector<paddle::DataType> encode_images_dtype(const paddle::DataType&,
   return {paddle::DataType::FLOAT32};
 }
 
-// ---- completions, with the inputs of the stock program ---------------------------------------------------
+// ---- completions, with the inputs of the stock program that the engine needs -----------------------------
 
 // Parameters and state of a row, as in paddlemix_qwenvl_plugin/modeling/generation.py.
 struct Row {

@@ -31,15 +31,11 @@ const char* error_message(Body&& body) {
 }  // namespace
 
 EXPORT int64_t qvlt_gpu_linear_prompt_tiles() {
-  return linear_prompt_tiles(prompt_gpu(1));
+  return linear_prompt_tiles(prompt_gpu(1));  // the same for float16
 }
 
 EXPORT const char* qvlt_gpu_linear_prompt_tile_name(int64_t tile) {
   return linear_prompt_tile_name(static_cast<int>(tile));
-}
-
-EXPORT int64_t qvlt_gpu_linear_prompt_tile(int64_t out, int64_t in, int64_t n) {
-  return linear_prompt_tile(prompt_gpu(1), static_cast<int>(out), static_cast<int>(in), static_cast<int>(n));
 }
 
 // tile: index of a tile variant of Hopper; -1: the portable kernel; -2: linear_prompt, which chooses one

@@ -85,6 +85,7 @@ EXPORT int qvlt_bfloat16(qvl_isa isa, int64_t n, const float* from, uint16_t* bi
   });
 }
 
+// Rotate and scale x [n, head_dim] in place. frequencies [head_dim / 2] is an output, for qvlr_rotary.
 EXPORT int qvlt_rotary(qvl_isa isa, const qvl_config* config, int prompt_len, int64_t n,
                        const int32_t* positions, const float* scale, float* frequencies, float* x) {
   return with_context(isa, 1, [&](Context& context) {

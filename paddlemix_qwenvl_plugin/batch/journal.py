@@ -21,8 +21,8 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, naming
 class Journal:
     """Output lines on disk, by the `id_key` (rows.py) of their rows.
 
-    Opening truncates the file at the first line that is not a complete result of the job, or repeats one; a killed
-    process may leave an incomplete line. Closing a journal without output lines removes its file.
+    Opening truncates the file at the first line that is not a complete result (an answer or an error) of the job, or
+    repeats one; a killed process may leave an incomplete line. Closing a journal without output lines removes its file.
 
     Raises:
         QwenVLError: another process holds the lock, or the file belongs to another job.
@@ -112,7 +112,7 @@ class Journal:
 def difference(expected: Mapping[str, Any], found: bytes, kind: str = "partial file") -> str:
     """Describe how the identity of a job in a file, `found`, differs from that of the current job, `expected`.
 
-    `kind`: the expected kind of file, for the message.
+    `kind`: the expected kind of file, for the message: a partial file, or the manifest of a job on a cluster.
     """
     try:
         actual = dict(json.loads(found))

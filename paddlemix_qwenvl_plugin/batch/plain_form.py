@@ -1,4 +1,4 @@
-"""Plain batch format: {"id": …, "image": …, "prompt": …} in, {"id": …, "text": …} out."""
+"""Plain batch format: {"id": …, "image": …, "prompt": …} in, {"id": …, "text": …, "boxes": …, …} out."""
 
 from __future__ import annotations
 

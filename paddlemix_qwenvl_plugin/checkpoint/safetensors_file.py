@@ -3,6 +3,8 @@
 The safetensors library maps the complete file, so that every page it touches stays resident. Its NumPy functions lack
 bfloat16, and its functions with bfloat16 change between versions. This module instead reads one tensor at a time, by
 its offset. Format: 8 bytes little-endian header length, a JSON header, then the raw values.
+
+shards.py reads every format by the same two functions, here `read_header` and `read_tensor`.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def mark(sample: Sample, answer: str) -> Mark:
     """Score an answer to a sample's first turn.
 
     The text without boxes must match exactly. Boxes are compared in order: a box is correct if its intersection over
-    union is at least IOU and it has the same `<ref>`.
+    union is at least IOU and it has the same `<ref>`. Boxes beyond the number of expected ones are ignored.
     """
     turn = sample.turns[0]
     expected, actual = _parsed(turn, turn.answer), _parsed(turn, answer)

@@ -118,6 +118,7 @@ class VisionModel(nn.Layer):
         )
         self.attn_pool = Resampler("visual.attn_pool", vision)
         self.ln_post = LayerNorm("visual.ln_post", vision.output_dim)
+        # [out, in]: the transpose of the checkpoint's (weights.py).
         self.proj = self.create_parameter([vision.output_dim] * 2, attr=parameter_attr("visual.proj"))
 
     def forward(self, images: paddle.Tensor) -> paddle.Tensor:

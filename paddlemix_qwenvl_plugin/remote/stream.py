@@ -27,7 +27,7 @@ Work = Callable[[Callable[[str], None]], Coroutine[Any, Any, End]]
 
 
 class ServerStream(Iterator[Segment]):
-    """Streamed answer of a server, a Stream (runtime/model.py).
+    """Answer of a server, a Stream (runtime/model.py): a chat's arrives in deltas, a batch row's in one text.
 
     Its answer has no token ids, and only the timings `prepare` and `server`, the duration of the request.
     """
@@ -69,12 +69,15 @@ class ServerStream(Iterator[Segment]):
         return self
 
     def stop(self) -> None:
-        """End the iteration and cancel the request; safe in signal handlers and other threads."""
+        """End the iteration and cancel the request.
+
+        Unlike `close()`, a signal handler or another thread may call this while the iteration waits for a segment.
+        """
         self._stopping = True
         self._received.put(None)
 
     def close(self) -> None:
-        """Cancel the request."""
+        """End the iteration and cancel the request."""
         self._segments.close()
         self._texts.close()
         if self._future is not None:
@@ -104,7 +107,7 @@ class ServerStream(Iterator[Segment]):
 
     @property
     def answer(self) -> Answer:
-        """The answer so far."""
+        """The answer so far; its finish reason is "cancelled" before the end."""
         text = "".join(self._deltas)
         parsed = parse_boxes(text)
         return Answer(

@@ -1,4 +1,4 @@
-"""Exported demo model in the user's cache folder, for `qwenvl serve --demo`.
+"""Exported demo model in the user's cache folder, for `qwenvl serve --demo` and the scripts in examples/.
 
 `demo_stages` runs this module in a child process, to keep Paddle, which the export imports, out of its caller:
 `python -m paddlemix_qwenvl_plugin.serve.demo_model FOLDER`. That process also starts another one, which compiles the

@@ -12,7 +12,7 @@ ENVIRONMENT_PREFIX = "QWENVL_SERVE_"
 
 
 def _split(value: object) -> object:
-    """Split a comma-separated list, the form of a list in an environment variable."""
+    """Split a comma-separated list, the form of a list in an environment variable and in a flag."""
     if isinstance(value, str):
         return [item.strip() for item in value.split(",") if item.strip()]
     return value

@@ -66,6 +66,6 @@ def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
 
 
 def undo_all() -> None:
-    """Undo every `replace`."""
+    """Undo every `replace`, for tests."""
     _process_wide.roll_back()
     _replaced.clear()

@@ -126,6 +126,7 @@ def test_hook_is_called_once_with_a_finder_that_calls_all_finders(run: Run, posi
 
 @pytest.mark.parametrize("hook", ["hooks:bad", "no_such_hooks:f", "hooks:no_such"])
 def test_failing_hook_warns_once_and_leaves_the_module_unchanged(run: Run, hook: str) -> None:
+    """A reload does not warn again, and other hooks, such as that of paddlenlp_ops, stay armed."""
     code = IMPORT + (
         "print(m.LOADERS, hasattr(m, 'added'), m.Auto.make(), isinstance(vars(m.Auto)['make'], classmethod))\n"
         "import importlib; importlib.reload(m)\n"

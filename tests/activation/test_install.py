@@ -57,7 +57,7 @@ def test_install_activates_and_uninstall_leaves_nothing(tmp_path: Path, kind: st
     process = pip(python, "install", "--no-deps", str(wheel))
     assert process.returncode == 0, process.stderr
 
-    # An editable install takes the activation's module from the checkout.
+    # An editable install takes the activation's module, and the recipes, from the checkout.
     expected = ACTIVATION_FILES if kind == "wheel" else ACTIVATION_FILES[1:]
     assert {name for name in ACTIVATION_FILES if (site_packages / name).is_file()} == set(expected)
     shipped = site_packages / "paddlemix_qwenvl_plugin" / "recipes" / "shipped" / "tiny-cpu.yaml"

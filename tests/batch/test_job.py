@@ -32,6 +32,7 @@ def vl(tiny_exported):
 
 @pytest.fixture(scope="module")
 def cheap(tiny_exported):
+    """Model with scripted answers: of four letters, or of three letters and a stop token."""
     return open_cheap(tiny_exported)
 
 

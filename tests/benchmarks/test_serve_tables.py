@@ -1,4 +1,4 @@
-"""Tables of benchmarks/serve.py."""
+"""The table of the front's cost in benchmarks/serve.py."""
 
 from __future__ import annotations
 

@@ -33,7 +33,10 @@ main()
 def run_with_signal(
     number: signal.Signals, folder: Path, *arguments: object
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command in `folder` that gets a signal during its work; its standard input stays open."""
+    """Run a command in `folder` that gets a signal during its work.
+
+    Its standard input stays open, so that `chat` waits for a line.
+    """
     reader, writer = os.pipe()
     try:
         return subprocess.run(

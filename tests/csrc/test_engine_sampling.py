@@ -1,4 +1,4 @@
-"""qvl_sample, compared with the Python sampler (runtime/sampling.py) and with NumPy."""
+"""qvl_sample, on the CPU or a GPU (conftest.py), compared with the Python sampler (runtime/sampling.py) and NumPy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def engine(library, golden_model):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        {},  # greedy in both samplers
         {"temperature": 0.0},
         {"temperature": 1.0},
         {"temperature": 0.7, "top_p": 0.8},
@@ -41,12 +41,10 @@ def test_the_same_tokens_as_the_python_sampler(engine, options):
     python_sampler = RowSampler(python_options, stop_tokens, vocab)
     counts = np.zeros(vocab, np.int32)
     forbidden = np.array(stop_tokens, np.int32)
-    # Options without temperature, top_p and top_k are greedy, as is the engine with temperature 0.
-    parameters = options if options.keys() & {"top_p", "top_k"} else {"temperature": 0.0, **options}
     for step in range(60):
         logits = (random.standard_normal(vocab) * 3).astype(np.float32)
         logits[stop_tokens] += 4
-        sampling = engine.sampling(seed=12345, counter=step, **parameters)
+        sampling = engine.sampling(seed=12345, counter=step, **options)
         if step < 20:
             sampling.n_forbidden, sampling.forbidden = 3, int_pointer(forbidden)
         assert engine.sample(logits[None], [sampling], [counts]) == [python_sampler.pick(logits)]

@@ -67,10 +67,8 @@ def test_logits(model_and_best_engine, block_tokens):
     second_spans = [(start - chunk, features) for start, features in spans if start >= chunk]
     with engine.pool(n_blocks, block_tokens) as pool:
         pool.forward([(prompt[:chunk], 0, length, table)], first_spans, logits=False)
-        chunk_end = length - 7
-        if chunk_end > chunk:
-            logits = pool.forward([(prompt[chunk:chunk_end], chunk, length, table)], second_spans)
-            np.testing.assert_allclose(logits[0], prefill_logits[0], atol=1e-3, rtol=0)
+        logits = pool.forward([(prompt[chunk : length - 7], chunk, length, table)], second_spans)
+        np.testing.assert_allclose(logits[0], prefill_logits[0], atol=1e-3, rtol=0)
         for i in range(1, 8):
             position = length - 8 + i
             logits = pool.forward([(prompt[position : position + 1], position, length, table)])

@@ -20,8 +20,7 @@ if not FOLDER or not LIBRARY.exists():
     )
 
 DLL = ctypes.CDLL(str(LIBRARY))
-for _name in ("tiles", "tile"):
-    getattr(DLL, f"qvlt_gpu_linear_prompt_{_name}").restype = ctypes.c_int64
+DLL.qvlt_gpu_linear_prompt_tiles.restype = ctypes.c_int64
 DLL.qvlt_gpu_linear_prompt_tile_name.restype = ctypes.c_char_p
 HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
 HALF, FLOAT, ADD, GELU, SILU_TIMES = range(5)  # enum class Epilogue of csrc/cuda/ops.h

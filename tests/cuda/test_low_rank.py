@@ -1,4 +1,7 @@
-"""Low-rank adapters of decode steps, compared with float64: rows with different adapters, and rows without one."""
+"""Low-rank adapters of decode steps, for rows with different adapters and rows without one.
+
+The results are compared with float64; those of one launch with those of a launch for each row or product, bit for bit.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""README.md and README_zh.md have the same structure; CI runs two of their commands; links and named files exist."""
+"""README.md and README_zh.md have the same structure; CI runs two of their commands.
+
+Links and named files exist in all Markdown files of the root and of docs/.
+"""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def test_a_hanging_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_real_paddle() -> None:
-    """The child process gets this process's sys.path."""
+    """The child process finds the same Paddle: it gets this process's sys.path."""
     import paddle
 
     answer = probe.ask("paddle")

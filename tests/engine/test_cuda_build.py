@@ -128,7 +128,7 @@ def test_kernels_that_do_not_compile(kernels: Path, source: str, message: str) -
         build.built(gpu.kernels())
     log = Path(str(error.value).rpartition(" ")[2])
     assert not list(log.parent.rglob("*.cubin"))
-    if source == "FAIL":
+    if source == "FAIL":  # only this failure is recorded: a killed compiler may succeed later
         assert "one.cu(1): a word" in log.read_text()
         with pytest.raises(QwenVLError, match=r"\(qwenvl build-engine --device gpu tries again\)$"):
             build.built(gpu.kernels())

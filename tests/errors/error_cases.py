@@ -2,7 +2,7 @@
 
 The function gets a `Bench` in an empty working directory, creates the input there, and returns the arguments of
 `qwenvl`. Functions such as `predict(…)` and `recipe(…)` return a case that calls the method of `Bench` of the same name
-with the same arguments.
+with the same arguments. The other *_cases.py of this folder add their cases to CASES.
 """
 
 from __future__ import annotations
@@ -727,7 +727,7 @@ def _(bench: Bench) -> list[str]:
     bench.exported()
     manifest = json.loads(Path("text/qwen.manifest.json").read_text())
     programs = {name: digest for name, digest in manifest["programs"].items() if ".fused" in name}
-    shutil.rmtree("vision")
+    shutil.rmtree("vision")  # `manifest` copies both stages again
     shutil.rmtree("text")
     bench.manifest(quant_type="weight_only_int8", programs=programs)
     bench.monkeypatch.setenv("QWENVL_ENGINE", "portable")

@@ -21,7 +21,10 @@ NAME = "qwen-vl-chat"
 
 @dataclass
 class Server:
-    """A running server with its components, the openai client and an HTTP client."""
+    """A running server with its components, the openai client and an HTTP client.
+
+    The engine client, the image loader and the slot queue are the test doubles of serve_openai_engine.py.
+    """
 
     url: str
     service: Service

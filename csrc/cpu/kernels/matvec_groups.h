@@ -25,6 +25,7 @@
 // 32, one in each half of its lanes. AVX2 without VNNI multiplies signed bytes (kSignedProducts): 128 is
 // subtracted from the weights and from the zero points.
 //
+//   scales, zeros:  float16 [rows][padded k / group] each, k padded to 128
 //   prepared x:  [n_x] rows, each with its blocks (float32 scales [kLanes], int8 values [kBlock]) and then
 //                the float32 sums of x over the groups [groups padded with zeros to kLanes]
 //
@@ -310,7 +311,7 @@ struct RowsGroups {
                                    WeightPrefetcher& prefetcher, Floats (&totals)[RowCount][XCount]) {
     Ints dots[RowCount][XCount] = {};
 #pragma GCC unroll 8
-    for (int i = 0; i < Group || i == 0; i += kVector) {
+    for (int i = 0; i < Group; i += kVector) {
       UnsignedBytes v[RowCount];
 #pragma GCC unroll 8
       for (int r = 0; r < RowCount; ++r) {

@@ -66,6 +66,7 @@ struct PagedKeys {
     }
   }
 
+  // For GPUs before sm_80, in place of locate() and load().
   __device__ H value(int part, int key, int d) const {
     const float factor = p.type == kInt8Keys ? scale(part, scale_offset(key)) : 1.f;
     return to_half(factor * load_float(p.base + key_offset(key) + part * part_bytes(), d));
@@ -183,7 +184,7 @@ __device__ inline Work work_of(const PagedAttention& p, int tile, int head, int 
   job.y = static_cast<H*>(p.y) + start;
   job.head_dim = p.head_dim;
   job.causal = true;
-  job.scale = 1;
+  job.scale = 1;  // rotate_and_store() has scaled the queries
   return {job, p.blocks + static_cast<int64>(p.chunks[4 * chunk + 3]) * p.max_blocks};
 }
 

@@ -1,5 +1,6 @@
-// Epilogue of a product: bias, activation, type (Epilogue of ops.h). A thread finishes two adjacent columns
-// of a row:
+// Epilogue of a product: bias, activation, type (Epilogue of ops.h); for prompts on any GPU, for decode steps
+// only on Hopper and in low_rank.cu (elsewhere: linear_decode.cuh). A thread finishes two adjacent columns of
+// a row:
 //
 //   sums (a, b) of columns c, c + 1 -> H [n, out] | float32 [n, out] | += float32 [n, out] | gelu: H [n, out]
 //   kEpilogueSiluTimes: a and b are a value of w1 x and of w2 x; a * silu(b) -> H [n, out / 2]
@@ -38,7 +39,8 @@ __device__ inline float silu_times(float x, float gate) {
 }
 
 // Add to float32 in memory without waiting for the old value. There is one addition per element and launch,
-// so the result does not depend on the order of blocks.
+// so the result does not depend on the order of blocks. Without __CUDA_ARCH__: the host, in tests
+// (tests/engine/host_gpu).
 __device__ inline void add_to(float* y, float value) {
 #ifdef __CUDA_ARCH__
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(y), "f"(value) : "memory");

@@ -62,8 +62,8 @@ def start_on(
         print_line: prints a line for the user.
 
     Returns:
-        The signal that interrupted the command: one before the application was deployed, or one after the signal that
-        ends the server; else None.
+        The signal that interrupted the command: one before the deployment began, or one after the signal that ends the
+        server; else None.
 
     Raises:
         UsageError: wrong settings or a wrong address, or Ray is not installed, too old, or incompatible with the
@@ -116,7 +116,11 @@ def _serve(settings: ServeSettings, print_line: Callable[[str], None]) -> None:
 
 
 def _deploy(settings: ServeSettings) -> None:
-    """Deploy or update the application and wait until it runs; raise QwenVLError if it does not start."""
+    """Deploy or update the application and wait until it runs.
+
+    Raises:
+        QwenVLError: it does not start; it has then been deleted, also if it ran before the update.
+    """
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.config import HTTPOptions

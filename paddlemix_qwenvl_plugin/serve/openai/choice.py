@@ -77,7 +77,7 @@ class ChoiceRun:
         """Prepare a run.
 
         Args:
-            deadline: deadline of the request; the caller cancels the run when it has passed.
+            deadline: deadline of the request; the caller sets its `passed`, and then cancels the run.
             after: another run with the same prompt. The new run is submitted after the first token of `after`, so that
                 it finds the prompt in the prefix cache.
         """

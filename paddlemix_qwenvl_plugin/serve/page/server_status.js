@@ -26,7 +26,7 @@ export class ServerStatus {
     byId('status').dataset.state = state;
     setWords(byId('state'), 'text', `state.${state}`);
     if (state === 'ready' && !this.model) await this.findModel().catch((error) => error.kind === 'key' && this.onKeyRequired());
-    clearTimeout(this.#timer);
+    clearTimeout(this.#timer); // of another call, which ended during this one
     if (!document.hidden) this.#timer = setTimeout(() => this.check(), QUERY_INTERVALS[state]);
   }
 

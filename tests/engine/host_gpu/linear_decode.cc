@@ -12,7 +12,7 @@
 #include <thread>
 
 #define QVL_COMPUTE_BFLOAT16
-#include "cuda/kernels/hopper.cuh"
+#include "cuda/kernels/hopper.cuh"  // the stand-in in this folder
 
 #define __shared__  // `extern char raw[]`, defined below, is the shared memory of these kernels
 #include "cuda/kernels/linear_decode_hopper.cu"
@@ -36,7 +36,7 @@ char raw[227 << 10];  // shared memory of a block, Hopper's maximum
 }
 
 char* const shared_memory = raw;
-uint32 registers_of[544][4];  // by thread, of up to 17 warps
+uint32 registers_of[544][4];  // used by hopper.cuh; by thread, of up to 17 warps
 
 namespace {
 

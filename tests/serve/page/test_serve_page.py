@@ -1,4 +1,4 @@
-"""Conversation on the chat page: questions, streamed answers, stop, errors, editing, saving."""
+"""Conversation on the chat page with a mock server: questions, streamed answers, stop, errors, editing, saving."""
 
 from __future__ import annotations
 
