@@ -48,11 +48,6 @@ inline uint4 load_shared16(uint32 address) {
   std::memcpy(&value, shared_memory + address, 16);
   return value;
 }
-inline uint2 load_shared8(uint32 address) {
-  uint2 value;
-  std::memcpy(&value, shared_memory + address, 8);
-  return value;
-}
 inline uint32 load_shared4(uint32 address) {
   uint32 value;
   std::memcpy(&value, shared_memory + address, 4);
