@@ -114,10 +114,10 @@ def main() -> None:
             }
             for dtype in ADAPTER_DTYPES:
                 adapters = [make_adapter(engine, arguments.rank, dtype, i) for i in range(arguments.adapters)]
-                # The adapters are assigned to the sequences in turn.
-                of_sequences = [adapters[i % len(adapters)] for i in range(arguments.batch)]
-                runs[dtype] = decode_step(pool, of_sequences)
-                runs[f"{dtype}, prompts"] = prefill(pool, of_sequences[:N_PROMPTS])
+                # The adapters are assigned to the sequences and to the prompts in turn.
+                in_turn = [adapters[i % len(adapters)] for i in range(max(arguments.batch, N_PROMPTS))]
+                runs[dtype] = decode_step(pool, in_turn[: arguments.batch])
+                runs[f"{dtype}, prompts"] = prefill(pool, in_turn[:N_PROMPTS])
             times = shortest(runs, arguments.seconds, clock)
             for name in ("none", *ADAPTER_DTYPES):
                 cells = [

@@ -1,7 +1,8 @@
 """Write random weights of a Qwen-1 geometry as a GGUF file for llama.cpp.
 
-Needs NumPy and gguf, not this package.
-Run: python benchmarks/gguf_weights.py PATH JSON, where JSON is an object with the other arguments of write_gguf.
+Imported by cpu_peers.py. serve_models.py runs it as a program, with a Python that need not have this package:
+python benchmarks/gguf_weights.py PATH JSON, where JSON is an object with the other arguments of write_gguf. Needs NumPy
+and gguf.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def write_gguf(
         kind: gguf's name of the storage type, such as Q8_0.
         sizes: as in config.json.
         n_words: number of word tokens, which follow the 256 byte tokens and precede the stop token. Only word tokens
-            have random logits; the logits of all other tokens, the stop token included, are 0. None: a model without
-            a tokenizer, whose logits are all random.
+            have random logits; the logits of all other tokens, the stop token included, are 0 and thus never the
+            largest (serve_models.py). None: a model without a tokenizer, whose logits are all random.
     """
     import gguf
     import numpy as np

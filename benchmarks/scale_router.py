@@ -48,7 +48,8 @@ class ByPrefix(TwoChoices):
     When a replica is added, conversations move only to it; when one is removed, only its conversations move. A replica
     is overloaded if it is full, or if its ongoing requests are at least `overload` times the requests in the system per
     replica, plus four. Then two random replicas are compared, as by TwoChoices. In a real cluster
-    (cluster/serve/routing.py) a replica is overloaded if its queue has over four requests more than the shortest queue.
+    (cluster/serve/routing.py) a replica is overloaded if its queue has over four requests more than the shortest queue,
+    and the replica with the next hash takes the request.
     """
 
     def __init__(self, seed: int = 0, overload: float = 1.5) -> None:
@@ -57,7 +58,7 @@ class ByPrefix(TwoChoices):
         self._replica_hashes = np.zeros(0, np.uint64)
         # Replica with the highest hash by conversation, until the list of replicas changes.
         self._homes: dict[int, Replica] = {}
-        # Number of requests in the system, waiting ones included; set by the service.
+        # Number of requests in the system, waiting ones included; set by Service (scale_cluster.py).
         self.ongoing = 0
 
     def changed(self, replicas: list[Replica]) -> None:

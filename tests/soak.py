@@ -1,4 +1,7 @@
-"""Soak test of the loop on the engine: random requests join, end and are cancelled, in a small KV cache."""
+"""Soak test of the loop on the engine: random requests join, end and are cancelled, in a small KV cache.
+
+Run by tests/runtime/test_same_tokens.py, tests/cuda/test_soak.py and benchmarks/soak.py.
+"""
 
 from __future__ import annotations
 

@@ -32,6 +32,7 @@ Resampler::Resampler(const qvl_config& config, Weights& weights, Context& contex
   layer_norm_rows(context, weights.norm(kPool + "ln_q"), weights.floats(kPool + "query"), n, config.hidden,
                   normed);
   context.kernels.add(weights.floats(kPool + "pos_embed"), normed, n * hidden);
+  // Rows {n, 0}: as rows of prompts, which use the blocked product.
   linear(context, in_proj.slice(0, hidden), normed, hidden, {n, 0}, queries, hidden);
   const float scale = 1 / std::sqrt(static_cast<float>(kResamplerHeadDim));
   for (int64_t i = 0; i < n * hidden; ++i) queries[i] *= scale;

@@ -57,7 +57,7 @@ class Merge:
                 values[...] = target if weight == 1 else values + np.float32(weight) * (target - values)
         for adapter, weight in self.adapters:
             if name in adapter.updates:
-                a, b = adapter.update(name)
+                a, b = adapter.update(name)  # [in, rank] and [rank, out], the transposes of A and B above
                 a = a * np.float32(weight * adapter.updates[name].scaling)
                 values += b.T @ a.T if transposed else a @ b
 

@@ -33,7 +33,7 @@ _INDEX = "PADDLE_INDEX is the address that Paddle's installation guide gives for
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU. `architecture`: compute capability times ten, None if unknown."""
+    """A GPU. `architecture`: compute capability times ten; `driver`: version of its driver; None if unknown."""
 
     name: str
     architecture: Optional[int]

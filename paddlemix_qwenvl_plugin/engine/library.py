@@ -37,7 +37,7 @@ DTYPES = {
     "uint8_g128": 11,
     "int32": 12,
 }
-"""Storage types and their codes in qvl_dtype."""
+"""Codes in qvl_dtype of the storage types, and of int32, the type of input orders."""
 
 CPU, CUDA = 0, 1
 """Devices: QVL_DEVICE_*."""

@@ -82,7 +82,7 @@ def save_drawn(drawn: Image.Image, path: Path) -> None:
 
 
 def is_drawn(path: Path) -> bool:
-    """Whether a file carries the mark of `save_drawn`."""
+    """Whether a file has the mark of `save_drawn`; `qwenvl predict --draw` replaces no other file that has content."""
     try:
         with Image.open(path) as image:
             return bool(image.getexif().get(_SOFTWARE_TAG) == _SOFTWARE)

@@ -73,7 +73,7 @@ def _invert(upper: NDArray[np.float64]) -> None:
 
 
 def quantize(weight: Floats, hessian: Hessian, bits: int, group: int) -> Quantized:
-    """Quantize a matrix [out, in] by GPTQ, followed by sweeps of coordinate descent."""
+    """Quantize a matrix [out, in], whose `in` is a multiple of `group`: GPTQ, then sweeps of coordinate descent."""
     matrix = gptq(weight, hessian, bits, group)
     for _ in range(_SWEEPS):
         descend(matrix, weight, hessian.matrix, bits)

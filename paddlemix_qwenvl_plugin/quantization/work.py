@@ -49,6 +49,7 @@ class Work:
         Raises:
             UsageError: `target` exists; or the work folder exists and was not written by this class, belongs to a
                 running process, or is of a run with other settings.
+            QwenVLError: job.json or progress.json in the work folder cannot be read.
             OSError: a file in the work folder cannot be written.
         """
         if target.exists():

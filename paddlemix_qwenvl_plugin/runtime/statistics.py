@@ -13,8 +13,8 @@ class LoopStatistics:
         running, waiting: current number of requests.
         blocks, blocks_used: blocks of the KV cache, and those that running requests use; without the blocks that only
             the prefix cache keeps.
-        prompt_tokens, cached_tokens, completion_tokens: counters of tokens; `cached_tokens` are the prompt tokens found
-            in the prefix cache.
+        prompt_tokens, cached_tokens, completion_tokens: counters of tokens; `cached_tokens` are those of the prompt
+            tokens that were found in the prefix cache.
         images_encoded, image_cache_hits: counters of images.
         preempted: counter of preemptions.
         steps: counter of steps.

@@ -30,6 +30,7 @@ def write_tiny_vocabulary(path: Path) -> None:
     rank, and the tokenizer can produce it.
     """
     tokens = [bytes([value]) for value in range(256)]
+    # Words and punctuation, with the space before them; the tokenizer never merges digits.
     tokens += _train_merges(re.findall(r" ?[^\W\d_]+| ?[^\w\s]+", _TEXT))
     lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)]
     path.write_bytes(b"".join(lines))

@@ -1,6 +1,7 @@
 """PyTorch .bin shards, Hugging Face's format of this model, give the same tensors as the golden folder's files.
 
-The tests write shards without PyTorch (torch_files.py). PyTorch itself wrote the small files of tests/golden/torch.
+Damaged and crafted files are refused. The tests write shards without PyTorch (torch_files.py). PyTorch itself wrote the
+small files of tests/golden/torch.
 """
 
 from __future__ import annotations

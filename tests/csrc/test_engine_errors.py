@@ -1,6 +1,7 @@
 """Errors of the C interface: status codes, and messages that name what is wrong.
 
-Also ids under a span, the size of a pool, and device memory.
+Also ids under a span, the size of a pool, and device memory. On a GPU tests/cuda/README.md runs only
+test_orders_that_a_gpu_refuses.
 """
 
 from __future__ import annotations

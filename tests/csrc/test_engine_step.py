@@ -1,4 +1,7 @@
-"""qvl_step, compared with qvl_forward, qvl_sample and NumPy; sequences without logits; copies of blocks."""
+"""qvl_step, compared with qvl_forward, qvl_sample and NumPy; sequences without logits; copies of blocks.
+
+The tests also run on a GPU (tests/cuda/README.md).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Fixtures to call launchers: C functions of csrc/testing/cuda_decode.cc that start kernels, on PyTorch tensors."""
+"""Fixtures to call launchers: C functions of csrc/testing/cuda_decode.cc that start kernels, on PyTorch tensors.
+
+For test_decode.py and test_low_rank.py; prompt.py and small.py call the launchers of the other files of csrc/testing.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,8 @@ def cuda_library():
 def launch(cuda_library):
     """`launch(NAME, half, *arguments)` calls a launcher on the current stream and asserts success.
 
-    `half`: 0 for bfloat16, 1 for float16. Of the arguments, it converts integers to C's int, tensors to pointers and
-    None to NULL, and passes others as they are.
+    `half`: 0 for bfloat16, 1 for float16, the reverse of the launchers of prompt.py and small.py. Of the
+    arguments, it converts integers to C's int, tensors to pointers and None to NULL, and passes others as they are.
     """
     import torch
 

@@ -1,4 +1,7 @@
-"""Attention of prompts and of images, compared with float64; chunks of a prompt give the same bits as the prompt."""
+"""Attention of prompts and of images, compared with float64; chunks of a prompt give the same bits as the prompt.
+
+`portable` selects the kernels for any GPU even on Hopper, which has kernels of its own.
+"""
 
 from __future__ import annotations
 
@@ -46,6 +49,7 @@ class Cache:
         self.block_bytes = -(-flat.shape[1] // 16) * 16 + (64 if head_dim % 16 == 0 else 8)
         self.memory = torch.full((len(free_blocks), self.block_bytes), -1, dtype=torch.int8, device="cuda")
         self.memory[:, : flat.shape[1]] = flat
+        # Entries without a block are far outside of the cache.
         self.tables = torch.full((len(lengths), self.max_blocks), 0x7FFFFFF, dtype=torch.int32)
         self.keys, self.values = [], []
         for i, (length, n) in enumerate(zip(lengths, n_blocks)):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from small import DLL, UNWRITTEN, normal, poisoned, run, same_bits, torch
 
-BF16 = torch.bfloat16
+BF16 = torch.bfloat16  # the compute type; the kernels of sampling are the same for both
 # Sampling parameters of a row as the kernel reads them: Pick of csrc/cuda/kernels/pick.h.
 PICK = np.dtype(
     [

@@ -61,11 +61,8 @@ def test_columns_with_large_inputs_are_rounded_first():
     assert Hessian(gram, "w").order.tolist() == [1, 2, 0]
 
 
-def test_descent_against_brute_force():
-    """A row of two weights: no change of one integer by 1 reduces the error.
-
-    The best of all 16 x 16 pairs has at most the reached error, since the reached pair is among them.
-    """
+def test_descent_ends_at_a_minimum():
+    """In a row of two weights, no change of one integer by 1 reduces the error."""
     rng = np.random.default_rng(1)
     inputs = correlated(rng, 50, 2)
     hessian = Hessian(inputs.T @ inputs, "w")
@@ -73,17 +70,12 @@ def test_descent_against_brute_force():
         weight = rng.standard_normal((1, 2)).astype(np.float32)
         found = quantize(weight, hessian, 4, 2)
         scale, zero = found.scales[0, 0], found.zeros[0, 0]
-        all_errors = [
-            error(weight, (np.array([integers]) - zero) * scale, hessian.matrix)
-            for integers in itertools.product(range(16), repeat=2)
-        ]
         reached = error(weight, found.values(), hessian.matrix)
         neighbours = []
         for column, step in itertools.product(range(2), (-1, 1)):
             moved = found.integers.copy()
             moved[0, column] = np.clip(moved[0, column] + step, 0, 15)
             neighbours.append(error(weight, (moved - zero) * scale, hessian.matrix))
-        assert min(all_errors) <= reached * (1 + 1e-4)
         assert reached <= min(neighbours) * (1 + 1e-3) + 1e-9
 
 

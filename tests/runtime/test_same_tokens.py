@@ -1,4 +1,7 @@
-"""The same tokens in any batch, on the engine, with each storage type of an export without GPTQ or AWQ; a soak test."""
+"""The same tokens in any batch, on the engine, with each storage type of an export without GPTQ or AWQ; a soak test.
+
+With QWENVL_TEST_DEVICE=gpu on a GPU.
+"""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@
 
 namespace {
 
-constexpr int kUnit = 128;                    // rows of quantized weights are padded to a multiple of this
+constexpr int kUnit = 128;                    // a quantized row is padded to a multiple of this many values
 constexpr int kVector = sizeof(SignedBytes);  // bytes, and thus values, in a vector
 constexpr int kBlock = 8 * kVector;           // values in a block
 
@@ -87,8 +87,8 @@ QVL_INLINE void quantize_values(const float* x, char* to_scales, char* values) {
       const float m = magnitudes[4 * lane + j];
       largest = m > largest ? m : largest;
     }
-    // If the maximum is infinite or at most 1e-35, all values become zero: below 3.7e-37 the inverse would
-    // overflow.
+    // If the lane's maximum is infinite or at most 1e-35, its values become zero: below 3.7e-37 the inverse
+    // would overflow.
     const bool usable = largest > 1e-35F && largest < __builtin_inff();
     scales[lane] = usable ? largest / 127.0F : 0.0F;
     for (int j = 0; j < 4; ++j) inverse[4 * lane + j] = usable ? 127.0F / largest : 0.0F;

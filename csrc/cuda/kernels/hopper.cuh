@@ -109,11 +109,6 @@ __device__ inline uint4 load_shared16(uint32 address) {
                : "r"(address));
   return value;
 }
-__device__ inline uint2 load_shared8(uint32 address) {
-  uint2 value;
-  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address));
-  return value;
-}
 __device__ inline uint32 load_shared4(uint32 address) {
   uint32 value;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address));
@@ -273,10 +268,6 @@ QVL_PRODUCT(104, QVL_L52, "52", "53", "54", QVL_F16(0), QVL_F16(16), QVL_F16(32)
 QVL_PRODUCT(128, QVL_L64, "64", "65", "66", QVL_F16(0), QVL_F16(16), QVL_F16(32), QVL_F16(48))
 QVL_PRODUCT(144, QVL_L72, "72", "73", "74", QVL_F16(0), QVL_F16(16), QVL_F16(32), QVL_F16(48), QVL_F4(64),
             QVL_F4(68))
-QVL_PRODUCT(192, QVL_L96, "96", "97", "98", QVL_F16(0), QVL_F16(16), QVL_F16(32), QVL_F16(48), QVL_F16(64),
-            QVL_F16(80))
-QVL_PRODUCT(208, QVL_L104, "104", "105", "106", QVL_F16(0), QVL_F16(16), QVL_F16(32), QVL_F16(48),
-            QVL_F16(64), QVL_F16(80), QVL_F4(96), QVL_F4(100))
 QVL_PRODUCT(256, QVL_L128, "128", "129", "130", QVL_F16(0), QVL_F16(16), QVL_F16(32), QVL_F16(48),
             QVL_F16(64), QVL_F16(80), QVL_F16(96), QVL_F16(112))
 

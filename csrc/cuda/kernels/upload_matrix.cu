@@ -1,11 +1,12 @@
 // Conversion of matrices from the file layout (qvl_packed_bytes in qwenvl.h) to that of the kernels, with one
-// block per row.
+// block per row of the file and per padding row.
 //
 // Layout:
 //
 //   float32, bfloat16, float16 [out, in]  ->  H [out][stride], padded with zeros
 //   quantized                             ->  tiles of 16 rows x units of 128 values (quantized.cuh)
 //   row r of the file                     ->  row first + r * step; step 2 interleaves two matrices
+//   padding rows (quantized only)         ->  the rows after the last one, up to a multiple of 16; zeros
 //
 // Cost. Bytes: each weight is read and written once when a model is opened. Bound by the copy from the host.
 //

@@ -15,7 +15,7 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # untyped for mypy
     """Request router that ranks the replicas of each prefix by rendezvous hashing.
 
     All fronts compute the same ranking without shared state. Adding or removing a replica moves only the prefixes that
-    rank this replica first. A request goes to the first replica of its ranking that is not overloaded.
+    rank this replica first. A first attempt goes to the first replica of its ranking that is not overloaded.
 
     The call's keyword arguments are `prefix`, a digest, and `attempt`, the number of earlier attempts. Each retry
     starts one rank later, whatever the load: a failed replica may have the shortest queue.

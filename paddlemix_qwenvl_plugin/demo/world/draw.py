@@ -18,7 +18,7 @@ def draw(scene: Scene, side: int = SIDE) -> Image.Image:
     rows = np.asarray(upper) * (1 - ramp) + np.asarray(lower) * ramp
     image = Image.fromarray(np.repeat(rows.astype(np.uint8)[:, None, :], side, axis=1))
     drawing = ImageDraw.Draw(image)
-    scale = side / 1000
+    scale = side / 1000  # the scene's coordinates are in thousandths
     for thing in scene.things:
         if thing.text:
             _draw_text(image, thing, scale)

@@ -26,7 +26,8 @@ async def respond(
     """Create the response to a request.
 
     Raises:
-        ApiError, QwenVLError: see Completion.events. A streamed response raises them only while it is sent.
+        ApiError, QwenVLError: see Completion.events. A streamed response raises them while it is sent, and only before
+            its first event; later it reports them as its last event (EventStream).
     """
     completion = Completion(service, spec, info_of(request.scope))
     if parameters.stream:

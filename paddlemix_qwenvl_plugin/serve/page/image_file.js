@@ -1,6 +1,6 @@
 /** Image files prepared for sending: longer side at most LONG_SIDE pixels, no metadata such as a location. */
 
-// Three times the model's input size; boxes are in thousandths and unaffected.
+// Three times the input size of Qwen-VL; boxes are in thousandths and unaffected.
 export const LONG_SIDE = 1344;
 // Maximum length of a PNG's data URL; a longer one is replaced by a JPEG.
 const MAX_PNG_CHARACTERS = 2_000_000;

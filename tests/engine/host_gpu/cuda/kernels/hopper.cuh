@@ -1,6 +1,7 @@
-// Hopper's instructions on the host, in place of csrc/cuda/kernels/hopper.cuh. The order of their effects is
-// one that the hardware allows but rarely has: the copy engine, a thread of its own, executes the copies in
-// random order, and each thread of a kernel computes its part of a product only in wgmma_wait.
+// Hopper's instructions on the host, in place of csrc/cuda/kernels/hopper.cuh: those that the products of
+// decode steps use. The order of their effects is one that the hardware allows but rarely has: the copy
+// engine, a thread of its own, executes the copies in random order, and each thread of a kernel computes its
+// part of a product only in wgmma_wait.
 #pragma once
 
 #include <functional>
@@ -45,11 +46,6 @@ inline void threads_sync(int barrier) {
 inline uint4 load_shared16(uint32 address) {
   uint4 value;
   std::memcpy(&value, shared_memory + address, 16);
-  return value;
-}
-inline uint2 load_shared8(uint32 address) {
-  uint2 value;
-  std::memcpy(&value, shared_memory + address, 8);
   return value;
 }
 inline uint32 load_shared4(uint32 address) {

@@ -1,4 +1,7 @@
-"""Fake of PaddleMIX's script of this name: its Predictor, with the same inputs of both programs, except MAX_LEN."""
+"""Fake of PaddleMIX's script of this name: a Predictor that gives both programs the inputs of PaddleMIX's.
+
+Only MAX_LEN differs.
+"""
 
 from __future__ import annotations
 
