@@ -25,6 +25,11 @@ qvl_dtype dtype_of(Half half) {
   return half == Half::kBfloat16 ? QVL_BFLOAT16 : QVL_FLOAT16;
 }
 
+// Whether matrix() uses the tensor where it is.
+bool is_usable_in_place(const qvl_tensor& tensor, Half half) {
+  return tensor.device == QVL_DEVICE_CUDA && tensor.dtype == dtype_of(half) && row_values(tensor) % 8 == 0;
+}
+
 }  // namespace
 
 Weights::Weights(const Gpu& gpu, CUstream stream, const WeightTable& table)
@@ -32,16 +37,18 @@ Weights::Weights(const Gpu& gpu, CUstream stream, const WeightTable& table)
   check_memory();
 }
 
-// bytes_as_int4 is a lower bound of the size of an export with weight_only_int4: half a byte per value of a
-// matrix, although wte stays unquantized and lm_head and c_attn get 8 bits; a byte per value of a vector; no
-// scales.
+// needed is a lower bound: matrices on the GPU that are usable in place do not count, although interleaved()
+// copies them, and quantized matrices count as such, although half_matrix() dequantizes them. bytes_as_int4
+// is a lower bound of the size of an export with weight_only_int4: half a byte per value of a matrix,
+// although wte stays unquantized and lm_head and c_attn get 8 bits; a byte per value of a vector; no scales.
 void Weights::check_memory() const {
   uint64_t needed = 0, bytes_as_int4 = 0;
   for (const auto& [name, tensor] : table_) {
     const auto out = static_cast<int>(tensor.shape[0]), in = static_cast<int>(row_values(tensor));
     const bool is_matrix = tensor.n_dims > 1;
     const MatrixBytes bytes = matrix_bytes(storage_of(tensor.dtype), out, in);
-    needed += is_matrix ? bytes.values + bytes.scales : 4 * static_cast<uint64_t>(out);
+    if (!is_matrix) needed += 4 * static_cast<uint64_t>(out);
+    if (is_matrix && !is_usable_in_place(tensor, gpu_.half())) needed += bytes.values + bytes.scales;
     bytes_as_int4 += static_cast<uint64_t>(out) * static_cast<uint64_t>(in) / (is_matrix ? 2 : 1);
   }
   size_t free = 0, total = 0;
@@ -147,10 +154,8 @@ void Weights::write_rows(const qvl_tensor& tensor, const Matrix& to, int first, 
 
 Matrix Weights::matrix(const std::string& name, const std::string& bias) {
   const qvl_tensor& tensor = table_.at(name);
-  const bool in_place = tensor.device == QVL_DEVICE_CUDA && tensor.dtype == dtype_of(gpu_.half()) &&
-                        row_values(tensor) % 8 == 0;
   Matrix result{};
-  if (in_place) {
+  if (is_usable_in_place(tensor, gpu_.half())) {
     result = {Storage::kHalf,
               static_cast<int>(tensor.shape[0]),
               static_cast<int>(row_values(tensor)),

@@ -8,6 +8,7 @@
 #include "cuda/low_rank.h"
 #include "cuda/ops.h"
 #include "cuda/tensor_map.h"
+#include "testing/gpu.h"
 
 using namespace qvl;
 using namespace qvl::cuda;
@@ -16,11 +17,9 @@ using namespace qvl::cuda;
 
 namespace {
 
-// half: compute type of the kernels; 0: bfloat16, 1: float16. The objects are never freed: the driver may be
-// unloaded before static objects are destroyed.
+// half: compute type of the kernels; 0: bfloat16, 1: float16.
 const Gpu& gpu(int half) {
-  static const Gpu* const gpus[] = {new Gpu(0, Half::kBfloat16), new Gpu(0, Half::kFloat16)};
-  return *gpus[half == 0 ? 0 : 1];
+  return test_gpu(half == 0);
 }
 
 // Call `body`; return NULL, or the message of its exception, valid until the next error of this thread.

@@ -7,6 +7,7 @@
 #include "core/error.h"
 #include "cuda/attention.h"
 #include "cuda/linear_prompt.h"
+#include "testing/gpu.h"
 
 using namespace qvl;
 using namespace qvl::cuda;
@@ -14,12 +15,6 @@ using namespace qvl::cuda;
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
-
-// Never freed: the driver may be unloaded before static objects are destroyed.
-const Gpu& prompt_gpu(int64_t bfloat16) {
-  static const Gpu* const gpus[] = {new Gpu(0, Half::kFloat16), new Gpu(0, Half::kBfloat16)};
-  return *gpus[bfloat16 != 0];
-}
 
 // Call `body`; return NULL, or the message of its exception, valid until the next call in this thread.
 template <typename Body>
@@ -31,7 +26,7 @@ const char* error_message(Body&& body) {
 }  // namespace
 
 EXPORT int64_t qvlt_gpu_linear_prompt_tiles() {
-  return linear_prompt_tiles(prompt_gpu(1));  // the same for float16
+  return linear_prompt_tiles(test_gpu(false));  // the same for bfloat16
 }
 
 EXPORT const char* qvlt_gpu_linear_prompt_tile_name(int64_t tile) {
@@ -45,7 +40,7 @@ EXPORT const char* qvlt_gpu_linear_prompt(int64_t bfloat16, CUstream stream, int
                                           const float* bias, const void* x, int64_t x_stride, int64_t n,
                                           int64_t epilogue, void* y, void* scratch) {
   return error_message([&] {
-    const Gpu& gpu = prompt_gpu(bfloat16);
+    const Gpu& gpu = test_gpu(bfloat16 != 0);
     const CurrentContext current(gpu.context());
     const Matrix matrix{static_cast<Storage>(storage),
                         static_cast<int>(out),
@@ -70,7 +65,7 @@ EXPORT const char* qvlt_gpu_attention_prompt(int64_t bfloat16, CUstream stream, 
                                              char* base, int64_t block_bytes, int64_t block_tokens,
                                              int64_t dtype, int64_t heads, int64_t head_dim, void* y) {
   return error_message([&] {
-    const Gpu& gpu = prompt_gpu(bfloat16);
+    const Gpu& gpu = test_gpu(bfloat16 != 0);
     const CurrentContext current(gpu.context());
     const KvLayer kv{base,
                      static_cast<uint64_t>(block_bytes),
@@ -90,7 +85,7 @@ EXPORT const char* qvlt_gpu_attention_dense(int64_t bfloat16, CUstream stream, i
                                             int64_t n_queries, int64_t n_keys, int64_t heads,
                                             int64_t head_dim, double scale, void* y) {
   return error_message([&] {
-    const Gpu& gpu = prompt_gpu(bfloat16);
+    const Gpu& gpu = test_gpu(bfloat16 != 0);
     const CurrentContext current(gpu.context());
     const DenseAttention a{q,
                            k,

@@ -4,6 +4,7 @@
 #include "core/error.h"
 #include "cuda/low_rank.h"
 #include "cuda/ops.h"
+#include "testing/gpu.h"
 
 using namespace qvl;
 using namespace qvl::cuda;
@@ -12,19 +13,12 @@ using namespace qvl::cuda;
 
 namespace {
 
-// Never freed: the driver may be unloaded before static objects are destroyed.
-template <Half kHalf>
-const Gpu& gpu_of() {
-  static const Gpu* const gpu = new Gpu(0, kHalf);
-  return *gpu;
-}
-
 // Call body(gpu) with the GPU's context current; return NULL, or the message of its exception.
 template <typename Body>
 const char* on_gpu(int64_t bfloat16, Body&& body) {
   static thread_local qvl_error error;
   const qvl_status status = guarded(&error, [&] {
-    const Gpu& gpu = bfloat16 != 0 ? gpu_of<Half::kBfloat16>() : gpu_of<Half::kFloat16>();
+    const Gpu& gpu = test_gpu(bfloat16 != 0);
     const CurrentContext current(gpu.context());
     body(gpu);
   });

@@ -29,13 +29,16 @@ class Merge:
         specs: the tensors of the model.
 
     Raises:
-        UsageError: two adapters replace the same tensor.
+        UsageError: a weight is NaN or beyond float32, or two adapters replace the same tensor.
         UsageError, QwenVLError: as for Adapter.
     """
 
     def __init__(self, lora: Union[PathLike, Sequence[Lora]], specs: Mapping[str, TensorSpec]) -> None:
         entries = [lora] if isinstance(lora, (str, Path)) else lora
         weighted = [entry if isinstance(entry, tuple) else (entry, 1.0) for entry in entries]
+        for path, weight in weighted:
+            if not abs(weight) <= np.finfo(np.float32).max:
+                raise UsageError(f"--lora {path}: the weight is {weight:.3g}; use a number within float32's range")
         self.adapters = [(Adapter(Path(path), specs), float(weight)) for path, weight in weighted]
         self.names = {name for adapter, _ in self.adapters for name in adapter.names}
         replaced: dict[str, Adapter] = {}

@@ -45,6 +45,12 @@ def peft(shapes: Optional[Shapes] = C_ATTN_UPDATE, **config: Any) -> Case:
     return prepare
 
 
+def infinite_weight(bench: Bench) -> list[str]:
+    bench.model()
+    write_adapter("adapter", C_ATTN_UPDATE, PEFT_CONFIG)
+    return bench.export("--lora", "adapter=1e999")
+
+
 def config_text(content: str) -> Case:
     """`export-vision` with PEFT's adapter and this text as its config."""
 
@@ -69,6 +75,7 @@ def paddlenlp(**config: Any) -> Case:
 
 cases(
     {
+        "an adapter with an infinite weight": infinite_weight,
         "an adapter's config is not JSON": config_text('{"r": 8,'),
         "an adapter's config holds a list": config_text("[]"),
         "an adapter's config without `r`": peft(r=None),
