@@ -1,4 +1,4 @@
-"""Check of a model folder."""
+"""Check of a model folder: the checkpoint of `qwenvl doctor --model_name_or_path`."""
 
 from __future__ import annotations
 

@@ -365,7 +365,7 @@ def _run_all(
 
 @contextlib.contextmanager
 def _deferred_signals() -> Iterator[None]:
-    """Defer SIGINT, SIGTERM and SIGHUP to the end of the block, so that every started process is recorded."""
+    """Defer SIGINT, SIGTERM and SIGHUP to the end of the block: every started process is recorded, and later killed."""
     received: list[int] = []
     handlers = {}
     if threading.current_thread() is threading.main_thread():  # the only thread that runs Python's handlers
