@@ -1,4 +1,4 @@
-"""Crafted weight files: each is refused with a message of one line, in little time and memory, and no code runs.
+"""Crafted weight files, indices and config.json: refused with one line, in little time and memory; no code runs.
 
 The pickles are written opcode by opcode (the module pickletools lists them), since no pickler writes such files.
 """

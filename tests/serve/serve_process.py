@@ -44,7 +44,7 @@ class ServerProcess:
 
         Args:
             flags: arguments after the command.
-            command: command in place of `qwenvl serve`.
+            command: command in place of `qwenvl serve`, such as one that runs serve_fake_server.py.
             environment: additional environment variables.
             options: arguments of Popen.
         """

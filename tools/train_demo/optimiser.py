@@ -75,6 +75,7 @@ def schedule(step: int, progress: float, warm_up: int = 100) -> float:
     """Factor of the learning rate: a half cosine from 1 at `progress` 0 to 0.02 at 1, with a linear warm-up.
 
     Args:
+        step: number of the step, from 0, for the warm-up.
         progress: completed share of the training, from 0.
         warm_up: number of steps of the warm-up.
     """
