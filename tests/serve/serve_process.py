@@ -48,10 +48,9 @@ class ServerProcess:
             environment: additional environment variables.
             options: arguments of Popen.
         """
-        path = os.pathsep.join(map(str, (REPO, REPO / "tests" / "serve")))
         self._process = subprocess.Popen(
             [*command, *map(str, flags)],
-            env={**os.environ, "PYTHONPATH": path, **environment},
+            env={**os.environ, "PYTHONPATH": str(REPO), **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
