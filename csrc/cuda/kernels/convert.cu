@@ -1,4 +1,5 @@
-// Conversion of float32 [n] to H [n].
+// Conversion of float32 [n] to H [n]: of patch features before the resampler's projection, and of the
+// matrices of adapters.
 //
 // Layout: a thread converts 8 adjacent values, with two float4 loads and one 16-byte store.
 //
