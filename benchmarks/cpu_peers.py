@@ -1,7 +1,7 @@
 """Times of other implementations per layer of the 7B geometry; cpu_engine.py runs this script.
 
-python benchmarks/cpu_peers.py torch|llama|paddle THREADS SECONDS measures each figure for SECONDS, and prints a line of
-JSON for each variant: its name and milliseconds per layer. torch needs PyTorch. llama needs NumPy, gguf,
+python benchmarks/cpu_peers.py torch|llama|paddle THREADS SECONDS measures each figure for about SECONDS, and prints a
+line of JSON for each variant: its name and milliseconds per layer. torch needs PyTorch. llama needs NumPy, gguf,
 llama-cpp-python and 1 GB of disk for a file of random weights. paddle is the portable graph in Paddle Inference, and
 needs this package and 3 GB of memory and of disk.
 """
