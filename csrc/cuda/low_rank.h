@@ -37,7 +37,8 @@ void low_rank_down(const Gpu&, CUstream, const AdaptedRows&, const void* x, int6
 void low_rank_up(const Gpu&, CUstream, const AdaptedRows&, const LowRankMemory&, int out, const float* raw,
                  Epilogue epilogue, void* y);
 
-// y = epilogue(raw); raw: float32 [n, out].
+// y = epilogue(raw), for rows of prompts; raw: float32 [n, out], W x plus the updates, which linear_prompt()
+// has added.
 void finish_raw(const Gpu&, CUstream, const float* raw, int n, int out, Epilogue epilogue, void* y);
 
 }  // namespace qvl::cuda
