@@ -1,4 +1,4 @@
-"""The CPU kernels of every ISA, compared with plain loops in double precision (qvlr_*) or NumPy, also at odd sizes."""
+"""The CPU kernels (qvlt_*) of every ISA, also at odd sizes, compared with plain loops in float64 (qvlr_*) or NumPy."""
 
 from __future__ import annotations
 

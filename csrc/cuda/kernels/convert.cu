@@ -5,7 +5,8 @@
 //
 // Cost. Bytes: 4 read and 2 written per value; memory-bound, time = 6 * n / bandwidth.
 //
-// Reference: the golden image features, tests/csrc/test_golden_gpu.py.
+// Reference: the golden image features, tests/csrc/test_golden_gpu.py; the completions with adapters,
+// tests/csrc/test_engine_adapters.py.
 #include "cuda/kernels/common.cuh"
 #include "cuda/kernels/convert.h"
 
