@@ -5,7 +5,7 @@
 //
 // Cost. Bytes: 4 read and 2 written per value; memory-bound, time = 6 * n / bandwidth.
 //
-// Reference: the golden image features, tests/csrc/test_golden_gpu.py; the completions with adapters,
+// Reference: the golden image features, tests/csrc/test_golden_gpu.py; adapters against merged weights,
 // tests/csrc/test_engine_adapters.py.
 #include "cuda/kernels/common.cuh"
 #include "cuda/kernels/convert.h"
