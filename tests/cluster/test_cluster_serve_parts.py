@@ -295,7 +295,7 @@ class TestEngineHandle:
         asyncio.run(asyncio.wait_for(scenario(), 20))
 
 
-IMAGE_END = 99
+IMAGE_END = 99  # id of the token `</img>`, which follows an image's slots
 
 
 class TestPrefix:
