@@ -1,8 +1,9 @@
 """Times of other implementations per layer of the 7B geometry; cpu_engine.py runs this script.
 
-python benchmarks/cpu_peers.py torch|llama|paddle THREADS SECONDS prints a line of JSON for each variant: its name and
-milliseconds per layer. torch needs PyTorch. llama needs NumPy, gguf, llama-cpp-python and 1 GB of disk for a file of
-random weights. paddle is the portable graph in Paddle Inference, and needs this package and 3 GB of memory and of disk.
+python benchmarks/cpu_peers.py torch|llama|paddle THREADS SECONDS measures each figure for about SECONDS, and prints a
+line of JSON for each variant: its name and milliseconds per layer. torch needs PyTorch. llama needs NumPy, gguf,
+llama-cpp-python and 1 GB of disk for a file of random weights. paddle is the portable graph in Paddle Inference, and
+needs this package and 3 GB of memory and of disk.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ def torch_peer(threads: int, seconds: float) -> None:
 LAYERS = 2
 SIZES = {
     "hidden_size": HIDDEN,
-    "intermediate_size": 2 * MLP,
+    "intermediate_size": 2 * MLP,  # Qwen counts w1 and w2 together
     "kv_channels": HIDDEN // HEADS,
     "max_position_embeddings": 8192,
     "num_attention_heads": HEADS,
@@ -256,6 +257,7 @@ def portable_graph(folder: Path, n_layers: int, seconds: float) -> dict[str, flo
     export_language(folder, folder / "text", "qwen")
     encode = Stage(folder / "vision", "vision", "cpu").open()
     step = Stage(folder / "text" / "qwen", "language", "cpu").open(".step")
+    # Features and position of an image; the row -1 marks it as absent.
     no_images = np.zeros([1, 256, HIDDEN], np.float32), np.array([[-1, 0, 0]])
     pixels = np.zeros([1, 3, 448, 448], np.float32)
 

@@ -54,7 +54,10 @@ class Load:
 
 
 Measure = Callable[[Load, list[dict[str, Any]]], dict[str, Any]]
-"""Function that runs a load, with its request bodies, on a running target, and returns the figures."""
+"""Function that runs a load, with its request bodies, on a running target, and returns the figures.
+
+On a server these are `name`, `server_cpu` and those of figures(); on the loop only `name`, `seconds` and `tokens`.
+"""
 
 
 def ours(folder: Path) -> Server:
@@ -112,7 +115,10 @@ def on_server(server: Server, folder: Path) -> Iterator[Measure]:
 
 @contextlib.contextmanager
 def on_loop(folder: Path) -> Iterator[Measure]:
-    """Start a process that runs the loop without a server, yield its Measure, and stop the process."""
+    """Start a process that runs the loop without a server, yield its Measure, and stop the process.
+
+    The Measure accepts only loads of clients.
+    """
     command = [
         sys.executable,
         str(_HERE / "serve_loop.py"),

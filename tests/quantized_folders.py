@@ -51,8 +51,8 @@ class Variant(NamedTuple):
     """How a folder is quantized.
 
     With a `group` of -1, all weights of a row are one group; with `act_order` (GPTQ's desc_act), the inputs of a group
-    are not consecutive. `form` is the config's checkpoint_format, `quantizer` the entry in its `meta`: name and version
-    of the tool that quantized.
+    are not consecutive. `form` is the config's checkpoint_format, `quantizer` the entry in its `meta`, name and version
+    of the tool that quantized: GPTQModel or none.
     """
 
     method: str = "gptq"

@@ -1,5 +1,6 @@
-// Interface of a back end. The callers in core/ have checked all arguments, except the token ids of a batch,
-// which the back end checks or clamps.
+// Interface of a back end: the functions of the C interface, which qwenvl.h documents, for one kind of
+// device. The callers in core/ have checked all arguments, except the token ids of a batch, which the back
+// end checks or clamps.
 #pragma once
 
 #include <memory>
@@ -101,6 +102,7 @@ const CudaEntryPoints& cuda_back_end();
 
 }  // namespace qvl
 
+// Handle of the C interface. Unlike the other handles (core/engine.h), back ends read it: it is in a batch.
 struct qvl_adapter {
   const qvl_engine* engine;
   std::unique_ptr<qvl::Adapter> matrices;

@@ -91,8 +91,8 @@ void adjust(const qvl_sampling& s, int32_t vocab, const int32_t* counts, Candida
   }
 }
 
-// Token at `fraction` of the probability mass of the candidates within top-k and top-p. The mass is summed in
-// descending order of probability. Sorts the candidates in rounds, and stops when enough are sorted.
+// Token at `fraction` of the probability mass of the candidates within top-k and top-p, in descending order
+// of probability. Sorts the candidates in rounds, and stops when enough are sorted.
 int32_t draw(const qvl_sampling& s, int32_t vocab, Candidate* candidates, double fraction) {
   const auto temperature = static_cast<double>(s.temperature), top_p = static_cast<double>(s.top_p);
   int32_t n = vocab;

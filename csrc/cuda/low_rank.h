@@ -1,4 +1,5 @@
-// Launches of kernels/low_rank.cu: y += B (A x), for rows that each have a low-rank adapter (LoRA) or none.
+// Launches of kernels/low_rank.cu: y += B (A x), for rows that each have a low-rank adapter (LoRA) or none. B
+// has been multiplied by the adapter's scale.
 #pragma once
 
 #include "cuda/ops.h"
@@ -12,7 +13,7 @@ struct AdaptedRows {
   const uint64_t* adapters;  // [n]: addresses of adapter tables; 0: no adapter
   const int32_t* order;      // [n]: row indices sorted by adapter, or NULL
   int n;                     // number of rows
-  int product;               // index of the product
+  int product;               // index of the product in the adapter tables
 };
 
 // Memory of low_rank_down and low_rank_up for up to `rows` rows.
@@ -31,12 +32,13 @@ uint64_t low_rank_scratch(int rows, int stride);
 void low_rank_down(const Gpu&, CUstream, const AdaptedRows&, const void* x, int64_t x_stride, int in,
                    int rank, bool x_is_complete, const LowRankMemory& memory);
 
-// y = epilogue(raw + B low), for each row with its adapter. raw: float32 [n, out], W x; with kAdd and kFloat
-// it is NULL, and B low is added to y.
+// y = epilogue(raw + B low), where B low is 0 for a row without an adapter. raw: float32 [n, out], W x; with
+// kAdd and kFloat it is NULL, and B low is added to y.
 void low_rank_up(const Gpu&, CUstream, const AdaptedRows&, const LowRankMemory&, int out, const float* raw,
                  Epilogue epilogue, void* y);
 
-// y = epilogue(raw); raw: float32 [n, out].
+// y = epilogue(raw), for rows of prompts; raw: float32 [n, out], W x plus the updates, which linear_prompt()
+// has added.
 void finish_raw(const Gpu&, CUstream, const float* raw, int n, int out, Epilogue epilogue, void* y);
 
 }  // namespace qvl::cuda

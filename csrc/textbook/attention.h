@@ -1,4 +1,5 @@
-// Attention of one query over a KV cache, one head, from the textbook loops to the production kernel.
+// Attention of one query, scaled by the caller, over a KV cache, one head, from the textbook loops to the
+// production kernel.
 //
 //   tile (block of the cache)  keys   [n][head_dim]  bfloat16   score[t]  = q . key[t]
 //                              values [n][head_dim]  bfloat16   weight[t] = e^(score[t] - maximum) / sum

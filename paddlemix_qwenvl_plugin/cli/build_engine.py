@@ -14,6 +14,7 @@ def build_engine(device: flags.Device = "cpu") -> None:
     from paddlemix_qwenvl_plugin.engine.gpu import build_for, gpu_index
 
     index = gpu_index(device)
+    # allowed: build even with QWENVL_NO_BUILD or after a failed build.
     print(library(allowed=True))
     if index is not None:
         print(*build_for(index, allowed=True), sep="\n")

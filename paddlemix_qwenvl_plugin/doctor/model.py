@@ -1,4 +1,4 @@
-"""Check of a model folder."""
+"""Check of a model folder: the checkpoint of `qwenvl doctor --model_name_or_path`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TIMEOUT = 1800.0  # seconds; ample for a large checkpoint on a slow disk
 
 
 def check_model(folder: Path) -> Check:
-    """Check that a model folder can be opened, and report its contents.
+    """Check in a separate process that a model folder can be opened, and report its contents.
 
     Raises:
         UsageError: the folder does not exist, or has no config.json or no weights.

@@ -7,7 +7,7 @@ from typing import Any, Literal, Optional
 
 from paddlemix_qwenvl_plugin.version import __version__
 
-SCHEMA = 1
+SCHEMA = 1  # version of the JSON form
 Status = Literal["ok", "note", "problem"]
 
 

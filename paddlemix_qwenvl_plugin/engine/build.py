@@ -365,7 +365,10 @@ def _run_all(
 
 @contextlib.contextmanager
 def _deferred_signals() -> Iterator[None]:
-    """Defer SIGINT, SIGTERM and SIGHUP to the end of the block, so that every started process is recorded."""
+    """Defer SIGINT, SIGTERM and SIGHUP to the end of the block.
+
+    Thus every started process is recorded, and the killing of recorded processes is not interrupted.
+    """
     received: list[int] = []
     handlers = {}
     if threading.current_thread() is threading.main_thread():  # the only thread that runs Python's handlers

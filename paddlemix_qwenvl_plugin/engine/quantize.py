@@ -35,6 +35,8 @@ def check_quant_type(quant_type: Optional[str]) -> Optional[str]:
 def quantized(specs: Mapping[str, TensorSpec], quant_type: Optional[str]) -> dict[str, str]:
     """The storage types of the quantized weights: name -> key of library.DTYPES.
 
+    `quant_type`: one of QUANT_TYPES, or the type of a quantized checkpoint.
+
     weight_only_int4 stores lm_head and attention's c_attn in 8 bits: of the matrices other than lm_head, c_attn costs
     the most accuracy at 4 bits (figures in docs/demo-model.md). Quantized checkpoints have lm_head in floating point.
     """

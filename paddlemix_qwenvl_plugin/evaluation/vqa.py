@@ -43,7 +43,7 @@ class VqaRow(Row):
         return self.question_id
 
     def prompt(self) -> Question:
-        """The prompt of the official evaluation."""
+        """The prompt of Qwen-VL's official evaluation."""
         return Question(self.image, f"{self.question} Answer:")
 
 

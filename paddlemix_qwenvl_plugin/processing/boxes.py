@@ -81,7 +81,8 @@ def parse_boxes(text: str) -> BoxParse:
             problems.append(f"<{kind}> {where} is not closed")
             if kind != "ref":
                 coordinates = _COORDINATES.match(text, position)
-                position = coordinates.end() if coordinates else position
+                assert coordinates  # without coordinates, the empty text
+                position = coordinates.end()
             ref = None
             continue
         content = text[position : end.start()]

@@ -102,7 +102,7 @@ def described() -> dict[str, FieldInfo]:
 
 
 def allowed(field: FieldInfo) -> str:
-    """Describe the range of a field's values: "at least 1", "0 to 100"."""
+    """Describe the range of a field's values, of an option or of a server setting: "at least 1", "0 to 100"."""
     limits = {
         name: getattr(limit, name)
         for limit in field.metadata

@@ -22,7 +22,7 @@ class Connection(H11Protocol):
       disconnected after `send_timeout` seconds. The handler of its request sees a disconnect.
     """
 
-    send_timeout = 30.0
+    send_timeout = 30.0  # seconds; server.py sets the setting of this name in a subclass
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -48,7 +48,7 @@ class WorkerImageLoader:
         self.n_cache_hits = 0
 
     async def start(self) -> None:
-        """Start all processes now; otherwise `load` starts them on demand.
+        """Start all processes now, as tests do; in a server, `load` starts them on demand.
 
         Raises:
             NoWorkerError: a process does not start.

@@ -4,6 +4,9 @@ The parent is the HTTP front, or an engine replica on a Ray cluster. Both proces
 other; no received data is executed.
 
 Wire format of a message: the lengths of header and bytes (uint32, little-endian), the header in UTF-8, the bytes.
+
+The first message has the settings of the model. All later ones have a `kind`: `submit` and `cancel` to the engine
+process; `ready`, `step`, `statistics` and `broken` from it (engine_process.py).
 """
 
 from __future__ import annotations
@@ -58,7 +61,10 @@ class Unpacker:
 
 
 def pack_request(number: int, request: EngineRequest) -> bytes:
-    """Encode a request, with its images as bytes; the parent chooses `number`, which the replies repeat."""
+    """Encode a request, with its images as bytes; the parent chooses `number`, which the replies repeat.
+
+    All images have the same shape, the model's.
+    """
     header = {
         "kind": "submit",
         "number": number,

@@ -25,7 +25,8 @@ _REQUEST_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300,
 class Metrics:
     """Counters and histograms of a server, in a separate registry.
 
-    Gauges and the engine's counters are read at each scrape, from the objects passed to `watch`.
+    Gauges and the engine's counters are read at each scrape, from the objects passed to `watch`. On a cluster, `watch`
+    and `render` are not used: cluster/serve/cluster_metrics.py renders the metrics of all processes.
     """
 
     def __init__(self) -> None:

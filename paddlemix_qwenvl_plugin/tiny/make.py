@@ -87,5 +87,5 @@ def _random(name: str, spec: TensorSpec, random: np.random.Generator) -> NDArray
     if len(spec.shape) == 1:
         centre = 1.0 if name.endswith(".weight") else 0.0
         return np.asarray(centre + 0.1 * random.standard_normal(spec.shape), np.float32)
-    inputs = spec.shape[0] if spec.linear or name == "visual.proj" else int(np.prod(spec.shape[1:]))
+    inputs = spec.shape[0] if spec.linear else int(np.prod(spec.shape[1:]))
     return np.asarray(random.standard_normal(spec.shape) / np.sqrt(inputs), np.float32)

@@ -1,4 +1,4 @@
-"""Crafted weight files: each is refused with a message of one line, in little time and memory, and no code runs.
+"""Crafted weight files, indices and config.json: refused with one line, in little time and memory; no code runs.
 
 The pickles are written opcode by opcode (the module pickletools lists them), since no pickler writes such files.
 """
@@ -262,10 +262,10 @@ def test_a_big_endian_archive(tmp_path):
 # safetensors, indices, config.json
 
 
-def safetensors(path, header, values=bytes(8), length=None):
-    """Write a file with this header (JSON values or bytes); `length` replaces the header's true length."""
+def safetensors(path, header, length=None):
+    """Write a file with this header (JSON values or bytes) and 8 bytes; `length` replaces the header's true length."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + values)
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + bytes(8))
     return path
 
 

@@ -1,4 +1,4 @@
-"""Components of `qwenvl serve --ray` without a cluster: queue with leases, retries, prefixes, routing, metrics."""
+"""Components of `qwenvl serve --ray` without a cluster: queue, retries, prefixes, routing, metrics, start, signals."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class TestCoordinator:
             await run_pending_tasks()
             assert (await queue.drain()).waiting == 1
             await queue.release("waiting")
-            assert await waiting is None
+            assert await waiting is None  # not a grant: the client is gone, and the result is not used
             totals = await queue.drain()
             assert (totals.running, totals.waiting) == (2, 0)
 
@@ -312,7 +312,7 @@ class TestEngineHandle:
         asyncio.run(asyncio.wait_for(scenario(), CANCEL_SECONDS / 2))
 
 
-IMAGE_END = 99
+IMAGE_END = 99  # id of the token `</img>`, which follows an image's slots
 
 
 class TestPrefix:
@@ -461,7 +461,10 @@ def test_unsupported_versions_of_ray_are_refused(
 
 @pytest.mark.parametrize("step", ["connect", "check_version", "disconnect", "_remove"])
 def test_a_signal_outside_the_deployment_ends_the_command(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
-    """In `_remove` it is the second one, after one in `_deploy`. The caller turns the number into the exit code."""
+    """In `_remove` and `disconnect` it is the second one, after SIGINT in `_deploy`, which stands for a running server.
+
+    The caller turns the number into the exit code.
+    """
     steps: list[str] = []
 
     def run(name: str) -> None:

@@ -47,9 +47,8 @@ def test_golden(library, golden_model, name, compute):
         with engine.pool(len(table), 32) as pool:
             first_spans = [(start, features) for start, features in spans if start < chunk]
             second_spans = [(start - chunk, features) for start, features in spans if start >= chunk]
-            logits = pool.forward([(prompt[:chunk], 0, length, table)], first_spans)
-            if length > chunk:
-                logits = pool.forward([(prompt[chunk:], chunk, length, table)], second_spans)
+            pool.forward([(prompt[:chunk], 0, length, table)], first_spans)
+            logits = pool.forward([(prompt[chunk:], chunk, length, table)], second_spans)
             all_expected = [figures["prefill_logits_last8"][0, -1], *figures["decode_logits"]]
             for i, (token, expected) in enumerate(zip(figures["tokens"], all_expected)):
                 assert relative_error(logits[0], expected) < 4 * bound

@@ -113,7 +113,7 @@ def text_with_box(ref: str, thing: Thing) -> str:
     return "<ref>{}</ref><box>({},{}),({},{})</box>".format(ref, *thing.box)
 
 
-def test_there_are_eleven_scripts_and_two_notebooks() -> None:
+def test_there_are_eleven_short_scripts_and_two_notebooks() -> None:
     assert (len(SCRIPTS), len(NOTEBOOKS)) == (11, 2)
     for name in SCRIPTS:
         assert len((EXAMPLES / f"{name}.py").read_text("utf-8").splitlines()) < 60, name

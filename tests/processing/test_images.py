@@ -34,9 +34,9 @@ CORRUPTED = [
 ]
 
 
-def encoded(size: tuple[int, int] = (6, 4), format: str = "PNG", colour: str = "#c86432") -> bytes:
+def encoded(size: tuple[int, int] = (6, 4), format: str = "PNG") -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", size, colour).save(buffer, format)
+    Image.new("RGB", size, (200, 100, 50)).save(buffer, format)
     return buffer.getvalue()
 
 

@@ -1,4 +1,7 @@
-"""Both exported stages, opened from PIR and legacy programs, compared with recorded outputs of PaddleMIX's model."""
+"""Both exported stages, opened from PIR and legacy programs, compared with recorded outputs of PaddleMIX's model.
+
+Tests with the fixture `opened` run on the engine and on the portable graph.
+"""
 
 from __future__ import annotations
 

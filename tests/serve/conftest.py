@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from serve_process import ServerProcess
@@ -48,9 +47,9 @@ def serve_demo(demo_cache: Path, stages: DemoStages) -> Iterator[Callable[..., S
     """Function that starts `qwenvl serve --demo` with flags on a free port; the process is killed after the test."""
     servers: list[ServerProcess] = []
 
-    def start(*flags: object, **options: Any) -> ServerProcess:
+    def start(*flags: object) -> ServerProcess:
         flags = ("--demo", "--port", 0, *flags)
-        servers.append(ServerProcess(flags, environment={"QWENVL_CACHE_DIR": str(demo_cache)}, **options))
+        servers.append(ServerProcess(flags, environment={"QWENVL_CACHE_DIR": str(demo_cache)}))
         return servers[-1]
 
     yield start

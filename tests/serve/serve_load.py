@@ -1,4 +1,4 @@
-"""Clients of a load test; by default they also disconnect early and send invalid requests, at random."""
+"""Clients of a load test, which also disconnect early and send invalid requests, at random."""
 
 from __future__ import annotations
 
@@ -73,29 +73,19 @@ class Load:
         tally: the results so far.
     """
 
-    def __init__(
-        self,
-        url: str,
-        questions: Sequence[Question],
-        seed: int = 1,
-        read_all: bool = False,
-        allow_errors: bool = False,
-    ) -> None:
+    def __init__(self, url: str, questions: Sequence[Question], allow_errors: bool = False) -> None:
         """Create the clients.
 
         Args:
             url: URL of the server.
             questions: the clients choose from these at random.
-            seed: seed of the random choices.
-            read_all: if true, no client disconnects early or sends invalid requests.
             allow_errors: if true, an error for which `is_server_error` is true does not count as a failure, nor does
                 status 503 for an invalid request.
         """
         self.tally = Tally()
         self._url = url
         self._questions = questions
-        self._rng = random.Random(seed)
-        self._read_all = read_all
+        self._rng = random.Random(1)
         self._allow_errors = allow_errors
 
     async def run(self, n_clients: int, keep_running: Callable[[], bool]) -> None:
@@ -106,7 +96,7 @@ class Load:
         # Without verify=False httpx reads a file of CA certificates, which takes longer than a request.
         async with httpx.AsyncClient(base_url=self._url, timeout=TIMEOUT, verify=False) as http:
             while keep_running():
-                chance = 1.0 if self._read_all else self._rng.random()
+                chance = self._rng.random()
                 if chance < 0.1:
                     await self._disconnect_early(http)
                 elif chance < 0.2:

@@ -44,14 +44,13 @@ class ServerProcess:
 
         Args:
             flags: arguments after the command.
-            command: command in place of `qwenvl serve`.
+            command: command in place of `qwenvl serve`, such as one that runs serve_fake_server.py.
             environment: additional environment variables.
             options: arguments of Popen.
         """
-        path = os.pathsep.join(map(str, (REPO, REPO / "tests" / "serve")))
         self._process = subprocess.Popen(
             [*command, *map(str, flags)],
-            env={**os.environ, "PYTHONPATH": path, **environment},
+            env={**os.environ, "PYTHONPATH": str(REPO), **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -130,7 +130,9 @@ def fake_service(engine: Optional[CountingEngine] = None, **settings: Any) -> Se
 
 
 def fake_router(service: Service) -> APIRouter:
-    """Router with only POST /v1/chat/completions, which streams or returns the token ids of a completion.
+    """Router with only POST /v1/chat/completions, which streams the token ids of a completion as events.
+
+    Without `stream` it returns the text of these events as `answer`.
 
     Fields of the body, all optional: `n_tokens`, `stream`, `n` (number of slots), `padding` (spaces in each event),
     `raise` (text of an exception).

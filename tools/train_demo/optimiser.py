@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic Newton-Schulz iteration of Jordan et al.
+_WARM_UP_STEPS = 100
 
 
 class Muon(torch.optim.Optimizer):
@@ -71,12 +72,12 @@ def optimisers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     return [Muon(muon_parameters, lr=10 * lr), adamw]
 
 
-def schedule(step: int, progress: float, warm_up: int = 100) -> float:
+def schedule(step: int, progress: float) -> float:
     """Factor of the learning rate: a half cosine from 1 at `progress` 0 to 0.02 at 1, with a linear warm-up.
 
     Args:
+        step: number of the step, from 0, for the warm-up.
         progress: completed share of the training, from 0.
-        warm_up: number of steps of the warm-up.
     """
     cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return min(1.0, (step + 1) / warm_up) * cosine
+    return min(1.0, (step + 1) / _WARM_UP_STEPS) * cosine

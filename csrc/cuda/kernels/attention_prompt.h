@@ -8,12 +8,12 @@ namespace qvl::cuda {
 
 constexpr int kAttentionTile = 128;  // queries per tile: kQueryTile of ops.h
 
-// The portable kernels: a block of 4 warps processes half a tile of queries. If heads are padded to more than
-// 128 values, a tile of keys has 32 keys instead of 64. Shared memory of a block: queries, two tiles of keys
-// and two of values, in rows of kPaddedDim + 8 values; offsets of a tile's keys and of their scales, 8 bytes
-// each. On sm_86, sm_89 and sm_120 a block may have 99 KiB, all of which the rows of 256 + 8 values need:
-// with more than 128 values, both offsets of key i are in row i of the queries, in its last 8 values, which
-// nothing else uses.
+// The portable kernels, from sm_80 on (before, they are plain loops without shared memory): a block of 4
+// warps processes half a tile of queries. If heads are padded to more than 128 values, a tile of keys has 32
+// keys instead of 64. Shared memory of a block: queries, two tiles of keys and two of values, in rows of
+// kPaddedDim + 8 values; offsets of a tile's keys and of their scales, 8 bytes each. On sm_86, sm_89 and
+// sm_120 a block may have 99 KiB, all of which the rows of 256 + 8 values need: with more than 128 values,
+// both offsets of key i are in row i of the queries, in its last 8 values, which nothing else uses.
 constexpr int kAttentionThreads = 128, kAttentionQueries = 64;
 template <int kPaddedDim>
 constexpr int kAttentionKeys = kPaddedDim <= 128 ? 64 : 32;
@@ -52,7 +52,7 @@ struct PagedAttention {
   // Hopper: keys and values, [blocks][2 * heads][block_tokens][head_dim], in boxes of 64 values of all tokens
   // of a block.
   TensorMap keys;
-  int use_tensor_map;  // whether `keys` is used
+  int use_tensor_map;  // whether `keys` is used; if not, threads copy
 };
 
 // Parameters of attention_dense.cu, see DenseAttention in ops.h; strides are in values.
@@ -65,7 +65,7 @@ struct DenseParams {
   float scale;
   // Hopper: keys and values, [images][heads][n_keys][head_dim] each, in boxes of 64 values of 128 keys.
   TensorMap keys[2];
-  int use_tensor_map;  // whether `keys` is used
+  int use_tensor_map;  // whether `keys` is used; if not, threads copy
 };
 
 }  // namespace qvl::cuda

@@ -1,6 +1,7 @@
 // Types and helpers of all kernels. Compiled by NVRTC or nvcc, once with QVL_COMPUTE_BFLOAT16 defined (only
-// for sm_80 and newer) and once without: H, the compute type, is bfloat16 or float16. Headers of the standard
-// library, which NVRTC does not have, must not be included.
+// for sm_80 and newer) and once without: H, the compute type, is bfloat16 or float16. Tests also compile some
+// kernels for the host (tests/engine/host_gpu). Headers of the standard library, which NVRTC does not have,
+// must not be included.
 #pragma once
 
 #ifdef QVL_COMPUTE_BFLOAT16

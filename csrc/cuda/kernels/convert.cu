@@ -1,10 +1,12 @@
-// Conversion of float32 [n] to H [n].
+// Conversion of float32 [n] to H [n]: of patch features before the resampler's projection, and of the
+// matrices of adapters.
 //
 // Layout: a thread converts 8 adjacent values, with two float4 loads and one 16-byte store.
 //
 // Cost. Bytes: 4 read and 2 written per value; memory-bound, time = 6 * n / bandwidth.
 //
-// Reference: the golden image features, tests/csrc/test_golden_gpu.py.
+// Reference: the golden image features, tests/csrc/test_golden_gpu.py; adapters against merged weights,
+// tests/csrc/test_engine_adapters.py.
 #include "cuda/kernels/common.cuh"
 #include "cuda/kernels/convert.h"
 

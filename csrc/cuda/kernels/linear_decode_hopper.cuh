@@ -43,7 +43,8 @@
 namespace qvl::cuda {
 namespace {
 
-constexpr int kGroups = kHopperGroups, kThreads = 128 * kGroups + 32;
+constexpr int kGroups = kHopperGroups;  // warpgroups that multiply, not groups of weights
+constexpr int kThreads = 128 * kGroups + 32;
 constexpr int kBoxBytes = 128;   // a row of 64 values of H
 constexpr int kLineBytes = 512;  // of quantized weights, in a tensor map
 

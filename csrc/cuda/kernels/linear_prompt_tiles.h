@@ -1,6 +1,7 @@
-// Tile variants of linear_prompt_hopper.cu. Arguments: warpgroups per block that multiply, each with 64 rows
-// of W (one more copies); tokens per block; blocks of a cluster along rows of W, and along tokens; stages;
-// blocks per multiprocessor.
+// Tile variants of linear_prompt_hopper.cu, which defines QVL_LINEAR to compile a kernel for each;
+// cuda/linear_prompt.cc, the launcher, makes a table of them. Arguments: warpgroups per block that multiply,
+// each with 64 rows of W (one more copies); tokens per block; blocks of a cluster along rows of W, and along
+// tokens; stages; blocks per multiprocessor.
 QVL_LINEAR(1, 32, 1, 1, 8, 2)
 QVL_LINEAR(1, 64, 1, 1, 6, 2)
 QVL_LINEAR(1, 144, 1, 1, 6, 1)

@@ -88,7 +88,7 @@ def application(settings: ServeSettings) -> serve.Application:
 
 
 def _with_absolute_paths(settings: ServeSettings) -> ServeSettings:
-    """Make the settings' paths absolute, for processes with other working directories."""
+    """Make the paths of the model and its adapters absolute, for processes with other working directories."""
     names = ("first_model_path", "second_model_path", "model_name_or_path")
     paths: dict[str, Optional[Path]] = {name: getattr(settings, name) for name in names}
     adapters = [text.partition("=") for text in settings.adapter]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from typing import Optional
 
 from paddlemix_qwenvl_plugin.demo.world.names import LANGUAGES
 from paddlemix_qwenvl_plugin.demo.world.phrases import (
@@ -87,7 +86,7 @@ def locate(rng: random.Random, scene: Scene, language: str) -> Turn:
     return Turn("box", language, rng.choice(_LOCATE[language]).format(name), answer)
 
 
-def region(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
+def region(rng: random.Random, scene: Scene, language: str) -> Turn:
     """Ask what a box contains."""
     thing = rng.choice(scene.things)
     question = rng.choice(_REGION[language]).format(box_text(thing))

@@ -27,7 +27,7 @@ export function startKeyDialog(onAccepted) {
 export function openKeyDialog() {
   const dialog = byId('key-dialog');
   if (dialog.open) return;
-  byId('key-button').hidden = false;
+  byId('key-button').hidden = false; // the server requires a key, which the user may change later
   byId('key').value = '';
   clearWords(byId('key-error'));
   dialog.showModal();

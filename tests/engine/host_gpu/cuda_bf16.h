@@ -1,5 +1,6 @@
 // The parts of CUDA C++ and of cuda_bf16.h that the kernels in the linear_decode.cc of this folder use, for a
-// C++ compiler. Each thread of a block is a thread of the host; blocks of upload_matrix.cu have one thread.
+// C++ compiler (tests/engine/test_hopper_products.py). Each thread of a block is a thread of the host; blocks
+// of upload_matrix.cu have one thread.
 #pragma once
 
 #include <cmath>

@@ -41,13 +41,16 @@ class Entry(NamedTuple):
 
 
 class Format(Protocol):
-    """Interface of an input format; implementations take the default generation options of rows as `defaults`."""
+    """Interface of an input format. `name`: a file of the folder or URL `folder`.
+
+    Constructors take `defaults` and, except for JSONL, `prompt`; see plain_row().
+    """
 
     def index(self, folder: str, name: str) -> Iterator[Entry]:
-        """List the rows of a file."""
+        """List the rows of a file, each as an entry."""
 
     def rows(self, folder: str, name: str, entry: Entry) -> Iterator[tuple[int, Row]]:
-        """Read the rows in a range lazily, as (number, row)."""
+        """Read the rows of an entry, of which there may be several, lazily, as (number, row)."""
 
 
 def plain_row(

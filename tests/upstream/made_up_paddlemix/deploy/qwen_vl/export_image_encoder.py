@@ -1,4 +1,4 @@
-"""Fake of PaddleMIX's script of this name: exports the vision stage."""
+"""Fake of PaddleMIX's script of this name: exports the vision stage, by the same calls of PaddleMIX and Paddle."""
 
 from __future__ import annotations
 
