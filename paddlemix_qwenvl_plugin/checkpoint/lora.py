@@ -38,7 +38,9 @@ class Merge:
         weighted = [entry if isinstance(entry, tuple) else (entry, 1.0) for entry in entries]
         for path, weight in weighted:
             if not abs(weight) <= np.finfo(np.float32).max:
-                raise UsageError(f"--lora {path}: the weight is {weight:.3g}; use a number within float32's range")
+                raise UsageError(
+                    f"--lora {path}: the weight is {weight:.3g}; use a number within float32's range"
+                )
         self.adapters = [(Adapter(Path(path), specs), float(weight)) for path, weight in weighted]
         self.names = {name for adapter, _ in self.adapters for name in adapter.names}
         replaced: dict[str, Adapter] = {}
