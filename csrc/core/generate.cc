@@ -1,5 +1,6 @@
 // qvl_generate: one step computes all prompts as one batch, then decode steps compute one token per
-// request until all requests have finished.
+// request until all requests have finished. Called by the operator qwenvl_generate (csrc/paddle/ops.cc) and
+// by C programs; the plugin's loop calls qvl_step.
 //
 // On an asynchronous device step n + 1 is enqueued before the host has read the tokens of step n, unless a
 // request reaches its maximum length in step n, or step n contains a request that finished in step n - 1.
