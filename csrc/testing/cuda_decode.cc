@@ -78,8 +78,8 @@ EXPORT const char* decode_adapted(int half, CUstream stream, int storage, int ou
     const AdaptedRows rows{adapters, order, n, product};
     linear_decode(gpu(half), stream, matrix(storage, out, in, stride, values, scales, nullptr), x, x_stride,
                   n, static_cast<Epilogue>(epilogue), y, /*low_rank_next=*/true);
-    low_rank_down(gpu(half), stream, rows, x, x_stride, in, rank, has_tensor_maps(gpu(half)),
-                  {low, scratch, n, low_stride});
+    low_rank_down(gpu(half), stream, rows, x, x_stride, in, rank,
+                  /*x_is_complete=*/has_tensor_maps(gpu(half)), {low, scratch, n, low_stride});
   });
 }
 

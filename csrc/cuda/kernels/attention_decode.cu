@@ -28,8 +28,9 @@
 // row to finish merges the chunks. With many chunks separate kernels rotate, store and merge
 // (rotate_and_store, attention_decode_combine).
 //
-// The kernels attention_decode_any_* support every even head_dim up to 256 and every cache type, value by
-// value. They neither rotate nor store, and read nothing before the preceding kernels have ended.
+// The kernels attention_decode_any_*, for the cases that is_fast in attention_decode.cc excludes, support
+// every even head_dim up to 256 and every cache type, value by value. They neither rotate nor store, and read
+// nothing before the preceding kernels have ended.
 //
 // Cost. Bytes: each key and value once, 512 per head and token in bfloat16 at head_dim 128; 4 * head_dim *
 // heads * tokens in total; time at least bytes / bandwidth. 300 tokens of one sequence with 32 heads are 4.9
