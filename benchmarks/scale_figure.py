@@ -29,7 +29,7 @@ def ticks(largest: float) -> list[float]:
 def figure(lines: list[Line], x_label: str, y_label: str) -> str:
     """Draw a line chart with axes from 0, ticks and a legend; return the text of an SVG file."""
     x_max = max(x for line in lines for x, _ in line.points)
-    y_max = max(1.0, *(y for line in lines for _, y in line.points))
+    y_max = max(1.0, *(y for line in lines for _, y in line.points))  # all values may be 0
     plot_width, plot_height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 
     def at(x: float, y: float) -> str:

@@ -1,7 +1,8 @@
 // C interface to the launchers of decode steps, of uploads of matrices and of linear_prompt in cuda/ops.h,
 // and to low_rank_down (cuda/low_rank.h), for tests/cuda and benchmarks/gpu/products.py. Pointers are device
 // memory, except those of decode_matrix_bytes. Functions that return a string return NULL or an error
-// message. storage, dtype and epilogue: values of Storage, qvl_dtype and Epilogue.
+// message. The GPU's primary context must be current in the calling thread; PyTorch, which the callers use,
+// makes it current. storage, dtype and epilogue: values of Storage, qvl_dtype and Epilogue.
 #include <exception>
 #include <string>
 
