@@ -1,4 +1,4 @@
-"""Input of a batch job: its files, their format, and the index of their rows."""
+"""Input of a batch job on a cluster: its files, their format, and the index of their rows."""
 
 from __future__ import annotations
 
