@@ -7,7 +7,7 @@ of each read during the run, and parses them when all requests have ended.
 
 Input:
     port, path: of the server's endpoint for completions; events of chat completions are not parsed.
-    body: keys of all request bodies, with `stream` true.
+    body: the keys that all request bodies have; `stream` must be true.
     bodies: the further keys of each request body, one object per request.
     clients: number of concurrent clients (closed loop); or
     rate, seed: mean number of requests per second, and seed of their random times (open loop).
