@@ -24,9 +24,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# As in cluster/batch/job.py: a part has at most 32 * batch_size rows, and there are at least 4 parts per actor, unless
-# they would have less than batch_size rows.
-MAX_PART_ROWS, PARTS_PER_ACTOR = 32, 4
+# As in cluster/batch/job.py, which divides the rows of a job on Ray into 4 parts per actor, but makes parts of at least
+# batch_size and at most 32 * batch_size rows.
+MAX_BATCHES_PER_PART, PARTS_PER_ACTOR = 32, 4
 QUESTION = "What is the name of the animal that stands beside the red car in the second row?"
 
 
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3, help="runs of each length (default 3)")
     arguments = parser.parse_args()
     # All parts have the maximum size: each actor computes four in the shorter run, eight in the longer one.
-    short_rows = arguments.actors * PARTS_PER_ACTOR * MAX_PART_ROWS * arguments.batch_size
+    short_rows = arguments.actors * PARTS_PER_ACTOR * MAX_BATCHES_PER_PART * arguments.batch_size
     long_rows = 2 * short_rows
     short_seconds: dict[str, list[float]] = {name: [] for name in RUNS}
     long_seconds: dict[str, list[float]] = {name: [] for name in RUNS}

@@ -20,8 +20,8 @@ class Line:
 
 
 def ticks(largest: float) -> list[float]:
-    """Return round tick values from 0 up to at most the largest value: at least five ticks."""
-    decade = 10 ** math.floor(math.log10(largest or 1))
+    """Return round tick values from 0 up to at most the largest value, which is positive: at least five ticks."""
+    decade = 10 ** math.floor(math.log10(largest))
     step = next(decade * factor for factor in (1.0, 0.5, 0.2, 0.1) if largest / (decade * factor) >= 4)
     return [number * step for number in range(int(largest / step) + 1)]
 
@@ -29,7 +29,7 @@ def ticks(largest: float) -> list[float]:
 def figure(lines: list[Line], x_label: str, y_label: str) -> str:
     """Draw a line chart with axes from 0, ticks and a legend; return the text of an SVG file."""
     x_max = max(x for line in lines for x, _ in line.points)
-    y_max = max(1.0, *(y for line in lines for _, y in line.points))
+    y_max = max(1.0, *(y for line in lines for _, y in line.points))  # all values may be 0
     plot_width, plot_height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 
     def at(x: float, y: float) -> str:

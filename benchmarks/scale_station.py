@@ -1,4 +1,4 @@
-"""First-in-first-out service stations, which model the fronts and the coordinator."""
+"""First-in-first-out service stations: models of the fronts, and of the coordinator, which admits requests."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
 """Load generator for an OpenAI-compatible server: HTTP/1.1 and event streams over plain sockets.
 
 serve_targets.py runs it as a separate process. It reads a JSON object from standard input and writes one to standard
-output: the CPU time of the run (`client_cpu`), and a report of each response (`responses`, see parse). To take little
-CPU time from a server on the same machine, it only records the time and bytes of each read during the run, and parses
-them when all requests have ended.
+output: the CPU time of the run in seconds, without parsing (`client_cpu`), and a report of each response (`responses`,
+see parse). To take little CPU time from the server, which runs on the same machine, it only records the time and bytes
+of each read during the run, and parses them when all requests have ended.
 
 Input:
-    port, path: of the server's endpoint.
-    body: keys of all request bodies.
+    port, path: of the server's endpoint for completions; events of chat completions are not parsed.
+    body: the keys that all request bodies have; `stream` must be true.
     bodies: the further keys of each request body, one object per request.
     clients: number of concurrent clients (closed loop); or
     rate, seed: mean number of requests per second, and seed of their random times (open loop).

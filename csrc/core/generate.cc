@@ -1,5 +1,6 @@
 // qvl_generate: one step computes all prompts as one batch, then decode steps compute one token per
-// request until all requests have finished.
+// request until all requests have finished. Called by the operator qwenvl_generate (csrc/paddle/ops.cc) and
+// by C programs; the plugin's loop calls qvl_step.
 //
 // On an asynchronous device step n + 1 is enqueued before the host has read the tokens of step n, unless a
 // request reaches its maximum length in step n, or step n contains a request that finished in step n - 1.
@@ -55,7 +56,7 @@ class Generation {
       n_prompt += static_cast<size_t>(call_.requests[i].n_tokens);
       n_counted += penalised(call_.requests[i].sampling);
     }
-    Buffer<int32_t> ids(backend_, std::max(n_prompt, n));
+    Buffer<int32_t> ids(backend_, n_prompt);  // also of decode steps: each prompt has at least one token
     Buffer<int32_t> counts(backend_, n_counted * vocab);
     const std::vector<int32_t> zeros(n_counted ? vocab : 0);
     counts_.assign(n, nullptr);
@@ -69,7 +70,7 @@ class Generation {
       pending.tokens = HostTokens(backend_, n);
       pending.done_event = backend_.make_event();
     }
-    if (n > 0) start(pending_[0], /*prompts=*/true, ids.data());
+    start(pending_[0], /*prompts=*/true, ids.data());
     for (int32_t step = 0; !active_.empty(); ++step) {
       PendingStep &current = pending_[step % 2], &next = pending_[(step + 1) % 2];
       const bool ahead = backend_.runs_ahead() && may_repeat(current);

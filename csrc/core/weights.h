@@ -21,8 +21,8 @@ std::vector<WeightSpec> weight_specs(const qvl_config& config);
 
 using WeightTable = std::unordered_map<std::string, qvl_tensor>;
 
-// Check the tensors that the config requires. The result contains these, and the column orders (NAME.order)
-// that were given.
+// Check the tensors that the config requires; throws QVL_BAD_WEIGHT. The result contains these, and the
+// column orders (NAME.order) that were given.
 WeightTable checked_weights(const qvl_config& config, const Tensors& tensors);
 
 // Bytes of a tensor; 0 if the dtype is unknown or cannot store the shape, or if the shape is out of range.

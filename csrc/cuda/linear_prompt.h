@@ -1,13 +1,13 @@
-// Choice of the variant of linear_prompt's kernel, and, for tests, linear_prompt with a given variant. A
-// variant is a size of tiles and clusters (kernels/linear_prompt_tiles.h); the results of all variants are
-// bit-identical.
+// Variants of linear_prompt's kernel, for linear_prompt.cc and for tests (testing/cuda_prompt.cc); other code
+// calls linear_prompt of ops.h, which chooses the variant. A variant is a size of tiles and clusters
+// (kernels/linear_prompt_tiles.h); the results of all variants are bit-identical.
 #pragma once
 
 #include "cuda/ops.h"
 
 namespace qvl::cuda {
 
-// Number of variants for this GPU. Their indices begin at 0; -1 is the portable kernel.
+// Number of variants for this GPU, 0 except on Hopper. Their indices begin at 0; -1 is the portable kernel.
 int linear_prompt_tiles(const Gpu&);
 const char* linear_prompt_tile_name(int tile);
 

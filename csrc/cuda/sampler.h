@@ -37,8 +37,8 @@ class Sampler {
   // if that memory is pageable.
   void copy_outputs(CUstream stream, const SampleCall& call);
 
-  // Reserve scratch memory and memory for outputs. A captured graph stays valid while graph_version() is
-  // unchanged.
+  // Reserve scratch memory and memory for outputs, before run(). A captured graph stays valid while
+  // graph_version() is unchanged.
   void reserve(int rows, const SampleKind& kind);
   int graph_version() const { return graph_version_; }
 

@@ -1,7 +1,8 @@
 // C interface to the launchers of decode steps, of uploads of matrices and of linear_prompt in cuda/ops.h,
 // and to low_rank_down (cuda/low_rank.h), for tests/cuda and benchmarks/gpu/products.py. Pointers are device
 // memory, except those of decode_matrix_bytes. Functions that return a string return NULL or an error
-// message. storage, dtype and epilogue: values of Storage, qvl_dtype and Epilogue.
+// message. The GPU's primary context must be current in the calling thread; PyTorch, which the callers use,
+// makes it current. storage, dtype and epilogue: values of Storage, qvl_dtype and Epilogue.
 #include <exception>
 #include <string>
 
@@ -77,8 +78,8 @@ EXPORT const char* decode_adapted(int half, CUstream stream, int storage, int ou
     const AdaptedRows rows{adapters, order, n, product};
     linear_decode(gpu(half), stream, matrix(storage, out, in, stride, values, scales, nullptr), x, x_stride,
                   n, static_cast<Epilogue>(epilogue), y, /*low_rank_next=*/true);
-    low_rank_down(gpu(half), stream, rows, x, x_stride, in, rank, has_tensor_maps(gpu(half)),
-                  {low, scratch, n, low_stride});
+    low_rank_down(gpu(half), stream, rows, x, x_stride, in, rank,
+                  /*x_is_complete=*/has_tensor_maps(gpu(half)), {low, scratch, n, low_stride});
   });
 }
 

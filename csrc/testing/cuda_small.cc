@@ -1,6 +1,7 @@
 // C interface to the elementwise, adapter, image and sampling kernels, for tests/cuda, with the parameters of
-// the launchers in cuda/ops.h and cuda/low_rank.h. Pointers are device memory. The functions with a stream
-// return NULL or an error message. bfloat16: 1: compute in bfloat16; 0: in float16.
+// the launchers in cuda/ops.h and cuda/low_rank.h, except that numbers are int64_t or double, as `run` of
+// tests/cuda/small.py passes them. Pointers are device memory. The functions with a stream return NULL or an
+// error message. bfloat16: 1: compute in bfloat16; 0: in float16.
 #include "core/error.h"
 #include "cuda/low_rank.h"
 #include "cuda/ops.h"

@@ -25,6 +25,7 @@ _MAX_ANSWER_BYTES = 1 << 26  # a larger file is not an earlier answer
 _DRAW_FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
+# main.py replaces the parameter open_model by flags; context.obj has the GenerationOptions (options.py).
 def predict(
     context: typer.Context,
     open_model: Callable[[], QwenVL],

@@ -10,7 +10,7 @@ from paddlemix_qwenvl_plugin.demo.questions import Question
 from paddlemix_qwenvl_plugin.demo.score import mark
 from paddlemix_qwenvl_plugin.runtime.answer import Answer
 
-# Timings of an answer that add up to its duration without the loading of the programs.
+# Timings of an answer that add up to its duration without the loading of the stages.
 _TIMINGS = ("prepare", "encode_images", "prefill", "decode")
 
 
@@ -36,7 +36,7 @@ class Result:
 
     @property
     def seconds(self) -> float:
-        """Time from the question to the complete answer, in seconds, excluding the loading of the programs."""
+        """Time from the question to the complete answer, in seconds, excluding the loading of the stages."""
         return sum(self.answer.timings[name] for name in _TIMINGS)
 
     def as_dict(self) -> dict[str, Any]:

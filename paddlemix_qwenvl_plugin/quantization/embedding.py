@@ -39,6 +39,6 @@ def embed(checkpoint: Checkpoint, rows: CalibrationRows) -> Iterator[NDArray[np.
 
     for row in track(rows.rows, "rows embedded", len(rows.rows)):
         states = embeddings[[row_of[token] for token in row.input_ids]]
-        for (start, end), values in zip(row.spans, features(row)):
+        for (start, end), values in zip(row.spans, features(row)):  # the indices of <img> and </img>
             states[start + 1 : end] = values
         yield states

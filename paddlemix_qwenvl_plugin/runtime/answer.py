@@ -21,8 +21,9 @@ class Answer:
         token_ids: every generated token, the stop token included; empty for a remote server's answer.
         finish_reason: "stop" (a stop token), "length" (max_new_tokens, or the context is full) or "cancelled" (the
             stream was closed or stopped, or has not ended yet).
-        timings: seconds of "prepare", "load" (of the stages, at the first request), "encode_images", "prefill" and
-            "decode", and the decoding rate "tokens_per_second"; of a remote server's answer "prepare" and "server".
+        timings: seconds of "prepare" (tokenize the prompt, load the images), "load" (of the stages, at the first
+            request), "encode_images", "prefill" and "decode", and the decoding rate "tokens_per_second"; of a remote
+            server's answer "prepare" and "server".
     """
 
     text: str

@@ -49,7 +49,7 @@ class ImageHosts:
         )
 
     async def fetch(self, url: str, param: str) -> bytes:
-        """Download the encoded image at an http(s) URL.
+        """Download the encoded image at an http(s) URL; `param` names the field of the request in errors.
 
         Raises:
             ApiError: the URL is not valid, the host is not allowed, the image is too large, or the download failed. The

@@ -48,7 +48,7 @@ EXEMPT = (
 # Literal text: the picture label `Picture 1: ` of the official prompts and names that refer to it, prompts of the demo
 # model, contractions ("somebody'll", "somebody's") in the rules of VQA accuracy, a method of the library click.
 ALLOWED = re.compile(
-    r"picture[-_ ]?label|npicture_label|Picture ?(?:\d|\{|N\b|%)|['\"]Picture: ['\"]|usage_pieces"
+    r"picture[-_ ]?label|Picture ?(?:\d|\{|N\b|%)|['\"]Picture: ['\"]|usage_pieces"
     r"|(?:in|of|describe|which) (?:the |this )?picture|somebody'(?:ll|s)",
     re.IGNORECASE,
 )

@@ -22,14 +22,15 @@
 // 32 rows x 2000 keys, and 12 % less at 64 x 300. The L2 evict-first policy is not used: it took 3 % more
 // time in the first case and 3 % less in the second.
 //
-// In a step with few chunks (attention_step and is_small in attention_decode.cc), launch and memory latency
-// dominate: each block requests older keys before the preceding product ends, and rotates the query; the
-// block with the newest key rotates this key and stores it and its value; and the last block of a head and a
-// row to finish merges the chunks. With many chunks separate kernels rotate, store and merge
+// With few chunks (is_small in attention_decode.cc), launch and memory latency dominate: the last block of a
+// head and a row to finish merges the chunks. In attention_step, moreover, each block requests older keys
+// before the preceding product ends, and rotates the query, and the block with the newest key rotates this
+// key and stores it and its value. With many chunks separate kernels rotate, store and merge
 // (rotate_and_store, attention_decode_combine).
 //
-// The kernels attention_decode_any_* support every even head_dim up to 256 and every cache type, value by
-// value. They neither rotate nor store, and read nothing before the preceding kernels have ended.
+// The kernels attention_decode_any_*, for the cases that is_fast in attention_decode.cc excludes, support
+// every even head_dim up to 256 and every cache type, value by value. They neither rotate nor store, and read
+// nothing before the preceding kernels have ended.
 //
 // Cost. Bytes: each key and value once, 512 per head and token in bfloat16 at head_dim 128; 4 * head_dim *
 // heads * tokens in total; time at least bytes / bandwidth. 300 tokens of one sequence with 32 heads are 4.9

@@ -34,7 +34,7 @@ struct GatherParams {
 };
 
 constexpr int kRotateThreads = 128;
-constexpr int kMaxHeadDim = 512;
+constexpr int kMaxHeadDim = 512;  // of rotate_and_store; attention takes at most 256
 
 enum CacheType { kCacheFloat32, kCacheBfloat16, kCacheFloat16, kCacheInt8 };
 

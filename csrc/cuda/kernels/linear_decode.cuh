@@ -1,6 +1,7 @@
-// Code shared by linear_decode.cu (up to 8 rows of x per block) and linear_decode_wide.cu (32 or 64), on GPUs
-// other than Hopper. Their results are bit-identical: k is divided into the same slices, a slice is summed by
-// the same instructions in the same order, and the sums of the slices are added in the same order.
+// Code shared by linear_decode.cu (up to 8 rows of x per block) and linear_decode_wide.cu (32 or 64), the
+// kernels of decode products for all GPUs but Hopper. Their results are bit-identical: k is divided into the
+// same slices, a slice is summed by the same instructions in the same order, and the sums of the slices are
+// added in the same order.
 //
 //   units of 128 values of k   | 0 | 1 | 2 | .. | units - 1 |
 //   slice s of 16                [ units * s / 16, units * (s + 1) / 16 )

@@ -13,9 +13,9 @@ constexpr int kEpilogueHalf = 0, kEpilogueFloat = 1, kEpilogueAdd = 2, kEpilogue
 // Destination of a product and its epilogue.
 struct Result {
   const float* bias;  // [out], or NULL
-  void* y;
-  int n, out;    // rows and columns of the product
-  int epilogue;  // kEpilogueHalf ..
+  void* y;            // type and shape by the epilogue (ops.h)
+  int n, out;         // rows and columns of the product
+  int epilogue;       // kEpilogueHalf ..
 };
 
 // y [n, out] = x [n, x_stride] W^T, W [out, stride], both H; only the first `in` values of a row are used.

@@ -1,5 +1,5 @@
-// Layout of quantized matrices on the GPU, and the exact conversion of their integers to H (float16 or
-// bfloat16, the compute type).
+// Layout of quantized matrices on the GPU, which upload_matrix.cu writes, and the exact conversion of their
+// integers to H (float16 or bfloat16, the compute type).
 //
 // Layout. Rows form tiles of 16 (the last tile is padded with rows of zeros), and a tile is divided into
 // units of 128 columns, 16 x 128 values. Units are stored in the order [tile][unit]; on Hopper [unit][tile],

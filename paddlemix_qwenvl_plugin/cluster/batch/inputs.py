@@ -1,4 +1,4 @@
-"""Input of a batch job: its files, their format, and the index of their rows."""
+"""Input of a batch job on a cluster: its files, their format, and the index of their rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError
 # File name suffixes of each kind of input.
 _SUFFIXES = {"jsonl": (".jsonl", ".ndjson"), "parquet": (".parquet",), "tar": (".tar",), "images": SUFFIXES}
 
-_FILES_AT_ONCE = 16
+_FILES_AT_ONCE = 16  # files that are indexed concurrently
 
 
 @dataclass(frozen=True)

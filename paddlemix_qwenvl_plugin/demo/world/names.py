@@ -1,4 +1,7 @@
-"""Shapes, colours, sizes, places and words of the demo world, with English (`en`) and Chinese (`zh`) names."""
+"""Shapes, colours, sizes, places and words of the demo world, with English (`en`) and Chinese (`zh`) names.
+
+The demo model is trained on them (tools/train_demo): a change requires a new training.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Script that saves an encoder and also runs it, for which upstream's model is needed."""
+"""A script that PaddleMIX does not have: it saves an encoder and also runs it, so upstream must load the model."""
 
 from __future__ import annotations
 
