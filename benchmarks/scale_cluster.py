@@ -64,6 +64,8 @@ class Service:
         front, front_token: station of the fronts' CPUs (None: they take no time), and its seconds per token.
         admission, admission_call: station of the coordinator, the process that admits requests (None: none is
             simulated), and its seconds per request.
+        failures: None: no replica fails. Not together with `autoscale`, which may retire a failed replica before the
+            failure is detected.
         live: the replicas to which requests are routed, including a failed replica until its failure is detected.
         starting: number of replicas that are starting.
         queue: requests for which no replica has a slot.

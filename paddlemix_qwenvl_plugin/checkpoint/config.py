@@ -1,4 +1,4 @@
-"""The model's `config.json`, validated: its sizes and options.
+"""The model's `config.json`, validated: its sizes and options; JSON readers, also for other files.
 
 The upper bounds, 4 times Qwen-VL's values or more, only reject damaged files.
 """

@@ -64,7 +64,8 @@ class CalibrationRow:
 class CalibrationRows:
     """Calibration rows, read from a file in either format of `qwenvl batch`, or random samples of the demo world.
 
-    A row may have the additional key "answer": the model's completion, as `text` in the output of `qwenvl batch`.
+    A row may have the additional key "answer": the model's completion, as `text` in the output of `qwenvl batch`. The
+    generation options and the adapter of a row have no effect.
 
     Attributes:
         rows: the rows.

@@ -1,6 +1,7 @@
 """PaddleNLP's wheels, each in a separate environment, used by drive_*.py as PaddleNLP's scripts use them.
 
-pins.yaml lists the wheels and their generations.
+pins.yaml lists the wheels and their generations. wheel_environment.py downloads them once; if no package index is
+reachable, the tests that need them are skipped.
 """
 
 from __future__ import annotations

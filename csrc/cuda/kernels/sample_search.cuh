@@ -12,9 +12,10 @@
 //
 // Weights are integers, so that sums do not depend on the order of additions.
 //
-// Cost: a pass over the row, 4 * vocab bytes from the L2 cache, per level whose bins are filled here (for
-// draws sample_bins has filled those of level 1), and another in gather(), which collects the ids to sort;
-// then a bitonic sort of up to 2048 keys in shared memory, with 66 rounds of comparisons for 2048.
+// Cost of keep(): a pass over the row, 4 * vocab bytes from the L2 cache, per level whose bins are filled
+// here (for draws sample_bins has filled those of level 1), and another in gather(), which collects the ids
+// to sort. Then, as in begin_with(), whose ids are already collected, a bitonic sort of up to 2048 keys in
+// shared memory, with 66 rounds of comparisons for 2048.
 //
 // Reference: `expected` in tests/cuda/test_sample.py; sample.cu describes the whole algorithm.
 #pragma once
