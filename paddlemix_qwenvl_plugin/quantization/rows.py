@@ -146,8 +146,7 @@ class CalibrationRows:
         input_ids = list(prompt.input_ids)
         if answer is not None:
             stop = tokenizer.im_end_id if chat else tokenizer.eod_id
-            tags = [tag for tag in tokenizer.special_tokens if tag in _ANSWER_TAGS]
-            input_ids += [*tokenizer.encode(answer, tags), stop]
+            input_ids += [*tokenizer.encode(answer, _ANSWER_TAGS), stop]
         if len(input_ids) > config.max_position_embeddings:
             raise UsageError(
                 f"{len(input_ids)} tokens do not fit into the context of {config.max_position_embeddings}"
