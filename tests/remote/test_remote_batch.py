@@ -157,8 +157,9 @@ def test_results_equal_those_of_exported_stages(server: FakeServer, batch: Any, 
                 del result["id"]
         if row.get("id") != 5:  # the row with an image file
             assert row == expected
-    # The last request may be of any row. If it has a `prompt` (base form), the image in it, if any, is street.png.
-    assert images(server.bodies[-1].get("prompt", [])) in ([], [STREET.read_bytes()])
+    # The rows 1 and 5, in the base form: an image file is sent unchanged, like the image of a data: URL.
+    prompts = [body["prompt"] for body in server.bodies if "prompt" in body]
+    assert [images(prompt) for prompt in prompts] == [[STREET.read_bytes()]] * 2
 
 
 def test_concurrent_requests(server: FakeServer, batch: Any) -> None:
