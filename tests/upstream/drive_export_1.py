@@ -33,7 +33,7 @@ def export(dtype: str, folder: str, output: str) -> None:
     caches = [paddle.zeros(shape, dtype=dtype) for shape in shapes]
     assert caches[0].shape[-3] == config.num_attention_heads
     paddle.arange(MAX_LENGTH, dtype=dtype)  # as upstream; without the plugin, half types fail on a CPU
-    model.eval()
+    model.eval()  # again, as upstream
     model.to_static(f"{output}/qwen", {"dtype": dtype, "export_precache": False, "use_cachekv_int8": "None"})
     model.config.save_pretrained(output)
     tokenizer.save_pretrained(output)
