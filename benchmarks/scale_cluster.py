@@ -123,7 +123,7 @@ class Service:
 
     def _choose(self, request: Request) -> Replica | None:
         if isinstance(self.router, ByPrefix):
-            self.router.ongoing = self.ongoing
+            self.router.ongoing = self.ongoing  # for its limit of a replica's load
         return self.router.choose(self.live, request, self.max_running)
 
     def _drain(self) -> None:
