@@ -40,8 +40,9 @@ struct LogitRange {
 struct DrawItems : LogitRange {
   static constexpr bool kHasFirstBins = true;  // sample_bins has filled the bins of level 1
   Row row;
-  double best, steps;  // the largest logit; number of steps of 2^-35 in a difference of 1 between logits
-  int weight_shift;
+  double best;       // the largest logit after penalties and forbidden ids
+  double steps;      // number of steps of 2^-35 in a difference of 1 between logits
+  int weight_shift;  // see SampleParams
 
   __device__ DrawItems(const SampleParams& p, int number, const Pick& pick, const RowState& state)
       : row(p, number),
