@@ -119,7 +119,7 @@ def test_missing_operator(snapshots: list[Any], environment: WheelEnvironment) -
 
 
 def test_the_plugin_replaces_nothing_else(snapshots: list[Any]) -> None:
-    """All names in PaddleNLP and Paddle are unchanged, except the model class, operators and a tokenizer's __init__."""
+    """In the imported modules only the model class, operators and a tokenizer's __init__ are changed."""
     enabled, disabled = (snapshot["origins"] for snapshot in snapshots)
     changed = {
         name
