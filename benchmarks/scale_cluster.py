@@ -64,6 +64,8 @@ class Service:
         front, front_token: station of the fronts' CPUs (None: they take no time), and its seconds per token.
         admission, admission_call: station of the coordinator, the process that admits requests (None: none is
             simulated), and its seconds per request.
+        failures: None: no replica fails. Not together with `autoscale`, which may retire a failed replica before the
+            failure is detected.
         live: the replicas to which requests are routed, including a failed replica until its failure is detected.
         starting: number of replicas that are starting.
         queue: requests for which no replica has a slot.
@@ -121,7 +123,7 @@ class Service:
 
     def _choose(self, request: Request) -> Replica | None:
         if isinstance(self.router, ByPrefix):
-            self.router.ongoing = self.ongoing
+            self.router.ongoing = self.ongoing  # for its limit of a replica's load
         return self.router.choose(self.live, request, self.max_running)
 
     def _drain(self) -> None:

@@ -1,4 +1,7 @@
-"""Executors for tests: `Recording` forwards calls and records images and steps, `Scripted` generates given tokens."""
+"""Executors for tests: `Recording` forwards calls and records images and steps, `Scripted` generates given tokens.
+
+They lack `check_device`, which only the engine process of `qwenvl serve` needs.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits
 
 
 class Recording:
-    """Executor that forwards calls to another, except `check_device`; it calls `before_step` before each step.
+    """Executor that forwards calls to another; it calls `before_step` before each step.
 
     Attributes:
         done: what was computed, in order: "encode" for an image, the number of tokens for a step.

@@ -89,7 +89,8 @@ class ConvertedArray {
   std::vector<T> copies_;
 };
 
-// Batch with its two arrays in the current layout.
+// Batch with its two arrays in the current layout. A stride of 0, which a batch of version 0.1 has because it
+// lacks the field, is that of version 0.1.
 class ConvertedBatch {
  public:
   explicit ConvertedBatch(const qvl_batch* from)

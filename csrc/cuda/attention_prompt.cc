@@ -24,6 +24,7 @@ int key_type(const Gpu& gpu, qvl_dtype dtype) {
 
 }  // namespace
 
+// portable: true only in tests (attention.h).
 void attention_prompt_with(const Gpu& gpu, CUstream stream, bool portable, const void* q,
                            const PromptChunk* chunks, const Tile* tiles, int n_tiles, const int32_t* blocks,
                            int max_blocks, const KvLayer& kv, void* y) {

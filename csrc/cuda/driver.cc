@@ -14,6 +14,7 @@ Driver load() {
   QVL_REQUIRE(library != nullptr, QVL_UNSUPPORTED,
               "no NVIDIA driver: libcuda.so.1 cannot be loaded; install the driver, or use the CPU");
   Driver loaded{};
+  // The version first: an older driver lacks some of the functions.
   const auto get_version = reinterpret_cast<CUresult (*)(int*)>(dlsym(library, "cuDriverGetVersion"));
   QVL_REQUIRE(get_version != nullptr, QVL_UNSUPPORTED, "the NVIDIA driver has no cuDriverGetVersion");
   int version = 0;

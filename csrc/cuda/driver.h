@@ -101,8 +101,8 @@ struct Driver {
 // no GPU.
 const Driver& driver();
 
-// Throw unless `result` is success. `what` begins the message: an action, as in "copying", or the name of a
-// kernel or file.
+// Throw unless `result` is success: QVL_NO_MEMORY if the GPU is out of memory, else QVL_INTERNAL. `what`
+// begins the message: an action, as in "copying", or the name of a kernel or file.
 void check(CUresult result, const char* what);
 
 }  // namespace qvl::cuda

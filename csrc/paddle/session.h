@@ -1,5 +1,6 @@
 // Engines of the custom operators. An engine is created on an operator's first run, found by the operator's
-// weights in later runs, replaced if these have moved, and freed with them.
+// weights in later runs, replaced if these have moved, and freed with them. Its threads and its device are
+// those that Python has set by qwenvl_set_threads and qwenvl_set_gpu, or defaults (session.cc).
 #pragma once
 
 #include <cstdint>
@@ -51,7 +52,7 @@ class Session {
   qvl_engine* engine_ = nullptr;
 };
 
-// Find or create the session of these weights.
+// Find or create the session of these weights. Thread-safe.
 std::shared_ptr<Session> session(const Description& description, const std::vector<paddle::Tensor>& weights);
 
 // Throw Paddle's exception type with this message: its executor loses the text of other exceptions.

@@ -30,13 +30,15 @@ def identity(
 ) -> dict[str, Any]:
     """Identify a job by its input, default options and model; changes of image files are not noticed.
 
+    The identity is the first line of the partial file, and belongs to the manifest of a job on a cluster.
+
     Args:
         digest: digest of the input.
         options: generation options of rows that do not set them.
         weights, picture_label: attributes of the model (runtime/model.py).
     """
     return {
-        "qwenvl_batch": 1,
+        "qwenvl_batch": 1,  # version of the identity
         "input": digest,
         "options": asdict(options),
         "weights": [*weights],

@@ -17,9 +17,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RowRequest:
-    """Request of a row; `model`: in OpenAI's format the row's model name, which the output repeats.
+    """Request of a row.
 
-    The model name may be that of an adapter. The plain format has none.
+    Attributes:
+        model: in OpenAI's format the row's model name, which may be that of an adapter and which the output repeats.
+            Of a row without a name, and in the plain format, the default.
     """
 
     request: Request

@@ -39,5 +39,5 @@ def unpack(tensors: Mapping[str, NDArray[Any]], config: QuantConfig) -> GroupedM
         integers,
         repeated(tensors["scales"].T, n_in, config.group_size),
         repeated(zeros.T.astype(np.float16), n_in, config.group_size),
-        None,
+        None,  # no act-order
     )

@@ -1,4 +1,4 @@
-"""The model's `config.json`, validated: its sizes and options.
+"""The model's `config.json`, validated: its sizes and options; JSON readers, also for other files.
 
 The upper bounds, 4 times Qwen-VL's values or more, only reject damaged files.
 """
@@ -135,7 +135,9 @@ def load_config(folder: Path) -> ModelConfig:
 
 
 def is_chat_model(folder: Path) -> bool:
-    """Whether a model folder holds a chat model: "chat_format" is "chatml" in generation_config.json.
+    """Whether the folder of a model, or of an exported stage, is of a chat model.
+
+    A chat model has "chat_format": "chatml" in generation_config.json.
 
     Raises:
         QwenVLError: the file exists and cannot be read as JSON.

@@ -21,7 +21,7 @@ def demo(
     model.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)
+        sys.stdout.reconfigure(line_buffering=True)  # a pipe gets each line at once, too
     print("A small demo model, trained on drawn images of shapes and words, answers eight questions.")
     from paddlemix_qwenvl_plugin.demo.run import PAGE, SHEET, run_demo
 

@@ -51,6 +51,7 @@ def apply(tree: Path = _TREE, force: bool = _FORCE) -> None:
     """Apply all patches, or none if one fails."""
     from paddlemix_qwenvl_plugin.upstream import patches
 
+    # The states before the change.
     for patch, state in patches.apply(tree, force).states:
         print(f"{patch.name}: {'applied' if state is patches.State.APPLICABLE else state.value}")
 
@@ -60,5 +61,6 @@ def revert(tree: Path = _TREE, force: bool = _FORCE) -> None:
     """Revert the applied patches."""
     from paddlemix_qwenvl_plugin.upstream import patches
 
+    # The states before the change.
     for patch, state in patches.revert(tree, force).states:
         print(f"{patch.name}: {'reverted' if state is patches.State.APPLIED else 'not applied'}")

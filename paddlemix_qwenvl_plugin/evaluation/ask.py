@@ -35,7 +35,7 @@ def prompt_ids(tokenizer: QwenTokenizer, question: Question) -> list[int]:
 
 
 def answers(model: QwenVL, questions: Iterable[Question], options: GenerationOptions) -> Iterator[str]:
-    """Generate the answer to each question, without the stop token.
+    """Generate the answers to the questions, in their order, without the stop token.
 
     The end of a turn also stops an answer: a chat model may generate it where the base model ends its text.
 

@@ -92,7 +92,7 @@ def render(parts: Sequence[Part], start: int = 1, label: str = PICTURE_LABEL) ->
 
 
 def base_prompt(tokenizer: QwenTokenizer, parts: Sequence[Part]) -> Prompt:
-    """Build the prompt of the base model: the rendered parts. Errors as for `render`."""
+    """Build the prompt of the base model: the rendered parts. Errors as for `render` and `QwenTokenizer.encode`."""
     text, images = render(parts, label=tokenizer.picture_label)
     return Prompt(tokenizer.encode(text), images)
 

@@ -89,7 +89,7 @@ class QwenTokenizer:
         self.img_end_id = self.special_tokens["</img>"]
         self.img_pad_id = self.special_tokens["<imgpad>"]
         self._token_bytes = [*tokens, *(token.encode() for token in self.special_tokens)]
-        self.max_token_bytes = max(map(len, self._token_bytes))
+        self.max_token_bytes = max(map(len, self._token_bytes))  # for lower bounds of the tokens of a text
         self._encoding = tiktoken.Encoding(
             "qwen",
             pat_str=_WORD_PATTERN,

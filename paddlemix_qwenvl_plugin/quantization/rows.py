@@ -64,7 +64,8 @@ class CalibrationRow:
 class CalibrationRows:
     """Calibration rows, read from a file in either format of `qwenvl batch`, or random samples of the demo world.
 
-    A row may have the additional key "answer": the model's completion, as `text` in the output of `qwenvl batch`.
+    A row may have the additional key "answer": the model's completion, as `text` in the output of `qwenvl batch`. The
+    generation options and the adapter of a row have no effect.
 
     Attributes:
         rows: the rows.
@@ -145,8 +146,7 @@ class CalibrationRows:
         input_ids = list(prompt.input_ids)
         if answer is not None:
             stop = tokenizer.im_end_id if chat else tokenizer.eod_id
-            tags = [tag for tag in tokenizer.special_tokens if tag in _ANSWER_TAGS]
-            input_ids += [*tokenizer.encode(answer, tags), stop]
+            input_ids += [*tokenizer.encode(answer, _ANSWER_TAGS), stop]
         if len(input_ids) > config.max_position_embeddings:
             raise UsageError(
                 f"{len(input_ids)} tokens do not fit into the context of {config.max_position_embeddings}"

@@ -24,6 +24,8 @@ class EngineUnavailable(QwenVLError):
 class EngineRequest:
     """Prompt as token ids, with images and sampling parameters. Compared by identity.
 
+    serve/messages.py encodes each field for the engine process.
+
     Attributes:
         prompt: token ids, image slots included.
         images: a resized RGB image for each `<img>` of the prompt, in order; uint8 [image_size, image_size, 3].

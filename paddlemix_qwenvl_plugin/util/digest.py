@@ -1,4 +1,4 @@
-"""Digests of large arrays, computed by several threads."""
+"""Digests of large arrays, computed by several threads: keys of images in the caches of a process, never stored."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Run tests of most kernels under compute-sanitizer, with memcheck, racecheck and initcheck, in parallel.
+# Run tests of most kernels under compute-sanitizer, with each TOOL (default: memcheck racecheck initcheck).
 #
 #   QWENVL_TEST_LIBRARY=DIR/libqwenvl.so QWENVL_CUDA_KERNELS=DIR tests/cuda/sanitize.sh LOGS [SECONDS [TOOL...]]
 #
-# LOGS is a folder for the output of each process. A process has a timeout of SECONDS (default: 240). At most one runs
-# per CPU core. Prints a line for each process; exits with 1 unless all are clean. TOOL: memcheck, racecheck, initcheck.
+# DIR: folder of tools.gpu_bundle (README.md). LOGS: folder for the output of each process, which has a timeout of
+# SECONDS (default: 240). At most one runs per CPU core. Prints a line for each; exits with 1 unless all are clean.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 [ $# -ge 1 ] || { sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2; }
@@ -41,7 +41,8 @@ groups=(
 
 check() { # TOOL GROUP TESTS EXPRESSION
     local name=$1-$2 confcutdir=${3%%/test_*}
-    # Each PyTorch tensor is a separate allocation, so that accesses beyond it are out of bounds.
+    # Each PyTorch tensor is a separate allocation, so that accesses beyond it are out of bounds. --confcutdir: without
+    # tests/conftest.py, which needs Paddle.
     # shellcheck disable=SC2086
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$seconds" compute-sanitizer --tool "$1" --report-api-errors no \
         --error-exitcode 9 --print-limit 20 python3 -m pytest --confcutdir="$confcutdir" -p no:cacheprovider -x \

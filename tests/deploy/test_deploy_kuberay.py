@@ -133,7 +133,7 @@ def test_the_application_is_built_from_its_arguments(tmp_path: Path) -> None:
 
 
 def test_the_worker_nodes_have_enough_cpus_for_all_replicas() -> None:
-    """An engine and three fronts fit on a worker, and the workers suffice for all replicas and fronts."""
+    """An engine, three fronts and the HTTP proxy fit on a worker; the workers suffice for all engines and fronts."""
     document = resource("kuberay/service.yaml")
     settings = ServeSettings(**serve_application()["args"])
     [worker] = cluster_spec(document)["workerGroupSpecs"]

@@ -1,4 +1,6 @@
-// Stub of the GPU back end that computes on the CPU, to test the Python side on machines without GPUs.
+// Stub of the GPU back end that computes on the CPU, to test the Python side on machines without GPUs
+// (test_gpu_flow.py). It shows two GPUs, with FAKE_FREE_BYTES of free memory if this variable is set, and
+// prints for each engine the GPU and the folder of the kernels.
 #include <cstdio>
 #include <cstdlib>
 

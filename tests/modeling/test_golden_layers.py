@@ -1,4 +1,4 @@
-"""The layers in Paddle's dynamic mode, compared with outputs of the real PaddleMIX model."""
+"""The layers in Paddle's dynamic mode, compared with the goldens, recorded outputs of PaddleMIX's own model."""
 
 from __future__ import annotations
 

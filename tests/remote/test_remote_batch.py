@@ -25,6 +25,7 @@ from paddlemix_qwenvl_plugin.remote.model import ServerModel
 from paddlemix_qwenvl_plugin.remote.server import Server
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.runtime.request import Request
+from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 STREET = Path(__file__).resolve().parents[2] / "recipes" / "images" / "street.png"
 DATA_URL = "data:image/png;base64," + b64encode(STREET.read_bytes()).decode()
@@ -157,8 +158,9 @@ def test_results_equal_those_of_exported_stages(server: FakeServer, batch: Any, 
                 del result["id"]
         if row.get("id") != 5:  # the row with an image file
             assert row == expected
-    # The last request may be of any row. If it has a `prompt` (base form), the image in it, if any, is street.png.
-    assert images(server.bodies[-1].get("prompt", [])) in ([], [STREET.read_bytes()])
+    # The rows 1 and 5, in the base form: an image file is sent unchanged, like the image of a data: URL.
+    prompts = [body["prompt"] for body in server.bodies if "prompt" in body]
+    assert [images(prompt) for prompt in prompts] == [[STREET.read_bytes()]] * 2
 
 
 def test_concurrent_requests(server: FakeServer, batch: Any) -> None:
@@ -280,6 +282,17 @@ def test_a_server_of_another_kind(server: FakeServer, batch: Any, models: Any, m
         1,
         f"qwenvl: {server.url}: the response is not in OpenAI's format; is it an OpenAI-compatible server?\n",
     )
+
+
+def test_history_needs_a_chat_model(server: FakeServer) -> None:
+    """As with exported stages of a base model; no command makes such a request."""
+    server.refuse = lambda path, body: (
+        (400, {"message": "no chat model", "param": "model"}, {}) if path == "/v1/chat/completions" else None
+    )
+    stream = ServerModel(Server(server.url, None)).ask(Request("Now?", history=[("Who?", "Me.")]))
+    with pytest.raises(UsageError, match="history: only a chat prompt has earlier turns"):
+        stream.finish()
+    assert server.bodies == []
 
 
 def test_a_closed_stream_cancels_its_request(server: FakeServer) -> None:

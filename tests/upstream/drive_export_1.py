@@ -31,9 +31,9 @@ def export(dtype: str, folder: str, output: str) -> None:
     model.eval()
     shapes = model.get_cache_kvs_shape(model.config, 1, MAX_LENGTH)
     caches = [paddle.zeros(shape, dtype=dtype) for shape in shapes]
-    assert caches[0].shape[-3] == config.num_attention_heads
+    assert caches[0].shape[-3] == config.num_attention_heads  # where upstream's predictor reads it
     paddle.arange(MAX_LENGTH, dtype=dtype)  # as upstream; without the plugin, half types fail on a CPU
-    model.eval()
+    model.eval()  # again, as upstream
     model.to_static(f"{output}/qwen", {"dtype": dtype, "export_precache": False, "use_cachekv_int8": "None"})
     model.config.save_pretrained(output)
     tokenizer.save_pretrained(output)

@@ -1,4 +1,4 @@
-"""Print the origin of every name in PaddleNLP's and Paddle's modules as JSON, with or without the plugin.
+"""Print the origin of every name in the imported modules of PaddleNLP and Paddle, as JSON, with or without the plugin.
 
 QWENVL_PLUGIN is "1" or "0". Without the plugin, the inference models of 3.0.0b4 cannot be imported: this script then
 provides the operators that they import. Keys of the output:

@@ -1,6 +1,9 @@
 """Run the stock predictor script as a program, with a file in place of the image that it would download.
 
 drive_stock_main.py SCRIPT IMAGE ARGUMENT…
+
+test_paddlemix.py runs it with a checkout of PaddleMIX (QWENVL_PADDLEMIX_DIR) and all its requirements;
+drive_stock_bare.py is for an environment without most of them.
 """
 
 from __future__ import annotations

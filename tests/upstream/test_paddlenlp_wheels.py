@@ -1,6 +1,7 @@
 """PaddleNLP's wheels, each in a separate environment, used by drive_*.py as PaddleNLP's scripts use them.
 
-pins.yaml lists the wheels and their generations.
+pins.yaml lists the wheels and their generations. wheel_environment.py downloads them once; if no package index is
+reachable, the tests that need them are skipped.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def test_missing_operator(snapshots: list[Any], environment: WheelEnvironment) -
 
 
 def test_the_plugin_replaces_nothing_else(snapshots: list[Any]) -> None:
-    """All names in PaddleNLP and Paddle are unchanged, except the model class, operators and a tokenizer's __init__."""
+    """In the imported modules only the model class, operators and a tokenizer's __init__ are changed."""
     enabled, disabled = (snapshot["origins"] for snapshot in snapshots)
     changed = {
         name

@@ -6,13 +6,13 @@
 //   UINT4, half a unit     | quarter 0 | quarter 1 | quarter 0 | quarter 1 |     4 bytes: for two products
 //   UINT8, a quarter       | product 0 | product 1 | product 0 | product 1 |     4 bytes: for one product
 //
-// The products of a group have a separate accumulator, which is then scaled and added: y += scale * sum. With
-// 4 bits a zero point costs no additional instruction: it is part of the subtraction that converts an integer
-// to H.
+// The products of a group have a separate accumulator, which is then scaled and added: y += scale * sum. A
+// zero point is part of the subtraction that converts an integer to H, and costs no additional instruction,
+// except with 8 bits in bfloat16.
 //
 // Cost. Bytes: with 4 bits and groups of 128, 4 bytes of scale and zero point per 64 bytes of values, in
-// total 3 % more than INT4, which has no zero points. Instructions: the conversions of
-// linear_decode_hopper.cu, and N / 2 multiply-adds per lane and group.
+// total 3 % more than INT4, which has no zero points. Instructions: the conversions of quantized.cuh, and
+// N / 2 multiply-adds per lane and group.
 //
 // Reference: see linear_decode_hopper.cuh.
 #include "cuda/kernels/linear_decode_hopper.cuh"
@@ -24,6 +24,8 @@ namespace {
 
 template <int bits, int group>
 struct GroupWeights {
+  // In a step: kBoxes boxes of x, 64 values wide; for each tile kTileBytes bytes of values, and kTileScales
+  // bytes of scales and zero points.
   static constexpr int kBoxes = 2, kTileBytes = kTileRows * kUnit * bits / 8;
   static constexpr int kTileScales = 8 * 8 * (kUnit / group);
   static constexpr bool kInRegisters = true, kHasGroups = true;

@@ -1,4 +1,4 @@
-// Products of prompts on Hopper: wgmma on tiles loaded by the copy engine (TMA).
+// Products of prompts on Hopper, y = x W^T with x and W in H: wgmma on tiles loaded by the copy engine (TMA).
 //
 // Layout. A block computes 64 * kGroups rows of W x kTokens tokens: kGroups warpgroups of 64 rows each, and
 // one more, of which one thread requests copies. Steps of 64 values of k pass through kStages buffers, in
@@ -32,7 +32,7 @@
 namespace qvl::cuda {
 
 constexpr int kChunk = 32;         // tokens that the epilogue processes at a time, through shared memory
-constexpr int kChunkRow = 64 + 4;  // floats from a token of the chunk to the next
+constexpr int kChunkRow = 64 + 4;  // floats from a token of the chunk to the next; + 4: no bank conflicts
 constexpr int kChunkBytes = kChunk * kChunkRow * 4;
 
 // Finish four adjacent columns of kFinishRows rows of y: row, row + 8 and so on. chunk: sums of the first
@@ -152,8 +152,8 @@ __device__ inline void linear(const LinearTensors& p) {
           copy_box(to, p.x, step * 64, row, full + 8 * slot);
         }
       };
-      // Unless the preceding kernel writes the weights (p.written), the first of them are requested before it
-      // ends.
+      // Unless the preceding kernel writes the weights (p.written), as dequantization does, the first of them
+      // are requested before it ends.
       if (p.written) wait_for_predecessors();
       const int ahead = first_group < groups ? min(kStages, p.steps) : 0;
       for (int i = 0; i < ahead; ++i) {

@@ -12,9 +12,10 @@
 //
 // Weights are integers, so that sums do not depend on the order of additions.
 //
-// Cost: a pass over the row, 4 * vocab bytes from the L2 cache, per level whose bins are filled here (for
-// draws sample_bins has filled those of level 1), and another in gather(), which collects the ids to sort;
-// then a bitonic sort of up to 2048 keys in shared memory, with 66 rounds of comparisons for 2048.
+// Cost of keep(): a pass over the row, 4 * vocab bytes from the L2 cache, per level whose bins are filled
+// here (for draws sample_bins has filled those of level 1), and another in gather(), which collects the ids
+// to sort. Then, as in begin_with(), whose ids are already collected, a bitonic sort of up to 2048 keys in
+// shared memory, with 66 rounds of comparisons for 2048.
 //
 // Reference: `expected` in tests/cuda/test_sample.py; sample.cu describes the whole algorithm.
 #pragma once
@@ -39,8 +40,9 @@ struct LogitRange {
 struct DrawItems : LogitRange {
   static constexpr bool kHasFirstBins = true;  // sample_bins has filled the bins of level 1
   Row row;
-  double best, steps;  // the largest logit; number of steps of 2^-35 in a difference of 1 between logits
-  int weight_shift;
+  double best;       // the largest logit after penalties and forbidden ids
+  double steps;      // number of steps of 2^-35 in a difference of 1 between logits
+  int weight_shift;  // see SampleParams
 
   __device__ DrawItems(const SampleParams& p, int number, const Pick& pick, const RowState& state)
       : row(p, number),

@@ -40,6 +40,9 @@ class Actors:
 def describe_model(open_model: Callable[[], Model[Any]], actors: Actors) -> tuple[list[str], str]:
     """Open the model on a node with room for an actor; return the identifiers of its weights and its picture label.
 
+    Both are part of the job's identity, which is written, or compared with that of the job to resume, before any actor
+    starts.
+
     Raises:
         UsageError, QwenVLError, OSError: the model cannot be opened there.
     """

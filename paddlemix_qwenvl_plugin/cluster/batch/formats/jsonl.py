@@ -27,7 +27,7 @@ class Jsonl:
                 offset += len(line)
 
     def rows(self, folder: str, name: str, entry: Entry) -> Iterator[tuple[int, Row]]:
-        """Read the rows in a range of byte offsets."""
+        """Read the rows in a range of byte offsets, as (line number, row)."""
         with opened(join(folder, name)) as file:
             file.seek(entry.start)
             number, offset = entry.number, entry.start
