@@ -325,6 +325,20 @@ def test_a_stream_survives_its_replica(service: Service) -> None:
     assert text == expected
 
 
+def test_an_update_that_does_not_start_drops_no_request(service: Service, tmp_path: Path) -> None:
+    flags = [flag for flag in service.flags if flag != "--demo"]
+    paths = ("--first_model_path", tmp_path / "vision", "--second_model_path", tmp_path / "qwen")
+    with Load(service.clients[0].url, chat_requests(service.reference)) as load:
+        load.wait_for_answers()
+        update = Command(*flags, *paths)
+        assert update.end() == 1
+        assert "the update does not start; the earlier replicas that still run continue: " in update.lines[-1]
+        assert "no exported vision stage there" in update.lines[-1]
+        load.wait_for_answers()
+    assert load.problems == []
+    assert service.commands[0].process.poll() is None
+
+
 @pytest.mark.kills
 def test_no_request_fails_during_a_node_failure_and_an_update(service: Service) -> None:
     def engine_names() -> set[str]:

@@ -119,7 +119,8 @@ def _deploy(settings: ServeSettings) -> None:
     """Deploy or update the application and wait until it runs.
 
     Raises:
-        QwenVLError: it does not start; it has then been deleted, also if it ran before the update.
+        QwenVLError: it does not start, and has been deleted; or an update does not start, and the earlier replicas
+            that Ray has not stopped yet continue.
     """
     from ray import serve
     from ray.exceptions import RayError
@@ -132,15 +133,20 @@ def _deploy(settings: ServeSettings) -> None:
     http_options = HTTPOptions(
         host=settings.host, port=settings.port, keep_alive_timeout_s=_KEEP_ALIVE_SECONDS
     )
+    is_update = False
     try:
         serve.start(proxy_location="EveryNode", http_options=http_options)
+        is_update = NAME in serve.status().applications
         serve.run(app, name=NAME, route_prefix="/")
     except (RuntimeError, RayError) as error:
         message = first_line(error)
         with contextlib.suppress(RayError):  # Serve's controller itself may have failed
             status = serve.status().applications.get(NAME)
             message = _reason(status) if status is not None else message
-            serve.delete(NAME)
+            if not is_update:
+                serve.delete(NAME)
+        if is_update:
+            raise QwenVLError(f"the update does not start; the earlier replicas that still run continue: {message}") from error
         raise QwenVLError(f"the application does not start on the cluster: {message}") from error
 
 
