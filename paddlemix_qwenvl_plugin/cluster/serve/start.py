@@ -145,9 +145,10 @@ def _deploy(settings: ServeSettings) -> None:
             message = _reason(status) if status is not None else message
             if not is_update:
                 serve.delete(NAME)
+        what = "the application does not start on the cluster"
         if is_update:
-            raise QwenVLError(f"the update does not start; the earlier replicas that still run continue: {message}") from error
-        raise QwenVLError(f"the application does not start on the cluster: {message}") from error
+            what = "the update does not start; the earlier replicas that still run continue"
+        raise QwenVLError(f"{what}: {message}") from error
 
 
 def _wait_for_proxies() -> int:
