@@ -197,9 +197,10 @@ void Language::attend(Context& context, CpuKvPool& pool, int layer_index, Rows r
     pool.write(kernels, layer_index, block_[size(i)], slot_[size(i)], /*part=*/1, k + hidden);
   });
   const PagedKv kv(pool, layer_index);
-  // heads, head_dim, q_stride, q_head, out_stride, rounded
+  // heads, head_dim, q_stride, q_head, out_stride, rounded (like the products: unless weights are float32)
   const AttentionShape shape{config_.heads, head_dim, 3 * hidden,
                              head_dim,      hidden,   layer.c_attn.dtype != QVL_FLOAT32};
+  // attention() takes work of one kind per call.
   for (const std::vector<Queries>* work : {&prompt_work_, &decode_work_}) {
     attention(context, shape, qkv, kv, work->data(), static_cast<int64_t>(work->size()), mixed);
   }

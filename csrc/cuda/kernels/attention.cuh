@@ -1,6 +1,6 @@
 // Attention of 64 queries over tiles of keys, for any source of keys and values: tensor cores through
-// mma.sync from sm_80 on, plain loops on older GPUs. attention_prompt.cu and attention_dense.cu define the
-// sources.
+// mma.sync from sm_80 on, plain loops on older GPUs. Hopper uses attention_hopper.cuh instead, except for
+// prompts with head_dim over 128. attention_prompt.cu and attention_dense.cu define the sources.
 //
 // Layout. A block has 4 warps of 16 queries. The scores q k^T of a tile of keys stay in registers, 16 x 64
 // per warp, with a running maximum and sum per query; they become the weights p, which multiply the values v.
