@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 
 
+# main.py replaces the parameter open_model by flags; context.obj has the GenerationOptions (options.py).
 def chat(
     context: typer.Context,
     open_model: Callable[[], Model[Any]],

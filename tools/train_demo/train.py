@@ -6,8 +6,8 @@ r"""Train the demo model.
 Takes 17 minutes on two H100 GPUs with 32 CPU cores. With one GPU, or none, begin the command with
 `python -m tools.train_demo.train`; a step then has half as many rows. Needs PyTorch 2.6 or newer, tiktoken and Pillow.
 Downloads nothing: the images are drawn during training. Config and vocabulary are those in
-paddlemix_qwenvl_plugin/demo/model. The random numbers have fixed seeds, but the weights differ in each run, since the
-images that are available at a step depend on the speed of drawing.
+paddlemix_qwenvl_plugin/demo/model; export_checkpoint.py writes the trained weights there. The random numbers have fixed
+seeds, but the weights differ in each run, since the images that are available at a step depend on the speed of drawing.
 """
 
 from __future__ import annotations
