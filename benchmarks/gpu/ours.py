@@ -2,11 +2,11 @@
 
     python ours.py --type bf16
 
-run.py starts this script for each storage type; adapters.py and flow.py import from it. Weights, images and tokens are
-PyTorch tensors on the GPU, passed as pointers. Each step of a caption reads the token of the previous step from GPU
-memory, so the host does not wait between steps. With types other than bf16 the rows `vision` are omitted, since the
-vision stage is not quantized. Environment variables: QWENVL_LIBRARY is the path of libqwenvl.so, with libqwenvl_cuda.so
-in the same folder; QWENVL_CUDA_KERNELS is the folder of the kernels.
+run.py starts this script for each storage type, and tests/cuda/check.sh for bf16; adapters.py and flow.py import from
+it. Weights, images and tokens are PyTorch tensors on the GPU, passed as pointers. Each step of a caption reads the
+token of the previous step from GPU memory, so the host does not wait between steps. With types other than bf16 the rows
+`vision` are omitted, since the vision stage is not quantized. Environment variables: QWENVL_LIBRARY is the path of
+libqwenvl.so, with libqwenvl_cuda.so in the same folder; QWENVL_CUDA_KERNELS is the folder of the kernels.
 
 With --open FOLDER, the script only times the opening of the bfloat16 model. It writes the model's parameter files
 (19 GB) to FOLDER and removes them at the end.

@@ -173,7 +173,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=12, help="processes that draw images, per process")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and of the drawn rows")
     parser.add_argument("--report", type=int, default=100, help="steps between reports")
-    parser.add_argument("--evaluate", type=int, default=10**9, help="steps between evaluations")
+    parser.add_argument(
+        "--evaluate", type=int, default=10**9, help="steps between evaluations, each after saving the weights"
+    )
     parser.add_argument(
         "--samples", type=int, default=256, help="samples per evaluation; four times as many in the last"
     )

@@ -19,9 +19,9 @@
 // only on the query, its position, and its keys and their values, not on the other queries.
 //
 // Cost. Operations: 4 * head_dim per query and key on the tensor cores, and one exponential per query and
-// key. A multiprocessor computes 16 exponentials per cycle; on sm_90 at head_dim 128 they take half the time
-// of the tensor cores. Bytes: keys and values once per 64 queries, from the L2 cache. Bound by the tensor
-// cores.
+// key. A multiprocessor computes 16 exponentials per cycle; on sm_80 at head_dim 128 they take a quarter of
+// the time of the tensor cores. Bytes: keys and values once per 64 queries, from the L2 cache. Bound by the
+// tensor cores.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_prompt_attention.py.
 #pragma once
