@@ -145,8 +145,9 @@ void Language::pass(Context& context, CpuKvPool& pool, const qvl_batch& batch, s
     attend(context, pool, i, rows);
     feed_forward(context, i, rows);
   }
-  // lm_head for the last token of every sequence that wants logits. The rows count as decode rows, also for
-  // prompts: lm_head does not round activations to bfloat16 (qwenvl.h).
+  // lm_head for the last token of every sequence that wants logits, whose rows of `logits` are consecutive.
+  // The rows count as decode rows, also for prompts: lm_head does not round activations to bfloat16
+  // (qwenvl.h).
   int64_t n_last = 0;
   int32_t first_logits = 0;
   adapter_rows_.clear();
