@@ -1,4 +1,7 @@
-"""Hooks of PaddleMIX: the stock image-encoder exporter and the stock predictor of deploy/qwen_vl."""
+"""Hooks of PaddleMIX: the stock image-encoder exporter and the stock predictor of deploy/qwen_vl.
+
+activation/_qwenvl_activate.py names and calls them.
+"""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def run(job: Job, open_model: Callable[[], Model[Any]], actors: Actors, address:
     """Answer every row of an input into a folder of parts; resume if the folder has parts of an earlier run.
 
     Raises:
-        UsageError: the input or the folder cannot be used, or Ray is not installed.
+        UsageError: the input, the folder or the model cannot be used, or Ray is not installed.
         QwenVLError: the folder belongs to another job, or the job cannot continue. The folder keeps its parts.
     """
     files = find(job.source, job.source_name)
