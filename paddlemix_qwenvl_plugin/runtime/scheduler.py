@@ -249,7 +249,7 @@ class Scheduler:
         If blocks run out, the requests admitted last are preempted, possibly this one. Returns the number of planned
         tokens: n, or 0 if this request was preempted by now.
         """
-        if n <= 0 or generation in self._preempted:
+        if generation in self._preempted:
             return 0
         needed = self._n_blocks(generation.n_computed + n)
         while len(generation.blocks) < needed:
