@@ -28,7 +28,12 @@ def batch_on_ray(
     ray_cpus: Optional[float],
     ray_gpus: Optional[float],
 ) -> None:
-    """Answer every row of the input on a Ray cluster, into a folder."""
+    """Answer every row of the input on a Ray cluster, into a folder.
+
+    Raises:
+        UsageError: a flag is invalid, or as for `run`.
+        QwenVLError: at least one row failed, or as for `run`.
+    """
     from paddlemix_qwenvl_plugin.cluster.batch.files import absolute
     from paddlemix_qwenvl_plugin.cluster.batch.job import ERRORS, Job, run
 
