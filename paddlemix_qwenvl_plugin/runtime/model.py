@@ -21,10 +21,10 @@ class Stream(Iterator[Segment], Protocol):
         """Queue the request before its first segment is read."""
 
     def stop(self) -> None:
-        """End the iteration and cancel the request; a signal handler or another thread may call this during it."""
+        """End the iteration and cancel the request; a signal handler or another thread may call this at any time."""
 
     def close(self) -> None:
-        """Cancel the request; not during the iteration."""
+        """Cancel the request; not to be called while the iteration waits for a segment."""
 
     def finish(self) -> Answer:
         """Generate the remaining tokens and return the complete answer."""

@@ -39,7 +39,7 @@ struct UnpackTile {
   int k;
   int64_t first_row, n_rows;
   int first_k, n_k;
-  void* tile;         // [n_rows][n_k rounded up to 2]; in memory for kMaxTileK columns (kChunk of unpack.h)
+  void* tile;         // [n_rows][n_k rounded up to 2], in memory for a tile of the maximum width (unpack.h)
   const void* zeros;  // as in Matvec
 };
 
