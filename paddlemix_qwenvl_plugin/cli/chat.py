@@ -34,6 +34,7 @@ def chat(
     standard_input.check()
     model = open_model()
     session = Session(model, system, options, only_adapter(model))
+    # Before the model is loaded: an image that cannot be read ends the command at once.
     attached = [session.attach(source) for source in image or []]
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         model.load()
