@@ -306,6 +306,7 @@ def time_answers(column: str, ours: Ours, pool: Pool, n_blocks: int) -> None:
             features: Any = features,
             tokens: Any = tokens,
         ) -> Any:
+            # New inputs for each run; as in peers.py, their time is included.
             images.normal_()
             ids.random_(0, ours.sizes.vocab)
             ours.encode(images, features)

@@ -121,6 +121,7 @@ void blocked(Context& context, const Matrix& m, const float* x, int64_t x_stride
   const int64_t c_stride = int64_t{n_panels} * lanes;
   const auto tile_floats = static_cast<size_t>(kTileRows * kMaxTileK / 2);
   const size_t c_floats = static_cast<size_t>(kTileRows * c_stride);
+  // Allocate here, because tasks must not throw.
   for (Buffer& buffer : context.thread_scratch) buffer.get<float>(tile_floats + c_floats);
   const int64_t tasks = (m.rows + kTileRows - 1) / kTileRows;
   context.run(tasks, m.rows * m.k * n_x, [&](int64_t task, int thread) {
