@@ -80,7 +80,7 @@ void Language::embed(Context& context, const qvl_batch& batch, const Part& part,
     } else if (wte_dtype_ == QVL_FLOAT32) {
       std::memcpy(x, static_cast<const float*>(wte_) + batch.tokens[token] * hidden,
                   size(hidden) * sizeof(float));
-    } else {
+    } else {  // the embeddings are not quantized (core/weights.cc)
       const auto widen = wte_dtype_ == QVL_FLOAT16 ? context.kernels.widen_float16 : context.kernels.widen;
       widen(static_cast<const uint16_t*>(wte_) + batch.tokens[token] * hidden, x, hidden);
     }
