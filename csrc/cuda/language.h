@@ -67,8 +67,8 @@ class Language {
   // Run one pass: describe its rows, then layers() and lm_head().
   void pass(CUstream stream, const CudaKvPool& pool, const qvl_batch& batch, std::vector<Part>& parts,
             float* logits, StepInput& input);
-  // Set the addresses of image features of the part's rows; copy features that are in pageable memory to the
-  // GPU.
+  // Set the addresses of image features of the part's rows, and the ids of these rows, which are not checked,
+  // to 0; copy features that are in pageable memory to the GPU.
   void set_features(CUstream stream, const qvl_batch& batch, const Part& part, const InputArrays& host);
   void attention(CUstream stream, const RowMetadata& metadata, const InputArrays& inputs,
                  const PassShape& shape, const KvLayer& kv);
