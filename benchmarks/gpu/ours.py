@@ -271,6 +271,7 @@ def time_prompts(column: str, ours: Ours, steps: Steps) -> None:
 
 
 def time_steps(column: str, ours: Ours, pool: Pool, n_blocks: int) -> None:
+    """Time decode steps of sequences whose earlier tokens one step of prompts has written to the pool."""
     for past in sorted({past for _, past in STEPS}):
         batches = [batch for batch, batch_past in STEPS if batch_past == past]
         largest = max(batches)

@@ -85,6 +85,11 @@ def _with_absolute_paths(open_model: Callable[[], Any]) -> functools.partial[Any
 
 
 def _actors(bounds: Optional[str], cpus: Optional[float], gpus: Optional[float], device: str) -> Actors:
+    """Parse --ray_actors (`bounds`) and the resources per actor: by default a CPU, and with --device gpu a GPU.
+
+    Raises:
+        UsageError: a value is invalid.
+    """
     from paddlemix_qwenvl_plugin.cluster.batch.pool import Actors
 
     minimum = 0
