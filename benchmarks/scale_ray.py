@@ -1,4 +1,4 @@
-"""Measure the costs of Ray and of a cluster's shared processes, for COSTS in scale_times.py.
+"""Measure the costs of Ray and of a cluster's shared processes, for docs/scaling.md and for COSTS in scale_times.py.
 
 The cluster is local, with two CPUs. Each figure is the CPU time of the process that would become the bottleneck in a
 real cluster, whose processes have separate CPUs; rows named "wall time" are elapsed times. Takes about a minute.
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +42,7 @@ class Caller:
     async def reports(self, coordinator: Any, n: int, kind: str) -> None:
         metrics = metric_families(kind)
         for _ in range(n):
-            await coordinator.report.remote("front", kind, True, metrics, {})
+            await coordinator.report.remote(kind, kind, True, metrics, {} if kind == "front" else None)
 
 
 def metric_families(kind: str) -> list[Any]:
@@ -147,7 +146,7 @@ class Replica:
 def router_costs() -> None:
     for n in (10, 100, 1000):
         replicas: Any = [Replica(number) for number in range(n)]
-        prefixes = deque(f"{k:032x}" for k in range(200))
+        prefixes = [f"{k:032x}" for k in range(200)]
         begin = time.process_time()
         for prefix in prefixes:
             sorted(replicas, key=lambda replica, prefix=prefix: _weight(prefix, replica))

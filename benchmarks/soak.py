@@ -24,7 +24,7 @@ TESTS = Path(__file__).resolve().parents[1] / "tests"
 
 def main() -> None:
     sys.path.insert(0, str(TESTS))
-    from soak import soak
+    from soak import soak  # tests/soak.py
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--requests", type=int, default=10_000)

@@ -15,6 +15,7 @@ from unittest import mock
 
 import numpy as np
 
+# dtype of the weights -> PyTorch's class of storages. Arrays of bfloat16 weights are uint16.
 STORAGES = {
     "float32": "FloatStorage",
     "float16": "HalfStorage",

@@ -59,7 +59,7 @@ def release_wheel(output: Path) -> Path:
         (folder / "linux").mkdir()
         _run("wheel", "pack", "--dest-dir", str(folder / "linux"), str(tree))
         wheel = _only(folder / "linux", "*.whl")
-        _run("auditwheel", "show", str(wheel))
+        _run("auditwheel", "show", str(wheel))  # prints the symbols that determine the tag
         _run("auditwheel", "repair", "--wheel-dir", str(folder / "repaired"), str(wheel))
         repaired = _only(folder / "repaired", "*.whl")
         return Path(shutil.copy(repaired, output / repaired.name))

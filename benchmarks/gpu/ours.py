@@ -2,10 +2,11 @@
 
     python ours.py --type bf16
 
-Weights, images and tokens are PyTorch tensors on the GPU, passed as pointers. Each step of a caption reads the token of
-the previous step from GPU memory, so the host does not wait between steps. With types other than bf16 the rows `vision`
-are omitted, since the vision stage is not quantized. Environment variables: QWENVL_LIBRARY is the path of libqwenvl.so,
-with libqwenvl_cuda.so in the same folder; QWENVL_CUDA_KERNELS is the folder of the kernels.
+run.py starts this script for each storage type, and tests/cuda/check.sh for bf16; adapters.py and flow.py import from
+it. Weights, images and tokens are PyTorch tensors on the GPU, passed as pointers. Each step of a caption reads the
+token of the previous step from GPU memory, so the host does not wait between steps. With types other than bf16 the rows
+`vision` are omitted, since the vision stage is not quantized. Environment variables: QWENVL_LIBRARY is the path of
+libqwenvl.so, with libqwenvl_cuda.so in the same folder; QWENVL_CUDA_KERNELS is the folder of the kernels.
 
 With --open FOLDER, the script only times the opening of the bfloat16 model. It writes the model's parameter files
 (19 GB) to FOLDER and removes them at the end.
@@ -270,6 +271,7 @@ def time_prompts(column: str, ours: Ours, steps: Steps) -> None:
 
 
 def time_steps(column: str, ours: Ours, pool: Pool, n_blocks: int) -> None:
+    """Time decode steps of sequences whose earlier tokens one step of prompts has written to the pool."""
     for past in sorted({past for _, past in STEPS}):
         batches = [batch for batch, batch_past in STEPS if batch_past == past]
         largest = max(batches)
@@ -305,6 +307,7 @@ def time_answers(column: str, ours: Ours, pool: Pool, n_blocks: int) -> None:
             features: Any = features,
             tokens: Any = tokens,
         ) -> Any:
+            # New inputs for each run; as in peers.py, their time is included.
             images.normal_()
             ids.random_(0, ours.sizes.vocab)
             ours.encode(images, features)
@@ -412,7 +415,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--type", choices=STORAGES, default="bf16", help="storage type of the weights")
-    parser.add_argument("--check", type=Path, help="file of peers.py --check, with which to compare results")
+    parser.add_argument("--check", type=Path, help="peers.py --check's file, to compare with (bf16 only)")
     parser.add_argument("--open", type=Path, metavar="FOLDER", help="only time the opening of a model")
     arguments = parser.parse_args()
     if arguments.open:

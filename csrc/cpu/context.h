@@ -18,9 +18,9 @@ constexpr int64_t kElementWork = 8;
 struct Context {
   const Kernels& kernels;
   ThreadPool pool;
-  const bool exact;                    // never round activations for types with zero points (linear.h)
-  Buffer activations;                  // linear(): prepared or packed x; attention: partial results
-  Buffer permuted;                     // linear(): activations permuted to a matrix's column order
+  const bool exact;    // QVL_COMPUTE_FLOAT32: never round activations for types with zero points (linear.h)
+  Buffer activations;  // linear(): prepared or packed x; attention: partial results
+  Buffer permuted;     // linear(): activations permuted to a matrix's column order
   std::vector<Buffer> thread_scratch;  // linear() and attention: one buffer per thread
 
   Context(const Kernels& kernels, int n_threads, bool exact = false)

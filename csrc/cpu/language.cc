@@ -80,7 +80,7 @@ void Language::embed(Context& context, const qvl_batch& batch, const Part& part,
     } else if (wte_dtype_ == QVL_FLOAT32) {
       std::memcpy(x, static_cast<const float*>(wte_) + batch.tokens[token] * hidden,
                   size(hidden) * sizeof(float));
-    } else {
+    } else {  // the embeddings are not quantized (core/weights.cc)
       const auto widen = wte_dtype_ == QVL_FLOAT16 ? context.kernels.widen_float16 : context.kernels.widen;
       widen(static_cast<const uint16_t*>(wte_) + batch.tokens[token] * hidden, x, hidden);
     }
@@ -145,8 +145,9 @@ void Language::pass(Context& context, CpuKvPool& pool, const qvl_batch& batch, s
     attend(context, pool, i, rows);
     feed_forward(context, i, rows);
   }
-  // lm_head for the last token of every sequence that wants logits. The rows count as decode rows, also for
-  // prompts: lm_head does not round activations to bfloat16 (qwenvl.h).
+  // lm_head for the last token of every sequence that wants logits, whose rows of `logits` are consecutive.
+  // The rows count as decode rows, also for prompts: lm_head does not round activations to bfloat16
+  // (qwenvl.h).
   int64_t n_last = 0;
   int32_t first_logits = 0;
   adapter_rows_.clear();
@@ -197,9 +198,10 @@ void Language::attend(Context& context, CpuKvPool& pool, int layer_index, Rows r
     pool.write(kernels, layer_index, block_[size(i)], slot_[size(i)], /*part=*/1, k + hidden);
   });
   const PagedKv kv(pool, layer_index);
-  // heads, head_dim, q_stride, q_head, out_stride, rounded
+  // heads, head_dim, q_stride, q_head, out_stride, rounded (like the products: unless weights are float32)
   const AttentionShape shape{config_.heads, head_dim, 3 * hidden,
                              head_dim,      hidden,   layer.c_attn.dtype != QVL_FLOAT32};
+  // attention() takes work of one kind per call.
   for (const std::vector<Queries>* work : {&prompt_work_, &decode_work_}) {
     attention(context, shape, qkv, kv, work->data(), static_cast<int64_t>(work->size()), mixed);
   }

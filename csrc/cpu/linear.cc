@@ -103,7 +103,8 @@ void blocked(Context& context, const Matrix& m, const float* x, int64_t x_stride
              int64_t y_stride, bool add) {
   const Kernels& kernels = context.kernels;
   const int kind = kernels.bf16_dot && m.dtype != QVL_FLOAT32 ? 1 : 0;
-  // Divide the columns equally, in multiples of `unit`.
+  // Divide the columns equally, in multiples of `unit`: for quantized types UnpackTile requires this, and a
+  // panel of bfloat16 has pairs of columns.
   const int max_k = kind == 1 ? kMaxTileK : kMaxTileK / 2, unit = is_quantized(m.dtype) ? kPackUnit : 32;
   const int parts = (m.k + max_k - 1) / max_k;
   const int tile_k = ((m.k + parts - 1) / parts + unit - 1) / unit * unit;
@@ -121,6 +122,7 @@ void blocked(Context& context, const Matrix& m, const float* x, int64_t x_stride
   const int64_t c_stride = int64_t{n_panels} * lanes;
   const auto tile_floats = static_cast<size_t>(kTileRows * kMaxTileK / 2);
   const size_t c_floats = static_cast<size_t>(kTileRows * c_stride);
+  // Allocate here, because tasks must not throw.
   for (Buffer& buffer : context.thread_scratch) buffer.get<float>(tile_floats + c_floats);
   const int64_t tasks = (m.rows + kTileRows - 1) / kTileRows;
   context.run(tasks, m.rows * m.k * n_x, [&](int64_t task, int thread) {

@@ -43,7 +43,7 @@ constexpr int64_t kMaxGain = 2000000;
 constexpr int64_t kMinFactor = 32, kMaxFactor = 1 << 14;
 constexpr int64_t kMaxSingleThreaded = 1000000000;
 // A worker that spins for longer than this many nanoseconds, ten times the duration of kSpins, has been
-// preempted.
+// preempted by another process. The time of such spins is added to the sum of the losses.
 constexpr int64_t kPreemptedSpin = 500000;
 
 void pause() {

@@ -5,8 +5,8 @@
 
 namespace qvl::cuda {
 
-// As attention_prompt and attention_dense of ops.h. portable: use the kernels for any GPU even if this GPU
-// has faster ones.
+// As attention_prompt and attention_dense of ops.h, which call these. portable: use the kernels for any GPU
+// even if this GPU has faster ones.
 void attention_prompt_with(const Gpu&, CUstream, bool portable, const void* q, const PromptChunk* chunks,
                            const Tile* tiles, int n_tiles, const int32_t* blocks, int max_blocks,
                            const KvLayer&, void* y);

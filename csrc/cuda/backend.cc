@@ -1,4 +1,6 @@
 // The CUDA back end: implementation of Backend (core/backend.h), and the entry points of libqwenvl_cuda.so.
+// Where qwenvl.h asks for device memory, pageable host memory works, too (docs/engine.md): inputs are copied
+// to the GPU, and outputs back.
 #include "core/backend.h"
 
 #include <algorithm>

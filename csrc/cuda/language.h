@@ -19,7 +19,7 @@ struct PassShape {
   int tiles = 0;            // query tiles of the prompts
   int max_blocks = 0;       // length of a row of inputs.blocks: blocks for the keys of every sequence
   int max_keys = 0;         // at least the number of keys of every decode row
-  bool is_step = false;     // a decode step with one row per sequence, for attention_step
+  bool is_step = false;     // of StepGraphs: one decode row per sequence, for attention_step
   bool is_adapted = false;  // at least one row has an adapter
 
   int rows() const { return n_prompt + n_decode; }
@@ -43,8 +43,9 @@ class Language {
   // Copy an adapter's matrices to the GPU, and reserve scratch memory for it.
   std::unique_ptr<CudaAdapter> make_adapter(CUstream stream, const std::vector<AdapterMatrix>& matrices);
 
-  // Write all inputs of row i but its id and block table. The row is the token at `position` of `sequence`,
-  // whose block table is row `table` of inputs.blocks.
+  // Write all inputs of row i but its id and block table; the row gets no image features (set_features() adds
+  // them). The row is the token at `position` of `sequence`, whose block table is row `table` of
+  // inputs.blocks.
   void describe_row(const InputArrays& inputs, int i, const qvl_sequence& sequence, int32_t position,
                     int table) const;
 
@@ -66,8 +67,8 @@ class Language {
   // Run one pass: describe its rows, then layers() and lm_head().
   void pass(CUstream stream, const CudaKvPool& pool, const qvl_batch& batch, std::vector<Part>& parts,
             float* logits, StepInput& input);
-  // Set the addresses of image features of the part's rows; copy features that are in pageable memory to the
-  // GPU.
+  // Set the addresses of image features of the part's rows, and the ids of these rows, which are not checked,
+  // to 0; copy features that are in pageable memory to the GPU.
   void set_features(CUstream stream, const qvl_batch& batch, const Part& part, const InputArrays& host);
   void attention(CUstream stream, const RowMetadata& metadata, const InputArrays& inputs,
                  const PassShape& shape, const KvLayer& kv);

@@ -1,4 +1,5 @@
-// Memory reads and the bfloat16 instruction vdpbf16ps, to measure their speed without interpreter overhead.
+// Memory reads and the bfloat16 instruction vdpbf16ps, to measure their speed without interpreter overhead:
+// the limits in benchmarks/cpu_engine.py and benchmarks/textbook.py.
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -133,8 +134,7 @@ EXPORT double qvlt_read_bandwidth(int threads, int64_t bytes, int repeats) {
   return static_cast<double>(bytes) / best;
 }
 
-// Read `bytes` of memory in the calling thread. way: 0 to 2, as for read_memory; which is fastest depends on
-// the processor.
+// read_memory in the calling thread. Which way is fastest depends on the processor.
 EXPORT uint64_t qvlt_read_memory(const char* memory, int64_t bytes, int way) {
   return read_memory(memory, bytes, way);
 }

@@ -1,4 +1,4 @@
-"""Plain view of a conversation for pipes, and formatting shared with the terminal view."""
+"""Plain view of a conversation for pipes; formatting of answers in the terminal view and in saved conversations."""
 
 from __future__ import annotations
 

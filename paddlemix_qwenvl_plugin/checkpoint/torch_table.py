@@ -94,7 +94,11 @@ class TorchUnpickler(TableUnpickler):
         return super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> Storage:
-        """Resolve ("storage", class, key, device, size); in files before PyTorch 1.6 a sixth entry describes a view."""
+        """Resolve ("storage", class, key, device, size); in files before PyTorch 1.6 a sixth entry describes a view.
+
+        Raises:
+            RefusedError: the reference is not of this form, or the storage is a view of another one.
+        """
         tag, kind, key, _, size, *view = pid
         if tag != "storage" or not isinstance(kind, str) or not isinstance(key, str) or type(size) is not int:
             raise RefusedError("its pickle refers to something that is not a storage")

@@ -28,7 +28,12 @@ def batch_on_ray(
     ray_cpus: Optional[float],
     ray_gpus: Optional[float],
 ) -> None:
-    """Answer every row of the input on a Ray cluster, into a folder."""
+    """Answer every row of the input on a Ray cluster, into a folder.
+
+    Raises:
+        UsageError: a flag is invalid, or as for `run`.
+        QwenVLError: at least one row failed, or as for `run`.
+    """
     from paddlemix_qwenvl_plugin.cluster.batch.files import absolute
     from paddlemix_qwenvl_plugin.cluster.batch.job import ERRORS, Job, run
 
@@ -80,6 +85,11 @@ def _with_absolute_paths(open_model: Callable[[], Any]) -> functools.partial[Any
 
 
 def _actors(bounds: Optional[str], cpus: Optional[float], gpus: Optional[float], device: str) -> Actors:
+    """Parse --ray_actors (`bounds`) and the resources per actor: by default a CPU, and with --device gpu a GPU.
+
+    Raises:
+        UsageError: a value is invalid.
+    """
     from paddlemix_qwenvl_plugin.cluster.batch.pool import Actors
 
     minimum = 0

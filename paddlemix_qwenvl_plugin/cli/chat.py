@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 
 
+# main.py replaces the parameter open_model by flags; context.obj has the GenerationOptions (options.py).
 def chat(
     context: typer.Context,
     open_model: Callable[[], Model[Any]],
@@ -33,6 +34,7 @@ def chat(
     standard_input.check()
     model = open_model()
     session = Session(model, system, options, only_adapter(model))
+    # Before the model is loaded: an image that cannot be read ends the command at once.
     attached = [session.attach(source) for source in image or []]
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         model.load()

@@ -30,7 +30,10 @@ class Question:
 
     @property
     def images(self) -> list[Path]:
-        """PNG files of the scenes. Shipped as files, so the pixels do not depend on Pillow's font."""
+        """PNG files of the scenes, drawn by tools/draw_demo_images.py.
+
+        Shipped as files, so the pixels do not depend on Pillow's font.
+        """
         n_images = len(self.sample.scenes)
         if n_images == 1:
             return [IMAGES / f"{self.name}.png"]

@@ -39,7 +39,7 @@ def check_engine() -> Check:
         message = f"{summary}; not built, no C++ compiler {command[0]} found: the portable graph is used"
         return Check("engine", "note", message, "apt-get install g++", data)
     if state == "failed":
-        failure = (path.parent / "failed").read_text("utf-8")
+        failure = (path.parent / "failed").read_text("utf-8")  # the build's error
         return Check("engine", "problem", f"{summary}; {failure}", f"{program()} build-engine", data)
     message = f"{summary}; not built yet; the first use builds it with {version}"
     return Check("engine", "note", message, f"{program()} build-engine", data)

@@ -41,7 +41,7 @@ class GptqFolder:
     def __init__(self, folder: Path, checkpoint: Checkpoint) -> None:
         self._folder = folder
         self._checkpoint = checkpoint
-        # Storage type of the tensors that are not quantized.
+        # Storage type of the tensors that are not quantized: that of the checkpoint, but float32 for float64.
         self.dtype = checkpoint.dtype if checkpoint.dtype in STORAGE else "float32"
         self._other_shards = list(_split(self._other_specs(), self.dtype))
 

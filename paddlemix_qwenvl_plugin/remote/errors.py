@@ -41,7 +41,7 @@ def error_of_response(url: str, response: httpx.Response) -> QwenVLError:
     """Convert a fully read response with a status other than 200 to an exception."""
     status = response.status_code
     error = _error_object(response.content)
-    message = str(error.get("message") or f"{response.reason_phrase or 'no reason given'}")
+    message = str(error.get("message") or response.reason_phrase or "no reason given")
     if status in (400, 413, 415, 422):
         return RefusedError(message, error.get("param"), error.get("code"))
     if status == 500:

@@ -21,10 +21,10 @@ class Stream(Iterator[Segment], Protocol):
         """Queue the request before its first segment is read."""
 
     def stop(self) -> None:
-        """End the iteration after the current token, and cancel the request; safe in signal handlers and threads."""
+        """End the iteration and cancel the request; a signal handler or another thread may call this at any time."""
 
     def close(self) -> None:
-        """Cancel the request."""
+        """Cancel the request; not to be called while the iteration waits for a segment."""
 
     def finish(self) -> Answer:
         """Generate the remaining tokens and return the complete answer."""
@@ -35,7 +35,7 @@ class Stream(Iterator[Segment], Protocol):
 
     @property
     def n_new_tokens(self) -> int:
-        """Number of generated tokens so far."""
+        """Number of tokens read so far; with a remote server, of received deltas before the end."""
 
     @property
     def answer(self) -> Answer:

@@ -323,7 +323,7 @@ class QwenVL:
             parts: text, or a list of {"image": …}, {"text": …} and {"box": …, "ref": …} (processing/prompts.py).
             chat: True: the ChatML form of Qwen-VL-Chat, with its stop tokens; False: the base model's form; None: as
                 `is_chat` says.
-            history: earlier turns (query, answer), chat only.
+            history: earlier turns (query, answer), chat only; beyond 6144 tokens the oldest are dropped (chat_prompt).
             system: the system message, chat only.
             adapter: name of an adapter (`from_exported`); None: the model without an adapter.
             options: see GenerationOptions.

@@ -120,7 +120,8 @@ class Scheduler:
         prompts += (waiting for waiting in self.waiting if waiting not in self._preempted)
         if prompts and budget > 0:
             unused = self._plan_prompts(prompts, budget - budget // 2, planned)
-            if not unused and not self._full:  # else every waiting request has been tried
+            # The next pass, in the order of length, must not admit requests before the oldest one if that has no room.
+            if not unused and not self._full:  # otherwise this pass has tried the oldest one
                 self._full = not self._oldest_has_room()
             prompts.sort(key=lambda prompt: prompt.n_pending - planned.get(prompt, 0))
             self._plan_prompts(prompts, budget // 2 + unused, planned)
@@ -248,7 +249,7 @@ class Scheduler:
         If blocks run out, the requests admitted last are preempted, possibly this one. Returns the number of planned
         tokens: n, or 0 if this request was preempted by now.
         """
-        if n <= 0 or generation in self._preempted:
+        if generation in self._preempted:
             return 0
         needed = self._n_blocks(generation.n_computed + n)
         while len(generation.blocks) < needed:

@@ -16,7 +16,7 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, line_of
 
 
 async def respond(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Send an error as the response to a request."""
+    """Send an error as the response to a request; for middleware, whose errors `install_handlers` does not cover."""
     await _response(error, scope)(scope, receive, send)
 
 

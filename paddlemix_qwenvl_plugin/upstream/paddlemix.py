@@ -1,4 +1,7 @@
-"""Hooks of PaddleMIX: the stock image-encoder exporter and the stock predictor of deploy/qwen_vl."""
+"""Hooks of PaddleMIX: the stock image-encoder exporter and the stock predictor of deploy/qwen_vl.
+
+activation/_qwenvl_activate.py names and calls them.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from paddlemix_qwenvl_plugin.util.notice import notice
 
 
 def hook_auto_modeling(module: ModuleType) -> None:
-    """Hook of paddlemix.auto.modeling: return a DeferredModel for Qwen-VL, and upstream's model otherwise.
+    """Hook of paddlemix.auto.modeling: from_pretrained returns a DeferredModel for Qwen-VL, else upstream's model.
 
     The image encoder of a DeferredModel is exported without loading the model.
     """

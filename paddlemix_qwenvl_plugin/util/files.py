@@ -47,7 +47,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise UsageError(f"{target}: exists already; name a new folder")
     make_folder(target.parent)
     with naming(target), scratch_folder(target, "partial") as scratch:
-        partial = scratch / "new"
+        partial = scratch / "new"  # not the scratch folder itself, which has a lock file
         partial.mkdir()
         yield partial
         if target.exists():  # another process created it meanwhile

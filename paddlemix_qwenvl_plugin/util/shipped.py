@@ -12,6 +12,8 @@ PACKAGE = Path(__file__).resolve().parents[1]
 def shipped_folder(tree_path: str, package_path: str, package: Path = PACKAGE) -> Path:
     """Find a data folder: at `package_path` in the installed package, else at `tree_path` in the source tree.
 
+    pyproject.toml gives the place in a wheel ([tool.hatch.build.targets.wheel.sources]).
+
     Raises:
         QwenVLError: the installation has neither.
     """

@@ -28,7 +28,7 @@ _SYSTEM_CONFIG = {"health_check_period_ms": 1000}
 
 
 class LocalCluster:
-    """Ray cluster of nodes with one CPU each on this machine; `kill_node` never kills the head node."""
+    """Ray cluster on this machine: `n_nodes` nodes with one CPU each, one of them the head, which is never killed."""
 
     def __init__(self, folder: Path, n_nodes: int) -> None:
         import ray

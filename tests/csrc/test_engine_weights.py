@@ -123,6 +123,7 @@ def test_two_engines_on_weights_that_are_freed(library, model, mixed, params_pat
     n_descriptors = len(list(Path("/proc/self/fd").iterdir()))
     with Weights(library, params_path) as weights:
         first, second = (Engine(library, config, weights) for _ in range(2))
+    # The mapped file needs no open descriptor.
     assert len(list(Path("/proc/self/fd").iterdir())) == n_descriptors
     with second:
         with first:

@@ -48,7 +48,9 @@ def check_container(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 Pod = Annotated[dict[str, Any], AfterValidator(check_pod)]
-Resources = Annotated[dict[str, Any], AfterValidator(lambda value: check_container({"resources": value}))]
+Resources = Annotated[
+    dict[str, Any], AfterValidator(lambda value: check_container({"resources": value})["resources"])
+]
 RayStartParams = dict[str, str]
 
 
@@ -60,7 +62,9 @@ class AutoscalerOptions(Strict):
 class Password(Strict):
     valueFrom: Annotated[
         dict[str, Any],
-        AfterValidator(lambda value: check_container({"env": [{"name": "P", "valueFrom": value}]})),
+        AfterValidator(
+            lambda value: check_container({"env": [{"name": "P", "valueFrom": value}]})["env"][0]["valueFrom"]
+        ),
     ]
 
 

@@ -77,7 +77,8 @@ class RequestCase:
     def make_random(cls, vl: QwenVL, rng: random.Random, n_logprobs: Optional[int] = None) -> RequestCase:
         """Random request, sometimes with an image, an earlier answer or sampling parameters.
 
-        A prompt begins with tokens from a vocabulary of three, so that many requests share a prefix.
+        A prompt begins with tokens from a vocabulary of three, and its image is one of three, so that many requests
+        share a prefix.
         """
         vision = vl.config.visual
         ids = [rng.randrange(3) for _ in range(rng.randrange(1, 90))]

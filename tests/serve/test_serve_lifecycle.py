@@ -240,7 +240,7 @@ def with_systemd_socket(listener: socket.socket) -> dict[str, Any]:
     """Arguments of `start` that pass a socket as systemd does: as descriptor 3, with LISTEN_PID and LISTEN_FDS."""
     return {
         "pass_fds": [3],
-        "preexec_fn": lambda: os.dup2(listener.fileno(), 3) and None,
+        "preexec_fn": lambda: os.dup2(listener.fileno(), 3),
         "prefix": ["sh", "-c", 'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"', "sh"],
     }
 

@@ -6,8 +6,8 @@ r"""Train the demo model.
 Takes 17 minutes on two H100 GPUs with 32 CPU cores. With one GPU, or none, begin the command with
 `python -m tools.train_demo.train`; a step then has half as many rows. Needs PyTorch 2.6 or newer, tiktoken and Pillow.
 Downloads nothing: the images are drawn during training. Config and vocabulary are those in
-paddlemix_qwenvl_plugin/demo/model. The random numbers have fixed seeds, but the weights differ in each run, since the
-images that are available at a step depend on the speed of drawing.
+paddlemix_qwenvl_plugin/demo/model; export_checkpoint.py writes the trained weights there. The random numbers have fixed
+seeds, but the weights differ in each run, since the images that are available at a step depend on the speed of drawing.
 """
 
 from __future__ import annotations
@@ -173,7 +173,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=12, help="processes that draw images, per process")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and of the drawn rows")
     parser.add_argument("--report", type=int, default=100, help="steps between reports")
-    parser.add_argument("--evaluate", type=int, default=10**9, help="steps between evaluations")
+    parser.add_argument(
+        "--evaluate", type=int, default=10**9, help="steps between evaluations, each after saving the weights"
+    )
     parser.add_argument(
         "--samples", type=int, default=256, help="samples per evaluation; four times as many in the last"
     )

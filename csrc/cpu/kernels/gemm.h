@@ -1,5 +1,6 @@
 // Blocked product for prompts and images, c [rows][tokens] = W x^T: the steps that cpu/linear.cc combines.
-// Rows are those of W, the outputs of the layer; tokens are the rows of x.
+// Rows are those of W, the outputs of the layer; tokens are the rows of x. attention.h uses the steps, too,
+// with queries or weights of attention in place of W, and keys or values in place of x.
 //
 // Layout, with L = kLanes. Vectors run along tokens: a panel contains L tokens, and weights are broadcast.
 // Weights are thus read in memory order, [out, in], and only the activations, which are far smaller, are

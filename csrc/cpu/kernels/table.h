@@ -38,8 +38,8 @@ struct UnpackTile {
   const void* scales;
   int k;
   int64_t first_row, n_rows;
-  int first_k, n_k;
-  void* tile;         // [n_rows][n_k rounded up to 2]
+  int first_k, n_k;   // first_k of quantized types: a multiple of kPackUnit (core/pack.h)
+  void* tile;         // [n_rows][n_k rounded up to 2], in memory for a tile of the maximum width (unpack.h)
   const void* zeros;  // as in Matvec
 };
 

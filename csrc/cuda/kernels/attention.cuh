@@ -1,6 +1,6 @@
 // Attention of 64 queries over tiles of keys, for any source of keys and values: tensor cores through
-// mma.sync from sm_80 on, plain loops on older GPUs. attention_prompt.cu and attention_dense.cu define the
-// sources.
+// mma.sync from sm_80 on, plain loops on older GPUs. Hopper uses attention_hopper.cuh instead, except for
+// prompts with head_dim over 128. attention_prompt.cu and attention_dense.cu define the sources.
 //
 // Layout. A block has 4 warps of 16 queries. The scores q k^T of a tile of keys stay in registers, 16 x 64
 // per warp, with a running maximum and sum per query; they become the weights p, which multiply the values v.
@@ -19,9 +19,9 @@
 // only on the query, its position, and its keys and their values, not on the other queries.
 //
 // Cost. Operations: 4 * head_dim per query and key on the tensor cores, and one exponential per query and
-// key. A multiprocessor computes 16 exponentials per cycle; on sm_90 at head_dim 128 they take half the time
-// of the tensor cores. Bytes: keys and values once per 64 queries, from the L2 cache. Bound by the tensor
-// cores.
+// key. A multiprocessor computes 16 exponentials per cycle; on sm_80 at head_dim 128 they take a quarter of
+// the time of the tensor cores. Bytes: keys and values once per 64 queries, from the L2 cache. Bound by the
+// tensor cores.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_prompt_attention.py.
 #pragma once

@@ -1,4 +1,4 @@
-// Attention of 128 queries on Hopper: wgmma, for any source of keys and values.
+// Attention of 128 queries on Hopper: wgmma, for any source of keys and values with head_dim up to 128.
 //
 // Layout. Two warpgroups have 64 queries each; a third one loads tiles of 128 keys and their values into two
 // buffers, depending on the source: by the copy engine, by cp.async, or by loads and a conversion to H. Rows

@@ -1,10 +1,11 @@
 // Building blocks of kernels that stream weights or keys from memory: asynchronous copies (cp.async) and
 // tensor-core products (mma). Before sm_80 plain loads replace the copies, and sums over warp shuffles
-// replace the products.
+// replace the products. A kernel includes this file or mma.cuh, not both: mma.cuh, for sm_80 and newer only,
+// has functions of the same names.
 //
-// Use of the copies: linear_decode.cu and linear_decode_wide.cu keep a ring of slots in shared memory. A step
-// of their loops reads one slot, while the copies to the next slots are in flight. With three slots, of which
-// 0 and 1 are requested before the loop, the first step is:
+// Use of the copies: attention_decode.cu requests all at once; linear_decode.cu and linear_decode_wide.cu
+// keep a ring of slots in shared memory. A step of their loops reads one slot, while the copies to the next
+// slots are in flight. With three slots, of which 0 and 1 are requested before the loop, the first step is:
 //
 //   slot 0        slot 1        slot 2            wait_for_copies<1>() .. read slot 0
 //   | lane 0..31 | lane 0..31 | lane 0..31 |      .. copy_async16(slot 2) .. commit_copies()

@@ -75,7 +75,7 @@ def run(job: Job, open_model: Callable[[], Model[Any]], actors: Actors, address:
     """Answer every row of an input into a folder of parts; resume if the folder has parts of an earlier run.
 
     Raises:
-        UsageError: the input or the folder cannot be used, or Ray is not installed.
+        UsageError: the input, the folder or the model cannot be used, or Ray is not installed.
         QwenVLError: the folder belongs to another job, or the job cannot continue. The folder keeps its parts.
     """
     files = find(job.source, job.source_name)
@@ -88,7 +88,7 @@ def run(job: Job, open_model: Callable[[], Model[Any]], actors: Actors, address:
         raise UsageError(f"{job.name}: exists, and this command did not write it; name another folder")
     manifest = _manifest(job, MANIFEST in present)
     # Weights and picture label are the manifest's until `describe_model`: a complete job is recognized without opening
-    # the model.
+    # the model. The division into parts stays the manifest's, also with another window or number of actors.
     expected = {
         **identity(
             files.digest(), job.options, manifest.get("weights", []), manifest.get("picture_label", "")

@@ -35,9 +35,10 @@ class _RestartableCoordinator(Coordinator):
 
 
 def coordinator(settings: ServeSettings) -> Any:
-    """Return the handle of the cluster's coordinator; the first call creates it.
+    """Return the handle of the cluster's coordinator; the first call creates it, later ones ignore `settings`.
 
-    A detached actor instead of a replica, so that the queue survives updates of the application.
+    A detached actor instead of a replica, so that the queue survives updates of the application, which change its
+    limits by `Coordinator.configure`.
     """
     return (
         ray.remote(_RestartableCoordinator)

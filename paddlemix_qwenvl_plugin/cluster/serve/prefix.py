@@ -12,9 +12,9 @@ from paddlemix_qwenvl_plugin.serve.engine_api import EngineRequest
 def prefix_of(request: EngineRequest, image_end: int) -> str:
     """Compute a digest of a request's adapter and of its prompt up to the last image of the first turn.
 
-    If the first turn has no image, all of the prompt before the first answer counts. All turns of a
-    conversation have the same digest, and so have requests whose adapter, prompt and images are the same up to the last
-    image of the first turn.
+    If the first turn has no image, all of the prompt before the first answer counts. All turns of a conversation have
+    the same digest, and so have requests whose adapter, prompt and images are the same up to the last image of the
+    first turn, such as other questions about the same image.
 
     Args:
         image_end: id of the token after an image's slots.

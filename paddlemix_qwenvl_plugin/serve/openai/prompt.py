@@ -64,17 +64,17 @@ async def base(service: Service, query: Query, param: str) -> ReadyPrompt:
 
 
 def token_ids(service: Service, ids: list[int], param: str) -> ReadyPrompt:
-    """Check a prompt that the client has tokenized.
+    """Check a prompt that the client has tokenized. The schema of requests excludes empty prompts and negative ids.
 
     Raises:
-        ApiError: the prompt is empty, exceeds a limit, or contains a control token, an image tag or an unknown id.
+        ApiError: the prompt exceeds a limit, or contains a control token, an image tag or an unknown id.
     """
     special_ids = service.tokenizer.special_tokens
     # The tags of references, boxes and quads are accepted, the tags of images are not.
     tag_ids = {special_ids[tag] for tag in IMAGE_TAGS if "img" not in tag}
     n_text_tokens = min(special_ids.values())  # the ids of text tokens are below those of special tokens
     for index, token_id in enumerate(ids):
-        if not (0 <= token_id < n_text_tokens or token_id in tag_ids):
+        if not (token_id < n_text_tokens or token_id in tag_ids):
             token_param = f"{param}[{index}]"
             raise ApiError(
                 400,

@@ -1,4 +1,4 @@
-/** English texts of the page by their keys. A text with placeholders is a function of their values. */
+/** English texts of the page by their keys, the same as in words_zh.js. A text with placeholders is a function of their values. */
 export const en = {
   'language.code': 'en',
   'language.other': '中文',
