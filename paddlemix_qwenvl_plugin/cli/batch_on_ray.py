@@ -28,7 +28,10 @@ def batch_on_ray(
     ray_cpus: Optional[float],
     ray_gpus: Optional[float],
 ) -> None:
-    """Answer every row of the input on a Ray cluster, into a folder."""
+    """Answer every row of the input on a Ray cluster, into a folder.
+
+    `open_model` is a functools.partial whose keywords are the values of the model's flags (options.with_flags).
+    """
     from paddlemix_qwenvl_plugin.cluster.batch.files import absolute
     from paddlemix_qwenvl_plugin.cluster.batch.job import ERRORS, Job, run
 
