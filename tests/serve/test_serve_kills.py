@@ -47,6 +47,7 @@ def long_question(known_questions: list[Question]) -> Question:
 
 async def ask_all(url: str, questions: list[Question]) -> list[Reply]:
     """Send all questions concurrently."""
+    # Without verify=False httpx reads a file of CA certificates, which takes longer than a request.
     async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT, verify=False) as http:
         return list(await asyncio.gather(*(ask(http, question, stream=True) for question in questions)))
 
