@@ -20,7 +20,7 @@ class Router(Protocol):
 
 
 class TwoChoices:
-    """Power of two choices, Ray Serve's default: the less loaded of two random replicas.
+    """Power of two choices, Ray Serve's default: the less loaded of two random replicas, which may be the same.
 
     If both replicas are full, it draws again; after four draws of two full replicas it takes the least loaded of all.
     """

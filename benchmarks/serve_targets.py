@@ -160,7 +160,8 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
     """Figures of a run on a server, from the report of serve_client.py.
 
     `first` (times to first token) and `between` (times between events with text) are lists of all samples in seconds,
-    so that several rounds can be combined. Without complete responses, `seconds` is 0.
+    so that several rounds can be combined. `seconds`: from the start of the first request to the end of the last
+    complete response; 0 without complete responses.
     """
     responses = report["responses"]
     for response in responses:

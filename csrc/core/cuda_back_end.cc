@@ -25,8 +25,8 @@ const CudaEntryPoints* load() {
   void* library = dlopen(path.c_str(), RTLD_NOW);
   if (library == nullptr) {
     const std::string error = dlerror();
-    // Given only a name, dlopen() finds a library that the process has already loaded, or searches the
-    // loader's path.
+    // Given only a name, dlopen() finds a library that the process has already loaded (the plugin does that,
+    // because its two libraries may be in different folders), or searches the loader's path.
     library = dlopen(kLibrary, RTLD_NOW);
     if (library == nullptr) fail_to_load(access(path.c_str(), F_OK) == 0 ? error.c_str() : dlerror());
   }

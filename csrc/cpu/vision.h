@@ -25,6 +25,7 @@ class Vision {
     Matrix c_fc, c_proj;
   };
 
+  // Copy an image, as for encode(), to patches [patches][3][patch_size][patch_size].
   void cut_patches(Context& context, const float* image, float* to) const;
   // Apply one block of the ViT to x [patches][vision_width], in place.
   void run_block(Context& context, const Block& block, float* x);

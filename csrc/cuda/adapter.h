@@ -16,9 +16,11 @@ enum LayerProduct { kAttnProduct, kAttnProjProduct, kGateUpProduct, kMlpProjProd
 // A and B of a product, with the scale multiplied into B. Their values are NULL if the adapter does not
 // change the product.
 struct LowRank {
-  Matrix a;       // [rank, in], both multiples of 8; for w1 and w2 the rows of both matrices A
-  Matrix b;       // [out, rank]
-  int parts = 1;  // number of interleaved matrices; row i of `b` belongs to matrix i % parts
+  Matrix a;  // [rank, in], both multiples of 8; for w1 and w2 the rows of both matrices A
+  Matrix b;  // [out, rank]
+  // Number of interleaved matrices. Row i of `b` belongs to matrix i % parts, and is zero in the columns of
+  // the other matrix's A.
+  int parts = 1;
 };
 
 class CudaAdapter final : public Adapter {

@@ -92,6 +92,7 @@ EXPORT const char* decode_prompt_linear(int half, CUstream stream, int storage, 
   });
 }
 
+// Bytes of `scratch` of decode_attention and decode_step, which the caller sets to zero once.
 EXPORT uint64_t decode_attention_scratch(int n, int heads, int head_dim, int max_keys) {
   return attention_decode_scratch(n, heads, head_dim, max_keys);
 }

@@ -94,7 +94,10 @@ class Session:
         return attached
 
     def ask(self, question: str) -> Stream:
-        """Ask a question with the attached images. Raises as `Chat.ask`; the session is then unchanged."""
+        """Ask a question with the attached images, which the model loads again from their sources.
+
+        Raises as `Chat.ask`; the session is then unchanged.
+        """
         images = [{"image": attached.source} for attached in self.attached]
         return self._chat.ask([*images, {"text": question}], **asdict(self._options))
 

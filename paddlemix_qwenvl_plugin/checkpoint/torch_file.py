@@ -30,7 +30,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """List the tensors of a PyTorch weight file.
 
     Raises:
-        QwenVLError: not a PyTorch weight file, truncated, or a pickle with other content than tensors.
+        QwenVLError: not a PyTorch weight file, truncated, with other content than tensors, with a tensor that does not
+            fit its storage, or of a form that `_check_members` refuses.
     """
     try:
         if torch_legacy_file.is_legacy(path):

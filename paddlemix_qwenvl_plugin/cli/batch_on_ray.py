@@ -30,6 +30,8 @@ def batch_on_ray(
 ) -> None:
     """Answer every row of the input on a Ray cluster, into a folder.
 
+    `open_model` is a functools.partial whose keywords are the values of the model's flags (options.with_flags).
+
     Raises:
         UsageError: a flag is invalid, or as for `run`.
         QwenVLError: at least one row failed, or as for `run`.

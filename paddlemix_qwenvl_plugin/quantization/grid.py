@@ -81,7 +81,10 @@ def best_grid(columns: Floats, importance: Floats, bits: int) -> tuple[Floats, F
 
 
 def round_to_nearest(weight: Floats, bits: int, group: int) -> Quantized:
-    """Quantize a matrix [out, in] without calibration: every value to its nearest integer."""
+    """Quantize a matrix [out, in] without calibration: every value to its nearest integer.
+
+    `qwenvl quantize` reports the error of the result beside that of the calibrated quantization.
+    """
     n_out, n_in = weight.shape
     scales, zeros = np.empty((2, n_out, n_in // group), np.float32)
     ones = np.ones(group, np.float32)

@@ -63,7 +63,7 @@ def dry_run(recipe: Recipe, output: Path, from_step: Optional[str] = None) -> li
     first = _index(recipe, from_step)
     if from_step:
         folder = run_folder.find_resumable(recipe, output, first)
-        run_folder.earlier_results(folder, recipe, first)
+        run_folder.earlier_results(folder, recipe, first)  # for its errors
     else:
         folder = run_folder.dated(recipe, output)
     print("\n".join(commands.shell_lines(recipe, folder, first)))

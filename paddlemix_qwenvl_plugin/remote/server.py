@@ -78,7 +78,10 @@ class Server:
             waited, pause = waited + seconds, 2 * pause
 
     async def events(self, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        """Yield the events of a request with "stream": true. Raises as `post`, without retries."""
+        """Yield the events of a request with "stream": true. Raises as `post`, without retries.
+
+        The end of the response without [DONE] is no error here: the caller checks that the answer is complete.
+        """
         try:
             async with self._client.stream("POST", self.url + path, json=body) as response:
                 if response.status_code != 200:

@@ -1,5 +1,7 @@
 """Token files in the format of upstream's graph, one per step, for upstream's reader.
 
+Written by the hooks for upstream's scripts, and by `qwenvl predict --real_time_save`.
+
 The file of step N, from 1 on, is `real_time_save.temp_ids_rank_0_step_N`: the byte "1" (file complete), the type byte
 "1" (int64), then one little-endian int64 per batch row.
 """

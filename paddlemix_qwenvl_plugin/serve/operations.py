@@ -36,7 +36,7 @@ def router(service: Service) -> APIRouter:
     @routes.get("/metrics", summary="Counters, gauges and histograms for Prometheus.")
     async def metrics(request: Request) -> Response:
         accept = request.headers.get("accept", "")
-        if service.cluster_metrics is None:
+        if service.cluster_metrics is None:  # not on a Ray cluster
             body, content_type = service.metrics.render(accept)
         else:
             body, content_type = await service.cluster_metrics(accept)

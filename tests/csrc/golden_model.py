@@ -1,4 +1,7 @@
-"""The golden models (tests/golden/README.md) in the engine's naming and layout, loaded with NumPy alone."""
+"""The golden models (tests/golden/README.md) in the engine's naming and layout, loaded with NumPy alone.
+
+For tests/csrc, which also runs without Paddle; the tests of the plugin use `Golden` in tests/conftest.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Sampled tokens and log probabilities, compared with a sampler in NumPy that sorts all logits in float64."""
+"""Sampled tokens and log probabilities, compared with a sampler in NumPy that sorts all logits in float64.
+
+The import of small.py skips these tests without a GPU or libqwenvl_cuda_test.so.
+"""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ MAX_LENGTH = 512
 
 
 def create_model(folder: str, dtype: str, quant_type: str = "") -> tuple[Any, Any]:
+    """Create the tokenizer and the model, which is the plugin's QWenForQWenVLInferenceModel in place of upstream's."""
     paddle.set_default_dtype(dtype)
     predictor_args = argparse.Namespace(
         model_name_or_path=folder,
@@ -30,6 +31,7 @@ def create_model(folder: str, dtype: str, quant_type: str = "") -> tuple[Any, An
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     llm_utils.init_chat_template(tokenizer, folder, None)
     config = AutoConfig.from_pretrained(folder)
+    # Upstream's create_predictor requires this, and allocates caches of the shapes below.
     assert llm_utils.get_model_max_position_embeddings(config) >= MAX_LENGTH
     rank, degree = llm_utils.init_dist_env()
     model = AutoInferenceModelForCausalLM.from_pretrained(

@@ -125,7 +125,7 @@ class Feed:
         self._check()
 
     def batch(self, name: str, rows: int, random: torch.Generator) -> tuple[torch.Tensor, ...]:
-        """Draw random rows of the ready shards; return the arguments of QwenVL.loss.
+        """Draw random rows of the ready shards; return the arguments of QwenVL.loss in model.py.
 
         Args:
             name: "one" or "two", the number of images of a row.

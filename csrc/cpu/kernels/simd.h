@@ -388,7 +388,8 @@ QVL_INLINE void prefetch(const void* memory) {
   __builtin_prefetch(memory, /*write=*/0, /*locality=*/2);
 }
 
-// e^x with a relative error of about 1e-7 for x in [-87, 88]; 0 for smaller x, infinity for larger x.
+// e^x with a relative error of about 1e-7 for x in [-87, 88]; 0 for smaller x, infinity for larger x,
+// e^-87 for NaN.
 QVL_INLINE Floats exp(Floats x) {
   const Floats unclamped = x;
   x = min(max(x, broadcast(-87.0F)), broadcast(88.0F));

@@ -87,6 +87,10 @@ struct RingPosition {
   }
 };
 
+// Weights: the storage type. kBoxes: number of boxes of x in a step; kInRegisters: whether wgmma reads W from
+// registers (quantized types) or from shared memory (H); kHasGroups: whether groups of a row have scales;
+// step_bytes(), scale_bytes(): size of the W tile in a step, and of its scales; add(): add the products of a
+// step to the sums, possibly still in flight at the return; scale(): factor of the sums of a row.
 template <class Weights, int N, int kSubtiles>
 __device__ inline void linear_decode(const LinearHopper& p) {
   constexpr int kXBytes = Weights::kBoxes * N * kBoxBytes;  // per step

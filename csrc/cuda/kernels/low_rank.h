@@ -7,7 +7,7 @@ namespace qvl::cuda {
 
 // A and B of a product: y += B (A x). If the product's weight consists of two interleaved matrices, A
 // contains the rows of the first matrix's A, then those of the second's, and row i of B belongs to matrix i %
-// parts.
+// parts; it is zero in the columns of the other matrix's A.
 struct LowRankEntry {
   const void* a;  // H [rank, in]
   const void* b;  // H [out, rank], multiplied by the adapter's scale
@@ -20,8 +20,10 @@ constexpr int kLowRankDownThreads = 128;  // per block of low_rank_down
 constexpr int kLowRankRows = 16;          // rows of x per block
 constexpr int kLowRankDown = 16;          // rows of A per block of low_rank_down
 constexpr int kLowRankSlices = 8;         // of k
-constexpr int kLowRankRuns = 4;           // runs that low_rank_down computes concurrently
-// Up to this product of gridDim.x, gridDim.y and runs, a block of low_rank_down has two slices, else one.
+// A run: consecutive rows, in the order of `order`, with the same adapter.
+constexpr int kLowRankRuns = 4;  // runs that low_rank_down computes concurrently
+// Up to this product of gridDim.x, gridDim.y and runs, a block of low_rank_down has two slices or none, else
+// one.
 constexpr int kLowRankSmall = 8;
 constexpr int kLowRankUp = 64;  // rows of B per block of low_rank_up
 

@@ -79,7 +79,10 @@ class CompletionText:
         return self._stops.found
 
     def add(self, tokens: Iterable[Token]) -> Delta:
-        """Add tokens and return the new delta; tokens after a stop string are ignored."""
+        """Add tokens and return the new delta; tokens after a stop string are ignored.
+
+        Once `stopped` is true, only `finish` may follow: further tokens would be counted in `n_tokens`.
+        """
         new_text = ""
         for token in tokens:
             self.n_tokens += 1
