@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from paddlemix_qwenvl_plugin.util import threads as _threads  # noqa: F401  (before anything imports Paddle)
+from paddlemix_qwenvl_plugin.util import threads as _threads  # noqa: F401  (before Paddle sets OMP_NUM_THREADS)
 from paddlemix_qwenvl_plugin.version import __version__
 
 if TYPE_CHECKING:

@@ -152,7 +152,7 @@ void pack(qvl_dtype dtype, int64_t out, int64_t in, const float* values, void* p
         pack_int8_row(source, in, reinterpret_cast<int8_t*>(bytes) + row * width,
                       reinterpret_cast<float*>(scales) + row);
         break;
-      default:
+      default:  // QVL_INT4_G*; types with zero points are packed by pack_groups()
         pack_int4_row(source, in, group, bytes + row * width / 2,
                       reinterpret_cast<uint16_t*>(scales) + row * (width / group));
     }

@@ -123,7 +123,7 @@ Storage storage_of(qvl_dtype dtype) {
       return Storage::kUint8G32;
     case QVL_UINT8_G64:
     case QVL_UINT8_G128:
-      return Storage::kUint8G64;
+      return Storage::kUint8G64;  // the scales of groups of 128 are stored twice (ops.h)
     default:
       return Storage::kHalf;
   }

@@ -16,7 +16,8 @@
  * Memory. "Device memory" below means memory of the engine's device; for QVL_DEVICE_CPU that is any memory.
  * "Host memory" is ordinary memory of the CPU. A GPU engine also accepts it in place of device memory: the
  * call then copies its inputs and waits for its outputs. Structs and arrays of lengths, positions and
- * parameters are in host memory and are read before the call returns.
+ * parameters are in host memory and are read before the call returns. Functions that free something accept
+ * NULL.
  *
  * Streams. A NULL qvl_stream selects the engine's default stream. On the CPU every call is synchronous and
  * ignores the stream. On a GPU qvl_step, qvl_forward, qvl_encode_images, qvl_sample, qvl_copy_async and the
@@ -303,7 +304,7 @@ QVL_API qvl_status qvl_weights_open(const char* path, qvl_weights** weights, qvl
 QVL_API int64_t qvl_weights_count(const qvl_weights* weights);
 QVL_API qvl_status qvl_weights_get(const qvl_weights* weights, int64_t i, qvl_tensor* tensor,
                                    uint32_t tensor_size, qvl_error* error);
-/* Engines created from the weights remain valid. NULL is allowed. */
+/* Engines created from the weights remain valid. */
 QVL_API void qvl_weights_free(qvl_weights* weights);
 
 /* Create an engine. The weights must contain every tensor that the config requires; others are ignored.
@@ -312,7 +313,7 @@ QVL_API void qvl_weights_free(qvl_weights* weights);
 QVL_API qvl_status qvl_engine_create(const qvl_config* config, qvl_weights* weights, qvl_engine** engine,
                                      qvl_error* error);
 
-/* Pools, events and adapters of the engine must have been freed before. NULL is allowed. */
+/* Pools, events and adapters of the engine must have been freed before. */
 QVL_API void qvl_engine_free(qvl_engine* engine);
 
 /* Low-rank adapters (LoRA): y = W * x + scale * B * (A * x), not merged into the base weights, which may be
@@ -340,7 +341,7 @@ typedef struct qvl_adapter_matrix {
 QVL_API qvl_status qvl_adapter_create(qvl_engine* engine, const qvl_adapter_matrix* matrices,
                                       int64_t n_matrices, uint32_t matrix_size, qvl_adapter** adapter,
                                       qvl_error* error);
-/* No step with the adapter may be running. NULL is allowed. */
+/* No step with the adapter may be running. */
 QVL_API void qvl_adapter_free(qvl_adapter* adapter);
 
 /* Version of the library, such as "0.2"; it may be newer than the header used by the caller. */

@@ -15,7 +15,7 @@ _OPTIONS = [field.name for field in fields(GenerationOptions)]
 
 
 def read(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> RowRequest:
-    """Parse a row, from which the caller has removed null values.
+    """Parse a row, from which the caller has removed null values; `defaults`: generation options that the row may omit.
 
     Raises:
         UsageError: an unknown key, an invalid value, or keys that do not fit together; the message names them.

@@ -70,7 +70,7 @@ class QwenTokenizer:
         """Read a vocabulary in `qwen.tiktoken` format: a base64 token and its rank on each line.
 
         Raises:
-            UsageError: the file is missing, or another argument is invalid.
+            UsageError: the file cannot be read, or another argument is invalid.
             QwenVLError: the file is malformed; the message names file and line.
         """
         if n_image_slots < 1:

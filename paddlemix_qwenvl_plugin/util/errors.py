@@ -22,7 +22,7 @@ class UsageError(QwenVLError):
 
 
 class RequestError(QwenVLError):
-    """A failure of one request; other requests are not affected."""
+    """A failure of one of several requests, such as the rows of a batch job; the others are not affected."""
 
 
 class TooLargeError(QwenVLError):

@@ -178,6 +178,7 @@ def test_import_activates_this_plugin(paddlenlp: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pir", ["0", "1"])
 def test_validate_pdmodel_on_a_cpu(paddlenlp: Path, tmp_path: Path, pir: str) -> None:
+    """The patched function reports an operator of a graph in either form: `pir` "0" is legacy, "1" PIR."""
     pytest.importorskip("paddle", reason="paddle is not installed: pip install 'paddlepaddle>=3.0,<3.4'")
     script = tmp_path / "validate.py"
     script.write_text(_VALIDATE, encoding="utf-8")

@@ -421,6 +421,7 @@ def test_metrics() -> None:
     assert value("time_between_tokens_seconds_sum") == pytest.approx(0.05)
     assert (value("slots_running"), value("queue_waiting")) == (1, 0)
     assert (value("engine_ready"), value("engine_restarts_total")) == (1, 0)
+    # The statistics of CountingEngine.
     assert (value("kv_blocks"), value("kv_blocks_used")) == (100, 7)
     assert value("prompt_tokens_total") == 50
     assert value("cached_prompt_tokens_total") == 20

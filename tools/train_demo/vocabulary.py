@@ -21,7 +21,7 @@ from paddlemix_qwenvl_plugin.processing.tokenizer import _WORD_PATTERN
 
 N_TEXTS = 6000
 MAX_MERGES = 420
-MAX_TOKEN_BYTES = 12  # less than a complete Chinese name of an object with size and colour
+MAX_TOKEN_BYTES = 12  # so that no token is a complete Chinese name of an object with size and colour
 # Text of the prompts.
 CHAT = "You are a helpful assistant. system user assistant Picture 1: Picture 2:"
 

@@ -74,12 +74,13 @@ class ClusterAdmission:
             self._member.coordinator.release.remote(lease)
 
     def close(self) -> None:
-        """Do nothing: `qwenvl serve --ray` drains the coordinator's queue instead."""
+        """Do nothing; not called on a cluster, where `qwenvl serve --ray` drains the coordinator's queue at its end."""
 
     def refuse_waiting(self) -> None:
-        """Do nothing: `qwenvl serve --ray` ends the coordinator's queue instead."""
+        """Do nothing; not called on a cluster, where `qwenvl serve --ray` calls Coordinator.end after draining."""
 
     async def _acquire(self, lease: str, n: int, key: Optional[str]) -> Optional[dict[str, Any]]:
+        """Acquire the slots; return None or the arguments of an ApiError. A retry does not take them twice."""
         failing_since: Optional[float] = None
         while True:
             try:
