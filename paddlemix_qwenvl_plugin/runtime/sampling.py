@@ -1,4 +1,4 @@
-"""Sampling in NumPy, with the engine's semantics (qvl_sampling in csrc/include/qwenvl.h)."""
+"""Sampling of the portable executor, in NumPy, with the engine's semantics (qvl_sampling in csrc/include/qwenvl.h)."""
 
 from __future__ import annotations
 

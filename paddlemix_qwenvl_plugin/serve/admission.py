@@ -113,7 +113,7 @@ class SlotQueue:
             self._forget(n, key)
 
     def open(self) -> None:
-        """Accept requests again after `close`."""
+        """Accept requests again after `close` or `refuse_waiting`."""
         self._closed = False
 
     def close(self) -> None:
