@@ -130,7 +130,7 @@ class SlotQueue:
     def _check(self, n: int, key: Optional[str]) -> None:
         """Raise ApiError: n slots can never be granted (400), or the queue is full or the key's limit reached (429)."""
         limit = self._max_running
-        if key and self._max_per_key:
+        if key is not None and self._max_per_key is not None:
             limit = min(limit, self._max_per_key)
         if n > limit:
             raise ApiError(
