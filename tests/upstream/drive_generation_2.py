@@ -30,6 +30,7 @@ def create_model(folder: str, dtype: str, quant_type: str = "") -> tuple[Any, An
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     llm_utils.init_chat_template(tokenizer, folder, None)
     config = AutoConfig.from_pretrained(folder)
+    # create_predictor limits the lengths of prompts and completions by this number.
     assert llm_utils.get_model_max_position_embeddings(config) >= MAX_LENGTH
     rank, degree = llm_utils.init_dist_env()
     model = AutoInferenceModelForCausalLM.from_pretrained(
@@ -41,6 +42,7 @@ def create_model(folder: str, dtype: str, quant_type: str = "") -> tuple[Any, An
         tensor_parallel_degree=degree,
         tensor_parallel_rank=rank,
     )
+    # The predictor allocates the KV caches by this method, here the plugin's.
     shapes = model.get_cache_kvs_shape(model.config, 1, MAX_LENGTH)
     assert shapes == [[2, 1, config.num_attention_heads, MAX_LENGTH, 128]] * config.num_hidden_layers
     return tokenizer, model
