@@ -184,7 +184,7 @@ def test_shutdown_under_load(
     first_replies = asyncio.run(ask_all(url, known_questions[:3]))
     assert wrong_replies(first_replies, known_questions[:3]) == []
     children = server.children()
-    assert sorted(children.values())[0] == "engine"
+    assert "engine" in children.values()
     *replies, long_reply = asyncio.run(run())
     # Requests on connections that the server accepted only after SIGTERM may be refused.
     refused = [reply for reply in replies if reply.error and reply.error["code"] == "shutting_down"]
