@@ -139,7 +139,7 @@ class StockGeneration(nn.Layer):
 
 
 class Step(nn.Layer):
-    """Step program: one forward pass over a chunk of each row, for streaming and this package's predictor."""
+    """Step program: one forward pass over a chunk of each row; the caller, the portable executor, runs the loop."""
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()
