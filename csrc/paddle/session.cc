@@ -61,6 +61,7 @@ int32_t gpu_from_environment() {
 
 qvl_config make_config(const Description& d) {
   qvl_config c = QVL_INIT(qvl_config);
+  // In the order of the operators' attribute `sizes` (ops.cc).
   int32_t* const fields[N_SIZES] = {reinterpret_cast<int32_t*>(&c.stages),
                                     &c.hidden,
                                     &c.layers,
