@@ -277,7 +277,10 @@ def batch(times: Times) -> list[Line]:
 
 
 def costs(times: Times, price: float = 1.0) -> list[Line]:
-    """Machine hours and price of a million images with captions of 64 tokens."""
+    """Machine hours and price of a million images with captions of 64 tokens.
+
+    The table has all machines; `times`, of one of them, is not used.
+    """
     table("machine", "seconds per image", "machine hours per million", f"at {price:g} per hour")
     for name, seconds in IMAGE_SECONDS.items():
         hours = seconds * 1e6 / 3600
