@@ -54,7 +54,7 @@ class Executor(Protocol):
             A function that waits for the step and returns its result. Steps end in the order of their start.
 
         Raises:
-            QwenVLError: the step failed for all requests; the returned function may raise it as well.
+            QwenVLError: the step failed for all of its requests; the returned function may raise it as well.
         """
 
     def check_device(self) -> None:
