@@ -21,9 +21,10 @@ _NEWEST_WEIGHT = 0.1
 
 
 class SlotQueue:
-    """Engine slots and the queue of requests waiting for them. Implements Admission (service.py).
+    """Engine slots and the queue of requests waiting for them.
 
-    An object is bound to one event loop.
+    The Admission (service.py) of a server without a cluster; on a cluster, the coordinator has one for all fronts. An
+    object is bound to one event loop.
 
     A request for several slots gets them all at once. Later requests wait behind it, so that it does not starve.
 
