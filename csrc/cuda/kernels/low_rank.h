@@ -1,6 +1,6 @@
 // Parameters of the kernels in low_rank.cu, for host and device: low_rank_down and low_rank_up for decode
-// rows, finish_raw for prompts. H: the compute type, bfloat16 or float16. A run: consecutive rows of a block
-// with the same adapter.
+// rows and the rows of lm_head, finish_raw for prompts. H: the compute type, bfloat16 or float16. A run:
+// consecutive rows of a block with the same adapter.
 #pragma once
 
 #include "cuda/kernels/linear_prompt.h"
