@@ -194,6 +194,8 @@ std::shared_ptr<Session> session(const Description& description, const std::vect
 
 }  // namespace qvl::paddle_ops
 
+// paddlemix_qwenvl_plugin/engine/operators.py calls the functions below.
+
 // Set the number of threads of engines created later; 0: the default of qvl_config.
 extern "C" __attribute__((visibility("default"))) void qwenvl_set_threads(int32_t n) {
   qvl::paddle_ops::n_threads = n;
