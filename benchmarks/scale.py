@@ -105,9 +105,7 @@ def routing(times: Times) -> list[Line]:
         "completed",
     )
     seconds = warm_up, _ = run_seconds(16)
-    lines = []
     for name, router_class in (("prefix", ByPrefix), ("two choices", TwoChoices)):
-        points = []
         for rate in (10, 20, 30, 40, 50, 60):
             service, done = steady(times, 16, rate, router_class(), seconds)
             firsts = first_token_times(done)
@@ -122,9 +120,7 @@ def routing(times: Times) -> list[Line]:
                 ms(quantile(latencies(done), 0.95)),
                 f"{len(done) / n_arrived:.0%}",
             )
-            points.append((float(rate), quantile(firsts, 0.95)))
-        lines.append(Line(name, points))
-    return lines
+    return []
 
 
 def replicas(times: Times) -> list[Line]:
@@ -264,10 +260,9 @@ def batch(times: Times) -> list[Line]:
     decode = CAPTION_TOKENS * times.decode_step(BATCH_ROWS) / BATCH_ROWS
     row_seconds = times.image + times.prompt(PROMPT_TOKENS) + decode
     table("rows per part", "seconds per part", *(f"{n} workers" for n in (10, 100, 1000)))
-    lines = []
     for rows in (8, 64, 512, 4096):
         part_seconds = rows * row_seconds
-        points, cells = [], []
+        cells = []
         for n in (10, 100, 1000):
             env = simpy.Environment()
             job = BatchJob(
@@ -276,16 +271,16 @@ def batch(times: Times) -> list[Line]:
             # The time of 20 parts per worker if the driver assigned all of them before the workers start.
             horizon = 20 * part_seconds + 20 * n * COSTS["part"]
             env.run(horizon)
-            utilisation = job.parts * part_seconds / horizon / n
-            cells.append(f"{min(1.0, utilisation):.0%}")
-            points.append((float(n), utilisation))
+            cells.append(f"{job.parts * part_seconds / horizon / n:.0%}")
         row(rows, f"{part_seconds:.1f}", *cells)
-        lines.append(Line(f"{rows} rows per part", points))
-    return lines
+    return []
 
 
 def costs(times: Times, price: float = 1.0) -> list[Line]:
-    """Machine hours and price of a million images with captions of 64 tokens."""
+    """Machine hours and price of a million images with captions of 64 tokens.
+
+    The table has all machines; `times`, of one of them, is not used.
+    """
     table("machine", "seconds per image", "machine hours per million", f"at {price:g} per hour")
     for name, seconds in IMAGE_SECONDS.items():
         hours = seconds * 1e6 / 3600
@@ -293,6 +288,7 @@ def costs(times: Times, price: float = 1.0) -> list[Line]:
     return []
 
 
+# A scenario prints a table. It returns the lines of the figure, which only `scaling` has.
 SCENARIOS: dict[str, Callable[..., list[Line]]] = {
     scenario.__name__: scenario for scenario in (routing, replicas, fronts, scaling, failures, batch, costs)
 }

@@ -3,8 +3,9 @@
     python benchmarks/gpu/adapters.py
 
 The model has the 7B geometry and random weights. An adapter changes attn.c_attn, attn.c_proj, mlp.w1 and mlp.w2 of each
-layer, like those of the official fine-tuning script, which have rank 64. Needs PyTorch for CUDA, and QWENVL_LIBRARY and
-QWENVL_CUDA_KERNELS as for ours.py.
+layer, like those of the official fine-tuning script, which have rank 64. Four adapters are assigned to the sequences in
+turn. Needs PyTorch for CUDA, and the environment variables QWENVL_LIBRARY and QWENVL_CUDA_KERNELS of ours.py. Prints
+lines of JSON.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measure the limits of a GPU: `python machine.py` prints a line of JSON for each.
+"""Measure the limits of a GPU, for run.py: `python machine.py` prints a line of JSON for each.
 
 The limits are the bandwidth of copies (bytes read plus written) and of reads, and the rate of bfloat16 products, each
 from the fastest of several runs.

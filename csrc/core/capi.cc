@@ -335,6 +335,7 @@ qvl_status qvl_encode_images(qvl_engine* engine, int64_t n, const float* images,
     if (n == 0) return;
     require_pointer(images, "images");
     require_pointer(features, "features");
+    // The other calls that compute take the lock in core/engine.cc.
     const std::lock_guard<std::mutex> lock(engine->compute_lock);
     engine->backend->encode_images(n, images, features, stream);
   });

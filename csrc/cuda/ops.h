@@ -1,5 +1,5 @@
-// Operations of the layers, of images and of sampling. All functions enqueue kernels on a stream and return
-// without waiting for them.
+// Operations of the layers, of images and of sampling. The functions with a stream enqueue kernels and return
+// without waiting for them; the others return sizes and types.
 //
 // H is the compute type, bfloat16 or float16 (Gpu::half). The GPU can access the memory of all pointers;
 // matrices and the inputs of products are 16-byte aligned. A row begins where the previous one ends, unless a

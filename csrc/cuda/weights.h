@@ -36,8 +36,8 @@ class Weights {
   // storage types or input orders differ.
   Matrix interleaved(const std::string& first, const std::string& second);
 
-  // As matrix(), but a quantized tensor is dequantized on the host, so that the result is kHalf. A quantized
-  // tensor must be in host memory and have no input order.
+  // As matrix(), but a quantized tensor is dequantized on the host, so that the result is kHalf, of which any
+  // rows can be used as a matrix. A quantized tensor must be in host memory and have no input order.
   Matrix half_matrix(const std::string& name, const std::string& bias);
 
   Norm norm(const std::string& name) { return {floats(name + ".weight"), floats(name + ".bias")}; }

@@ -61,6 +61,7 @@ int32_t gpu_from_environment() {
 
 qvl_config make_config(const Description& d) {
   qvl_config c = QVL_INIT(qvl_config);
+  // In the order of the operators' attribute `sizes` (ops.cc).
   int32_t* const fields[N_SIZES] = {reinterpret_cast<int32_t*>(&c.stages),
                                     &c.hidden,
                                     &c.layers,
@@ -192,6 +193,8 @@ std::shared_ptr<Session> session(const Description& description, const std::vect
 }
 
 }  // namespace qvl::paddle_ops
+
+// paddlemix_qwenvl_plugin/engine/operators.py calls the functions below.
 
 // Set the number of threads of engines created later; 0: the default of qvl_config.
 extern "C" __attribute__((visibility("default"))) void qwenvl_set_threads(int32_t n) {

@@ -1,5 +1,5 @@
-// The table of versions for one ISA. CMakeLists.txt compiles this file once per ISA, with the flags of the
-// kernels and two macros: QVL_TEXTBOOK is the name of the function that returns the table, QVL_KERNELS the
+// The table of versions for one ISA. CMakeLists.txt compiles this file once per ISA, with the flags and
+// macros of the kernels: QVL_TEXTBOOK is the name of the function that returns the table, QVL_KERNELS the
 // name of the function that returns the production kernels.
 #include "textbook/versions.h"
 

@@ -77,11 +77,12 @@ def serve(
 
         start = functools.partial(start_on, ray)
     with signals.handled_by_the_command() as numbers:
-        second_signal = start(settings.values, numbers, functools.partial(print, flush=True))
-    if second_signal == signal.SIGINT:
+        # None unless a signal interrupted the command; one that starts a graceful shutdown does not.
+        interrupted_by = start(settings.values, numbers, functools.partial(print, flush=True))
+    if interrupted_by == signal.SIGINT:
         raise KeyboardInterrupt
-    if second_signal is not None:
-        raise signals.Terminated(128 + second_signal)
+    if interrupted_by is not None:
+        raise signals.Terminated(128 + interrupted_by)
 
 
 @functools.cache

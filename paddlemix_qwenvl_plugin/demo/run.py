@@ -50,7 +50,7 @@ def run_demo(out: Path, say: Callable[[str], None], model: Optional[Path] = None
 
     Raises:
         UsageError: `out` cannot be created, or contains files of these names that no demo wrote.
-        QwenVLError: the model folder has no model.safetensors.
+        QwenVLError: the model folder has no model.safetensors, or an export or a question fails.
     """
     model = model or MODEL
     weights = model / "model.safetensors"

@@ -21,7 +21,11 @@ FORBIDDEN = -1e10
 
 
 class StockGeneration(nn.Layer):
-    """Generation of complete completions, with the stock predictor's inputs and outputs and an output `tokens`."""
+    """Generation of complete completions, with the stock predictor's inputs and outputs and an output `tokens`.
+
+    Exported as the stock program; PaddleNLP's dynamic predictor runs it without an export
+    (upstream/inference_model.py).
+    """
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()
@@ -139,7 +143,7 @@ class StockGeneration(nn.Layer):
 
 
 class Step(nn.Layer):
-    """Step program: one forward pass over a chunk of each row, for streaming and this package's predictor."""
+    """Step program: one forward pass over a chunk of each row; the caller, the portable executor, runs the loop."""
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()

@@ -38,7 +38,7 @@ class Executor(Protocol):
     limits: Limits
 
     def load(self, vision: bool) -> None:
-        """Load the language stage and, with `vision`, the vision stage now rather than at their first use."""
+        """Load the vision stage if `vision`, rather than at its first use; the language stage is loaded already."""
 
     def encode_image(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         """Encode an image: float32 [3, image_size, image_size] -> float32 [n_queries, hidden_size].
@@ -54,7 +54,7 @@ class Executor(Protocol):
             A function that waits for the step and returns its result. Steps end in the order of their start.
 
         Raises:
-            QwenVLError: the step failed for all requests; the returned function may raise it as well.
+            QwenVLError: the step failed for all of its requests; the returned function may raise it as well.
         """
 
     def check_device(self) -> None:

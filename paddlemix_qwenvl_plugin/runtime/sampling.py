@@ -1,4 +1,4 @@
-"""Sampling for the portable step program, in NumPy, like the engine's (qvl_sampling in csrc/include/qwenvl.h)."""
+"""Sampling of the portable executor, in NumPy, with the engine's semantics (qvl_sampling in csrc/include/qwenvl.h)."""
 
 from __future__ import annotations
 

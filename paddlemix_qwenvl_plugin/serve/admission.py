@@ -21,9 +21,10 @@ _NEWEST_WEIGHT = 0.1
 
 
 class SlotQueue:
-    """Engine slots and the queue of requests waiting for them. Implements Admission (service.py).
+    """Engine slots and the queue of requests waiting for them.
 
-    An object is bound to one event loop.
+    The Admission (service.py) of a server without a cluster; on a cluster, the coordinator has one for all fronts. An
+    object is bound to one event loop.
 
     A request for several slots gets them all at once. Later requests wait behind it, so that it does not starve.
 
@@ -113,7 +114,7 @@ class SlotQueue:
             self._forget(n, key)
 
     def open(self) -> None:
-        """Accept requests again after `close`."""
+        """Accept requests again after `close` or `refuse_waiting`."""
         self._closed = False
 
     def close(self) -> None:
@@ -130,7 +131,7 @@ class SlotQueue:
     def _check(self, n: int, key: Optional[str]) -> None:
         """Raise ApiError: n slots can never be granted (400), or the queue is full or the key's limit reached (429)."""
         limit = self._max_running
-        if key and self._max_per_key:
+        if key is not None and self._max_per_key is not None:
             limit = min(limit, self._max_per_key)
         if n > limit:
             raise ApiError(

@@ -32,6 +32,8 @@ class ApiError(QwenVLError):
             code: machine-readable code, such as `context_length_exceeded`.
         """
         super().__init__(message)
+        # The attributes are named as the arguments: cluster/serve/coordinator.py sends them to a front, which creates
+        # the error from them.
         self.status = status
         self.kind = kind
         self.param = param

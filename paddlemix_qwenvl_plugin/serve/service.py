@@ -44,7 +44,11 @@ class ImageLoader(Protocol):
 
 
 class Admission(Protocol):
-    """Bounded first-in-first-out queue in front of the engine."""
+    """Bounded first-in-first-out queue in front of the engine, or of all engines of a cluster.
+
+    In a cluster's fronts (cluster/serve/cluster_admission.py), `close` and `refuse_waiting` do nothing: only a server
+    without a cluster calls them.
+    """
 
     def slots(self, n: int, key: Optional[str]) -> AbstractAsyncContextManager[None]:
         """Wait for n slots and hold them within the block.

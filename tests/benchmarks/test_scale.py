@@ -1,4 +1,7 @@
-"""The simulation of benchmarks/scale.py against closed forms of queueing theory, Little's law and measured times."""
+"""The modules of benchmarks/scale.py's simulation against closed forms of queueing theory and measured times.
+
+The scenarios in scale.py itself are not run.
+"""
 
 from __future__ import annotations
 

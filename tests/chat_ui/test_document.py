@@ -42,7 +42,7 @@ def test_example_conversation(
     )
     output = ""
     for line in re.findall(r"^> (.*)$", match.group(1), re.MULTILINE):
-        say(ANSWERS.get(line, ""))
+        say(ANSWERS.get(line, ""))  # sets the model's answer; commands have none
         conversation.run(line)
         output += f"> {line}\n{capsys.readouterr().out}"
     assert output == match.group(1)

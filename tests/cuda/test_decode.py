@@ -94,18 +94,18 @@ class Matrix:
         for stored, dtype, rows, first, step in parts:
             launch("decode_upload", half, dtype, stored, rows, *self.shape, first, step)
 
-    def product(self, x, epilogue, y, bias=None, stride=None):
-        stride = ctypes.c_int64(stride or x.shape[1])
+    def product(self, x, epilogue, y, bias=None):
         self.launch(
-            "decode_linear", self.half, *self.shape, bias, x, stride, len(x), EPILOGUES.index(epilogue), y
+            *("decode_linear", self.half, *self.shape, bias, x, ctypes.c_int64(x.shape[1]), len(x)),
+            *(EPILOGUES.index(epilogue), y),
         )
         return y
 
-    def prompt_product(self, x, epilogue, y, bias=None):
+    def prompt_product(self, x, epilogue, y):
         out, stride = self.shape[1], self.shape[3]
         scratch = torch.full((out, stride), math.nan, dtype=HALVES[self.half], device="cuda")
         self.launch(
-            *("decode_prompt_linear", self.half, *self.shape, bias, x, ctypes.c_int64(x.shape[1]), len(x)),
+            *("decode_prompt_linear", self.half, *self.shape, None, x, ctypes.c_int64(x.shape[1]), len(x)),
             *(EPILOGUES.index(epilogue), y, scratch),
         )
         return y
@@ -161,7 +161,7 @@ def test_a_product_is_that_of_float64(cuda_library, launch, half, storage, out, 
         y = y if as_float else y.to(HALVES[half])
         if epilogue == "add":
             y[:n] = before
-        matrix.product(x, epilogue, y, bias, x.shape[1])
+        matrix.product(x, epilogue, y, bias)
         if not as_float:
             # The kernels limit float16 results to the largest float16 number.
             reference = reference.clamp(-65504, 65504) if half else reference

@@ -1,4 +1,4 @@
-"""Products of prompts, compared with float64; other tiles and other rows of x give the same bits."""
+"""Products of prompts, compared with float64; all tiles of Hopper, and other rows of x, give the same bits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def product(
 ) -> torch.Tensor:
     """Product of `x` [n, x_stride] and `w` [out, stride], which have `columns` values per row.
 
-    `tile`: an index, CHOSEN or PORTABLE. `start`: y before the product is added to it.
+    `tile`: index of a variant of the kernel for Hopper; CHOSEN, the one that linear_prompt chooses; or PORTABLE, the
+    kernel for all GPUs, whose results may differ by rounding. `start`: y before the product is added to it.
     """
     out = w.shape[0] // 2 if epilogue == SILU_TIMES else w.shape[0]
     dtype = torch.float32 if epilogue in (FLOAT, ADD) else w.dtype

@@ -1,6 +1,7 @@
 """Each row of docs/errors.md with an exit code is a test: its input gives the error line and the code, and no new file.
 
-With the exit code 0, the input gives an answer and no error line.
+With the exit code 0, the input gives an answer and no error line. With QWENVL_TEST_UPDATE_ERRORS=1, the rows are
+rewritten instead (tests/error_table.py).
 """
 
 from __future__ import annotations

@@ -72,10 +72,10 @@ class FakeCheckout:
     def status(self) -> str:
         return git(self.root, "status", "--porcelain")
 
-    def edit(self, file: str, text: str = "# mine\n") -> None:
+    def edit(self, file: str) -> None:
         """Append a line to a file, as a user's change."""
         with (self.root / file).open("a", encoding="utf-8") as stream:
-            stream.write(text)
+            stream.write("# mine\n")
 
 
 def make(folder: Path, upstream: pins.Upstream) -> FakeCheckout:

@@ -43,6 +43,7 @@ def create_model(folder: str, dtype: str, quant_type: str = "") -> tuple[Any, An
         tensor_parallel_degree=degree,
         tensor_parallel_rank=rank,
     )
+    # The predictor allocates the KV caches by this method, here the plugin's.
     shapes = model.get_cache_kvs_shape(model.config, 1, MAX_LENGTH)
     assert shapes == [[2, 1, config.num_attention_heads, MAX_LENGTH, 128]] * config.num_hidden_layers
     return tokenizer, model

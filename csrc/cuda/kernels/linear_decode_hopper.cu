@@ -8,8 +8,15 @@
 namespace qvl::cuda {
 namespace {
 
+// A storage type, parameter `Weights` of linear_decode():
+//   kBoxes            boxes of x, 64 values wide, in a step
+//   kInRegisters      the weights are integers, converted to H in registers; else read from shared memory
+//   kHasGroups        scales per group, applied by add(); else scale() is the factor of a row's sum
+//   step_bytes(rows), scale_bytes(rows)
+//                     bytes of the values, and of the scales of groups, of `rows` rows of W in a step
+//   add()             add a warp's products of a step to sums; products may still be in flight afterwards
 struct HalfWeights {
-  static constexpr int kBoxes = 1;  // number of boxes of x, 64 values wide, in a step
+  static constexpr int kBoxes = 1;
   static constexpr bool kInRegisters = false, kHasGroups = false;
 
   __device__ static int step_bytes(int rows) { return rows * kBoxBytes; }

@@ -1,4 +1,6 @@
-// Parameters of the kernels in low_rank.cu, for host and device. H: the compute type, bfloat16 or float16.
+// Parameters of the kernels in low_rank.cu, for host and device: low_rank_down and low_rank_up for decode
+// rows and the rows of lm_head, finish_raw for prompts. H: the compute type, bfloat16 or float16. A run:
+// consecutive rows of a block with the same adapter.
 #pragma once
 
 #include "cuda/kernels/linear_prompt.h"
@@ -36,7 +38,7 @@ struct LowRankParams {
   // low_rank_down: numbers of finished slices, [gridDim.y, gridDim.x, gridDim.z / kLowRankSlices]. Zero
   // before the kernel and after it.
   int* counters;
-  const float* raw;  // low_rank_up: [n, out], the product of the base weight; may be result.y
+  const float* raw;  // low_rank_up: [n, out], W x; may be result.y, which for kAdd includes the former y
   Result result;     // low_rank_up: finishes raw + B A x; without bias
   long long x_stride;
   int n, product;      // number of rows, and index of the product in the tables

@@ -47,9 +47,9 @@ struct KeptIds {
 };
 
 struct SampleParams {
-  const float* logits;
-  const Pick* picks;
-  const int* forbidden;
+  const float* logits;         // [n, vocab]
+  const Pick* picks;           // [n]
+  const int* forbidden;        // ids; a Pick has the range of its row
   int vocab, chunks;           // chunks of kScanChunk logits per row
   int bin_vectors;             // float4 per thread of sample_bins and sample_keep
   bool any_draw, any_changed;  // at least one row: is not greedy; has token counts or forbidden ids

@@ -1,5 +1,5 @@
-// Descriptor of a tensor for the copy engine of sm_90 and newer. Built-in types only: NVRTC, which also
-// compiles this header, has no standard library.
+// Descriptor of a tensor for Hopper's copy engine (newer GPUs have one as well, but no kernel uses it there).
+// Built-in types only: NVRTC, which also compiles this header, has no standard library.
 #pragma once
 
 namespace qvl::cuda {

@@ -38,7 +38,7 @@ class Part:
         index: number of the part, from 0.
         spans: the rows, by file.
         n_rows: number of rows.
-        ids: `digest_of_ids` of the row ids.
+        ids: `digest_of_ids` of the row ids, with which the rows read and the results written are checked.
     """
 
     index: int

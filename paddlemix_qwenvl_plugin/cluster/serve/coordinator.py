@@ -179,7 +179,7 @@ class Coordinator:
         return self._totals()
 
     async def end(self) -> None:
-        """Refuse waiting requests and have the fronts end the running ones."""
+        """Refuse new and waiting requests, and have the fronts end the running ones."""
         self._draining = self._ending = True
         self._queue.refuse_waiting()
 

@@ -47,7 +47,7 @@ class ChatForm:
     """Form of chat.completion and chat.completion.chunk. The first chunk of a choice contains the role."""
 
     def __init__(self, model: str, tokenizer: QwenTokenizer, with_logprobs: bool, with_usage: bool) -> None:
-        """Create the form; `with_usage` writes `"usage":null` into each chunk, as OpenAI does with include_usage."""
+        """Create the form; `with_usage` writes `"usage":null` into each chunk but the usage chunk, as OpenAI does."""
         self._tokenizer = tokenizer
         self._with_logprobs = with_logprobs
         self._head = _Head("chatcmpl", model, "chat.completion.chunk", with_usage)

@@ -1,4 +1,5 @@
-/* A C program that calls the library as an application does, built without and with sanitizers.
+/* A C program that calls the library as an application does, built without and with sanitizers by
+ * tests/csrc/test_driver.py.
  *
  *   driver all            a small random model for every ISA and storage type, from memory (images,
  *                         completions, steps, blocks, events) and from a file (images, completions)
@@ -447,6 +448,7 @@ static void run_steps(qvl_engine* engine) {
 
 static void run_all(void) {
   qvl_device_info info = QVL_INIT(qvl_device_info);
+  /* No GPU even if the machine has one: CMake does not build libqwenvl_cuda.so. */
   CHECK(qvl_device_count(QVL_DEVICE_CPU) == 1 && qvl_device_count(QVL_DEVICE_CUDA) == 0);
   SUCCEED(qvl_get_device_info(QVL_DEVICE_CPU, 0, &info, ERROR));
   CHECK(info.name[0] != 0 && info.isa[0] != 0 && info.threads > 0 && info.memory_bytes >= info.free_bytes);

@@ -122,7 +122,7 @@ def test_training_rows_are_chat_prompts() -> None:
     scene = random_scene(random.Random("rows"))
     turns = conversation(random.Random("rows"), (scene,), n_turns=4)
     assert len(turns) > 2
-    row = make_row(tokenizer, Sample((scene,), turns, "chat"), ONE)
+    row = make_row(tokenizer, Sample((scene,), turns, "chat"), ONE)  # the size of rows with one image
     query = [{"image": NAME}, {"text": turns[0].question}]
     history = [(query, turns[0].answer), *((turn.question, turn.answer) for turn in turns[1:-1])]
     expected = [

@@ -1,4 +1,7 @@
-"""Fake of PaddleMIX's module of this name: AutoModelMIX, with a small model that prints that it is loaded."""
+"""Fake of PaddleMIX's module of this name: AutoModelMIX, with a small model that prints that it is loaded.
+
+The line tells the tests that the plugin's hook has left a model to upstream.
+"""
 
 from __future__ import annotations
 
