@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
-RESAMPLER_HEAD_DIM = 128
+RESAMPLER_HEAD_DIM = 128  # upstream's resampler has output_dim // 128 heads
 MAX_JSON_BYTES = 16 << 20
 
 
