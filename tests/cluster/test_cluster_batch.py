@@ -1,4 +1,7 @@
-"""`qwenvl batch --ray` on three local nodes, with kills of actors, nodes and the command itself (the driver)."""
+"""`qwenvl batch --ray` on three local nodes, with kills of actors, nodes and the command itself (the driver).
+
+The tests run only with QWENVL_TEST_CLUSTER_KILLS=1 (conftest.py).
+"""
 
 from __future__ import annotations
 
