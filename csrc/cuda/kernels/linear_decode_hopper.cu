@@ -8,6 +8,10 @@
 namespace qvl::cuda {
 namespace {
 
+// Members of a storage type, here and in linear_decode_hopper_groups.cu. kInRegisters: wgmma reads W from
+// registers, in which it is converted to H. step_bytes(), scale_bytes(): bytes of the values and of the
+// scales of `rows` rows of W in a step. add(): add the products of a step to the sums; some may be in flight
+// when it returns. scale(): factor of the sum of a row of W.
 struct HalfWeights {
   static constexpr int kBoxes = 1;  // number of boxes of x, 64 values wide, in a step
   static constexpr bool kInRegisters = false, kHasGroups = false;
