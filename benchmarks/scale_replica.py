@@ -11,8 +11,9 @@ from typing import Any
 import simpy
 from scale_times import Times
 
-# Maximum number of prompt tokens in a step, for all profiles: the engine's limit on a CPU (_STEP_TOKENS in
-# runtime/engine_executor.py; on a GPU it is 2048). In the engine the limit includes the tokens of decoding requests.
+# Maximum number of prompt tokens in a step, for all profiles of scale_times.py: the engine's limit on a CPU
+# (_STEP_TOKENS in runtime/engine_executor.py; on a GPU it is 2048). In the engine the limit includes the tokens of
+# decoding requests.
 # While other requests decode, the prompt chunks of a step may take PROMPT_SECONDS, or the time of PROMPT_STEPS decode
 # steps if that is longer, as in runtime/prompt_budget.py, whose minimum of 64 tokens is not simulated.
 STEP_TOKENS = 512

@@ -37,7 +37,7 @@ _PROMPT_TOKENS, _NEW_TOKENS = (16, 48), (16, 48)
 
 def main() -> None:
     arguments = parse()
-    sizes, folder = SIZES[arguments.geometry], arguments.folder
+    sizes, folder = SIZES[arguments.geometry], arguments.folder / arguments.geometry
     make_models(folder, sizes, arguments)
     loads = [Load(clients=n) for n in arguments.clients] + [Load(rate=rate) for rate in arguments.rates]
     targets: list[Optional[Server]] = [ours(folder), None]  # None: the loop without a server
@@ -64,7 +64,9 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--geometry", choices=SIZES, default="slice", help="of the models (default slice)")
-    parser.add_argument("--folder", type=Path, required=True, help="for models and logs; reused if it exists")
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="for models and logs by geometry; is reused"
+    )
     parser.add_argument("--llama_server", type=Path, help="llama.cpp's program")
     parser.add_argument(
         "--gguf_python", type=Path, default=Path(sys.executable), help="interpreter with the package gguf"
@@ -82,7 +84,7 @@ def parse() -> argparse.Namespace:
 
 
 def make_models(folder: Path, sizes: dict[str, Any], arguments: argparse.Namespace) -> None:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "text").exists():
         export_stages(folder, sizes)
         shutil.rmtree(folder / "model")

@@ -5,8 +5,8 @@
 
 namespace qvl {
 
-constexpr int kResamplerHeadDim = 128;
-constexpr int kMaxBlockTokens = 256;  // maximum number of tokens of a KV block
+constexpr int kResamplerHeadDim = 128;  // upstream's resampler has hidden / 128 heads
+constexpr int kMaxBlockTokens = 256;    // maximum number of tokens of a KV block
 
 // Copy of the caller's config, which may be of any version of the struct, after a check of its fields, except
 // those of an absent stage. A max_tokens of 0 is replaced by the device's default. Back ends have further

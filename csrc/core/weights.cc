@@ -103,6 +103,7 @@ void check_tensor(const qvl_tensor& tensor, const WeightSpec& spec, qvl_device d
               static_cast<unsigned long long>(bytes));
   QVL_REQUIRE(tensor.data != nullptr, QVL_BAD_WEIGHT, "%s: data is NULL", name);
   const bool is_16_bit = tensor.dtype == QVL_BFLOAT16 || tensor.dtype == QVL_FLOAT16;
+  // A back end may use these where they are, without a copy (qvl_tensor in qwenvl.h).
   const bool in_place = spec.product || spec.name == "wte.weight";
   const uintptr_t alignment = in_place ? 16 : is_16_bit ? 2 : 4;
   QVL_REQUIRE(reinterpret_cast<uintptr_t>(tensor.data) % alignment == 0, QVL_BAD_WEIGHT,

@@ -9,7 +9,9 @@ namespace qvl::cpu {
 enum Mask {
   kAllKeys,  // every query sees all keys
   kCausal,   // query i of n sees the first n_keys - n + i + 1 keys
-  kDecode    // as kCausal, but each query is computed separately, in the summation order of a decode step
+  // As kCausal, for tokens that are computed as decode steps (Part::generated in core/passes.h): each query
+  // is computed separately, in the summation order of a decode step.
+  kDecode
 };
 
 // Work item: queries [first, first + n) of a batch, all of the same sequence or image.
@@ -40,9 +42,9 @@ struct AttentionShape {
   bool rounded;        // kAllKeys and kCausal multiply bfloat16 if the kernels can (bf16_dot)
 };
 
-// Compute out[row][head * head_dim ...] for all rows of `work`. Either all items must have the mask kDecode,
-// or none may have it. A row's result depends only on the mask and on its query, keys and values, bit for
-// bit, not on the other items or the number of threads.
+// Compute out[row][head * head_dim ...] for all rows of `work`; q is already scaled. Either all items must
+// have the mask kDecode, or none may have it. A row's result depends only on the mask and on its query, keys
+// and values, bit for bit, not on the other items or the number of threads.
 void attention(Context& context, const AttentionShape& shape, const float* q, const KeysAndValues& kv,
                const Queries* work, int64_t n_work, float* out);
 

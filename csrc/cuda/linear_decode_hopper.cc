@@ -12,7 +12,8 @@ namespace {
 
 constexpr int kThreads = 128 * kHopperGroups + 32, kAlign = 1024, kBoxBytes = 128;
 constexpr int kMaxShared = 227 << 10;
-// Over half of the 228 KiB of a multiprocessor, so that it has only one block of this kernel.
+// Over half of the 228 KiB of a multiprocessor: it has only one block of this kernel or of the next product
+// (kernels/linear_decode_hopper.cuh).
 constexpr int kMinShared = 120 << 10;
 // Limit of shared memory with up to 16 rows of x. Of the 228 KiB it leaves enough for a block of
 // attention_decode (64 KiB and a few bytes) and for the 1 KiB that CUDA reserves for each block.

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
-RESAMPLER_HEAD_DIM = 128
+RESAMPLER_HEAD_DIM = 128  # upstream's resampler has output_dim // 128 heads
 MAX_JSON_BYTES = 16 << 20
 
 
@@ -96,7 +96,7 @@ class ModelConfig(BaseModel):
     def max_ntk_doublings(self) -> int:
         """Number of thresholds of `ntk_doublings`, the last one >= max_position_embeddings; 0 without dynamic NTK."""
         ratio = max(2, self.max_position_embeddings / self.seq_length)
-        return max(1, math.ceil(math.log2(ratio)) + 1) if self.use_dynamic_ntk else 0
+        return math.ceil(math.log2(ratio)) + 1 if self.use_dynamic_ntk else 0
 
     def ntk_doublings(self, n_tokens: int) -> int:
         """Number of the thresholds seq_length x 1, 2, 4, … below a prompt's length; determines the rotary base."""

@@ -1,4 +1,8 @@
-"""Conversion of a server's errors to exceptions."""
+"""Conversion of a server's errors to exceptions.
+
+In a batch job a RequestError fails only its row, and the request is repeated after a BusyError (server.py); any other
+exception ends the job.
+"""
 
 from __future__ import annotations
 

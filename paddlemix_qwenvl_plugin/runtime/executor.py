@@ -58,7 +58,7 @@ class Executor(Protocol):
         """
 
     def check_device(self) -> None:
-        """Raise an error if the device is unusable, such as a GPU after a fault."""
+        """Raise an exception, QwenVLError or Paddle's, if the device is unusable, such as a GPU after a fault."""
 
     def forget(self, generation: Generation) -> None:
         """Free the state of a request, except its blocks, after it has ended or after an interrupted step."""

@@ -19,9 +19,10 @@ class Request:
     Attributes:
         parts: text, or a list of {"image": …}, {"text": …} and {"box": …, "ref": …} (processing/prompts.py).
         options: sampling parameters and limits.
-        chat: True: the ChatML form of Qwen-VL-Chat, with its stop tokens; False: the base model's form; None: the
-            form of the model (`QwenVL.is_chat`).
-        history: earlier turns (query, answer), chat only.
+        chat: True: the ChatML form of Qwen-VL-Chat, with its stop tokens; False: the base model's form; None: the form
+            of the model (`QwenVL.is_chat`).
+        history: earlier turns (query, answer), chat only. Unlike `parts`, a query that is a text is a rendered prompt
+            (Query in processing/prompts.py) for QwenVL, and plain text for a server's model.
         system: the system message, chat only.
         adapter: name of an adapter of the model; None: the model without an adapter.
     """

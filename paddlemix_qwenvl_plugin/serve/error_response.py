@@ -40,7 +40,7 @@ def api_error(error: Exception) -> ApiError:
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Install exception handlers that respond in OpenAI's format."""
+    """Install exception handlers that respond in OpenAI's format; RequestLog responds to any other exception."""
 
     async def handle(request: Request, error: Exception) -> JSONResponse:
         return _response(api_error(error), request.scope)

@@ -26,10 +26,10 @@ class _Frozen(BaseModel):
 class Upstream(_Frozen):
     """Upstream repository at the commit that this package supports."""
 
-    name: str
+    name: str  # of its Python package, and of the folder of its patches
     title: str
     commit: str = Field(pattern=r"^[0-9a-f]{40}$")
-    markers: tuple[str, ...] = Field(min_length=1)  # files that every checkout contains
+    markers: tuple[str, ...] = Field(min_length=1)  # files by which a checkout is recognized
 
 
 class PaddleNLPWheel(_Frozen):

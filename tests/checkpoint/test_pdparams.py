@@ -76,7 +76,7 @@ def test_tensors_of_a_static_program(tmp_path: Path) -> None:
     owners = tensors("float32")  # a DenseTensor does not own its values
     state = {name: owner.value().get_tensor() for name, owner in owners.items()}
     paddle.save({**state, "array": np.ones([2, 2], "float32")}, str(path))
-    assert b"eval" in path.read_bytes()
+    assert b"eval" in path.read_bytes()  # Paddle pickles the values as eval("data", {"data": array})
     assert len(check(path)) == 5
 
 

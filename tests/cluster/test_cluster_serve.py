@@ -1,4 +1,7 @@
-"""`qwenvl serve --ray` on three local nodes, compared with the model in this process."""
+"""`qwenvl serve --ray` on three local nodes, compared with the model in this process.
+
+The test marked `kills` runs only with QWENVL_TEST_CLUSTER_KILLS=1 (conftest.py).
+"""
 
 from __future__ import annotations
 
@@ -366,7 +369,10 @@ def test_no_request_fails_during_a_node_failure_and_an_update(service: Service) 
 
 
 def test_shutdown(service: Service) -> None:
-    """On SIGTERM an admitted request completes, a new one is refused, and the command exits with 0."""
+    """On SIGTERM an admitted request completes, a new one is refused, and the command exits with 0.
+
+    The last test of this file: it ends the service.
+    """
     client = service.clients[0]
     wait_until(lambda: client.metrics("qwenvl_slots_running") == {"": 0})
     start = time.monotonic()

@@ -1,6 +1,7 @@
 """Script that runs `qwenvl serve` with a CountingEngine: `python serve_fake_server.py ENGINE_JSON FLAG …`.
 
-ENGINE_JSON has the arguments of CountingEngine, and optionally `start_error`, the message with which its start fails.
+Tests run it as a server process (test_serve_lifecycle.py). ENGINE_JSON has the arguments of CountingEngine, and
+optionally `start_error`, the message with which its start fails.
 """
 
 from __future__ import annotations

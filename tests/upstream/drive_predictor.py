@@ -1,5 +1,7 @@
 """Answer queries with the Predictor of a deploy/qwen_vl folder, and write the token ids to a JSON file.
 
+Run by test_paddlemix.py, on a fake PaddleMIX and on a checkout; the Predictor is adapted by the plugin's hook.
+
 drive_predictor.py DEPLOY_FOLDER VISION_PREFIX LANGUAGE_PREFIX MODEL_FOLDER QUERIES_AS_JSON OUTPUT
 """
 
@@ -19,7 +21,7 @@ predictor = Predictor(
         first_model_path=vision,
         second_model_path=language,
         model_name_or_path=model,
-        device="gpu",  # the flag's default; without a GPU, the plugin's Predictor takes the CPU
+        device="gpu",  # the flag's default; without a GPU, the adapted Predictor takes the CPU
     )
 )
 answers = []

@@ -15,7 +15,7 @@
 namespace qvl::cpu {
 namespace {
 
-// All kernels except those of the types with zero points.
+// All kernels except those of the types with zero points, which QVL_ADD_GROUPS (groups.h) adds.
 constexpr Kernels make() {
   Kernels k{};
   k.isa = QVL_KERNELS_ISA;

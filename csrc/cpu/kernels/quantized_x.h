@@ -31,7 +31,7 @@
 
 namespace {
 
-constexpr int kUnit = 128;                    // a quantized row is padded to a multiple of this many values
+constexpr int kUnit = 128;  // a quantized row of W is padded to a multiple of this many values
 constexpr int kVector = sizeof(SignedBytes);  // bytes, and thus values, in a vector
 constexpr int kBlock = 8 * kVector;           // values in a block
 

@@ -19,15 +19,17 @@ constexpr int kMaxTileK = 512;   // maximum number of columns of an unpacked til
 // are given to matvec().
 struct Matvec {
   const void* weights;
-  const void* scales;  // int8: float [rows]; int4: bfloat16 [rows][groups of a row padded to 128 values]
-  int k;               // values in a row
-  const void* x;       // activations, converted by prepare_x
-  int n_x;             // rows of x, 1 to kMaxRows
+  // int8: float [rows]; int4: bfloat16 [rows][groups of a row padded to 128 values]; types with zero points:
+  // float16 in the shape of int4's.
+  const void* scales;
+  int k;          // values in a row
+  const void* x;  // activations, converted by prepare_x
+  int n_x;        // rows of x, 1 to kMaxRows
   float* y;
   int64_t y_stride;
   const float* bias;  // may be NULL
   bool add;           // add to y instead of overwriting it
-  const void* zeros;  // types with zero points only: float16 [rows][groups], as their scales
+  const void* zeros;  // types with zero points only: float16, in the shape of `scales`
 };
 
 // Tile of weights to unpack for the blocked product, to float32 (unpack_tile[0]) or bfloat16

@@ -13,7 +13,7 @@ struct AttentionDecode {
   const float* cos;         // [tables][max_positions][head_dim / 2], as sin; used with qkv only
   const float* sin;
   const float* query_scale;  // [max_positions]; used with qkv only
-  char* base;                // block b of the cache begins at base + b * block_bytes
+  char* base;                // base, block_bytes: see KvLayer in ops.h
   unsigned long long block_bytes;
   int max_positions;
   int max_blocks;

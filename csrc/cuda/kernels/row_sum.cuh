@@ -1,4 +1,4 @@
-// Block-wide sums, for kernels with one block per row.
+// Block-wide sums for kernels with one block per row, and vectors of 4 and 8 values.
 //
 //   threads   | warp 0 | warp 1 | .. |   5 shuffles in each warp -> scratch [warps] -> barrier -> 5 shuffles
 //

@@ -72,6 +72,7 @@ class Worker:
                 "the weights of an actor differ from those of the job; copy the same stages to all nodes"
             )
         model.load()
+        # If the folder is a URL, `with_images` loads the images in it, and this path is not used.
         return Answers(model, Path(work.folder), work.identity)
 
     def _answer(self, part: Part) -> None:
