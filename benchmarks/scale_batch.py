@@ -30,7 +30,8 @@ class BatchJob:
         Args:
             workers: number of workers.
             part, driver: functions that return the duration of the next part and of its assignment, in seconds.
-            in_advance: number of parts assigned to a worker besides its current one.
+            in_advance: number of parts assigned to a worker besides its current one; 0: the machine-repair model, with
+                which a test compares.
         """
         self.parts = 0
         self._env, self._part_seconds, self._driver_seconds = env, part, driver

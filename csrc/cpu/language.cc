@@ -177,6 +177,7 @@ void Language::attend(Context& context, CpuKvPool& pool, int layer_index, Rows r
   const Kernels& kernels = context.kernels;
   const int64_t hidden = config_.hidden, n = rows.n();
   const int head_dim = config_.head_dim;
+  // The memory that pass() has filled: the buffer does not grow. Likewise in feed_forward().
   auto* x = x_.get<float>(size(n * hidden));
   auto* normed = normed_.get<float>(size(n * hidden));
   auto* qkv = qkv_.get<float>(size(n * 3 * hidden));

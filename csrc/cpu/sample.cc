@@ -9,7 +9,7 @@
 namespace qvl::cpu {
 namespace {
 
-constexpr double kForbidden = -1e10;  // logit of a forbidden token
+constexpr double kForbidden = -1e10;  // logit of a forbidden token (qwenvl.h)
 
 struct Candidate {
   double logit;

@@ -1,4 +1,4 @@
-"""Request and reply of a row, independent of its format."""
+"""Request and reply of a row, independent of its format, and checks that the parsers of both formats use."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RowRequest:
 
 @dataclass(frozen=True)
 class Reply:
-    """Answer to a row with its token counts."""
+    """Answer to a row with its token counts; `model` is that of the RowRequest."""
 
     answer: Answer
     n_prompt_tokens: int

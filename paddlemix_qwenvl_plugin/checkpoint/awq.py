@@ -35,6 +35,7 @@ def unpack(tensors: Mapping[str, NDArray[Any]], config: QuantConfig) -> GroupedM
     integers = unpack_words(tensors["qweight"], config.bits, _PLACES, axis=1).T
     zeros = unpack_words(tensors["qzeros"], config.bits, _PLACES, axis=1)
     n_in = integers.shape[1]
+    # The engine's groups have at most 128 inputs: the scale and zero point of a larger group are repeated.
     return GroupedMatrix(
         integers,
         repeated(tensors["scales"].T, n_in, config.group_size),

@@ -58,6 +58,7 @@ def unpack(tensors: Mapping[str, NDArray[Any]], config: QuantConfig, name: str) 
     if config.zeros_minus_one and not config.zeros_borrow:
         zeros = (zeros + np.uint8(1)) & np.uint8(2**config.bits - 1)
     order = sorted_inputs(tensors.get("g_idx"), n_in, config.group_size, name)
+    # The engine's groups have at most 128 inputs: the scale and zero point of a larger group are repeated.
     return GroupedMatrix(
         integers if order is None else integers[:, order],
         repeated(tensors["scales"].T, n_in, config.group_size),

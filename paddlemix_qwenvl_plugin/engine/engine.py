@@ -113,7 +113,7 @@ class Engine:
         self.handle = c_void_p()
         c.call("qvl_engine_create", byref(c_config), weights.handle, byref(self.handle))
         self._weights = weights
-        self._free = weakref.finalize(self, c.load().qvl_engine_free, self.handle)
+        weakref.finalize(self, c.load().qvl_engine_free, self.handle)
 
     def encode_images(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         """Run the vision stage: float32 [N, 3, image_size, image_size] -> float32 [N, n_queries, hidden_size].

@@ -73,7 +73,8 @@ def read_predictions(path: Path, ids: Iterable[Id]) -> dict[Id, str]:
     """Read the answers of a JSONL file with `id` and `text` in each line, in the order of `ids`.
 
     Raises:
-        UsageError: the file does not exist, a line is malformed, or an id is missing, duplicate or unknown.
+        UsageError: the file does not exist or has no rows, a line is malformed, or an id is missing, duplicate or
+            unknown.
     """
     texts: dict[Id, str] = {}
     for number, prediction in _read(path, _Prediction):
@@ -96,7 +97,7 @@ def write_predictions(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 
 
 def is_scored(path: Path) -> bool:
-    """Whether `qwenvl eval` wrote this predictions file, according to its first line."""
+    """Whether `qwenvl eval` wrote this file, by its first line: `--output` replaces no other file with content."""
     with path.open("rb") as file:
         try:
             line = json.loads(file.readline(1 << 22))  # at most 4 MiB: the file may be anything

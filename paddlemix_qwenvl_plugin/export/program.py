@@ -73,6 +73,7 @@ def save_program(
             built.write_text(text, "utf-8")
         built.replace(path)
     in_file_order = [parameters[number - 1] for number in order]
+    # Engine programs have uint8 parameters: the bytes of quantized weights and of orders (modeling/engine_stage.py).
     return {name: Record(shape, "uint8" if is_uint8 else dtype) for name, shape, is_uint8 in in_file_order}
 
 

@@ -93,6 +93,9 @@ class Stage:
         Of the main program (no suffix), the version with the engine's operator is preferred if the stage has it and the
         engine is available. `.step` programs exist only as portable graphs.
 
+        QwenVL opens programs only if the language stage's `engine` is false; upstream/stock_predictor.py opens one
+        always.
+
         Raises:
             UsageError, QwenVLError: the program is missing, not the exported one, or cannot be loaded; or the engine is
                 required and unavailable.

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from activation_helpers import REPO, clean_environment
 
+# The module, and the files through which an interpreter imports it at its start: .start from Python 3.15 on.
 ACTIVATION_FILES = ("_qwenvl_activate.py", "qwenvl_activate.pth", "qwenvl_activate.start")
 
 

@@ -1,4 +1,4 @@
-"""The CPU kernels (qvlt_*) of every ISA, also at odd sizes, compared with plain loops in float64 (qvlr_*) or NumPy."""
+"""The CPU kernels (qvlt_*) of this processor's ISAs, also at odd sizes, against float64 loops (qvlr_*) or NumPy."""
 
 from __future__ import annotations
 

@@ -73,7 +73,10 @@ class Result:
 
 
 class Environment:
-    """Fake packages in a folder on PYTHONPATH, and programs in the only folder on PATH."""
+    """Fake packages in a folder on PYTHONPATH, and programs in the only folder on PATH.
+
+    `python` has this package and the installed modules, but no Paddle and no package metadata (conftest.py).
+    """
 
     def __init__(self, python: Path, folder: Path) -> None:
         self.python = python

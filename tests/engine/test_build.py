@@ -1,4 +1,4 @@
-"""Building the engine's libraries, except in one test with a fake compiler, which records its calls."""
+"""Building the engine's libraries with a fake compiler, which records its calls; one test uses the real one."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def test_box_may_exceed_the_image_by_a_rounding_error() -> None:
     assert row(bbox=[-0.5, 0, 200.4, 50]).bbox[2] == 200.4
 
 
-def test_key_is_the_id_or_the_number_of_the_row() -> None:
+def test_key_is_the_id_or_the_line_number() -> None:
     assert row().key(7) == 7
     assert row(id="a").key(7) == "a"
 

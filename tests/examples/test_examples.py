@@ -255,7 +255,7 @@ def test_serve_and_call_asks_the_server_for_the_name_of_the_model(
 
 
 def test_serve_and_call_prints_the_error_of_the_server(folder: Path) -> None:
-    """As with a base model, which answers no chat requests."""
+    """Here of a file that is no image; a base model, which answers no chat requests, gives another error."""
     pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
     completed = run_process("serve_and_call", folder, "--image", str(EXAMPLES / "README.md"))
     assert completed.returncode == 1

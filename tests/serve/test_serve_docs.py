@@ -43,7 +43,7 @@ def setting_row(name: str) -> str:
 def metric_rows() -> list[str]:
     """Expected table rows of all metrics: name, type, labels, documentation."""
     service = fake_service()
-    fake_app(service)
+    fake_app(service)  # registers the gauges and the engine's counters
     # A metric with labels has samples, from which the labels are read, only after its first use.
     service.metrics.request("/", 200, 1.0)
     service.metrics.error("code")

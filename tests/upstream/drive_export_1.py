@@ -1,4 +1,4 @@
-"""Export models as export_model.py of PaddleNLP 3.0.0b0 (generation 1) does.
+"""Export models as export_model.py of PaddleNLP 3.0.0b0 (generation 1) does; run by test_paddlenlp_wheels.py.
 
 drive_export_1.py (DTYPE FOLDER OUTPUT)…
 """

@@ -1,4 +1,7 @@
-"""Export a model with quantized weights as PaddleNLP 3.0.0b4 does: drive_quant_2.py FOLDER QUANT_TYPE OUTPUT."""
+"""Export a model with quantized weights as PaddleNLP 3.0.0b4 does; run by test_paddlenlp_wheels.py.
+
+drive_quant_2.py FOLDER QUANT_TYPE OUTPUT
+"""
 
 from __future__ import annotations
 

@@ -23,10 +23,10 @@
 // time in the first case and 3 % less in the second.
 //
 // With few chunks (is_small in attention_decode.cc), launch and memory latency dominate: the last block of a
-// head and a row to finish merges the chunks. In attention_step, moreover, each block requests older keys
-// before the preceding product ends, and rotates the query, and the block with the newest key rotates this
-// key and stores it and its value. With many chunks separate kernels rotate, store and merge
-// (rotate_and_store, attention_decode_combine).
+// head and a row to finish merges the chunks. In attention_step (ops.h), moreover, each block rotates the
+// query, and the block with the newest key rotates this key and stores it and its value. With many chunks
+// separate kernels rotate, store and merge (rotate_and_store, attention_decode_combine). With few and with
+// many, attention_step lets each block request older keys before the preceding kernel ends (`early`).
 //
 // The kernels attention_decode_any_*, for the cases that is_fast in attention_decode.cc excludes, support
 // every even head_dim up to 256 and every cache type, value by value. They neither rotate nor store, and read
