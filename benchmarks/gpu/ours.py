@@ -249,7 +249,7 @@ def time_vision(column: str, ours: Ours) -> None:
         sets, features = image_sets(n, ours.sizes), ours.features(n)
 
         def encode(sets: list[Any] = sets, features: Any = features) -> None:
-            sets.append(sets.pop(0))
+            sets.append(sets.pop(0))  # the next set, no longer in the GPU's cache
             ours.encode(sets[0], features)
 
         report(column, row, measure(encode))
@@ -412,7 +412,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--type", choices=STORAGES, default="bf16", help="storage type of the weights")
-    parser.add_argument("--check", type=Path, help="file of peers.py --check, with which to compare results")
+    parser.add_argument(
+        "--check", type=Path, help="file of peers.py --check, with which bf16 results are compared"
+    )
     parser.add_argument("--open", type=Path, metavar="FOLDER", help="only time the opening of a model")
     arguments = parser.parse_args()
     if arguments.open:

@@ -3,9 +3,10 @@
 import { parseAnswer } from './answer_text.js';
 
 /**
- * A turn is { question: { text, images }, answer }. An answer is { text, state, error, finish, usage, seconds }:
- * `state` is "running", "done", "stopped" or "failed", `error` a ServerError or null, `finish` the finish reason and
- * `usage` the server's token counts (null until they arrive), `seconds` the duration (null while running).
+ * A turn is { question: { text, images }, answer }, with images of image_file.js. An answer is
+ * { text, state, error, finish, usage, seconds }: `state` is "running", "done", "stopped" or "failed", `error` a
+ * ServerError or null, `finish` the finish reason and `usage` the server's token counts (null until they arrive),
+ * `seconds` the duration (null while running).
  */
 export class Conversation {
   turns = [];
