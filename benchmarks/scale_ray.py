@@ -1,4 +1,4 @@
-"""Measure the costs of Ray and of a cluster's shared processes, for COSTS in scale_times.py.
+"""Measure the costs of Ray and of a cluster's shared processes, for docs/scaling.md and COSTS in scale_times.py.
 
 The cluster is local, with two CPUs. Each figure is the CPU time of the process that would become the bottleneck in a
 real cluster, whose processes have separate CPUs; rows named "wall time" are elapsed times. Takes about a minute.

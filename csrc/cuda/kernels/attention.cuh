@@ -1,6 +1,6 @@
 // Attention of 64 queries over tiles of keys, for any source of keys and values: tensor cores through
-// mma.sync from sm_80 on, plain loops on older GPUs. attention_prompt.cu and attention_dense.cu define the
-// sources.
+// mma.sync from sm_80 on, plain loops on older GPUs. On Hopper attention_hopper.cuh replaces it for head_dim
+// up to 128. attention_prompt.cu and attention_dense.cu define the sources.
 //
 // Layout. A block has 4 warps of 16 queries. The scores q k^T of a tile of keys stay in registers, 16 x 64
 // per warp, with a running maximum and sum per query; they become the weights p, which multiply the values v.
@@ -39,7 +39,8 @@ __device__ inline float minus_infinity() {
 }
 
 // Work of a block: n queries. Query i begins at q + i * q_stride and attends to keys 0 to first_position + i
-// if causal, else to all n_keys; its result is written to y + i * y_stride. Scores are multiplied by `scale`.
+// if causal (n_keys is then first_position + n), else to all n_keys; its result is written to
+// y + i * y_stride. Scores are multiplied by `scale`.
 struct Job {
   const H* q;
   H* y;
