@@ -24,7 +24,7 @@ def write_gguf(
     sizes: dict[str, Any],
     n_words: Optional[int] = None,
 ) -> None:
-    """Write a model of llama.cpp's architecture "qwen".
+    """Write a model of llama.cpp's architecture "qwen"; the weights of its norms and its biases are 1, not random.
 
     Args:
         kind: gguf's name of the storage type, such as Q8_0.

@@ -32,7 +32,7 @@ class Caller:
 
     async def requests(self, coordinator: Any, n: int, n_concurrent: int) -> None:
         async def acquire_and_release(lease: str) -> None:
-            assert await coordinator.acquire.remote("front", lease, 1, "key") is None
+            assert await coordinator.acquire.remote("front", lease, 1, "key") is None  # granted
             await coordinator.release.remote(lease)
 
         for begin in range(0, n, n_concurrent):
@@ -160,7 +160,9 @@ def row(name: str, seconds: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--temp_dir", required=True, help="folder for Ray's sockets and logs; must have a short path"
+        "--temp_dir",
+        required=True,
+        help="folder for Ray's sockets and logs; must have a short path, because of the sockets",
     )
     arguments = parser.parse_args()
     print("| | µs |\n| --- | --- |")

@@ -24,7 +24,7 @@ ENGINES = ["portable", pytest.param("fused", marks=needs_compiler)]
 
 
 def open_model(vision: Path, language: Path, engine: str, model: Optional[Path] = None) -> QwenVL:
-    """Open and load a model with the engine setting `engine`, for a fixture that several tests share."""
+    """Open and load a model on the CPU with the engine setting `engine`, for a fixture that several tests share."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QWENVL_ENGINE", engine)
         vl = QwenVL.from_exported(vision, language, model)

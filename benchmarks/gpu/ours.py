@@ -250,7 +250,7 @@ def time_vision(column: str, ours: Ours) -> None:
         sets, features = image_sets(n, ours.sizes), ours.features(n)
 
         def encode(sets: list[Any] = sets, features: Any = features) -> None:
-            sets.append(sets.pop(0))
+            sets.append(sets.pop(0))  # the next set, no longer in the GPU's cache
             ours.encode(sets[0], features)
 
         report(column, row, measure(encode))

@@ -34,8 +34,8 @@ class CpuAdapter final : public Adapter {
   std::vector<Buffer> memory_;
 };
 
-// Consecutive rows of activations with the same adapter. Either all are computed as rows of prompts (decode
-// false), or all as rows of decode steps.
+// Consecutive rows of activations with the same adapter; rows without an adapter are in no AdapterRows.
+// Either all are computed as rows of prompts (decode false), or all as rows of decode steps.
 struct AdapterRows {
   const CpuAdapter* adapter;
   int64_t first;

@@ -15,7 +15,7 @@ class Resampler {
 
  private:
   const qvl_config& config_;
-  bool has_kv_proj_;
+  bool has_kv_proj_;  // whether vision_width differs from hidden
   Matrix kv_proj_;
   Norm ln_kv_;
   const float* key_positions_;

@@ -33,7 +33,9 @@ struct Dim {
 class Gpu {
  public:
   // Open GPU `index` and load the cubins for its architecture and the compute type `half` from the folder
-  // QWENVL_CUDA_KERNELS, or if that variable is unset or empty, from the folder of this library.
+  // QWENVL_CUDA_KERNELS, or if that variable is unset or empty, from the folder of this library. Throws
+  // QVL_UNSUPPORTED if there is no such GPU, if it is too old for `half`, or if the folder has no cubins for
+  // it.
   Gpu(int index, Half half);
   ~Gpu();
   Gpu(const Gpu&) = delete;
@@ -44,10 +46,10 @@ class Gpu {
   int arch() const { return arch_; }  // compute capability times ten: 90 for 9.0
   Half half() const { return half_; }
 
-  // Launch the kernel `name`, which takes `params` by value as its only parameter. early: programmatic
-  // dependent launch on sm_90 and newer: the kernel may start while its predecessors run. Before it reads
-  // memory that a kernel still running writes, or writes memory that such a kernel reads, it must execute
-  // griddepcontrol.wait (wait_for_predecessors() in kernels/common.cuh).
+  // Launch the kernel `name`, which takes `params` by value as its only parameter; the context must be
+  // current. early: programmatic dependent launch on sm_90 and newer: the kernel may start while its
+  // predecessors run. Before it reads memory that a kernel still running writes, or writes memory that such a
+  // kernel reads, it must execute griddepcontrol.wait (wait_for_predecessors() in kernels/common.cuh).
   template <typename Params>
   void launch(CUstream stream, const char* name, Dim grid, int threads, int shared_bytes,
               const Params& params, bool early = false) const {

@@ -44,15 +44,17 @@ class Answers(Generic[S]):
         try:
             while True:
                 finished: list[tuple[int, Row, bytes]] = []
-                while len(active) < window and (numbered_row := next(unstarted, None)) is not None:
-                    number, row = numbered_row
-                    try:
-                        active[self._start(row)] = numbered_row
-                    except QwenVLError as error:
-                        finished.append((number, row, self.error_line(number, row, error)))
-                if not active and not finished:
-                    return
                 try:
+                    while len(active) < window and (numbered_row := next(unstarted, None)) is not None:
+                        number, row = numbered_row
+                        try:
+                            stream = self._ask(row)
+                        except QwenVLError as error:
+                            finished.append((number, row, self.error_line(number, row, error)))
+                        else:  # not in the `try`: the submission may load the model, and this error is no row's
+                            active[stream.submit()] = numbered_row
+                    if not active and not finished:
+                        return
                     for stream in self._model.wait_any(active) if active else []:
                         number, row = active.pop(stream)
                         finished.append((number, row, self._reply(number, row, stream)))
@@ -68,13 +70,13 @@ class Answers(Generic[S]):
         """Format the output line of a failed row."""
         return error_line(row.id, row.openai, error, self._tag(number))
 
-    def _start(self, row: Row) -> S:
+    def _ask(self, row: Row) -> S:
         if isinstance(row.parsed, QwenVLError):
             raise row.parsed
         request, model = row.parsed.request, row.parsed.model
         if row.openai and model in self._model.adapters:  # on the server, too, `model` selects an adapter
             request = replace(request, adapter=model)
-        return self._model.ask(request, self._folder).submit()
+        return self._model.ask(request, self._folder)
 
     def _reply(self, number: int, row: Row, stream: S) -> bytes:
         assert isinstance(row.parsed, RowRequest)

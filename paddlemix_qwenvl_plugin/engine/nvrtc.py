@@ -35,7 +35,7 @@ def find(architectures: Collection[int], newest: int) -> Nvrtc:
 
     Args:
         architectures: compute capabilities times ten.
-        newest: newest major version of CUDA that the driver supports.
+        newest: newest major version of CUDA that the driver supports; 99 to compile for another machine.
 
     Raises:
         QwenVLError: no suitable NVRTC; the message names the package to install.

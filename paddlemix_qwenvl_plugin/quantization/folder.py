@@ -46,7 +46,7 @@ class GptqFolder:
         self._other_shards = list(_split(self._other_specs(), self.dtype))
 
     def write_layer(self, index: int, tensors: Tensors) -> None:
-        """Write the shard of a decoder layer."""
+        """Write the shard of decoder layer `index`, from tensors by canonical name."""
         self._write(index, tensors)
 
     def finish(self, bits: int, group: int) -> None:

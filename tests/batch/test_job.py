@@ -233,6 +233,18 @@ def test_a_failing_model_keeps_earlier_answers(cheap, folder, monkeypatch):
     assert [row["id"] for row in read_rows(target)] == list(range(12))
 
 
+def test_a_model_that_cannot_be_loaded_ends_the_job(tiny_exported, folder, monkeypatch):
+    def fail():
+        raise QwenVLError("out of memory")
+
+    model = QwenVL.from_exported(tiny_exported / "vision" / "vision", tiny_exported / "text" / "qwen")
+    monkeypatch.setattr(model, "_open", fail)
+    source = write_rows(folder / "in.jsonl", [{"id": 1, "prompt": "?"}, {"id": 2, "prompt": "?"}])
+    with pytest.raises(QwenVLError, match="out of memory"):
+        run_job(source, folder / "out.jsonl", model)
+    assert not (folder / "out.jsonl").exists()
+
+
 def test_a_job_that_fails_before_an_answer_leaves_no_partial_file(cheap, folder, monkeypatch):
     source = write_rows(folder / "in.jsonl", [{"id": 1, "prompt": "?"}])
     monkeypatch.setattr(cheap.executor, "start", lambda chunks: 1 / 0)

@@ -1,6 +1,6 @@
 """The engine's threads after fork(); a container's limits: its CPU quota, which limits their number, and its memory.
 
-The CPU quota is read by a function of the engine and by one of the package: both are tested.
+Each limit is read by a function of the engine and by one of the package: both are tested.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The tokenizer: compared with PaddleMIX's and with brute force; special tokens; vocabulary files."""
+"""The tokenizer: compared with PaddleMIX's and with brute force; special tokens; vocabulary files.
+
+The tests with the fixture `real`, Qwen-VL's vocabulary, are skipped without the package dashscope (conftest.py).
+"""
 
 from __future__ import annotations
 

@@ -39,7 +39,8 @@ __device__ inline float minus_infinity() {
 }
 
 // Work of a block: n queries. Query i begins at q + i * q_stride and attends to keys 0 to first_position + i
-// if causal, else to all n_keys; its result is written to y + i * y_stride. Scores are multiplied by `scale`.
+// if causal (n_keys is then first_position + n), else to all n_keys; its result is written to
+// y + i * y_stride. Scores are multiplied by `scale`.
 struct Job {
   const H* q;
   H* y;

@@ -214,6 +214,8 @@ __device__ void linear_wide(const LinearDecode& p) {
                                             static_cast<const char*>(p.scales) + at * Unit::kScaleBytes);
     }
   };
+  // Copies runs of 8 values: the values of x from p.in to the next multiple of 8 must be 0 (linear_decode.cu
+  // does not read them).
   const auto copy_x = [&](int i) {
 #pragma unroll
     for (int part = 0; part < kSplit; ++part) {

@@ -8,7 +8,7 @@
 //   layer_norm    a block per row: its mean, its variance (as the mean of squared differences from the mean,
 //                 without cancellation) and the output; layer_norm_held reads the row once and keeps it in
 //                 registers (float4 v of thread t at 4 * (v * threads + t))
-//   add_rows      a float4 or a float per thread: x [n][width]; row i += row i % period of add
+//   add_rows      a float4 or a float per thread: x [n][width] += the rows of add, repeated
 //
 // Cost. Memory-bound: a norm of 1024 rows of 1664 reads 6.8 MB of float32 and writes 3.4 MB of H, 2.4 us at
 // memory bandwidth and less from the L2 cache (a norm with a warp per row was slower on an H200, 4.6 us

@@ -18,7 +18,8 @@ class Span:
 
     Attributes:
         name: name of the file.
-        base: number of rows in all earlier files (in JSONL, of lines up to each file's last row).
+        base: number of rows in all earlier files (in JSONL, of lines up to each file's last row); base + a row's number
+            in the file is its number in the job.
         number: number of the first row in the file, from 1; in JSONL, of its line.
         start, stop: the range [start, stop) of the rows in the file, in the unit of the format: bytes, or rows from 0.
     """

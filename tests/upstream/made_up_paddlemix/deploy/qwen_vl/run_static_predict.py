@@ -1,6 +1,6 @@
 """Fake of PaddleMIX's script of this name: a Predictor that gives both programs the inputs of PaddleMIX's.
 
-Only MAX_LEN differs.
+Only MAX_LEN differs. drive_predictor.py imports the class, which the plugin adapts to its exports (stock_predictor.py).
 """
 
 from __future__ import annotations
