@@ -1,6 +1,7 @@
 """Benchmark of the engine and other implementations on a CPU: milliseconds per layer of the 7B geometry.
 
 Also measures the limits of the machine: memory bandwidth, and the throughput of the bfloat16 instruction of AVX-512.
+adapters.py imports the engine with random weights from here.
 
 Build first: cmake -S csrc -B build/engine && cmake --build build/engine -j2. Needs NumPy and 3 GB of memory; takes 4
 minutes.

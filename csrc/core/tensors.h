@@ -19,7 +19,7 @@ class Tensors {
   Tensors& operator=(const Tensors&) = delete;
   ~Tensors();
 
-  // Add a tensor; fails if the name exists.
+  // Add a tensor; its data is not copied. Throws QVL_BAD_WEIGHT if the name exists.
   void add(const qvl_tensor& tensor, std::string name);
 
   // Tensor with this name; NULL if there is none.
@@ -37,7 +37,8 @@ class Tensors {
   size_t mapped_bytes_ = 0;
 };
 
-// Map a parameter file; core/params_file.cc describes the format.
+// Map a parameter file; core/params_file.cc describes the format. Throws QVL_BAD_WEIGHT for a damaged file,
+// QVL_INVALID or QVL_NO_MEMORY if it cannot be opened or mapped.
 std::shared_ptr<const Tensors> map_params_file(const char* path);
 
 }  // namespace qvl

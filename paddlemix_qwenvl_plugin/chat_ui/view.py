@@ -1,4 +1,4 @@
-"""Plain view of a conversation for pipes, and formatting shared with the terminal view."""
+"""Plain view of a conversation for pipes, and formatting shared by the terminal view and saved transcripts."""
 
 from __future__ import annotations
 

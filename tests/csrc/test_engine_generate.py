@@ -1,4 +1,7 @@
-"""qvl_generate: batches, stop tokens, callbacks, block pools."""
+"""qvl_generate: batches, stop tokens, callbacks, block pools.
+
+The tests also run on a GPU (tests/cuda/README.md).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Script that saves an encoder and also runs it, for which upstream's model is needed."""
+"""Script that saves an encoder and also runs it: the plugin must load upstream's model and leave the export to Paddle."""
 
 from __future__ import annotations
 
