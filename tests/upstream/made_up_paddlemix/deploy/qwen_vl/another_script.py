@@ -1,4 +1,4 @@
-"""Script that saves an encoder and also runs it: the plugin must load upstream's model and leave the export to Paddle."""
+"""Script that saves an encoder and also runs it: the plugin must load upstream's model; Paddle saves the encoder."""
 
 from __future__ import annotations
 
