@@ -228,6 +228,7 @@ def language_row(
         language_engine(library, dtype, threads) as engine,
         engine.pool(96, block_tokens=32, dtype=BFLOAT16) as pool,
     ):
+        # Sequences below: new tokens, number of past tokens, length of the prompt, block table.
         block_tables = [list(range(10 * i, 10 * i + 10)) for i in range(8)]
         bandwidths: list[float] = []
 

@@ -1,5 +1,5 @@
-// Paddle custom operators that run the engine. The last input of an operator is the list of weights.
-// Attributes:
+// Paddle custom operators that run the engine: the operators of engine programs. The last input of an
+// operator is the list of weights. Attributes, written by modeling/engine_stage.py:
 //   sizes    fields of qvl_config: stages, hidden, layers, heads, head_dim, mlp_width, vocab, seq_length,
 //            max_positions, dynamic_ntk, logn, image_size, patch_size, vision_width, vision_layers,
 //            vision_heads, vision_mlp_width, n_queries
