@@ -2,7 +2,8 @@
 
 The function gets a `Bench` in an empty working directory, creates the input there, and returns the arguments of
 `qwenvl`. Functions such as `predict(…)` and `recipe(…)` return a case that calls the method of `Bench` of the same name
-with the same arguments. The other *_cases.py of this folder add their cases to CASES.
+with the same arguments. The other *_cases.py of this folder add their cases to CASES. test_errors.py runs them; with
+QWENVL_TEST_UPDATE_ERRORS=1 it writes the messages into the rows (docs/development.md).
 """
 
 from __future__ import annotations
