@@ -170,7 +170,7 @@ std::vector<Tensor> generate(const Tensor& input_ids, const Tensor& features, co
   const auto* image_features = values<float>(features, "image_features", {-1, n_queries, hidden});
   // Per image: row, index of <img>, index of </img>. The features are between the two.
   const auto* image_positions = values<int64_t>(img_pos, "img_pos", {-1, 3});
-  require(n_rows <= (1 << 16), "input_ids: has more than 65536 rows");
+  require(n_rows <= (1 << 16), "input_ids: has more than 65536 rows");  // the limit of qvl_generate()
   const auto n = static_cast<size_t>(n_rows);
   std::vector<std::vector<int32_t>> ids(n);
   std::vector<std::vector<qvl_span>> spans(n);
