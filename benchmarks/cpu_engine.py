@@ -38,7 +38,7 @@ sys.path.insert(0, str(REPO / "tests" / "csrc"))
 from engine import BFLOAT16, DTYPES, LANGUAGE, VISION, Engine, Library, Stored, make_config  # noqa: E402
 
 # Layers of the language model; difference in blocks between the two timed vision models; tokens of the prompt, and
-# tokens before a decode step.
+# tokens before a decode step; the last two as in cpu_peers.py.
 LAYERS, VISION_LAYERS, PROMPT, PAST = 3, 2, 300, 300
 GEOMETRY: dict[str, Any] = {
     "hidden_size": 4096,
