@@ -11,7 +11,7 @@ const field = byId('question');
 export class Composer {
   /**
    * @param {object} callbacks
-   * @param {(question: {text: string, images: object[]}) => void} callbacks.send
+   * @param {(question: {text: string, images: object[]}) => void} callbacks.send images: results of readImage()
    * @param {() => void} callbacks.stop
    */
   constructor(callbacks) {
