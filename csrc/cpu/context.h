@@ -18,7 +18,7 @@ constexpr int64_t kElementWork = 8;
 struct Context {
   const Kernels& kernels;
   ThreadPool pool;
-  const bool exact;                    // never round activations for types with zero points (linear.h)
+  const bool exact;                    // QVL_COMPUTE_FLOAT32: types with zero points round no activations
   Buffer activations;                  // linear(): prepared or packed x; attention: partial results
   Buffer permuted;                     // linear(): activations permuted to a matrix's column order
   std::vector<Buffer> thread_scratch;  // linear() and attention: one buffer per thread
