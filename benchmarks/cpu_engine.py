@@ -1,7 +1,7 @@
 """Benchmark of the engine and other implementations on a CPU: milliseconds per layer of the 7B geometry.
 
 Also measures the limits of the machine: memory bandwidth, and the throughput of the bfloat16 instruction of AVX-512 (0
-on a CPU without it).
+on a CPU without it). adapters.py imports the engine with random weights from here.
 
 Build first: cmake -S csrc -B build/engine && cmake --build build/engine -j2. Needs NumPy and 3 GB of memory; takes 4
 minutes.
@@ -38,7 +38,7 @@ sys.path.insert(0, str(REPO / "tests" / "csrc"))
 from engine import BFLOAT16, DTYPES, LANGUAGE, VISION, Engine, Library, Stored, make_config  # noqa: E402
 
 # Layers of the language model; difference in blocks between the two timed vision models; tokens of the prompt, and
-# tokens before a decode step.
+# tokens before a decode step; the last two as in cpu_peers.py.
 LAYERS, VISION_LAYERS, PROMPT, PAST = 3, 2, 300, 300
 GEOMETRY: dict[str, Any] = {
     "hidden_size": 4096,
@@ -228,6 +228,7 @@ def language_row(
         language_engine(library, dtype, threads) as engine,
         engine.pool(96, block_tokens=32, dtype=BFLOAT16) as pool,
     ):
+        # Sequences below: new tokens, number of past tokens, length of the prompt, block table.
         block_tables = [list(range(10 * i, 10 * i + 10)) for i in range(8)]
         bandwidths: list[float] = []
 

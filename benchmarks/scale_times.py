@@ -1,4 +1,4 @@
-"""Service times of an engine with the 7B model, measured (docs/benchmarks.md) or computed from measurements."""
+"""Service times of an engine with the 7B model, measured (docs/benchmarks.md) or computed; the inputs of scale.py."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Requests of serve.py on the loop, in one process without a server, as the baseline for the server's overhead.
 
 Started by serve_targets.py with the prefixes of both exported stages as arguments. Reads a line of JSON per run from
-standard input: `bodies`, as for serve_client.py, and `clients`, the maximum number of concurrent requests. Writes a
-line of JSON per run: `seconds` and `tokens`.
+standard input: `bodies`, as for serve_client.py, with token ids as the prompt, and `clients`, the maximum number of
+concurrent requests. Writes a line of JSON per run: `seconds` and `tokens`.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@
 
 namespace qvl {
 
-// Random number in [0, 1) for draw `counter` of this seed: splitmix64 (qvl_sampling in qwenvl.h).
+// Random number in [0, 1) for draw `counter` of this seed: splitmix64 (qvl_sampling in qwenvl.h). The sampler
+// of the portable graph, runtime/sampling.py, computes the same.
 inline double random_fraction(uint64_t seed, uint64_t counter) {
   uint64_t z = seed + (counter + 1) * 0x9E3779B97F4A7C15U;
   z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9U;

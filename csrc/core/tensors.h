@@ -19,7 +19,7 @@ class Tensors {
   Tensors& operator=(const Tensors&) = delete;
   ~Tensors();
 
-  // Add a tensor. Throws QVL_BAD_WEIGHT if the name exists.
+  // Add a tensor; its data is not copied. Throws QVL_BAD_WEIGHT if the name exists.
   void add(const qvl_tensor& tensor, std::string name);
 
   // Tensor with this name; NULL if there is none.

@@ -138,6 +138,7 @@ void blocked(Context& context, const Matrix& m, const float* x, int64_t x_stride
                                   panels + static_cast<size_t>(k) * k_bytes, panel_bytes, n_panels, k == 0, c,
                                   c_stride, next_tile(m, first_row, k + n_k, tile_k));
     }
+    // The scales of int8, one per row, are applied to the sums; unpack_tile has applied the scales of groups.
     const float* scales = m.dtype == QVL_INT8 ? static_cast<const float*>(m.scales) + first_row : nullptr;
     const float* bias = m.bias != nullptr ? m.bias + first_row : nullptr;
     kernels.write_block(c, c_stride, n_rows, n_x, scales, bias, add, y + first_row, y_stride);

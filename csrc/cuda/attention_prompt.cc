@@ -63,7 +63,8 @@ void attention_prompt_with(const Gpu& gpu, CUstream stream, bool portable, const
   params.heads = kv.heads;
   params.head_dim = kv.head_dim;
   // A copy loads all tokens of a block of the cache: a tile of keys must consist of whole blocks, and a block
-  // of whole groups of 8 rows (hopper.cuh). Strides must be multiples of 16 bytes, 8 values.
+  // of whole groups of 8 rows (hopper.cuh). Strides must be multiples of 16 bytes, 8 values. The map covers
+  // keys and values (2 * heads); a box has 64 values of each token, a row in the layout of hopper.cuh.
   params.use_tensor_map = hopper && params.type == kHalfKeys && kv.head_dim % 8 == 0 &&
                           kv.block_tokens % 8 == 0 && kHopperKeys % kv.block_tokens == 0 &&
                           kv.block_bytes % 16 == 0;

@@ -91,7 +91,7 @@ void upload_matrix(const Gpu&, CUstream, qvl_dtype dtype, const void* from, int 
 
 // y = x W^T + bias, x H [n, x_stride], x_stride a multiple of 8. The columns of x are already in the input
 // order of the matrix (Matrix::order), see gather_columns. low_rank_next: the next kernel is low_rank_down
-// (low_rank.h); on Hopper it then starts only when x is complete, other GPUs ignore the argument.
+// (low_rank.h); on Hopper that kernel then starts only when x is complete, other GPUs ignore the argument.
 void linear_decode(const Gpu&, CUstream, const Matrix&, const void* x, int64_t x_stride, int n, Epilogue,
                    void* y, bool low_rank_next = false);
 

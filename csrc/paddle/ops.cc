@@ -1,5 +1,5 @@
-// Paddle custom operators that run the engine. The last input of an operator is the list of weights.
-// Attributes:
+// Paddle custom operators that run the engine: the operators of engine programs. The last input of an
+// operator is the list of weights. Attributes, written by modeling/engine_stage.py:
 //   sizes    fields of qvl_config: stages, hidden, layers, heads, head_dim, mlp_width, vocab, seq_length,
 //            max_positions, dynamic_ntk, logn, image_size, patch_size, vision_width, vision_layers,
 //            vision_heads, vision_mlp_width, n_queries
@@ -170,7 +170,7 @@ std::vector<Tensor> generate(const Tensor& input_ids, const Tensor& features, co
   const auto* image_features = values<float>(features, "image_features", {-1, n_queries, hidden});
   // Per image: row, index of <img>, index of </img>. The features are between the two.
   const auto* image_positions = values<int64_t>(img_pos, "img_pos", {-1, 3});
-  require(n_rows <= (1 << 16), "input_ids: has more than 65536 rows");
+  require(n_rows <= (1 << 16), "input_ids: has more than 65536 rows");  // the limit of qvl_generate()
   const auto n = static_cast<size_t>(n_rows);
   std::vector<std::vector<int32_t>> ids(n);
   std::vector<std::vector<qvl_span>> spans(n);

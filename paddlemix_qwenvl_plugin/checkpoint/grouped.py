@@ -30,7 +30,7 @@ class GroupedMatrix(NamedTuple):
 
 
 def engine_group(group_size: int) -> int:
-    """Group size in the engine, 32, 64 or 128, for a checkpoint's group size; -1 is one group of all inputs."""
+    """Group size in the engine, 32, 64 or 128, for a checkpoint's: 32, 64, a multiple of 128, or -1 (all inputs)."""
     return group_size if group_size in (32, 64) else MAX_GROUP
 
 

@@ -32,6 +32,7 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, first_line
 _SPLIT_KEY = "UnpackBigParamInfor@@"
 _VARIABLES_KEY = "StructuredToParameterName@@"
 _NUMERIC_CODES = {*("f2", "f4", "f8"), *("i1", "i2", "i4", "i8"), *("u1", "u2", "u4", "u8"), "b1"}
+# Content of an array in the pickle: its place in the file if it is long (Span), else bytes or latin1 text.
 _Content = Union[Span, bytes, str]
 
 

@@ -1,4 +1,4 @@
-"""The three naming schemes of Qwen-VL checkpoints: stored name <-> canonical name.
+"""The three naming schemes of Qwen-VL checkpoints: canonical name -> stored name (the reverse: checkpoint.py).
 
 | scheme | language | vision | linear weights |
 | --- | --- | --- | --- |

@@ -46,9 +46,13 @@ class Work:
 
         At the end of the block, a work folder without saved progress is removed.
 
+        Args:
+            target: the model folder to create.
+            settings: digests of the inputs, and the options that determine the result; JSON-serializable.
+
         Raises:
-            UsageError: `target` exists; or the work folder exists and was not written by this class, belongs to a
-                running process, or is of a run with other settings.
+            UsageError: `target` exists, or its parent cannot be created; or the work folder exists and was not written
+                by this class, belongs to a running process, or is of a run with other settings.
             QwenVLError: job.json or progress.json in the work folder cannot be read.
             OSError: a file in the work folder cannot be written.
         """

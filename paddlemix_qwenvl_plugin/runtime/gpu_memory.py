@@ -21,6 +21,8 @@ def check_share(share: float) -> float:
 def check_room(vision: Stage, language: Stage, free: int, share: float) -> None:
     """Check that the weights and the KV cache of one request of the full context fit into GPU memory.
 
+    For the engine; the portable graph is not checked.
+
     Args:
         vision: the vision stage.
         language: the language stage.

@@ -22,7 +22,8 @@ class GenerationOptions:
     penalties, temperature, top-k and top-p. Penalties count generated tokens only. Every row of a batch has a separate
     random generator seeded with `seed`, so that for a given seed, a row generates the same tokens alone and in a batch.
 
-    The command line's flags, defaults and help texts are generated from these fields (cli/options.py).
+    The command line's flags, defaults and help texts are generated from these fields (cli/options.py). The ranges lie
+    within the engine's (csrc/core/checks.cc).
 
     Raises:
         UsageError: an unknown option, or a value of a wrong type or out of range; the message names the option.

@@ -112,7 +112,7 @@ class AnswerStream(Iterator[Segment]):
 
     @property
     def answer(self) -> Answer:
-        """The complete answer, or the answer so far."""
+        """The complete answer, or the answer so far, which has the finish reason `cancelled`."""
         generation = self._generation
         tokens = generation.tokens[: self._n_seen]
         complete = generation.finish_reason is not None and len(tokens) == len(generation.tokens)

@@ -25,7 +25,7 @@ class ServeSettings(BaseSettings):
     """Settings of `qwenvl serve`.
 
     Each field is a flag (`--max_waiting`), an environment variable (`QWENVL_SERVE_MAX_WAITING`) and a key of the YAML
-    file of `--config`.
+    file of `--config`; the first of these that is given counts (settings_sources.py).
     """
 
     model_config = SettingsConfigDict(

@@ -1,4 +1,4 @@
-"""Start of the server from its settings."""
+"""Start of the server on this machine from its settings; for `--ray`, see cluster/serve/start.py."""
 
 from __future__ import annotations
 

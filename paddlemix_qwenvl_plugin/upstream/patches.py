@@ -156,8 +156,8 @@ def apply(folder: Path, force: bool = False) -> Report:
 
     Raises:
         QwenVLError: the tree is at another commit (unless `force`), a file of a patch has other changes (unless `force`
-            in a tree without .git), or a patch does not apply.
-        UsageError: see `open_tree`.
+            in a tree without .git), a patch does not apply, or git fails; or see `check`.
+        UsageError: see `check`.
     """
     report = check(folder, force)
     conflicts = ", ".join(patch.name for patch in report.with_state(State.CONFLICT))

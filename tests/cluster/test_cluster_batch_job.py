@@ -67,8 +67,16 @@ class InProcessPool:
         prompt: str | None = None,
     ) -> Result:
         """Run a job on this pool, with two concurrent rows per actor."""
-        job = Job(absolute(str(source)), absolute(str(target)), "in", "out", prompt, options, 2)
-        return run(job, lambda: self._model, Actors(maximum=3), "")
+        job = Job(
+            absolute(str(source)),
+            absolute(str(target)),
+            source_name="in",
+            name="out",
+            prompt=prompt,
+            options=options,
+            window=2,
+        )
+        return run(job, lambda: self._model, Actors(maximum=3), address="")
 
 
 @pytest.fixture

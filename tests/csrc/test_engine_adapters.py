@@ -1,4 +1,7 @@
-"""Adapters in the engine: compared with merged weights, independent of the batch, and errors of invalid adapters."""
+"""Adapters in the engine: compared with merged weights, independent of the batch, and errors of invalid adapters.
+
+The tests also run on a GPU (tests/cuda/README.md).
+"""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ def isolated_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not entry.endswith(("site-packages", "dist-packages")):
             continue
         for path in Path(entry).iterdir():
+            # Python executes .pth files when it starts, from version 3.15 on also .start files.
             hidden = path.name.startswith(("paddle", "ppdiffusers", "_qwenvl", "qwenvl", "sitecustomize"))
             if not hidden and path.suffix not in (".pth", ".start", ".dist-info", ".egg-info"):
                 with contextlib.suppress(FileExistsError):  # as in imports, the first on sys.path is used

@@ -1,4 +1,7 @@
-"""Inputs of the operators: a violation of the contract gives an error message, not a crash."""
+"""Inputs of the operators: a violation of the contract gives an error message, not a crash.
+
+Also the end of an engine with its program.
+"""
 
 from __future__ import annotations
 

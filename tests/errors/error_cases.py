@@ -2,7 +2,8 @@
 
 The function gets a `Bench` in an empty working directory, creates the input there, and returns the arguments of
 `qwenvl`. Functions such as `predict(…)` and `recipe(…)` return a case that calls the method of `Bench` of the same name
-with the same arguments. The other *_cases.py of this folder add their cases to CASES.
+with the same arguments. The other *_cases.py of this folder add their cases to CASES. test_errors.py runs them; with
+QWENVL_TEST_UPDATE_ERRORS=1 it writes the messages into the rows (docs/development.md).
 """
 
 from __future__ import annotations
@@ -1742,32 +1743,32 @@ def serve(*flags: str) -> Case:
 
 
 @case("`serve` with stages that are not there")
-def serve_no_stages(bench: Bench) -> list[str]:
+def _(bench: Bench) -> list[str]:
     bench.stdout = os.devnull  # in a subprocess, because `serve` sets up logging before it fails
     stages = ["--first_model_path", "vision/vision", "--second_model_path", "text/qwen"]
     return ["serve", "--port", "0", *stages]
 
 
 @case("a file of keys that is not there")
-def serve_no_keys(bench: Bench) -> list[str]:
+def _(bench: Bench) -> list[str]:
     bench.stdout = os.devnull
     return ["serve", "--port", "0", *bench.stage_flags(), "--api_key_file", "keys"]
 
 
 @case("a variable that is not a setting")
-def serve_variable(bench: Bench) -> list[str]:
+def _(bench: Bench) -> list[str]:
     bench.monkeypatch.setenv("QWENVL_SERVE_MAX_WAITNG", "1")
     return ["serve", "--demo"]
 
 
 @case("a key of the file that is not a setting")
-def serve_key(bench: Bench) -> list[str]:
+def _(bench: Bench) -> list[str]:
     Path("serve.yaml").write_text("max_waitng: 1")
     return ["serve", "--demo", "--config", "serve.yaml"]
 
 
 @case("a port that is in use")
-def serve_port(bench: Bench) -> list[str]:
+def _(bench: Bench) -> list[str]:
     bench.keep_alive = socket.create_server(("127.0.0.1", 0))
     return ["serve", "--demo", "--port", str(bench.keep_alive.getsockname()[1])]
 

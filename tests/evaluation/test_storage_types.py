@@ -1,7 +1,7 @@
 """Accuracy of the demo model on the engine by storage type.
 
 Compared with float32 on a CPU, 16-bit types and int8 lose at most one percentage point, int4 three, rounded up to whole
-answers or boxes. These types run on the device that QWENVL_TEST_DEVICE names, by default on the CPU (engines.py).
+answers or boxes. With QWENVL_TEST_DEVICE=gpu they run on a GPU; float16 is tested only there.
 """
 
 from __future__ import annotations

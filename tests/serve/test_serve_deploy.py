@@ -113,7 +113,7 @@ def test_unit_starts_the_server(configure: Configure, tmp_path: Path) -> None:
 def test_unit_lets_running_requests_finish() -> None:
     # An upper bound of the time that a shutdown takes beyond shutdown_timeout. Four phases have the timeout
     # _STEP_TIMEOUT_SECONDS: the end of the engine process, the handlers' error events, the second engine.stop() in
-    # `run`, the end of the image processes.
+    # `run`, the end of the image processes. _HANDSHAKE_SECONDS, a part of shutdown_timeout, is a margin.
     cleanup_seconds = 4 * server._STEP_TIMEOUT_SECONDS + server._CLEANUP_SECONDS + server._HANDSHAKE_SECONDS
     assert int(values("TimeoutStopSec")[0]) > ServeSettings().shutdown_timeout + cleanup_seconds
     # "mixed" sends SIGTERM to the front only: at SIGTERM the engine process would exit in the middle of its work.

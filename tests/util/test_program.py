@@ -1,4 +1,4 @@
-"""Name of the command in messages: "qwenvl" if PATH has this command, or if Python started it, else its path."""
+"""Name of the command in messages: "qwenvl" if PATH finds it by that name, or with `python -m`, else its path."""
 
 from __future__ import annotations
 

@@ -90,8 +90,8 @@ QVL_INLINE UnsignedBytes gather_bytes(UnsignedBytes words) {
 // Add to sums [kGroups] the sum of x over each group of a block.
 template <int Bits, int Group>
 QVL_INLINE void sum_groups(const char* block, float* sums) {
-  // First add, as integers, the vectors whose lanes belong to the same groups; the groups change every kStep
-  // vectors.
+  // Of the 8 vectors of a block, first add, as integers, those whose lanes belong to the same groups; the
+  // groups change every kStep vectors.
   constexpr int kStep = Bits == 8 ? (Group > kVector ? Group : kVector) / kVector : kUnit / kVector;
   // Low and high nibbles belong to different groups of 32, and their vectors alternate.
   constexpr int kClasses = Bits == 4 && Group == 32 ? 2 : 1;

@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 class Schema(BaseModel):
     """Base class of request objects. JSON types are strict: "1" is not a number.
 
-    For an optional parameter, null equals omission.
+    For an optional parameter, null equals omission: a subclass declares it as Optional, with None as its default.
 
     Attributes:
         not_supported: OpenAI's parameters that this server does not support, with their accepted values. Accepted

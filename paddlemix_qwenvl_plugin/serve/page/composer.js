@@ -11,7 +11,7 @@ const field = byId('question');
 export class Composer {
   /**
    * @param {object} callbacks
-   * @param {(question: {text: string, images: object[]}) => void} callbacks.send
+   * @param {(question: {text: string, images: object[]}) => void} callbacks.send images: results of readImage()
    * @param {() => void} callbacks.stop
    */
   constructor(callbacks) {
@@ -33,6 +33,7 @@ export class Composer {
     });
     byId('stop').addEventListener('click', callbacks.stop);
     byId('attach').addEventListener('click', () => byId('files').click());
+    // On a phone the camera button opens `capture` (camera.js).
     for (const input of [byId('files'), byId('capture')]) {
       input.addEventListener('change', () => {
         this.attach([...input.files]);
@@ -109,7 +110,7 @@ export class Composer {
     list.replaceChildren(
       ...this.images.map((image) => {
         const button = iconButton('close', 'dismiss', () => this.#remove(image));
-        setWords(button, 'label', 'remove', { name: image.name });
+        setWords(button, 'label', 'remove', { name: image.name }); // iconButton() takes no values
         const thumbnail = element('img', { src: image.url });
         thumbnail.alt = image.name; // not an argument of element(), which would look it up among the page's texts
         return element('li', {}, thumbnail, button);

@@ -248,8 +248,8 @@ void Gpu::launch_bytes(CUstream, const char* name, Dim grid, int threads, int sh
     barriers.clear();
     finished = false;
     for (int i = 0; i < kMeetings; ++i) {
-      // Barrier 0 is for all threads, barrier 1 for all but the last warp, which only requests copies; the
-      // others are for a warpgroup or a warp each.
+      // Barrier 0 is for all threads, barrier 1 for all but the last warp, which in Hopper's products only
+      // requests copies; the others are for a warpgroup or a warp each.
       const int count = i == 0 ? threads : i == 1 ? threads - 32 : i < kOfWarps ? 128 : 32;
       meetings[i] = std::make_unique<std::barrier<>>(count);
     }

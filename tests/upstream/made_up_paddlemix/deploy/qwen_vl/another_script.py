@@ -1,4 +1,4 @@
-"""A script that PaddleMIX does not have: it saves an encoder and also runs it, so upstream must load the model."""
+"""Script that saves an encoder and also runs it: the plugin must load upstream's model; Paddle saves the encoder."""
 
 from __future__ import annotations
 
