@@ -24,8 +24,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# As in cluster/batch/job.py: a part has at most 32 * batch_size rows, and there are at least 4 parts per actor, unless
-# they would have less than batch_size rows.
+# As in cluster/batch/job.py: a part has at most 32 * batch_size rows; shorter jobs have about 4 parts per actor, each
+# of at least batch_size rows.
 MAX_PART_ROWS, PARTS_PER_ACTOR = 32, 4
 QUESTION = "What is the name of the animal that stands beside the red car in the second row?"
 

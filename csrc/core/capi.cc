@@ -335,6 +335,7 @@ qvl_status qvl_encode_images(qvl_engine* engine, int64_t n, const float* images,
     if (n == 0) return;
     require_pointer(images, "images");
     require_pointer(features, "features");
+    // qvl_forward, qvl_sample, qvl_step and qvl_adapter_create lock in core/engine.cc.
     const std::lock_guard<std::mutex> lock(engine->compute_lock);
     engine->backend->encode_images(n, images, features, stream);
   });
@@ -457,7 +458,7 @@ qvl_status qvl_generate(qvl_engine* engine, qvl_kv_pool* pool, int32_t n, const 
     QVL_REQUIRE(n >= 1 && n <= (1 << 16), QVL_INVALID, "n is %d; it must be 1 to %d", n, 1 << 16);
     require_pointer(requests, "requests");
     const qvl::ConvertedArray<qvl_request> given("requests", "request_size", requests, n, request_size);
-    std::deque<qvl::ConvertedArray<qvl_span>> spans;
+    std::deque<qvl::ConvertedArray<qvl_span>> spans;  // a deque, since these arrays cannot be moved
     std::vector<qvl::Request> converted;
     for (int32_t i = 0; i < n; ++i) {
       const qvl_request& r = given.data()[i];

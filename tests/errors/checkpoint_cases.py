@@ -1,4 +1,4 @@
-"""Cases of docs/errors.md: checkpoints with mistakes that occur in practice, and malicious weight files."""
+"""Cases of docs/errors.md: checkpoints with mistakes that occur in practice, malicious weight files, `convert --to`."""
 
 from __future__ import annotations
 

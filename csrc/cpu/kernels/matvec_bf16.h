@@ -67,7 +67,7 @@ struct RowsBf16 {
 #pragma GCC unroll 8
       for (int r = 0; r < RowCount; ++r) {
         pairs[r] = load<Words>(w + int64_t{r} * k + i);
-        if (r % Passes == Pass && i % 32 == 0) prefetcher.next();
+        if (r % Passes == Pass && i % 32 == 0) prefetcher.next();  // 32 weights: a cache line
       }
       step<RowCount, XCount>(pairs, x + i, width, sums);
     }

@@ -34,7 +34,7 @@ struct GatherParams {
 };
 
 constexpr int kRotateThreads = 128;
-constexpr int kMaxHeadDim = 512;
+constexpr int kMaxHeadDim = 512;  // of these kernels; Language requires at most 256, for those of attention
 
 enum CacheType { kCacheFloat32, kCacheBfloat16, kCacheFloat16, kCacheInt8 };
 

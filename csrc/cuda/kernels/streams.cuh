@@ -1,6 +1,6 @@
 // Building blocks of kernels that stream weights or keys from memory: asynchronous copies (cp.async) and
 // tensor-core products (mma). Before sm_80 plain loads replace the copies, and sums over warp shuffles
-// replace the products.
+// replace the products. mma.cuh has the like, from sm_80 on, for prompts and images; no kernel includes both.
 //
 // Use of the copies: linear_decode.cu and linear_decode_wide.cu keep a ring of slots in shared memory. A step
 // of their loops reads one slot, while the copies to the next slots are in flight. With three slots, of which
