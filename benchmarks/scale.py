@@ -105,9 +105,7 @@ def routing(times: Times) -> list[Line]:
         "completed",
     )
     seconds = warm_up, _ = run_seconds(16)
-    lines = []
     for name, router_class in (("prefix", ByPrefix), ("two choices", TwoChoices)):
-        points = []
         for rate in (10, 20, 30, 40, 50, 60):
             service, done = steady(times, 16, rate, router_class(), seconds)
             firsts = first_token_times(done)
@@ -122,9 +120,7 @@ def routing(times: Times) -> list[Line]:
                 ms(quantile(latencies(done), 0.95)),
                 f"{len(done) / n_arrived:.0%}",
             )
-            points.append((float(rate), quantile(firsts, 0.95)))
-        lines.append(Line(name, points))
-    return lines
+    return []
 
 
 def replicas(times: Times) -> list[Line]:
@@ -264,10 +260,9 @@ def batch(times: Times) -> list[Line]:
     decode = CAPTION_TOKENS * times.decode_step(BATCH_ROWS) / BATCH_ROWS
     row_seconds = times.image + times.prompt(PROMPT_TOKENS) + decode
     table("rows per part", "seconds per part", *(f"{n} workers" for n in (10, 100, 1000)))
-    lines = []
     for rows in (8, 64, 512, 4096):
         part_seconds = rows * row_seconds
-        points, cells = [], []
+        cells = []
         for n in (10, 100, 1000):
             env = simpy.Environment()
             job = BatchJob(
@@ -278,10 +273,8 @@ def batch(times: Times) -> list[Line]:
             env.run(horizon)
             utilisation = job.parts * part_seconds / horizon / n
             cells.append(f"{min(1.0, utilisation):.0%}")
-            points.append((float(n), utilisation))
         row(rows, f"{part_seconds:.1f}", *cells)
-        lines.append(Line(f"{rows} rows per part", points))
-    return lines
+    return []
 
 
 def costs(times: Times, price: float = 1.0) -> list[Line]:
@@ -293,6 +286,7 @@ def costs(times: Times, price: float = 1.0) -> list[Line]:
     return []
 
 
+# A scenario prints its table and returns the lines of its figure; only `scaling` has one.
 SCENARIOS: dict[str, Callable[..., list[Line]]] = {
     scenario.__name__: scenario for scenario in (routing, replicas, fronts, scaling, failures, batch, costs)
 }
@@ -315,7 +309,7 @@ def main() -> None:
         if arguments.only in (None, name):
             print(f"\n{name}: {(scenario.__doc__ or '').splitlines()[0]}")
             lines = scenario(PROFILES[arguments.profile], *([arguments.price] if scenario is costs else []))
-            if arguments.figure and name == "scaling":
+            if arguments.figure and lines:
                 arguments.figure.write_text(figure(lines, "seconds", "waiting requests"), "utf-8")
 
 
