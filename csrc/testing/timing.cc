@@ -1,4 +1,5 @@
 // Memory reads and the bfloat16 instruction vdpbf16ps, to measure their speed without interpreter overhead.
+// On x86-64 the reads need AVX2.
 #include <algorithm>
 #include <chrono>
 #include <cstring>

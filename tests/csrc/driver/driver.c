@@ -1,4 +1,5 @@
-/* A C program that calls the library as an application does, built without and with sanitizers.
+/* A C program that calls the library as an application does; test_driver.py builds it without and with
+ * sanitizers.
  *
  *   driver all            a small random model for every ISA and storage type, from memory (images,
  *                         completions, steps, blocks, events) and from a file (images, completions)
