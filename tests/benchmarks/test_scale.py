@@ -1,4 +1,7 @@
-"""The simulation of benchmarks/scale.py against closed forms of queueing theory, Little's law and measured times."""
+"""The simulation of benchmarks/scale.py against closed forms of queueing theory, Little's law and measured times.
+
+Also its routing, failures and autoscaling, and the figure.
+"""
 
 from __future__ import annotations
 
