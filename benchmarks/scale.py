@@ -1,6 +1,6 @@
-"""Simulation of 1 to 1,000 replicas with measured service times: queueing, routing, autoscaling, failures, limits.
+"""Simulation of 1 to 1,000 replicas with measured service times: routing, fronts, autoscaling, failures, batch jobs.
 
-docs/scaling.md contains the results. Takes some minutes.
+docs/scaling.md contains the results. Takes some minutes. The scenario `costs` is computed, not simulated.
 Run: python benchmarks/scale.py [--only NAME] [--profile h200-int4] [--figure FILE.svg]
 """
 
@@ -311,7 +311,7 @@ def main() -> None:
         if arguments.only in (None, name):
             print(f"\n{name}: {(scenario.__doc__ or '').splitlines()[0]}")
             lines = scenario(PROFILES[arguments.profile], *([arguments.price] if scenario is costs else []))
-            if arguments.figure and name == "scaling":
+            if arguments.figure and lines:
                 arguments.figure.write_text(figure(lines, "seconds", "waiting requests"), "utf-8")
 
 

@@ -76,10 +76,17 @@ def export(folder: Path, name: str) -> None:
     program = export_module.Program(
         "", functools.partial(model, weights=weights), inputs, export_module._on_all
     )
-    stage = export_module._Stage(name, [], [program], lambda *_: parameters(weights), ())
-    stub_checkpoint = SimpleNamespace(folder=folder, config=config, fingerprint=lambda: "random weights")
+    stage = export_module._Stage(
+        name, portable=[], engine=[program], parameters=lambda *_: parameters(weights), companions=()
+    )
+    stub_checkpoint = SimpleNamespace(
+        folder=folder,
+        config=config,
+        fingerprint=lambda: "random weights",
+        merge=SimpleNamespace(adapters=()),
+    )
     prefix = folder / ("vision" if name == "vision" else "qwen")
-    export_module._export(stub_checkpoint, prefix, "bfloat16", None, "fused", stage)
+    export_module._export(stub_checkpoint, prefix, "bfloat16", quant_type=None, engine="fused", stage=stage)
     (folder / "config.json").write_text(json.dumps(CONFIG))
 
 

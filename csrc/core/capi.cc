@@ -458,7 +458,7 @@ qvl_status qvl_generate(qvl_engine* engine, qvl_kv_pool* pool, int32_t n, const 
     QVL_REQUIRE(n >= 1 && n <= (1 << 16), QVL_INVALID, "n is %d; it must be 1 to %d", n, 1 << 16);
     require_pointer(requests, "requests");
     const qvl::ConvertedArray<qvl_request> given("requests", "request_size", requests, n, request_size);
-    std::deque<qvl::ConvertedArray<qvl_span>> spans;
+    std::deque<qvl::ConvertedArray<qvl_span>> spans;  // a deque, since these arrays cannot be moved
     std::vector<qvl::Request> converted;
     for (int32_t i = 0; i < n; ++i) {
       const qvl_request& r = given.data()[i];

@@ -282,7 +282,7 @@ void Language::product(CUstream stream, int number, const Matrix& matrix, const 
   }
   if (!adapted) return;
 
-  if (shape.n_decode > 0) {
+  if (shape.n_decode > 0) {  // before the prompts' updates: its predecessor must be linear_decode
     low_rank_down(gpu_, stream, rows, bytes(x) + decode_offset, x_stride, x_stride,
                   product_ranks_[to_size(number)], has_tensor_maps(gpu_), memory);
   }

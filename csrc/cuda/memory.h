@@ -31,7 +31,8 @@ inline constexpr uint64_t round_up(uint64_t n, uint64_t unit) {
 // Whether the GPU can access the memory: GPU memory or page-locked host memory.
 bool is_device_visible(const void* pointer);
 
-// Enqueue a copy; `to` and `from` may each be in GPU memory or in host memory.
+// Enqueue a copy; `to` and `from` may each be in GPU memory or in host memory. Pageable host memory at `from`
+// may change once this function returns.
 void copy(CUstream stream, void* to, const void* from, uint64_t bytes);
 
 // Allocate GPU memory (allocate), or page-locked host memory that the GPU can access (allocate_host). Throw

@@ -1,5 +1,5 @@
 // Memory reads and the bfloat16 instruction vdpbf16ps, to measure their speed without interpreter overhead:
-// the limits in benchmarks/cpu_engine.py and benchmarks/textbook.py.
+// the limits in benchmarks/cpu_engine.py and benchmarks/textbook.py. On x86-64 the reads need AVX2.
 #include <algorithm>
 #include <chrono>
 #include <cstring>

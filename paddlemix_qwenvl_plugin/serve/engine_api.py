@@ -120,7 +120,7 @@ class EngineClient(Protocol):
         """Submit a request.
 
         Raises:
-            EngineUnavailable: no process is ready.
+            EngineUnavailable: no process is ready. On a Ray cluster, only the stream raises it.
         """
 
 

@@ -10,5 +10,5 @@ def hook_states() -> dict[str, str]:
 
     Empty if the activation is switched off (QWENVL_PLUGIN=0) or did not run in this process.
     """
-    activation = sys.modules.get("_qwenvl_activate")
+    activation = sys.modules.get("_qwenvl_activate")  # imported when Python starts (activation/)
     return dict(activation.state) if activation is not None else {}

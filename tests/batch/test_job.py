@@ -345,7 +345,7 @@ def test_a_byte_order_mark_and_windows_line_ends(folder):
     assert source.row(1).parsed.request.parts == [{"text": "a\u2028b"}]
 
 
-def test_a_changed_input_is_noticed(cheap, folder):
+def test_a_changed_input_is_noticed(folder):
     path = write_rows(folder / "in.jsonl", [{"id": 1, "prompt": "?"}])
     source = Source(path, GenerationOptions())
     write_rows(path, [{"id": 1, "prompt": "!"}])

@@ -1,6 +1,6 @@
-"""The modules of benchmarks/scale.py's simulation against closed forms of queueing theory and measured times.
+"""The simulation of benchmarks/scale.py against closed forms of queueing theory, Little's law and measured times.
 
-The scenarios in scale.py itself are not run.
+Also its routing, failures and autoscaling, and the figure.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -229,7 +230,7 @@ def test_a_model_folder(model: Path, change: Callable[[str], str], scheme: str) 
         "parameters": n_parameters,
         "language_layers": 2,
         "hidden_size": 256,
-        "vocab_size": check.data["vocab_size"],
+        "vocab_size": json.loads((model / "config.json").read_text())["vocab_size"],
         "vision_layers": 2,
         "tokenizer": "qwen.tiktoken",
         "cause": None,

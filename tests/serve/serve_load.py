@@ -62,7 +62,7 @@ class Tally:
 
     @property
     def requests(self) -> int:
-        """Number of all requests, except those read to the end with an unexpected response."""
+        """Number of all requests, except valid ones read to the end with an unexpected response."""
         return self.answered + sum(self.errors.values()) + self.disconnected + sum(self.invalid.values())
 
 

@@ -99,7 +99,7 @@ class Front:
 
     def _state(self) -> Report:
         metrics: list[Metric] = list(self._service.metrics.registry.collect())
-        return Report(True, metrics, self._admission.leases)
+        return Report(ready=True, metrics=metrics, leases=self._admission.leases)
 
     async def _apply_totals(self) -> None:
         """Apply the reported cluster state to the engine client and the service."""

@@ -1,5 +1,6 @@
-/* A program with the structs of version 0.1 of the header. Some of them lack later fields, and no readable
- * memory follows any of them. The program must run with every later version of the library.
+/* A program with the structs of version 0.1 of the header, for test_engine_weights.py. Some of them lack
+ * later fields, and no readable memory follows any of them. The program must run with every later version of
+ * the library.
  *
  *   old_structs FILE < NUMBERS
  *
