@@ -347,6 +347,8 @@ void Language::layers(CUstream stream, const CudaKvPool& pool, const InputArrays
     rms_norm(gpu_, stream, x, layer.ln_2, config_.norm_epsilon, n, hidden, normed_.get());
     product(stream, first + kGateUpProduct, layer.gate_up, normed_.get(), hidden, inputs, shape,
             Epilogue::kSiluTimes, mlp_.get());
+    // gate_up.out / 2: the MLP width, rounded up to a multiple of 8 as strides must be
+    // (Weights::interleaved).
     product(stream, first + kMlpProjProduct, layer.mlp_proj, mlp_.get(), layer.gate_up.out / 2, inputs, shape,
             Epilogue::kAdd, x);
   }
