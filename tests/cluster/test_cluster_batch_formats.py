@@ -129,8 +129,11 @@ def test_webdataset(tmp_path, n_rows, prompt):
     red, blue = png("red"), png("blue")
     (tmp_path / "data").mkdir()
     files = [
+        (".json", b"{}"),  # the members that are no part of a row
         ("x/0.png", red),
+        ("x/._0.txt", b"of macOS"),
         ("x/0.txt", b"zero?"),
+        ("README", b"no row"),
         ("x/1.1.png", blue),
         ("x/1.0.png", red),
         ("x/1.json", b'{"prompt": "one?", "width": 4, "seed": 7}'),

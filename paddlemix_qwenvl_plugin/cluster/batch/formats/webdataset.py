@@ -17,9 +17,10 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError
 class WebDataset:
     """Format of WebDataset tar files; `start` and `stop` of an Entry are byte offsets in the tar file.
 
-    A row's id is the name of its members without the extension. Its `.json` has the keys of the plain form, this
-    package's format of a row (PLAIN_KEYS in entry.py). Its image members, in the order of their extensions, replace the
-    images in the `.json`. Its prompt is the key `prompt`, else the job's, else its `.txt`.
+    A row's id is the path of its members up to the file name's first dot. Members without an extension, or whose file
+    name begins with a dot, such as those that macOS adds, are no part of a row. The `.json` of a row has the keys of the
+    plain form, this package's format of a row (PLAIN_KEYS in entry.py). Its image members, in the order of their
+    extensions, replace the images in the `.json`. Its prompt is the key `prompt`, else the job's, else its `.txt`.
     """
 
     def __init__(self, prompt: Optional[str], defaults: Mapping[str, Any]) -> None:
@@ -28,13 +29,13 @@ class WebDataset:
 
     def index(self, folder: str, name: str) -> Iterator[Entry]:
         """List the rows of a tar file."""
-        number, key, start, stop = 0, "", 0, 0  # of the current row; number 0: no row yet
+        number, key, start, stop = 0, "", 0, 0  # of the current row; number 0: no row yet; no key is empty
         with opened(join(folder, name)) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 _clear_members(archive)
-                if not member.isfile():
+                member_key, extension = _split(member.name)
+                if not member.isfile() or not extension:
                     continue
-                member_key = _split(member.name)[0]
                 if member_key != key:
                     if number:
                         yield Entry(number, start, member.offset, key)
@@ -56,9 +57,9 @@ class WebDataset:
                     if member.offset >= entry.stop - entry.start:
                         break
                     content = archive.extractfile(member)
-                    if content is None:
-                        continue
                     member_key, extension = _split(member.name)
+                    if content is None or not extension:
+                        continue
                     if files and member_key != key:
                         yield number, self._row(key, files)
                         number, files = number + 1, {}
@@ -86,7 +87,7 @@ def _clear_members(archive: Any) -> None:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Split a member's name into the row's key and the extension in lower case."""
+    """Split a member's name into the row's key and the extension in lower case; both empty if it is of no row."""
     folder, slash, last = name.rpartition("/")
     stem, _, extension = last.partition(".")
-    return folder + slash + stem, extension.lower()
+    return (folder + slash + stem, extension.lower()) if stem and extension else ("", "")
