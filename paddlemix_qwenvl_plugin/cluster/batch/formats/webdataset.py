@@ -18,7 +18,7 @@ class WebDataset:
     """Format of WebDataset tar files; `start` and `stop` of an Entry are byte offsets in the tar file.
 
     A row's id is the path of its members up to the file name's first dot. Members without an extension, or whose file
-    name begins with a dot, such as those that macOS adds, are no part of a row. The `.json` of a row has the keys of the
+    name begins with a dot, such as those that macOS adds, are no part of a row. A row's `.json` has the keys of the
     plain form, this package's format of a row (PLAIN_KEYS in entry.py). Its image members, in the order of their
     extensions, replace the images in the `.json`. Its prompt is the key `prompt`, else the job's, else its `.txt`.
     """
