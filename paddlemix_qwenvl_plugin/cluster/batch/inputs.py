@@ -57,7 +57,8 @@ class Input:
     def digest(self) -> str:
         """Compute a digest: of the content of a single JSONL file, otherwise of the files' names and sizes.
 
-        Reading many files, or images, would take too long; a change that keeps all sizes is not noticed.
+        Many files, or one with images (Parquet, tar), would take too long to read; a change that keeps all names and
+        sizes is not noticed.
         """
         if self.kind != "jsonl" or len(self.sizes) > 1:
             return hashlib.sha256(dump([*self.sizes.items()])).hexdigest()
