@@ -110,6 +110,7 @@ def index(files: Input, format: Format) -> Iterator[tuple[str, Entry]]:
 
     Raises:
         UsageError: two rows have the same id.
+        QwenVLError, OSError: a file is damaged or cannot be read; see `naming_url`.
     """
     seen: dict[str, tuple[str, int]] = {}
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
