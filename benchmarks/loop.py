@@ -159,7 +159,7 @@ def batch(folder: Path) -> None:
 
 
 def run_all(model: QwenVL, window: int) -> float:
-    """Time of the 64 requests of PROMPTS in seconds, with at most `window` concurrently."""
+    """Time of the 64 requests of PROMPTS in seconds, without stop tokens, with at most `window` concurrently."""
     model._loop = Loop(model._loop._executor)  # without the prefix cache of the last round
     streams = (
         model.start(Prompt(ids, []), [], [], GenerationOptions(max_new_tokens=n), None)
@@ -194,7 +194,7 @@ def engine_on_busy_cpu(folder: Path, n_processes: int) -> None:
     load = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n_processes)]
     try:
         for dtype, quant_type in STORAGE:
-            open_demo(folder, dtype, quant_type)
+            open_demo(folder, dtype, quant_type)  # for its exports, which the processes below open
             figures = []
             for threads in ("1", "2"):
                 command = [sys.executable, __file__, "--engine_only", str(folder)]

@@ -37,7 +37,7 @@ def main() -> None:
     arguments = flags.parse_args()
 
     model = open_model(arguments)
-    # The prompt announces each image by its number, "Picture 1: ", which the questions refer to.
+    # The prompt announces each image by its number, "Picture 1:", which the questions refer to.
     images = [{"image": path.read_bytes()} for path in arguments.images]
     for question in arguments.questions or QUESTIONS:
         answer = model.generate([*images, {"text": question}], chat=True, max_new_tokens=128)

@@ -5,7 +5,8 @@
 // On an asynchronous device step n + 1 is enqueued before the host has read the tokens of step n, unless a
 // request reaches its maximum length in step n, or step n contains a request that finished in step n - 1.
 // Step n + 1 then takes the tokens of step n from device memory, and its results for requests that turn out
-// to have finished in step n are discarded.
+// to have finished in step n are discarded. If an error or on_step ends the call while a step runs, freeing
+// the buffers waits for it.
 #include <algorithm>
 #include <memory>
 #include <numeric>

@@ -116,6 +116,7 @@ void attend_decode(Context& context, const AttentionShape& shape, const float* q
   // With one thread, with one chunk per query, or if there are at least 8 pairs of a query and a head for
   // each thread, enough to balance the load, a task is such a pair with all its chunks.
   if (context.pool.size() == 1 || n_chunks == n_work || n_work * shape.heads >= 8 * context.pool.size()) {
+    // Allocate now; in the tasks get(0) returns this memory.
     for (Buffer& buffer : context.thread_scratch)
       buffer.get<float>(static_cast<size_t>(2 * decode.result_floats()));
     context.run(n_work * shape.heads, operations, [&](int64_t i, int thread) {

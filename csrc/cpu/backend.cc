@@ -23,7 +23,8 @@ struct DoneEvent final : Event {
   void wait() override {}
 };
 
-// Kernels for the config's ISA and compute type.
+// Kernels for the config's ISA and compute type. Those of avx512_bf16 multiply prompts and images in
+// bfloat16, so those of avx512 replace them for float32.
 const cpu::Kernels& kernels(const qvl_config& config) {
   const cpu::Kernels& selected = cpu::kernels_for(config.isa);
   const bool bfloat16 = selected.isa == QVL_ISA_AVX512_BF16;

@@ -29,7 +29,9 @@ class Language {
 
   // Write the part's rows of x: embeddings of its tokens, or features of images.
   void embed(Context& context, const qvl_batch& batch, const Part& part, float* x) const;
+  // Append the part's rows and work items to the vectors at the end of this class.
   void add_rows(const CpuKvPool& pool, const Part& part);
+  // Compute the parts, which make up one pass; `logits` as for forward().
   void pass(Context& context, CpuKvPool& pool, const qvl_batch& batch, std::vector<Part>& parts,
             float* logits);
   void attend(Context& context, CpuKvPool& pool, int layer, Rows rows);

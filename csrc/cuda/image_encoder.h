@@ -35,6 +35,7 @@ class ImageEncoder {
   Norm ln_pre_;
   std::vector<Block> blocks_;
 
+  // Of the resampler. kv_proj_ exists only if the widths of vision tower and language model differ.
   bool has_kv_proj_;
   Matrix kv_proj_, key_, value_, out_proj_, proj_;
   Norm ln_kv_, ln_post_;

@@ -204,7 +204,7 @@ def _library() -> Target:
 
 
 def library_target(units: list[Unit], link: tuple[str, ...] = ()) -> Target:
-    """Build target of the engine's library."""
+    """Build target of the engine's library; a release (tools/release_wheel.py) gives further linker arguments."""
     link = (*_LINK, *link)
     return Target(LIBRARY, ("include", "core", "cpu"), units, compiler(), _compiler_identity(), link)
 

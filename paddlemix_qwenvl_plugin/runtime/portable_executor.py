@@ -47,7 +47,7 @@ class PortableExecutor:
         """Run a step (see Executor) synchronously."""
         [chunk] = chunks
         generation = chunk.generation
-        if generation not in self._running or generation.n_computed == 0:
+        if generation not in self._running:
             sampler = RowSampler(
                 generation.options,
                 sorted(generation.stop_token_ids),

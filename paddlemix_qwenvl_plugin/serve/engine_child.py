@@ -42,6 +42,9 @@ class EngineChild(asyncio.Protocol):
 
         Args:
             on_message: called with each message except "ready" and "broken", which this class handles.
+
+        Raises:
+            OSError: the process cannot be started.
         """
         child = cls(on_message)
         front_socket, child_socket = socket.socketpair()

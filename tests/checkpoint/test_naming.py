@@ -15,9 +15,9 @@ def canonical(name):
     return name.replace("transformer.llm.", "").replace("visual.vit.", "visual.")
 
 
-def read(folder, dtype="float32"):
+def read(folder):
     checkpoint = Checkpoint(folder)
-    return dict(checkpoint.tensors({**checkpoint.language, **checkpoint.vision}, dtype))
+    return dict(checkpoint.tensors({**checkpoint.language, **checkpoint.vision}, "float32"))
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pdparams", "sharded-safetensors", "sharded-pdparams"])

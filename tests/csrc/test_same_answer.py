@@ -233,8 +233,8 @@ def test_generated_tokens_of_an_earlier_turn(case):
 def test_long_contexts(library, isa):
     """Decode steps over 509 to 511 keys, on 1 to 16 threads.
 
-    The engine divides the keys into chunks of at most 256, and the work into 3 heads x 2 chunks for each token; 16
-    threads are more than a step of one token has work for.
+    On a CPU the engine divides the keys into chunks of at most 256, and the work into 3 heads x 2 chunks for each
+    token; 16 threads are more than a step of one token has work for.
     """
     stored = store(library, random_weights(np.random.default_rng(3)), BFLOAT16)
     tokens = np.random.default_rng(5).integers(0, VOCAB, 512).tolist()

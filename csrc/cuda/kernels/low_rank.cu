@@ -1,10 +1,11 @@
 // Low-rank adapters (LoRA), y = f(W x + B (A x)), for decode rows, each with its own adapter or none. f is
 // the epilogue; the product of the base weight omits it and writes raw = W x, both for decode rows and for
-// prompts. If f only stores or adds float32, there is no raw: that product stores W x in y or adds it to y.
+// prompts. If f only stores or adds float32, that product stores W x in y or adds it to y, and raw is y.
 //
-// Layout. A block has 16 rows of x, the 16 rows of mma.m16n8k16, sorted by adapter into runs with the same
-// adapter. A run's products are computed for all 16 rows, with zeros for the rows of other runs, and stored
-// only for the rows of the run:
+// Layout. A block has 16 rows of x, sorted by adapter into runs with the same adapter. In mma.m16n8k16 they
+// are the m of low_rank_up, which computes a run's products for all 16 rows, with zeros for the rows of other
+// runs. For low_rank_down, whose m are rows of A, they are the n: 8 or 16 rows from the first of the run on.
+// Products are stored only for the rows of the run:
 //
 //   low_rank_down   blocks (16 rows of A, 16 rows of x, slices of k x groups of runs)    x -> low H [n][rank]
 //                   the warps share a slice in steps of 32; their sums, and then those of the slices, are

@@ -57,7 +57,8 @@ class Input:
     def digest(self) -> str:
         """Compute a digest: of the content of a single JSONL file, otherwise of the files' names and sizes.
 
-        Reading many files, or images, would take too long; a change that keeps all sizes is not noticed.
+        Many files, or one with images (Parquet, tar), would take too long to read; a change that keeps all names and
+        sizes is not noticed.
         """
         if self.kind != "jsonl" or len(self.sizes) > 1:
             return hashlib.sha256(dump([*self.sizes.items()])).hexdigest()
@@ -109,6 +110,7 @@ def index(files: Input, format: Format) -> Iterator[tuple[str, Entry]]:
 
     Raises:
         UsageError: two rows have the same id.
+        QwenVLError, OSError: a file is damaged or cannot be read; see `naming_url`.
     """
     seen: dict[str, tuple[str, int]] = {}
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:

@@ -1,5 +1,6 @@
 // The parts of cuda_fp16.h that the kernels in the linear_decode.cc of this folder use. They compute in
-// bfloat16, and only convert float16 values of files (upload_matrix.cu).
+// bfloat16, and only convert float16 values to float32: those of files (upload_matrix.cu), and the scales of
+// weights with zero points (quantized.cuh).
 #pragma once
 
 #include <cstring>
