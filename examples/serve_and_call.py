@@ -29,7 +29,8 @@ def server(*flags: str) -> Iterator[str]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             # The server prints "Serving … URL" when it is ready. If it does not start, stderr has the reason.
-            yield next(line.split()[-1] for line in process.stdout or () if line.startswith("Serving "))
+            line = next((line for line in process.stdout or () if line.startswith("Serving ")), None)
+            yield line.split()[-1] if line else sys.exit(1)
         finally:
             process.terminate()
 
@@ -45,14 +46,13 @@ def main() -> None:
     image = {"url": f"data:;base64,{base64.b64encode(arguments.image.read_bytes()).decode()}"}
     content = [{"type": "image_url", "image_url": image}, {"type": "text", "text": arguments.question}]
     with server(*common, *model) as url, httpx.Client(base_url=url, timeout=600, trust_env=False) as client:
-        name = client.get("/v1/models").json()["data"][0]["id"]
-        request = {"model": name, "messages": [{"role": "user", "content": content}]}
+        model_name = client.get("/v1/models").json()["data"][0]["id"]
+        request = {"model": model_name, "messages": [{"role": "user", "content": content}]}
         response = client.post("/v1/chat/completions", json=request)
     if response.is_error:
         sys.exit(f"error: {response.json()['error']['message']}")
     message = response.json()["choices"][0]["message"]
-    boxes = [f"{box['ref']} {box['pixels']}" for box in message["boxes"]]
-    print(message["content"], *boxes, sep="\n")
+    print(message["content"], *(f"{box['ref']} {box['pixels']}" for box in message["boxes"]), sep="\n")
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def chat_prompt(
     official code. Images are numbered through all turns, including the dropped ones, so that the number of an image
     does not change during a conversation.
 
-    Role and content are tokenised separately, and the special tokens of ChatML are plain text in a content, as are
+    Role and content are tokenized separately, and the special tokens of ChatML are plain text in a content, as are
     `<img>`, `</img>` and `<imgpad>` in an answer or in the system text. Answers are not stripped here; the official
     code strips an answer before it appends it to the history.
 

@@ -132,7 +132,7 @@ class QwenTokenizer:
         self._picture_label = check_picture_label(label)
 
     def encode(self, text: str, allowed_special: Collection[str] = IMAGE_TAGS) -> list[int]:
-        """Tokenise text after NFC normalisation.
+        """Tokenize text after NFC normalisation.
 
         An unpaired surrogate becomes U+FFFD in text and `?` in a path.
 
@@ -194,7 +194,7 @@ class QwenTokenizer:
             return self._encoding.encode(text, allowed_special=allowed, disallowed_special=())
         except ValueError as error:  # the pattern matcher has a stack limit
             raise UsageError(
-                f"text of {len(text)} characters cannot be tokenised, probably for a run of a million "
+                f"text of {len(text)} characters cannot be tokenized, probably for a run of a million "
                 f"spaces: {error}"
             ) from error
 

@@ -35,7 +35,7 @@ N_DRAWN = 128
 
 @dataclass(frozen=True)
 class CalibrationRow:
-    """A tokenised calibration row.
+    """A tokenized calibration row.
 
     Attributes:
         input_ids: the prompt, then the answer and its stop token if the row has one.
@@ -75,7 +75,7 @@ class CalibrationRows:
     def __init__(
         self, source: Optional[Path], tokenizer: QwenTokenizer, config: ModelConfig, chat: bool
     ) -> None:
-        """Read and tokenise all rows; images are loaded later, one row at a time.
+        """Read and tokenize all rows; images are loaded later, one row at a time.
 
         Args:
             source: JSONL file; None: samples of the demo world.
@@ -121,7 +121,7 @@ class CalibrationRows:
                 parsed = read_row(number, line, {}).parsed
                 if isinstance(parsed, QwenVLError):
                     raise parsed
-                yield self._tokenised(parsed.request, answer, where)
+                yield self._tokenized(parsed.request, answer, where)
             except QwenVLError as error:
                 text = str(error).removeprefix(f"line {number}: ")
                 raise type(error)(f"{where}: {text}") from error
@@ -132,9 +132,9 @@ class CalibrationRows:
         sample = random_sample(rng)
         parts = sample.parts([draw(scene) for scene in sample.scenes])
         request = Request(parts, chat=sample.form == "chat")
-        return self._tokenised(request, sample.turns[0].answer, f"drawn row {number}")
+        return self._tokenized(request, sample.turns[0].answer, f"drawn row {number}")
 
-    def _tokenised(self, request: Request, answer: Optional[str], where: str) -> CalibrationRow:
+    def _tokenized(self, request: Request, answer: Optional[str], where: str) -> CalibrationRow:
         parts: Sequence[Any] = [{"text": request.parts}] if isinstance(request.parts, str) else request.parts
         chat = self._chat if request.chat is None else request.chat
         tokenizer, config = self._tokenizer, self._config

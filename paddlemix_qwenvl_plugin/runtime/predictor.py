@@ -385,10 +385,10 @@ class QwenVL:
         on_end: Callable[[Answer], None] = lambda answer: None,
         adapter: Optional[str] = None,
     ) -> AnswerStream:
-        """Create the stream for a tokenised prompt and loaded images. Errors as for `generation`.
+        """Create the stream for a tokenized prompt and loaded images. Errors as for `generation`.
 
         Args:
-            prompt: the tokenised prompt.
+            prompt: the tokenized prompt.
             images: one for each `<img>` of the prompt, in order.
             stop_token_ids: tokens that end the answer.
             options: sampling parameters and limits.

@@ -38,7 +38,7 @@ class AnswerStream(Iterator[Segment]):
             generation: the request.
             tokenizer: decodes the tokens.
             image_size: see Answer.
-            prepare_seconds: time taken to tokenise the prompt, and to load and preprocess the images.
+            prepare_seconds: time taken to tokenize the prompt, and to load and preprocess the images.
             on_end: called once with the answer when the generation ends or is cancelled after its first token; not
                 after an error.
         """

@@ -244,7 +244,7 @@ def test_lone_surrogates_do_not_crash(tiny: QwenTokenizer) -> None:
 
 
 def test_too_many_spaces_are_refused(tiny: QwenTokenizer) -> None:
-    with pytest.raises(UsageError, match="1500001 characters cannot be tokenised"):
+    with pytest.raises(UsageError, match="1500001 characters cannot be tokenized"):
         tiny.encode(" " * 1_500_000 + "x")
 
 

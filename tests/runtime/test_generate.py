@@ -26,7 +26,7 @@ def vl(tiny_exported, request):
 
 
 def test_equals_separate_calls(vl):
-    """`generate` equals separate calls that tokenise, preprocess, encode and generate."""
+    """`generate` equals separate calls that tokenize, preprocess, encode and generate."""
     parts = [{"image": str(STREET)}, {"text": "What is this?"}]
     answer = vl.generate(parts, max_new_tokens=8)
     ids = vl.tokenizer.encode(f"Picture 1: <img>{STREET}</img>\nWhat is this?")
