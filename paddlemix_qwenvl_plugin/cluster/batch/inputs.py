@@ -76,6 +76,7 @@ def find(source: str, name: str) -> Input:
     Raises:
         UsageError: the source does not exist, is a URL of an unknown scheme, or is a folder without input files or with
             several formats.
+        QwenVLError, OSError: it cannot be read.
     """
     file_system, path = filesystem(source)
     with naming_url(source):
@@ -109,6 +110,7 @@ def index(files: Input, format: Format) -> Iterator[tuple[str, Entry]]:
 
     Raises:
         UsageError: two rows have the same id.
+        QwenVLError, OSError: a file cannot be read, or is damaged.
     """
     seen: dict[str, tuple[str, int]] = {}
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
