@@ -64,7 +64,8 @@ class GptqFolder:
         _write_json(self._folder / "config.json", config)
         weight_map: dict[str, str] = {}
         total = 0
-        for number in range(layers + len(self._other_shards)):  # from the files: another process may have written some
+        # From the files, because an earlier process may have written some of them.
+        for number in range(layers + len(self._other_shards)):
             file = self._shard(number)
             for name, entry in safetensors_file.read_header(self._folder / file).items():
                 weight_map[name] = file
