@@ -1,7 +1,7 @@
 """Benchmark of the engine and other implementations on a CPU: milliseconds per layer of the 7B geometry.
 
 Also measures the limits of the machine: memory bandwidth, and the throughput of the bfloat16 instruction of AVX-512 (0
-on a CPU without it). adapters.py imports the engine with random weights from here.
+on a CPU without it). adapters.py imports the language model from here.
 
 Build first: cmake -S csrc -B build/engine && cmake --build build/engine -j2. Needs NumPy and 3 GB of memory; takes 4
 minutes.
@@ -13,7 +13,7 @@ Run: python benchmarks/cpu_engine.py --paddle PYTHON --torch PYTHON --llama PYTH
 Weights are random; all layers of a run share the memory of one layer, so a layer must be larger than the CPU's caches
 (with int4 it has 0.1 GB). Times are the best of many runs, since other load on the machine only adds time. The memory
 bandwidth of a virtual machine varies with the load of others on the same host, so runs of the engine alternate with
-runs of a bandwidth test. adapters.py uses the same language model.
+runs of a bandwidth test.
 """
 
 from __future__ import annotations

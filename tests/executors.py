@@ -21,8 +21,6 @@ from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits
 class Recording:
     """Executor that forwards calls to another, and calls `before_step` before each step.
 
-    It lacks `check_device`, which only the engine process calls.
-
     Attributes:
         done: what was computed, in order: "encode" for an image, the number of tokens for a step.
     """

@@ -17,7 +17,7 @@ struct Norm {
 };
 
 // The weights of an engine by name. matrix() refers to the memory of the table's tensors, the caller's or a
-// mapped parameter file; floats() copies.
+// mapped parameter file; its bias and floats() are copies.
 class Weights {
  public:
   Weights(const WeightTable& table) : table_(table) {}

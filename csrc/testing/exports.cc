@@ -1,6 +1,6 @@
 // C interface to single kernels and helpers (qvlt_) and to references of the kernels (qvlr_), for tests/csrc.
-// Not part of libqwenvl.so. Functions with an ISA argument return 0, or 1 on failure, such as an ISA that
-// this processor does not support.
+// Part of libqwenvl_testing.so only. Functions with an ISA argument return 0, or 1 on failure, such as an ISA
+// that this processor does not support.
 #include <algorithm>
 #include <cstring>
 #include <vector>

@@ -1,6 +1,6 @@
-// The table of versions for one ISA. CMakeLists.txt compiles this file once per ISA, with the flags and
-// macros of the kernels: QVL_TEXTBOOK is the name of the function that returns the table, QVL_KERNELS the
-// name of the function that returns the production kernels.
+// The table of versions (versions.h) for one ISA. CMakeLists.txt compiles this file once per ISA, with the
+// flags and macros of the kernels: QVL_TEXTBOOK is the name of the function that returns the table,
+// QVL_KERNELS the name of the function that returns the production kernels, which some versions call.
 #include "textbook/versions.h"
 
 #include "textbook/attention.h"

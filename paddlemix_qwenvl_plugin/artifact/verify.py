@@ -26,8 +26,8 @@ def verify(prefix: Path) -> Manifest:
 
     Raises:
         UsageError: nothing was exported under this prefix.
-        QwenVLError: a file is missing or was changed, or a weight is infinite or not a number (earlier versions
-            of the plugin exported such weights).
+        QwenVLError: the manifest is invalid (read_manifest), a file is missing or was changed, or a weight is infinite
+            or not a number (earlier versions of the plugin exported such weights).
     """
     manifest = read_manifest(prefix)
     for name, expected in {params_path(prefix).name: manifest.weights, **manifest.programs}.items():

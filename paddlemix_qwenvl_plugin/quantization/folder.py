@@ -36,7 +36,7 @@ Tensors = dict[str, NDArray[np.generic]]
 
 
 class GptqFolder:
-    """Writer of a GPTQ model folder. Each shard is written atomically."""
+    """Writer of a GPTQ model folder. Each shard is written atomically: a resumed job (job.py) keeps earlier layers."""
 
     def __init__(self, folder: Path, checkpoint: Checkpoint) -> None:
         self._folder = folder
@@ -64,6 +64,7 @@ class GptqFolder:
         _write_json(self._folder / "config.json", config)
         weight_map: dict[str, str] = {}
         total = 0
+        # From the files, because an earlier process may have written some of them.
         for number in range(layers + len(self._other_shards)):
             file = self._shard(number)
             for name, entry in safetensors_file.read_header(self._folder / file).items():

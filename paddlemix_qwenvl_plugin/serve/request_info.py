@@ -20,8 +20,8 @@ class RequestInfo:
         id: value of the response's header X-Request-Id.
         begin: time at which the request's headers had been read (time.monotonic).
         key: short hash of the request's API key; None without a valid key.
-        prompt_tokens, completion_tokens, cached_tokens: token counts of all prompts and choices; None without a
-            completion.
+        prompt_tokens, completion_tokens, cached_tokens: the request's token counts, as in the properties of Completion
+            (openai/completion.py); None without a completion.
         prompts, completions: texts of all prompts and choices, if `log_prompts` is set.
         error: code of the error response or error event, or its type if it has no code; None: no error.
     """

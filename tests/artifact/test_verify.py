@@ -92,6 +92,7 @@ def test_opening_a_large_stage_compares_the_samples(prefix: Path) -> None:
 def test_verify_finds_weights_that_are_not_finite(
     dtype: str, value: float, tiny_exported: Path, tmp_path: Path
 ) -> None:
+    """The digests are right: `corrupt` updates them in the manifest."""
     export_vision(tiny_exported / "model", tmp_path / "vision", dtype, "portable")
     verify(tmp_path / "vision")
     corrupt(tmp_path / "vision", "visual.conv1.weight", value)

@@ -142,7 +142,7 @@ class Bench:
         return ["predict", *stages, "--prompt", prompt, "--max_new_tokens", "2", *flags]
 
     def stage_flags(self) -> list[str]:
-        """The flags of the exported stages and their values."""
+        """The flags of the exported stages and their values; `predict` copies the stages if they are not there."""
         return self.predict()[1:5]
 
     def chat(self, *lines: str, flags: tuple[str, ...] = ()) -> list[str]:

@@ -16,7 +16,8 @@ def row(**changes: Any) -> GroundingRow:
 
 
 @pytest.mark.parametrize(
-    ("answer", "expected"),  # coordinates are in thousandths of the image's width and height
+    # An answer continues the prompt, which ends with <box>; coordinates are in thousandths of width and height.
+    ("answer", "expected"),
     [
         ("(0,0),(499.5,499)</box>", 0.0),  # coordinates must be integers
         ("(0,0),(500,500)</box>", 1.0),

@@ -1,6 +1,6 @@
 """Exports of GPTQ and AWQ checkpoints: storage types; the engine's logits equal those in float32 and of the tools.
 
-Also adapters, completions, refused exports, progress, and an export by PaddleNLP's scripts.
+Also adapters, completions, refused exports, progress, and an export by the calls of PaddleNLP's scripts.
 """
 
 from __future__ import annotations
@@ -239,6 +239,7 @@ def test_progress_ends_at_its_total(tmp_path, monkeypatch, act_order):
 
 
 def test_paddlenlps_scripts_export_a_quantized_folder(tmp_path):
+    """Their calls of the model class, which is the plugin's: from_pretrained and to_static; generate is refused."""
     write_quantized(tmp_path / "model", Variant("awq"))
     model = QWenForQWenVLInferenceModel.from_pretrained(str(tmp_path / "model"), SimpleNamespace(), "float16")
     model.to_static(str(tmp_path / "text" / "qwen"), {})

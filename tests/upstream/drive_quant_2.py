@@ -1,4 +1,4 @@
-"""Export a model with quantized weights as PaddleNLP 3.0.0b4 does; run by test_paddlenlp_wheels.py.
+"""Export the plugin's model with quantized weights, by PaddleNLP 3.0.0b4's calls; run by test_paddlenlp_wheels.py.
 
 drive_quant_2.py FOLDER QUANT_TYPE OUTPUT
 """

@@ -51,7 +51,7 @@ constexpr Kernels make() {
   k.matvec[QVL_INT4_G64] = matvec<RowsInt4<64>>;
   k.matvec[QVL_INT4_G128] = matvec<RowsInt4<128>>;
 
-  // Index 0: float32, 1: bfloat16.
+  // The blocked product, which multiplies float32 (index 0) or bfloat16 (index 1).
   k.pack_panel[0] = pack_panel_f32;
   k.pack_panel[1] = pack_panel_bf16;
   k.unpack_tile[0][QVL_FLOAT32] = unpack_to_f32<UnpackFloats<float>>;

@@ -39,7 +39,7 @@ struct RowState {
 struct KeptIds {
   unsigned blocks_done;                        // number of finished blocks of sample_bins
   bool by_count;                               // the first search is by count: top-k applies
-  bool too_many;                               // more than kMaxKept: no ids are kept
+  bool too_many;                               // more than kMaxKept: none are kept, sample_draw reads logits
   int n;                                       // number of kept ids
   unsigned long long mass;                     // total weight of the row's ids
   unsigned long long base_count, base_weight;  // number and weight of the ids before the kept ones

@@ -77,6 +77,7 @@ def find(source: str, name: str) -> Input:
     Raises:
         UsageError: the source does not exist, is a URL of an unknown scheme, or is a folder without input files or with
             several formats.
+        QwenVLError, OSError: it cannot be read.
     """
     file_system, path = filesystem(source)
     with naming_url(source):

@@ -53,7 +53,7 @@ def describe_model(open_model: Callable[[], Model[Any]], actors: Actors) -> tupl
             model = open_with(open_model, actors.cpus)
             return model.weights, model.picture_label
         except (QwenVLError, OSError) as error:
-            return error, None
+            return error, None  # Ray would wrap an exception
 
     result = ray.remote(**actors.resources)(describe).remote()
     if not ray.wait([result], timeout=_SECONDS_UNTIL_NOTICE)[0]:

@@ -1,4 +1,7 @@
-"""Script that saves an encoder and also runs it: the plugin must load upstream's model; Paddle saves the encoder."""
+"""Script, without a counterpart in PaddleMIX, that saves an encoder and also runs it.
+
+The plugin must load upstream's model; Paddle saves the encoder.
+"""
 
 from __future__ import annotations
 
