@@ -82,7 +82,7 @@ struct PagedKeys {
   }
 
   template <typename Rows>
-  __device__ void load(H* to, int part, int, int thread) const {
+  __device__ void load(H* to, int part, int /*first: see locate*/, int thread) const {
     constexpr int kParts = Rows::kDims / 8, kThreadVectors = Rows::kKeys * kParts / 128;
     const char* const base = p.base + part * part_bytes();
     if (p.type == kHalfKeys && p.head_dim % 8 == 0 && p.block_bytes % 16 == 0) {
