@@ -99,7 +99,7 @@ class Member:
         self._task = asyncio.ensure_future(self._run())
 
     async def report(self) -> None:
-        """Send a report now and update `totals`."""
+        """Send a report now and update `totals`; RayError if the coordinator does not answer."""
         self.totals = await self.coordinator.report.remote(self.name, self._kind, *self._state())
         if self._on_report is not None:
             await self._on_report()
