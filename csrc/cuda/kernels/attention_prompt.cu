@@ -1,4 +1,5 @@
-// Causal attention of prompts over a paged cache.
+// Causal attention of prompts over a paged cache: attention_prompt_hopper_* on Hopper with head_dim up to
+// 128, otherwise attention_prompt_*, the kernels for any GPU.
 //
 // Layout. A block of threads has the queries of one tile of a prompt chunk (in the kernels for any GPU, of
 // half a tile), for one head. The last tiles, in a prompt those with the most keys, start first. Keys and

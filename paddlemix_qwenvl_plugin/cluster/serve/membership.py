@@ -30,6 +30,8 @@ class Report(NamedTuple):
 
 
 class _RestartableCoordinator(Coordinator):
+    """Coordinator that learns from Ray whether it has been restarted."""
+
     def __init__(self, settings: ServeSettings) -> None:
         super().__init__(settings, ray.get_runtime_context().was_current_actor_reconstructed)
 
