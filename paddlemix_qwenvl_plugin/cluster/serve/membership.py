@@ -58,7 +58,7 @@ def coordinator(settings: ServeSettings) -> Any:
 
 
 def running_coordinator() -> Optional[Any]:
-    """Return the handle of the coordinator; None if it does not run."""
+    """Return the handle of the coordinator, for the command `qwenvl serve --ray`; None if it does not run."""
     with contextlib.suppress(ValueError):
         return ray.get_actor(_NAME, _NAMESPACE)
     return None
