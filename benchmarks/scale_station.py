@@ -1,4 +1,7 @@
-"""First-in-first-out service stations: models of the fronts, and of the coordinator, which admits requests."""
+"""First-in-first-out service stations of the simulation in scale.py.
+
+They model the fronts, and the coordinator, which admits requests.
+"""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ struct AdapterMatrix {
 };
 
 // Check names, types, shapes and values of an adapter's matrices; return the matrices as AdapterMatrix.
+// Throws QVL_BAD_WEIGHT, or QVL_INVALID if a name is NULL or the config has no language stage.
 std::vector<AdapterMatrix> checked_adapter(const qvl_config& config, const qvl_adapter_matrix* matrices,
                                            int64_t n);
 

@@ -9,8 +9,8 @@ constexpr int kResamplerHeadDim = 128;  // upstream's resampler has hidden / 128
 constexpr int kMaxBlockTokens = 256;    // maximum number of tokens of a KV block
 
 // Copy of the caller's config, which may be of any version of the struct, after a check of its fields, except
-// those of an absent stage. A max_tokens of 0 is replaced by the device's default. Back ends have further
-// limits.
+// those of an absent stage. A max_tokens of 0 is replaced by the device's default. Throws QVL_INVALID. Back
+// ends have further limits.
 qvl_config checked_config(const qvl_config* config);
 
 inline bool has_vision(const qvl_config& c) {

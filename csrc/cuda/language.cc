@@ -284,7 +284,7 @@ void Language::product(CUstream stream, int number, const Matrix& matrix, const 
 
   if (shape.n_decode > 0) {  // before the prompts' updates: its predecessor must be linear_decode
     low_rank_down(gpu_, stream, rows, bytes(x) + decode_offset, x_stride, x_stride,
-                  product_ranks_[to_size(number)], has_tensor_maps(gpu_), memory);
+                  product_ranks_[to_size(number)], /*x_is_complete=*/has_tensor_maps(gpu_), memory);
   }
   if (n_prompt > 0) {
     for (const AdaptedPrompt& prompt : adapted_prompts_) {

@@ -99,7 +99,11 @@ class Shards:
         raise UsageError(f"{folder}: no weights in it (looked for {searched})")
 
     def read(self, names: set[str]) -> Iterator[tuple[str, NDArray[np.generic]]]:
-        """Yield the named tensors in storage type, shard by shard."""
+        """Yield the named tensors in storage type, shard by shard.
+
+        Raises:
+            QwenVLError: the values of a tensor are damaged.
+        """
         for name, path in self._file_of.items():
             if name in names:
                 yield name, _READERS[self.kind].read_tensor(path, self._headers[name])

@@ -92,7 +92,8 @@ class Ranks:
         """Yield the named tensors in storage type, joined from the ranks one tensor at a time.
 
         Raises:
-            QwenVLError: a vector of which each rank has the complete tensor differs between the ranks.
+            QwenVLError: a vector of which each rank has the complete tensor differs between the ranks, or the values of
+                a tensor are damaged.
         """
         for name in self.tensors:
             if name in names:

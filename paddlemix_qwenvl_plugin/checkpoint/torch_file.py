@@ -54,7 +54,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_tensor(path: Path, tensor: StoredTensor) -> NDArray[np.generic]:
-    """Read one tensor of a PyTorch file in its storage type (bfloat16 as uint16 bits).
+    """Read one tensor of a PyTorch file in its storage type (bfloat16 as uint16 bits, float8 as uint8 bits).
 
     Raises:
         QwenVLError: the values are damaged.

@@ -109,6 +109,14 @@ def test_integers():
     assert torch_file.read_tensor(path, header["steps"]).tolist() == [0, 1, 2]
 
 
+def test_float8():
+    """Ones, read as their bits; PyTorch stores them in an untyped storage."""
+    path = WRITTEN_BY_TORCH / "float8.bin"
+    header = torch_file.read_header(path)
+    assert header["eighth"].dtype == "float8_e4m3fn"
+    assert torch_file.read_tensor(path, header["eighth"]).tolist() == [0x38, 0x38]
+
+
 def test_a_state_dict():
     path = WRITTEN_BY_TORCH / "state_dict.bin"
     header = torch_file.read_header(path)

@@ -16,6 +16,7 @@ def run(folder: Path, *arguments: str) -> str:
     """Run the driver of a build folder and return its output."""
     # Some tests allocate too much memory: the library must handle NULL. By default the sanitizers abort instead.
     options = {f"{name}_OPTIONS": "allocator_may_return_null=1" for name in ("ASAN", "TSAN")}
+    # OMP_NUM_THREADS is for engines whose n_threads the fuzzer sets to 0; the driver sets that of all others.
     result = subprocess.run(
         [str(folder / "driver"), *arguments],
         capture_output=True,

@@ -58,7 +58,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def recording(vl, monkeypatch):
-    """The calls of the executor from now on."""
+    """The calls of the executor from now on; its loop begins without cached content."""
     return record(vl, monkeypatch)
 
 

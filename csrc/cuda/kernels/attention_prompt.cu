@@ -1,4 +1,5 @@
-// Causal attention of prompts over a paged cache.
+// Causal attention of prompts over a paged cache: attention_prompt_hopper_* on Hopper with head_dim up to
+// 128, otherwise attention_prompt_*, the kernels for any GPU.
 //
 // Layout. A block of threads has the queries of one tile of a prompt chunk (in the kernels for any GPU, of
 // half a tile), for one head. The last tiles, in a prompt those with the most keys, start first. Keys and
@@ -82,7 +83,7 @@ struct PagedKeys {
   }
 
   template <typename Rows>
-  __device__ void load(H* to, int part, int, int thread) const {
+  __device__ void load(H* to, int part, int /*first: see locate*/, int thread) const {
     constexpr int kParts = Rows::kDims / 8, kThreadVectors = Rows::kKeys * kParts / 128;
     const char* const base = p.base + part * part_bytes();
     if (p.type == kHalfKeys && p.head_dim % 8 == 0 && p.block_bytes % 16 == 0) {

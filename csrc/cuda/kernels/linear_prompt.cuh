@@ -1,6 +1,6 @@
-// Epilogue of a product: bias, activation, type (Epilogue of ops.h); for prompts on any GPU, for decode steps
-// only on Hopper and in low_rank.cu (elsewhere: linear_decode.cuh). A thread finishes two adjacent columns of
-// a row:
+// Epilogue of a product: bias, activation, type (Epilogue of ops.h); for prompts and images on any GPU, for
+// decode steps only on Hopper and in low_rank.cu (elsewhere: linear_decode.cuh). A thread finishes two
+// adjacent columns of a row:
 //
 //   sums (a, b) of columns c, c + 1 -> H [n, out] | float32 [n, out] | += float32 [n, out] | gelu: H [n, out]
 //   kEpilogueSiluTimes: a and b are a value of w1 x and of w2 x; a * silu(b) -> H [n, out / 2]

@@ -21,7 +21,7 @@ _PAUSE_SECONDS = 0.2
 
 
 class ClusterAdmission:
-    """Admission that acquires slots from the coordinator's queue, which all fronts share."""
+    """The Admission (serve/service.py) on a cluster: slots are from the coordinator's queue, which all fronts share."""
 
     def __init__(self, observe_wait: Callable[[float], None]) -> None:
         """Create the admission; `join` connects it.

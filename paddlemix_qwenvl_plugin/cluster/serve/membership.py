@@ -30,6 +30,8 @@ class Report(NamedTuple):
 
 
 class _RestartableCoordinator(Coordinator):
+    """Coordinator that learns from Ray whether it has been restarted."""
+
     def __init__(self, settings: ServeSettings) -> None:
         super().__init__(settings, ray.get_runtime_context().was_current_actor_reconstructed)
 
@@ -56,7 +58,7 @@ def coordinator(settings: ServeSettings) -> Any:
 
 
 def running_coordinator() -> Optional[Any]:
-    """Return the handle of the coordinator; None if it does not run."""
+    """Return the handle of the coordinator, for the command `qwenvl serve --ray`; None if it does not run."""
     with contextlib.suppress(ValueError):
         return ray.get_actor(_NAME, _NAMESPACE)
     return None
