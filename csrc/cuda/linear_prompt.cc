@@ -88,6 +88,7 @@ void launch(const Gpu& gpu, CUstream stream, int tile, const Matrix& matrix, con
   const Result result{matrix.bias, y, n, matrix.out, static_cast<int>(epilogue)};
   if (tile < 0) {
     // As in kernels/linear_prompt.cu: 3 buffers of 128 rows of x and 128 of W, in rows of 32 + 8 values of H.
+    // Before sm_80 the kernel uses no shared memory.
     constexpr int kTile = 128, kThreads = 256, kShared = 3 * 2 * kTile * (32 + 8) * 2;
     const LinearPrompt params{result, x, matrix.values, x_stride, matrix.in, matrix.stride};
     const Dim grid{static_cast<unsigned>(divide_up(n, kTile)),
