@@ -149,7 +149,10 @@ def wait_ready(url: str, process: subprocess.Popen[bytes], log: str) -> None:
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU time of a process without its children; for `qwenvl serve`, that of the front without the engine process."""
+    """CPU time of a process without its children.
+
+    For `qwenvl serve` it is that of the front without the engine process; with --ray it includes no front.
+    """
     stat = Path(f"/proc/{pid}/stat").read_text()
     fields = stat.rpartition(")")[2].split()  # after the command name, which may contain spaces
     user_ticks, system_ticks = int(fields[11]), int(fields[12])

@@ -1,8 +1,8 @@
 """Compare the engine on a GPU with PyTorch in the 7B geometry: one table, from one run on one machine.
 
 Run: QWENVL_LIBRARY=.../libqwenvl.so QWENVL_CUDA_KERNELS=FOLDER python benchmarks/gpu/run.py
-Needs PyTorch for CUDA and 100 GB of GPU memory; takes 5 minutes. The engine needs libqwenvl_cuda.so beside
-libqwenvl.so. Neither the plugin nor Paddle is needed.
+Needs PyTorch for CUDA, NumPy and 100 GB of GPU memory; takes 5 minutes. The engine needs libqwenvl_cuda.so beside
+libqwenvl.so, and its compiled kernels (*.cubin) in FOLDER. Neither the plugin nor Paddle is needed.
 
 The parts run in separate processes, one after another: machine.py measures the limits of the GPU, peers.py PyTorch, and
 ours.py, run once per storage type, the engine. Figures are medians after warm-up (the opening: one run), with random

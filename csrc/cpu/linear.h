@@ -36,9 +36,9 @@ struct Rows {
 // y [n][y_stride] (+)= x [n][x_stride] W^T + bias. x and y do not overlap.
 //
 // Prompt rows use the blocked product, decode rows the matrix-vector kernels, which read the weights from
-// memory once, and round x to 8 bits if the weights are integers. Exception: if the context is exact and the
-// type has zero points, decode rows use the blocked product as well, without this rounding. A row's result
-// has the same bits for any number of rows.
+// memory once, and round x to 8 bits if the weights are integers. Exception: if the context is exact
+// (QVL_COMPUTE_FLOAT32) and the type has zero points, decode rows use the blocked product as well, without
+// this rounding. A row's result has the same bits for any number of rows.
 void linear(Context& context, const Matrix& matrix, const float* x, int64_t x_stride, Rows rows, float* y,
             int64_t y_stride, bool add = false);
 

@@ -24,7 +24,7 @@ int row_bucket(int n) {
 int key_bucket(int keys, int max_keys) {
   int bucket = kMinKeys;
   while (bucket < keys) bucket *= 2;
-  return std::max(keys, std::min(bucket, max_keys));
+  return std::min(bucket, max_keys);
 }
 
 }  // namespace

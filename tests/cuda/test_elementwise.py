@@ -1,6 +1,7 @@
 """Elementwise kernels. Compared with float64: RMS norm; rotation of q and k, with the write of k and v to the KV cache.
 
-Gathering and embedding are compared bit for bit.
+Gathering and embedding are compared bit for bit. The import of small.py skips these tests without a GPU or
+libqwenvl_cuda_test.so.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ def test_layout_of_eight_bits() -> None:
     """Rows of 130 values, padded to 256; then the scales, then the zero points, of 3 groups, padded to 4."""
     random = np.random.default_rng(0)
     integers = random.integers(0, 256, (3, 130), np.uint8)
+    # 256 is the largest zero point of the layout.
     scales, zeros = random.random((3, 3)).astype(np.float16), np.full((3, 3), 256, np.float16)
     # [:, ::-1] makes a view that is not contiguous.
     packed = pack_groups("uint8_g64", integers[:, ::-1], scales, zeros, NAME)

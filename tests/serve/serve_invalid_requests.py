@@ -1,4 +1,4 @@
-"""Invalid requests, with the expected status and error code; sent alone (test_serve_soak.py) and under load."""
+"""Invalid requests, with the expected status and error code; test_serve_soak.py sends all at once, and under load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Unmodified llm/predict scripts of PaddleNLP at the pinned commit, run as processes if a checkout is given."""
+"""Unmodified llm/predict scripts of PaddleNLP at the pinned commit, run as processes if a checkout is given.
+
+The environment of the processes has PaddleNLP's wheel; if no package index is reachable to download it, the tests are
+skipped (wheel_environment.py).
+"""
 
 from __future__ import annotations
 

@@ -167,7 +167,8 @@ __device__ inline void copy_bytes(uint32 to, const void* from, int bytes, uint32
 
 // wgmma descriptor of an operand: swizzled rows of 64 values, at an address that is a multiple of 1024.
 // columns: bytes from 64 values of a row to the next 64 values of this row; used only for the operand b of
-// ProductRegisters, whose rows are along N.
+// ProductRegisters, whose rows are along N. 1024: bytes from 8 rows to the next 8; bit 62: the swizzle of 128
+// bytes.
 __device__ inline uint64 wgmma_descriptor(uint32 address, uint32 columns = 16) {
   return static_cast<uint64>(address >> 4 & 0x3FFF) | static_cast<uint64>(columns >> 4) << 16 |
          uint64{1024 >> 4} << 32 | uint64{1} << 62;

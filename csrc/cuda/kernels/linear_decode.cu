@@ -426,7 +426,7 @@ QVL_LINEAR_DECODE(uint4_g32, Uint4Weights<32>)
 QVL_LINEAR_DECODE(uint4_g64, Uint4Weights<64>)
 QVL_LINEAR_DECODE(uint4_g128, Uint4Weights<128>)
 QVL_LINEAR_DECODE(uint8_g32, Uint8Weights<32>)
-QVL_LINEAR_DECODE(uint8_g64, Uint8Weights<64>)
+QVL_LINEAR_DECODE(uint8_g64, Uint8Weights<64>)  // also groups of 128, stored as two of 64 (upload_matrix.cu)
 #undef QVL_LINEAR_DECODE
 
 }  // namespace qvl::cuda

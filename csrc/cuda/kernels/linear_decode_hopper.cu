@@ -150,6 +150,7 @@ struct Int4Weights {
 
 }  // namespace
 
+// The kernels that linear_decode_hopper.cc chooses from (Kind::max_parts). The numbers are N and kSubtiles.
 QVL_HOPPER_WIDE(half, HalfWeights)
 QVL_HOPPER(half, HalfWeights, 32, 3)
 QVL_HOPPER(half, HalfWeights, 64, 2)
