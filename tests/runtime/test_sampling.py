@@ -1,6 +1,6 @@
 """The samplers of the host and of the portable graph, compared with brute force and with each other.
 
-The last test also runs on the engine, and compares its operator with its library.
+`test_stock_program_and_predictor_agree` also runs on the engine, and compares its operator with its library.
 """
 
 from __future__ import annotations
