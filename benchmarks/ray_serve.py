@@ -8,8 +8,8 @@ number of threads, and the same exported stages in the demo model's geometry, in
 the same requests, greedy and streamed; all prompts differ, so no prefix cache has hits. The order of the servers
 alternates between rounds.
 
-The times between tokens are those between events of the stream. An overloaded front of `--ray`, the replica that
-answers HTTP requests, sends several tokens in one event, so compare these times together with the tokens per event.
+The times between tokens are those between events of the stream. An overloaded front, of either server, sends several
+tokens in one event, so compare these times together with the tokens per event.
 """
 
 from __future__ import annotations

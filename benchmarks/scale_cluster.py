@@ -174,9 +174,9 @@ class Service:
         replica = Replica(self._number, self.env, self.times, self._finish, self._first_token)
         self.live.append(replica)
         self.router.changed(self.live)
-        if self.failures:
-            time_to_failure = self._random.expovariate(1 / self.failures.mean_time_to_failure)
-            self._after(time_to_failure, lambda: self.kill(replica))
+        if failures := self.failures:
+            time_to_failure = self._random.expovariate(1 / failures.mean_time_to_failure)
+            self._after(time_to_failure, lambda: self._fail(replica, failures))
         self._drain()
 
     def start(self, delay: float) -> None:
@@ -189,12 +189,9 @@ class Service:
 
         self._after(delay + self.times.start, ready)
 
-    def kill(self, replica: Replica) -> None:
+    def _fail(self, replica: Replica, failures: Failures) -> None:
         """Fail a replica; after the detection time, start a replacement and resubmit the requests of the failed one."""
-        if replica not in self.live:
-            return
         replica.alive = False
-        failures = self.failures or Failures(math.inf)
 
         def detected() -> None:
             self.live.remove(replica)

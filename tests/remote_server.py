@@ -1,4 +1,4 @@
-"""Scripted OpenAI-compatible server for tests, which records its requests."""
+"""Scripted OpenAI-compatible server that records its requests, for tests of `chat --url` and `batch --url`."""
 
 from __future__ import annotations
 

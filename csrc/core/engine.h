@@ -67,6 +67,7 @@ struct GenerateCall {
   qvl_stream stream;
 };
 
+// Calls step() repeatedly, so the lock is free between steps.
 void generate(qvl_engine& engine, const GenerateCall& call);
 
 }  // namespace qvl

@@ -150,7 +150,7 @@ def check_records(path: Path) -> None:
 
 
 def read_first_dims(path: Path) -> list[int]:
-    """List the lengths of a file's tensors: one-dimensional float32 placeholders, saved with a program for weights."""
+    """List the lengths of a file's tensors: one-dimensional float32 placeholders, saved in place of the weights."""
     return [record.n_bytes // 4 for record in _records(path)]
 
 

@@ -59,6 +59,9 @@ class LayerQuantizer:
         Returns:
             The layer's tensors for the checkpoint, with unquantized tensors in `dtype`; and the layer's entry of
             Report.layers: relative errors of the matrices and of the hidden states.
+
+        Raises:
+            QwenVLError: the inputs of a matrix are not finite.
         """
         prefix = f"h.{index}."
         specs = {name: spec for name, spec in self._checkpoint.language.items() if name.startswith(prefix)}

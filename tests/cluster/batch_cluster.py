@@ -1,4 +1,4 @@
-"""Ray cluster with all nodes on this machine, and processes of `qwenvl batch`."""
+"""Ray cluster with all nodes on this machine, and processes of `qwenvl batch`, for test_cluster_batch.py."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def test_golden(library, golden_model, name, compute):
 @pytest.mark.parametrize("pool_dtype", ["float32", "bfloat16", "float16", "int8"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_storage_types(library, golden_model, dtype, pool_dtype):
-    """Each storage type of weights with each of block pools, compared with the same weights and a pool in float32.
+    """Each storage type of weights with each type of block pool, compared with the same weights and a pool in float32.
 
     Both engines compute in float16.
     """

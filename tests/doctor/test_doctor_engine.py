@@ -91,7 +91,8 @@ def test_instruction_set(environment: Environment, cache: Path) -> None:
 def test_gpus_that_are_too_old(environment: Environment, cache: Path, tmp_path: Path) -> None:
     """A GPU that is too old is reported, and does not hide another GPU.
 
-    FAKE_MAJOR is the major compute capability of the GPU "First"; that of "Second" is one higher.
+    FAKE_MAJOR is the major compute capability of the GPU "First"; that of "Second" is one higher, and both have the
+    minor one 6.
     """
     environment.variables.update(
         LD_LIBRARY_PATH=str(fake_driver(tmp_path).parent), FAKE_CUDA="12080", FAKE_GPUS="2", FAKE_MAJOR="6"

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import needs_compiler, open_model
+from engines import needs_compiler
 from stock_inputs import stock_feed
 
 from paddlemix_qwenvl_plugin.export.export import export_language
@@ -96,9 +96,16 @@ def test_a_program_in_place_of_a_deleted_one(tmp_path: Path) -> None:
 
 
 @needs_compiler
-def test_kv_caches_are_freed(tiny_exported: Path) -> None:
-    vl = open_model(tiny_exported / "vision" / "vision", tiny_exported / "text" / "qwen", "fused")
-    prompt = np.arange(1000).reshape(1, -1) % 200
+def test_kv_caches_are_freed(tiny_exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QWENVL_ENGINE", "fused")
+    program = Stage(tiny_exported / "text" / "qwen", "language", "cpu").open()
+    feed = stock_feed(
+        {"num_attention_heads": 4, "kv_channels": 64, "num_hidden_layers": 2},
+        np.arange(1000).reshape(1, -1) % 200,
+        np.zeros([1, 256, 256], np.float32),
+        np.array([[-1, 0, 0]]),
+        max_new=2,
+    )
 
     def resident_bytes() -> int:
         gc.collect()
@@ -106,10 +113,10 @@ def test_kv_caches_are_freed(tiny_exported: Path) -> None:
         return int(pages) * 4096
 
     for _ in range(3):
-        vl.generate_ids(prompt, max_new_tokens=2, eos_token_ids=())
+        program(feed)
     before = resident_bytes()
-    for _ in range(40):  # each call has a KV cache of 4 MB
-        vl.generate_ids(prompt, max_new_tokens=2, eos_token_ids=())
+    for _ in range(40):  # each run has a KV cache of 4 MB
+        program(feed)
     assert resident_bytes() - before < 40e6
 
 

@@ -1,4 +1,7 @@
-"""The samplers of the host and of the portable graph, compared with brute force and with each other."""
+"""The samplers of the host and of the portable graph, compared with brute force and with each other.
+
+`test_stock_program_and_predictor_agree` also runs on the engine, and compares its operator with its library.
+"""
 
 from __future__ import annotations
 

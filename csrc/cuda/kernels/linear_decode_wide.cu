@@ -1,5 +1,6 @@
-// y = x W^T for more than 8 rows of x, from sm_80 on except on Hopper (linear_decode_hopper.cu), for storage
-// types without zero points. Bit-identical to linear_decode.cu.
+// y = x W^T for 9 to 256 rows of x, from sm_80 on except on Hopper (linear_decode_hopper.cu), for storage
+// types without zero points. Bit-identical to linear_decode.cu, which also computes the products for which no
+// block fits shared memory or the blocks would be too few.
 //
 // Layout. A block (one at a time per multiprocessor) has kRowTiles tiles of 16 rows of W and 32 or 64 rows of
 // x, its columns. kRowTiles is 12, 6 or 2: linear_decode.cc chooses the number with the highest utilisation

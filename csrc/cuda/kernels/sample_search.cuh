@@ -81,8 +81,8 @@ struct DrawItems : LogitRange {
   }
 };
 
-// The ids of a row in the order of its logits before penalties. They are searched by count only: all weights
-// are 0.
+// The ids of a row in the order of its logits before penalties and forbidden ids. They are searched by count
+// only: all weights are 0.
 struct TopItems : LogitRange {
   static constexpr bool kHasFirstBins = false;
   const float* logits;
