@@ -1,5 +1,6 @@
-// The parts of cuda_fp16.h that the kernels in the linear_decode.cc of this folder use. They compute in
-// bfloat16, and only convert float16 values of files (upload_matrix.cu).
+// The parts of cuda_fp16.h that the kernels in the linear_decode.cc of this folder use, for a C++ compiler
+// (tests/engine/test_hopper_products.py). The kernels compute in bfloat16, and only convert float16 values of
+// files (upload_matrix.cu).
 #pragma once
 
 #include <cstring>
