@@ -1,6 +1,6 @@
 """Activation of the hooks at interpreter start (qwenvl_activate.pth, qwenvl_activate.start from Python 3.15 on).
 
-Where Python reads neither file, the plugin's launch.py calls init().
+Where Python reads neither file, the plugin's launch.py calls init(), or PaddleNLP with the patch 0001-activate-plugin.
 
 A finder on sys.meta_path calls the plugin's hook when a module of HOOKS or EARLY_HOOKS is imported, and provides the
 stand-ins of STAND_INS if the real module is missing and paddlenlp.experimental imports it. The plugin itself is

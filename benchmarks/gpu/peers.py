@@ -173,8 +173,8 @@ def before_attention(
 ) -> Any:
     """First part of a layer: norm, product for q, k and v, rotary embedding.
 
-    x, delta [n, hidden]: residual stream, and the previous layer's output, which is to be added to it. Writes the keys
-    and values to their slots of the cache; returns the residual stream and the queries.
+    x, delta [n, hidden]: residual stream, and the output of the previous layer's MLP, which is to be added to it.
+    Writes the keys and values to their slots of the cache; returns the residual stream and the queries.
     """
     x = x + delta
     heads, head_dim = keys.shape[1:]
@@ -184,13 +184,13 @@ def before_attention(
     return x, rotate(q, cos, sin)
 
 
-def after_attention(x: Any, mixed: Any, proj: Any, ln: Any, gate_up: Any, down: Any) -> Any:
+def after_attention(x: Any, mixed: Any, proj: Any, ln: Any, value_and_gate: Any, down: Any) -> Any:
     """Second part of a layer: output projection of the attention, norm, MLP.
 
     Returns the residual stream and the MLP's output.
     """
     x = x + f.linear(mixed, proj)
-    value, gate = f.linear(rms(x, ln), gate_up).chunk(2, -1)
+    value, gate = f.linear(rms(x, ln), value_and_gate).chunk(2, -1)
     return x, f.linear(value * f.silu(gate), down)
 
 
@@ -223,10 +223,10 @@ class Language:
         for i in range(sizes.layers):
             name = f"h.{i}."
             before = [w[name + "ln_1.weight"], w[name + "attn.c_attn.weight"], w[name + "attn.c_attn.bias"]]
-            gate_up = torch.cat([w.pop(name + "mlp.w1.weight"), w.pop(name + "mlp.w2.weight")])
+            value_and_gate = torch.cat([w.pop(name + "mlp.w1.weight"), w.pop(name + "mlp.w2.weight")])
             after = [
                 *(w[name + "attn.c_proj.weight"], w[name + "ln_2.weight"]),
-                *(gate_up, w[name + "mlp.c_proj.weight"]),
+                *(value_and_gate, w[name + "mlp.c_proj.weight"]),
             ]
             self.layers.append((before, after))
         self.wte, self.ln_f, self.lm_head = w["wte.weight"], w["ln_f.weight"], w["lm_head.weight"]

@@ -52,7 +52,8 @@ class ThreadPool {
 };
 
 // Number of threads: `requested` if positive, else OMP_NUM_THREADS if it is 1 to 1024, else the CPUs
-// available to this process within its affinity mask and the quota of its control group.
+// available to this process: on Linux within its affinity mask and the quota of its control group, elsewhere
+// all hardware threads.
 int thread_count(int requested);
 
 }  // namespace qvl::cpu

@@ -24,6 +24,7 @@ class ImageEncoder {
   // The vision tower and the resampler, for a batch of up to 8 images (kImageBatch in image_encoder.cc).
   void tower(CUstream stream, int n, const float* images);
   void resample(CUstream stream, int n, float* features);
+  // linear_prompt (ops.h) with scratch_: x has n rows of values of H, x_stride values apart.
   void product(CUstream stream, const Matrix& matrix, const void* x, int64_t x_stride, int64_t n,
                Epilogue epilogue, void* y);
 

@@ -7,7 +7,8 @@
  *
  * Errors. Functions that can fail return a qvl_status, QVL_OK being 0, and take a qvl_error as their last
  * argument, which may be NULL. On failure the qvl_error contains a one-line message. The library throws no
- * C++ exceptions. After a failure the outputs are unspecified; engine and pool stay usable.
+ * C++ exceptions. After a failure other than QVL_STOPPED the outputs are unspecified; engine and pool stay
+ * usable.
  *
  * Threads. There is no global state: a process may have any number of engines. Every function may be called
  * from any thread. A lock serialises the calls that compute on the same engine or create an adapter for it;
@@ -569,7 +570,7 @@ enum { QVL_FINISH_END = 1, QVL_FINISH_LENGTH = 2 };
 
 /* Callback with the tokens of a step. Called on the thread that called qvl_generate, in the order of steps,
  * while a GPU may already compute the next step. Return 0 to continue; any other value makes qvl_generate
- * return QVL_STOPPED.
+ * return QVL_STOPPED, with the tokens and results of the steps so far.
  *
  * user: the argument of qvl_generate. step: number of the step, from 0. n: number of requests with a token in
  * this step; requests, tokens: their indices and tokens [n].

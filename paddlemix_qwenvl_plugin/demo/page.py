@@ -69,7 +69,7 @@ def _card(result: Result) -> str:
 
 
 def _figure(result: Result, number: int) -> str:
-    """Figure of one image of the question. The answer's boxes are drawn on the last image only."""
+    """Figure of one image of the question. The answer's boxes refer to the last image and are drawn there."""
     question = result.question
     n_images = len(question.images)
     boxes = result.answer.boxes if number == n_images - 1 else ()

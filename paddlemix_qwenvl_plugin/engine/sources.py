@@ -1,6 +1,7 @@
 """Source files of the engine's libraries and their compiler flags, as `qwenvl build-engine` and wheels build them.
 
-csrc/CMakeLists.txt, the build of the tests, repeats the flags of the kernels, except -w: it shows warnings.
+csrc/CMakeLists.txt, the build of the tests and benchmarks, repeats the flags of the kernels, except -w: it shows
+warnings.
 """
 
 from __future__ import annotations

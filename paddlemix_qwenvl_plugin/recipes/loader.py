@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,6 @@ def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     data = plain_yaml.read_file(path, "a recipe")
     recipe = _validate(data, str(path))
     if overrides:
-        data = copy.deepcopy(data)
         for override in overrides:
             _apply(data, override)
         # The file alone is valid, so an override causes any error from here on.

@@ -45,7 +45,7 @@ class DeferredEncoder(Deferred):
 def _wrap_to_static(to_static: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(to_static)
     def to_static_or_keep(function: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if type(function) is not DeferredEncoder:
+        if type(function) is not DeferredEncoder:  # isinstance() would load the model (deferred.py)
             return to_static(function, *args, **kwargs)
         state(function)["steps"].append(lambda encoder: to_static(encoder, *args, **kwargs))
         return function

@@ -176,7 +176,7 @@ def test_pickles_of_pytorch(tmp_path, monkeypatch, case):
         (b"FloatStorage", b"ComplexFloatStorage", "ComplexFloatStorage, which no weight is"),
         (b"FloatStorage", b"TypedStorage", "TypedStorage, which no weight is"),
         # The first word of the reference to a storage, and the next opcode.
-        (b"storageq", b"starageq", "refers to something that is not a storage|truncated"),
+        (b"storageq", b"starageq", "refers to something that is not a storage"),
     ],
 )
 def test_changed_tables_of_pytorch(tmp_path, old, new, message):

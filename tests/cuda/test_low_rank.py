@@ -83,6 +83,7 @@ def test_rows_of_several_adapters(half, out, width, epilogue):
         adapters = torch.tensor([addresses[i] for i in rows], dtype=torch.int64, device="cuda")
         order = adapters.sort(descending=True).indices.int() if ordered else None
         x_rows = x[rows].contiguous()
+        # Stride of x, inputs, rows, highest rank, memory for A x, scratch memory, stride of A x, outputs.
         sizes = (width + 8, width, len(rows), 320, low, scratch(len(rows), 320), 320, out)
         run("low_rank", half, adapters, order, PRODUCT, x_rows, *sizes, base_rows, EPILOGUES[epilogue], y)
         assert bool(y[-1].isnan().all())

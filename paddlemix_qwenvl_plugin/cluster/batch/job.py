@@ -158,6 +158,7 @@ def _manifest(job: Job, exists: bool) -> dict[str, Any]:
 
 
 def _check(job: Job, expected: dict[str, Any], manifest: dict[str, Any]) -> None:
+    """Raise QwenVLError unless the manifest equals `expected` as it is after writing and reading JSON."""
     if json.loads(dump(expected)) != manifest:
         change = difference(json.loads(dump(expected)), dump(manifest), "manifest")
         raise QwenVLError(f"{join(job.name, MANIFEST)}: {change}; remove the folder or name another")

@@ -1,6 +1,6 @@
 """Short-answer questions about one image.
 
-A function returns None if the objects that it chooses at random do not allow its question.
+A function returns None if the scene, or its random choices, allow no question.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python tests/golden/lora/make_peft.py
 
-Needs torch and peft, which the tests do not need. Made with peft 0.21.2 and torch 2.13.
+Needs torch and peft, which the tests of these adapters do not need. Made with peft 0.21.2 and torch 2.13.
 """
 
 from __future__ import annotations
