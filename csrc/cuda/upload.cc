@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <exception>
+#include <system_error>
 #include <thread>
 
 #include "cuda/gpu.h"
@@ -50,8 +51,15 @@ void Uploader::copy(void* to, const void* from, uint64_t bytes) {
     }
   };
   std::vector<std::thread> threads;
-  for (size_t i = 1; i < n; ++i) threads.emplace_back(run, i);
+  threads.reserve(n);
+  size_t started = 1;
+  try {
+    for (; started < n; ++started) threads.emplace_back(run, started);
+  } catch (const std::system_error&) {
+    // No further thread can be created: this one also copies the other parts.
+  }
   if (n > 0) run(0);
+  for (size_t i = started; i < n; ++i) run(i);
   for (std::thread& thread : threads) thread.join();
   for (const std::exception_ptr& error : errors) {
     if (error) std::rethrow_exception(error);
