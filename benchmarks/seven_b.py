@@ -89,7 +89,8 @@ for name, n in (("prompt", 1), ("prompt_again", 1), ("33_tokens", 33)):
 report["ms_a_token"] = 1000 * (report["33_tokens"] - report["prompt_again"]) / 32
 """
 
-# 64 requests of different lengths without images: every eighth of them sequentially, then all concurrently.
+# 64 requests of different lengths without images and stop tokens: every eighth of them sequentially, then all
+# concurrently.
 AT_ONCE = """
 from paddlemix_qwenvl_plugin import GenerationOptions, QwenVL
 vl = QwenVL.from_exported({vision!r}, {language!r})

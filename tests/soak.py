@@ -72,6 +72,7 @@ def soak(vl: QwenVL, monkeypatch: pytest.MonkeyPatch, n_requests: int) -> Report
             started += 1
             if started == n_requests // 5:
                 early_resident, early_free = resident_bytes(), free_bytes(vl)
+        # In place of the measured budget, for random chunks.
         scheduler.prompt_budget = rng.choice([9, 40, 200, 512])
         loop.step()
         for index, stream in list(active):

@@ -1,7 +1,8 @@
 """A restricted unpickler for dicts of tensors: a pickle can run code, so only listed names and opcodes are allowed.
 
-The values of most tensors are not read: a string (bytes or text) of more than 1024 bytes becomes a `Span`, its location
-in the file.
+Paddle's pickles contain the values of the tensors, most of which are not read: a string (bytes or text) of more than
+1024 bytes becomes a `Span`, its location in the file. PyTorch's pickles refer to values outside of them: the subclass
+in torch_table.py resolves these references (BINPERSID) and the classes of storages.
 """
 
 from __future__ import annotations

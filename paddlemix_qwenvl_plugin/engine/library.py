@@ -209,9 +209,8 @@ class StepArgs(Structure):
 
 _HANDLE, _ERROR = c_void_p, POINTER(Error)
 
-# Function -> (type of its result, types of its arguments).
+# Functions that this package calls -> (type of the result, types of the arguments).
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
-    "qvl_version": (c_char_p, []),
     "qvl_packed_bytes": (c_uint64, [c_int32, c_int64, c_int64]),
     "qvl_pack": (c_int32, [c_int32, c_int64, c_int64, c_void_p, c_void_p, c_uint64, _ERROR]),
     "qvl_pack_groups": (
@@ -224,7 +223,6 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "qvl_weights_free": (None, [_HANDLE]),
     "qvl_engine_create": (c_int32, [POINTER(Config), _HANDLE, POINTER(_HANDLE), _ERROR]),
     "qvl_engine_free": (None, [_HANDLE]),
-    "qvl_engine_describe": (c_char_p, [_HANDLE]),
     "qvl_adapter_create": (
         c_int32,
         [_HANDLE, POINTER(AdapterMatrix), c_int64, c_uint32, POINTER(_HANDLE), _ERROR],

@@ -106,8 +106,8 @@ class StockGeneration(nn.Layer):
             zeros,  # token
             step_idx,  # n_done: number of generated tokens
             ops.logical_or(stop_flags, max_length < 1),  # stopped
-            seq_len_decoder,  # length
-            tgt_pos,  # position
+            seq_len_decoder,  # length: number of cached tokens; 0 after the end of the row
+            tgt_pos,  # position of the row's last token
             paddle.zeros([1, self.vocab_size], dtype="int64") + zeros,  # counts [B, vocab_size]
             columns * 0 + zeros - 1,  # tokens [B, max(max_length)]
         ]

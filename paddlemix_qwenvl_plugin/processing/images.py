@@ -106,7 +106,8 @@ def load_image(source: Any, *, allow_http: bool = False, limits: ImageLimits = D
         limits: size, time and addresses.
 
     Raises:
-        UsageError: the source does not exist, cannot be read, or is not of a supported or allowed kind.
+        UsageError: the source does not exist, cannot be read, is an invalid URL, or is not of a supported or allowed
+            kind.
         QwenVLError: the source is not an image, is damaged, exceeds `limits` or cannot be downloaded.
     """
     if isinstance(source, Image.Image):

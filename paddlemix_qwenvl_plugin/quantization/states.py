@@ -1,4 +1,4 @@
-"""Hidden states of all calibration rows (rows.py), stored in a file; one row at a time is in memory."""
+"""Hidden states of all rows (rows.py), the held-out ones included, stored in a file; one row at a time is in memory."""
 
 from __future__ import annotations
 

@@ -22,8 +22,9 @@ class GenerationOptions:
     penalties, temperature, top-k and top-p. Penalties count generated tokens only. Every row of a batch has a separate
     random generator seeded with `seed`, so that for a given seed, a row generates the same tokens alone and in a batch.
 
-    The command line's flags, defaults and help texts are generated from these fields (cli/options.py). The ranges lie
-    within the engine's (csrc/core/checks.cc).
+    The command line's flags, defaults and help texts are generated from these fields (cli/options.py). The ranges of
+    temperature, top-p and penalties lie within the engine's (csrc/core/checks.cc). `top_k` may exceed the size of the
+    vocabulary, and `seed` counts modulo 2^64.
 
     Raises:
         UsageError: an unknown option, or a value of a wrong type or out of range; the message names the option.

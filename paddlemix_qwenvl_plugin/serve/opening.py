@@ -89,7 +89,7 @@ def model_settings(settings: ServeSettings, say: Callable[[str], None]) -> Model
     vision, language = settings.first_model_path, settings.second_model_path
     if settings.demo:
         vision, language = demo_model.demo_stages(say)
-    assert vision is not None
+    assert vision is not None  # check_model (start.py) has refused settings that name no model
     assert language is not None
     return ModelSettings(
         first_model_path=vision,

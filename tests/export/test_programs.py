@@ -107,7 +107,7 @@ def test_different_models_have_different_fingerprints(golden):
     assert Checkpoint(golden("a").folder).fingerprint() != Checkpoint(golden("b").folder).fingerprint()
 
 
-def test_the_files_of_an_export(golden):
+def test_the_files_of_an_exported_language_stage(golden):
     model = golden("a")
     names = {path.name for path in model.language.parent.iterdir()}
     assert names == {

@@ -1,4 +1,8 @@
-"""Fixtures for tests of OpenAI's routes: a server of the demo model under uvicorn in a thread, with clients."""
+"""Fixtures for tests of OpenAI's routes: a server of the demo model under uvicorn in a thread, with clients.
+
+The server has the routes and their error handlers, but no middleware. Its engine client, image loader and slot queue
+are the test doubles of serve_openai_engine.py; the engine runs in this process.
+"""
 
 from __future__ import annotations
 

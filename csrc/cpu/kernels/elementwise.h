@@ -74,7 +74,7 @@ void narrow_all(const float* from, uint16_t* to, int64_t n) {
   });
 }
 
-// Convert n values to float16.
+// Convert n values to float16, clamped to its range.
 void narrow_all_float16(const float* from, uint16_t* to, int64_t n) {
   each_vector64(n, [&](int64_t i, int count) {
     const HalfWords halves = narrow_float16(load_first(from + i, count));

@@ -249,6 +249,8 @@ __device__ inline void linear_decode(const LinearHopper& p) {
 
 }  // namespace
 
+// The kernels of a storage type, by N and kSubtiles (TILES): all that linear_decode_hopper.cc launches
+// (max_parts), except two more for H, in linear_decode_hopper.cu.
 #define QVL_HOPPER(NAME, WEIGHTS, N, TILES)                                                            \
   extern "C" __global__ __launch_bounds__(                                                             \
       kThreads, 1) void linear_hopper_##NAME##_##N##_##TILES(const __grid_constant__ LinearHopper p) { \

@@ -27,7 +27,7 @@ class Delta:
     """Increment of a completion.
 
     Attributes:
-        text: new text. A `<box>…</box>` is in one delta; it is incomplete only if the completion ends within it.
+        text: new text. A complete ref, box or quad is in one delta; a tag without its counterpart is plain text.
         boxes: boxes whose tags are in `text`.
         tokens: if log probabilities were requested, the tokens whose text begins in `text`: no stop tokens, and no
             tokens whose whole text belongs to a stop string. Unless a stop string was found, the last delta also has

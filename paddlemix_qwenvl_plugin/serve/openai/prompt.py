@@ -26,7 +26,7 @@ class ReadyPrompt:
         token_ids: token ids, image slots included.
         images: sources of the images, one for each `<img>`, in order.
         generated: [start, end) ranges of `token_ids` that are earlier answers, which the engine computes as decode
-            steps.
+            steps, as when it generated them: a prefill would round differently.
     """
 
     token_ids: list[int]

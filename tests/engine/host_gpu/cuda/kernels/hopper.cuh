@@ -1,7 +1,8 @@
 // Hopper's instructions on the host, in place of csrc/cuda/kernels/hopper.cuh, for test_hopper_products.py:
 // those that the products of decode steps use. The order of their effects is one that the hardware allows but
 // rarely has: the copy engine, a thread of its own, executes the copies in random order, and each thread of a
-// kernel computes its part of a product only in wgmma_wait.
+// kernel computes its part of a product only in wgmma_wait. ../../linear_decode.cc defines what is only
+// declared here.
 #pragma once
 
 #include <functional>
