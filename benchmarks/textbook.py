@@ -110,6 +110,8 @@ def cpu_name() -> str:
         return platform.processor()
     # Lines are like "model name\t: AMD EPYC"; those of the last CPU remain.
     values = dict(line.split("\t", 1) for line in lines if "\t" in line)
+    if "model name" not in values:  # as on ARM
+        return platform.processor() or platform.machine()
     name, family, model = (values[key].strip("\t: ") for key in ("model name", "cpu family", "model"))
     return f"{name} (family {family}, model {model})"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import shlex
 from collections.abc import Sequence
 from html import escape
@@ -47,7 +48,8 @@ def html_page(run: Run, out: Path) -> str:
 
 
 def _template(name: str) -> Template:
-    return Template((_HERE / name).read_text("utf-8"))
+    """Read a template without its comments, which are for its readers only."""
+    return Template(re.sub(r"<!--.*?-->\n", "", (_HERE / name).read_text("utf-8"), flags=re.DOTALL))
 
 
 def _card(result: Result) -> str:
