@@ -19,8 +19,8 @@ struct Norm {
 
 class Weights {
  public:
-  // Throws QVL_NO_MEMORY if a lower bound of the weights' size exceeds the free GPU memory. The functions below
-  // throw it, too, if an allocation fails.
+  // Throws QVL_NO_MEMORY if a lower bound of the weights' size exceeds the free GPU memory. The functions
+  // below throw it, too, if an allocation fails.
   Weights(const Gpu& gpu, CUstream stream, const WeightTable& table);
 
   // Tensor of any shape as float32 on the GPU.
