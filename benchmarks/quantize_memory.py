@@ -70,7 +70,7 @@ def measure_layer(checkpoint: Checkpoint) -> None:
     inputs = random.standard_normal((TOKENS, MLP), np.float32)
     gram = inputs.T @ inputs
     print_memory("inputs")
-    hessian = Hessian(gram.copy(), "mlp.c_proj")
+    hessian = Hessian(gram.copy(), "mlp.c_proj")  # as in calibration, which also needs the Gram matrix itself
     print_memory("Hessian factorized")
     quantize(weight, hessian, 4, 32)  # 4 bits, groups of 32
     print_memory("quantized")

@@ -18,7 +18,7 @@ from paddlemix_qwenvl_plugin.artifact.params_file import read_tensors
 
 
 def corrupt(prefix: Path, name: str, value: float, n: int = 1) -> None:
-    """Write `value` to the first n numbers of the weight `name`; update the digests in the manifest."""
+    """Write `value` to the first n numbers of the weight `name`, of a float type; update the manifest's digests."""
     path, manifest = params_path(prefix), read_manifest(prefix)
     entry = next(entry for entry in read_tensors(path, manifest) if entry.name == name)
     if entry.dtype == "bfloat16":

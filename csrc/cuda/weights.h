@@ -19,7 +19,8 @@ struct Norm {
 
 class Weights {
  public:
-  // Throws QVL_NO_MEMORY if the weights do not fit the free GPU memory.
+  // Throws QVL_NO_MEMORY if a lower bound of the weights' size exceeds the free GPU memory. The functions
+  // below throw it, too, if an allocation fails.
   Weights(const Gpu& gpu, CUstream stream, const WeightTable& table);
 
   // Tensor of any shape as float32 on the GPU.

@@ -94,7 +94,10 @@ class ModelConfig(BaseModel):
 
     @property
     def max_ntk_doublings(self) -> int:
-        """Number of thresholds of `ntk_doublings`, the last one >= max_position_embeddings; 0 without dynamic NTK."""
+        """Number of thresholds of `ntk_doublings`: up to the first >= max_position_embeddings, but at least two.
+
+        0 without dynamic NTK. Exported graphs compare the prompt's length with each threshold.
+        """
         ratio = max(2, self.max_position_embeddings / self.seq_length)
         return math.ceil(math.log2(ratio)) + 1 if self.use_dynamic_ntk else 0
 

@@ -1,7 +1,7 @@
 """Conversion of a server's errors to exceptions.
 
-In a batch job a RequestError fails only its row, and the request is repeated after a BusyError (server.py); any other
-exception ends the job.
+In a batch job a RequestError fails only its row, and the request is repeated after a BusyError, until its waits would
+exceed ten minutes in total (server.py). That BusyError, or any other exception, ends the job.
 """
 
 from __future__ import annotations

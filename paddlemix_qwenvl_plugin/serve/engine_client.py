@@ -64,6 +64,9 @@ class ProcessEngineClient:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._supervisor
             self._supervisor = None
+            if self._child is not None:  # the supervisor was cancelled before it began to run
+                await self._child.end()
+                self._child = None
         elif self._child is not None:  # `start` still waits for the process, and raises once it has ended
             await self._child.end()
         self._fail_all("the server is ending")

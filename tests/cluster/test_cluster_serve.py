@@ -1,6 +1,7 @@
 """`qwenvl serve --ray` on three local nodes, compared with the model in this process.
 
-The test marked `kills` runs only with QWENVL_TEST_CLUSTER_KILLS=1 (conftest.py).
+The test marked `kills`, which removes a node under load, runs only with QWENVL_TEST_CLUSTER_KILLS=1 (conftest.py); the
+one that kills a single replica always runs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The versions of the kernels in csrc/textbook, for every instruction set, compared with NumPy in float64."""
+"""The versions of the kernels in csrc/textbook, for every ISA of this processor, compared with NumPy in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Cases of docs/errors.md: checkpoints with mistakes that occur in practice, malicious weight files, `convert --to`."""
+"""Cases of docs/errors.md: checkpoints with mistakes that occur in practice, malicious weight files, `convert --to`.
+
+error_cases.py explains what a case is.
+"""
 
 from __future__ import annotations
 

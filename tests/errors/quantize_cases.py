@@ -1,4 +1,4 @@
-"""Cases of docs/errors.md for `quantize`."""
+"""Cases of docs/errors.md for `quantize`; error_cases.py explains what a case is."""
 
 from __future__ import annotations
 

@@ -190,6 +190,20 @@ def test_interrupted_start_leaves_no_process(stages):
     asyncio.run(interrupt_start())
 
 
+def test_stop_immediately_after_start_leaves_no_process(stages):
+    """`stop` cancels the supervisor before it has begun to run."""
+
+    async def start_and_stop():
+        client = ProcessEngineClient(model_settings(stages))
+        await client.start()
+        pid = client.pid
+        await client.stop()
+        assert not is_running(pid)
+        assert client.pid is None
+
+    asyncio.run(start_and_stop())
+
+
 def test_log_probabilities_equal_those_of_qwenvl(stages, local_model):
     request = dataclasses.replace(text_request(20), n_logprobs=3)
     generation = local_model.generation(request.prompt, [], [], request.options, n_logprobs=3)

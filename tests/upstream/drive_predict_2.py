@@ -1,4 +1,6 @@
-"""Answer texts as PaddleNLP 3.0.0b4's dynamic predictor does, and print the tokens.
+"""Answer texts as PaddleNLP 3.0.0b4's dynamic predictor does, and print the tokens; run by test_paddlenlp_wheels.py.
+
+The model is the plugin's (drive_generation_2.py).
 
 drive_predict_2.py FOLDER N_TOKENS TEXT…
 """

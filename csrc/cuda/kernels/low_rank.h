@@ -1,6 +1,6 @@
 // Parameters of the kernels in low_rank.cu, for host and device: low_rank_down and low_rank_up for decode
 // rows and the rows of lm_head, finish_raw for prompts. H: the compute type, bfloat16 or float16. A run:
-// consecutive rows of a block with the same adapter.
+// consecutive rows of a block, in the order of LowRankParams::order, with the same adapter.
 #pragma once
 
 #include "cuda/kernels/linear_prompt.h"
@@ -22,10 +22,10 @@ constexpr int kLowRankDownThreads = 128;  // per block of low_rank_down
 constexpr int kLowRankRows = 16;          // rows of x per block
 constexpr int kLowRankDown = 16;          // rows of A per block of low_rank_down
 constexpr int kLowRankSlices = 8;         // of k
-// A run: consecutive rows, in the order of `order`, with the same adapter.
-constexpr int kLowRankRuns = 4;  // runs that low_rank_down computes concurrently
-// Up to this product of gridDim.x, gridDim.y and runs, a block of low_rank_down has two slices or none, else
-// one.
+constexpr int kLowRankRuns = 4;           // runs that low_rank_down computes concurrently
+// Up to this product of gridDim.x, gridDim.y and runs, half of the blocks of low_rank_down have two slices
+// each and the others none, since each working block may delay the product of the base weight; above it, each
+// has one slice.
 constexpr int kLowRankSmall = 8;
 constexpr int kLowRankUp = 64;  // rows of B per block of low_rank_up
 

@@ -11,8 +11,8 @@
 
 namespace qvl::cuda {
 
-// Blocks of 1024 threads that are resident on a multiprocessor at a time: 2 on the architectures that the #if
-// lists, which have 2048 threads per multiprocessor, else 1.
+// For __launch_bounds__: blocks of 1024 threads that are resident on a multiprocessor at a time, 2 on the
+// architectures that the #if lists, which have 2048 threads per multiprocessor, else 1.
 #if __CUDA_ARCH__ == 700 || __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
 constexpr int kRowBlocks = 2;
 #else
