@@ -128,7 +128,7 @@ def _run(
         folder.write_layer(index, tensors)
         work.figures.append(figures)
         work.save({after.original.path, after.quantized.path})
-    del quantizer
+    del quantizer  # frees its two layers before count_changed loads lm_head
     folder.finish(bits, group_size)
     report = Report(
         bits,
