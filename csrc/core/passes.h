@@ -40,7 +40,7 @@ struct Part {
   int32_t n;          // number of tokens
   int32_t past;       // number of tokens of the sequence before this part
   bool generated;     // the tokens are computed as decode steps
-  int32_t logits;     // row of the logits for the last token, or -1
+  int32_t logits;     // row, among those of the batch, of the logits for the last token, or -1
   int64_t first = 0;  // first row of activations in the pass; set by pass()
 };
 

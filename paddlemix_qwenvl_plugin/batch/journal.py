@@ -34,7 +34,7 @@ class Journal:
 
         Args:
             job: identity of the job, JSON-serializable.
-            keys: `id_key` of each row that has an id.
+            keys: `id_key` of each row that has an id; an invalid row may have none, and gets no line here.
         """
         self._path = path
         self._file = _open_locked(path)

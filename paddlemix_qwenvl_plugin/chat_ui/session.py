@@ -96,7 +96,7 @@ class Session:
     def ask(self, question: str) -> Stream:
         """Ask a question with the attached images, which the model loads again from their sources.
 
-        Raises as `Chat.ask`; the session is then unchanged.
+        Raises as `Chat.ask` (runtime/chat.py); the session is then unchanged.
         """
         images = [{"image": attached.source} for attached in self.attached]
         return self._chat.ask([*images, {"text": question}], **asdict(self._options))

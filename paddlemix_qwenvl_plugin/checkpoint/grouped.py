@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 # Largest group size of the engine's storage types; a larger group is stored as several groups with the same scale and
 # zero point.
-MAX_GROUP = 128
+_MAX_GROUP = 128
 
 
 class GroupedMatrix(NamedTuple):
@@ -31,7 +31,7 @@ class GroupedMatrix(NamedTuple):
 
 def engine_group(group_size: int) -> int:
     """Group size in the engine, 32, 64 or 128, for a checkpoint's: 32, 64, a multiple of 128, or -1 (all inputs)."""
-    return group_size if group_size in (32, 64) else MAX_GROUP
+    return group_size if group_size in (32, 64) else _MAX_GROUP
 
 
 def n_groups(n_in: int, group_size: int) -> int:

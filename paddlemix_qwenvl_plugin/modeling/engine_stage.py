@@ -60,7 +60,7 @@ class EngineStage(nn.Layer):
         return call(operator, {**inputs, "weights": self.parameters()}, self._attributes, outputs)
 
     def _parameter(self, name: str, weight: Weight) -> paddle.Tensor:
-        if weight.dtype in STORAGE:
+        if weight.dtype in STORAGE:  # the default dtype, which `build` (weights.py) sets
             return self.create_parameter(list(weight.shape), attr=parameter_attr(name))
         n_bytes = packed_bytes(weight.dtype, *weight.shape)
         return self.create_parameter([n_bytes], attr=parameter_attr(name), dtype="uint8")

@@ -3,8 +3,9 @@
 They work in Paddle's dynamic mode (the reference) and static mode (export), where a parameter's name is fixed at
 creation. Weights are loaded later, so parameters are created without random initialization.
 
-Parameters have the storage type, activations the compute type; a parameter of another type is cast at its use.
-A float16 export can therefore run on a CPU, for which Paddle has no float16 kernels.
+Parameters have the storage type, to which `build` (weights.py) sets Paddle's default dtype, and activations the compute
+type; a parameter of another type is cast at its use. A float16 export can therefore run on a CPU, for which Paddle has
+no float16 kernels.
 """
 
 from __future__ import annotations

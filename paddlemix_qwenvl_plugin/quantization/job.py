@@ -24,8 +24,8 @@ from paddlemix_qwenvl_plugin.util.progress import track
 
 # Bits -> default group size. The demo model's loss of reading accuracy: 0.8 points with 4 bits in groups of 64, 0.4 in
 # groups of 32, none with 8 bits in groups of 64 (docs/demo-model.md).
-DEFAULT_GROUP_SIZES = {4: 32, 8: 64}
-GROUP_SIZES = (32, 64, 128)  # of the engine's types with zero points
+_DEFAULT_GROUP_SIZES = {4: 32, 8: 64}
+_GROUP_SIZES = (32, 64, 128)  # of the engine's types with zero points
 
 MAX_TOKENS = 1 << 16
 """Limit on the tokens of all rows. A file of hidden states then has at most 1 GiB for the 7B model; up to six exist:
@@ -58,12 +58,12 @@ def quantize_model(
         QwenVLError: as for Checkpoint; an image cannot be loaded; the calibration rows give inputs that are not finite;
             or the outputs of a matrix do not fill the words of a GPTQ file.
     """
-    if bits not in DEFAULT_GROUP_SIZES:
+    if bits not in _DEFAULT_GROUP_SIZES:
         raise UsageError(f"--bits {bits}: must be 4 or 8")
     if group_size is None:
-        group_size = DEFAULT_GROUP_SIZES[bits]
-    if group_size not in GROUP_SIZES:
-        raise UsageError(f"--group_size {group_size}: must be one of {', '.join(map(str, GROUP_SIZES))}")
+        group_size = _DEFAULT_GROUP_SIZES[bits]
+    if group_size not in _GROUP_SIZES:
+        raise UsageError(f"--group_size {group_size}: must be one of {', '.join(map(str, _GROUP_SIZES))}")
     checkpoint = Checkpoint(model)
     if checkpoint.quantized is not None:
         raise UsageError(
@@ -128,7 +128,7 @@ def _run(
         folder.write_layer(index, tensors)
         work.figures.append(figures)
         work.save({after.original.path, after.quantized.path})
-    del quantizer
+    del quantizer  # frees its two layers before count_changed loads lm_head
     folder.finish(bits, group_size)
     report = Report(
         bits,

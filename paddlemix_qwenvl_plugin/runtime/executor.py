@@ -58,7 +58,10 @@ class Executor(Protocol):
         """
 
     def check_device(self) -> None:
-        """Raise an exception, QwenVLError or Paddle's, if the device is unusable, such as a GPU after a fault."""
+        """Raise an exception, QwenVLError or Paddle's, if the device is unusable, such as a GPU after a fault.
+
+        Only the engine process of `qwenvl serve` calls this, after a failed step.
+        """
 
     def forget(self, generation: Generation) -> None:
         """Free the state of a request, except its blocks, after it has ended or after an interrupted step."""

@@ -11,11 +11,10 @@ from paddlemix_qwenvl_plugin.util.machine import GIB
 _RELATIVE_SIZES = (("weight_only_int8", 0.55), ("weight_only_int4", 0.4))
 
 
-def check_share(share: float) -> float:
-    """Return `share` if it is a valid share of GPU memory, over 0 up to 1; otherwise raise UsageError."""
+def check_share(share: float) -> None:
+    """Raise UsageError unless `share` is a valid share of GPU memory, over 0 up to 1."""
     if not 0 < share <= 1:
         raise UsageError(f"--gpu_memory {share:g}: must be over 0, up to 1")
-    return share
 
 
 def check_room(vision: Stage, language: Stage, free: int, share: float) -> None:

@@ -1,7 +1,8 @@
 """Environment variables of this package, without the settings of `qwenvl serve`; see docs/environment.md.
 
 `activation/_qwenvl_activate.py` reads QWENVL_PLUGIN and QWENVL_PLUGIN_DEBUG without this module: it runs at the start
-of every Python process, where it must not import this package.
+of every Python process, where it must not import this package. C++ code also reads QWENVL_CUDA_KERNELS
+(csrc/cuda/gpu.cc) and QWENVL_DEVICE (csrc/paddle/session.cc).
 """
 
 from __future__ import annotations

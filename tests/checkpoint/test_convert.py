@@ -124,7 +124,7 @@ def test_from_every_form_to_every_scheme(golden, tmp_path, form):
         }
         assert stored_tensors(target) == expected
         convert(target, tmp_path / f"back-{to}")
-    for to in ("huggingface", "static"):
+    for to in ("huggingface", "paddlemix", "static"):
         assert stored_tensors(tmp_path / f"back-{to}") == stored_tensors(tmp_path / "paddlemix")
     assert "tensor_parallel_degree" not in (tmp_path / "static" / "config.json").read_text()
 

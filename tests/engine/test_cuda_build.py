@@ -160,7 +160,7 @@ def test_given_kernels_need_no_nvrtc(kernels: Path, site: Path, monkeypatch: pyt
     assert gpu.build_for(0) == (Path("library"), Path("/there"))
 
 
-def test_where_nvrtc_is_found(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nvrtc_is_found(site: Path, tmp_path: Path) -> None:
     """Of the NVRTCs in wheels, PyTorch and a toolkit, in this order, the first that fits GPU and driver is used.
 
     Of several wheels it is the newest that fits.

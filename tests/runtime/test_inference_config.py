@@ -1,4 +1,4 @@
-"""The configuration of Paddle Inference for a program, with a stand-in for Paddle's class."""
+"""Configuration of Paddle Inference on a CPU, without oneDNN, which fails on the programs; with a stand-in class."""
 
 from __future__ import annotations
 

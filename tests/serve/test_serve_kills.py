@@ -74,7 +74,7 @@ def test_engine_killed_under_load(
     known_questions: list[Question],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    server = serve_demo(*FLAGS)
+    server = serve_demo(*FLAGS)  # for the invalid requests, some of which the clients of Load send
     url = server.wait_until_ready()
     load = Load(url, known_questions, allow_errors=True)
     killed_pids: list[int] = []

@@ -25,6 +25,7 @@ def export(dtype: str, folder: str, output: str) -> None:
     config = AutoConfig.from_pretrained(folder)
     config.tensor_parallel_degree, config.tensor_parallel_rank = 1, 0
     config.weight_only_quant_bits, config.quant_type = -1, None
+    # Imported here, as by upstream.
     from paddlenlp.experimental.transformers import QWenForQWenVLInferenceModel
 
     model = QWenForQWenVLInferenceModel.from_pretrained(folder, config=config, dtype=dtype)

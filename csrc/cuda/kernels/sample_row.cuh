@@ -25,9 +25,9 @@ __device__ inline float infinity() {
 // A row's logits after penalties and forbidden ids.
 struct Row {
   const float* logits;
-  const int* counts;    // NULL without penalties
-  const uint32* marks;  // NULL without forbidden ids; bit 0 is id first_marked
-  int first_marked = 0;
+  const int* counts;     // NULL without penalties
+  const uint32* marks;   // NULL without forbidden ids; bit 0 is id first_marked
+  int first_marked = 0;  // sample.cu sets it and `marks` to a chunk of the row
   double repetition, frequency, presence;
 
   __device__ Row(const SampleParams& p, int row) : logits(p.logits + static_cast<int64>(row) * p.vocab) {

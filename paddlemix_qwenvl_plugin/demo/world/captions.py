@@ -51,8 +51,8 @@ _REGION = {
     "en": ("What is in {}?", "What is at {}?", "Describe {}."),
     "zh": ("{}里是什么？", "{}是什么？", "描述{}。"),
 }
-BASE_CAPTION = {"en": "Generate the caption in English:", "zh": "Generate the caption in Chinese:"}
-BASE_GROUNDED = {
+_BASE_CAPTION = {"en": "Generate the caption in English:", "zh": "Generate the caption in Chinese:"}
+_BASE_GROUNDED = {
     "en": "Generate the caption in English with grounding:",
     "zh": "Generate the caption in Chinese with grounding:",
 }
@@ -98,10 +98,10 @@ def base_turn(rng: random.Random, scene: Scene) -> Turn:
     language = rng.choice(LANGUAGES)
     draw = rng.random()
     if draw < 0.2:
-        return Turn("caption", language, BASE_CAPTION[language], caption_text(scene, language))
+        return Turn("caption", language, _BASE_CAPTION[language], caption_text(scene, language))
     if draw < 0.6:
         answer = caption_text(scene, language, boxes=True)
-        return Turn("grounded caption", language, BASE_GROUNDED[language], answer)
+        return Turn("grounded caption", language, _BASE_GROUNDED[language], answer)
     thing, name = _referent(rng, scene, language)
     return Turn("box", language, f"<ref>{name}</ref><box>", box_text(thing).removeprefix("<box>"))
 

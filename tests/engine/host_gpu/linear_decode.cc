@@ -133,6 +133,7 @@ void copy_all() {
 using Hopper = void (*)(LinearHopper);
 using LowRankKernel = void (*)(LowRankParams);
 using Upload = void (*)(UploadMatrix);
+// By name; there are no products of uint8_g128, because upload_matrix_uint8_g128 stores groups of 64.
 const std::map<std::string, Hopper>& products_by_name() {
 #define QVL_NAME(NAME, N, TILES) \
   {"linear_hopper_" #NAME "_" #N "_" #TILES, linear_hopper_##NAME##_##N##_##TILES},
