@@ -97,6 +97,6 @@ COSTS = {
     "admission": 2.1e-3,  # coordinator, per request: acquire and release
     "report_engine": 2.2e-3,  # coordinator, per report of an engine; each engine sends one per second
     "report_front": 2.5e-3,  # coordinator, per report of a front; each front sends one per second
-    "stream": 0.37e-3,  # front, per chunk that it reads from a stream
+    "stream": 0.37e-3,  # front, per item that it reads from a stream of Ray, in addition to FRONT_TOKEN
     "part": 17e-3,  # Ray Data's driver, per part
 }

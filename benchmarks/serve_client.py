@@ -2,8 +2,8 @@
 
 serve_targets.py runs it as a separate process. It reads a JSON object from standard input and writes one to standard
 output: the CPU time of the run in seconds, without parsing (`client_cpu`), and a report of each response (`responses`,
-see parse). To take little CPU time from the server, which runs on the same machine, it only records the time and bytes
-of each read during the run, and parses them when all requests have ended.
+see parse), grouped by client if `clients` is given. To take little CPU time from the server, which runs on the same
+machine, it only records the time and bytes of each read during the run, and parses them when all requests have ended.
 
 Input:
     port, path: of the server's endpoint for completions; events of chat completions are not parsed.

@@ -15,7 +15,8 @@ from paddlemix_qwenvl_plugin.runtime.generation import ImageInput
 class RandomRequest:
     """A request drawn from `rng`: a prompt, possibly with an image and an earlier answer, and options.
 
-    `image_seeds` are the seeds of the images' pixels, `answer_spans` the (start, end) of earlier answers in the prompt.
+    `image_seeds` are the seeds of the images' pixels, `answer_spans` the (start, end) of earlier answers in
+    the prompt (Prompt.generated).
     """
 
     def __init__(

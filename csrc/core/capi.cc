@@ -160,6 +160,7 @@ qvl_status qvl_get_device_info(qvl_device device, int32_t index, qvl_device_info
       qvl::describe_cpu(&current);
     }
     current.size = size;
+    std::memset(info, 0, size);  // also the fields of a newer version
     std::memcpy(info, &current, std::min<size_t>(size, sizeof current));
   });
 }

@@ -64,8 +64,8 @@ T converted(const char* where, const T* from) {
 template <typename T>
 class ConvertedArray {
  public:
-  // n structs at `from`; NULL stays NULL. `where` and `field`: names of the array and of its stride, for
-  // messages.
+  // n structs at `from`; NULL stays NULL. A negative n is not refused here, but by the function called next.
+  // `where` and `field`: names of the array and of its stride, for messages.
   ConvertedArray(const char* where, const char* field, const T* from, int64_t n, uint32_t stride)
       : data_(from) {
     if (n <= 0 || from == nullptr) return;

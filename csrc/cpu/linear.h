@@ -35,7 +35,8 @@ struct Rows {
 
 // y [n][y_stride] (+)= x [n][x_stride] W^T + bias. x and y do not overlap.
 //
-// Prompt rows use the blocked product, decode rows the matrix-vector kernels, which read the weights from
+// Prompt rows use the blocked product, in bfloat16 unless the compute type or the weights are float32; decode
+// rows use the matrix-vector kernels, which read the weights from
 // memory once, and round x to 8 bits if the weights are integers. Exception: if the context is exact
 // (QVL_COMPUTE_FLOAT32) and the type has zero points, decode rows use the blocked product as well, without
 // this rounding. A row's result has the same bits for any number of rows.

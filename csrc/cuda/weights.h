@@ -28,7 +28,7 @@ class Weights {
 
   // Matrix with its input order (Matrix::order), if it has one; throws QVL_UNSUPPORTED if a matrix of the
   // vision stage has one. `bias`: name of a tensor, or empty. A matrix that is on the GPU already, in H (the
-  // compute type) and in rows of a multiple of 8 values, is not copied.
+  // compute type) and in rows of a multiple of 8 values, is not copied, and must outlive the result.
   Matrix matrix(const std::string& name, const std::string& bias = "");
   Matrix linear(const std::string& name) { return matrix(name + ".weight", name + ".bias"); }
 

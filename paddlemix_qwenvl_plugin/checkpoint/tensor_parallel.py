@@ -84,7 +84,7 @@ class Ranks:
         if numbers != list(range(n_ranks)):
             raise QwenVLError(
                 f"{folder}: holds the tensor-parallel ranks {', '.join(f'tp{n:02}' for n in numbers)} of {n_ranks}; "
-                "copy the others, too"
+                "copy all ranks, each once"
             )
         return cls([Shards([path], match[3]) for path, match in matches.items()])
 

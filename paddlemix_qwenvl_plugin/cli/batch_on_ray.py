@@ -110,6 +110,6 @@ def _actors(bounds: Optional[str], cpus: Optional[float], gpus: Optional[float],
     if cpus is None:
         cpus = 1.0
     for flag, share in (("--ray_cpus", cpus), ("--ray_gpus", gpus)):
-        if share < 0 or (share > 1 and share != int(share)):
+        if not (0 <= share <= 1 or (share > 1 and share.is_integer())):
             raise UsageError(f"{flag}: {share:g} is neither a share below 1 nor a whole number")
     return Actors(minimum, maximum, cpus, gpus)

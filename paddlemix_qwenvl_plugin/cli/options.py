@@ -76,7 +76,8 @@ def with_flags(function: Callable[..., Any], **factories: Callable[..., Any]) ->
 
     A factory is a function that makes an object from flags, such as `open_model`, which makes a model. `factories` maps
     a parameter of the command to its factory, whose flags take the parameter's place on the command line. The command
-    gets, as that parameter, the factory bound to the values of the flags, and calls it without arguments.
+    gets, as that parameter, a functools.partial of the factory with the values of the flags as keywords, and calls it
+    without arguments; `batch_on_ray` also changes the keywords.
 
     The annotations are evaluated because on Python 3.9 typer does not find the options in strings (see `_flags`).
     """

@@ -14,7 +14,11 @@ from paddlemix_qwenvl_plugin.runtime.stream import AnswerStream
 
 @dataclass(frozen=True)
 class Question:
-    """Prompt `<img>…</img>` + `before` + `words` + `after`. `words` is from a data set: its tags are plain text."""
+    """Prompt `<img>…</img>` + `before` + `words` + `after`, with tags in `words`, such as a data set's, as plain text.
+
+    The parts are tokenized separately. Where `words` is preceded or followed by text, such as " Answer:", this text is
+    in `words` as well: in `before` or `after`, its tokens could differ from the official ones.
+    """
 
     image: str
     words: str

@@ -173,6 +173,7 @@ class ServerChat:
             **body.parameters(generation_options),
         }
 
+        # Called when the stream ends without an error, also if it is stopped, unless no token has arrived.
         def remember(answer: Answer) -> None:
             self._history += [question, body.assistant(answer.text.strip())]
             self._image_size = image_size

@@ -331,7 +331,7 @@ def change_shape(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (remove_rank, r"holds the tensor-parallel ranks tp00 of 2; copy the others, too"),
+        (remove_rank, r"holds the tensor-parallel ranks tp00 of 2; copy all ranks, each once"),
         (
             add_pipeline_stage,
             r"tp01_pp00\.pdparams: the model is split by more than tensor parallelism \(pp00\)",

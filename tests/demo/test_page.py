@@ -118,6 +118,7 @@ def test_boxes_are_on_the_last_image() -> None:
 
 @pytest.mark.parametrize("text", ["", "No.", "There are two purple shapes.<box>(0,0),(9,9)</box>"])
 def test_a_wrong_answer_is_shown_with_the_expected_answer(text: str) -> None:
+    """No text, another text, and the right text with a box that the question does not ask for."""
     _, page = page_of(Result(question_named("count"), make_answer(text)))
     assert page.texts("h1") == ["0 of 1 answers are right"]
     assert page.texts("span", "verdict") == ["wrong"]

@@ -100,6 +100,7 @@ def make(folder: Path, upstream: pins.Upstream) -> FakeCheckout:
     target.mkdir(parents=True)
     for name, text in texts.items():
         for path in unpatched_files(text):
+            # The first of the two ids identifies the unpatched file in a tree without .git.
             blob = git(root, "rev-parse", f"HEAD:{path}").strip()
             start = re.escape(f"diff --git a/{path} b/{path}\nindex ")
             text = re.sub(f"({start})[0-9a-f]+", rf"\g<1>{blob}", text)

@@ -165,7 +165,7 @@ def test_the_next_address_is_tried(server: ThreadingHTTPServer, monkeypatch: pyt
 
 
 def test_dns_rebinding(server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The name resolves to a public address at first, then to this machine: a download makes only one query."""
+    """The name resolves to a public address at first, then to this machine: a request makes only one query."""
     net = FakeNetwork(monkeypatch, {"rebinding.example": [[PUBLIC], ["127.0.0.1"]]})
     assert load(f"http://rebinding.example:{server.server_port}/a.png").size == (6, 4)
     assert (net.resolved_names, net.connected_addresses) == (["rebinding.example"], [PUBLIC])

@@ -65,7 +65,8 @@ def test_step_program_logits(golden, name, extension, monkeypatch):
         nonlocal cache, n_past
         # Numbers of tokens: in the chunk, in the cache, in the prompt.
         lengths = (np.array([[n]]) for n in (len(chunk), n_past, len(ids)))
-        cache_valid = np.arange(n_past + 1)[None] > 0  # the cache begins with an unused position
+        # The cache begins with an unused position, since Paddle Inference accepts no empty tensors.
+        cache_valid = np.arange(n_past + 1)[None] > 0
         logits, *cache = step([np.array([chunk]), *images, *lengths, cache_valid, *cache])
         n_past += len(chunk)
         return logits.numpy()[0]

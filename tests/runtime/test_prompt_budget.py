@@ -36,7 +36,11 @@ def test_time_of_prompts(per_token: float, decode: float, rows: int, prompt_seco
 
 
 def test_more_decoding_requests_than_before() -> None:
-    """More of a step's time counts as decoding, so the computed rate of prompt tokens is higher."""
+    """Prompts get 199 tokens instead of 64, the minimum.
+
+    Decoding is estimated to take four times as long. So prompts get more time, and the computed rate of prompt tokens
+    is higher, because more of a step's time counts as decoding.
+    """
     one, many = PromptBudget(STEP_TOKENS), PromptBudget(STEP_TOKENS)
     for budget, rows in ((one, 1), (many, 16)):
         budget.learn(0, 1, 0.1)

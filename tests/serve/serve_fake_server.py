@@ -22,7 +22,7 @@ if __name__ == "__main__":
     engine = CountingEngine(**arguments)
     engine.start_error = QwenVLError(start_error) if start_error else None
 
-    def open_service(settings: Any, report: object) -> Any:
+    def open_service(settings: Any, say: object) -> Any:
         return fake_service(engine, **settings.model_dump())
 
     # Modules that `qwenvl serve` imports, replaced by fakes without a model.
@@ -31,5 +31,5 @@ if __name__ == "__main__":
         "paddlemix_qwenvl_plugin.serve.openai": SimpleNamespace(routes=SimpleNamespace(router=fake_router)),
     }
     sys.modules.update(modules)
-    sys.argv[1:1] = ["serve", "--demo"]
+    sys.argv[1:1] = ["serve", "--demo"]  # settings must name a model; the demo model needs no files
     main()

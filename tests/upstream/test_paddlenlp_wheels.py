@@ -96,7 +96,11 @@ def snapshots(environment: WheelEnvironment, tmp_path_factory: pytest.TempPathFa
 
 
 def test_qwenvl_plugin_0_disables_the_plugin(snapshots: list[Any], environment: WheelEnvironment) -> None:
-    """The model class is upstream's. In generation 2, the import of this class fails without operators."""
+    """The model class is upstream's.
+
+    In generation 2 the first import of this class fails without operators; drive_snapshot.py then provides stand-ins
+    and imports it again.
+    """
     enabled, disabled = snapshots
     assert enabled["failed"] == ""
     assert bool(disabled["failed"]) == (environment.generation == 2)

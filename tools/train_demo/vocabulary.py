@@ -34,7 +34,7 @@ def texts() -> list[str]:
         sample = held_out(10**9 + number)
         words = [written.text for scene in sample.scenes for written in scene.texts]
         separators = "|".join(["</?ref>", "</?box>", "\n", *words])
-        turn = sample.turns[0]
+        turn = sample.turns[0]  # a held-out sample has one turn
         parts += re.split(separators, f"{turn.question}\n{turn.answer}\n{CHAT}")
     return parts
 

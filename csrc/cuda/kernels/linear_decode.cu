@@ -14,7 +14,8 @@
 //
 //   shared memory:  ring [kDepth][16 warps][1 KB] | scales | x [columns][units] | offsets | sums [2][16]
 //                   offsets: with 4 bits, the initial sums of groups (linear_decode.cuh)
-//                   sums: two buffers, used alternately, with the sums of 16 warps each
+//                   sums: two buffers, used alternately, with the sums of 16 warps each, of tiles_at_once
+//                         tiles: more tiles need fewer barriers
 //
 // A step is 1 KB of weights, 32 bytes per lane. A lane prefetches its bytes into its own part of a slot of
 // the ring, and later reads them as its fragments: loads in flight need neither a barrier nor registers. A
@@ -387,6 +388,7 @@ __device__ void linear_decode(const LinearDecode& p) {
       for (int step = from; step < to; ++step) {
         wait_for_copies<kDepth - 2>();
         Weights::add(part, ring + slot * kSlotBytes, scales + slot * kScalePitch, x, step);
+        // Refill the slot of the preceding step: all lanes have used its scales.
         fetch(refill_slot);
         refill_slot = slot;
         slot = slot + 1 == kDepth ? 0 : slot + 1;

@@ -1,6 +1,7 @@
 """Short-answer questions about one image.
 
-A function returns None if the scene, or its random choices, allow no question.
+A function returns None if the scene, or its random choices, allow no question. The demo model is trained on these
+questions and answers: other words need a new training (tools/train_demo).
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ _SIDES = {
     "above": {"en": "above", "zh": "上面"},
     "below": {"en": "below", "zh": "下面"},
 }
+# Up to the shapes of two images, four each (pairs.py).
 _NUMBERS = {
     "en": ("no", "one", "two", "three", "four", "five", "six", "seven", "eight"),
     "zh": ("没有", "一个", "两个", "三个", "四个", "五个", "六个", "七个", "八个"),

@@ -41,6 +41,7 @@ class UserMessage(Schema):
 class AssistantMessage(Schema):
     """Earlier answer of the model, as the server returned it."""
 
+    # No value of these keys is accepted, except null, false, 0 and empty values (schema.py).
     not_supported: ClassVar[Mapping[str, tuple[Any, ...]]] = dict.fromkeys(
         ("annotations", "audio", "function_call", "refusal", "tool_calls"), ()
     )

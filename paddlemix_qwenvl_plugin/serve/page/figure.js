@@ -1,4 +1,4 @@
-/** Image with an answer's boxes drawn on it. */
+/** Figure of an answer: the last image of the conversation so far, to which its boxes refer, with the boxes drawn. */
 
 import { boundsOf, boxAt, colour, cornersOf } from './boxes.js';
 import { element, iconButton, svg } from './dom.js';

@@ -13,6 +13,7 @@ export const en = {
   'welcome.title': 'Ask about an image',
   'welcome.text': 'Drop one here, paste it, or choose it below. Boxes in the answer are drawn on the image.',
   'welcome.suggestions': 'Suggestions',
+  // Questions on which the demo model is trained, word for word (demo/world/captions.py, questions.py).
   'suggestion.describe': 'Describe the picture.',
   'suggestion.boxes': 'Describe the picture with boxes.',
   'suggestion.read': 'Read the text.',

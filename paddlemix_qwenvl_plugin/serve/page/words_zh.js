@@ -13,6 +13,7 @@ export const zh = {
   'welcome.title': '就图片提问',
   'welcome.text': '把图片拖到这里、粘贴，或在下方选择。模型提到的位置会标在图片上。',
   'welcome.suggestions': '建议的问题',
+  // Questions on which the demo model is trained, word for word (demo/world/captions.py, questions.py).
   'suggestion.describe': '描述这张图片。',
   'suggestion.boxes': '描述图片并框出每个物体。',
   'suggestion.read': '图中写了什么？',
