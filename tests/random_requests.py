@@ -15,8 +15,8 @@ from paddlemix_qwenvl_plugin.runtime.generation import ImageInput
 class RandomRequest:
     """A request drawn from `rng`: a prompt, possibly with an image and an earlier answer, and options.
 
-    `image_seeds` are the seeds of the images' pixels, `answer_spans` the (start, end) of earlier answers in
-    the prompt (Prompt.generated).
+    For the demo model: text ids are below 300, and have to be below the model's `image_start_id`. `image_seeds` are the
+    seeds of the images' pixels, `answer_spans` the (start, end) of earlier answers in the prompt (Prompt.generated).
     """
 
     def __init__(
@@ -49,4 +49,4 @@ class RandomRequest:
             for seed in self.image_seeds
         ]
         prompt = Prompt(self.ids, [], self.answer_spans)
-        return vl.start(prompt, images, self.stop, self.options, None)
+        return vl.start(prompt, images, self.stop, self.options, image_size=None)

@@ -32,7 +32,7 @@ inline void* allocate(size_t bytes) {
   return memory;
 }
 
-// Memory that grows on demand, losing its content, and never shrinks.
+// Memory that grows on demand and never shrinks. It loses its content if it grows.
 class Buffer {
  public:
   Buffer() = default;

@@ -146,7 +146,7 @@ class SlotQueue:
             and self._slots_by_key[key] + n > self._max_per_key
         ):
             raise _too_many(
-                f"This API key has {self._slots_by_key[key]} of at most {self._max_per_key} concurrent requests",
+                f"This API key has {self._slots_by_key[key]} of at most {self._max_per_key} concurrent completions",
                 self._mean_hold_seconds,
             )
         if (self._queue or self.running + n > self._max_running) and self.waiting >= self._max_waiting:

@@ -45,7 +45,10 @@ class Unpacker:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[tuple[dict[str, Any], bytes]]:
-        """Add a chunk; yield the (header, bytes) of each message that it completes."""
+        """Add a chunk; yield the (header, bytes) of each message that it completes.
+
+        Iterate to the end: only then are the messages removed.
+        """
         self._buffer += data
         start = 0
         while len(self._buffer) - start >= _LENGTHS.size:

@@ -19,7 +19,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 REPO = Path(__file__).resolve().parents[2]
-MODEL_NAME = "qwen-vl-chat"
+MODEL_NAME = "qwen-vl-chat"  # the default for a chat model
 
 # Timeout in seconds, longer than any operation takes on a busy machine.
 TIMEOUT = 300.0

@@ -55,10 +55,12 @@ def test_rates_by_task() -> None:
     assert rates["task: reading"] == Rate(1, 2)
     assert rates["task: count"] == Rate(1, 1)
     assert "task: box" not in rates
+    assert rates["task: box (boxes)"] == Rate(1, 1)
     lines = table(rates, GOALS).splitlines()
     assert "66.67 %" in lines[0]
     assert lines[0].endswith("2 of 3  (goal 95 %: missed)")
     assert lines[1].endswith("1 of 1  (goal 90 %: reached)")
+    assert lines[3].startswith("task: box (boxes)")
     assert lines[3].endswith("1 of 1")  # tasks have no goals
 
 

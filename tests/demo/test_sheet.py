@@ -93,6 +93,6 @@ def test_without_a_chinese_font(all_correct_run: Run, monkeypatch: pytest.Monkey
     assert {box.ref for box in chinese.answer.boxes} != {None}
     assert {sheet._labelled(box).ref for box in chinese.answer.boxes} == {None}
     lines = [line for _, line in sheet._text(chinese)]
-    # In place of the question and of the answer.
+    # In place of the question and of the answer; the last line is the verdict.
     assert lines[:-1] == 2 * sheet._wrapped(sheet._NO_FONT, SIDE)
     assert contact_sheet([chinese]).size[0] == GAP + 3 * STEP

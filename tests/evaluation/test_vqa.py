@@ -22,6 +22,7 @@ def test_accuracy_by_number_of_equal_answers_of_ten(matches: int, expected: floa
     assert vqa_accuracy("red", answers) == pytest.approx(expected)
 
 
+# At least four references: with fewer, `check` refuses this metric.
 @given(st.text("ab", max_size=1), st.lists(st.text("ab", max_size=1), min_size=4, max_size=10))
 def test_accuracy_is_the_mean_over_subsets_without_one_answer(answer: str, references: list[str]) -> None:
     # With a prefix, since normalisation removes the article "a".

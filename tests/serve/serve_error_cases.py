@@ -458,7 +458,7 @@ CASES: dict[str, Case] = {
     ),
     # States
     "the queue is full": full_queue,
-    "a key has `max_per_key` requests": full_quota_of_key,
+    "a key has `max_per_key` completions": full_quota_of_key,
     "no slot within `waiting_timeout`": waiting_timeout,
     "the engine is not ready": with_engine(
         chat(), submit_error=EngineUnavailable("the engine has not been started")

@@ -250,6 +250,7 @@ def test_dns_rebinding(host: str, status: int, method: str, path: str, key_file:
 )
 @pytest.mark.parametrize("no_auth", [False, True])
 def test_requests_of_other_web_pages(origin: Optional[str], allowed: bool, no_auth: bool) -> None:
+    """Without API keys. With them the origin is not checked, since another page has no key."""
     headers = {} if origin is None else {"Origin": origin}
     response = send("POST", PATH, headers, cors_origins=["http://chat.example.org"], no_auth=no_auth)
     assert response.status_code == (200 if allowed else 403)

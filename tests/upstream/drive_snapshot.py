@@ -1,8 +1,8 @@
 """Print the origin of every name in the imported modules of PaddleNLP and Paddle, as JSON, with or without the plugin.
 
-Run by test_paddlenlp_wheels.py, which compares both outputs. QWENVL_PLUGIN is "1" or "0". Without the plugin, the
-inference models of 3.0.0b4 cannot be imported: this script then provides the operators that they import. Keys of the
-output:
+Run by test_paddlenlp_wheels.py, which compares both outputs. QWENVL_PLUGIN, the switch of the plugin, is "1" or "0".
+Without the plugin, the inference models of 3.0.0b4 cannot be imported: this script then provides the operators that
+they import. Keys of the output:
     failed: error of the first import of the models, or "".
     operators: errors of the calls of two operators that may be missing, with the plugin only.
     origins: name -> origin.

@@ -56,6 +56,7 @@ def test_every_use_creates_the_model_once(model, use):
     assert Model.n_created == 0
     assert use(model)
     assert Model.n_created == 1
+    # After isinstance(), which creates the model but does not turn the placeholder into it, this access does so.
     assert model.training is False
     assert type(model) is Model
 

@@ -47,7 +47,7 @@ void prepare_bf16(const float* x, int64_t x_stride, int n_x, int k, void* prepar
 
 // `Rows` for bfloat16 weights; matvec.h documents the members.
 struct RowsBf16 {
-  static constexpr int kColumnBlock = 512;
+  static constexpr int kColumnBlock = 512;  // a multiple of kPairs
   static constexpr int kXAtOnce = kLanes == 16 ? 4 : 2;
   static constexpr int rows_at_once(int n) { return n == 1 ? 1 : kLanes == 16 ? 4 : 2; }
   static QVL_INLINE int64_t row_bytes(int k) { return int64_t{2} * k; }

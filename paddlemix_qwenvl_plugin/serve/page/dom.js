@@ -8,8 +8,9 @@ const SVG = 'http://www.w3.org/2000/svg';
  * Create an element.
  *
  * Properties are attributes, with two exceptions: `on…` is an event listener; `text`, `label`, `alt` and
- * `placeholder` are a key of words_en.js, or [key, values] (see setWords). Properties that are undefined, null or
- * false, and children that are null, are omitted.
+ * `placeholder` are a key of words_en.js, or [key, values] (see setWords). An element with `text` has no children: a
+ * change of the language replaces its content. Properties that are undefined, null or false, and children that are
+ * null, are omitted.
  */
 export function element(tag, properties = {}, ...children) {
   const node = document.createElement(tag);

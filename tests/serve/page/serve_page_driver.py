@@ -54,6 +54,7 @@ class Page:
         self.browser.call("Emulation.setTouchEmulationEnabled", enabled=width < 600)
         self.browser.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(self.downloads))
         self.browser.open(self.server.url, width, color_scheme)
+        # These replace all features that browser.open has set, the colour scheme included.
         features = [
             {"name": "prefers-color-scheme", "value": color_scheme},
             {"name": "prefers-reduced-motion", "value": "reduce" if reduced_motion else "no-preference"},

@@ -1,8 +1,8 @@
 // Hopper's instructions on the host, in place of csrc/cuda/kernels/hopper.cuh, for test_hopper_products.py:
 // those that the products of decode steps use. The order of their effects is one that the hardware allows but
 // rarely has: the copy engine, a thread of its own, executes the copies in random order, and each thread of a
-// kernel computes its part of a product only in wgmma_wait. ../../linear_decode.cc defines what is only
-// declared here.
+// kernel computes its part of a product only in wgmma_wait (operands in registers are read at once).
+// ../../linear_decode.cc defines what is only declared here.
 #pragma once
 
 #include <functional>
@@ -73,7 +73,7 @@ inline void wgmma_fence() {}
 inline void wgmma_commit() {
   ++product_group;
 }
-template <int n>  // all lanes of a warp wait together
+template <int n>  // all lanes of a warp wait together: one then reports that its warp has read the buffers
 inline void wgmma_wait() {
   size_t done = 0;
   for (; done < products.size() && products[done].first < product_group - n; ++done) products[done].second();
@@ -108,7 +108,7 @@ struct Product {
 };
 
 // The four lanes of rows g and g + 8 of `a` hold these rows in registers, and exchange them through
-// registers_of.
+// registers_of. All threads of the warpgroup meet, which execute the instruction together.
 extern uint32 registers_of[544][4];
 template <int N>
 struct ProductFromRegisters {
