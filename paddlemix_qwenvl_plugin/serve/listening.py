@@ -35,7 +35,8 @@ def bound_socket(host: str, port: int, reuse_port: bool) -> Listener:
     loading its model must not listen. A socket passed by systemd takes precedence over the address.
 
     Raises:
-        UsageError: the address does not exist, systemd passed no socket or several, or the system has no SO_REUSEPORT.
+        UsageError: the address does not exist, systemd passed no socket, several or another than TCP, or the
+            system has no SO_REUSEPORT.
         QwenVLError: the port is in use or not permitted, or the address is not this machine's.
     """
     inherited = _from_systemd()
@@ -91,6 +92,8 @@ def _from_systemd() -> socket.socket | None:
     del os.environ["LISTEN_PID"], os.environ["LISTEN_FDS"]
     os.set_inheritable(_SYSTEMD_DESCRIPTOR, False)
     listener = socket.socket(fileno=_SYSTEMD_DESCRIPTOR)
+    if listener.family not in (socket.AF_INET, socket.AF_INET6) or listener.type != socket.SOCK_STREAM:
+        raise UsageError("systemd passed no TCP socket; give the unit ListenStream=PORT or HOST:PORT")
     listener.setblocking(False)
     return listener
 

@@ -257,6 +257,15 @@ def test_socket_of_systemd(start: Callable[..., Process]) -> None:
             assert process.wait_for_exit()[0] == 0
 
 
+def test_systemd_socket_that_is_not_of_tcp(start: Callable[..., Process], tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen()
+        code, log = start(**with_systemd_socket(listener)).wait_for_exit()
+    assert code == 2
+    assert log.endswith("systemd passed no TCP socket; give the unit ListenStream=PORT or HOST:PORT\n")
+
+
 class Load:
     """Four clients with sequential requests: two open a connection for each request, two keep their connection.
 
