@@ -27,12 +27,14 @@ from paddlemix_qwenvl_plugin.cluster.serve.cluster_metrics import render
 from paddlemix_qwenvl_plugin.cluster.serve.coordinator import Coordinator, Totals
 from paddlemix_qwenvl_plugin.cluster.serve.engine import Chunk
 from paddlemix_qwenvl_plugin.cluster.serve.engine_handle import HandleEngineClient
+from paddlemix_qwenvl_plugin.cluster.serve.front import Front
 from paddlemix_qwenvl_plugin.cluster.serve.prefix import prefix_of
 from paddlemix_qwenvl_plugin.cluster.serve.replicas import front_cpus, front_requests, max_fronts
 from paddlemix_qwenvl_plugin.cluster.serve.routing import PrefixRouter
 from paddlemix_qwenvl_plugin.cluster.serve.start import check_version
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.serve.engine_api import Ended, EngineRequest, EngineUnavailable, Token
+from paddlemix_qwenvl_plugin.serve.errors import ApiError
 from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 from paddlemix_qwenvl_plugin.serve.token_stream import CANCEL_SECONDS
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
@@ -428,6 +430,16 @@ def test_metrics_of_all_processes() -> None:
         ("qwenvl_requests_total", ("front", "b"), ("path", "/")): 4,
         ("qwenvl_requests_total", ("engine", "c"), ("path", "/")): 5,
     }
+
+
+def test_metrics_while_the_coordinator_restarts() -> None:
+    async def fail() -> None:
+        raise RayActorError()
+
+    front = SimpleNamespace(_member=SimpleNamespace(report=fail))
+    with pytest.raises(ApiError) as error:
+        asyncio.run(Front._render_metrics(front, ""))  # type: ignore[arg-type]
+    assert (error.value.status, error.value.code) == (503, "queue_unavailable")
 
 
 def test_enough_fronts_for_all_slots() -> None:

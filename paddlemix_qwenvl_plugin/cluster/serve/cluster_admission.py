@@ -92,11 +92,16 @@ class ClusterAdmission:
                 now = time.monotonic()
                 failing_since = failing_since or now
                 if now - failing_since > _RESTART_SECONDS:
-                    raise ApiError(
-                        503,
-                        "The cluster's queue does not answer; try again later",
-                        "server_error",
-                        code="queue_unavailable",
-                        headers={"Retry-After": "1"},
-                    ) from error
+                    raise queue_unavailable() from error
                 await asyncio.sleep(_PAUSE_SECONDS)
+
+
+def queue_unavailable() -> ApiError:
+    """Create the error of a request for which the coordinator does not answer."""
+    return ApiError(
+        503,
+        "The cluster's queue does not answer; try again later",
+        "server_error",
+        code="queue_unavailable",
+        headers={"Retry-After": "1"},
+    )

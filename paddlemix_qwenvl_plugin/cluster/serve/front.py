@@ -6,11 +6,12 @@ from typing import Any, Optional
 
 from prometheus_client.core import Metric
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 from starlette.types import Message, Receive, Scope, Send
 
-from paddlemix_qwenvl_plugin.cluster.serve.cluster_admission import ClusterAdmission
+from paddlemix_qwenvl_plugin.cluster.serve.cluster_admission import ClusterAdmission, queue_unavailable
 from paddlemix_qwenvl_plugin.cluster.serve.cluster_metrics import render
 from paddlemix_qwenvl_plugin.cluster.serve.engine_handle import HandleEngineClient
 from paddlemix_qwenvl_plugin.cluster.serve.membership import Member, Report
@@ -110,8 +111,11 @@ class Front:
             await self._engine.stop()
 
     async def _render_metrics(self, accept: str) -> tuple[bytes, str]:
-        await self._member.report()  # otherwise this front's own metrics are up to a second old
-        processes, totals = await self._member.coordinator.metrics.remote()
+        try:
+            await self._member.report()  # otherwise this front's own metrics are up to a second old
+            processes, totals = await self._member.coordinator.metrics.remote()
+        except RayError as error:  # Ray restarts the coordinator
+            raise queue_unavailable() from error
         return render(processes, totals, accept)
 
 
