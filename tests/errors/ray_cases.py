@@ -20,6 +20,7 @@ cases(
         "a flag of `--ray` without it": lambda bench: bench.batch("--ray_actors", "2"),
         "more actors at least than at most": ray("--ray_actors", "4:2"),
         "a share of several GPUs": ray("--ray_gpus", "1.5"),
+        "an infinite number of CPUs": ray("--ray_cpus", "inf"),
         "something that is no address": ray(address="cluster"),
         "a cluster that is not there": ray(address="127.0.0.1:1"),
         "two rows of one id, with `--ray`": ray(rows=[ROW, {**ROW, "id": "b"}, ROW]),
