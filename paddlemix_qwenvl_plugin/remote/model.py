@@ -20,10 +20,9 @@ from paddlemix_qwenvl_plugin.remote.stream import End, ServerStream
 from paddlemix_qwenvl_plugin.runtime.answer import Answer
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.runtime.request import DEFAULT_SYSTEM, Request
-from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 _CHAT, _COMPLETION = "/v1/chat/completions", "/v1/completions"
-_NO_HISTORY = "history: only a chat prompt has earlier turns; pass chat=True"
 
 
 class ServerModel:
@@ -97,8 +96,8 @@ class ServerModel:
         """
         start = time.perf_counter()
         reader = self.reader(lambda source: from_folder(source, folder))
-        if request.chat is False and request.history:
-            raise UsageError(_NO_HISTORY)
+        if request.chat is False:
+            request.refuse_history()
         conversation = body.messages(reader, request.parts, request.history, request.system)
         parameters = {"model": request.adapter or self.name, **body.parameters(request.options)}
 
@@ -113,8 +112,7 @@ class ServerModel:
                     self._is_chat = False
                 else:
                     return self._end(response, deliver)
-            if request.history:
-                raise UsageError(_NO_HISTORY)
+            request.refuse_history()
             prompt = conversation[-1]["content"]
             response = await self.server.post(_COMPLETION, {**parameters, "prompt": prompt})
             return self._end(response, deliver)

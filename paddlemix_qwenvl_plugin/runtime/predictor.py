@@ -413,8 +413,7 @@ class QwenVL:
         if chat:
             prompt = chat_prompt(tokenizer, parts, request.history, request.system)
             return prompt, tokenizer.chat_stop_token_ids
-        if request.history:
-            raise UsageError("history: only a chat prompt has earlier turns; pass chat=True")
+        request.refuse_history()
         return base_prompt(tokenizer, parts), [tokenizer.eod_id]
 
     def generation(

@@ -8,6 +8,7 @@ from typing import Optional, Union
 
 from paddlemix_qwenvl_plugin.processing.prompts import Part, Query
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 
@@ -33,3 +34,8 @@ class Request:
     history: Sequence[tuple[Query, str]] = ()
     system: str = DEFAULT_SYSTEM
     adapter: Optional[str] = None
+
+    def refuse_history(self) -> None:
+        """Raise UsageError if there are earlier turns, which only a chat prompt has."""
+        if self.history:
+            raise UsageError("history: only a chat prompt has earlier turns; pass chat=True")
