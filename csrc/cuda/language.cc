@@ -120,6 +120,7 @@ void Language::sort_by_adapter(const InputArrays& inputs, int first, int n) {
   const uint64_t* const adapters = inputs.adapters + first;
   std::stable_sort(inputs.adapter_order, inputs.adapter_order + n,
                    [&](int32_t a, int32_t b) { return adapters[a] > adapters[b]; });
+  for (int i = 0; i < n; ++i) inputs.sorted_adapters[i] = adapters[inputs.adapter_order[i]];
 }
 
 void Language::pass(CUstream stream, const CudaKvPool& pool, const qvl_batch& batch, std::vector<Part>& parts,
@@ -259,8 +260,7 @@ void Language::product(CUstream stream, int number, const Matrix& matrix, const 
   const int n_prompt = shape.n_prompt;
   const bool adapted = shape.is_adapted && product_ranks_[to_size(number)] > 0;
   const auto decode_offset = to_size(n_prompt) * to_size(x_stride) * 2;  // bytes
-  const AdaptedRows rows{adapted ? inputs.adapters + n_prompt : nullptr, inputs.adapter_order, shape.n_decode,
-                         number};
+  const AdaptedRows rows{inputs.sorted_adapters, inputs.adapter_order, shape.n_decode, number};
   const LowRankMemory memory{bytes(low_.get()) + to_size(n_prompt) * to_size(max_rank_) * 2,  // decode rows
                              low_scratch_.get(), config_.max_tokens, max_rank_};
 
@@ -363,8 +363,8 @@ void Language::lm_head(CUstream stream, const InputArrays& inputs, int first, in
   shape.n_decode = n;
   shape.is_adapted = inputs.adapters != nullptr;
   if (shape.is_adapted) {
-    row_inputs.adapters += first;
     row_inputs.adapter_order = nullptr;  // an order of the decode rows, not of these rows
+    row_inputs.sorted_adapters = inputs.adapters + first;
   }
   product(stream, config_.layers * kLayerProducts, lm_head_, normed_.get(), hidden, row_inputs, shape,
           Epilogue::kFloat, logits);

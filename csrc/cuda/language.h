@@ -49,8 +49,8 @@ class Language {
   void describe_row(const InputArrays& inputs, int i, const qvl_sequence& sequence, int32_t position,
                     int table) const;
 
-  // If any row of the pass has an adapter, set inputs.adapter_order for the n decode rows, of which the first
-  // is row `first` of the pass.
+  // If any row of the pass has an adapter, set inputs.adapter_order and sorted_adapters for the n decode
+  // rows, of which the first is row `first` of the pass.
   static void sort_by_adapter(const InputArrays& inputs, int first, int n);
 
   // Reserve scratch memory for `rows` decode rows with up to max_keys keys. A captured graph (StepGraphs)

@@ -10,8 +10,8 @@ namespace qvl::cuda {
 // predecessors have ended: the writers of the arrays must have ended before the first of a chain of early
 // launches began.
 struct AdaptedRows {
-  const uint64_t* adapters;  // [n]: addresses of adapter tables; 0: no adapter
-  const int32_t* order;      // [n]: row indices sorted by adapter, or NULL
+  const uint64_t* adapters;  // [n]: addresses of the adapter tables of the rows in `order`; 0: no adapter
+  const int32_t* order;      // [n]: row indices sorted by adapter; NULL: 0 1 2 ..
   int n;                     // number of rows
   int product;               // index of the product in the adapter tables
 };

@@ -34,6 +34,7 @@ InputArrays lay_out(char* base, const InputSizes& n, uint64_t* bytes) {
   arrays.forbidden = layout.array_of<int32_t>(n.forbidden);
   if (n.adapted > 0) {
     arrays.adapters = layout.array_of<uint64_t>(n.adapted);
+    arrays.sorted_adapters = layout.array_of<uint64_t>(n.adapted);
     arrays.adapter_order = layout.array_of<int32_t>(n.adapted);
   }
   *bytes = layout.used;

@@ -33,8 +33,10 @@ struct InputArrays {
   Pick* picks;            // [picks]
   int32_t* forbidden;     // [forbidden]
   uint64_t* adapters;  // [adapted]: address of the table of the row's adapter, 0: none; NULL if adapted is 0
-  // [decode rows]: their indices (0: the first decode row), sorted by adapter; NULL if adapted is 0.
+  // [decode rows]: their indices (0: the first decode row), sorted by adapter, and the adapter of each index;
+  // NULL if adapted is 0.
   int32_t* adapter_order;
+  uint64_t* sorted_adapters;
 };
 
 class StepInput {

@@ -81,7 +81,10 @@ def test_rows_of_several_adapters(half, out, width, epilogue):
             y[:-1], base_rows = base_rows, None
         low = poisoned(len(rows), 320, dtype=half)
         adapters = torch.tensor([addresses[i] for i in rows], dtype=torch.int64, device="cuda")
-        order = adapters.sort(descending=True).indices.int() if ordered else None
+        order = None
+        if ordered:
+            adapters, indices = adapters.sort(descending=True)
+            order = indices.int()
         x_rows = x[rows].contiguous()
         # Stride of x, inputs, rows, highest rank, memory for A x, scratch memory, stride of A x, outputs.
         sizes = (width + 8, width, len(rows), 320, low, scratch(len(rows), 320), 320, out)
@@ -122,8 +125,8 @@ def test_adapted_products(cuda_library, launch, half, storage, out, width):
         x = normal(n, width).to(dtype)
         tables_of = [tables[i % 5 - 1] if i % 5 else None for i in range(n)]
         addresses = [0 if table is None else table.words.data_ptr() for table in tables_of]
-        adapters = torch.tensor(addresses, dtype=torch.int64, device="cuda")
-        order = adapters.sort(descending=True).indices.int()
+        adapters, indices = torch.tensor(addresses, dtype=torch.int64, device="cuda").sort(descending=True)
+        order = indices.int()
         low_alone, low = (poisoned(n, 208, dtype=dtype) for _ in range(2))
         y, expected = (poisoned(n, out, dtype=torch.float32) for _ in range(2))
         stride = ctypes.c_int64(width)

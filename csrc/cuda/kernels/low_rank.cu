@@ -10,23 +10,24 @@
 //   low_rank_down   blocks (16 rows of A, 16 rows of x, slices of k x groups of runs)    x -> low H [n][rank]
 //                   the warps share a slice in steps of 32; their sums, and then those of the slices, are
 //                   added in order
-//   low_rank_up     blocks (64 rows of B, 16 rows of x)         low, raw float32 [n][out] -> y
-//                   8 rows of B per warp, a tile of sums in shared memory, then per thread two columns of
-//                   two rows
+//   low_rank_up     blocks (32 rows of B, 16 rows of x)         low, raw float32 [n][out] -> y
+//                   8 or 16 rows of B and one run at a time per warp; B (A x) of the block in shared memory;
+//                   then per thread two columns of two rows
 //   finish_raw      for prompts: products as for any weight have added B (A x) to raw [n][out]; raw -> y
 //
 //   time ->   | product of the base weight: raw = W x      | low_rank_up |
 //                 | low_rank_down: low = A x, on Hopper    |
 //
-// On Hopper the product starts low_rank_down as soon as x is complete, and leaves registers for a block of it
-// on each multiprocessor. Blocks of low_rank_down delay the product on their multiprocessor, except on the
-// few that have no block of the product and are filled first. Few adapters of a low rank therefore use half
-// as many blocks, with two slices each.
+// On Hopper the product starts low_rank_down as soon as x is complete. A multiprocessor then has registers
+// for one block of low_rank_down beside its block of the product, if that block has 3 warps: of the 16384
+// registers of each quarter of a multiprocessor, the 17 warps of the product, with up to 96 registers per
+// lane, leave 128 per lane for one warp in three quarters and none in the fourth. Further blocks start when
+// the product ends, so a large low_rank_down has half as many, with two slices each.
 //
 // Cost. Bytes: A and B once per adapter: (in + out) * rank values, 2 MB for rank 64 of a 4096 x 12288
 // product, compared with 24 to 96 MiB of base weights (4 to 16 bits); x once per 16 rows of A, from the L2
 // cache. The kernels are latency-bound. They therefore read A, B and the tables before the preceding kernels
-// end, none of which writes these, and low_rank_up has the loads of B of two runs in flight.
+// end, none of which writes these, and have many loads in flight.
 //
 // The sums of a row depend only on the row and its adapter, since the steps and their order are the same in
 // every batch. The result of a row without an adapter has the same bits as in a batch without adapters.
@@ -59,7 +60,7 @@ __device__ inline void read_rows(const LowRankParams& p, Rows& rows, int block) 
   if (threadIdx.x < 32) {
     const int i = threadIdx.x % kLowRankRows, index = block * kLowRankRows + i;
     const int row = index >= p.n ? -1 : p.order != nullptr ? p.order[index] : index;
-    const auto* const adapter = reinterpret_cast<const LowRankEntry*>(row < 0 ? 0 : p.adapters[row]);
+    const auto* const adapter = reinterpret_cast<const LowRankEntry*>(row < 0 ? 0 : p.adapters[index]);
     const LowRankEntry entry = adapter != nullptr ? adapter[p.product] : LowRankEntry{nullptr, nullptr, 0, 1};
     const uint64 b_address = reinterpret_cast<uint64>(entry.b);
     const uint64 previous_address = __shfl_up_sync(0xFFFFFFFFu, b_address, 1);
@@ -90,11 +91,6 @@ __device__ inline uint4 load16_from_l2(const void* from, bool valid) {
   return valid ? __ldcg(static_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
 }
 
-// `value`, or zeros. `valid ? a : b` of structs would select an address and force them into local memory.
-__device__ inline uint4 keep_if(bool valid, const uint4& value) {
-  return make_uint4(valid ? value.x : 0, valid ? value.y : 0, valid ? value.z : 0, valid ? value.w : 0);
-}
-
 // sums [16, 8] += left [16, 32] right [8, 32]^T. `low`, `high`: 8 values of rows g and g + 8 of the left
 // operand; `right`: 8 values of row g of the right one.
 __device__ inline void multiply_step(float (&sums)[4], const uint4& low, const uint4& high,
@@ -103,24 +99,59 @@ __device__ inline void multiply_step(float (&sums)[4], const uint4& low, const u
   multiply(sums, low.z, high.z, low.w, high.w, right.z, right.w);
 }
 
-// Blocks of low_rank_down per multiprocessor: a thread has at most 96 registers, and the product of the base
-// weight on Hopper leaves enough free for one block.
-constexpr int kDownBlocks = 5;
-
-// a, b += columns `column` and column + 1 of raw float32 [n, out]; columns beyond `out` are skipped.
-__device__ inline void add_raw(const float* raw, const Result& result, int row, int column, float& a,
-                               float& b) {
+// Columns `column` and column + 1 of a row of raw float32 [n, out]; 0 beyond `out` and for row -1.
+__device__ inline float2 load_raw(const float* raw, const Result& result, int row, int column) {
   const float* const from = raw + static_cast<int64>(row) * result.out + column;
-  a += __ldcg(from);
-  if (column + 1 < result.out) b += __ldcg(from + 1);
+  const bool valid = row >= 0 && column < result.out;
+  return make_float2(valid ? __ldcg(from) : 0, valid && column + 1 < result.out ? __ldcg(from + 1) : 0);
+}
+
+// A tile of low_rank_up is the even or the odd ones of 16 rows of B: if the weight is two interleaved
+// matrices, all 8 belong to one of them. A block has kTiles tiles of even and kTiles of odd rows.
+constexpr int kTiles = kLowRankUp / 16;
+
+// What a warp of low_rank_up computes at a time: B (A x) of one run, for all even or all odd rows of B of the
+// block. With one run, an item is a single tile, so that all warps have one.
+struct Item {
+  const H* b;      // row 0 of B, from the first rank of the item's matrix on
+  int stride;      // of B
+  int begin, end;  // rows of the run in the block
+  int rank;        // number of ranks of the item's matrix; 0 beyond the last item
+  int first_rank;  // of the item's matrix, in A x
+  int column;      // first row of B of the first tile, in the block
+};
+
+// Number of tiles of an item.
+__device__ inline int tiles_of(const Rows& rows) {
+  return rows.n_runs == 1 ? 1 : kTiles;
+}
+
+// Number of items of the block.
+__device__ inline int items_of(const Rows& rows) {
+  return rows.n_runs == 1 ? 2 * kTiles : 2 * rows.n_runs;
+}
+
+__device__ inline Item item_of(const Rows& rows, int index) {
+  const int run = rows.n_runs == 1 ? index / (2 * kTiles) : index / 2, matrix = index % 2;
+  Item item{};
+  if (run >= rows.n_runs) return item;
+  item.begin = rows.begin[run];
+  item.end = rows.begin[run + 1];
+  const LowRankEntry& entry = rows.entry[item.begin];
+  item.stride = entry.rank;
+  item.rank = entry.parts == 1 ? entry.rank : entry.rank / 2;
+  item.first_rank = entry.parts == 1 ? 0 : matrix * item.rank;
+  item.b = static_cast<const H*>(entry.b) + item.first_rank;
+  item.column = rows.n_runs == 1 ? 16 * (index / 2) + matrix : matrix;
+  return item;
 }
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kLowRankDownThreads, kDownBlocks)
-    low_rank_down(const __grid_constant__ LowRankParams p) {
-  // A warp loads kLoads steps of A and of x at a time, so that the 256 bytes of a row are adjacent.
-  constexpr int kWarps = kLowRankDownThreads / 32, kLoads = 4, kMaxSlices = 2;
+// The launch bounds set the limit of registers to 128.
+extern "C" __global__ void __launch_bounds__(128, 4) low_rank_down(const __grid_constant__ LowRankParams p) {
+  // A warp loads kLoads steps of A and of x at a time: for in = 4096, the whole slice of 16 steps.
+  constexpr int kWarps = kLowRankDownThreads / 32, kLoads = 6, kMaxSlices = 2;
   __shared__ Rows rows;
   __shared__ float warp_sums[kMaxSlices][kWarps][kLowRankRows][kLowRankDown];
   __shared__ bool is_last;
@@ -130,8 +161,9 @@ extern "C" __global__ void __launch_bounds__(kLowRankDownThreads, kDownBlocks)
   const int first = blockIdx.x * kLowRankDown;  // row of A
   // The blocks of a group have the same runs, and one or two slices each.
   const int groups = gridDim.z / kLowRankSlices, group = blockIdx.z / kLowRankSlices;
-  const bool is_small = gridDim.x * gridDim.y * rows.n_runs <= kLowRankSmall;
-  const int slices = is_small ? kMaxSlices : 1, first_slice = blockIdx.z % kLowRankSlices * slices;
+  const int one_slice_blocks = gridDim.x * gridDim.y * kLowRankSlices * rows.n_runs;
+  const int slices = one_slice_blocks <= kLowRankOneSlice ? 1 : kMaxSlices,
+            first_slice = blockIdx.z % kLowRankSlices * slices;
   const bool has_work = first_slice < kLowRankSlices;
 
   const int steps = (p.in + kStep - 1) / kStep;
@@ -191,14 +223,15 @@ extern "C" __global__ void __launch_bounds__(kLowRankDownThreads, kDownBlocks)
   __syncthreads();
 
   // Each thread has elements of A x, if their runs are of this block: row i of the block, row first + j of A.
-  constexpr int kElements = kLowRankRows * kLowRankDown / kLowRankDownThreads;
+  constexpr int kElements = (kLowRankRows * kLowRankDown + kLowRankDownThreads - 1) / kLowRankDownThreads;
   const int64 slice_size = static_cast<int64>(p.n) * p.low_stride;
   const int j = threadIdx.x % kLowRankDown;
   int64 index[kElements];  // -1: none
 #pragma unroll
   for (int e = 0; e < kElements; ++e) {
     const int i = threadIdx.x / kLowRankDown + e * (kLowRankDownThreads / kLowRankDown);
-    const bool has_element = has_work && rows.run[i] % groups == group && first + j < rows.entry[i].rank;
+    const bool has_element =
+        i < kLowRankRows && has_work && rows.run[i] % groups == group && first + j < rows.entry[i].rank;
     index[e] = has_element ? static_cast<int64>(rows.row[i]) * p.low_stride + first + j : -1;
     if (!has_element) continue;
     for (int i_slice = 0; i_slice < slices; ++i_slice) {
@@ -233,88 +266,84 @@ extern "C" __global__ void __launch_bounds__(kLowRankDownThreads, kDownBlocks)
   if (blockIdx.x + blockIdx.y + blockIdx.z == 0) wait_for_predecessors();
 }
 
-extern "C" __global__ void __launch_bounds__(kLowRankThreads, 3)
+extern "C" __global__ void __launch_bounds__(kLowRankThreads, 5)
     low_rank_up(const __grid_constant__ LowRankParams p) {
-  constexpr int kPrefetchedSteps = 2;  // steps of 32 columns of B, requested two runs before their use
+  constexpr int kWarps = kLowRankThreads / 32;
+  constexpr int kLoads = 2;  // steps of 32 columns of B that are requested together
   __shared__ Rows rows;
-  __shared__ float tile[kLowRankRows][kLowRankUp + 2];
-  start_successors();
+  __shared__ float updates[kLowRankRows][kLowRankUp + 2];
   read_rows(p, rows, blockIdx.y);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int first = blockIdx.x * kLowRankUp;
-  // A warp computes 8 columns of y, every other of 16: with two interleaved matrices, all of them belong to
-  // one.
-  const int interleaved = warp % 2, first_column = first + warp / 2 * 16 + interleaved;
-  // First rank of this warp's matrix in the rows of A x and B, and the number of its ranks.
-  const auto first_rank = [&](const LowRankEntry& entry) {
-    return entry.parts == 1 ? 0 : interleaved * (entry.rank / 2);
-  };
-  const auto ranks = [](const LowRankEntry& entry) { return entry.parts == 1 ? entry.rank : entry.rank / 2; };
-  // 8 values of row g of the warp's rows of B.
-  const auto load_b = [&](const LowRankEntry& entry, int step) {
-    const int k = kStep * step + kVector * t, row = first_column + 2 * g;
-    const int64 index = static_cast<int64>(row) * entry.rank + first_rank(entry) + k;
-    return load16(static_cast<const H*>(entry.b) + index, row < p.result.out && k < ranks(entry));
-  };
-  // A x of row i of the block.
-  const auto load_low = [&](int i, int step) {
-    const LowRankEntry& entry = rows.entry[i];
-    const int k = kStep * step + kVector * t;
-    const int64 index = static_cast<int64>(rows.row[i]) * p.low_stride + first_rank(entry) + k;
-    return load16(static_cast<const H*>(p.low) + index, k < ranks(entry));
-  };
-  uint4 b[2][kPrefetchedSteps], low[kPrefetchedSteps], high[kPrefetchedSteps];
+  const int tiles = tiles_of(rows), items = items_of(rows);
+
+  uint4 b[kTiles][kLoads];
+  // 8 values of row g of each tile's rows of B per step.
+  const auto load_b = [&](const Item& item, int step) {
 #pragma unroll
-  for (int run = 0; run < 2; ++run) {
+    for (int i = 0; i < kTiles; ++i) {
+      const int row = first + item.column + 16 * i + 2 * g, k = kStep * step + kVector * t;
+      const H* const from = item.b + static_cast<int64>(row) * item.stride + k;
 #pragma unroll
-    for (int step = 0; step < kPrefetchedSteps; ++step)
-      if (run < rows.n_runs) b[run][step] = load_b(rows.entry[rows.begin[run]], step);
-  }
+      for (int j = 0; j < kLoads; ++j)
+        b[i][j] = load16(from + kStep * j, i < tiles && row < p.result.out && k + kStep * j < item.rank);
+    }
+  };
+  Item item = item_of(rows, warp);
+  load_b(item, 0);
   wait_for_predecessors();
-#pragma unroll
-  for (int step = 0; step < kPrefetchedSteps; ++step) {
-    low[step] = load_low(g, step);
-    high[step] = load_low(g + 8, step);
-  }
-  // raw of this thread's columns of y, requested before the products.
+  start_successors();
+  // raw of this thread's columns of y, requested before the products and used after them.
   constexpr int kPairs = kLowRankRows * kLowRankUp / 2 / kLowRankThreads;
-  float2 raw_sums[kPairs];
+  float2 raw[kPairs];
 #pragma unroll
   for (int pair = 0; pair < kPairs; ++pair) {
     const int i = threadIdx.x + pair * kLowRankThreads, row = rows.row[i / (kLowRankUp / 2)];
-    const int y_column = first + i % (kLowRankUp / 2) * 2;
-    raw_sums[pair] = make_float2(0, 0);
-    if (row >= 0 && y_column < p.result.out)
-      add_raw(p.raw, p.result, row, y_column, raw_sums[pair].x, raw_sums[pair].y);
+    const int column = first + i % (kLowRankUp / 2) * 2;
+    raw[pair] = load_raw(p.raw, p.result, row, column);
   }
 
-  // Compute a run's products for all rows; store those of the run's rows. The loop is not unrolled: in a
-  // kernel of a few microseconds the time to fetch the code matters.
+  // The loops are not unrolled: in a kernel of a few microseconds the time to fetch the code matters.
 #pragma unroll 1
-  for (int run = 0; run < rows.n_runs; ++run) {
-    const int begin = rows.begin[run], end = rows.begin[run + 1];
-    const LowRankEntry& entry = rows.entry[begin];
-    const bool low_valid = g >= begin && g < end, high_valid = g + 8 >= begin && g + 8 < end;
-    float sums[4] = {};
-#pragma unroll
-    for (int step = 0; step < kPrefetchedSteps; ++step)
-      multiply_step(sums, keep_if(low_valid, low[step]), keep_if(high_valid, high[step]), b[0][step]);
-#pragma unroll
-    for (int step = 0; step < kPrefetchedSteps; ++step) {
-      b[0][step] = b[1][step];
-      if (run + 2 < rows.n_runs) b[1][step] = load_b(rows.entry[rows.begin[run + 2]], step);
-    }
+  for (int index = warp; index < items;) {
+    // Rows of x of A x that this lane loads, if they are of the run; else -1.
+    const int low_row = g >= item.begin && g < item.end ? rows.row[g] : -1;
+    const int high_row = g + 8 >= item.begin && g + 8 < item.end ? rows.row[g + 8] : -1;
+    float sums[kTiles][4] = {};
 #pragma unroll 1
-    for (int step = kPrefetchedSteps; kStep * step < ranks(entry); ++step) {
-      multiply_step(sums, keep_if(low_valid, load_low(g, step)), keep_if(high_valid, load_low(g + 8, step)),
-                    load_b(entry, step));
+    for (int step = 0;;) {
+      const int k = kStep * step + kVector * t;
+      const H* const from = static_cast<const H*>(p.low) + item.first_rank + k;
+      uint4 low[kLoads], high[kLoads];
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j) {
+        const bool valid = k + kStep * j < item.rank;
+        low[j] = load16(from + static_cast<int64>(low_row) * p.low_stride + kStep * j, valid && low_row >= 0);
+        high[j] =
+            load16(from + static_cast<int64>(high_row) * p.low_stride + kStep * j, valid && high_row >= 0);
+      }
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j) {
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) multiply_step(sums[i], low[j], high[j], b[i][j]);
+      }
+      step += kLoads;
+      if (kStep * step >= item.rank) break;
+      load_b(item, step);
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int local_column = first_column - first + 2 * (2 * t + i);
-      if (low_valid) tile[g][local_column] = sums[i];
-      if (high_valid) tile[g + 8][local_column] = sums[2 + i];
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int column = item.column + 16 * i + 2 * (2 * t + j);
+        if (i < tiles && low_row >= 0) updates[g][column] = sums[i][j];
+        if (i < tiles && high_row >= 0) updates[g + 8][column] = sums[i][2 + j];
+      }
     }
+    index += kWarps;
+    if (index >= items) break;
+    item = item_of(rows, index);
+    load_b(item, 0);
   }
   __syncthreads();
 
@@ -323,8 +352,8 @@ extern "C" __global__ void __launch_bounds__(kLowRankThreads, 3)
     const int i = threadIdx.x + pair * kLowRankThreads, block_row = i / (kLowRankUp / 2);
     const int local_column = i % (kLowRankUp / 2) * 2, row = rows.row[block_row];
     if (row < 0 || first + local_column >= p.result.out) continue;
-    finish_pair(p.result, row, first + local_column, tile[block_row][local_column] + raw_sums[pair].x,
-                tile[block_row][local_column + 1] + raw_sums[pair].y);
+    finish_pair(p.result, row, first + local_column, updates[block_row][local_column] + raw[pair].x,
+                updates[block_row][local_column + 1] + raw[pair].y);
   }
 }
 
@@ -334,9 +363,8 @@ extern "C" __global__ void __launch_bounds__(kFinishThreads)
   wait_for_predecessors();
   const int column = 2 * (blockIdx.x * kFinishThreads + threadIdx.x), row = blockIdx.y;
   if (column >= p.result.out) return;
-  float a = 0, b = 0;
-  add_raw(p.raw, p.result, row, column, a, b);
-  finish_pair(p.result, row, column, a, b);
+  const float2 raw = load_raw(p.raw, p.result, row, column);
+  finish_pair(p.result, row, column, raw.x, raw.y);
 }
 
 }  // namespace qvl::cuda

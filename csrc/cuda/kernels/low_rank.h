@@ -17,24 +17,24 @@ struct LowRankEntry {
   int parts;      // number of interleaved matrices, 1 or 2; rank / parts is a multiple of 8
 };
 
-constexpr int kLowRankThreads = 256;      // per block of low_rank_up
-constexpr int kLowRankDownThreads = 128;  // per block of low_rank_down
-constexpr int kLowRankRows = 16;          // rows of x per block
-constexpr int kLowRankDown = 16;          // rows of A per block of low_rank_down
-constexpr int kLowRankSlices = 8;         // of k
-constexpr int kLowRankRuns = 4;           // runs that low_rank_down computes concurrently
-// Up to this product of gridDim.x, gridDim.y and runs, half of the blocks of low_rank_down have two slices
-// each and the others none, since each working block may delay the product of the base weight; above it, each
-// has one slice.
-constexpr int kLowRankSmall = 8;
-constexpr int kLowRankUp = 64;  // rows of B per block of low_rank_up
+constexpr int kLowRankThreads = 128;     // per block of low_rank_up
+constexpr int kLowRankDownThreads = 96;  // per block of low_rank_down
+constexpr int kLowRankRows = 16;         // rows of x per block
+constexpr int kLowRankDown = 16;         // rows of A per block of low_rank_down
+constexpr int kLowRankSlices = 8;        // of k
+constexpr int kLowRankRuns = 4;          // runs that low_rank_down computes concurrently
+// Up to this number of blocks of low_rank_down with work, about one per multiprocessor, each has one slice;
+// above it, half of the blocks have two slices each and the others none.
+constexpr int kLowRankOneSlice = 128;
+constexpr int kLowRankUp = 32;  // rows of B per block of low_rank_up
 
 struct LowRankParams {
-  const unsigned long long* adapters;  // [n]: address of the table [products] of LowRankEntry; 0: no adapter
-  const int* order;                    // [n]: row indices sorted by adapter; NULL: 0 1 2 ..
-  const void* x;                       // low_rank_down: H [n, x_stride]
-  void* low;                           // H [n, low_stride]: A x
-  float* slices;                       // low_rank_down: scratch [kLowRankSlices, n, low_stride]
+  // [n]: address of the table [products] of LowRankEntry of the row order[i]; 0: no adapter
+  const unsigned long long* adapters;
+  const int* order;  // [n]: row indices sorted by adapter; NULL: 0 1 2 ..
+  const void* x;     // low_rank_down: H [n, x_stride]
+  void* low;         // H [n, low_stride]: A x
+  float* slices;     // low_rank_down: scratch [kLowRankSlices, n, low_stride]
   // low_rank_down: numbers of finished slices, [gridDim.y, gridDim.x, gridDim.z / kLowRankSlices]. Zero
   // before the kernel and after it.
   int* counters;

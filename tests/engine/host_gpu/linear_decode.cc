@@ -351,7 +351,7 @@ EXPORT const char* host_linear(int dtype, int out, int in, const void* stored, c
       entries.push_back({adapted->a + i * rank * in, adapted->b + i * out * rank, rank, 1});
     std::vector<uint64_t> addresses;
     for (int i = 0; i < n; ++i) {
-      const int adapter = adapted->of_rows[i];
+      const int adapter = adapted->of_rows[adapted->order[i]];
       addresses.push_back(adapter < 0 ? 0 : reinterpret_cast<uint64_t>(&entries[size_t(adapter)]));
     }
     std::vector<char> scratch(low_rank_scratch(n, rank));
