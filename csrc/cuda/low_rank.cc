@@ -46,10 +46,11 @@ void low_rank_down(const Gpu& gpu, CUstream stream, const AdaptedRows& rows, con
   p.counters = static_cast<int*>(memory.scratch);
   p.slices = reinterpret_cast<float*>(static_cast<char*>(memory.scratch) +
                                       counter_bytes(memory.rows, memory.stride));
-  gpu.launch(stream, "low_rank_down",
-             {blocks(rank, kLowRankDown), blocks(rows.n, kLowRankRows),
-              static_cast<unsigned>(kLowRankSlices * std::min(kLowRankRuns, rows.n))},
-             kLowRankDownThreads, 0, p, /*early=*/true);
+  Dim grid{blocks(rank, kLowRankDown), blocks(rows.n, kLowRankRows),
+           static_cast<unsigned>(kLowRankSlices * std::min(kLowRankRuns, rows.n))};
+  p.block_slices = grid.x * grid.y * grid.z <= kLowRankOneSlice ? 1 : kLowRankMaxSlices;
+  grid.z /= static_cast<unsigned>(p.block_slices);
+  gpu.launch(stream, "low_rank_down", grid, kLowRankDownThreads, 0, p, /*early=*/true);
 }
 
 void low_rank_up(const Gpu& gpu, CUstream stream, const AdaptedRows& rows, const LowRankMemory& memory,

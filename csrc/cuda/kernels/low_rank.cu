@@ -22,7 +22,7 @@
 // for one block of low_rank_down beside its block of the product, if that block has 3 warps: of the 16384
 // registers of each quarter of a multiprocessor, the 17 warps of the product, with up to 96 registers per
 // lane, leave 128 per lane for one warp in three quarters and none in the fourth. Further blocks start when
-// the product ends, so a large low_rank_down has half as many, with two slices each.
+// the product ends; a large low_rank_down therefore has half as many, with two slices each.
 //
 // Cost. Bytes: A and B once per adapter: (in + out) * rank values, 2 MB for rank 64 of a 4096 x 12288
 // product, compared with 24 to 96 MiB of base weights (4 to 16 bits); x once per 16 rows of A, from the L2
@@ -151,33 +151,30 @@ __device__ inline Item item_of(const Rows& rows, int index) {
 // The launch bounds set the limit of registers to 128.
 extern "C" __global__ void __launch_bounds__(128, 4) low_rank_down(const __grid_constant__ LowRankParams p) {
   // A warp loads kLoads steps of A and of x at a time: for in = 4096, the whole slice of 16 steps.
-  constexpr int kWarps = kLowRankDownThreads / 32, kLoads = 6, kMaxSlices = 2;
+  constexpr int kWarps = kLowRankDownThreads / 32, kLoads = 6;
   __shared__ Rows rows;
-  __shared__ float warp_sums[kMaxSlices][kWarps][kLowRankRows][kLowRankDown];
+  __shared__ float warp_sums[kLowRankMaxSlices][kWarps][kLowRankRows][kLowRankDown];
   __shared__ bool is_last;
   start_successors();
   read_rows(p, rows, blockIdx.y);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int first = blockIdx.x * kLowRankDown;  // row of A
   // The blocks of a group have the same runs, and one or two slices each.
-  const int groups = gridDim.z / kLowRankSlices, group = blockIdx.z / kLowRankSlices;
-  const int one_slice_blocks = gridDim.x * gridDim.y * kLowRankSlices * rows.n_runs;
-  const int slices = one_slice_blocks <= kLowRankOneSlice ? 1 : kMaxSlices,
-            first_slice = blockIdx.z % kLowRankSlices * slices;
-  const bool has_work = first_slice < kLowRankSlices;
+  const int group_blocks = kLowRankSlices / p.block_slices, groups = gridDim.z / group_blocks;
+  const int group = blockIdx.z / group_blocks, first_slice = blockIdx.z % group_blocks * p.block_slices;
 
   const int steps = (p.in + kStep - 1) / kStep;
   const H* const x = static_cast<const H*>(p.x) + kVector * t;
   bool x_is_complete = p.x_is_complete;
 #pragma unroll 1
-  for (int run = has_work ? group : rows.n_runs; run < rows.n_runs; run += groups) {
+  for (int run = group; run < rows.n_runs; run += groups) {
     const int begin = rows.begin[run], end = rows.begin[run + 1];
     const LowRankEntry& entry = rows.entry[begin];
     if (first >= entry.rank) continue;
     const H* const a = static_cast<const H*>(entry.a) + static_cast<int64>(first + g) * p.in + kVector * t;
     const bool has_high = first + 8 < entry.rank;
 #pragma unroll 1
-    for (int i_slice = 0; i_slice < slices; ++i_slice) {
+    for (int i_slice = 0; i_slice < p.block_slices; ++i_slice) {
       const int slice = first_slice + i_slice;
       const int begin_step = steps * slice / kLowRankSlices, end_step = steps * (slice + 1) / kLowRankSlices;
       float sums[2][4] = {};  // of rows `begin` to begin + 7 of x, and of the 8 rows after them
@@ -231,10 +228,10 @@ extern "C" __global__ void __launch_bounds__(128, 4) low_rank_down(const __grid_
   for (int e = 0; e < kElements; ++e) {
     const int i = threadIdx.x / kLowRankDown + e * (kLowRankDownThreads / kLowRankDown);
     const bool has_element =
-        i < kLowRankRows && has_work && rows.run[i] % groups == group && first + j < rows.entry[i].rank;
+        i < kLowRankRows && rows.run[i] % groups == group && first + j < rows.entry[i].rank;
     index[e] = has_element ? static_cast<int64>(rows.row[i]) * p.low_stride + first + j : -1;
     if (!has_element) continue;
-    for (int i_slice = 0; i_slice < slices; ++i_slice) {
+    for (int i_slice = 0; i_slice < p.block_slices; ++i_slice) {
       float sum = 0;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) sum += warp_sums[i_slice][w][i][j];
@@ -246,7 +243,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) low_rank_down(const __grid_
   // The block that is last to finish its slices adds all slices, always in the same order.
   if (threadIdx.x == 0) {
     int* const counter = p.counters + (blockIdx.y * gridDim.x + blockIdx.x) * groups + group;
-    is_last = has_work && atomicAdd(counter, slices) == kLowRankSlices - slices;
+    is_last = atomicAdd(counter, p.block_slices) == kLowRankSlices - p.block_slices;
     if (is_last) *counter = 0;
   }
   __syncthreads();
@@ -266,7 +263,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) low_rank_down(const __grid_
   if (blockIdx.x + blockIdx.y + blockIdx.z == 0) wait_for_predecessors();
 }
 
-extern "C" __global__ void __launch_bounds__(kLowRankThreads, 5)
+extern "C" __global__ void __launch_bounds__(kLowRankThreads, 6)
     low_rank_up(const __grid_constant__ LowRankParams p) {
   constexpr int kWarps = kLowRankThreads / 32;
   constexpr int kLoads = 2;  // steps of 32 columns of B that are requested together

@@ -23,9 +23,10 @@ constexpr int kLowRankRows = 16;         // rows of x per block
 constexpr int kLowRankDown = 16;         // rows of A per block of low_rank_down
 constexpr int kLowRankSlices = 8;        // of k
 constexpr int kLowRankRuns = 4;          // runs that low_rank_down computes concurrently
-// Up to this number of blocks of low_rank_down with work, about one per multiprocessor, each has one slice;
-// above it, half of the blocks have two slices each and the others none.
+// Up to this number of blocks, about one per multiprocessor, each block of low_rank_down has one slice;
+// beyond it, half as many have kLowRankMaxSlices.
 constexpr int kLowRankOneSlice = 128;
+constexpr int kLowRankMaxSlices = 2;
 constexpr int kLowRankUp = 32;  // rows of B per block of low_rank_up
 
 struct LowRankParams {
@@ -35,12 +36,13 @@ struct LowRankParams {
   const void* x;     // low_rank_down: H [n, x_stride]
   void* low;         // H [n, low_stride]: A x
   float* slices;     // low_rank_down: scratch [kLowRankSlices, n, low_stride]
-  // low_rank_down: numbers of finished slices, [gridDim.y, gridDim.x, gridDim.z / kLowRankSlices]. Zero
-  // before the kernel and after it.
+  // low_rank_down: numbers of finished slices, [gridDim.y, gridDim.x, groups of runs]. Zero before the kernel
+  // and after it.
   int* counters;
   const float* raw;  // low_rank_up: [n, out], W x; may be result.y, which for kAdd includes the former y
   Result result;     // low_rank_up: finishes raw + B A x; without bias
   long long x_stride;
+  int block_slices;    // low_rank_down: slices per block, 1 or kLowRankMaxSlices
   int n, product;      // number of rows, and index of the product in the tables
   int in, low_stride;  // multiples of 8
   bool x_is_complete;  // low_rank_down: x may be read before the preceding kernels end
