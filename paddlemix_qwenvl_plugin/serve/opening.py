@@ -33,7 +33,7 @@ def open_service(
         say: called with each progress line.
         engine: default: a client that starts the engine as a child process.
         admission: default: a queue in this process.
-        metrics: default: a new object.
+        metrics: default: a new object. A front on a cluster (cluster/serve/front.py) passes its own of all three.
 
     Raises:
         UsageError, QwenVLError: see model_settings and QwenVL.from_exported; or the picture label is invalid, or an
