@@ -1,4 +1,4 @@
-"""Load the layers' parameters from a checkpoint: for an export as a stream, for tests into a model.
+"""Load the layers' parameters from a checkpoint.
 
 The layout is that of the engine (csrc/include/qwenvl.h): matrices [out, in], position tables resized.
 """
@@ -78,7 +78,7 @@ def vision_parameters(checkpoint: Checkpoint, dtype: str) -> Parameters:
 
 
 def load_language(checkpoint: Checkpoint, dtype: str = "float32") -> LanguageModel:
-    """Load the language model in dynamic mode, on Paddle's current device; used only by tests."""
+    """Load the language model in dynamic mode, on Paddle's current device."""
     model: LanguageModel = _load(
         LanguageModel, checkpoint.config, language_parameters(checkpoint, dtype), dtype
     )
@@ -86,7 +86,7 @@ def load_language(checkpoint: Checkpoint, dtype: str = "float32") -> LanguageMod
 
 
 def load_vision(checkpoint: Checkpoint, dtype: str = "float32") -> VisionModel:
-    """Load the vision model in dynamic mode, on Paddle's current device; used only by tests."""
+    """Load the vision model in dynamic mode, on Paddle's current device."""
     model: VisionModel = _load(VisionModel, checkpoint.config, vision_parameters(checkpoint, dtype), dtype)
     return model
 
