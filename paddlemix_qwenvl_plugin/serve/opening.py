@@ -79,7 +79,9 @@ def open_service(
 
 
 def model_settings(settings: ServeSettings, say: Callable[[str], None]) -> ModelSettings:
-    """Settings of the engine process. With `settings.demo`, the demo model is exported unless it was exported before.
+    """Settings of the engine process, also of those on a cluster (cluster/serve/engine.py).
+
+    With `settings.demo`, the demo model is exported unless it was exported before.
 
     Raises:
         UsageError: an adapter is not NAME=FOLDER, two have the same name, or the cache folder cannot be created.

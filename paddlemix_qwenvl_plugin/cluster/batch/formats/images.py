@@ -8,6 +8,7 @@ from typing import Any, Optional
 from paddlemix_qwenvl_plugin.batch.rows import Row
 from paddlemix_qwenvl_plugin.cluster.batch.formats.entry import Entry, plain_row
 
+# In lower case; also those of the images in a WebDataset (webdataset.py).
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
