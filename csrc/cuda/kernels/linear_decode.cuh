@@ -57,9 +57,9 @@ __device__ inline float sum_of_run(const uint4& run) {
 // Epilogues, as enum class Epilogue of ops.h.
 constexpr int kHalf = 0, kFloat = 1, kAdd = 2, kGelu = 3, kSiluTimes = 4;
 
-// Apply the epilogue to the product of row `row` of the matrix and row `column` of x, which includes the
-// bias, and write the result to y. kSiluTimes: `value` and `gate` are the products of rows `row` and row + 1;
-// else `gate` is unused.
+// Apply the epilogue to `value`, the product of row `row` of the matrix and row `column` of x plus the bias,
+// and write the result to y. kSiluTimes: `value` and `gate` are those of rows `row` and row + 1; else `gate`
+// is unused.
 __device__ inline void write_result(const LinearDecode& p, int row, int64 column, float value, float gate) {
   const int64 to = column * p.out + row;
   switch (p.epilogue) {
