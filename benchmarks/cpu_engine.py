@@ -337,7 +337,7 @@ def main() -> None:
     ]
     rows = [row for row, _, _ in language]
     vision, patches_and_resampler = vision_row(library, threads, seconds)
-    for row in rows:
+    for row in rows:  # that of bfloat16, if --dtypes has it: the vision stage is measured only in bfloat16
         if row.name == vision.name:
             row.update(vision)
     for kind, python in (

@@ -56,6 +56,8 @@ class Replica:
     """Simulated engine replica.
 
     Attributes:
+        number: number of the replica, hashed by prefix routing (scale_router.py).
+        env: the simulation.
         times: service times.
         finish: called with the replica and the request at each completion.
         first_token: called with the request when its prompt is computed.

@@ -49,7 +49,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=200, help="pairs of starts (default 200)")
     runs = parser.parse_args().runs
-    # Without the caller's PYTHON* variables: PYTHONPATH or PYTHONDONTWRITEBYTECODE would affect the times.
+    # Without the caller's PYTHON* variables: PYTHONPATH or PYTHONDONTWRITEBYTECODE would affect the times;
+    # without QWENVL_PLUGIN, which could switch the activation off.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment.pop("QWENVL_PLUGIN", None)
     with tempfile.TemporaryDirectory() as folder:

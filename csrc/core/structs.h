@@ -60,7 +60,8 @@ T converted(const char* where, const T* from) {
   return to;
 }
 
-// Array of structs in the current layout: the caller's array if it has this layout, else a copy.
+// Array of structs in the current layout: the caller's array, which must outlive this object, if it has this
+// layout, else a copy.
 template <typename T>
 class ConvertedArray {
  public:

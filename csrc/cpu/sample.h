@@ -11,8 +11,9 @@ namespace qvl::cpu {
 bool needs_scratch(const qvl_sampling& sampling, const int32_t* counts);
 size_t sample_scratch_bytes(int32_t vocab);
 
-// Sample a token from logits [vocab] and increment its count, unless counts is NULL. Returns -1 if the row
-// has a NaN, a positive infinity or no finite value.
+// Sample a token from logits [vocab]. counts [vocab]: occurrences of each generated token, for penalties;
+// that of the sampled token is incremented; may be NULL. Returns -1 if the row has a NaN, a positive infinity
+// or no finite value.
 int32_t sample_row(int32_t vocab, const float* logits, const qvl_sampling& sampling, int32_t* counts,
                    Buffer& scratch);
 

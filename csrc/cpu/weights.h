@@ -16,8 +16,9 @@ struct Norm {
   const float* bias;
 };
 
-// The weights of an engine by name. matrix() refers to the memory of the table's tensors, the caller's or a
-// mapped parameter file; its bias and floats() are copies.
+// The weights of an engine by name. The table, of checked_weights(), has the named weights and outlives this
+// object. matrix() refers to the memory of the table's tensors, the caller's or a mapped parameter file; its
+// bias and floats() are copies.
 class Weights {
  public:
   Weights(const WeightTable& table) : table_(table) {}

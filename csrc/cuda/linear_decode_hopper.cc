@@ -10,6 +10,7 @@
 namespace qvl::cuda {
 namespace {
 
+// Threads of the warpgroups and of the warp that copies; alignment of a stage; bytes of a box row.
 constexpr int kThreads = 128 * kHopperGroups + 32, kAlign = 1024, kBoxBytes = 128;
 constexpr int kMaxShared = 227 << 10;
 // Over half of the 228 KiB of a multiprocessor: it has only one block of this kernel or of the next product
@@ -105,6 +106,7 @@ void linear_decode_hopper(const Gpu& gpu, CUstream stream, const Matrix& matrix,
   const int parts = divide_up(p.rows, 64);
   const int sums = hopper_sum_bytes(columns, parts, !half, info(matrix.storage).group != 0);
   const int available = (columns <= 16 ? kSharedBesideAttention : kMaxShared) - kAlign - sums;
+  // 16: bytes of the two barriers of a stage.
   p.stages = std::min(kMaxStages, available / (p.stage_bytes + 16) / kHopperGroups * kHopperGroups);
   const int shared = kAlign + p.stages * (p.stage_bytes + 16) + sums;
 

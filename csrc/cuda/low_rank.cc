@@ -14,7 +14,7 @@ unsigned blocks(int rows, int block_rows) {
 
 LowRankParams params_of(const AdaptedRows& rows, const LowRankMemory& memory) {
   LowRankParams p{};
-  // On the host uint64_t is a different type of the same size.
+  // On the host uint64_t is a different type from unsigned long long, of the same size.
   p.adapters = reinterpret_cast<const unsigned long long*>(rows.adapters);
   p.order = rows.order;
   p.n = rows.n;

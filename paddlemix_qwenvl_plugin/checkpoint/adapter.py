@@ -58,7 +58,10 @@ _WRAPPERS = re.compile(r"\.(base_layer|modules_to_save)(\.default)?(?=\.)")
 
 @dataclass(frozen=True)
 class LowRank:
-    """Low-rank update scaling * B A of a weight: the stored names of A and B, and the scaling."""
+    """Low-rank update scaling * B A of a weight: the stored names of A and B, and the scaling.
+
+    LowRank of engine/engine.py has the values of A and B instead.
+    """
 
     a: str
     b: str

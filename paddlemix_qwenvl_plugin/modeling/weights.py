@@ -1,6 +1,8 @@
 """Load the layers' parameters from a checkpoint.
 
-The layout is that of the engine (csrc/include/qwenvl.h): matrices [out, in], position tables resized.
+An export streams them. load_language, for upstream/inference_model.py, and load_vision, for quantization/embedding.py,
+load them into a model, as tests do. The layout is that of the engine (csrc/include/qwenvl.h): matrices [out, in],
+position tables resized.
 """
 
 from __future__ import annotations

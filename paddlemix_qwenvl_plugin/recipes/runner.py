@@ -37,7 +37,8 @@ def run(recipe: Recipe, output: Path, from_step: Optional[str] = None) -> Path:
         QwenVLError: a requirement is not met, an asset is missing or has another digest, no run can be resumed at
             `from_step`, a step failed or was stopped, or an expectation was missed. A failed or stopped step and missed
             expectations are in results.json.
-        KeyboardInterrupt, SystemExit: re-raised (Ctrl-C, SIGTERM) after the step was ended and results.json written.
+        KeyboardInterrupt, SystemExit: re-raised (Ctrl-C, SIGTERM, SIGHUP) after the step was ended and results.json
+            written.
     """
     first = _index(recipe, from_step)
     missing = preflight.problems(recipe, output)

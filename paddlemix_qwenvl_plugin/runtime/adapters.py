@@ -39,8 +39,8 @@ def open_adapters(folders: Mapping[str, Union[str, Path]], config: ModelConfig) 
     """Open adapter folders and check that the engine supports them; tensor values are not read.
 
     Raises:
-        UsageError: a folder is missing or not an adapter, or the adapter changes nothing, or changes tensors other than
-            the linear layers of the language model.
+        UsageError: a folder is missing or not an adapter, or the adapter changes nothing, replaces a tensor, or updates
+            other weights than those of the language model's linear layers.
         QwenVLError: an adapter is damaged, of an unsupported kind, or made for another model.
     """
     specs = {**language_specs(config), **vision_specs(config)}

@@ -33,7 +33,7 @@ def open_service(
         say: called with each progress line.
         engine: default: a client that starts the engine as a child process.
         admission: default: a queue in this process.
-        metrics: default: a new object.
+        metrics: default: a new object. A front on a cluster (cluster/serve/front.py) passes its own of all three.
 
     Raises:
         UsageError, QwenVLError: see model_settings and QwenVL.from_exported; or the picture label is invalid, or an
@@ -79,7 +79,9 @@ def open_service(
 
 
 def model_settings(settings: ServeSettings, say: Callable[[str], None]) -> ModelSettings:
-    """Settings of the engine process. With `settings.demo`, the demo model is exported unless it was exported before.
+    """Settings of the engine process, also of those on a cluster (cluster/serve/engine.py).
+
+    With `settings.demo`, the demo model is exported unless it was exported before.
 
     Raises:
         UsageError: an adapter is not NAME=FOLDER, two have the same name, or the cache folder cannot be created.

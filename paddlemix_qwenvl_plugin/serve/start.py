@@ -50,7 +50,7 @@ def start(settings: ServeSettings, signals: Sequence[int], say: Callable[[str], 
 
 
 def check_model(settings: ServeSettings) -> None:
-    """Raise UsageError unless the settings name either two exported stages or the demo model."""
+    """Raise UsageError unless the settings name either two exported stages or the demo model; also for `--ray`."""
     stages = (settings.first_model_path, settings.second_model_path)
     if settings.demo and (any(stages) or settings.model_name_or_path):
         raise UsageError("--demo: serves the bundled model; leave out the paths, or --demo")

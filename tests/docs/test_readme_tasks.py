@@ -1,4 +1,7 @@
-"""The README's commands print the output in the README; its figures are those of docs/benchmarks.md."""
+"""The README's commands from "Describe an image" to "Batch", its Python example, and its figures from benchmarks.md.
+
+The commands and the example print the output in the README.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@
 //
 // Cost: 1 to 2 reads and 1 write of n values in the cache. gelu and silu_mul also compute an exponential per
 // value, 20 to 30 operations, which takes longer than the memory accesses. Compared with a matrix product,
-// which reads thousands of times as many bytes, the cost is negligible.
+// which takes thousands of operations per value, the cost is negligible.
 //
 // Reference: reference::gelu, silu_mul, rotary; test_activations, test_bfloat16, test_rotary of
 // tests/csrc/test_kernels.py. narrow_all_float16 and narrow_all_int8: test_attention with caches of these

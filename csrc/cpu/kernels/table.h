@@ -119,7 +119,8 @@ struct Kernels {
   // As attend, with the factors of products rounded to bfloat16; NULL without bf16_dot.
   void (*attend_rounded)(const float* q, int64_t q_stride, int n_q, int head_dim, const KvTile& tile,
                          int64_t visible, float* state, float* out, int64_t out_stride, void* scratch);
-  // One query that sees all tokens of n_tiles tiles, at most kMaxKvTile in total; keys and values in place.
+  // Add n_tiles tiles, with at most kMaxKvTile tokens in total, for one query, which sees all their tokens;
+  // reads keys and values in place.
   void (*attend_one)(const float* q, int head_dim, const KvTile* tiles, int n_tiles, float* state,
                      float* out);
   // Merge the partial result of other tiles, from_state and from, into state and out [out_stride] of one

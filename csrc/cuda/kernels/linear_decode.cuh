@@ -1,7 +1,7 @@
-// Code shared by linear_decode.cu (up to 8 rows of x per block) and linear_decode_wide.cu (32 or 64), the
-// kernels of decode products for all GPUs but Hopper. Their results are bit-identical: k is divided into the
-// same slices, a slice is summed by the same instructions in the same order, and the sums of the slices are
-// added in the same order.
+// Code shared by linear_decode.cu (up to 8 rows of x per block) and linear_decode_wide.cu (32 or 64; from
+// sm_80 on, weights without zero points), the kernels of decode products for all GPUs but Hopper. Their
+// results are bit-identical: k is divided into the same slices, a slice is summed by the same instructions in
+// the same order, and the sums of the slices are added in the same order.
 //
 //   units of 128 values of k   | 0 | 1 | 2 | .. | units - 1 |
 //   slice s of 16                [ units * s / 16, units * (s + 1) / 16 )
@@ -57,8 +57,9 @@ __device__ inline float sum_of_run(const uint4& run) {
 // Epilogues, as enum class Epilogue of ops.h.
 constexpr int kHalf = 0, kFloat = 1, kAdd = 2, kGelu = 3, kSiluTimes = 4;
 
-// Apply the epilogue to the product of row `row` of the matrix and row `column` of x, and write the result to
-// y. kSiluTimes: `value` and `gate` are the products of rows `row` and row + 1; else `gate` is unused.
+// Apply the epilogue to `value`, the product of row `row` of the matrix and row `column` of x plus the bias,
+// and write the result to y. kSiluTimes: `value` and `gate` are those of rows `row` and row + 1; else `gate`
+// is unused.
 __device__ inline void write_result(const LinearDecode& p, int row, int64 column, float value, float gate) {
   const int64 to = column * p.out + row;
   switch (p.epilogue) {

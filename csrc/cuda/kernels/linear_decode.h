@@ -28,7 +28,7 @@ struct UploadMatrix {
 
 // Shared memory of linear_decode_wide.cu, for host and device. A block has `row_tiles` tiles of 16 rows of W
 // and `columns` rows of x. A unit (128 values of k) of a tile has unit_bytes bytes of weights and, with 4
-// bits, `groups` scales per row.
+// bits, `groups` scales of 2 bytes per row; types with zero points use other kernels.
 constexpr int kColumnBytes = 2 * 128 + 64;  // per column and unit; 64 bytes of padding against bank conflicts
 
 // Number of warps that share a tile.

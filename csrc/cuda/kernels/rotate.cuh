@@ -1,5 +1,5 @@
 // Rotation of queries and keys by the angles of a position, and conversion to the types of the cache. Shared
-// by several kernels, whose results are therefore bit-identical.
+// by the kernels of elementwise.cu and attention_decode.cu, whose results are therefore bit-identical.
 //
 //   head  [ lower half | upper half ]      lower' = lower * cos - upper * sin
 //                                          upper' = upper * cos + lower * sin

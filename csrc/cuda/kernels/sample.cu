@@ -13,6 +13,9 @@
 //   sample_top     most likely tokens and their log probabilities, if         -> top_tokens [n][n_top]
 //                  requested, a block per row
 //
+// Greedy picks and draws use the logits after penalties and forbidden ids (struct Row); log probabilities and
+// the most likely tokens of sample_top use the unchanged logits.
+//
 // A draw needs the most likely ids in order, and sums in that order, but not all 151,936 ids. The key of an
 // id is its distance, (largest logit - logit) / temperature, in steps of 2^-35, followed by the id; ids at a
 // distance of 32 or more have weight 0. Weights exp(-distance) are stored as integers, in a small unit, so

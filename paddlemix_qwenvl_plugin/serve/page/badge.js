@@ -1,4 +1,4 @@
-/** Badge with the number of a box in its colour. */
+/** Badge with the number of a box in its colour, in the text of an answer; figure.js has the badges on the image. */
 
 import { colour } from './boxes.js';
 import { element } from './dom.js';

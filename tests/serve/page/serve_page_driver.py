@@ -27,6 +27,7 @@ class Page:
     """Driver of the page: the actions of a user, and the content that the page shows.
 
     Attributes:
+        server: the mock server; for a real one, an object with its `url`, `key` and `ready_status`.
         js: runs JavaScript in the page, with `arguments`, and returns its value.
         downloads: the browser's download folder.
     """

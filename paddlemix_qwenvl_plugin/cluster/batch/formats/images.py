@@ -8,6 +8,7 @@ from typing import Any, Optional
 from paddlemix_qwenvl_plugin.batch.rows import Row
 from paddlemix_qwenvl_plugin.cluster.batch.formats.entry import Entry, plain_row
 
+# In lower case; also those of the images in a WebDataset (webdataset.py).
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -20,7 +21,7 @@ class Images:
 
     def index(self, folder: str, name: str) -> Iterator[Entry]:
         """List the only row of an image file."""
-        yield Entry(1, 0, 1, name)
+        yield Entry(number=1, start=0, stop=1, row_id=name)
 
     def rows(self, folder: str, name: str, entry: Entry) -> Iterator[tuple[int, Row]]:
         """Build the row of an image file, without reading the file."""

@@ -1,6 +1,7 @@
 """Script, without a counterpart in PaddleMIX, that saves an encoder and also runs it.
 
-The plugin must load upstream's model; Paddle saves the encoder.
+Because it runs the encoder, the plugin must load upstream's model and repeat `eval` on it, and Paddle saves the
+encoder. test_paddlemix.py checks the printed line.
 """
 
 from __future__ import annotations
