@@ -1,4 +1,4 @@
-"""Soak test of the loop on the engine: 10,000 requests, some of which are cancelled or preempted.
+"""Soak test of the loop on the engine: 10,000 requests to the demo model, some cancelled or preempted.
 
 Each answer, or the tokens generated before its cancellation, is compared with the answer to the same request run alone.
 Prints the numbers of cancelled requests, of preemptions and of prompt tokens from the prefix cache, and the growth of

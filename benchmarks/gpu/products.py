@@ -84,7 +84,7 @@ class Products:
             scales.view(torch.float32 if storage == "int8" else torch.bfloat16).fill_(1e-3)
 
     def launch(self, matrix: Matrix, x: torch.Tensor, epilogue: str, y: torch.Tensor) -> None:
-        """Enqueue y = x W^T, with an epilogue, on the current stream. x: [n, n_in] in the compute type."""
+        """Enqueue y = x W^T, with an epilogue and no bias, on the current stream. x: [n, n_in] in the compute type."""
         unit = 8 if matrix.storage == "half" else 128  # rows are padded to a multiple of it
         padded = math.ceil(matrix.n_in / unit) * unit
         error = self.library.decode_linear(

@@ -15,7 +15,7 @@ struct MemoryLimit {
   uint64_t free = UINT64_MAX;
 };
 
-// Smallest limit, and the least memory left within a limit, in bytes.
+// Smallest limit, and the least memory left within a limit, in bytes; UINT64_MAX without a limit.
 MemoryLimit memory_limit(const std::string& cgroup_file, const std::string& root);
 
 }  // namespace qvl::cpu

@@ -40,8 +40,8 @@ void attention_dense_with(const Gpu& gpu, CUstream stream, bool portable, const 
   params.heads = a.heads;
   params.head_dim = a.head_dim;
   params.scale = a.scale;
-  // Addresses and strides of a tensor map are multiples of 16 bytes, 8 values. No map is used if all images
-  // have the same keys (kv_image 0).
+  // Addresses and strides of a tensor map are multiples of 16 bytes, 8 values. A stride of 0 gets no map, but
+  // no caller has kv_image 0, the same keys for all images.
   params.use_tensor_map = hopper && a.kv_image > 0 && reinterpret_cast<uintptr_t>(a.k) % 16 == 0 &&
                           reinterpret_cast<uintptr_t>(a.v) % 16 == 0 &&
                           (a.kv_stride | a.kv_head | a.kv_image) % 8 == 0;

@@ -1,7 +1,8 @@
 """Build prompts in the forms that Qwen-VL was trained on: base form, and chat form (ChatML).
 
-A `str` query is a rendered prompt: the paths between `<img>` and `</img>` become image sources. Text from untrusted
-clients must be passed as parts, in which `<img>`, `</img>` and `<imgpad>` are rejected.
+A `str` query is a rendered prompt: the paths between `<img>` and `</img>` become image sources. The plugin passes only
+queries of a request's history so (runtime/request.py). Text from untrusted clients must be passed as parts, in which
+`<img>`, `</img>` and `<imgpad>` are rejected.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class ContentReader:
         self.image_size: Optional[tuple[int, int]] = None
 
     def read(self, query: Query) -> Content:
-        """Convert a query to the `content` of an OpenAI message.
+        """Convert a query to the `content` of an OpenAI message; a query that is a text is plain text, not rendered.
 
         Raises:
             UsageError, QwenVLError: an invalid part or image; the message names it.

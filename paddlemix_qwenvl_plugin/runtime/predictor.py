@@ -305,7 +305,7 @@ class QwenVL:
             UsageError, QwenVLError: the error of the first request that fails; no answers are returned.
         """
         streams = [self.ask(request) for request in requests]
-        return list(self.finish_all(streams, max(1, len(streams))))
+        return list(self.finish_all(streams, len(streams)))
 
     def stream(
         self,

@@ -1,4 +1,7 @@
-"""The engine, compared with upstream's figures (tests/golden); storage types and compute types with float32."""
+"""The engine on a CPU, compared with upstream's figures (tests/golden); storage types and compute types with float32.
+
+Also its version, and its description with the number of threads.
+"""
 
 from __future__ import annotations
 

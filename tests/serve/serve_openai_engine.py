@@ -79,7 +79,7 @@ class Stream:
 
 
 class Engine:
-    """EngineClient that runs a QwenVL in a thread.
+    """EngineClient that runs a QwenVL in a thread; without adapters, and with the log probabilities of `logprob_of`.
 
     Attributes:
         step_seconds: minimum duration of a step.

@@ -31,13 +31,13 @@ def test_unpacking_restores_a_request():
     rng = np.random.default_rng(1)
     images = [rng.integers(0, 256, [7, 7, 3]).astype(np.uint8) for _ in range(3)]
     options = GenerationOptions(max_new_tokens=9, temperature=0.3, top_k=4, seed=2**63)
-    request = EngineRequest(range(9000), images, {4, 5}, options, [(2, 5), (9, 12)], 20)
+    request = EngineRequest(range(9000), images, {4, 5}, options, [(2, 5), (9, 12)], 20, "an adapter")
     [(header, content)] = Unpacker().feed(pack_request(7, request))
     assert (header["kind"], header["number"]) == ("submit", 7)
     unpacked = unpack_request(header, content)
     assert list(unpacked.prompt) == list(range(9000))
     assert (set(unpacked.stop_token_ids), unpacked.options, unpacked.n_logprobs) == ({4, 5}, options, 20)
-    assert list(unpacked.generated) == [(2, 5), (9, 12)]
+    assert (list(unpacked.generated), unpacked.adapter) == ([(2, 5), (9, 12)], "an adapter")
     np.testing.assert_array_equal(unpacked.images, images)
     assert content == b"".join(image.tobytes() for image in images)
     json.dumps(header)  # only JSON types: unlike pickle, unpacking executes no code

@@ -1,7 +1,7 @@
 """Encode images with AutoModelMIX as PaddleMIX's scripts do: drive_model.py FOLDER IMAGES.npy FEATURES.npy.
 
-The assertions hold for PaddleMIX's model, and with the plugin for its stand-in, which becomes the model when it is
-used.
+Run by test_paddlemix.py with a checkout of PaddleMIX (QWENVL_PADDLEMIX_DIR). The assertions hold for PaddleMIX's model,
+and with the plugin for its stand-in, which becomes the model when it is used.
 """
 
 from __future__ import annotations

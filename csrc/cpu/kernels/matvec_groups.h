@@ -22,8 +22,8 @@
 // is multiplied by a vector of scales that alternates between two groups (with groups of 128: by one scale).
 //
 // Layout with 8 bits: uint8 [rows][k padded to 128]. A vector of 64 bytes (AVX-512) contains two groups of
-// 32, one in each half of its lanes. AVX2 without VNNI multiplies signed bytes (kSignedProducts): 128 is
-// subtracted from the weights and from the zero points.
+// 32, one in each half of its lanes. The ISA avx2, which has no VNNI, multiplies signed bytes
+// (kSignedProducts): 128 is subtracted from the weights and from the zero points.
 //
 //   scales, zeros:  float16 [rows][padded k / group] each, k padded to 128
 //   prepared x:  [n_x] rows, each with its blocks (float32 scales [kLanes], int8 values [kBlock]) and then

@@ -340,8 +340,9 @@ QVL_INLINE LaneBytes narrow_to_bytes(Ints v) {
 #endif
 }
 
-// Add to sums[i] the four products a[4i + j] * b[4i + j], j = 0 to 3. On AVX2 without VNNI a must be at most
-// 128, because two products are added in 16 bits; for signed a, multiply_add_signed has no such limit.
+// Add to sums[i] the four products a[4i + j] * b[4i + j], j = 0 to 3. In the ISA avx2, which has no VNNI, a
+// must be at most 128, because two products are added in 16 bits; for signed a, multiply_add_signed has no
+// such limit.
 QVL_INLINE Ints multiply_add(Ints sums, UnsignedBytes a, SignedBytes b) {
 #if defined(__AVX512VNNI__)
   return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(

@@ -1,4 +1,4 @@
-"""Authentication by API key."""
+"""Authentication by API key, on a server with keys; a server without keys has OriginCheck (origins.py) instead."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from paddlemix_qwenvl_plugin.serve.request_info import info_of
 
 
 class Auth:
-    """Middleware that admits requests with a known API key, and all requests for `open_paths`."""
+    """Middleware that admits requests with a known API key, and all requests for `open_paths`: page and health."""
 
     def __init__(self, app: ASGIApp, keys: ApiKeys, open_paths: frozenset[str]) -> None:
         self._app = app

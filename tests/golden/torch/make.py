@@ -1,6 +1,7 @@
 """Make the files beside this file with PyTorch 2.x: `python make.py`. Values are small integers: exact in any dtype.
 
 "before-1.6" in a name: the format of PyTorch before 1.6, a stream of pickles in place of a ZIP archive.
+tests/checkpoint/test_bin_shards.py reads the files, except module.bin, which must be refused.
 """
 
 from __future__ import annotations
