@@ -544,8 +544,9 @@ typedef struct qvl_step_args {
   float* logits;       /* float32 [rows, vocab], device memory; NULL: scratch memory of the engine */
 } qvl_step_args;
 
-/* Run one step. tokens, logprobs, top_tokens and top_logprobs are in device memory or from qvl_host_alloc. A
- * row with the token -1 has top_tokens -1 and log-probabilities NaN. With rows 0 only the pool is written.
+/* Run one step. tokens, logprobs, top_tokens and top_logprobs are in device memory, or in host memory, for
+ * which the call waits unless it is from qvl_host_alloc. A row with the token -1 has top_tokens -1 and
+ * log-probabilities NaN. With rows 0 only the pool is written.
  */
 QVL_API qvl_status qvl_step(qvl_engine* engine, qvl_kv_pool* pool, const qvl_step_args* args,
                             qvl_stream stream, qvl_error* error);
