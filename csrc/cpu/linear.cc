@@ -176,6 +176,7 @@ void linear(Context& context, const Matrix& matrix, const float* x, int64_t x_st
     x = permuted(context, matrix, x, x_stride, rows.n());
     x_stride = matrix.k;
   }
+  // The matrix-vector kernels of these types would round x to 8 bits (linear.h).
   if (context.exact && has_zeros(matrix.dtype)) rows = {rows.n(), 0};
   const int64_t n = rows.prompt;
   const int64_t parts = std::max<int64_t>(1, (n + kMaxTokens - 1) / kMaxTokens);

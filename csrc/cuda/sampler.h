@@ -27,7 +27,7 @@ class Sampler {
   Sampler(const Gpu& gpu, const qvl_config& config);
 
   // Write the sampling parameters to rows 0 to call.n - 1 of host.picks, and greedy ones to the rows up to
-  // `rows`; write the forbidden ids to host.forbidden.
+  // `rows`, which pad the batch of a captured graph; write the forbidden ids to host.forbidden.
   void write_picks(const SampleCall& call, int rows, const InputArrays& host);
 
   // Enqueue sampling of `rows` rows of logits; `inputs`, in device memory, has the parameters of the rows.

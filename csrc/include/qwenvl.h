@@ -544,8 +544,9 @@ typedef struct qvl_step_args {
   float* logits;       /* float32 [rows, vocab], device memory; NULL: scratch memory of the engine */
 } qvl_step_args;
 
-/* Run one step. tokens, logprobs, top_tokens and top_logprobs are in device memory or from qvl_host_alloc. A
- * row with the token -1 has top_tokens -1 and log-probabilities NaN. With rows 0 only the pool is written.
+/* Run one step. tokens, logprobs, top_tokens and top_logprobs are in device memory, or in host memory, for
+ * which the call waits unless it is from qvl_host_alloc. A row with the token -1 has top_tokens -1 and
+ * log-probabilities NaN. With rows 0 only the pool is written.
  */
 QVL_API qvl_status qvl_step(qvl_engine* engine, qvl_kv_pool* pool, const qvl_step_args* args,
                             qvl_stream stream, qvl_error* error);
@@ -591,7 +592,8 @@ typedef struct qvl_result {
  * given pool needs (n_tokens + max_new) / block_tokens blocks for each request, rounded up, and is
  * overwritten. tokens: int32 [n, stride], host memory; row i receives the tokens of request i. stride: at
  * least the largest max_new. results: [n]. request_size: sizeof(qvl_request). on_step: may be NULL. Each step
- * takes and releases the engine's lock, so that steps of concurrent calls alternate.
+ * takes and releases the engine's lock, so that steps of concurrent calls alternate. QVL_INTERNAL: a row of
+ * logits yields the token -1 (qvl_sampling).
  */
 QVL_API qvl_status qvl_generate(qvl_engine* engine, qvl_kv_pool* pool, int32_t n, const qvl_request* requests,
                                 uint32_t request_size, int32_t n_end, const int32_t* end_ids,

@@ -82,7 +82,7 @@ class QuantizedLinears:
         """Read one weight by its canonical name.
 
         Raises:
-            QwenVLError: a scale is infinite, not a number, or not exact in float16.
+            QwenVLError: a scale is infinite, not a number, or not exact in float16; or a file is damaged.
         """
         stored = self._tensors[name]
         by_stored_name = {stored_name: suffix for suffix, stored_name in stored.items() if suffix != "bias"}

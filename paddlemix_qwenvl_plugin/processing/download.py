@@ -1,4 +1,8 @@
-"""Download images within limits of size and time, from public addresses unless others are allowed."""
+"""Download images within limits of size and time, from public addresses unless others are allowed.
+
+Used by processing/images.py, and by the server's ImageHosts. That one sends only the messages of TooLargeError to
+clients and logs the others, of which one names a flag that the server lacks.
+"""
 
 from __future__ import annotations
 

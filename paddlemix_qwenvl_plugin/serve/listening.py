@@ -32,7 +32,8 @@ def bound_socket(host: str, port: int, reuse_port: bool) -> Listener:
     """Take the socket that systemd passed, else bind a TCP socket, which listens unless `reuse_port` is set.
 
     With `reuse_port`, the kernel distributes connections over all servers that listen on the port, so one that is still
-    loading its model must not listen. A socket passed by systemd takes precedence over the address.
+    loading its model must not listen; server.py lets it listen afterwards. A socket passed by systemd takes precedence
+    over the address.
 
     Raises:
         UsageError: the address does not exist, systemd passed no socket, several or another than TCP, or the

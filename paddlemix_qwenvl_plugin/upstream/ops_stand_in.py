@@ -1,4 +1,4 @@
-"""Stand-ins for missing operators: for the module paddlenlp_ops, and for single functions.
+"""Stand-ins for missing operators: for the module paddlenlp_ops, and for the function fused_moe (paddlenlp.py).
 
 Modules of paddlenlp.experimental import CUDA operators by name that they do not need to run Qwen-VL. If paddlenlp_ops
 is not installed, they get a stand-in, in which every operator exists and raises an error when it is called.

@@ -69,12 +69,14 @@ def exported(model, tmp_path_factory):
 
 @pytest.mark.parametrize("stage", ["vision", "qwen"])
 def test_export_memory(exported, stage):
+    """The language stage's weights are never all in memory; the vision stage has too few weights to tell."""
     folder, rises = exported
     weights = (folder / f"{stage}.pdiparams").stat().st_size
-    # 300 MB, for the small vision stage: Paddle's working memory for building programs.
-    assert rises[stage] <= max(1.3 * weights, 300e6), (
-        f"{rises[stage] / 1e9:.2f} GB for {weights / 1e9:.2f} GB of weights"
-    )
+    limit = 3.6e8  # Paddle's working memory for building programs
+    if stage == "qwen":
+        limit += 2 * 151936 * 4096 * 2  # two copies of the largest tensor, the token embedding in float16
+        assert limit < weights
+    assert rises[stage] <= limit, f"{rises[stage] / 1e9:.2f} GB for {weights / 1e9:.2f} GB of weights"
 
 
 def test_convert_memory(tmp_path):

@@ -1,4 +1,4 @@
-"""Soak test with concurrent clients, which sometimes disconnect early or send an invalid request.
+"""Each invalid request once, and a soak test with clients that sometimes disconnect early or send such a request.
 
 QWENVL_TEST_SOAK_CLIENTS sets the number of clients (default 16). The load lasts QWENVL_TEST_SOAK_SECONDS (default 15);
 if QWENVL_TEST_SOAK_REQUESTS is set, it lasts for this number of requests instead. Examples of a long test: 64 clients

@@ -12,7 +12,7 @@
 // Cost of wgmma.m64nNk16: N / 2 cycles of a multiprocessor (64 x 8 x 16 products in 4 cycles).
 //
 // Reference: tested through the kernels, tests/cuda; without a GPU, through the products of decode steps, for
-// which tests/engine/host_gpu emulates these functions: tests/engine/test_hopper_products.py.
+// which tests/engine/host_gpu emulates the functions that they use: tests/engine/test_hopper_products.py.
 #pragma once
 
 #include "cuda/kernels/common.cuh"
@@ -272,7 +272,8 @@ QVL_PRODUCT(144, QVL_L72, "72", "73", "74", QVL_F16(0), QVL_F16(16), QVL_F16(32)
 QVL_PRODUCT(256, QVL_L128, "128", "129", "130", QVL_F16(0), QVL_F16(16), QVL_F16(32), QVL_F16(48),
             QVL_F16(64), QVL_F16(80), QVL_F16(96), QVL_F16(112))
 
-// d [64, N] += a [64, 16] b [16, N]: a in registers, b in shared memory, each row with N values of one k.
+// d [64, N] += a [64, 16] b [16, N]: a in registers, b in shared memory, each row with N values of one k. For
+// the probabilities and values of attention.
 template <int N>
 struct ProductRegisters;
 QVL_PRODUCT_REGISTERS(64, QVL_L32, "32", "33", "34", "35", "36", QVL_F16(0), QVL_F16(16))
@@ -281,7 +282,8 @@ QVL_PRODUCT_REGISTERS(104, QVL_L52, "52", "53", "54", "55", "56", QVL_F16(0), QV
 QVL_PRODUCT_REGISTERS(128, QVL_L64, "64", "65", "66", "67", "68", QVL_F16(0), QVL_F16(16), QVL_F16(32),
                       QVL_F16(48))
 
-// d [64, N] (+)= a [64, 16] b [N, 16]^T: a in registers, b in shared memory, each row with values of k.
+// d [64, N] (+)= a [64, 16] b [N, 16]^T: a in registers, b in shared memory, each row with values of k. For
+// decode products, whose quantized weights are converted in registers.
 template <int N>
 struct ProductFromRegisters;
 QVL_PRODUCT_FROM_REGISTERS(8, QVL_L4, "4", "5", "6", "7", "8", "9", QVL_F4(0))

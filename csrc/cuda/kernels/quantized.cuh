@@ -23,10 +23,11 @@
 //   UINT8  Values as INT8, with 128 subtracted from the integers.
 //
 // The scales and zero points of UINT4 and UINT8 are stored by span, which is 128 values of UINT4 or 64 of
-// UINT8. For each [tile][span][g][group of the span] there are two words: scales float16 [row g, row g + 8],
-// then zero points H [row g, row g + 8]. A conversion places the bits of an integer in an H, which then
-// differs from the integer by kZeroBase4 or kZeroBase8. Stored zero points include this constant, so that one
-// subtraction removes both.
+// UINT8; those of a group of 128 in UINT8 are stored for both of its spans. For each
+// [tile][span][g][group of the span] there are two words: scales float16 [row g, row g + 8], then zero points
+// H [row g, row g + 8]. A conversion places the bits of an integer in an H, which then differs from the
+// integer by kZeroBase4 or kZeroBase8. Stored zero points include this constant, so that one subtraction
+// removes both.
 //
 // Cost of the conversion of two values, without shifts: 2 instructions, a logical one and a subtraction in H.
 // In bfloat16, whose mantissa has only 7 bits, INT8 takes 3 and UINT8 4.
@@ -85,7 +86,8 @@ struct TiledLayout {
   __device__ int64 int4_scale(int row, int k, int group) const {
     return ((unit_index(row, k) * 8 + row % 8) * (kUnit / group) + k % kUnit / group) * 2 + row % 16 / 8;
   }
-  // The same for types with zero points; the zero point is 2 places after the scale, in 16-bit values.
+  // The same for types with zero points; the zero point is 2 places after the scale, in 16-bit values. group:
+  // at most kSpan.
   template <int bits>
   __device__ int64 group_scale(int row, int k, int group) const {
     constexpr int kValues = kSpan<bits>;
