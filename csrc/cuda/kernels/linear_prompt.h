@@ -1,5 +1,5 @@
-// Parameters of the products of prompts, shared by launchers and kernels. Built-in types only
-// (tensor_map.h). H: the compute type, bfloat16 or float16.
+// Parameters of the products of prompts, shared by launchers and kernels; Result also of decode steps on
+// Hopper and of adapters. Built-in types only (tensor_map.h). H: the compute type, bfloat16 or float16.
 #pragma once
 
 #include "cuda/kernels/tensor_map.h"
