@@ -82,6 +82,7 @@ class Backend {
                     qvl_stream stream) = 0;
 };
 
+// The back end reads matrices where they are: the data of the tensors in `weights` must outlive it.
 std::unique_ptr<Backend> make_cpu_backend(const qvl_config& config, const WeightTable& weights);
 
 // Fill in the fields of a zeroed device info that apply to the CPU, except `size`.

@@ -17,7 +17,7 @@ class CudaKvPool final : public KvPool {
 
   KvLayer layer(int index) const;
   int32_t spare_block() const { return n_blocks; }
-  uint64_t id() const { return id_; }  // unique in the process, unlike the address
+  uint64_t id() const { return id_; }  // for step graphs: unique in the process, unlike the address
 
   void copy_block(int32_t from, int32_t to, qvl_stream stream) override;
   void read_block(int32_t block, void* host, qvl_stream stream) override;

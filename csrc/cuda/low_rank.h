@@ -26,9 +26,9 @@ struct LowRankMemory {
 uint64_t low_rank_scratch(int rows, int stride);
 
 // memory.low = A x, for each row with its adapter: x H [n, x_stride], of which `in` values per row are used.
-// Rows without an adapter are not written. rank: the highest rank of the product. x_is_complete: the
-// preceding kernel is linear_decode with low_rank_next on Hopper (has_tensor_maps() of tensor_map.h), so that
-// x is complete when this kernel starts; it then runs beside its predecessor.
+// Rows without an adapter are not written. rank: the highest rank of any adapter for this product.
+// x_is_complete: the preceding kernel is linear_decode with low_rank_next on Hopper (has_tensor_maps() of
+// tensor_map.h), so that x is complete when this kernel starts; it then runs beside its predecessor.
 void low_rank_down(const Gpu&, CUstream, const AdaptedRows&, const void* x, int64_t x_stride, int in,
                    int rank, bool x_is_complete, const LowRankMemory& memory);
 

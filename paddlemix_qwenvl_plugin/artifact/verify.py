@@ -1,4 +1,4 @@
-"""Full verification of an exported stage: the digests of all files, and that all weights are finite."""
+"""Full verification of an exported stage: the digests of all files, and that floating-point weights are finite."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CHUNK_VALUES = 1 << 22
 
 
 def verify(prefix: Path) -> Manifest:
-    """Read all files of an exported stage, compare them with its manifest, and check that all weights are finite.
+    """Read all files of an exported stage, compare them with its manifest, and check its floating-point weights.
 
     Raises:
         UsageError: nothing was exported under this prefix.

@@ -1,4 +1,8 @@
-"""The table of tensors in a PyTorch weight file: storages and views of them, unpickled without PyTorch."""
+"""The table of tensors in a PyTorch weight file: storages and views of them, unpickled without PyTorch.
+
+Unpickling raises RefusedError for content that no table of tensors has, and one of DAMAGED (table_pickle.py), such as
+ValueError, for damage; torch_file.py, through which all such files are read, turns both into QwenVLError.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +101,7 @@ class TorchUnpickler(TableUnpickler):
         """Resolve ("storage", class, key, device, size); in files before PyTorch 1.6 a sixth entry describes a view.
 
         Raises:
-            RefusedError: the reference is not of this form, or the storage is a view of another one.
+            RefusedError: the reference is not to a storage, or the storage is a view of another one.
         """
         tag, kind, key, _, size, *view = pid
         if tag != "storage" or not isinstance(kind, str) or not isinstance(key, str) or type(size) is not int:

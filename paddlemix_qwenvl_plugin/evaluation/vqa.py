@@ -102,7 +102,7 @@ def check(path: Path, rows: Mapping[Id, VqaRow], metric: str) -> None:
     if metric not in METRICS:
         raise UsageError(f"--metric {metric}: must be one of {', '.join(METRICS)}")
     if metric == "anls":
-        anls("", [""])
+        anls("", [""])  # imports the library
     if metric == "vqa":
         for row_id, row in rows.items():
             if len(row.answers) < _MIN_VQA_ANSWERS:

@@ -26,9 +26,10 @@ _TIMEOUT = httpx.Timeout(30, read=1200)
 # In seconds, shorter than servers' keep-alive timeout: a request must not race with the closing of its connection.
 _LIMITS = httpx.Limits(max_connections=None, keepalive_expiry=2)
 
-# Retries while a server is busy: maximum of all waits together.
+# In seconds. Retries while a server is busy: maximum of all waits together.
 _MAX_RETRY_SECONDS = 600.0
-# The first wait without Retry-After, doubled for each further wait; the maximum of each wait, also with Retry-After.
+# In seconds. The first wait without Retry-After, doubled for each further one; the maximum of each wait, with or
+# without Retry-After.
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 
 

@@ -50,6 +50,8 @@ class Executor(Protocol):
     def start(self, chunks: Sequence[Chunk]) -> Callable[[], Picked]:
         """Start a step: compute the chunks, and pick a token for each chunk with `picks`.
 
+        With `limits.ahead`, the loop may start a step before it has the previous step's result (`Chunk.ahead`).
+
         Returns:
             A function that waits for the step and returns its result. Steps end in the order of their start.
 

@@ -111,6 +111,7 @@ class EngineClient(Protocol):
         Raises:
             QwenVLError: the process ended before it was ready, as when the model cannot be opened; the message is its
                 error message or its exit status.
+            OSError: the process cannot be started.
         """
 
     async def stop(self) -> None:

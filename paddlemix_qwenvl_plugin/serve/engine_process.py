@@ -76,6 +76,7 @@ class EngineProcess:
         """
         messages = _read(self._connection)
         settings = next(messages)[0]
+        # Started before the model is opened, to notice the front's exit; requests arrive only after "ready".
         threading.Thread(target=self._receive, args=[messages], name="messages", daemon=True).start()
         try:
             self._model = QwenVL.from_exported(

@@ -55,7 +55,7 @@ async def run(
         The second signal; None if only one arrived.
 
     Raises:
-        QwenVLError: the engine cannot be started.
+        QwenVLError, OSError: the engine cannot be started.
     """
     server = Server(service, app, listener)
     with _signal_handlers(signals, server):

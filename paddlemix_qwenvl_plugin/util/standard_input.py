@@ -44,7 +44,7 @@ def read_text() -> str:
 
 
 def lines() -> Iterator[str]:
-    """Yield the lines of standard input as they arrive.
+    """Yield the lines of standard input, with their line ends, as they arrive.
 
     Raises:
         UsageError: standard input is closed, or a line is longer than 1 MiB or not text in its encoding.

@@ -136,7 +136,7 @@ except QwenVLError as error:
 
 @pytest.mark.parametrize("free_bytes", [10, 200_000_000])
 def test_memory_of_the_kv_cache(library: Path, stages: tuple[Path, Path], free_bytes: int) -> None:
-    """The KV cache gets half of the free memory; without enough memory, no engine is created."""
+    """With gpu_memory=0.5 the KV cache gets half of the free memory; without enough memory, no engine is created."""
     result = run(MEMORY, library, stages, FAKE_FREE_BYTES=str(free_bytes))
     assert result.returncode == 0, result.stderr[-2000:]
     *created, last = result.stdout.splitlines()

@@ -1,4 +1,4 @@
-"""Hopper's kernels for products of decode steps, and those for adapters, run on the host and compared with float64.
+"""Hopper's kernels for decode products, and all GPUs' kernels for adapters, run on the host, compared with float64.
 
 A row has the same bits in any batch. On the host, copies overtake each other and products are computed as late as
 possible, so that a kernel that reuses shared memory too early gives wrong results.

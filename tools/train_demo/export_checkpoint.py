@@ -19,7 +19,7 @@ def hugging_face_name(name: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("weights", type=Path, help="weights file of train.py")
+    parser.add_argument("weights", type=Path, help="weights file of train.py, float16")
     parser.add_argument("folder", type=Path, help="the model folder, with config.json and qwen.tiktoken")
     options = parser.parse_args()
     weights = np.load(options.weights)

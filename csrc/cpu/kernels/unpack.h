@@ -9,6 +9,8 @@
 //             |             | wide  |      |  ---->  an added column has no effect
 //             +-------------+-------+------+
 //
+// The added column of a float32 tile is not read; that of a bfloat16 tile multiplies a zero of x.
+//
 // kChunk = 32 columns of a row are unpacked at a time: 2 vectors of 16 lanes, 4 of 8 or 8 of 4. 4-bit weights
 // are converted to bfloat16 by table look-up: the table contains (nibble - zero) * scale for the 16 nibbles,
 // where zero is 8 for int4, and one permutation instruction looks up 32 values.

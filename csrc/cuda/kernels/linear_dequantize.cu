@@ -1,7 +1,8 @@
 // Dequantization of matrices to H [out, stride] for products of prompts: y = scale * (integer - zero point),
 // rounded to H.
 //
-// Layout. A thread converts a run of 8 values of a row, in the layouts of quantized.cuh:
+// Layout. A thread converts a run of 8 values of a row, adjacent except on Hopper (run_value()), in the
+// layouts of quantized.cuh:
 //
 //   8 bits   bytes of values 0 2 1 3 4 6 5 7      |
 //   4 bits   nibbles of values 0 2 4 6 1 3 5 7    |   ->   H of values 0 1 2 3 4 5 6 7

@@ -1,5 +1,5 @@
-// Parameters of the products of prompts, shared by launchers and kernels. Built-in types only
-// (tensor_map.h). H: the compute type, bfloat16 or float16.
+// Parameters of the products of prompts, shared by launchers and kernels; Result also of decode steps on
+// Hopper and of adapters. Built-in types only (tensor_map.h). H: the compute type, bfloat16 or float16.
 #pragma once
 
 #include "cuda/kernels/tensor_map.h"
@@ -18,7 +18,8 @@ struct Result {
   int epilogue;       // kEpilogueHalf ..
 };
 
-// y [n, out] = x [n, x_stride] W^T, W [out, stride], both H; only the first `in` values of a row are used.
+// Parameters of linear_prompt.cu, which Hopper runs only in tests: y [n, out] = x [n, x_stride] W^T,
+// W [out, stride], both H; only the first `in` values of a row are used.
 struct LinearPrompt {
   Result result;
   const void* x;
@@ -35,8 +36,8 @@ struct Dequantize {
   int out, stride;
 };
 
-// As LinearPrompt, with W and x as tensors [rows, in] that are copied in boxes of 64 values by several rows:
-// the part of a tile that one block of a cluster requests.
+// Parameters of linear_prompt_hopper.cu: as LinearPrompt, with W and x as tensors [rows, in] that are copied
+// in boxes of 64 values by several rows: the part of a tile that one block of a cluster requests.
 struct LinearTensors {
   TensorMap w, x;
   Result result;
