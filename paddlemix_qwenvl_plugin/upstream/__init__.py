@@ -6,7 +6,7 @@ import sys
 
 
 def hook_states() -> dict[str, str]:
-    """States of the hooks and stand-ins: upstream module -> "armed" (has not run), "fired" (has run) or "failed: ERROR".
+    """States of hooks and stand-ins: upstream module -> "armed" (has not run), "fired" (has run) or "failed: ERROR".
 
     Empty if the activation is switched off (QWENVL_PLUGIN=0) or did not run in this process.
     """
