@@ -50,7 +50,7 @@ class Chat:
         or stopped after its first token adds a turn with the text so far; one that ends before, or fails, adds none.
 
         Args:
-            query: text, or a list of parts (processing/prompts.py).
+            query: text, in which `<img>` is an error, or a list of parts (processing/prompts.py).
             options: see GenerationOptions.
 
         Raises:
