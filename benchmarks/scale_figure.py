@@ -22,7 +22,7 @@ class Line:
 def ticks(largest: float) -> list[float]:
     """Return round tick values from 0 up to at most the largest value, which is positive: at least five ticks."""
     decade = 10 ** math.floor(math.log10(largest))
-    step = next(decade * factor for factor in (1.0, 0.5, 0.2, 0.1) if largest / (decade * factor) >= 4)
+    step = next(decade * factor for factor in (1.0, 0.5, 0.2) if largest / (decade * factor) >= 4)
     return [number * step for number in range(int(largest / step) + 1)]
 
 

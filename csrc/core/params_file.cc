@@ -1,4 +1,5 @@
-// Reader of Paddle's parameter file. The tensors' names and qvl_dtype are in a field that Paddle skips:
+// Reader of Paddle's parameter file, which the plugin's artifact/params_file.py writes. The tensors' names
+// and qvl_dtype are in a field that Paddle skips:
 //   file:     records, one for each tensor
 //   record:   uint32 0, uint64 0, uint32 0, int32 length of the message, message, data
 //   message:  Paddle's TensorDesc in Protobuf's encoding, with the field as its last part:

@@ -35,11 +35,11 @@ struct Rows {
 
 // y [n][y_stride] (+)= x [n][x_stride] W^T + bias. x and y do not overlap.
 //
-// Prompt rows use the blocked product, in bfloat16 unless the compute type or the weights are float32; decode
-// rows use the matrix-vector kernels, which read the weights from
-// memory once, and round x to 8 bits if the weights are integers. Exception: if the context is exact
-// (QVL_COMPUTE_FLOAT32) and the type has zero points, decode rows use the blocked product as well, without
-// this rounding. A row's result has the same bits for any number of rows.
+// Prompt rows use the blocked product, in bfloat16 on the ISA avx512_bf16 unless the compute type or the
+// weights are float32, otherwise in float32. Decode rows use the matrix-vector kernels, which read the
+// weights from memory once, and round x to 8 bits if the weights are integers. Exception: if the context is
+// exact (QVL_COMPUTE_FLOAT32) and the type has zero points, decode rows use the blocked product as well,
+// without this rounding. A row's result has the same bits for any number of rows.
 void linear(Context& context, const Matrix& matrix, const float* x, int64_t x_stride, Rows rows, float* y,
             int64_t y_stride, bool add = false);
 

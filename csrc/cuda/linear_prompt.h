@@ -1,7 +1,7 @@
 // Variants of linear_prompt's kernel, for linear_prompt.cc and for tests (testing/cuda_prompt.cc); other code
 // calls linear_prompt of ops.h, which chooses the variant. A variant is a size of tiles and clusters
 // (kernels/linear_prompt_tiles.h); the results of all variants are bit-identical. Other GPUs use the portable
-// kernel, whose results may differ from theirs by rounding; tests run it on Hopper, too.
+// kernel, whose results may differ from those of the variants by rounding; tests run it on Hopper, too.
 #pragma once
 
 #include "cuda/ops.h"

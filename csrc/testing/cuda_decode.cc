@@ -69,7 +69,8 @@ EXPORT const char* decode_linear(int half, CUstream stream, int storage, int out
 
 // decode_linear, then low_rank_down, which writes A x of each row with an adapter to `low` (A: the adapter's
 // first factor). adapters, order and product: as in AdaptedRows; low, scratch and low_stride: as in
-// LowRankMemory; rank: as for low_rank_down (cuda/low_rank.h).
+// LowRankMemory; rank: as for low_rank_down (cuda/low_rank.h). On Hopper, the GPU with has_tensor_maps(),
+// low_rank_next delays the start of low_rank_down until x is complete.
 EXPORT const char* decode_adapted(int half, CUstream stream, int storage, int out, int in, int stride,
                                   void* values, void* scales, const void* x, int64_t x_stride, int n,
                                   int epilogue, void* y, const uint64_t* adapters, const int32_t* order,

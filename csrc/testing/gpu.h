@@ -1,4 +1,4 @@
-// GPU 0 for the launchers that tests call.
+// GPU 0 for the launchers that tests and benchmarks/gpu/products.py call.
 #pragma once
 
 #include "cuda/ops.h"

@@ -35,6 +35,7 @@ def batch_on_ray(
     Raises:
         UsageError: a flag is invalid, or as for `run`.
         QwenVLError: at least one row failed, or as for `run`.
+        OSError: as for `run`.
     """
     from paddlemix_qwenvl_plugin.cluster.batch.files import absolute
     from paddlemix_qwenvl_plugin.cluster.batch.job import ERRORS, Job, run

@@ -278,7 +278,7 @@ def failure(error: Error) -> QwenVLError:
 
 
 def device_info(gpu: Optional[int] = None) -> DeviceInfo:
-    """Query the GPU with index `gpu`; None: the CPU and the memory available to this process."""
+    """Query the GPU with index `gpu`; None: the CPU and the memory available to this process. Errors as for `call`."""
     info = DeviceInfo(size=ctypes.sizeof(DeviceInfo))
     call("qvl_get_device_info", CPU if gpu is None else CUDA, gpu or 0, byref(info))
     return info

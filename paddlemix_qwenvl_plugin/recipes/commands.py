@@ -12,7 +12,10 @@ from paddlemix_qwenvl_plugin.recipes.schema import Recipe, Step
 
 
 def values(recipe: Recipe, folder: Path) -> dict[str, str]:
-    """Map the references of a recipe to their values, for a run in `folder`."""
+    """Map the references of a recipe to their values, for a run in `folder`.
+
+    A seed or dtype that is not set becomes "None"; no recipe refers to it (schema.py).
+    """
     return {
         "seed": str(recipe.seed),
         "dtype": str(recipe.dtype),

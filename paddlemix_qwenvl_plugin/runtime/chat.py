@@ -47,10 +47,10 @@ class Chat:
         """Ask the next question and return a stream of the answer's segments.
 
         The turn is added to the history when the stream ends; ask the next question after that. A stream that is closed
-        after its first token adds a turn with the text so far, one that is closed before or fails adds none.
+        or stopped after its first token adds a turn with the text so far; one that ends before, or fails, adds none.
 
         Args:
-            query: text, or a list of parts (processing/prompts.py).
+            query: text, in which `<img>` is an error, or a list of parts (processing/prompts.py).
             options: see GenerationOptions.
 
         Raises:

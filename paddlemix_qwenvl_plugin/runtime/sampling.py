@@ -63,10 +63,11 @@ class RowSampler:
         order = np.argsort(-scaled, kind="stable")[: options.top_k]
         weights = np.exp(scaled[order] - scaled[order[0]])
         probabilities = weights / weights.sum()
-        # Top-p keeps a token if the more likely tokens together have less than top_p; the first token is always kept.
+        # Top-p keeps a token if the more likely tokens together have less than top_p, so the first one always:
+        # top_p is positive, since 0 is greedy.
         more_likely = np.cumsum(probabilities) - probabilities
         top_p = 1.0 if options.top_p is None else options.top_p
-        n_kept = int((more_likely < top_p).sum()) or 1
+        n_kept = int((more_likely < top_p).sum())
         kept = order[:n_kept]
         cumulative = np.cumsum(probabilities[: kept.size])
         drawn = random_fraction(self._seed, self._n_tokens) * cumulative[-1]

@@ -114,7 +114,7 @@ class SlotQueue:
             self._forget(n, key)
 
     def open(self) -> None:
-        """Accept requests again after `close` or `refuse_waiting`."""
+        """Accept requests again after `close` or `refuse_waiting`; on a cluster, when a front starts."""
         self._closed = False
 
     def close(self) -> None:

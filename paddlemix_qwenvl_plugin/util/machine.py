@@ -90,7 +90,10 @@ def gpus() -> list[str]:
 
 
 def paddle_gpus() -> int:
-    """Number of CUDA devices that Paddle can use; 0 for a CPU build, and without Paddle. Imports Paddle."""
+    """Number of CUDA devices that Paddle can use; 0 for a CPU build, and without Paddle.
+
+    Imports Paddle; errors as for `require_paddle`.
+    """
     if find_spec("paddle") is None:
         return 0
     require_paddle()

@@ -34,7 +34,7 @@ def free_port() -> int:
 
 
 class Command:
-    """Process of `qwenvl serve --ray`.
+    """Process of `qwenvl serve` with the given flags, --ray among them.
 
     Attributes:
         lines: the lines of stdout and stderr so far.

@@ -1,6 +1,6 @@
 """Elementwise kernels. Compared with float64: RMS norm; rotation of q and k, with the write of k and v to the KV cache.
 
-Gathering and embedding are compared bit for bit. The import of small.py skips these tests without a GPU or
+Gathering and embedding are compared bit for bit. The import of small.py skips these tests without PyTorch, a GPU or
 libqwenvl_cuda_test.so.
 """
 
@@ -57,6 +57,7 @@ def test_gather_columns(half, width):
 def test_embed(half, width, with_images):
     vocab, n = 50, 9
     wte = normal(vocab, width).to(half)
+    # The kernel clamps ids outside the vocabulary.
     ids = torch.tensor([0, 49, 7, 7, -3, 50, 2**30, 11, 12], dtype=torch.int32, device="cuda")
     expected = wte[ids.long().clamp(0, vocab - 1)].float()
     addresses = None

@@ -1,4 +1,4 @@
-"""Cases of docs/errors.md for `--adapter`: adapters that are not merged."""
+"""Cases of docs/errors.md for `--adapter`, adapters at run time; error_cases.py explains what a case is."""
 
 from __future__ import annotations
 

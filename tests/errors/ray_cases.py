@@ -1,4 +1,4 @@
-"""Cases of docs/errors.md: `qwenvl batch --ray`."""
+"""Cases of docs/errors.md for `qwenvl batch --ray`; error_cases.py explains what a case is."""
 
 from __future__ import annotations
 

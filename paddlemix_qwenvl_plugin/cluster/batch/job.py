@@ -77,6 +77,7 @@ def run(job: Job, open_model: Callable[[], Model[Any]], actors: Actors, address:
     Raises:
         UsageError: the input, the folder or the model cannot be used, or Ray is not installed.
         QwenVLError: the folder belongs to another job, or the job cannot continue. The folder keeps its parts.
+        OSError: a file of the input, the model or the folder cannot be read or written.
     """
     files = find(job.source, job.source_name)
     if job.source == job.target:

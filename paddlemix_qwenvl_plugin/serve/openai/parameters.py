@@ -34,7 +34,7 @@ class SamplingParameters(Schema):
     default to 1, as in OpenAI's API. A top_k of 0 or -1 counts as not set.
     """
 
-    not_supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {"logit_bias": ()}
+    not_supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {"logit_bias": ()}  # see Schema
 
     model: Annotated[str, Field(description="A name that /v1/models lists.")]
     max_tokens: Annotated[
