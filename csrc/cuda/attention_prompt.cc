@@ -1,6 +1,7 @@
 // Launches of kernels/attention_prompt.cu.
 #include "cuda/kernels/attention_prompt.h"
 #include "core/error.h"
+#include "cuda/attention.h"
 #include "cuda/ops.h"
 #include "cuda/tensor_map.h"
 

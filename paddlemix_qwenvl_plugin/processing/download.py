@@ -114,9 +114,9 @@ class _PublicTransport(httpx.BaseTransport):
         addresses = dict.fromkeys(ipaddress.ip_address(entry[4][0]) for entry in entries)
         public = [str(address) for address in addresses if is_public(address)]
         if not public:
-            raise UsageError(
-                f"image {self._name}: {host} is not at a public address, pass --allow_private_http to allow it"
-            )
+            # Only the commands without a list of allowed hosts have the flag.
+            advice = ", pass --allow_private_http to allow it" if self._allows_host is None else ""
+            raise UsageError(f"image {self._name}: {host} is not at a public address{advice}")
         for address in public[:-1]:
             try:
                 return self._connect(request, host, address)

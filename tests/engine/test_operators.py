@@ -6,6 +6,7 @@ tests/runtime/test_golden_exported.py compares both with goldens.
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import re
 import subprocess
@@ -110,7 +111,7 @@ def test_kv_caches_are_freed(tiny_exported: Path, monkeypatch: pytest.MonkeyPatc
     def resident_bytes() -> int:
         gc.collect()
         pages = Path("/proc/self/statm").read_text().split()[1]
-        return int(pages) * 4096
+        return int(pages) * mmap.PAGESIZE
 
     for _ in range(3):
         program(feed)

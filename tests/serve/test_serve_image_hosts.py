@@ -221,6 +221,7 @@ def test_all_failures_have_the_same_message(
     assert len(server.requests) == n_requests
     (line,) = (line for line in caplog.messages if line.startswith("image not downloaded: "))
     assert reason in line
+    assert "--allow" not in line  # a flag of other commands
     assert "secret" not in caplog.text
 
 

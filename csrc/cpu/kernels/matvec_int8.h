@@ -12,7 +12,7 @@
 //   x         | 4L bytes | 4L bytes | .. 8 vectors      as int32: dots[l]
 //   x scales  | L float32 |                             sums[l] += float(dots[l]) * x_scale[l]
 //
-// The instructions multiply unsigned bytes by signed ones. On AVX2 without VNNI (kSignedProducts) the signs
+// The instructions multiply unsigned bytes by signed ones. In the ISA avx2 (kSignedProducts) the signs
 // of the weights are moved to x: |w| * (sign(w) * x). Elsewhere 128 is added to the weights, and dots start
 // at -128 times the sum of x (quantized_x.h).
 //
