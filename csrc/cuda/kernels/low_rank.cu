@@ -121,6 +121,14 @@ struct Item {
   int column;      // first row of B of the first tile, in the block
 };
 
+// Blocks of low_rank_up per multiprocessor, which limits the registers. Before sm_80, where shuffles replace
+// the matrix instructions (streams.cuh), a lane needs more of them.
+#if __CUDA_ARCH__ >= 800
+constexpr int kUpBlocks = 6;
+#else
+constexpr int kUpBlocks = 4;
+#endif
+
 // Number of tiles of an item.
 __device__ inline int tiles_of(const Rows& rows) {
   return rows.n_runs == 1 ? 1 : kTiles;
@@ -263,7 +271,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) low_rank_down(const __grid_
   if (blockIdx.x + blockIdx.y + blockIdx.z == 0) wait_for_predecessors();
 }
 
-extern "C" __global__ void __launch_bounds__(kLowRankThreads, 6)
+extern "C" __global__ void __launch_bounds__(kLowRankThreads, kUpBlocks)
     low_rank_up(const __grid_constant__ LowRankParams p) {
   constexpr int kWarps = kLowRankThreads / 32;
   constexpr int kLoads = 2;  // steps of 32 columns of B that are requested together
