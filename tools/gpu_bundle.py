@@ -4,9 +4,9 @@
     python -m tools.gpu_bundle DIR
 
 The second command writes to DIR: the engine, compiled for the ISA generic and the one or two best of this machine's
-processor; its GPU library; the library of kernel launchers for tests/cuda; and all kernels in float16 and bfloat16. A
-kernel that is newer than its source and all headers is not compiled again. On the machine with the GPU,
-`tests/cuda/check.sh DIR` runs the GPU tests and timings.
+processor; its GPU library; the library of kernel launchers for tests/cuda; and all kernels in float16 and, for
+--architecture 80 or newer, bfloat16. A kernel that is newer than its source and all headers is not compiled again. On
+the machine with the GPU, `tests/cuda/check.sh DIR` runs the GPU tests and timings.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ inline bool greedy(const qvl_sampling& s) {
   return s.temperature == 0 || s.top_p == 0 || s.top_k == 1;
 }
 
-constexpr int kMaxLogprobs = 64;  // maximum number of most likely tokens to return
+// Maximum number of most likely tokens to return for a row; cuda/kernels/sample_search.cuh relies on it.
+constexpr int kMaxLogprobs = 64;
 
 }  // namespace qvl

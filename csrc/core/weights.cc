@@ -30,6 +30,7 @@ struct Specs {
   }
 };
 
+// The weights listed at qvl_tensor in qwenvl.h; artifact/weights.py of the package has the same list.
 void language_specs(const qvl_config& c, Specs& specs) {
   const int64_t hidden = c.hidden, mlp = c.mlp_width;
   specs.table("wte.weight", {c.vocab, hidden});

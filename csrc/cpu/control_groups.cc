@@ -1,3 +1,4 @@
+// The package has the same rules (paddlemix_qwenvl_plugin/util/control_groups.py).
 #include "cpu/control_groups.h"
 
 #include <algorithm>

@@ -61,7 +61,7 @@ void Resampler::run(Context& context, const float* hidden_states, float* feature
   for (int64_t first = 0; first < n_queries; first += kQueryTile) {
     work.push_back({first, static_cast<int>(std::min<int64_t>(kQueryTile, n_queries - first)), n, kAllKeys});
   }
-  // heads, head_dim, q_stride, q_head, out_stride, rounded
+  // heads, head_dim, q_stride, q_head, out_stride, rounded (like the products: unless weights are float32)
   const AttentionShape shape{
       config_.hidden / kResamplerHeadDim, kResamplerHeadDim, hidden, kResamplerHeadDim, hidden,
       key_.dtype != QVL_FLOAT32};

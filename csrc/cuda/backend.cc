@@ -112,7 +112,7 @@ class CudaBackend final : public Backend {
 
   void* alloc(uint64_t bytes) override {
     const CurrentContext current(gpu_.context());
-    return allocate(std::max<uint64_t>(bytes, 1));
+    return allocate(std::max<uint64_t>(bytes, 1));  // cuMemAlloc refuses 0, which qwenvl.h allows
   }
   void dealloc(void* memory) override {
     const CurrentContext current(gpu_.context());

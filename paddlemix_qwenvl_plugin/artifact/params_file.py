@@ -10,7 +10,8 @@ of exactly 3 bytes, then
     4 bytes "qvl1", uint8 qvl_dtype, uint8 n_dims (1 to 4), uint16 length of the name, int64 [n_dims] shape of the
     values (not of their storage), the canonical name (csrc/include/qwenvl.h) in UTF-8, zero bytes
 
-All numbers are little-endian. The zero bytes align the raw values to 64 bytes.
+All numbers are little-endian. The zero bytes align the raw values to 64 bytes. The engine reads the same format
+(csrc/core/params_file.cc).
 """
 
 from __future__ import annotations

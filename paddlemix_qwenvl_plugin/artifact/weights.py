@@ -1,4 +1,7 @@
-"""The weights in a stage's parameter file: names, shapes and storage types, derived from its config."""
+"""The weights in a stage's parameter file: names, shapes and storage types, derived from its config.
+
+The engine requires the same names and shapes (csrc/core/weights.cc).
+"""
 
 from __future__ import annotations
 

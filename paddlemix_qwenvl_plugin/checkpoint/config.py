@@ -102,7 +102,10 @@ class ModelConfig(BaseModel):
         return math.ceil(math.log2(ratio)) + 1 if self.use_dynamic_ntk else 0
 
     def ntk_doublings(self, n_tokens: int) -> int:
-        """Number of the thresholds seq_length x 1, 2, 4, … below a prompt's length; determines the rotary base."""
+        """Number of the thresholds seq_length x 1, 2, 4, … below a prompt's length; determines the rotary base.
+
+        The engine computes the same (csrc/core/rotary.cc).
+        """
         return sum(n_tokens > self.seq_length * 2**k for k in range(self.max_ntk_doublings))
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 Source of the formulas: the official Qwen-VL code. Values i and i + d / 2 are rotated as a pair, d being head_dim. The
 NTK factor alpha, which enlarges the rotary base, depends only on the prompt's length, so that it is fixed for a
-request.
+request. These are the formulas of portable graphs; the engine computes the same in csrc/core/rotary.cc.
 """
 
 from __future__ import annotations

@@ -181,7 +181,11 @@ def from_folder(source: Any, folder: Optional[Path]) -> Any:
 
 
 def local_path(source: str) -> Optional[Path]:
-    """The local file that a source names, as a path or a `file://` URL; None for other URLs."""
+    """The local file that a source names, as a path or a `file://` URL; None for other URLs.
+
+    Raises:
+        UsageError: the `file://` URL names another host or no path.
+    """
     if source[:5].lower() == "file:":
         return _file_url_path(source)
     return None if is_address(source) else Path(source)

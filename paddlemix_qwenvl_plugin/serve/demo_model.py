@@ -69,8 +69,8 @@ def _export(target: Path) -> None:
     from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
 
     with new_folder(target) as folder:
-        # "portable": without the engine programs (`.fused.*`), through which Paddle would call the engine. The server
-        # needs none: its engine process reads only the weights of an export.
+        # "portable": without the engine programs (`.fused.*`), through which Paddle would call the engine. QwenVL needs
+        # none: it opens the weights in the engine itself, or falls back to the portable programs.
         export_vision(MODEL, folder / "vision" / "vision", engine="portable")
         export_language(MODEL, folder / "text", "qwen", engine="portable")
 

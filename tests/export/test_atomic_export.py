@@ -85,7 +85,7 @@ def test_a_killed_export_changes_no_file_and_the_next_removes_its_leftovers(
     command = [sys.executable, "-c", KILLED_EXPORT, str(other), str(stage_folder)]
     assert subprocess.run(command, capture_output=True, check=False).returncode == -9
     assert file_contents(stage_folder) == before
-    [killed] = leftovers(stage_folder)
+    assert len(leftovers(stage_folder)) == 1  # of the killed export
     # Temporary folders of an export with another prefix, and of a running export.
     other_prefix = stage_folder / ".export-other-1234"
     other_prefix.mkdir()
@@ -96,7 +96,6 @@ def test_a_killed_export_changes_no_file_and_the_next_removes_its_leftovers(
     with FileLock(running / "lock"):
         export_language(other, stage_folder, "qwen", engine="portable")
     assert set(leftovers(stage_folder)) == {other_prefix, running}
-    assert killed not in leftovers(stage_folder)
     verify(stage_folder / "qwen")
     assert (stage_folder / "config.json").read_bytes() == (other / "config.json").read_bytes()
     assert (stage_folder / "qwen.tiktoken").read_bytes() == (other / "qwen.tiktoken").read_bytes()

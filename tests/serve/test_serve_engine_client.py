@@ -183,7 +183,9 @@ def test_interrupted_start_leaves_no_process(stages):
 
         starting = asyncio.ensure_future(client.start())
         await wait_until(lambda: client.pid is not None)
+        pid = client.pid
         await client.stop()
+        assert not is_running(pid)
         with pytest.raises(QwenVLError):
             await starting
 

@@ -1,4 +1,7 @@
-"""Each row of the server's tables in docs/errors.md is a test of the error's status, code, param and message."""
+"""Each row of the server's tables in docs/errors.md is a test of the error's status, code, param and message.
+
+With QWENVL_TEST_UPDATE_ERRORS=1, messages that differ are rewritten in the document (tests/error_table.py).
+"""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@
 
 namespace qvl::cuda {
 
-// Layout of queries, keys or values in shared memory, for wgmma_descriptor(). at(): offset of values d to
-// d + 7 of a row; d is a multiple of 8.
+// Layout of queries, keys or values in shared memory, for wgmma_descriptor(). at(): offset, in values, of
+// values d to d + 7 of a row; d is a multiple of 8.
 template <int kPaddedDim>
 struct SwizzledRows {
   static constexpr int kDims = (kPaddedDim + 15) / 16 * 16, kKeys = kHopperKeys;
