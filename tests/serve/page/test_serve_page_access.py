@@ -1,4 +1,4 @@
-"""Accessibility, languages, layouts and colour schemes of the chat page; texts never become HTML."""
+"""Accessibility, languages, layouts and colour schemes of the chat page in Chromium; texts never become HTML."""
 
 from __future__ import annotations
 

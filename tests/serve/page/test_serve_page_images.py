@@ -1,4 +1,4 @@
-"""Images on the chat page: how users attach them, and what the page sends."""
+"""Images on the chat page in Chromium: how users attach them, and what the page sends."""
 
 from __future__ import annotations
 
