@@ -1,6 +1,7 @@
 """Simulation of 1 to 1,000 replicas with measured service times: routing, fronts, autoscaling, failures, batch jobs.
 
-docs/scaling.md contains the results. Takes some minutes. The scenario `costs` is computed, not simulated.
+docs/scaling.md contains the results. Needs simpy, which is in the extra `dev`; takes some minutes. The scenario `costs`
+is computed, not simulated.
 Run: python benchmarks/scale.py [--only NAME] [--profile NAME] [--price PRICE] [--figure FILE.svg]
 """
 

@@ -85,7 +85,8 @@ def parse() -> argparse.Namespace:
 
 def make_models(folder: Path, sizes: dict[str, Any], arguments: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "text").exists():
+    # The last file of the exports: without it, a run has been interrupted.
+    if not (folder / "text" / "qwen.manifest.json").exists():
         export_stages(folder, sizes)
         shutil.rmtree(folder / "model")
     if arguments.llama_server and not (folder / "qwen.gguf").exists():

@@ -67,7 +67,7 @@ def words(sizes: dict[str, Any]) -> range:
 
 
 def export_stages(folder: Path, sizes: dict[str, Any]) -> None:
-    """Write FOLDER/vision.* and FOLDER/text/qwen.*."""
+    """Write FOLDER/vision.* and FOLDER/text/qwen.*, and their checkpoint FOLDER/model."""
     model = write_model(folder / "model", sizes, "bfloat16")
     tokens = [bytes([byte]) for byte in range(_N_BYTES)] + [_word(i).encode() for i in words(sizes)]
     lines = (f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))

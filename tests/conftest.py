@@ -1,4 +1,7 @@
-"""Fixtures of all tests: model folders and their exports, created once per session, and the engine settings."""
+"""Fixtures of all tests: model folders and their exports, created once per session, and the engine settings.
+
+The exports have engine="auto", since their first use may be in a test for which `engine` has set QWENVL_ENGINE.
+"""
 
 from __future__ import annotations
 

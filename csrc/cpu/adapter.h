@@ -11,7 +11,7 @@ namespace qvl::cpu {
 // Update of one target matrix. If the adapter does not change that matrix, a.values is NULL.
 struct LowRank {
   Matrix a;  // [rank, in]
-  Matrix b;  // [out, rank padded with zeros to whole vectors]
+  Matrix b;  // [out, rank padded with zeros to whole vectors of the ISA]
   float scale = 0;
 };
 

@@ -119,7 +119,7 @@ def open_model(
     verify: Verify = False,
     adapter: Adapters = None,
 ) -> QwenVL:
-    """Open the exported stages that the flags name."""
+    """Open the exported stages that the flags of `qwenvl predict` name."""
     from paddlemix_qwenvl_plugin.runtime.adapters import split_adapters
     from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
@@ -166,7 +166,7 @@ def open_model_or_server(
     verify: Verify = False,
     adapter: Adapters = None,
 ) -> Model[Any]:
-    """Open the exported stages that the flags name, or the model of a server."""
+    """Open the exported stages that the flags of `qwenvl chat` or `qwenvl batch` name, or the model of a server."""
     if url is None:
         if api_key_file is not None:
             raise UsageError("--api_key_file: requires --url; give both")

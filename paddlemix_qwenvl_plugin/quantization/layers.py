@@ -82,7 +82,7 @@ class LayerQuantizer:
                 self._advance(before, after_attention, DecoderLayer.after_attention)
             source = before if stage < 2 else after_attention
             gram = self._gram(stage, source.quantized)
-            hessian = Hessian(gram.copy(), f"{prefix}{matrices[0]}")
+            hessian = Hessian(gram.copy(), f"{prefix}{matrices[0]}")  # a copy, which Hessian overwrites
             for matrix in matrices:
                 weight = weights.pop(f"{matrix}.weight")
                 quantized = quantize(weight, hessian, self._bits, self._group)

@@ -75,7 +75,7 @@ class CalibrationRows:
     def __init__(
         self, source: Optional[Path], tokenizer: QwenTokenizer, config: ModelConfig, chat: bool
     ) -> None:
-        """Read and tokenize all rows; images are loaded later, one row at a time.
+        """Read and tokenize all rows; images of a file's rows are loaded later, one row at a time.
 
         Args:
             source: JSONL file; None: samples of the demo world.

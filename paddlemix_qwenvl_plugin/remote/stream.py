@@ -29,7 +29,8 @@ Work = Callable[[Callable[[str], None]], Coroutine[Any, Any, End]]
 class ServerStream(Iterator[Segment]):
     """Answer of a server, a Stream (runtime/model.py): a chat's arrives in deltas, a batch row's in one text.
 
-    Its answer has no token ids, and only the timings `prepare` and `server`, the duration of the request.
+    The iteration and `finish` raise errors of the request. Its answer has no token ids, and only the timings `prepare`
+    and `server`, the duration of the request.
     """
 
     def __init__(

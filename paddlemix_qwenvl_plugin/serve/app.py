@@ -35,7 +35,7 @@ def create_app(
     """Create the ASGI application of a service.
 
     Args:
-        router: routes of the API; default: those of the OpenAI-compatible API.
+        router: routes of the API, which tests replace; default: those of the OpenAI-compatible API.
         page: folder of the web page, served at / if it contains index.html and `settings.page` is on.
         keys: API keys; default: those of `settings.api_key_file`.
 

@@ -40,7 +40,7 @@ def _write(folder: Path, seed: int) -> None:
     config = tiny_config(tokenizer.n_vocab, tokenizer.img_start_id)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
     weights = random_weights(parse_config(config, "tiny model"), seed)
-    save_file(weights, str(folder / "model.safetensors"), {"format": "pd"})
+    save_file(weights, str(folder / "model.safetensors"), {"format": "pd"})  # pd: Paddle
 
 
 def random_weights(sizes: ModelConfig, seed: int) -> dict[str, NDArray[np.float32]]:

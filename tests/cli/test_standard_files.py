@@ -20,6 +20,7 @@ REPO = Path(__file__).resolve().parents[2]
 STREET = REPO / "recipes" / "images" / "street.png"
 COMMAND = [sys.executable, "-m", "paddlemix_qwenvl_plugin.cli"]
 STAGES = ("--first_model_path", "vision/vision", "--second_model_path", "text/qwen")
+# At this high temperature the answers of the tiny model, which has random weights, are varied.
 SAMPLING = {"max_new_tokens": 48, "temperature": 9.0, "seed": 1}
 FLAGS = [f"--{name}={value}" for name, value in SAMPLING.items()]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPO), "TERM": "dumb"}

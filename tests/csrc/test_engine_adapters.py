@@ -233,6 +233,7 @@ def test_errors_of_matrices(library, golden_model, make_updates, message):
             engine.adapter(make_updates(m, h))
         assert error.value.status == BAD_WEIGHT
         assert str(error.value).startswith(message.format(m=m, h=h, h1=h + 1))
+        # startswith() does not compare the end of a message.
         assert not str(error.value).endswith(" ")
 
 

@@ -17,7 +17,7 @@ PRODUCT = 1  # the index of the computed product
 
 
 def scratch(n, low_stride):
-    """Scratch memory for A x of n rows."""
+    """Scratch memory for A x of n rows, zero as it must be before the first launch."""
     DLL.qvlt_gpu_low_rank_scratch.restype = ctypes.c_uint64
     n_bytes = DLL.qvlt_gpu_low_rank_scratch(ctypes.c_int64(n), ctypes.c_int64(low_stride))
     return torch.zeros(n_bytes, dtype=torch.uint8, device="cuda")

@@ -86,6 +86,7 @@ def test_the_kustomization_lists_all_files() -> None:
     assert {f"kubernetes/cpu/{name}" for name in base["resources"]} == {
         path for path in FILES if "/cpu/" in path
     }
+    # Git ignores the file of the secret, which the user creates.
     [generated] = base["secretGenerator"]
     assert [f"/{name}" for name in generated["files"]] == (FOLDER / "cpu/.gitignore").read_text(
         "utf-8"

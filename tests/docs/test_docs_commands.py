@@ -181,13 +181,13 @@ def check_make(command: Command, parse: Parse) -> None:
         assert re.search(rf"^{target}:", rules, re.MULTILINE), target
 
 
-def check_profiled(command: Command, parse: Parse) -> None:
-    """Check the program that a profiler starts: the profiler's arguments contain the program's command."""
+def check_started(command: Command, parse: Parse) -> None:
+    """Check the program that perf or xargs starts: its command is among their arguments."""
     names = [argument.rpartition("/")[2] for argument in command.arguments]
     start = next((index for index, name in enumerate(names) if name in CHECKS), None)
     if start is not None:
-        profiled = Command(command.variables, command.arguments[start], command.arguments[start + 1 :])
-        CHECKS[names[start]](profiled, parse)
+        started = Command(command.variables, command.arguments[start], command.arguments[start + 1 :])
+        CHECKS[names[start]](started, parse)
 
 
 def check_systemctl(command: Command, parse: Parse) -> None:
@@ -219,8 +219,7 @@ CHECKS: dict[str, Callable[[Command, Any], None]] = {
     "cmake": check_cmake,
     "driver": lambda command, parse: check_target("driver"),
     "make": check_make,
-    "nsys": check_profiled,
-    "perf": check_profiled,
+    "perf": check_started,
     "systemctl": check_systemctl,
     "docker": check_files,
     "kubectl": check_files,
@@ -232,9 +231,9 @@ CHECKS: dict[str, Callable[[Command, Any], None]] = {
     "cp": check_files,
     "find": check_files,
     "venv": check_nothing,
-    "xargs": check_nothing,
+    "xargs": check_started,
     **dict.fromkeys(
-        ["", "cd", "curl", "echo", "export", "install", "kill", "mkdir", "openssl", "printf", "ray", "serve"],
+        ["", "cd", "curl", "echo", "export", "install", "kill", "mkdir", "openssl", "printf", "ray"],
         check_nothing,
     ),
 }

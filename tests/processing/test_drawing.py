@@ -91,6 +91,7 @@ def test_labels_are_readable_on_any_background() -> None:
 @pytest.mark.parametrize("ref", ["x", "海滩上的狗", "\ud800 \x00\n\t👩‍👧", "w" * 20_000])
 def test_any_size_and_any_label(size: tuple[int, int], ref: str) -> None:
     image = Image.new("L", size)
+    # Twelve boxes, more than there are colours.
     boxes = [Box("box", ((0, 0), (1000, 1000)), ref), Box("quad", ((0, 0),) * 4, ref)] * 6
     assert draw_boxes(image, boxes).size == size
 

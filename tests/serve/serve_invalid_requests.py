@@ -1,4 +1,8 @@
-"""Invalid requests, with the expected status and error code; test_serve_soak.py sends all at once, and under load."""
+"""Invalid requests, with the expected status and error code.
+
+test_serve_soak.py sends all at once. The clients of serve_load.py, also used by test_serve_kills.py, send some of them
+under load.
+"""
 
 from __future__ import annotations
 

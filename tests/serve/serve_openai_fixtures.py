@@ -34,7 +34,7 @@ def shared_server(stages: DemoStages) -> Iterator[Server]:
     vl = QwenVL.from_exported(*stages)  # not the fixture local_model: tests replace this model's loop
     engine, images, admission = Engine(vl), Images(vl.config.visual.image_size), NoLimits()
     service = Service(
-        ServeSettings(max_new_tokens=2000),
+        ServeSettings(max_new_tokens=2000),  # an error in test_serve_openai_errors.py names the limit
         engine,
         vl.tokenizer,
         vl.config,

@@ -1,4 +1,4 @@
-"""Helpers for `qwenvl serve` as a process: output, log, child processes, memory, metrics."""
+"""Helpers for `qwenvl serve` as a process: output, log, metrics; on Linux only, child processes and memory."""
 
 from __future__ import annotations
 

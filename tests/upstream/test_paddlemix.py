@@ -183,7 +183,7 @@ def test_export_by_a_script_of_another_name(golden, tmp_path):
 
 
 def test_upstream_runs_other_scripts_and_other_models(golden, tmp_path):
-    # A script that runs the encoder.
+    # A script that runs the encoder. It prints the shape of its output, its number of parameters and its training mode.
     folder = golden("a").folder
     completed = export_encoder(FAKE, folder, tmp_path, script="another_script.py")
     assert completed.stdout.splitlines() == [

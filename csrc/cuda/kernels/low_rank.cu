@@ -19,10 +19,10 @@
 //                 | low_rank_down: low = A x, on Hopper    |
 //
 // On Hopper the product starts low_rank_down as soon as x is complete. A multiprocessor then has registers
-// for one block of low_rank_down beside its block of the product, if that block has 3 warps: of the 16384
-// registers of each quarter of a multiprocessor, the 17 warps of the product, with up to 96 registers per
-// lane, leave 128 per lane for one warp in three quarters and none in the fourth. Further blocks start when
-// the product ends; a large low_rank_down therefore has half as many, with two slices each.
+// for one block of low_rank_down, whose 3 warps are as many as fit beside a block of the product: of the
+// 16384 registers of each quarter of a multiprocessor, the 17 warps of the product, with up to 96 registers
+// per lane, leave 128 per lane for one warp in three quarters and none in the fourth. Further blocks start
+// when the product ends; a large low_rank_down therefore has half as many, with two slices each.
 //
 // Cost. Bytes: A and B once per adapter: (in + out) * rank values, 2 MB for rank 64 of a 4096 x 12288
 // product, compared with 24 to 96 MiB of base weights (4 to 16 bits); x once per 16 rows of A, from the L2
@@ -158,7 +158,8 @@ __device__ inline Item item_of(const Rows& rows, int index) {
 
 // The launch bounds set the limit of registers to 128.
 extern "C" __global__ void __launch_bounds__(128, 4) low_rank_down(const __grid_constant__ LowRankParams p) {
-  // A warp loads kLoads steps of A and of x at a time: for in = 4096, the whole slice of 16 steps.
+  // A warp loads kLoads steps of A and of x at a time: for in = 4096, the three warps together the whole
+  // slice of 16 steps.
   constexpr int kWarps = kLowRankDownThreads / 32, kLoads = 6;
   __shared__ Rows rows;
   __shared__ float warp_sums[kLowRankMaxSlices][kWarps][kLowRankRows][kLowRankDown];
@@ -223,7 +224,8 @@ extern "C" __global__ void __launch_bounds__(128, 4) low_rank_down(const __grid_
       }
     }
   }
-  // The preceding low_rank_down uses the same scratch memory: wait, even without a step to compute.
+  // The preceding low_rank_down uses the same scratch memory: wait, even without a step to compute. With
+  // x_is_complete that kernel has ended: the product waited for it before it started this one.
   if (!p.x_is_complete) wait_for_predecessors();
   __syncthreads();
 

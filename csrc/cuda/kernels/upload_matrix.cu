@@ -103,7 +103,7 @@ __device__ void upload_groups(const UploadMatrix& p) {
     uint16* const target =
         static_cast<uint16*>(p.scales) + layout.group_scale<bits>(target_index, i * kGroup, kGroup);
     target[0] = in_file ? scales[i * kGroup / file_group] : uint16{0};
-    target[2] = reinterpret_cast<const uint16&>(zero_bits);
+    target[2] = reinterpret_cast<const uint16&>(zero_bits);  // as group_scale() describes
   }
 }
 

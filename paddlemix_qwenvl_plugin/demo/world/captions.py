@@ -1,4 +1,7 @@
-"""Caption and grounding tasks: captions, boxes of named objects, objects in given boxes."""
+"""Caption and grounding tasks: captions, boxes of named objects, objects in given boxes.
+
+The demo model is trained on these questions and answers: other words need a new training (tools/train_demo).
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ SIDE = 256
 
 
 def draw(scene: Scene, side: int = SIDE) -> Image.Image:
-    """Render a scene as an RGB image of `side` x `side` pixels, deterministically."""
+    """Render a scene as an RGB image of `side` x `side` pixels; reproducible with the same version of Pillow."""
     upper, lower = scene.background
     ramp = np.linspace(0.0, 1.0, side)[:, None]
     rows = np.asarray(upper) * (1 - ramp) + np.asarray(lower) * ramp

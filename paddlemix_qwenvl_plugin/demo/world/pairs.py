@@ -1,4 +1,7 @@
-"""Questions about two images. A function returns None if the scenes, or its random choices, allow no question."""
+"""Questions about two images. A function returns None if the scenes, or its random choices, allow no question.
+
+The demo model is trained on these questions and answers: other words need a new training (tools/train_demo).
+"""
 
 from __future__ import annotations
 

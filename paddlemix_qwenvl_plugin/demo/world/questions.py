@@ -143,7 +143,7 @@ def read(rng: random.Random, scene: Scene, language: str) -> Turn:
     answer = (
         f"写的是{listing(words, language)}" if language == "zh" else f"it says {listing(words, language)}"
     )
-    return Turn("reading", language, question, sentence(answer, language), " ".join(words))
+    return Turn("reading", language, question, sentence(answer, language), text=" ".join(words))
 
 
 def larger(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:

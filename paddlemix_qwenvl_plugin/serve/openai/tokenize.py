@@ -31,6 +31,7 @@ async def tokenize(service: Service, body: TokenizeRequest) -> TokenizeResult:
         ApiError: the request is invalid.
     """
     if body.model is not None:
+        # Only checks the name: the tokens are the same for all adapters.
         choose_adapter(service, body.model)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "prompt and messages: give one of them", param="prompt", code="invalid_value")

@@ -65,7 +65,7 @@ export async function serverState() {
   }
 }
 
-/** Name of the served model, without adapters. */
+/** Name of the served model; in the list, the names of its adapters follow. */
 export async function modelName() {
   const response = await request('v1/models');
   return (await response.json()).data[0].id;

@@ -710,7 +710,7 @@ static int fuzz_step(qvl_engine* engine, qvl_kv_pool* pool) {
   static float logits[2 * VOCAB], logprobs[2], top_logprobs[2 * 64];
   static int32_t ids[64], blocks[8] = {0, 1, 2, 3, 4, 5, 6, 7}, tokens[2], top[2 * 64];
   for (int i = 0; i < 64; ++i) ids[i] = i % VOCAB;
-  qvl_sequence sequences[3] = {{3, 0, 9, 8, blocks, 0, 0}, {1, 17, 18, 8, blocks, 0, 0}};
+  qvl_sequence sequences[2] = {{3, 0, 9, 8, blocks, 0, 0}, {1, 17, 18, 8, blocks, 0, 0}};
   qvl_batch batch = {sizeof batch, 2, sequences, ids, 0, 0, NULL, sizeof sequences[0], sizeof(qvl_span)};
   qvl_sampling sampling[2] = {greedy(), greedy()};
   qvl_step_args args = {sizeof args, sizeof sampling[0], &batch, 2, 3, sampling, NULL, tokens, logprobs,

@@ -2,6 +2,8 @@
 
     python make.py auto_gptq auto_awq act_order
 
+Run by hand; tests read the folders by copy_tool_folder() of tests/quantized_folders.py.
+
 | folder | tool | storage |
 | --- | --- | --- |
 | auto_gptq | auto-round 0.16.1, rounding to nearest | GPTQ, 4 bits, groups of 32, asymmetric, safetensors |

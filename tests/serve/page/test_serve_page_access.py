@@ -1,4 +1,4 @@
-"""Accessibility, languages, layouts and colour schemes of the chat page; texts never become HTML."""
+"""Accessibility, languages, layouts and colour schemes of the chat page in Chromium; texts never become HTML."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def test_all_texts_exist_in_both_languages(page: Page) -> None:
     assert [key for key in english_keys if key not in sources and not key.startswith(composed)] == []
 
 
-def test_dark_color_scheme(page: Page, server: PageServer) -> None:
+def test_dark_color_scheme(page: Page) -> None:
     brightness = (  # 0 to 765
         "const [r, g, b] = getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number);"
         "return r + g + b"

@@ -1,4 +1,4 @@
-"""Images on the chat page: how users attach them, and what the page sends."""
+"""Images on the chat page in Chromium: how users attach them, and what the page sends."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_transparent_pixels_become_white(page: Page, server: PageServer, tmp_pat
     assert (sent_pixels[10:] == 255).all()
 
 
-def test_file_that_is_not_an_image(page: Page, server: PageServer, tmp_path: Path) -> None:
+def test_file_that_is_not_an_image(page: Page, tmp_path: Path) -> None:
     invalid, valid = tmp_path / "words.png", image_file(tmp_path, "valid.png")
     invalid.write_text("not an image")
     page.open()

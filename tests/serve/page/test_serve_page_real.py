@@ -1,4 +1,4 @@
-"""The chat page with a real server of the demo model."""
+"""The chat page in Chromium with a real server of the demo model."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ inline void copy_box(uint32 to, const TensorMap& map, int x0, int x1, int x2, ui
 // Named barriers (the barriers above are mbarriers). The kernel uses 0 and 1, this emulation the others: from
 // kOfGroups on one for each of 4 warpgroups, from kOfWarps on one for each of 17 warps (544 threads).
 constexpr int kOfGroups = 2, kOfWarps = 6, kMeetings = kOfWarps + 17;
-void meet(int barrier, int threads);
+void meet(int barrier, int threads);  // wait until all `threads` threads of the barrier have called it
 template <int threads>
 inline void threads_sync(int barrier) {
   meet(barrier, threads);
