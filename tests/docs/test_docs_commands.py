@@ -233,7 +233,7 @@ CHECKS: dict[str, Callable[[Command, Any], None]] = {
     "venv": check_nothing,
     "xargs": check_started,
     **dict.fromkeys(
-        ["", "cd", "curl", "echo", "export", "install", "kill", "mkdir", "openssl", "printf", "ray"],
+        ["", "cd", "curl", "echo", "export", "git", "install", "kill", "mkdir", "openssl", "printf", "ray"],
         check_nothing,
     ),
 }
