@@ -21,7 +21,7 @@ LINEAR = re.compile(
 
 
 def rename(name: str, scheme: str) -> str:
-    """Translate PaddleMIX's name of a tensor to the naming scheme `scheme`."""
+    """Translate PaddleMIX's name of a tensor to a naming scheme: "paddlemix", "static" or "huggingface"."""
     if scheme == "paddlemix":
         return name
     if scheme == "static":

@@ -175,7 +175,7 @@ KvTile DenseKv::tile(const Queries& queries, int head, int64_t i) const {
 void attention(Context& context, const AttentionShape& shape, const float* q, const KeysAndValues& kv,
                const Queries* work, int64_t n_work, float* out) {
   if (n_work == 0) return;
-  if (work[0].mask == kDecode) {
+  if (work[0].mask == kDecode) {  // then all items have this mask (attention.h)
     std::vector<Queries> rows;
     for (const Queries* queries = work; queries != work + n_work; ++queries) {
       for (int i = 0; i < queries->n; ++i) {

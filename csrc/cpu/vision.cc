@@ -50,7 +50,7 @@ void Vision::cut_patches(Context& context, const float* image, float* to) const 
 
 void Vision::encode(Context& context, const float* image, float* features) {
   const int64_t width = config_.vision_width;
-  const Rows rows{patches_, 0};
+  const Rows rows{/*prompt=*/patches_, /*decode=*/0};
   auto* x = x_.get<float>(size(patches_ * width));
   auto* patches = wide_.get<float>(size(patches_ * std::max<int64_t>(conv1_.k, config_.vision_mlp_width)));
   cut_patches(context, image, patches);
@@ -64,7 +64,7 @@ void Vision::encode(Context& context, const float* image, float* features) {
 void Vision::run_block(Context& context, const Block& block, float* x) {
   const int64_t width = config_.vision_width, mlp = config_.vision_mlp_width;
   const int head_dim = config_.vision_width / config_.vision_heads;
-  const Rows rows{patches_, 0};
+  const Rows rows{/*prompt=*/patches_, /*decode=*/0};
   auto* normed = normed_.get<float>(size(patches_ * width));
   auto* qkv = qkv_.get<float>(size(patches_ * 3 * width));
   auto* wide = wide_.get<float>(size(patches_ * std::max<int64_t>(conv1_.k, mlp)));

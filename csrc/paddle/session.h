@@ -1,6 +1,7 @@
-// Engines of the custom operators. An engine is created on an operator's first run, found by the operator's
-// weights in later runs, replaced if these have moved, and freed with them. Its threads and its device are
-// those that Python has set by qwenvl_set_threads and qwenvl_set_gpu, or defaults (session.cc).
+// Engines of the custom operators. An engine is created on an operator's first run, found in later runs by
+// the allocation of the operator's first weight, replaced if another weight has moved, and freed with that
+// allocation. Its threads and its device are those that Python has set by qwenvl_set_threads and
+// qwenvl_set_gpu, or defaults (session.cc).
 #pragma once
 
 #include <cstdint>

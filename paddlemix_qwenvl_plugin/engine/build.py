@@ -172,7 +172,7 @@ def build(target: Target, folder: Path, log: IO[str]) -> None:
     if target.link is not None:
         link = [*target.compiler, "-shared", f"-Wl,-soname,{target.name}", "-o", str(folder / target.name)]
         link += [*(str(folder / unit.name) for unit in target.units), *target.link, "-pthread"]
-        rounds.append(("", [link]))
+        rounds.append((f"linking {target.name}", [link]))
     for label, commands in rounds:
         with contextlib.closing(_run_all(commands, folder)) as running:
             for done in track(running, label, len(commands)):

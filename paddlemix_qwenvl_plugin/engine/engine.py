@@ -184,7 +184,7 @@ class Adapter:
             matrix.a, matrix.b = update.a.ctypes.data, update.b.ctypes.data
             matrix.dtype = c.DTYPES[update.dtype]
             matrix.scale = update.scale
-            matrix.n_out, matrix.n_in, matrix.rank = len(update.b), update.a.shape[1], len(update.a)
+            matrix.out, matrix.in_, matrix.rank = len(update.b), update.a.shape[1], len(update.a)
         self.handle = c_void_p()
         c.call(
             *("qvl_adapter_create", engine.handle, matrices, len(matrices), sizeof(c.AdapterMatrix)),

@@ -142,8 +142,8 @@ class AdapterMatrix(Structure):
         ("b", c_void_p),
         ("dtype", c_int32),
         ("scale", c_float),
-        ("n_out", c_int64),
-        ("n_in", c_int64),
+        ("out", c_int64),
+        ("in_", c_int64),
         ("rank", c_int64),
     ]
 

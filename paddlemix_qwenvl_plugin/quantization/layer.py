@@ -27,6 +27,7 @@ STAGES: tuple[tuple[str, ...], ...] = (
 class DecoderLayer:
     """A decoder layer, computed in parts; `load` sets its weights.
 
+    LayerQuantizer has two: the original layer, and one whose matrices it replaces by their quantized values.
     `n_prompt` of its methods is the length of a row's prompt, which determines the rotary base.
     """
 

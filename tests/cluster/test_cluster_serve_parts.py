@@ -284,6 +284,11 @@ class TestEngineHandle:
             collect(replicas)
         assert len(replicas.calls) == 1
 
+    def test_an_unexpected_exception_ends_the_request(self) -> None:
+        replicas = Replicas((2, KeyError("a defect")))
+        with pytest.raises(QwenVLError, match="internal error: KeyError"):
+            collect(replicas)
+
     def test_cancel(self) -> None:
         async def scenario() -> None:
             replicas = Replicas((4, None))

@@ -42,7 +42,8 @@ groups=(
 check() { # TOOL GROUP TESTS EXPRESSION
     local name=$1-$2 confcutdir=${3%%/test_*}
     # Each PyTorch tensor is a separate allocation, so that accesses beyond it are out of bounds. --confcutdir: without
-    # tests/conftest.py, which needs Paddle.
+    # tests/conftest.py, which needs Paddle. --report-api-errors no: the engine looks up a kernel in one of its modules
+    # after the other, and the lookups before the right one fail.
     # shellcheck disable=SC2086
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$seconds" compute-sanitizer --tool "$1" --report-api-errors no \
         --error-exitcode 9 --print-limit 20 python3 -m pytest --confcutdir="$confcutdir" -p no:cacheprovider -x \

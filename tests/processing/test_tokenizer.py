@@ -146,6 +146,7 @@ def test_ids_outside_the_vocabulary_become_replacement_characters(tiny: QwenToke
 
 
 def test_image_slots_contain_the_bytes_of_the_path(tiny: QwenTokenizer) -> None:
+    """The ids are the values of the bytes, not their tokens: the two differ in Qwen-VL's vocabulary (the goldens)."""
     ids = tiny.encode("<img>图 the</img>")
     slots = ids[1:-1]
     assert len(slots) == 256

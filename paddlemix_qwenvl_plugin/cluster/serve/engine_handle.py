@@ -71,6 +71,11 @@ class HandleEngineClient:
             del self._running[task]
             if task.cancelled():  # possibly before a replica was called
                 stream.end(Ended("cancelled", stream.n_cached))
+                return
+            error = task.exception()
+            if error is not None:  # none that _run expects; without an end, the reader would wait forever
+                _LOG.error("a request ended with an unexpected exception", exc_info=error)
+                stream.fail(QwenVLError(f"internal error: {type(error).__name__}"))
 
         self._running[task] = stream
         task.add_done_callback(remove)
@@ -111,4 +116,4 @@ def _request_error(error: Exception) -> Optional[QwenVLError]:
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, EngineUnavailable) or not isinstance(cause, QwenVLError):
         return None
-    return QwenVLError(str(cause))
+    return cause

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from paddlemix_qwenvl_plugin.demo.world.names import COLOURS, PLACES, SHAPES, SIZES
 from paddlemix_qwenvl_plugin.demo.world.scene import Scene, Thing
 
-# Sets of properties that a name mentions besides the kind, shortest names first.
+# Sets of properties that a name mentions besides the kind. A name with "cell" is always unique: a cell contains at
+# most one shape.
 _PROPERTY_SETS = ((), ("colour",), ("size",), ("size", "colour"), ("cell",), ("colour", "cell"))
 
 
