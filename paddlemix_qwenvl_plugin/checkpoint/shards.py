@@ -113,7 +113,7 @@ class Shards:
         return self._file_of[name]
 
     def unlisted(self) -> list[str]:
-        """Names of shards of this format in the folder that are not read."""
+        """Names of shards in the folder that are not read, although they have the same format as those that are."""
         folder, names = self.files[0].parent, {path.name for path in self.files}
         shards = (path.name for path in sorted(folder.glob(f"*.{self.kind}")) if _SHARD.search(path.name))
         return [name for name in shards if name not in names]

@@ -16,7 +16,7 @@ from paddlemix_qwenvl_plugin.upstream.patching import patching
 
 
 def hook_qwen(module: ModuleType) -> None:
-    """Hook of paddlenlp.experimental.transformers.qwen.modeling: replace the class under its upstream name."""
+    """Hook of paddlenlp.experimental.transformers.qwen.modeling: replace QWenForQWenVLInferenceModel by ours."""
     from paddlemix_qwenvl_plugin.upstream.inference_model import QWenForQWenVLInferenceModel
 
     with patching(module) as patch:

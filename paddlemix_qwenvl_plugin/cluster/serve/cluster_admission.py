@@ -1,4 +1,4 @@
-"""Admission of a front to the cluster-wide queue."""
+"""Admission of a front's requests to the coordinator's cluster-wide queue."""
 
 from __future__ import annotations
 

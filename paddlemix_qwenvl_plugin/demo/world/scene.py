@@ -151,7 +151,7 @@ def _random_text(rng: random.Random, row: int) -> Thing:
 
 
 def random_text(rng: random.Random) -> str:
-    """Draw a word of the list, or a number of 2 to 5 digits."""
+    """Choose a random word of names.WORDS, or a text of 2 to 5 digits."""
     if rng.random() < 0.55:
         return rng.choice(WORDS)
     return "".join(rng.choice("0123456789") for _ in range(rng.randint(2, 5)))
