@@ -1,7 +1,7 @@
 """Download images within limits of size and time, from public addresses unless others are allowed.
 
-Used by processing/images.py, and by the server's ImageHosts. That one sends only the messages of TooLargeError to
-clients and logs the others, of which one names a flag that the server lacks.
+Used by processing/images.py, and by the server's ImageHosts, which sends only the messages of TooLargeError to clients
+and logs the others.
 """
 
 from __future__ import annotations
