@@ -11,8 +11,8 @@ namespace qvl::cuda {
 namespace {
 
 constexpr float kEpsilon = 1e-6f;  // of all LayerNorms of the vision stage
-constexpr int kImageBatch =
-    8;  // images per batch, as in backend.cc; more do not increase the utilisation of the GPU
+// Images per batch, as in backend.cc; more do not increase the utilisation of the GPU.
+constexpr int kImageBatch = 8;
 
 const std::string kPool = "visual.attn_pool.";
 
